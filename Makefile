@@ -1,0 +1,23 @@
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+READY := .venv/ready
+
+.PHONY: help setup demo test lint types check bench
+
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
+setup: $(READY) ## make .venv and install the versions of constraints.txt into it
+demo: $(READY) ## set up, then tune the built-in model on handwritten digits
+	.venv/bin/finetune train method=snell sparsity=0.1
+test: $(READY) ## set up, then run the tests, warnings as errors
+	.venv/bin/python -m pytest -q
+lint: $(READY) ## style
+	.venv/bin/ruff check . && .venv/bin/ruff format --check .
+types: $(READY) ## static types, strict
+	.venv/bin/mypy
+check: lint types test ## style, types and tests
+bench: $(READY) ## the table of docs/benchmarks.md: memory and speed beside their peers
+	.venv/bin/python scripts/benchmark.py
+
+# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in front of make saves gigabytes of CUDA packages.
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test,dev]' && touch $@

@@ -1,0 +1,5 @@
+"""``python -m finetune``."""
+
+from .cli import main
+
+main()

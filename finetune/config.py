@@ -1,0 +1,263 @@
+"""From YAML groups and ``key=value`` overrides to one checked ``Config``; the only module that knows Hydra and OmegaConf.
+
+An override either chooses an option of a group (a folder of YAML files) or sets a value. Hydra composes the chosen files; the values
+are laid on top; ``strict`` checks the whole. Every fault found on the way is raised together.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field, replace
+from functools import cache
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.hydra import Hydra
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from . import strict
+from .errors import ConfigError, near
+from .explain import PACKAGE, flat, leaves, yaml_origins
+from .settings import Config
+from .strict import Composed
+
+COMMAND_LINE = "command line"
+ALIASES = {"sparsity": "method.sparsity"}
+KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
+
+
+def conf_dir() -> Path:
+    """The YAML groups: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def load(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> Config:
+    """The checked configuration of one run.
+
+    ``config_dir``: the user's own groups, which win over the built-in options of the same name.
+    ``config_file``: a run's frozen configuration, on which only values can be changed. Raises ``ConfigError`` with all faults.
+    """
+    return _resolve(overrides, config_dir, config_file)[0]
+
+
+def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> dict[str, tuple[Any, str]]:
+    """Every resolved value by dotted key, with where it came from; arguments and faults as in ``load``."""
+    config, composed = _resolve(overrides, config_dir, config_file)
+    return leaves(config, composed.origins)
+
+
+def expand(overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:
+    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written."""
+    parsed, faults = _parse(overrides)
+    choices: list[list[str]] = []
+    for item in parsed:
+        try:
+            item.config_loader = _loader(config_dir)
+            values = list(item.sweep_string_iterator()) if item.is_sweep_override() else None
+            choices.append([f"{item.key_or_group}={value}" for value in values] if values is not None else [str(item.input_line)])
+        except HydraException as error:
+            faults.append(f"{item.input_line}: {error}. A sweep takes key=a,b or key=range(START,STOP,STEP).")
+    if faults:
+        raise ConfigError(*faults)
+    return [list(point) for point in product(*choices)]
+
+
+def _resolve(overrides: list[str], config_dir: Path | None, config_file: Path | None) -> tuple[Config, Composed]:
+    groups = _groups(config_dir)
+    if config_file and config_dir:
+        raise ConfigError("--config and --config-dir do not go together: a frozen configuration is complete and reads no groups.")
+    request = _request(overrides, groups, config_file)
+    try:
+        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir)
+        composed = _lay_on(base, request)
+        config = strict.build(composed, skip=request.spoiled)
+    except ConfigError as error:
+        raise ConfigError(*request.faults, *error.faults) from None
+    if request.faults:
+        raise ConfigError(*request.faults)
+    return config, composed
+
+
+@dataclass
+class _Request:
+    """What the overrides ask for; ``spoiled`` are sections that need no look: mostly since their choice is itself wrong."""
+
+    chosen: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Override] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    spoiled: set[str] = field(default_factory=set)
+
+
+def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
+    parsed, faults = list[Override](), list[str]()
+    for text in overrides:
+        try:
+            parsed.append(_override(text))
+        except ConfigError as error:
+            faults += error.faults
+    return parsed, faults
+
+
+def _override(text: str) -> Override:
+    """One ``key=value``, its value quoted where Hydra's grammar cannot read it (a path with ``=``, an address)."""
+    key, sign, value = text.partition("=")
+    if text.startswith("-"):
+        raise ConfigError(f"{text} is not an option here (see --help). Settings are written key=value, for example train.steps=100.")
+    if text.startswith(("+", "~")):
+        raise ConfigError(
+            f"{text}: settings are neither added nor removed, so '{text[0]}' means nothing here. Write key=value for a setting that exists."
+        )
+    if not sign or not KEY.fullmatch(key):
+        raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
+    parser = OverridesParser.create()
+    try:
+        override = parser.parse_override(text)
+    except HydraException:
+        override = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+    override.key_or_group, override.input_line = ALIASES.get(key, key), text
+    assert override.type is OverrideType.CHANGE
+    return override
+
+
+def _request(overrides: list[str], groups: dict[str, set[str]], config_file: Path | None) -> _Request:
+    parsed, faults = _parse(overrides)
+    request, seen = _Request(faults=faults), dict[str, str]()
+    for item in parsed:
+        key, text = item.key_or_group, str(item.input_line)
+        fault = f"{seen[key]} and {text} set the same thing; keep one of them." if key in seen else None
+        fault = fault or _fault_of(item, groups, config_file)
+        seen[key] = text
+        if fault:
+            request.faults.append(fault)
+            request.spoiled |= {key} & {*groups}
+        elif key in groups:
+            request.chosen[key] = str(item.value())
+        else:
+            request.values[key] = item
+    if request.faults and not any(key.startswith("method.") for key in request.values):
+        request.spoiled.add("method")  # nothing was asked of it, and looking at it imports torch
+    return request
+
+
+def _fault_of(item: Override, groups: dict[str, set[str]], config_file: Path | None) -> str | None:
+    key, text, value = item.key_or_group, item.input_line, item.value()
+    if isinstance(value, Sweep):
+        cure = "" if key in groups else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
+        return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
+    if key in {f"{kind}.name" for kind in strict.CHOSEN}:
+        return f"{text}: the name follows from the choice; write {key.partition('.')[0]}=OPTION."
+    if key not in groups:
+        return None
+    if config_file:
+        return f"{text} cannot be combined with --config: a frozen configuration is complete, and only values in it can be changed."
+    if isinstance(value, dict | list) or value is None:
+        return f"{text}: {key} takes exactly one option (`finetune sweep {key}=A,B` runs several). Options: {', '.join(sorted(groups[key]))}."
+    if str(value) not in groups[key]:
+        return f"{text} is not an option ({COMMAND_LINE}).{near(str(value), groups[key])} Options: {', '.join(sorted(groups[key]))}."
+    return None
+
+
+def _groups(config_dir: Path | None) -> dict[str, set[str]]:
+    """Group name -> options, of the built-in folder and of the user's."""
+    if config_dir and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
+    groups: dict[str, set[str]] = {}
+    for file in [file for root in (conf_dir(), config_dir) if root for file in root.glob("*/*.yaml")]:
+        if file.parent.name not in (*strict.ROOT, *ALIASES):
+            groups.setdefault(file.parent.name, set()).add(file.stem)
+    return groups
+
+
+@cache
+def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
+    """Hydra's composer over the user's folder, then ours. Made directly: ``hydra.initialize`` lets built-in files win and is global."""
+    version.setbase("1.3")
+    search_path = create_config_search_path(f"file://{conf_dir()}")
+    if config_dir:
+        search_path.prepend("user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None))
+    loader = ConfigLoaderImpl(config_search_path=search_path)
+    Hydra(task_name="finetune", config_loader=loader)  # registers the resolvers and the job's name, which composing needs
+    return loader
+
+
+@cache  # the points of a sweep differ mostly in values
+def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None) -> Composed:
+    """The chosen files merged in the order of the defaults list, with the line that set each key."""
+    loader = _loader(config_dir)
+    # a group of the user's that the defaults list does not know is appended to it
+    picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]
+    origins: dict[str, str] = {}
+    try:
+        config = loader.load_configuration("config", picks, RunMode.RUN, from_shell=False)
+        OmegaConf.set_struct(config, False)
+        config.pop("hydra")
+        for default in loader.compute_defaults_list("config", picks, RunMode.RUN).defaults:
+            found = loader.repository.load_config(default.config_path or "")
+            if found and found.provider in ("user", "main"):
+                file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
+                origins |= yaml_origins(file.read_text(), _label(file, config_dir), default.package or "")
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_composing_fault(error)) from None
+    return Composed(_plain(config, resolve=False), origins)
+
+
+def _label(file: Path, config_dir: Path | None) -> str:
+    if file.is_relative_to(conf_dir()):
+        return f"conf/{file.relative_to(conf_dir())}"
+    return str(config_dir / file.relative_to(config_dir.resolve())) if config_dir else str(file)
+
+
+def _composing_fault(error: Exception) -> str:
+    """Hydra's words on one line, with the reason that it keeps in the cause."""
+    said = [str(e) for e in (error, error.__cause__) if e]
+    return f"The YAML files do not fit together: {' '.join(' '.join(said).split())}"
+
+
+def _read(file: Path) -> Composed:
+    """A frozen configuration."""
+    if file.is_dir():
+        raise ConfigError(f"--config {file} is a folder; a run's frozen configuration is the file {file / 'config.yaml'}.")
+    if not file.is_file():
+        raise ConfigError(f"--config {file}: there is no such file.")
+    try:
+        config = OmegaConf.load(file)
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"--config {file} is not a mapping of settings.")
+        return Composed(_plain(config, resolve=False), yaml_origins(file.read_text(), str(file)))
+    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise ConfigError(f"--config {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def _plain(config: Any, resolve: bool) -> dict[str, Any]:
+    """The values as plain Python; ``${...}`` stays as text unless ``resolve``."""
+    try:
+        return dict(OmegaConf.to_container(config, resolve=resolve, throw_on_missing=False))  # type: ignore[arg-type]  # a mapping
+    except OmegaConfBaseException as error:
+        raise ConfigError(_composing_fault(error)) from None
+
+
+def _lay_on(base: Composed, request: _Request) -> Composed:
+    """``base`` with the values of the command line on top; those of spoiled sections are left out."""
+    config, origins = OmegaConf.create(base.values), dict(base.origins)
+    for key, item in request.values.items():
+        if key.partition(".")[0] in request.spoiled:
+            continue
+        try:
+            OmegaConf.update(config, key, item.value(), merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            request.faults.append(f"{item.input_line} cannot be set: {' '.join(str(error).split())}")
+        origins |= {name: COMMAND_LINE for name, _ in flat(item.value(), key)}
+    texts = {key: item.get_value_string() for key, item in request.values.items()}
+    return replace(base, values=_plain(config, resolve=True), origins=origins, texts=texts)

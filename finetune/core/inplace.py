@@ -1,0 +1,83 @@
+"""Train existing parameters where they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .part import Part
+
+Source = Callable[[], Iterator[tuple[str, Tensor]]]
+
+
+def untrained(model: nn.Module) -> list[str]:
+    """Names of the parameters that nothing trains yet."""
+    return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+class InPlace(Part):
+    """Parameters of the model trained under their own names, in float32 or wider.
+
+    With ``keep`` the originals stay in memory (for few parameters). Without, the model's own tensors are trained with no copy, and the originals are read
+    again through ``source`` when the base is needed; the engine sets it. The gate is 0 or 1.
+    """
+
+    source: Source | None = None
+
+    def __init__(self, model: nn.Module, names: list[str], keep: bool) -> None:
+        super().__init__()
+        self.names, self.keep, self._gate = names, keep, 1.0
+        uses = list(model.named_parameters(remove_duplicate=False))
+        parameters = dict(model.named_parameters())
+        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        for name in names:
+            old = parameters[name]
+            self._places[name] = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, p in uses if p is old]
+            self.register_parameter(self._key(name), nn.Parameter(old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=keep)))
+            if keep:
+                self.register_buffer(self._key(name) + ":original", old.detach(), persistent=False)
+        self._install(self.trained())
+
+    @staticmethod
+    def _key(name: str) -> str:
+        return name.replace(".", "/")
+
+    def _install(self, parameters: dict[str, nn.Parameter]) -> None:
+        for name, parameter in parameters.items():
+            for owner, leaf in self._places[name]:
+                owner._parameters[leaf] = parameter
+
+    def _originals(self) -> dict[str, nn.Parameter]:
+        if self.keep:
+            tensors = {n: self.get_buffer(self._key(n) + ":original") for n in self.names}
+        elif self.source is None:
+            raise RuntimeError("the base's own tensors can only be read again where the model came from a file")
+        else:
+            device = next(self.parameters()).device
+            tensors = {n: t.to(device) for n, t in self.source() if n in self._places}
+        return {n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
+
+    @property
+    def gate(self) -> float:  # type: ignore[override]  # a property, because switching moves tensors
+        return self._gate
+
+    @gate.setter
+    def gate(self, value: float) -> None:
+        if value not in (0.0, 1.0):
+            raise ValueError(f"parameters trained in place are on (1) or off (0), not {value}")
+        if value != self._gate:
+            self._install(self.trained() if value else self._originals())
+            self._gate = value
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The trained parameters under the model's names."""
+        return {n: self.get_parameter(self._key(n)) for n in self.names}
+
+    def adapted(self) -> int:
+        return sum(p.numel() for p in self.parameters())
+
+    def detach(self) -> None:
+        """Give the model its originals back; the trained values stay here."""
+        self.gate = 0.0

@@ -1,0 +1,79 @@
+"""Where a setting came from: the line of a YAML file, the command line, or the default of a dataclass."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from .settings import Config
+
+PACKAGE = Path(__file__).parent
+
+
+def yaml_origins(text: str, label: str, package: str = "") -> dict[str, str]:
+    """``{"method.rank": "conf/method/lora.yaml:2"}`` for every key of a YAML text placed under the dotted ``package``."""
+    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    lines = dict(_keys(root, package))
+    lines.pop("defaults" if not package else f"{package}.defaults", None)
+    return {key: f"{label}:{line}" for key, line in lines.items()}
+
+
+def _keys(node: yaml.Node | None, prefix: str) -> Iterator[tuple[str, int]]:
+    if isinstance(node, yaml.MappingNode):
+        for key, value in node.value:
+            name = f"{prefix}.{key.value}".lstrip(".")
+            yield name, key.start_mark.line + 1
+            yield from _keys(value, name)
+
+
+def origin_of(key: str, origins: dict[str, str]) -> str | None:
+    """The origin of ``key``, or of the nearest mapping around it inside its section (``method.config`` for ``method.config.r``)."""
+    if key in origins:
+        return origins[key]
+    parent = key.rpartition(".")[0]
+    return origin_of(parent, origins) if "." in parent else None
+
+
+@cache
+def _field_lines(cls: type) -> dict[str, int]:
+    """The line of each annotated name in the body of ``cls``."""
+    tree = ast.parse(Path(inspect.getfile(cls)).read_text())
+    body = next((node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__), [])
+    return {line.target.id: line.lineno for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)}
+
+
+def default_origin(cls: type, name: str) -> str:
+    """``default in finetune/settings.py:42`` for a field of a dataclass, looked up in the class that declares it."""
+    for owner in cls.__mro__:
+        if name in inspect.get_annotations(owner):
+            file = Path(inspect.getfile(owner))
+            label = file.relative_to(PACKAGE.parent) if file.is_relative_to(PACKAGE) else file
+            return f"default in {label}:{_field_lines(owner).get(name, 1)}"
+    return "default"
+
+
+def leaves(config: Config, origins: dict[str, str]) -> dict[str, tuple[Any, str]]:
+    """Every resolved value by dotted key, with where it came from."""
+    found: dict[str, tuple[Any, str]] = {}
+    for section, value in config.as_dict().items():
+        held = getattr(config, section)
+        for key, leaf in flat(value, section):
+            owner, field = (type(held), key.split(".")[1]) if is_dataclass(held) else (Config, key)
+            found[key] = (leaf, origin_of(key, origins) or default_origin(owner, field))
+    return found
+
+
+def flat(value: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Dotted keys and values of nested mappings; an empty mapping and a list are values."""
+    if isinstance(value, dict) and value:
+        for key, inner in value.items():
+            yield from flat(inner, f"{prefix}.{key}")
+    else:
+        yield prefix, value

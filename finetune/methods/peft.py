@@ -1,0 +1,100 @@
+"""Any tuner of the installed huggingface/peft, as a baseline inside our loop, evaluation and result files."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import nn
+
+from ..core.method import Method, Run
+from ..core.part import Part
+from ..core.site import find_sites
+from ..errors import ConfigError, near
+from ..registry import register
+
+
+class Adapters(Part):
+    """What a peft tuner put into the model: its parameters and buffers, under one switch (gate 0 or 1)."""
+
+    def __init__(self, tuner: Any) -> None:
+        super().__init__()
+        self._tuner = [tuner]  # in a list: registered as a submodule, the whole model would become our state
+        self._gate = 1.0
+        for name, parameter in tuner.model.named_parameters():
+            if parameter.requires_grad or tuner.prefix in name:
+                self.register_parameter(name.replace(".", "/"), parameter)
+        for name, buffer in tuner.model.named_buffers():
+            if tuner.prefix in name:
+                self.register_buffer(name.replace(".", "/"), buffer)
+
+    @property
+    def gate(self) -> float:  # type: ignore[override]  # a property, because peft keeps the switch in its layers
+        return self._gate
+
+    @gate.setter
+    def gate(self, value: float) -> None:
+        if value not in (0.0, 1.0):
+            raise ValueError(f"peft's adapters are on (1) or off (0), not {value}")
+        if value != self._gate:
+            (self._tuner[0].enable_adapter_layers if value else self._tuner[0].disable_adapter_layers)()
+            self._gate = value
+
+    def after_step(self, step: int) -> None:
+        """AdaLoRA moves its ranks after each step; other tuners have nothing to do."""
+        update = getattr(self._tuner[0], "update_and_allocate", None)
+        if update is not None:
+            update(step)
+
+    def adapted(self) -> int:
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        layers = [m.get_base_layer() for m in self._tuner[0].model.modules() if isinstance(m, BaseTunerLayer)]
+        return sum(m.weight.numel() for m in layers if hasattr(m, "weight"))
+
+    def detach(self) -> None:
+        self._tuner[0].unload()
+
+    def fold(self) -> None:
+        self._tuner[0].merge_and_unload()
+
+
+@register("peft")
+@dataclass(frozen=True)
+class Peft(Method):
+    """Any tuner of huggingface/peft by its own ``type`` and ``config``; without target modules of its own it gets ``targets``."""
+
+    type: str = "LORA"
+    config: dict[str, Any] = field(default_factory=dict)
+    targets: tuple[str, ...] = ("all",)
+
+    family: ClassVar[str] = "baseline"
+    trains: ClassVar[str] = "what the peft tuner trains"
+    paper: ClassVar[str] = "huggingface/peft"
+    unused_parameters: ClassVar[bool] = True
+
+    def build(self, model: nn.Module) -> Adapters:
+        try:
+            from peft import PeftType
+            from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
+        except ImportError:
+            raise ConfigError("method=peft needs the peft package: pip install 'finetune-bench[peft]'.") from None
+        tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in PeftType if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None)}
+        if self.type not in tuners:
+            raise ConfigError(f"method.type={self.type} is no tuner of the installed peft that acts on layers.{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}.")
+        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
+        options = set(inspect.signature(config).parameters)
+        unknown = [f"method.config.{k} is no option of peft's {config.__name__}.{near(k, options)}" for k in self.config if k not in options]
+        if unknown:
+            raise ConfigError(*unknown)
+        given = dict(self.config)
+        if "target_modules" in options and not given.get("target_modules"):
+            given["target_modules"] = [s.name for s in find_sites(model, self.targets)]
+        try:
+            return Adapters(tuners[self.type](model, config(**given), "default"))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(f"method=peft: peft's {self.type} refuses this configuration: {error}") from error
+
+    def after_step(self, run: Run, state: Adapters) -> None:
+        state.after_step(run.step)

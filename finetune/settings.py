@@ -1,0 +1,96 @@
+"""The typed configuration of one run: what every part of the program may ask for.
+
+The classes only hold values; ``config.py`` fills and checks them. Methods and data sets bring dataclasses of their own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
+
+from annotated_types import Ge, Gt, Le, Lt
+
+Share = Annotated[float, Ge(0), Lt(1)]
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which pretrained model: ``builtin:NAME``, a local folder, or a hub id (fetched only with ``download``)."""
+
+    name: str
+    path: str
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    download: bool = False
+    revision: str | None = None
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW and its schedule; ``warmup`` is the share of all steps over which the rate rises from zero."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Gt(0)] = 1e-3
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    eps: Annotated[float, Gt(0)] = 1e-8
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. ``batch_size`` counts examples per optimizer step over all processes; ``micro_batch_size`` what one pass takes."""
+
+    steps: Annotated[int, Ge(1)] = 200
+    batch_size: Annotated[int, Ge(1)] = 32
+    micro_batch_size: Annotated[int, Ge(1)] | None = None
+    eval_batch_size: Annotated[int, Ge(1)] = 100
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    clip: Annotated[float, Gt(0)] | None = 1.0
+    eval_every: Annotated[int, Ge(1)] | None = 50
+    save_every: Annotated[int, Ge(1)] | None = None
+    max_seconds: Annotated[float, Gt(0)] | None = None
+    workers: Annotated[int, Ge(0)] = 0
+    select: Literal["best", "last"] = "best"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, Ge(1)] | None = None
+
+
+@dataclass(frozen=True)
+class LoggerConfig:
+    """Where metrics go besides the run folder."""
+
+    name: Literal["jsonl", "wandb", "none"] = "jsonl"
+    project: str = "finetune"
+    group: str | None = None
+    tags: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Config:
+    """One run, complete. ``method`` and ``dataset`` are instances of registered frozen dataclasses."""
+
+    name: str | None
+    run: str | None
+    seed: Annotated[int, Ge(0)]
+    model: ModelConfig
+    method: Any
+    dataset: Any
+    optimizer: OptimizerConfig
+    train: TrainConfig
+    logger: LoggerConfig
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain nested values, complete enough to build this config again."""
+        tree = asdict(self)
+        for kind in ("method", "dataset"):
+            tree[kind] = {"name": getattr(self, kind).name, **tree[kind]}
+        plain: dict[str, Any] = json.loads(json.dumps(tree))  # tuples become lists, as in YAML
+        return plain
+
+    def hash(self) -> str:
+        """Ten hex digits of everything that can change the result: not the run's name, nor where it logs."""
+        tree = {k: v for k, v in self.as_dict().items() if k not in ("name", "run", "logger")}
+        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]

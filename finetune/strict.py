@@ -1,0 +1,194 @@
+"""The strict pass: from plain nested values to a ``Config``, or every fault at once, each with its value and origin.
+
+Nothing is converted silently: the only liberties are a whole number for a float field, a list for a tuple, and a bare number on the
+command line for a text field.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable
+from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cache
+from typing import Any, get_type_hints
+
+import pydantic
+
+from . import registry
+from .errors import ConfigError
+from .explain import flat, origin_of
+from .settings import Config
+
+CHOSEN: tuple[registry.Kind, ...] = ("method", "dataset")  # sections whose class the registry knows by the value of ``name``
+WORDS = {"a valid array": "a list, written [a,b]", "an object": "a mapping", "a valid boolean": "true or false", "Field required": "too few entries"}
+ROOT = tuple(f.name for f in fields(Config) if f.name in ("name", "run", "seed"))
+SECTIONS = tuple(f.name for f in fields(Config) if f.name not in ROOT)
+
+
+@dataclass(frozen=True)
+class Composed:
+    """Plain nested values; the origin of each dotted key; the raw text of values given on the command line."""
+
+    values: dict[str, Any]
+    origins: dict[str, str]
+    texts: dict[str, str] = field(default_factory=dict)
+
+
+def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
+    """The checked configuration. Sections in ``skip`` are already known to be wrong and are not looked at.
+
+    Raises ``ConfigError`` with every fault found.
+    """
+    root = {key: value for key, value in composed.values.items() if key not in SECTIONS}
+    parts, faults = _check(Config, ROOT, root, "", composed)
+    for section in [s for s in SECTIONS if s not in skip]:
+        parts[section], found = _section(section, composed)
+        faults += found
+    if faults or skip:
+        raise ConfigError(*faults)
+    return Config(**parts)
+
+
+def _section(section: str, composed: Composed) -> tuple[Any, list[str]]:
+    """One section as an instance of its class, or None and its faults."""
+    values, origin = composed.values.get(section), composed.origins.get(section, "")
+    if not isinstance(values, dict):
+        return None, [f"{section} should be a mapping of settings, not {values!r}{origin and f' ({origin})'}. Choose one by {section}=OPTION."]
+    try:
+        cls, given = _class_of(section, values, composed)
+        parts, faults = _check(cls, tuple(f.name for f in fields(cls) if f.init), given, section, composed)
+        return (None, faults) if faults else _made(cls, parts, f"{section}={values.get('name')}")
+    except ConfigError as error:
+        return None, list(error.faults)
+
+
+def _made(cls: type, parts: dict[str, Any], what: str) -> tuple[Any, list[str]]:
+    """The instance, or what its own ``__post_init__`` has against the values together."""
+    try:
+        return cls(**parts), []
+    except ValueError as error:
+        return None, [f"{what}: {error}"]
+
+
+def _class_of(section: str, values: dict[str, Any], composed: Composed) -> tuple[type, dict[str, Any]]:
+    """The dataclass of a section, and its values without the name that chose the class."""
+    kind = next((k for k in CHOSEN if k == section), None)
+    if kind is None:
+        return get_type_hints(Config)[section], values
+    name = values.get("name")
+    if not isinstance(name, str):
+        raise ConfigError(f"{section}.name is not set. Its file must say which {section} it is, one of: {', '.join(registry.catalog(kind))}.")
+    try:
+        return registry.get(kind, name), {key: value for key, value in values.items() if key != "name"}
+    except ConfigError as error:
+        raise ConfigError(f"{error} ({composed.origins.get(f'{section}.name', section)})") from None
+
+
+@cache
+def _schema(cls: type, wanted: tuple[str, ...]) -> type[pydantic.BaseModel]:
+    """A strict model of the ``wanted`` fields of a dataclass; field names are aliased, since some clash with pydantic's own."""
+    hints = get_type_hints(cls, include_extras=True)
+    required = {f.name: f for f in fields(cls) if f.name in wanted}
+    made: dict[str, Any] = {f"x_{n}": (hints[n], pydantic.Field(... if _is_required(f) else None, alias=n)) for n, f in required.items()}
+    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    return pydantic.create_model(cls.__name__, __config__=config, **made)
+
+
+def _is_required(item: Field[Any]) -> bool:
+    return item.default is MISSING and item.default_factory is MISSING
+
+
+def _check(cls: type, wanted: tuple[str, ...], values: dict[str, Any], section: str, composed: Composed) -> tuple[dict[str, Any], list[str]]:
+    """The values that were given, in the types of ``cls``, and the faults."""
+    given = {key: value for key, value in values.items() if value != "???"}
+    try:
+        model = _schema(cls, wanted).model_validate_json(json.dumps(given, default=str))
+        return {name[2:]: getattr(model, name) for name in model.model_fields_set}, []
+    except pydantic.ValidationError as error:
+        errors: list[Any] = error.errors(include_url=False)
+    as_text = {e["loc"][0]: text for e in errors if (text := _text_of(e, section, composed)) is not None}
+    if as_text:
+        return _check(cls, wanted, {**values, **as_text}, section, composed)
+    return {}, _faults(errors, section, composed)
+
+
+def _text_of(error: Any, section: str, composed: Composed) -> str | None:
+    """What was typed, where a text field got a bare number on the command line: ``run=7``."""
+    bare = error["type"] == "string_type" and len(error["loc"]) == 1 and isinstance(error["input"], int | float)
+    return composed.texts.get(_dotted(section, error["loc"])) if bare else None
+
+
+def _faults(errors: list[Any], section: str, composed: Composed) -> list[str]:
+    """One sentence for each wrong key; the branches of a union share one."""
+    by_key: dict[str, list[Any]] = {}
+    for error in errors:
+        inside = _inside(error["loc"], composed.values[section] if section else composed.values)
+        by_key.setdefault(_dotted(section, inside), []).append(error)
+    return [fault for key, found in by_key.items() for fault in _fault(key, found, section, composed)]
+
+
+def _inside(loc: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
+    """The part of pydantic's location that names something in the input; the rest are branches of unions."""
+    for depth, step in enumerate(loc):
+        known = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int) and step < len(value)
+        if depth and not known:
+            return loc[:depth]
+        value = value[step] if known else None
+    return loc
+
+
+def _dotted(section: str, loc: tuple[Any, ...]) -> str:
+    return ".".join([*([section] if section else []), *map(str, loc)])
+
+
+def _fault(key: str, errors: list[Any], section: str, composed: Composed) -> list[str]:
+    kind, value = errors[0]["type"], errors[0]["input"]
+    if kind == "missing" and len(errors[0]["loc"]) == 1:
+        return [f"{key} is not set{_origin(key, composed, ' ({} leaves it open)')}. Add {key}=VALUE."]
+    if kind == "extra_forbidden":
+        of = f" of {section}={composed.values[section].get('name')}" if section in CHOSEN else f" of {section}" if section else ""
+        return [f"{_given(full, leaf, composed)} is not a setting{of}.{_suggestion(full, composed)}" for full, leaf in flat(value, key)]
+    whys = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in errors)
+    should = "" if any(why.startswith(("Tuple", "List", "Field", "Dict", "Value")) for why in whys) else " should be"
+    return [f"{_given(key, _value(key, composed), composed)}{should or ':'} {' or '.join(WORDS.get(why, why) for why in whys)}."]
+
+
+def _value(key: str, composed: Composed) -> Any:
+    value: Any = composed.values
+    for step in key.split("."):
+        value = value[int(step)] if isinstance(value, list) else value[step]
+    return value
+
+
+def _given(key: str, value: Any, composed: Composed) -> str:
+    text = repr(value) if isinstance(value, str) else json.dumps(value, default=str)
+    return f"{key}={text if len(text) <= 80 else text[:77] + '...'}{_origin(key, composed, ' ({})')}"
+
+
+def _origin(key: str, composed: Composed, form: str) -> str:
+    inner = (origin for name, origin in composed.origins.items() if name.startswith(f"{key}."))
+    origin = origin_of(key, composed.origins) or next(inner, None)
+    return form.format(origin) if origin else ""
+
+
+def _suggestion(key: str, composed: Composed) -> str:
+    """The nearest setting beside ``key``, else anywhere in the tree, else what there is."""
+    known = [*ROOT, *SECTIONS, *(full for section in SECTIONS for full in _settings(section, composed))]
+    parent, _, leaf = key.rpartition(".")
+    beside = [full for full in known if full.rpartition(".")[0] == parent]
+    for pool in (beside, known):
+        names = difflib.get_close_matches(leaf, [full.rpartition(".")[2] for full in pool], n=1, cutoff=0.6)
+        if names:
+            best = difflib.get_close_matches(key, [full for full in pool if full.rpartition(".")[2] == names[0]], n=1, cutoff=0)
+            return f" Did you mean {best[0]!r}?"
+    return f" There is: {', '.join(beside or [*ROOT, *SECTIONS])}."
+
+
+def _settings(section: str, composed: Composed) -> list[str]:
+    """The dotted settings of a section, none when its choice is itself a fault."""
+    try:
+        cls, _ = _class_of(section, composed.values[section], composed)
+    except (ConfigError, KeyError, AttributeError):
+        return []
+    return [f"{section}.{f.name}" for f in fields(cls) if f.init]

@@ -1,0 +1,76 @@
+"""The trained change on disk: ``delta.safetensors`` and ``delta.json``, and nothing of the base."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ..core.bank import Bank
+from ..errors import ConfigError
+from .files import FORMAT, replacing, write_json_atomic
+
+
+def _banks(states: nn.Module) -> dict[str, Bank]:
+    return {f"{name}.": module for name, module in states.named_modules() if isinstance(module, Bank)}
+
+
+def tensors(states: nn.Module) -> dict[str, Tensor]:
+    """Everything of ``states`` that is stored, by name; banks in their packed form."""
+    banks = _banks(states)
+    plain = {k: v.detach() for k, v in states.state_dict().items() if not k.startswith(tuple(banks))}
+    return plain | {prefix + key: t for prefix, bank in banks.items() for key, t in bank.pack().items()}
+
+
+def stored_bytes(states: nn.Module) -> int:
+    """Bytes of the tensors that ``save`` would write."""
+    return sum(t.numel() * t.element_size() for t in tensors(states).values())
+
+
+def save(folder: Path, states: nn.Module, about: dict[str, Any]) -> None:
+    """Write the change and what it belongs to; the folder appears whole or not at all."""
+    with replacing(folder) as temporary:
+        temporary.mkdir()
+        save_file({k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors")
+        write_json_atomic(temporary / "delta.json", {"format": FORMAT, **about})
+
+
+def about(folder: Path) -> dict[str, Any]:
+    """The content of ``delta.json``; raises ``ConfigError`` where it is missing, damaged or of a later format."""
+    file = folder / "delta.json"
+    try:
+        content: dict[str, Any] = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Give the folder of a run that has stored its change.") from error
+    if content.get("format") != FORMAT:
+        raise ConfigError(f"{file} has format {content.get('format')}, and this version reads {FORMAT}. Use the version of finetune that wrote it.")
+    return content
+
+
+def read(file: Path) -> dict[str, Tensor]:
+    """The tensors of a safetensors file; raises ``ConfigError`` where it is missing or damaged."""
+    try:
+        return load_file(file)
+    except (OSError, SafetensorError) as error:
+        raise ConfigError(f"{file} is missing, damaged or cut short ({error}). Copy it again from where it was made, or train again.") from error
+
+
+@torch.no_grad()
+def load(folder: Path, states: nn.Module) -> None:
+    """Put the stored change into ``states`` as ``build`` made them. Raises ``ConfigError`` where it is damaged or belongs to something else."""
+    file = folder / "delta.safetensors"
+    stored = read(file)
+    banks = _banks(states)
+    own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(banks))}
+    wanted = {k: tuple(v.shape) for k, v in own.items()} | {f"{prefix}{k}": None for prefix in banks for k in ("values", "starts", "gaps")}
+    wrong = sorted(wanted.keys() ^ stored.keys()) or [k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)]
+    if wrong:
+        raise ConfigError(f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml.")
+    for prefix, bank in banks.items():
+        bank.unpack({k: stored.pop(prefix + k) for k in ("values", "starts", "gaps")})
+    states.load_state_dict(stored, strict=False)

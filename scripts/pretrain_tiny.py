@@ -1,0 +1,215 @@
+"""Make the two built-in models, ``finetune/models/tiny_vit`` and ``finetune/models/tiny_lm``.
+
+    python scripts/pretrain_tiny.py vit --data DATA/cifar10            # the image model
+    python scripts/pretrain_tiny.py lm  --data DATA                    # the language model
+
+``DATA/cifar10`` holds ``train.parquet`` and ``test.parquet`` (columns image, label; CIFAR-10); ``DATA`` holds wikitext2/,
+tinyshakespeare/ and gsm8k/. What the shipped models took and reached stands in the README beside their weights, which this script writes.
+
+The image model starts from the mimetic initialisation of attention (Trockman and Kolter, arXiv 2305.09828) and sees, in the
+first epochs, only a part of its patches (PatchDropout, arXiv 2208.07220): both shorten training on a small CPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODELS = Path(__file__).resolve().parents[1] / "finetune" / "models"
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def sinusoid(side: int, dim: int) -> Tensor:
+    """Two-dimensional sine and cosine positions, ``[side * side, dim]``."""
+    rates = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim / 4))
+    angles = torch.arange(side)[:, None] * rates
+    wave = torch.cat([angles.sin(), angles.cos()], 1)  # [side, dim / 2]
+    return torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).reshape(side * side, dim)
+
+
+@torch.no_grad()
+def mimetic_(layer: nn.Module, heads: int) -> None:
+    """Start with ``Wq^T Wk`` near the identity in every head and ``Wo Wv`` near minus the identity."""
+    attention = layer.attention
+    dim = attention.q_proj.weight.shape[0]
+    head = dim // heads
+    u, s, vh = torch.linalg.svd(0.4 * torch.randn(dim, dim) / math.sqrt(dim) - 0.4 * torch.eye(dim))
+    attention.o_proj.weight.copy_(u * s.sqrt())
+    attention.v_proj.weight.copy_(s.sqrt()[:, None] * vh)
+    for h in range(heads):
+        u, s, vh = torch.linalg.svd(0.7 * torch.randn(dim, dim) / math.sqrt(dim) + 0.7 * torch.eye(dim))
+        rows = slice(h * head, (h + 1) * head)
+        attention.q_proj.weight[rows] = (u * s.sqrt())[:, :head].T
+        attention.k_proj.weight[rows] = (s.sqrt()[:, None] * vh)[:head]
+
+
+def read_images(path: Path) -> tuple[Tensor, Tensor]:
+    """CIFAR-10 rows as uint8 ``[n, 3, 32, 32]`` and labels ``[n]``."""
+    import numpy as np
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    table = pq.read_table(path).to_pydict()
+    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]])
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
+
+
+def augment(x: Tensor) -> Tensor:
+    """Random crop of a reflected border of 4 and random flip, one draw per image; uint8 in, float in [-1, 1] out."""
+    n, padded = len(x), F.pad(x.float(), (4, 4, 4, 4), mode="reflect")
+    top, left = torch.randint(0, 9, (2, n))
+    columns = torch.arange(32).expand(n, 32)
+    columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns) + left[:, None]
+    rows = torch.arange(32) + top[:, None]
+    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2) / 127.5 - 1
+
+
+def logits_of(model: nn.Module, x: Tensor, keep: float) -> Tensor:
+    """The classifier's output from a random ``keep`` share of the patches (all of them at 1)."""
+    h = model.vit.embeddings(x)
+    patches = h.shape[1] - 1
+    if keep < 1:
+        chosen = torch.rand(len(x), patches).topk(int(keep * patches)).indices + 1
+        h = torch.cat([h[:, :1], h.gather(1, chosen[..., None].expand(-1, -1, h.shape[2]))], 1)
+    for layer in model.vit.layers:
+        h = layer(h)
+    return model.classifier(model.vit.layernorm(h)[:, 0])
+
+
+@torch.no_grad()
+def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    model.eval()
+    hits = sum((logits_of(model, a / 127.5 - 1, 1.0).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500), strict=True))
+    model.train()
+    return hits / len(y)
+
+
+def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 64, peak: float = 1e-3) -> None:
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
+
+    torch.manual_seed(seed)
+    started = time.time()
+    config = ViTConfig(
+        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, image_size=32, patch_size=4,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label=dict(enumerate(CIFAR10)), label2id={c: i for i, c in enumerate(CIFAR10)},
+    )  # fmt: skip
+    model = ViTForImageClassification(config)
+    with torch.no_grad():
+        model.vit.embeddings.position_embeddings[0, 1:] = 0.3 * sinusoid(8, 128)
+    for layer in model.vit.layers:
+        mimetic_(layer, config.num_attention_heads)
+    (x, y), (x_test, y_test) = read_images(data / "train.parquet"), read_images(data / "test.parquet")
+    decay = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim <= 1]
+    optimizer = torch.optim.AdamW([{"params": decay, "weight_decay": 0.05}, {"params": plain, "weight_decay": 0.0}], lr=peak)
+    per_epoch = len(x) // batch
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, epochs * per_epoch, pct_start=0.1)
+    for epoch in range(epochs):
+        keep = 0.4 if epoch < 0.7 * epochs else 0.6 if epoch < 0.9 * epochs else 1.0
+        total = 0.0
+        for chosen in torch.randperm(len(x))[: per_epoch * batch].split(batch):
+            loss = F.cross_entropy(logits_of(model, augment(x[chosen]), keep), y[chosen])
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            total += loss.item()
+        minutes = (time.time() - started) / 60
+        print(f"epoch {epoch + 1}/{epochs} keep {keep} loss {total / per_epoch:.3f} test {accuracy(model, x_test[:2000], y_test[:2000]):.3f} {minutes:.0f} min", flush=True)
+        folder = MODELS / "tiny_vit"
+        copy.deepcopy(model).half().save_pretrained(folder)  # float16 halves the file; reading it as float32 is exact
+    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+    write_card(folder, "tiny_vit", "ViT, 6 blocks of width 128, patches of 4, for 32x32 images", "CIFAR-10's 50,000 training images",
+               f"test accuracy {accuracy(model, x_test, y_test):.4f} on CIFAR-10's 10,000 test images", f"vit --data DATA/cifar10 --epochs {epochs} --seed {seed}", started)  # fmt: skip
+
+
+def read_prose(data: Path) -> tuple[str, str]:
+    """Training and held-out English prose."""
+    gsm8k = "\n".join(f"{row['question']}\n{row['answer']}" for row in map(json.loads, (data / "gsm8k" / "train.jsonl").open()))
+    train = [(data / "wikitext2" / "valid.txt").read_text(), (data / "tinyshakespeare" / "input.txt").read_text(), gsm8k]
+    return "\n".join(train), (data / "wikitext2" / "test.txt").read_text()
+
+
+@torch.no_grad()
+def bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int) -> float:
+    model.eval()
+    windows = ids[: len(ids) // length * length].view(-1, length)
+    nats = sum(F.cross_entropy(model(w).logits[:, :-1].flatten(0, 1).float(), w[:, 1:].flatten(), reduction="sum").item() for w in windows.split(32))
+    model.train()
+    return nats / math.log(2) / len(text.encode())
+
+
+def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16, peak: float = 3e-3) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(seed)
+    started = time.time()
+    train, held_out = read_prose(data)
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    tokenizer.train_from_iterator(train.splitlines(keepends=True), trainer)
+    folder = MODELS / "tiny_lm"
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=length).save_pretrained(folder)
+    ids, ids_test = torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
+    config = LlamaConfig(
+        vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=length, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
+    steps = epochs * (len(ids) // length // batch)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+    for step in range(steps):
+        starts = torch.randint(0, len(ids) - length, (batch, 1))
+        window = ids[starts + torch.arange(length)]
+        loss = model(window, labels=window).loss
+        optimizer.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        if step % 100 == 99 or step == steps - 1:
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.time() - started) / 60:.1f} min", flush=True)
+    model.half().save_pretrained(folder)
+    reached = bits_per_byte(model.float(), ids_test, held_out, length)
+    write_card(folder, "tiny_lm", "Llama, 5 blocks of width 128, 1,024 byte-level BPE tokens, context 256", "WikiText-2's validation text, Tiny Shakespeare and GSM8K's training problems",
+               f"{reached:.3f} bits per byte on WikiText-2's test text", f"lm --data DATA --epochs {epochs} --seed {seed}", started)  # fmt: skip
+
+
+def write_card(folder: Path, name: str, what: str, data: str, reached: str, command: str, started: float) -> None:
+    from safetensors import safe_open
+
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        size = sum(math.prod(file.get_slice(key).get_shape()) for key in file.keys())  # noqa: SIM118  (safe_open is no mapping)
+    minutes = (time.time() - started) / 60
+    (folder / "README.md").write_text(
+        f"# {name}\n\n{what}; {size:,} parameters, stored as float16.\n\n"
+        f"- trained on: {data}\n- reached: {reached}\n- made by: `python scripts/pretrain_tiny.py {command}`\n- took: {minutes:.0f} minutes on 2 cores\n"
+    )
+    print(f"{name}: {reached}, {minutes:.0f} min")
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", choices=["vit", "lm"])
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--epochs", type=int)
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    if given.model == "vit":
+        pretrain_vit(given.data, given.epochs or 20, given.seed)
+    else:
+        pretrain_lm(given.data, given.epochs or 8, given.seed)

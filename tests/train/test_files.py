@@ -1,0 +1,181 @@
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from finetune.errors import ConfigError
+from finetune.settings import Config, LoggerConfig
+from finetune.train.files import MetricsFile, RunFolder, replacing, run_folder, write_json_atomic, write_predictions, write_yaml
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_import_brings_no_torch() -> None:
+    code = "import sys, finetune.train.files, finetune.train.result, finetune.train.tracker; print({'torch', 'wandb', 'pyarrow'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+
+
+def test_json_is_strict_and_plain(tmp_path: Path) -> None:
+    write_json_atomic(tmp_path / "a.json", {"nan": float("nan"), "inf": np.inf, "n": np.int64(3), "x": np.float32(0.5), "t": (1, 2), "p": Path("q")})
+    text = (tmp_path / "a.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail) == {"nan": None, "inf": None, "n": 3, "x": 0.5, "t": [1, 2], "p": "q"}
+
+
+def test_yaml_round_trip_keeps_order_and_values(tmp_path: Path) -> None:
+    tree = {"z": 1e-5, "a": {"on": True, "text": "on", "none": None, "list": [1, 2.5]}, "ü": "naïve"}
+    write_yaml(tmp_path / "c.yaml", tree)
+    back = yaml.safe_load((tmp_path / "c.yaml").read_text(encoding="utf-8"))
+    assert back == tree
+    assert list(back) == list(tree)
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_json_atomic(path, {"old": 1})
+    with pytest.raises(TypeError):
+        write_json_atomic(path, {"new": object()})
+    with pytest.raises(ZeroDivisionError), replacing(path) as temporary:
+        temporary.write_text("half" + str(1 / 0))
+    assert json.loads(path.read_text()) == {"old": 1}
+    assert names(tmp_path) == ["a.json"]
+
+
+def test_the_bytes_are_synced_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done: list[str] = []
+    real_sync, real_replace = os.fsync, Path.replace
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), real_sync(handle)))
+    monkeypatch.setattr(Path, "replace", lambda self, target: (done.append("rename"), real_replace(self, target))[1])
+    write_json_atomic(tmp_path / "a.json", {})
+    assert done == ["sync", "rename", "sync"]
+
+
+def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
+    for step in (1, 2):
+        with replacing(tmp_path / "state") as temporary:
+            temporary.mkdir()
+            (temporary / f"part-{step}").write_text("x")
+    assert names(tmp_path) == ["state"]
+    assert names(tmp_path / "state") == ["part-2"]
+
+
+def test_predictions_have_the_types_of_the_contract(tmp_path: Path) -> None:
+    path = tmp_path / "p.parquet"
+    write_predictions(
+        path, [{"id": "a", "label": np.int32(1), "prediction": 2, "score": np.float32(0.25)}, {"id": "b", "label": 0, "prediction": 0, "score": 1}]
+    )
+    table = pq.read_table(path)
+    assert {field.name: str(field.type) for field in table.schema} == {"id": "string", "label": "int64", "prediction": "int64", "score": "double"}
+    assert table.to_pylist()[0] == {"id": "a", "label": 1, "prediction": 2, "score": 0.25}
+    write_predictions(path, [{"id": "w", "loss": 12.5, "bytes": 40}])
+    assert pq.read_table(path).to_pylist() == [{"id": "w", "loss": 12.5, "bytes": 40}]
+
+
+@pytest.mark.parametrize("rows", [[], [{"id": "a", "extra": 1}], [{"id": "a", "label": 1}, {"id": "b"}]])
+def test_predictions_refuse_what_the_contract_does_not_know(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+    with pytest.raises(ValueError, match="predictions need"):
+        write_predictions(tmp_path / "p.parquet", rows)
+    assert names(tmp_path) == []
+
+
+def test_metrics_grow_by_lines_and_resume_drops_what_came_later(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    first = MetricsFile(path)
+    for step in (0, 5, 10, 15):
+        first.append(step, {"loss": 1 / (step + 1)})
+    with path.open("a") as file:
+        file.write('{"step": 7, "lo')  # a process that was killed
+    again = MetricsFile(path, start=10)
+    again.append(11, {"loss": float("inf")})
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 5, 10, 11]
+    assert lines[-1]["loss"] is None
+    MetricsFile(path)
+    assert path.read_text() == ""
+
+
+def test_run_folder_names(some_config: Config) -> None:
+    assert run_folder(some_config) == Path("outputs/trial") / f"lora-tiny_vit-digits-s3-{some_config.hash()}"
+    assert run_folder(replace(some_config, run="mine")) == Path("outputs/trial/mine")
+    assert run_folder(replace(some_config, name=None)).parent.name == datetime.date.today().isoformat()
+
+
+@pytest.mark.parametrize("bad", ["a/b", "..", ".hidden", "a\nb", "a\\b"])
+def test_run_folder_refuses_names_that_lead_elsewhere(some_config: Config, bad: str) -> None:
+    with pytest.raises(ConfigError, match="name="):
+        run_folder(replace(some_config, name=bad))
+    with pytest.raises(ConfigError, match="run="):
+        run_folder(replace(some_config, run=bad))
+
+
+def test_open_freezes_the_config_and_takes_the_same_run_again(tmp_path: Path, some_config: Config) -> None:
+    folder = RunFolder(tmp_path / "runs" / "a")
+    folder.open_or_check(some_config)
+    assert yaml.safe_load(folder.config.read_text()) == some_config.as_dict()
+    folder.open_or_check(replace(some_config, logger=LoggerConfig("none")))
+    assert yaml.safe_load(folder.config.read_text())["logger"]["name"] == "none"
+
+
+def test_open_names_what_differs_and_writes_nothing(tmp_path: Path, some_config: Config) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open_or_check(some_config)
+    before = folder.config.read_bytes()
+    with pytest.raises(ConfigError, match=r"holds another run: seed is 3 there and 4 here, train\.steps is 200 there and 9 here\. Choose"):
+        folder.open_or_check(replace(some_config, seed=4, train=replace(some_config.train, steps=9)))
+    assert (folder.config.read_bytes(), names(tmp_path)) == (before, ["config.yaml"])
+
+
+def test_open_refuses_a_file_a_foreign_folder_and_a_broken_config(tmp_path: Path, some_config: Config) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="is a file"):
+        RunFolder(tmp_path / "file").open_or_check(some_config)
+    with pytest.raises(ConfigError, match=r"no config\.yaml"):
+        RunFolder(tmp_path).open_or_check(some_config)
+    (tmp_path / "config.yaml").write_text("a: [")
+    with pytest.raises(ConfigError, match="cannot be read"):
+        RunFolder(tmp_path).open_or_check(some_config)
+    assert names(tmp_path) == ["config.yaml", "file"]
+
+
+def test_open_says_when_it_may_not_write(tmp_path: Path, some_config: Config) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "run").open_or_check(some_config)
+
+
+def test_a_log_may_lie_there_before_the_run(tmp_path: Path, some_config: Config) -> None:
+    (tmp_path / "log.txt").write_text("starting")
+    RunFolder(tmp_path).open_or_check(some_config)
+    assert names(tmp_path) == ["config.yaml", "log.txt"]
+
+
+def test_finished_is_what_the_result_says(tmp_path: Path, some_config: Config) -> None:
+    folder = RunFolder(tmp_path)
+    assert not folder.finished
+    write_json_atomic(folder.result, {"status": "failed", "format": 1})
+    assert not folder.finished
+    write_json_atomic(folder.result, {"status": "finished", "format": 1})
+    assert folder.finished
+    write_yaml(folder.config, some_config.as_dict())
+    before = folder.config.stat().st_mtime_ns
+    folder.open_or_check(replace(some_config, logger=LoggerConfig("none")))
+    assert folder.config.stat().st_mtime_ns == before  # a finished run is not touched
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 99}'])
+def test_a_result_that_cannot_be_used_is_the_users_fault(tmp_path: Path, content: str | None) -> None:
+    if content is not None:
+        (tmp_path / "result.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"result\.json"):
+        RunFolder(tmp_path).read_result()
