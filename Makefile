@@ -18,6 +18,5 @@ check: lint types test ## style, types and tests
 bench: $(READY) ## the table of docs/benchmarks.md: memory and speed beside their peers
 	.venv/bin/python scripts/benchmark.py
 
-# Without a GPU, PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu in front of make saves gigabytes of CUDA packages.
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test,dev]' && touch $@

@@ -16,13 +16,13 @@ from typing import Any
 import yaml
 from hydra import version
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.hydra import Hydra
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
-from hydra.types import RunMode
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -187,9 +187,7 @@ def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
     search_path = create_config_search_path(f"file://{conf_dir()}")
     if config_dir:
         search_path.prepend("user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None))
-    loader = ConfigLoaderImpl(config_search_path=search_path)
-    Hydra(task_name="finetune", config_loader=loader)  # registers the resolvers and the job's name, which composing needs
-    return loader
+    return ConfigLoaderImpl(config_search_path=search_path)
 
 
 @cache  # the points of a sweep differ mostly in values
@@ -198,14 +196,15 @@ def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None) -> Co
     loader = _loader(config_dir)
     # a group of the user's that the defaults list does not know is appended to it
     picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]
+    overrides, repository = OverridesParser.create().parse_overrides(picks), CachingConfigRepository(loader.repository)
     origins: dict[str, str] = {}
     try:
-        config = loader.load_configuration("config", picks, RunMode.RUN, from_shell=False)
-        OmegaConf.set_struct(config, False)
-        config.pop("hydra")
-        for default in loader.compute_defaults_list("config", picks, RunMode.RUN).defaults:
-            found = loader.repository.load_config(default.config_path or "")
-            if found and found.provider in ("user", "main"):
+        # ``compose`` would merge Hydra's own configuration too, which costs five times as much and is of no use here
+        defaults = create_defaults_list(repository, "config", overrides, prepend_hydra=False, skip_missing=False).defaults
+        config = loader._compose_config_from_defaults_list(defaults, repository)
+        for default in defaults:
+            found = repository.load_config(default.config_path or "")
+            if found:
                 file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
                 origins |= yaml_origins(file.read_text(), _label(file, config_dir), default.package or "")
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:

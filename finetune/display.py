@@ -6,6 +6,8 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .report.metric import show_bytes
+
 
 def show_tree(value: Mapping[str, Any], as_json: bool) -> None:
     """Print nested values on standard output, as JSON or for people."""
@@ -21,10 +23,12 @@ def _show(name: str, item: Any, indent: str) -> None:
         print(f"{indent}{name}")
         for key, inner in item.items():
             _show(str(key), inner, indent + "  ")
-    elif isinstance(item, list) and item and all(isinstance(row, Mapping) for row in item):
+    elif isinstance(item, list) and item and isinstance(item[0], Mapping):
         show_table(item)
+    elif isinstance(item, list) and all(isinstance(line, str) for line in item):
+        print(*(f"{indent}{line}" for line in item), sep="\n", end="\n" * bool(item))
     else:
-        print(f"{indent}{name}: {_text(item)}")
+        print(f"{indent}{name}: {show_bytes(item) if name.endswith('_bytes') else _text(item)}")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:

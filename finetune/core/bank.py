@@ -29,21 +29,30 @@ class Bank(nn.Module):
         self.register_buffer("index", torch.cat([torch.arange(c, dtype=torch.int32) for c in counts]))
         self.register_buffer("starts", torch.tensor([0, *counts]).cumsum(0))
         self.sizes = [s.size for s in sites]
-        self._slices: tuple[Tensor, ...] = ()
-        self._seen = (-1, False)
+        self._slices: tuple[Tensor, ...] = ()  # derived, like ``_bounds``: made again when what they derive from has changed
+        self._bounds: list[int] = []
+        self._slices_of = self._bounds_of = (0, -1)
+
+    @property
+    def bounds(self) -> list[int]:
+        """``starts`` as numbers, read from the device once."""
+        now = (id(self.starts), self.starts._version)
+        if now != self._bounds_of:
+            self._bounds, self._bounds_of = self.starts.tolist(), now
+        return self._bounds
 
     def slice(self, i: int) -> Tensor:
         """The values of site ``i``. One split serves a whole forward pass, so that backward joins the gradients once instead of padding each to K."""
-        now = (self.values._version, torch.is_grad_enabled())
-        if now != self._seen:
-            self._slices = self.values.split(self.starts.diff().tolist())
-            self._seen = now
+        if not torch.is_grad_enabled():
+            return self.values.detach()[self.bounds[i] : self.bounds[i + 1]]
+        now = (id(self.values), self.values._version)
+        if now != self._slices_of:
+            self._slices, self._slices_of = self.values.split(self.starts.diff().tolist()), now
         return self._slices[i]
 
     def where(self, i: int) -> Tensor:
         """The flat positions of site ``i``'s values, int32."""
-        start, end = self.starts[i : i + 2].tolist()
-        return self.index[start:end]
+        return self.index[self.bounds[i] : self.bounds[i + 1]]
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored of a finished run: values, counts a site, and the gaps between positions in the sites laid end to end, in one byte or two each."""
@@ -96,7 +105,8 @@ class SparseDelta(Restorable):
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
         flat, index = self._positions(weight)
         entries = flat[index]
-        self._lent = entries
+        if weight.data_ptr() == original.data_ptr():
+            self._lent = entries
         change = self.gate * self._bank[0].slice(self._i)
         flat[index] = (entries.to(torch.promote_types(entries.dtype, torch.float32)) + change).to(entries.dtype)
         return ()

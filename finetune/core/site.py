@@ -61,12 +61,16 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
         wanted = GROUPS.get(target, (target,))
         hits = [s for s in sites if (s.role in wanted and s.role != "head") or fnmatchcase(s.name, target) or fnmatchcase(s.name, f"*.{target}")]
         if not hits:
-            known = sorted({s.role for s in sites}) + list(GROUPS) + sorted({s.name.rsplit(".", 1)[-1] for s in sites})
-            faults.append(f"method.targets: {target!r} matches no linear layer of this model.{near(target, known)} Roles here: {', '.join(sorted({s.role for s in sites}))}.")
+            here = sorted({s.role for s in sites})
+            known = [*here, *GROUPS, *sorted({s.name.rsplit(".", 1)[-1] for s in sites})]
+            faults.append(f"method.targets: {target!r} matches no linear layer of this model.{near(target, known)} Roles here: {', '.join(here)}.")
         chosen |= {s.name: s for s in hits}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    faults += [f"method.targets: {s.name} shares its weight with another layer, so a change here would act there too; leave it out." for s in chosen.values() if uses[id(s.module.weight)] > 1]
-    faults += [f"method.targets: {s.name} is trained already, in place, as the task's head; leave it out." for s in chosen.values() if s.module.weight.requires_grad]
+    for site in chosen.values():
+        if uses[id(site.module.weight)] > 1:
+            faults.append(f"method.targets: {site.name} shares its weight with another layer, so a change here would act there too; leave it out.")
+        elif site.role == "head" and site.module.weight.requires_grad:
+            faults.append(f"method.targets: {site.name} is trained already, in place, as the task's head; leave it out.")
     if faults:
         raise ConfigError(*faults)
     return [s for s in sites if s.name in chosen]

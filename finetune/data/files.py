@@ -77,7 +77,7 @@ class ImageFolder(Table):
         cure = "Give a folder with one folder of images per class"
         if faults := [f"dataset=imagefolder: {folder} has no images. {cure}." for folder in folders.values() if not has_images(folder)]:
             raise ConfigError(*faults)
-        sources = [Source(split, folder.name, load("imagefolder", [folder / "**"], folder), folder) for split, folder in by_split(folders)]
+        sources = [Source(split, folder.name, load("imagefolder", [folder], folder), folder) for split, folder in by_split(folders)]
         return sources, [f"{source.split}: the folder {source.name}." for source in sources] if len(sources) > 1 else []
 
 
@@ -156,14 +156,16 @@ def load(kind: str, files: list[Path], named: Path) -> Any:
     options: dict[str, Any] = {}
     if kind == "csv":  # only an empty cell is missing: "NA" and "null" are words
         options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if named.suffix.lower() == ".tsv" else ","}
-    patterns = [str(f.parent / "**") if f.name == "**" else glob.escape(str(f)) for f in files]
+    patterns = [glob.escape(str(f)) + ("/**" if f.is_dir() else "") for f in files]
     try:
         with hushed():
-            table = datasets.load_dataset(kind, data_files={"train": patterns}, split="train", cache_dir=scratch(), **options)
+            found = datasets.load_dataset(kind, data_files={"train": patterns}, cache_dir=scratch(), **options)
     except Exception as error:  # every parser has exceptions of its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{named} cannot be read as {kind} ({reason[0]}). Check the file's format.") from error
-    return encoded_images(table)
+    if "train" not in found:
+        raise ConfigError(f"{named} holds no rows. Give a file that does.")
+    return encoded_images(found["train"])
 
 
 @contextmanager

@@ -120,7 +120,8 @@ def decoded(value: dict[str, Any], name: str) -> Any:
     import datasets
 
     try:
-        return datasets.Image().decode_example(value)
+        content = value["bytes"] or Path(value["path"]).read_bytes()
+        return datasets.Image().decode_example({"bytes": content, "path": None})
     except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
         raise ConfigError(f"The image {name} of the data set cannot be read ({error}). Replace or remove it.") from error
 

@@ -91,10 +91,14 @@ class Peft(Method):
         given = dict(self.config)
         if "target_modules" in options and not given.get("target_modules"):
             given["target_modules"] = [s.name for s in find_sites(model, self.targets)]
+        head = [p for p in model.parameters() if p.requires_grad]
         try:
-            return Adapters(tuners[self.type](model, config(**given), "default"))
+            state = Adapters(tuners[self.type](model, config(**given), "default"))
         except (ValueError, TypeError, NotImplementedError) as error:
             raise ConfigError(f"method=peft: peft's {self.type} refuses this configuration: {error}") from error
+        for parameter in head:  # peft freezes everything but its own
+            parameter.requires_grad_(True)
+        return state
 
     def after_step(self, run: Run, state: Adapters) -> None:
         state.after_step(run.step)

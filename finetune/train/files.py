@@ -58,17 +58,18 @@ def _discard(path: Path) -> None:
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary name for a file or folder to write, which takes the place of ``path`` when the block ends without an error."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
     path.parent.mkdir(parents=True, exist_ok=True)
     _discard(temporary)
     try:
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
             _sync(written)
-        if temporary.is_dir():  # a folder cannot be renamed over one that holds files
-            _discard(path)
+        if path.is_dir():  # nothing can be renamed over a folder that holds files
+            path.replace(before)
         temporary.replace(path)
         _sync(path.parent)
+        _discard(before)
     finally:
         _discard(temporary)
 

@@ -95,7 +95,7 @@ class Session:
 
     def _enter(self, phase: int) -> None:
         """Build the phase's states and the optimizer over them."""
-        self.phase = phase
+        self.phase, self.begun = phase, False
         self.current, start, end = self.phases[phase]
         torch.manual_seed(self.seed + phase)
         states = nn.ModuleDict()
@@ -124,6 +124,7 @@ class Session:
 
     def start(self, previous: nn.Module | None = None) -> None:
         """Let the phase's method set its values; once a phase, not on resume."""
+        self.begun = True
         self.current.begin(self.run, self.states["method"], previous)
 
     def steps(self) -> Iterator[Step]:
@@ -134,7 +135,7 @@ class Session:
                 detach(self.model, self.states)
                 self._enter(phase)
                 self.start(previous)
-            elif self.number == 0:
+            elif not self.begun:
                 self.start()
             _, start, end = self.phases[phase]
             for micro in self.batches.steps(self.number, end):
@@ -200,6 +201,7 @@ class Session:
         if saved["phase"] != self.phase:
             detach(self.model, self.states)
             self._enter(saved["phase"])
+        self.begun = True
         self.states.load_state_dict(saved["states"])
         self.optimizer.load_state_dict(saved["optimizer"])
         if saved["scaler"] and self.accelerator.scaler:

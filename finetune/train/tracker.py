@@ -60,7 +60,7 @@ class WeightsAndBiases:
     def _open(self, config: Config, folder: RunFolder) -> None:
         import wandb
 
-        limits = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+        quick = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
         wandb.setup(wandb.Settings(silent=True))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         about: dict[str, Any] = {
@@ -71,7 +71,7 @@ class WeightsAndBiases:
             "tags": [config.model.name, config.dataset.name, *config.logger.tags],
             "config": {**config.as_dict(), "config_hash": config.hash(), "group_hash": group_hash(config)},
             "dir": str(folder.path),
-            "settings": limits,
+            "settings": quick,
         }
         try:
             self._run = wandb.init(mode=mode, **about)

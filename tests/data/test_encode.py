@@ -11,7 +11,7 @@ from finetune.data.encode import collate, encode, fitting_length, windows
 from finetune.errors import ConfigError
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=80) | st.text("the cat☂é😀", max_size=80), length=st.integers(2, 9))
 def test_windows_score_every_byte_and_every_token_once(tokenizer, text, length):
     items = windows({"id": "d", "text": text}, tokenizer, length)

@@ -1,11 +1,12 @@
 from collections import Counter
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from finetune.data.splits import cut, spread
 
 
+@settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=60), st.integers(0, 9))
 def test_every_stretch_of_the_order_holds_the_classes_in_proportion(labels, seed):
     order = spread(labels, seed)

@@ -1,0 +1,280 @@
+"""Overrides, YAML groups and dataclasses against each other."""
+
+import json
+import re
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import config
+from finetune.errors import ConfigError
+from finetune.settings import Config
+
+DATA = [f"dataset={name}" for name in ("csv", "jsonl", "parquet", "imagefolder", "hub")]
+OPEN = {"model=hf": "model.path", **dict.fromkeys(DATA, "dataset.path")}  # what a choice leaves to the user
+FILES = sorted(f"{file.parent.name}={file.stem}" for file in config.conf_dir().glob("*/*.yaml"))
+
+
+def faults(*overrides: str, **where: Path) -> tuple[str, ...]:
+    with pytest.raises(ConfigError) as caught:
+        config.load(list(overrides), **where)
+    return caught.value.faults
+
+
+def fault(*overrides: str, **where: Path) -> str:
+    found = faults(*overrides, **where)
+    assert len(found) == 1, found
+    return found[0]
+
+
+@pytest.fixture
+def groups(tmp_path: Path) -> Path:
+    """A folder of the user's own groups."""
+    files = {
+        "method/mine.yaml": "# @package _global_\nmethod:\n  name: lora\n  rank: 3\noptimizer:\n  lr: 5e-4\n",
+        "method/lora.yaml": "name: lora\nrank: 5\n",
+        "method/nameless.yaml": "rank: 5\n",
+        "method/strange.yaml": "name: strange\n",
+        "method/broken.yaml": "name: [lora\n",
+        "method/child.yaml": "defaults:\n  - lora\n  - _self_\nalpha: ${seed}\n",
+        "experiment/big.yaml": "# @package _global_\ndefaults:\n  - override /method: bitfit\nseed: 7\n",
+    }
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    return tmp_path
+
+
+def test_default_run() -> None:
+    made = config.load([])
+    assert (made.method.name, made.model.name, made.dataset.name, made.seed) == ("snell", "tiny_vit", "digits", 0)
+
+
+def given(choice: str) -> list[str]:
+    return [choice, f"{OPEN[choice]}=somewhere"] if choice in OPEN else [choice]
+
+
+@pytest.mark.parametrize("choice", FILES)
+def test_every_file(choice: str) -> None:
+    """It composes, says which option it is, and repeats nothing that its dataclass says anyway."""
+    group, _, option = choice.partition("=")
+    held = getattr(config.load(given(choice)), group)
+    stated = yaml.safe_load((config.conf_dir() / group / f"{option}.yaml").read_text())
+    assert group == "train" or held.name == option == stated.pop("name")
+    assert not [f.name for f in fields(held) if f.name in stated and f.default == stated[f.name]]
+
+
+@pytest.mark.parametrize("choice", OPEN)
+def test_open_values_are_asked_for(choice: str) -> None:
+    key, file = OPEN[choice], choice.replace("=", "/")
+    assert re.fullmatch(rf"{key} is not set \(conf/{file}.yaml:\d leaves it open\). Add {key}=VALUE.", fault(choice))
+
+
+@pytest.mark.parametrize(
+    ("override", "key", "value"),
+    [
+        ("seed=0", "seed", 0),
+        ("optimizer.lr=1", "optimizer.lr", 1.0),
+        ("optimizer.betas=[0,0.5]", "optimizer.betas", [0.0, 0.5]),
+        ("sparsity=0.25", "method.sparsity", 0.25),
+        ("method.targets=[q,v]", "method.targets", ["q", "v"]),
+        ("train.clip=null", "train.clip", None),
+        ("name=2026", "name", "2026"),
+        ("run=1e-3", "run", "1e-3"),
+        ("run=${seed}-x", "run", "0-x"),
+        ("logger.tags=[a,'b c']", "logger.tags", ["a", "b c"]),
+        ("name=ünï", "name", "ünï"),
+    ],
+)
+def test_values(override: str, key: str, value: object) -> None:
+    shown, origin = config.tree([override])[key]
+    assert shown == value
+    assert type(shown) is type(value)
+    assert origin == "command line"
+
+
+@pytest.mark.parametrize("path", ["/a/epoch=3.pt", "hf://x?y=1", "a#b", "x{y", "[a", 'say "x=1"', "~/x", "", "C:\\d=1\\"])
+def test_unparsable_paths_are_text(path: str) -> None:
+    assert config.load(["model=hf", f"model.path={path}"]).model.path == path
+
+
+def test_peft_config_is_free() -> None:
+    made = config.load(["method=peft", "method.type=LORA", "method.config.r=8", "method.config.target_modules=[q,v]"])
+    assert made.method.config == {"r": 8, "target_modules": ["q", "v"]}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method.sparsty=0.1"], r"method.sparsty=0.1 \(command line\) is not a setting of method=snell. Did you mean 'method.sparsity'\?"),
+        (["lr=1"], r"Did you mean 'optimizer.lr'\?"),
+        (["trian.steps=3"], r"trian.steps=3 .*Did you mean 'train.steps'\?"),
+        (["metod=lora"], r"Did you mean 'method'\?"),
+        (["sed=1"], r"Did you mean 'seed'\?"),
+        (["hydra.run.dir=x"], "hydra.run.dir='x' .*is not a setting"),
+        (["method=snel"], r"method=snel .*Did you mean 'snell'\? Options: .*lora"),
+        (["logger=wadb"], r"Did you mean 'wandb'\?"),
+        (["train.steps=abc"], r"train.steps='abc' \(command line\) should be a valid integer"),
+        (["train.steps=1.0"], "should be a valid integer"),
+        (["train.steps=true"], "should be a valid integer"),
+        (["train.steps.x=1"], r"train.steps=\{\"x\": 1\} \(command line\) should be a valid integer"),
+        (["seed=null"], r"seed=null \(command line\) should be a valid integer"),
+        (["seed=-1"], "greater than or equal to 0"),
+        (["model.download=yes"], "should be true or false"),
+        (["optimizer.lr=nan"], "finite"),
+        (["optimizer.lr=0"], "greater than 0"),
+        (["optimizer.betas=[0.9]"], "too few entries"),
+        (["optimizer.betas=[0.9,1]"], r"optimizer.betas.1=1 \(command line\) should be less than 1"),
+        (["train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
+        (["method.targets=q"], r"should be a list, written \[a,b\]"),
+        (["sparsity=1.2"], r"method.sparsity=1.2 \(command line\) should be less than 1"),
+        (["method=lora", "sparsity=0.1"], "method.sparsity=0.1 .* is not a setting of method=lora. There is: .*method.rank"),
+        (["method=[lora,snell]"], "exactly one option"),
+        (["method={name: lora}"], "exactly one option"),
+        (["method=null"], "exactly one option"),
+        (["method=lora,snell"], "finetune sweep method=lora,snell"),
+        (["seed=range(0,3)"], "names several values"),
+        (["method=lora", "method=snell"], "method=lora and method=snell set the same thing"),
+        (["sparsity=0.1", "method.sparsity=0.1"], "set the same thing"),
+        (["method.name=lora"], "write method=OPTION"),
+        (["+method.extra=1"], r"\+method.extra=1: settings are neither added nor removed"),
+        (["++seed=1"], "neither added nor removed"),
+        (["~method"], "neither added nor removed"),
+        (["--multirun"], "--multirun is not an option here"),
+        (["train.steps"], "not of the form key=value"),
+        (["=3"], "not of the form key=value"),
+        (["method@x=lora"], "not of the form key=value"),
+        (["run=${nope}"], "'nope' not found"),
+    ],
+)
+def test_one_fault(overrides: list[str], words: str) -> None:
+    said = fault(*overrides)
+    assert re.search(words, said), said
+    assert "append" not in said
+    assert "\n" not in said
+
+
+def test_all_faults_at_once() -> None:
+    found = faults("train.steps=abc", "trian.steps=3", "--x", "optimizer.lr=-1", "method.rnk=4", "logger=wadb", "logger.tgs=1")
+    assert [said.split(" ")[0] for said in found] == ["--x", "logger=wadb", "trian.steps=3", "method.rnk=4", "optimizer.lr=-1", "train.steps='abc'"]
+
+
+def test_wrong_choice_silences_its_section() -> None:
+    """What is set for a method that does not exist cannot be judged."""
+    assert "method=lorra" in fault("method=lorra", "method.alpha=3", "sparsity=9")
+
+
+def test_own_groups_win(groups: Path) -> None:
+    leaves = config.tree(["method=lora"], groups)
+    assert leaves["method.rank"] == (5, f"{groups}/method/lora.yaml:2")
+    assert config.load(["method=lora"]).method.rank != 5
+
+
+def test_method_file_comes_last(groups: Path) -> None:
+    """It may set its paper's optimizer values, and the command line still wins."""
+    leaves = config.tree(["method=mine", "optimizer.eps=1e-6"], groups)
+    assert leaves["optimizer.lr"] == (5e-4, f"{groups}/method/mine.yaml:6")
+    assert leaves["optimizer.eps"] == (1e-6, "command line")
+    assert config.load(["method=mine", "optimizer.lr=0.5"], groups).optimizer.lr == 0.5
+
+
+def test_inheritance_and_interpolation(groups: Path) -> None:
+    made = config.load(["method=child", "seed=3"], groups).method
+    assert (made.rank, made.alpha) == (5, 3.0)
+
+
+def test_a_group_of_the_users_own(groups: Path) -> None:
+    made = config.load(["experiment=big"], groups)
+    assert (made.method.name, made.seed) == ("bitfit", 7)
+    assert config.load(["experiment=big", "method=lora", "seed=1"], groups).seed == 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["method=nameless"], r"method.name is not set.*one of: .*snell"),
+        (["method=strange"], r"method=strange is not known.*strange.yaml:1\)"),
+        (["method=broken"], r"do not fit together: .*broken.yaml"),
+        (["method=lora", "method.rnk=1"], "Did you mean 'method.rank'"),
+    ],
+)
+def test_faults_of_own_groups(groups: Path, overrides: list[str], words: str) -> None:
+    said = fault(*overrides, config_dir=groups)
+    assert re.search(words, said), said
+
+
+def test_config_dir_must_exist(tmp_path: Path) -> None:
+    assert "there is no such folder" in fault(config_dir=tmp_path / "no")
+
+
+@pytest.fixture
+def frozen(tmp_path: Path) -> Path:
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.load(["method=lora", "seed=4", "name=n"]).as_dict(), sort_keys=False))
+    return file
+
+
+def test_frozen_config_is_the_same_run(frozen: Path) -> None:
+    again = config.load([], config_file=frozen)
+    assert again == config.load(["method=lora", "seed=4", "name=n"])
+    assert isinstance(again, Config)
+    changed = config.load(["seed=5", "method.rank=3"], config_file=frozen)
+    assert (changed.seed, changed.method.rank, changed.name) == (5, 3, "n")
+
+
+def test_frozen_config_says_its_lines(frozen: Path) -> None:
+    line = frozen.read_text().splitlines().index("seed: 4") + 1
+    assert config.tree(["method.rank=3"], config_file=frozen)["seed"] == (4, f"{frozen}:{line}")
+    frozen.write_text(frozen.read_text().replace("seed: 4", "seed: x"))
+    assert fault(config_file=frozen) == f"seed='x' ({frozen}:{line}) should be a valid integer."
+
+
+def test_faults_of_a_frozen_config(frozen: Path, tmp_path: Path) -> None:
+    assert "cannot be combined with --config" in fault("method=snell", config_file=frozen)
+    assert "--config-dir do not go together" in fault(config_file=frozen, config_dir=tmp_path)
+    assert "is a folder" in fault(config_file=tmp_path)
+    assert "no such file" in fault(config_file=tmp_path / "no.yaml")
+    for text, words in (("[1", "cannot be read as YAML"), ("- 1", "not a mapping"), ("\x00", "cannot be read as YAML")):
+        frozen.write_text(text)
+        assert words in fault(config_file=frozen)
+    frozen.write_text("seed: 1")
+    assert "model should be a mapping of settings, not None" in "\n".join(faults(config_file=frozen))
+
+
+def test_tree_is_complete_and_honest() -> None:
+    """Every value is there once, and every origin leads to a line that names it."""
+    leaves = config.tree(["method=lora", "method.rank=3"])
+    made = config.load(["method=lora", "method.rank=3"])
+    assert {key for key in leaves if "." not in key} == {"name", "run", "seed"}
+    assert json.dumps({key: value for key, (value, _) in leaves.items()}) == json.dumps(dict(_flat(made.as_dict())))
+    root = config.conf_dir().parent
+    for key, (_, origin) in leaves.items():
+        if origin != "command line":
+            file, _, line = origin.removeprefix("default in ").rpartition(":")
+            assert key.rpartition(".")[2] in (root / file).read_text().splitlines()[int(line) - 1], (key, origin)
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:
+    return [leaf for k, v in tree.items() for leaf in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [(prefix + k, v)])]
+
+
+def test_expand() -> None:
+    points = config.expand(["method=lora,snell", "seed=range(0,2)", "model.path=/a/x=1", "train.steps=3"])
+    rest = ["model.path=/a/x=1", "train.steps=3"]
+    assert points == [[f"method={m}", f"seed={s}", *rest] for m in ("lora", "snell") for s in (0, 1)]
+    assert config.expand([]) == [[]]
+
+
+def test_expand_knows_options_and_lists() -> None:
+    assert ["method=snell"] in config.expand(["method=glob(*)"])
+    assert config.expand(["method.targets=[q,v],[k]"]) == [["method.targets=[q,v]"], ["method.targets=[k]"]]
+    assert config.expand(["name='a,b'"]) == [["name='a,b'"]]
+
+
+def test_expand_refuses_what_it_cannot_enumerate() -> None:
+    with pytest.raises(ConfigError, match=r"range\(START,STOP,STEP\)"):
+        config.expand(["seed=interval(0,1)"])
+    with pytest.raises(ConfigError, match="--x"):
+        config.expand(["--x"])

@@ -1,0 +1,71 @@
+"""Imports run one way, so that the parts can be understood, and used, alone."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1] / "finetune"
+BOTTOM = {"errors", "registry", "settings"}
+SIDE = {"core"} | BOTTOM
+ALLOWED = {
+    "errors": set(),
+    "registry": {"errors"},
+    "settings": {"errors"},
+    "core": {"errors"},
+    "methods": SIDE,
+    "models": SIDE,
+    "data": SIDE,
+    "config": BOTTOM | {"strict", "explain"},
+    "strict": BOTTOM | {"explain"},
+    "explain": BOTTOM,
+    "report": {"errors"},
+    "train": SIDE | {"config", "data", "models"},
+    "testing": SIDE | {"data", "train"},
+}
+HEAVY = ("torch", "transformers", "datasets", "accelerate", "wandb", "peft", "sklearn", "hydra")
+
+
+def _imports(file: Path) -> set[str]:
+    """Top-level parts of this package that a file imports, at any depth of its code."""
+    here = file.relative_to(ROOT.parent).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.ImportFrom):
+            parts = [*here[: -node.level], *(node.module or "").split(".")] if node.level else (node.module or "").split(".")
+            names = [a.name for a in node.names] if parts in (["finetune"], ["finetune", ""]) else [parts[1]] if parts[0] == "finetune" else []
+            found |= set(names)
+        elif isinstance(node, ast.Import):
+            found |= {a.name.split(".")[1] for a in node.names if a.name.startswith("finetune.")}
+    return found - {"__version__"}
+
+
+def test_imports_run_one_way() -> None:
+    wrong, seen = [], set()
+    for file in ROOT.rglob("*.py"):
+        part = file.relative_to(ROOT).parts[0].removesuffix(".py")
+        if part in ALLOWED:
+            seen.add(part)
+            wrong += [f"{file.relative_to(ROOT)} imports {name}" for name in _imports(file) - ALLOWED[part] - {part}]
+    assert not wrong
+    assert seen == set(ALLOWED)
+
+
+def test_methods_do_not_import_each_other() -> None:
+    for file in (ROOT / "methods").glob("*.py"):
+        text = file.read_text()
+        assert "from ." not in text.replace("from ..", ""), file
+        assert "finetune.methods" not in text, file
+
+
+def test_only_config_knows_hydra() -> None:
+    users = {f.name for f in ROOT.rglob("*.py") if "import hydra" in f.read_text() or "from hydra" in f.read_text() or "omegaconf" in f.read_text()}
+    assert users == {"config.py"}
+
+
+def test_the_command_line_starts_without_heavy_packages() -> None:
+    code = f"import sys, finetune.cli, finetune.registry as r; r.catalog('method'); print([m for m in {HEAVY} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
