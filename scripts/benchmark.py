@@ -3,9 +3,9 @@
     python scripts/benchmark.py                 # everything, as a Markdown table on standard output
     python scripts/benchmark.py --rounds 3 --steps 4 --write docs/benchmarks.md
 
-ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every measurement is a process of its
-own; the contestants take turns, round by round, so that a machine that drifts drifts for all. Step time: the median over a process's steps after one
-warm-up step, then the median over rounds; memory: the kernel's own count of the process's peak (VmHWM), the median over rounds.
+ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every measurement is a
+process of its own; the contestants take turns, round by round, so that a machine that drifts drifts for all. Step time: the median over a process's
+steps after one warm-up step, then the median over rounds; memory: the kernel's own count of the process's peak (VmHWM), the median over rounds.
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
 
     train = TrainConfig(steps=steps, batch_size=BATCH, clip=None, device="cpu")
     batches = Batches(Noise(), BATCH, None, 0)
-    session = Session(vit_base(), method, ("classifier.weight", "classifier.bias"), batches, OptimizerConfig(lr=1e-4), train, 0, make_accelerator(train))
+    session = Session(
+        vit_base(), method, ("classifier.weight", "classifier.bias"), batches, OptimizerConfig(lr=1e-4), train, 0, make_accelerator(train)
+    )
     for step in session.steps():
         yield step.seconds
 
@@ -198,7 +200,13 @@ def table(found: dict[str, dict[str, float]], rounds: int, steps: int, threads: 
     lines.append(f"| `finetune methods` | under 1 s | {answers(['methods']):.2f} s |")
     import torch
 
-    return "\n".join([*lines, "", f"{rounds} rounds of {steps} steps, {threads} threads, {platform.machine()}, Python {platform.python_version()}, torch {torch.__version__}."])
+    return "\n".join(
+        [
+            *lines,
+            "",
+            f"{rounds} rounds of {steps} steps, {threads} threads, {platform.machine()}, torch {torch.__version__}.",
+        ]
+    )
 
 
 def main() -> None:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "
 MODEL = Path(finetune.__file__).parent / "models" / "tiny_vit"
 SMALL = ["method=head", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1"]
 
-# Imports what the commands import, then forks a process for each command: the real main() with its own arguments, folder and output, less the seconds of importing.
+# Imports what the commands import, then forks a process for each command: the real main() in a folder of its own, less the seconds of importing.
 NURSERY = """
 import json, os, sys
 import finetune.cli, finetune.config, finetune.train.run, finetune.sweep
@@ -265,7 +264,6 @@ def test_eval_gives_the_same_numbers(command: Command, run: Path) -> None:
 
 
 def test_merge(command: Command, refuse: Refuse, run: Path) -> None:
-    assert "--tolerance" in refuse("merge", "ckpt=outputs/first/run", "out=merged", "--tolerance", "0", folder=run)[0] or True
     said = command("merge", "ckpt=outputs/first/run", "out=merged", folder=run)
     assert said.code == 0
     assert (run / "merged" / "config.json").is_file()
@@ -313,7 +311,13 @@ def test_bad_words_of_other_commands(refuse: Refuse, words: list[str], message: 
 
 
 def test_unexpected_errors_are_one_line(tmp_path: Path) -> None:
-    code = "import finetune.registry as r, finetune.cli as c, sys\ndef broken(kind): raise OSError('disk\\ngone')\nr.catalog = broken\nsys.argv = ['finetune', 'methods']\nc.main()"
+    code = """
+import sys, finetune.cli, finetune.registry
+def broken(kind): raise OSError("disk\\ngone")
+finetune.registry.catalog = broken
+sys.argv = ["finetune", "methods"]
+finetune.cli.main()
+"""
     done = subprocess.run([sys.executable, "-c", code], env=ENV | {"TMPDIR": str(tmp_path)}, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr.startswith("Error: finetune failed unexpectedly: OSError: disk gone (details in ")

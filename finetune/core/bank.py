@@ -14,8 +14,8 @@ from .site import Site
 class Bank(nn.Module):
     """K float32 values (the change, starting at 0) over ``sites``.
 
-    ``index`` [K] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1] int64 says which
-    slice of the K belongs to which site. Both are state and are saved; views and originals derive from them.
+    ``index`` [K] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1] int64 says
+    which slice of the K belongs to which site. Both are state and are saved; views and originals derive from them.
     """
 
     index: Tensor
@@ -47,7 +47,7 @@ class Bank(nn.Module):
             return self.values.detach()[self.bounds[i] : self.bounds[i + 1]]
         now = (id(self.values), self.values._version)
         if now != self._slices_of:
-            self._slices, self._slices_of = self.values.split(self.starts.diff().tolist()), now
+            self._slices, self._slices_of = torch.split(self.values, self.starts.diff().tolist()), now
         return self._slices[i]
 
     def where(self, i: int) -> Tensor:
@@ -55,7 +55,7 @@ class Bank(nn.Module):
         return self.index[self.bounds[i] : self.bounds[i + 1]]
 
     def pack(self) -> dict[str, Tensor]:
-        """What is stored of a finished run: values, counts a site, and the gaps between positions in the sites laid end to end, in one byte or two each."""
+        """What is stored of a finished run: values, counts a site, and the coded gaps between positions in the sites laid end to end."""
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)[:-1]
         flat = self.index.long().cpu() + offsets.repeat_interleave(self.starts.diff().cpu())
         return {"values": self.values.detach(), "starts": self.starts, "gaps": encode_sorted(flat)}

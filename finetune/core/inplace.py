@@ -20,8 +20,8 @@ def untrained(model: nn.Module) -> list[str]:
 class InPlace(Part):
     """Parameters of the model trained under their own names, in float32 or wider.
 
-    With ``keep`` the originals stay in memory (for few parameters). Without, the model's own tensors are trained with no copy, and the originals are read
-    again through ``source`` when the base is needed; the engine sets it. The gate is 0 or 1.
+    With ``keep`` the originals stay in memory (for few parameters). Without, the model's own tensors are trained with no copy, and the originals are
+    read again through ``source`` when the base is needed; the engine sets it. The gate is 0 or 1.
     """
 
     source: Source | None = None
@@ -60,7 +60,7 @@ class InPlace(Part):
         return {n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
 
     @property
-    def gate(self) -> float:  # type: ignore[override]  # a property, because switching moves tensors
+    def gate(self) -> float:  # a property, because switching moves tensors
         return self._gate
 
     @gate.setter

@@ -110,8 +110,8 @@ class Reparam(Method):
     def build(self, model: nn.Module) -> nn.ModuleDict:
         state = nn.ModuleDict()
         for site in find_sites(model, self.targets):
-            state[site.key] = self.delta(site)
-            attach(model, site.name, state[site.key])
+            delta = state[site.key] = self.delta(site)
+            attach(model, site.name, delta)
         return state
 
 
@@ -129,7 +129,7 @@ class Sparse(Method):
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
         bank = Bank(sites, [self.count(s) for s in sites])
-        views = nn.ModuleDict({s.key: SparseDelta(bank, i, s) for i, s in enumerate(sites)})
-        for site in sites:
-            attach(model, site.name, views[site.key])
-        return nn.ModuleDict({"bank": bank, "views": views})
+        views = [SparseDelta(bank, i, s) for i, s in enumerate(sites)]
+        for site, view in zip(sites, views, strict=True):
+            attach(model, site.name, view)
+        return nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})

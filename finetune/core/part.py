@@ -1,7 +1,7 @@
 """Attach changes to a frozen model, switch them off, fold them in, take them away.
 
-A *part* is what a method attaches: a ``Delta`` changes the weight of one linear layer, an ``Edit`` the output of one module. Parts belong to the state
-that a method builds; the model only refers to them, so its own parameters stay exactly the pretrained ones.
+A *part* is what a method attaches: a ``Delta`` changes the weight of one linear layer, an ``Edit`` the output of one module. Parts belong to the
+state that a method builds; the model only refers to them, so its own parameters stay exactly the pretrained ones.
 """
 
 from __future__ import annotations
@@ -109,8 +109,8 @@ class Restorable(Delta):
 def changed(weight: Tensor, deltas: Sequence[Delta], kept: Sequence[Kept] | None = None) -> Iterator[tuple[Tensor, list[Kept]]]:
     """The weight with the changes of ``deltas`` in it, float32 or wider unless lent, and what the deltas kept, for as long as the block lasts.
 
-    Deltas that can restore what they overwrite are lent the weight itself and no copy is made; ``.data`` because autograd's version counter must not see
-    a change that is undone before anyone can use the weight again.
+    Deltas that can restore what they overwrite are lent the weight itself and no copy is made; ``.data`` because autograd's version counter must not
+    see a change that is undone before anyone can use the weight again.
     """
     lent = all(isinstance(d, Restorable) for d in deltas)
     wide = torch.promote_types(weight.dtype, torch.float32)
@@ -160,6 +160,8 @@ def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[
 
 class Patched(nn.Module):
     """A frozen linear layer and the deltas stacked on it. ``weight`` is always [out, in], GPT-2's transposed layers included."""
+
+    base: Any  # a linear layer, or GPT-2's Conv1D
 
     def __init__(self, base: nn.Module) -> None:
         super().__init__()

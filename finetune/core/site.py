@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 
@@ -44,7 +45,7 @@ def all_sites(model: nn.Module) -> list[Site]:
     role_of = roles(model)
     found = []
     for name, module in model.named_modules():
-        layer = module.base if isinstance(module, Patched) else module
+        layer: Any = module.base if isinstance(module, Patched) else module
         if is_matrix(layer) and name in role_of:
             shape = tuple(layer.weight.shape)
             found.append(Site(name, layer, block_of(name), role_of[name], shape[::-1] if type(layer).__name__ == "Conv1D" else shape))
@@ -56,7 +57,9 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
 
     Raises ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in two places (merging it would change both).
     """
-    sites, chosen, faults = all_sites(model), {}, []
+    sites = all_sites(model)
+    chosen: dict[str, Site] = {}
+    faults: list[str] = []
     for target in targets:
         wanted = GROUPS.get(target, (target,))
         hits = [s for s in sites if (s.role in wanted and s.role != "head") or fnmatchcase(s.name, target) or fnmatchcase(s.name, f"*.{target}")]

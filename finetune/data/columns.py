@@ -6,8 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from finetune.data.dataset import Task
-from finetune.errors import ConfigError, near
+from ..errors import ConfigError, near
+from .dataset import Task
 
 if TYPE_CHECKING:
     import datasets

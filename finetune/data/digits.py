@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from finetune.data.dataset import Dataset, Raw, Row
-from finetune.data.splits import cut, spread
-from finetune.registry import register
+from ..registry import register
+from .dataset import Dataset, Raw, Row
+from .splits import cut, spread
 
 SIZES = {"train": 1000, "val": 200, "test": 597}
 

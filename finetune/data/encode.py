@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from finetune.data.dataset import Raw, Row
-from finetune.errors import ConfigError
+from ..errors import ConfigError
+from .dataset import Raw, Row
 
 Item = dict[str, Any]
 KEPT_BYTES = 64 * 2**20  # processed images of a split are kept in memory up to this size

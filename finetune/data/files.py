@@ -15,10 +15,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from finetune.data.columns import is_image
-from finetune.data.table import Source, Table
-from finetune.errors import ConfigError
-from finetune.registry import register
+from ..errors import ConfigError
+from ..registry import register
+from .columns import is_image
+from .table import Source, Table
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 
@@ -159,13 +159,11 @@ def load(kind: str, files: list[Path], named: Path) -> Any:
     patterns = [glob.escape(str(f)) + ("/**" if f.is_dir() else "") for f in files]
     try:
         with hushed():
-            found = datasets.load_dataset(kind, data_files={"train": patterns}, cache_dir=scratch(), **options)
+            table = datasets.load_dataset(kind, data_files={"train": patterns}, split="train", cache_dir=scratch(), **options)
     except Exception as error:  # every parser has exceptions of its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
-        raise ConfigError(f"{named} cannot be read as {kind} ({reason[0]}). Check the file's format.") from error
-    if "train" not in found:
-        raise ConfigError(f"{named} holds no rows. Give a file that does.")
-    return encoded_images(found["train"])
+        raise ConfigError(f"{named} has no rows or cannot be read as {kind} ({reason[0]}). Check its content and format.") from error
+    return encoded_images(table)
 
 
 @contextmanager

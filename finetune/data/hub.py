@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
-from finetune.data.files import by_split, encoded_images, hushed, split_of
-from finetune.data.table import Source, Table
-from finetune.errors import ConfigError
-from finetune.registry import register
+from ..errors import ConfigError
+from ..registry import register
+from .files import by_split, encoded_images, hushed, split_of
+from .table import Source, Table
 
 
 @register("hub")

@@ -12,9 +12,9 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from finetune.data.dataset import Dataset, Raw, Row
-from finetune.errors import ConfigError
-from finetune.registry import register
+from ..errors import ConfigError
+from ..registry import register
+from .dataset import Dataset, Raw, Row
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 TENTHS = {"val": range(1), "test": range(1, 3), "train": range(3, 10)}  # of all files, by the hash of their path

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 
 from annotated_types import Ge, Gt, Lt
 
-from finetune.data.columns import Columns, choose, missing, names_of
-from finetune.data.dataset import Dataset, Raw, Row, Task
-from finetune.data.splits import cut, spread
-from finetune.errors import ConfigError
+from ..errors import ConfigError
+from .columns import Columns, choose, missing, names_of
+from .dataset import Dataset, Raw, Row, Task
+from .splits import cut, spread
 
 if TYPE_CHECKING:
     import datasets

@@ -30,7 +30,7 @@ class Adapters(Part):
                 self.register_buffer(name.replace(".", "/"), buffer)
 
     @property
-    def gate(self) -> float:  # type: ignore[override]  # a property, because peft keeps the switch in its layers
+    def gate(self) -> float:  # a property, because peft keeps the switch in its layers
         return self._gate
 
     @gate.setter
@@ -51,7 +51,7 @@ class Adapters(Part):
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         layers = [m.get_base_layer() for m in self._tuner[0].model.modules() if isinstance(m, BaseTunerLayer)]
-        return sum(m.weight.numel() for m in layers if hasattr(m, "weight"))
+        return sum(int(m.weight.numel()) for m in layers if isinstance(m, nn.Linear))
 
     def detach(self) -> None:
         self._tuner[0].unload()
@@ -82,7 +82,9 @@ class Peft(Method):
             raise ConfigError("method=peft needs the peft package: pip install 'finetune-bench[peft]'.") from None
         tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in PeftType if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None)}
         if self.type not in tuners:
-            raise ConfigError(f"method.type={self.type} is no tuner of the installed peft that acts on layers.{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}.")
+            raise ConfigError(
+                f"method.type={self.type} is no tuner of the installed peft for layers.{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
+            )
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
         options = set(inspect.signature(config).parameters)
         unknown = [f"method.config.{k} is no option of peft's {config.__name__}.{near(k, options)}" for k in self.config if k not in options]

@@ -1,7 +1,7 @@
 """SHiRA: train a few entries of each weight, chosen once (Bhardwaj et al., 2024, arXiv 2406.13175; here with the random mask).
 
-The vector form: K values from 0 added to W at fixed places. peft's random mask starts from the same generator state in every run and layer; here the run's
-seed draws it, and every layer gets its own.
+The vector form: K values from 0 added to W at fixed places. peft's random mask starts from the same generator state in every run and layer; here the
+run's seed draws it, and every layer gets its own.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
+from ..core.bank import Bank
 from ..core.method import Run, Sparse
 from ..core.site import find_sites
 from ..registry import register
@@ -26,7 +26,8 @@ class SHiRA(Sparse):
     trains: ClassVar[str] = "a share of the entries of each weight, chosen once"
     paper: ClassVar[str] = "arXiv 2406.13175"
 
-    def begin(self, run: Run, state: nn.ModuleDict, previous: Any) -> None:
+    def begin(self, run: Run, state: Any, previous: Any) -> None:
         sites = find_sites(run.model, self.targets)
+        bank: Bank = state["bank"]
         chosen = [torch.randperm(s.size, generator=run.generator)[: self.count(s)] for s in sites]
-        state["bank"].place([run.agree(c.to(state["bank"].index.device)) for c in chosen])
+        bank.place([run.agree(c.to(bank.index.device)) for c in chosen])

@@ -1,15 +1,16 @@
 """SNELL: sparse tuning with a kernelized low-rank change (Shen et al., 2024, arXiv 2411.01800).
 
-The change of a weight is a signed difference of distances between the rows of small factors, thresholded at a quantile of its own magnitude. Paper and
-released code differ in the sparsifier; ``sparsifier`` chooses the reading, ``t`` being the threshold and K the kernel matrix:
+The change of a weight is a signed difference of distances between the rows of small factors, thresholded at a quantile of its own magnitude. Paper
+and released code differ in the sparsifier; ``sparsifier`` chooses the reading, ``t`` being the threshold and K the kernel matrix:
 
-    released   change = K |K| where |K| > t, with |K| held constant in the gradient; at sparsity 0 the released code switches to change = K, without the
+    released   change = K |K| where |K| > t, with |K| held constant in the gradient; at sparsity 0 the released code switches to change = K, without
+    the
                factor |K|, so that going from sparsity 0 to the smallest positive one shrinks the initial change about a thousandfold
     paper      change = K max(|K| - t, 0), eq. 5, differentiated through |K|; at sparsity 0, t is 0 and nothing switches
 
-Both hold t constant, and ``sparsity`` is the share set to zero (the code; one sentence of the paper has it as the share kept). The released code's own
-further settings: ``dropout=0.1 drop_path=0.1``; its coefficients +-0.1 are fixed there (learnable in the paper) and fixed here. The class token is trained
-too, in place, where a model has one.
+Both hold t constant, and ``sparsity`` is the share set to zero (the code; one sentence of the paper has it as the share kept). The released code's
+own further settings: ``dropout=0.1 drop_path=0.1``; its coefficients +-0.1 are fixed there (learnable in the paper) and fixed here. The class token
+is trained too, in place, where a model has one.
 """
 
 from __future__ import annotations
@@ -35,7 +36,8 @@ ROWS = 128  # rows of the kernel made at once on the CPU: a few of these fit its
 
 
 class Kernel(Delta):
-    """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified; rows [2, out, rank / 2], cols [2, in, rank / 2], float32.
+    """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified; rows [2, out, rank / 2], cols [2, in, rank / 2],
+    float32.
 
     Only the factors, the input and the scalar threshold live from forward to backward.
     """

@@ -7,8 +7,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ConfigError
-from finetune.settings import ModelConfig
+from ..errors import ConfigError
+from ..settings import ModelConfig
 
 BUILTIN = Path(__file__).parent
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.core.roles import in_head, is_recognised
-from finetune.errors import ConfigError
-from finetune.models.folder import check_fits, check_weights, find
-from finetune.models.processor import read_processor
-from finetune.settings import ModelConfig
+from ..core.roles import in_head, is_recognised
+from ..errors import ConfigError
+from ..settings import ModelConfig
+from .folder import check_fits, check_weights, find
+from .processor import read_processor
 
 AUTO = {
     "image_classification": "AutoModelForImageClassification",

@@ -1,7 +1,7 @@
 """What every method must keep, as checks to call from a test: ``check(lambda: LoRA(rank=4))``.
 
-The oracle is never the method itself: the untouched model, an uninterrupted run, the whole batch, the plain merged layers. Models are tiny, with random
-weights, and the data is random with a rule that can be learned; a check takes about a second.
+The oracle is never the method itself: the untouched model, an uninterrupted run, the whole batch, the plain merged layers. Models are tiny, with
+random weights, and the data is random with a rule that can be learned; a check takes about a second.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ OPTIMIZER = OptimizerConfig(lr=1e-2)
 
 def tiny(kind: Kind = "vit") -> Any:
     """A two-block model with random weights, the same at every call."""
-    import transformers as t
+    import transformers
 
+    t: Any = transformers
     torch.manual_seed(7)
     if kind == "vit":
         sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16, "patch_size": 8}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import torch
@@ -21,7 +22,8 @@ def chosen(size: int, batch_size: int, seed: int, step: int) -> Tensor:
 
 def pieces(batch: Tensor, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
     """This process's micro-batches; every process gets as many, perhaps empty ones last."""
-    rounds = -(-(-(-len(batch) // world)) // micro_batch_size)
+    most = math.ceil(len(batch) / world)
+    rounds = math.ceil(most / micro_batch_size)
     mine = batch[rank::world]
     return [mine[r * micro_batch_size : (r + 1) * micro_batch_size].tolist() for r in range(rounds)]
 
@@ -29,7 +31,16 @@ def pieces(batch: Tensor, micro_batch_size: int, rank: int, world: int) -> list[
 class Batches:
     """The micro-batches of every step from ``start`` on; ``None`` where this process has no example left in the step."""
 
-    def __init__(self, data: Dataset[dict[str, object]], batch_size: int, micro_batch_size: int | None, seed: int, rank: int = 0, world: int = 1, workers: int = 0) -> None:
+    def __init__(
+        self,
+        data: Dataset[dict[str, object]],
+        batch_size: int,
+        micro_batch_size: int | None,
+        seed: int,
+        rank: int = 0,
+        world: int = 1,
+        workers: int = 0,
+    ) -> None:
         self.data, self.batch_size, self.seed, self.workers = data, batch_size, seed, workers
         self.micro_batch_size = micro_batch_size or batch_size
         self.rank, self.world = rank, world

@@ -49,4 +49,3 @@ def newest(files: RunFolder) -> Path | None:
     """The checkpoint of the latest step in a run's folder."""
     found = [p for p in (files.path / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
     return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
-

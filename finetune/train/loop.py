@@ -107,7 +107,9 @@ class Session:
             if isinstance(part, InPlace):
                 part.source = self.source
         if not any(p.requires_grad for p in states.parameters()):
-            raise ConfigError(f"method={self.current.name} has nothing to train here: a language model has no new head. Choose another method, for example lora.")
+            raise ConfigError(
+                f"method={self.current.name} has nothing to train here: a language model has no new head. Choose another method, for example lora."
+            )
         self.accelerator.free_memory()
         self.tuned = self.accelerator.prepare_model(Tuned(self.model, states))
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(states, self.optimizer_settings))

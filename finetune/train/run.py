@@ -27,7 +27,8 @@ from ..models.load import load as load_model
 from ..settings import Config, TrainConfig
 from . import checkpoint, stored, tracker
 from .batches import Batches
-from .evaluate import Evaluation, better, evaluate as measure
+from .evaluate import Evaluation, better
+from .evaluate import evaluate as measure
 from .files import RunFolder, replacing, write_json_atomic, write_predictions
 from .loop import NotFinite, Session
 from .result import make_result, peak_memory
@@ -76,7 +77,9 @@ def make_deterministic(settings: TrainConfig) -> None:
 def prepare(config: Config) -> Setup:
     """Read data and model and attach the method. Every fault of the configuration shows here, before anything is written."""
     if config.model.dtype != "float32" and config.train.precision == "fp32":
-        raise ConfigError(f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it.")
+        raise ConfigError(
+            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
+        )
     accelerator = make_accelerator(config.train, config.method.unused_parameters)
     make_deterministic(config.train)
     raw = config.dataset.read()
@@ -218,8 +221,8 @@ class Training:
 def train(config: Config, folder: Path, say: Say, progress: Progress) -> dict[str, Any]:
     """Run ``config`` in ``folder`` and return the content of its ``result.json``.
 
-    An unfinished run of the same configuration goes on from its newest checkpoint. Raises ``ConfigError`` before anything is written, ``RunFailed`` when
-    the loss is not finite.
+    An unfinished run of the same configuration goes on from its newest checkpoint. Raises ``ConfigError`` before anything is written, ``RunFailed``
+    when the loss is not finite.
     """
     setup = prepare(config)
     files = RunFolder(folder)
@@ -256,8 +259,8 @@ def plan(config: Config) -> dict[str, Any]:
     layers += [{"layer": name, "shape": list(p.shape), "trained": p.numel()} for m in inplace for name, p in m.trained().items()]
     counts = params(setup)
     return {
-        "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps": config.train.steps,
-        "layers": layers, "params": counts, "stored_bytes": stored.stored_bytes(session.states),
+        "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":
+        config.train.steps, "layers": layers, "params": counts, "stored_bytes": stored.stored_bytes(session.states),
         "expected_peak_memory_bytes": _expected_peak(session, counts["trained"]), "notes": setup.notes,
     }  # fmt: skip
 
@@ -288,7 +291,7 @@ def _resident() -> int:
 
 
 def run_of(path: Path) -> tuple[RunFolder, Path | None]:
-    """The run that ``path`` names, and the checkpoint folder if it names one. ``path``: a run, its ``delta``, or one of its ``checkpoints/step-N``."""
+    """The run that ``path`` names, and the checkpoint folder if it names one. ``path``: a run, its ``delta``, or a ``checkpoints/step-N``."""
     for root, state in ((path, None), (path.parent, None), (path.parent.parent, path)):
         if (root / "config.yaml").is_file() and path.is_dir():
             return RunFolder(root), state if state and (state / "state.json").is_file() else None
@@ -308,7 +311,9 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
             "Evaluate on a data set with the same labels."
         )
     if setup.fingerprint != known["base_fingerprint"]:
-        raise ConfigError(f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights differ. Point the run to the original base.")
+        raise ConfigError(
+            f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights differ. Restore the original base."
+        )
     if state:
         checkpoint.load(state, setup.session)
     else:
@@ -329,7 +334,8 @@ def evaluate(path: Path, dataset: Any = None) -> dict[str, Any]:
 def merge(path: Path, out: Path, tolerance: float | None = None) -> dict[str, Any]:
     """Write base and change as one Hugging Face folder, after comparing logits on real test batches.
 
-    ``tolerance``: the largest difference of a logit; by default by the dtype of the weights. Raises ``ConfigError`` above it, and for an ``out`` in use.
+    ``tolerance``: the largest difference of a logit; by default by the dtype of the weights. Raises ``ConfigError`` above it, and for an ``out`` in
+    use.
     """
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ConfigError(f"out={out} exists and is not empty. Choose a new folder.")
@@ -344,7 +350,9 @@ def merge(path: Path, out: Path, tolerance: float | None = None) -> dict[str, An
     difference = max(float((a - b).abs().max()) for a, b in zip(live, merged, strict=True))
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(live, merged, strict=True)) / sum(a[..., 0].numel() for a in live)
     if not difference <= tolerance:
-        raise ConfigError(f"The merged model's logits differ from the unmerged one's by {difference:.3g}, more than --tolerance {tolerance:g}; nothing was written.")
+        raise ConfigError(
+            f"The merged model's logits differ from the unmerged one's by {difference:.3g}, more than --tolerance {tolerance:g}; nothing was written."
+        )
     if hasattr(setup.session.model.config, "use_cache"):
         setup.session.model.config.use_cache = True
     with replacing(out) as temporary:

@@ -70,7 +70,9 @@ def load(folder: Path, states: nn.Module) -> None:
     wanted = {k: tuple(v.shape) for k, v in own.items()} | {f"{prefix}{k}": None for prefix in banks for k in ("values", "starts", "gaps")}
     wrong = sorted(wanted.keys() ^ stored.keys()) or [k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)]
     if wrong:
-        raise ConfigError(f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml.")
+        raise ConfigError(
+            f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml."
+        )
     for prefix, bank in banks.items():
         bank.unpack({k: stored.pop(prefix + k) for k in ("values", "starts", "gaps")})
     states.load_state_dict(stored, strict=False)

@@ -209,7 +209,7 @@ def test_a_split_without_the_column_is_named(tmp_path):
 
 def test_files_that_hold_nothing_or_something_else(tmp_path):
     (tmp_path / "header.csv").write_text("text,label\n")
-    assert "holds no rows" in faults(Csv(path=str(tmp_path / "header.csv")))[0]
+    assert "has no rows" in faults(Csv(path=str(tmp_path / "header.csv")))[0]
     (tmp_path / "empty.csv").write_text("")
     assert "cannot be read as csv" in faults(Csv(path=str(tmp_path / "empty.csv")))[0]
     (tmp_path / "noise.parquet").write_bytes(os.urandom(100))

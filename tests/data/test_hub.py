@@ -39,7 +39,7 @@ def test_without_download_no_request_is_made_and_the_switch_is_put_back(tmp_path
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     with pytest.raises(ConfigError, match=r"dataset\.path=nobody/nothing is not in the local cache .*dataset\.download=true"):
         Hub(path="nobody/nothing").read()
-    assert (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE) == before
+    assert before == (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
 
 
 def test_a_failed_download_says_so(monkeypatch):

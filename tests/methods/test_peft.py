@@ -33,7 +33,7 @@ def test_other_tuners_keep_the_contract(type_: str, config: dict[str, object]) -
     ("method", "said"),
     [
         (Peft(type="LORAA"), "Did you mean 'LORA'"),
-        (Peft(type="PREFIX_TUNING"), "no tuner of the installed peft that acts on layers"),
+        (Peft(type="PREFIX_TUNING"), "no tuner of the installed peft for layers"),
         (Peft(config={"rnak": 4}), "method.config.rnak is no option of peft's LoraConfig"),
         (Peft(config={"target_modules": ["nothing"]}), "peft's LORA refuses"),
     ],

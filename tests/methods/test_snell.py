@@ -1,4 +1,4 @@
-"""The invariants of SNELL. Oracles: distances by ``torch.cdist`` without its matrix product, the quantile by ``torch.quantile``, gradients by autograd."""
+"""The invariants of SNELL. Oracles: ``torch.cdist`` without its matrix product, a sort or ``torch.quantile``, autograd."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 import transformers
 
-WORDS = ["<pad>", "<s>", "</s>", "<unk>", *"the cat sat on a mat and the other dog ran".split()]
+WORDS = ["<pad>", "<s>", "</s>", "<unk>", "the", "cat", "sat", "on", "a", "mat", "and", "other", "dog", "ran"]
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
 TEXT = {**TINY, "vocab_size": 20, "max_position_embeddings": 24, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -12,7 +12,7 @@ TEXT = {**TINY, "vocab_size": 20, "max_position_embeddings": 24, "pad_token_id":
 def tokenizer(**special):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(dict.fromkeys(WORDS))}, unk_token="<unk>"))
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", **special)
 
