@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -80,7 +80,7 @@ def _resolve(overrides: list[str], config_dir: Path | None, config_file: Path | 
         raise ConfigError("--config and --config-dir do not go together: a frozen configuration is complete and reads no groups.")
     request = _request(overrides, groups, config_file)
     try:
-        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir)
+        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir, _stamps(config_dir))
         composed = _lay_on(base, request)
         config = strict.build(composed, skip=request.spoiled)
     except ConfigError as error:
@@ -174,8 +174,8 @@ def _groups(config_dir: Path | None) -> dict[str, set[str]]:
     if config_dir and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
     groups: dict[str, set[str]] = {}
-    for file in [file for root in (conf_dir(), config_dir) if root for file in root.glob("*/*.yaml")]:
-        if file.parent.name not in (*strict.ROOT, *ALIASES):
+    for file in _yaml_files(config_dir):
+        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES):
             groups.setdefault(file.parent.name, set()).add(file.stem)
     return groups
 
@@ -190,9 +190,18 @@ def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
-@cache  # the points of a sweep differ mostly in values
-def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None) -> Composed:
-    """The chosen files merged in the order of the defaults list, with the line that set each key."""
+def _yaml_files(config_dir: Path | None) -> list[Path]:
+    return [file for root in (conf_dir(), config_dir) if root for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml"))]
+
+
+def _stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
+    """Changes whenever a file of the groups does."""
+    return tuple((str(file), file.stat().st_mtime_ns) for file in _yaml_files(config_dir))
+
+
+@lru_cache(maxsize=64)  # the points of a sweep differ mostly in values
+def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamps: tuple[tuple[str, int], ...]) -> Composed:
+    """The chosen files merged in the order of the defaults list, with the line that set each key. ``stamps`` only tell cached results apart."""
     loader = _loader(config_dir)
     # a group of the user's that the defaults list does not know is appended to it
     picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]

@@ -172,6 +172,12 @@ def test_own_groups_win(groups: Path) -> None:
     assert config.load(["method=lora"]).method.rank != 5
 
 
+def test_an_edited_file_is_read_again(groups: Path) -> None:
+    assert config.load(["method=lora"], groups).method.rank == 5
+    (groups / "method/lora.yaml").write_text("name: lora\nrank: 66\n")
+    assert config.load(["method=lora"], groups).method.rank == 66
+
+
 def test_method_file_comes_last(groups: Path) -> None:
     """It may set its paper's optimizer values, and the command line still wins."""
     leaves = config.tree(["method=mine", "optimizer.eps=1e-6"], groups)

@@ -22,11 +22,11 @@ TASKS = {
 
 def find(config: ModelConfig) -> tuple[Path, str]:
     """The local folder of a model, and its source as told to users: the path, or a hub id with its commit."""
-    if config.path.startswith("builtin:"):
-        return _builtin(config.path), config.path
     folder = Path(config.path).expanduser()
-    if folder.is_dir():
-        return folder, config.path
+    if config.path.startswith("builtin:") or folder.is_dir():
+        if config.revision is not None:
+            raise ConfigError(f"model.revision={config.revision} means nothing for model.path={config.path}, which is not on the hub. Remove it.")
+        return (folder, config.path) if folder.is_dir() else (_builtin(config.path), config.path)
     if folder.exists():
         raise ConfigError(f"model.path={config.path} is a file. Give the folder that holds config.json and model.safetensors.")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.path):

@@ -64,15 +64,20 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
         named = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     check_fits(folder, config, task)
     check_weights(folder, config)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model, info = getattr(transformers, AUTO[task]).from_pretrained(
-            folder, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True,
-            ignore_mismatched_sizes=True, output_loading_info=True, **named,
-        )  # fmt: skip
-    absent = sorted({*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])})
-    new = [name for name, _ in model.named_parameters() if (named and in_head(model, name)) or (name in absent and "pooler" in name)]
-    if lost := [key for key in absent if key not in new]:
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model, info = getattr(transformers, AUTO[task]).from_pretrained(
+                folder, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True,
+                ignore_mismatched_sizes=True, output_loading_info=True, **named,
+            )  # fmt: skip
+    except Exception as error:  # a config.json that contradicts itself raises whatever the architecture happens to
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). Check its config.json.") from error
+    absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
+    names = [name for name, _ in model.named_parameters()]
+    new = [name for name in names if (named and in_head(model, name)) or (name in absent and "pooler" in name)]
+    if lost := [name for name in names if name in absent and name not in new]:
         kind = type(model).__name__
         raise ConfigError(f"model.path={config.path} lacks {len(lost)} weights of a {kind} (first: {lost[0]}). Choose a complete checkpoint.")
     start_head_(model, new, seed)

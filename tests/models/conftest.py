@@ -34,6 +34,12 @@ def folder(tmp_path):
 
 
 @pytest.fixture
+def text():
+    """The options of a tiny text model that fits the tokenizer."""
+    return dict(TEXT)
+
+
+@pytest.fixture
 def vit(folder):
     return folder("ViTForImageClassification", **TINY, image_size=8, patch_size=4, num_labels=5)
 

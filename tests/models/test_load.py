@@ -9,7 +9,6 @@ from finetune.core.part import Delta, attach
 from finetune.errors import ConfigError
 from finetune.models.load import fingerprint, load, pristine, save
 from finetune.settings import ModelConfig
-from tests.models.conftest import TEXT, TINY
 
 LABELS = ("a", "b", "c")
 
@@ -51,16 +50,16 @@ def test_the_head_is_new_even_where_the_label_count_agrees(vit):
     assert not torch.equal(base.model.classifier.weight, load_file(vit / "model.safetensors")["classifier.weight"])
 
 
-def test_roberta_trains_its_whole_head(folder):
-    path = folder("RobertaForMaskedLM", {"pad_token": "<pad>"}, **TEXT)
+def test_roberta_trains_its_whole_head(folder, text):
+    path = folder("RobertaForMaskedLM", {"pad_token": "<pad>"}, **text)
     base = load(config(path), "sequence_classification", LABELS, seed=0)
     assert base.head == ("classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias")
     assert base.processor.model_max_length == 23  # positions start after the padding index
 
 
-def test_a_pooler_belongs_to_the_body_unless_the_checkpoint_lacks_it(bert, folder):
+def test_a_pooler_belongs_to_the_body_unless_the_checkpoint_lacks_it(bert, folder, text):
     assert load(config(bert), "sequence_classification", LABELS, 0).head == ("classifier.weight", "classifier.bias")
-    base = load(config(folder("BertForMaskedLM", {"pad_token": "<pad>"}, **TEXT)), "sequence_classification", LABELS, 0)
+    base = load(config(folder("BertForMaskedLM", {"pad_token": "<pad>"}, **text)), "sequence_classification", LABELS, 0)
     assert base.head == ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
     assert any("no bert.pooler.dense.weight" in note for note in base.notes)
 
@@ -202,13 +201,24 @@ def test_a_folder_that_holds_no_model(tmp_path, vit):
     assert "is a file" in faults(vit / "config.json")[0]
 
 
-def test_a_text_model_without_its_tokenizer(folder):
-    assert "has no tokenizer that can be read" in faults(folder("LlamaForCausalLM", **TEXT), "causal_lm")[0]
+def test_a_text_model_without_its_tokenizer(folder, text):
+    assert "has no tokenizer that can be read" in faults(folder("LlamaForCausalLM", **text), "causal_lm")[0]
 
 
-def test_a_tokenizer_of_another_model(folder):
-    path = folder("LlamaForCausalLM", {"pad_token": "<pad>"}, **{**TEXT, "vocab_size": 5})
+def test_a_tokenizer_of_another_model(folder, text):
+    path = folder("LlamaForCausalLM", {"pad_token": "<pad>"}, **{**text, "vocab_size": 5})
     assert "its tokenizer has 14 tokens, but the model embeds 5" in faults(path, "causal_lm")[0]
+
+
+def test_a_config_that_contradicts_itself(vit):
+    file = vit / "config.json"
+    file.write_text(file.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 3'))
+    assert "cannot be built" in faults(vit)[0]
+
+
+def test_a_revision_of_a_folder_means_nothing(vit):
+    with pytest.raises(ConfigError, match=r"model\.revision=v2 means nothing"):
+        load(config(vit, revision="v2"), "image_classification", LABELS, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -244,4 +254,4 @@ def test_the_built_in_image_model_is_read_in_full():
     assert base.source == "builtin:tiny_vit"
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
     assert base.processor.size == {"height": 32, "width": 32}
-    assert TINY["hidden_size"] < base.model.config.hidden_size
+    assert sum(p.numel() for p in base.model.parameters()) > 500_000

@@ -61,8 +61,17 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
 def test_the_bytes_are_synced_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda handle: (done.append("sync"), real_sync(handle)))
-    monkeypatch.setattr(Path, "replace", lambda self, target: (done.append("rename"), real_replace(self, target))[1])
+
+    def sync(handle: int) -> None:
+        done.append("sync")
+        real_sync(handle)
+
+    def rename(path: Path, target: Path) -> Path:
+        done.append("rename")
+        return real_replace(path, target)
+
+    monkeypatch.setattr(os, "fsync", sync)
+    monkeypatch.setattr(Path, "replace", rename)
     write_json_atomic(tmp_path / "a.json", {})
     assert done == ["sync", "rename", "sync"]
 

@@ -1,0 +1,84 @@
+"""Every file in conf/ makes a run that trains."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune.config import conf_dir, load
+from finetune.testing import contract
+from finetune.train import run
+
+FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml"))
+SHORT = {"train.steps": "2", "train.batch_size": "4", "train.threads": "1"}
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A tiny model, and the same small tables and images in every format that a file of conf/dataset reads."""
+    folder = tmp_path_factory.mktemp("made")
+    contract.tiny().save_pretrained(folder / "model")
+    rows = [(f"the {'good' if i % 2 else 'bad'} one, number {i}", i % 2) for i in range(40)]
+    import pandas as pd
+
+    table = pd.DataFrame(rows, columns=["text", "label"])
+    (folder / "hub").mkdir()
+    table.to_csv(folder / "d.csv", index=False)
+    table.to_csv(folder / "hub" / "train.csv", index=False)
+    table.to_json(folder / "d.jsonl", orient="records", lines=True)
+    table.to_parquet(folder / "d.parquet")
+    for i in range(40):
+        place = folder / "images" / "ab"[i % 2]
+        place.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16), (6 * i, 5 * i, 128)).save(place / f"{i}.png")
+    bert(folder / "bert")
+    return {name: folder / name for name in ("model", "bert", "d.csv", "d.jsonl", "d.parquet", "images", "hub")}
+
+
+def bert(folder: Path) -> None:
+    """A text classifier with a word tokenizer."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+    words = ["[PAD]", "[UNK]", "the", "good", "bad", "one", "number"]
+    tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16).save_pretrained(folder)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
+    BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
+
+
+def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
+    group, _, option = file.partition("/")
+    if group == "model":
+        more = {"model.path": str(made["model"])} if option == "hf" else {"dataset": "stdlib"} if option == "tiny_lm" else {}
+        return {**more, "method": "lora"}
+    small = {"model": "hf", "model.path": str(made["model"])}
+    if group == "dataset":
+        tables = {"csv": "d.csv", "jsonl": "d.jsonl", "parquet": "d.parquet", "imagefolder": "images", "hub": "hub"}
+        place = {"dataset.path": str(made[tables[option]])} if option in tables else {}
+        if option == "stdlib":
+            return {**place, "model": "tiny_lm", "method": "lora"}
+        return {**place, "model": "hf", "model.path": str(made["bert" if option in ("csv", "jsonl", "parquet", "hub") else "model"])}
+    return {**small, "logger.project": "test"} if file == "logger/wandb" else small
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_file_makes_a_run(file: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    group, _, option = file.partition("/")
+    stdlib = {"dataset.train_bytes": "4000", "dataset.val_bytes": "2000", "dataset.test_bytes": "2000", "dataset.retention_bytes": "2000"}
+    given = {**SHORT, **overrides(file, made), group: option}
+    given |= stdlib if given.get("dataset") == "stdlib" else {}
+    config = load([f"{key}={value}" for key, value in given.items()])
+    result = run.train(config, tmp_path / "run", lambda line: None, lambda done, total, words: None)
+    assert result["status"] == "finished"
+    assert result["steps"] == 2
+    assert result["params"]["trained"] > 0
+
+
+def test_the_list_is_of_all_groups() -> None:
+    assert {f.partition("/")[0] for f in FILES} == {"model", "method", "dataset", "optimizer", "train", "logger"}
