@@ -20,6 +20,7 @@ import json
 import math
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -84,6 +85,15 @@ class Muon(torch.optim.Optimizer):
                     p.sub_(update, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
+def optimizers(model: nn.Module, blocks: nn.Module, steps: int) -> list[Any]:
+    """Muon for the matrices of the blocks, AdamW for the rest, and their schedules: a short warm-up, then linearly to zero. Step each once a step."""
+    matrices = [p for p in blocks.parameters() if p.ndim == 2]
+    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
+    both: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01), Muon(matrices, 1e-2)]
+    warm = min(300, steps // 10)
+    return both + [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / warm, 1 - step / steps)) for o in both]
+
+
 def orthogonal(x: Tensor) -> Tensor:
     """Approximately U V^T of each matrix's singular value decomposition."""
     tall = x.shape[-2] > x.shape[-1]
@@ -136,7 +146,7 @@ def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     return hits / len(y)
 
 
-def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128, peak: float = 2e-3, matrix_peak: float = 1e-2) -> None:
+def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128) -> None:
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     torch.manual_seed(seed)
@@ -152,12 +162,9 @@ def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128, peak: flo
         mimetic_(layer, config.num_attention_heads)
     (x, y), (x_test, y_test) = read_images(data / "train.parquet"), read_images(data / "test.parquet")
     whiten_(model.vit.embeddings.patch_embeddings.projection, x[:2000])
-    matrices = [p for p in model.vit.layers.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    optimizers = [torch.optim.AdamW(rest, lr=peak, weight_decay=0.01), Muon(matrices, matrix_peak)]
     per_epoch = len(x) // batch
     steps = epochs * per_epoch
-    schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / 300, 1 - step / steps)) for o in optimizers]
+    turns = optimizers(model, model.vit.layers, steps)
     for epoch in range(epochs):
         keep = 0.4 if epoch < 0.7 * epochs else 0.7 if epoch < epochs - 1 else 1.0
         total = 0.0
@@ -165,7 +172,7 @@ def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128, peak: flo
             loss = F.cross_entropy(logits_of(model, augment(x[chosen]), keep), y[chosen])
             model.zero_grad()
             loss.backward()
-            for turn in (*optimizers, *schedules):
+            for turn in turns:
                 turn.step()
             total += loss.item()
         tested, minutes = accuracy(model, x_test[:2000], y_test[:2000]), (time.time() - started) / 60
@@ -196,7 +203,7 @@ def bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int) -> floa
     return nats / math.log(2) / len(text.encode())
 
 
-def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16, peak: float = 3e-3) -> None:
+def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -218,18 +225,16 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
         max_position_embeddings=length, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak, betas=(0.9, 0.95), weight_decay=0.1)
     steps = epochs * (len(ids) // length // batch)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, peak, steps, pct_start=0.1)
+    turns = optimizers(model, model.model.layers, steps)
     for step in range(steps):
         starts = torch.randint(0, len(ids) - length + 1, (batch, 1))
         window = F.pad(ids[starts + torch.arange(length - 1)], (1, 0))  # every window is led by the start token
         loss = model(window, labels=window).loss
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
+        for turn in turns:
+            turn.step()
         if step % 100 == 99 or step == steps - 1:
             print(f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.time() - started) / 60:.1f} min", flush=True)
     model.half().save_pretrained(folder)
@@ -267,4 +272,4 @@ if __name__ == "__main__":
     if given.model == "vit":
         pretrain_vit(given.data, given.epochs or 14, given.seed)
     else:
-        pretrain_lm(given.data, given.epochs or 5, given.seed)
+        pretrain_lm(given.data, given.epochs or 1, given.seed)

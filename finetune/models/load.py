@@ -78,8 +78,8 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
     names = [name for name, _ in model.named_parameters()]
     new = [name for name in names if (named and in_head(model, name)) or (name in absent and "pooler" in name)]
     if lost := [name for name in names if name in absent and name not in new]:
-        kind = type(model).__name__
-        raise ConfigError(f"model.path={config.path} lacks {len(lost)} weights of a {kind} (first: {lost[0]}). Choose a complete checkpoint.")
+        what = f"{len(lost)} weights of a {type(model).__name__} are missing or of another shape (first: {lost[0]})"
+        raise ConfigError(f"model.path={config.path}: {what}. Choose a checkpoint that is complete and belongs to its config.json.")
     start_head_(model, new, seed)
     notes = [f"The checkpoint has no {name}: it starts anew and is trained with the head." for name in new if "pooler" in name]
     return model.eval().requires_grad_(False), tuple(new), notes

@@ -184,7 +184,7 @@ def test_a_checkpoint_that_lacks_a_layer_is_incomplete(vit):
     stored = load_file(vit / "model.safetensors")
     del stored["vit.layernorm.weight"]
     save_file(stored, vit / "model.safetensors", {"format": "pt"})
-    assert "lacks 1 weights of a ViTForImageClassification (first: vit.layernorm.weight)" in faults(vit)[0]
+    assert "1 weights of a ViTForImageClassification are missing or of another shape (first: vit.layernorm.weight)" in faults(vit)[0]
 
 
 def test_a_model_that_does_not_fit_the_task(vit, bert):
@@ -212,7 +212,10 @@ def test_a_tokenizer_of_another_model(folder, text):
 
 def test_a_config_that_contradicts_itself(vit):
     file = vit / "config.json"
-    file.write_text(file.read_text().replace('"num_attention_heads": 2', '"num_attention_heads": 3'))
+    content = file.read_text()
+    file.write_text(content.replace('"num_attention_heads": 2', '"num_attention_heads": 3'))
+    assert "are missing or of another shape" in faults(vit)[0]
+    file.write_text(content.replace('"hidden_act": "gelu"', '"hidden_act": "nonsense"'))
     assert "cannot be built" in faults(vit)[0]
 
 
