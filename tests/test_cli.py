@@ -255,12 +255,12 @@ def test_dry_run_writes_nothing(command: Command, tmp_path: Path) -> None:
 
 
 def test_eval_gives_the_same_numbers(command: Command, run: Path) -> None:
-    found = json.loads(command("eval", "ckpt=outputs/first/run", "--json", folder=run).out)["metrics"]
-    assert found["test"] == result(run)["metrics"]["test"]
+    """By a path that Hydra's grammar refuses, and on a data set named anew."""
+    wanted = result(run)["metrics"]["test"]
     (run / "outputs/first/run").rename(run / "epoch=3.pt")
-    for words in (["--ckpt", "epoch=3.pt"], ["ckpt=epoch=3.pt"]):
-        assert json.loads(command("eval", *words, "--json", folder=run).out)["metrics"] == found
-    assert "accuracy" in command("eval", "ckpt=epoch=3.pt", "dataset=digits", folder=run).out
+    found = json.loads(command("eval", "--ckpt", "epoch=3.pt", "--json", folder=run).out)
+    assert found["metrics"]["test"] == wanted
+    assert f"accuracy: {wanted['accuracy']:.6g}" in command("eval", "ckpt=epoch=3.pt", "dataset=digits", folder=run).out
 
 
 def test_merge(command: Command, refuse: Refuse, run: Path) -> None:

@@ -20,5 +20,6 @@ def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, reduction="none")
-    each = F.cross_entropy(logits[:, :-1].transpose(1, 2), labels[:, 1:], ignore_index=IGNORED, reduction="none")
-    return each.sum(1)
+    targets = labels[:, 1:]
+    each = F.cross_entropy(logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return each.view_as(targets).sum(1)

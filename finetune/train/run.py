@@ -124,8 +124,7 @@ class Training:
     def __init__(self, setup: Setup, files: RunFolder, say: Say) -> None:
         self.setup, self.session, self.files, self.say = setup, setup.session, files, say
         self.settings = setup.config.train
-        self.progress: dict[str, Any] = {"best": None, "best_step": None, "val": None, "base": {}, "base_retention": None}
-        self.seconds: list[float] = []
+        self.progress: dict[str, Any] = {"best": None, "best_step": None, "val": None, "base": {}, "base_retention": None, "seconds": []}
 
     def evaluate(self, split: str) -> Evaluation:
         return measure(self.session.tuned, self.setup.data[split], self.settings.eval_batch_size, self.session.accelerator)
@@ -171,7 +170,7 @@ class Training:
         settings, began, words = self.settings, time.monotonic(), ""
         progress(self.session.number, settings.steps, words)
         for step in self.session.steps():
-            self.seconds.append(step.seconds)
+            self.progress["seconds"].append(step.seconds)
             log.log(step.number, loss=step.loss, lr=step.lr, seconds=step.seconds, **step.metrics)
             over = bool(settings.max_seconds) and time.monotonic() - began > (settings.max_seconds or 0)
             if over or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
@@ -197,8 +196,9 @@ class Training:
         metrics["test"] = test.metrics
         if "retention" in self.setup.data:
             metrics |= {"base_retention": self.progress["base_retention"], "retention": self.evaluate("retention").metrics}
+        seconds = self.progress["seconds"]
         cost = {
-            "step_seconds_median": statistics.median(self.seconds) if self.seconds else None, "train_seconds": sum(self.seconds),
+            "step_seconds_median": statistics.median(seconds) if seconds else None, "train_seconds": sum(seconds),
             "peak_memory_bytes": peak, "peak_memory_kind": kind,
         }  # fmt: skip
         size = sum(f.stat().st_size for f in self.files.delta.iterdir())
