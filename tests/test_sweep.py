@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,7 +90,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         point.folder.result.write_text(json.dumps(make_result(point.config, status="finished", steps=7)))
         return subprocess.CompletedProcess(command, 0, "{}", "")
 
-    monkeypatch.setattr(sweep.subprocess, "run", run)
+    monkeypatch.setattr(sweep, "subprocess", SimpleNamespace(run=run, DEVNULL=subprocess.DEVNULL, PIPE=subprocess.PIPE))
     return started
 
 

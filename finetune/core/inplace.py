@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .part import Part
 
@@ -15,6 +17,23 @@ Source = Callable[[], Iterator[tuple[str, Tensor]]]
 def untrained(model: nn.Module) -> list[str]:
     """Names of the parameters that nothing trains yet."""
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
+
+
+def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list[RemovableHandle]:
+    """While ``owner`` runs it finds the parameter in ``dtype``, as its other tensors are; the gradient reaches the float32 one."""
+    kept: list[nn.Parameter] = []
+
+    def lend(*_: Any) -> None:
+        parameter = owner._parameters[leaf]
+        if parameter is not None and parameter.dtype != dtype:
+            kept.append(parameter)
+            owner._parameters[leaf] = cast(nn.Parameter, parameter.to(dtype))
+
+    def restore(*_: Any) -> None:
+        if kept:
+            owner._parameters[leaf] = kept.pop()
+
+    return [owner.register_forward_pre_hook(lend), owner.register_forward_hook(restore, always_call=True)]
 
 
 class InPlace(Part):
@@ -32,12 +51,15 @@ class InPlace(Part):
         uses = list(model.named_parameters(remove_duplicate=False))
         parameters = dict(model.named_parameters())
         self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._hooks: list[RemovableHandle] = []
         for name in names:
             old = parameters[name]
             self._places[name] = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, p in uses if p is old]
             self.register_parameter(self._key(name), nn.Parameter(old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=keep)))
             if keep:
                 self.register_buffer(self._key(name) + ":original", old.detach(), persistent=False)
+            if old.dtype != self.get_parameter(self._key(name)).dtype:
+                self._hooks += [hook for owner, leaf in self._places[name] for hook in _cast_while_running(owner, leaf, old.dtype)]
         self._install(self.trained())
 
     @staticmethod
@@ -81,3 +103,5 @@ class InPlace(Part):
     def detach(self) -> None:
         """Give the model its originals back; the trained values stay here."""
         self.gate = 0.0
+        for hook in self._hooks:
+            hook.remove()

@@ -6,6 +6,7 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 
 from ..core.method import Method, Run
@@ -23,6 +24,8 @@ class Adapters(Part):
         self._tuner = [tuner]  # in a list: registered as a submodule, the whole model would become our state
         self._gate = 1.0
         for name, parameter in tuner.model.named_parameters():
+            if parameter.requires_grad:  # float32 beside a base of lower precision
+                parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
             if parameter.requires_grad or tuner.prefix in name:
                 self.register_parameter(name.replace(".", "/"), parameter)
         for name, buffer in tuner.model.named_buffers():

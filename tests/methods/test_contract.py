@@ -21,15 +21,14 @@ CASES: dict[str, Callable[[], Method]] = {
     "full": Full,
     "head": Head,
     "bitfit": BitFit,
-    "lora": lambda: LoRA(rank=4, targets=("q", "v", "mlp")),
-    "lora dropout": lambda: LoRA(rank=4, dropout=0.2),
+    "lora": lambda: LoRA(rank=4),
+    "lora dropout": lambda: LoRA(rank=4, dropout=0.2, targets=("q", "v", "mlp")),
     "snell": lambda: SNELL(rank=8, sparsity=0.9),
     "snell dense": lambda: SNELL(rank=8, sparsity=0.0),
     "snell paper": lambda: SNELL(rank=8, sparsity=0.5, sparsifier="paper"),
     "snell dropout": lambda: SNELL(rank=8, sparsity=0.5, dropout=0.1, drop_path=0.1),
     "shira": lambda: SHiRA(sparsity=0.9),
     "peft lora": lambda: Peft(config={"r": 4}),
-    "peft shira": lambda: Peft(type="SHIRA", config={"r": 2}),
 }
 LANGUAGE = ("full", "bitfit", "lora", "snell", "snell dropout", "shira")
 CHECKS = dict(contract.checks())

@@ -258,3 +258,13 @@ def test_the_built_in_image_model_is_read_in_full():
     assert {p.dtype for p in base.model.parameters()} == {torch.float32}
     assert base.processor.size == {"height": 32, "width": 32}
     assert sum(p.numel() for p in base.model.parameters()) > 500_000
+
+
+def test_the_built_in_language_model_knows_some_english():
+    base = load(ModelConfig("tiny_lm", "builtin:tiny_lm"), "causal_lm", (), seed=0)
+    ids = base.processor("The man went to the house of the king and said", return_tensors="pt")["input_ids"]
+    backwards = ids.flip(1)
+    with torch.no_grad():
+        losses = [base.model(input_ids=x, labels=x).loss.item() for x in (ids, backwards)]
+    assert base.processor.model_max_length == 256
+    assert losses[0] < losses[1] < 20
