@@ -84,9 +84,9 @@ def evaluate(overrides: Overrides = None, ckpt: Checkpoint = None, config_dir: C
     if wrong:
         raise ConfigError(*(f"{text}: eval takes ckpt=RUN and settings of the data set; all else is as in the run." for text in wrong))
     dataset = _dataset(rest, run_path, config_dir) if rest else None
-    from .train import run
+    from .train import finished
 
-    show_tree(run.evaluate(run_path, dataset), as_json)
+    show_tree(finished.evaluate(run_path, dataset), as_json)
 
 
 @app.command(context_settings=LENIENT)
@@ -112,9 +112,9 @@ def merge(
             *(f"{text}: merge takes ckpt=RUN out=DIR." for text in wrong),
             *([] if len(outs) == 1 else ["merge needs one out=DIR, a folder to write."]),
         )
-    from .train import run
+    from .train import finished
 
-    show_tree(run.merge(run_path, Path(outs[0]), tolerance), as_json)
+    show_tree(finished.merge(run_path, Path(outs[0]), tolerance), as_json)
 
 
 @app.command(context_settings=LENIENT)

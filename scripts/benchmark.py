@@ -63,7 +63,7 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
     from finetune.settings import OptimizerConfig, TrainConfig
     from finetune.train.batches import Batches
     from finetune.train.loop import Session
-    from finetune.train.run import make_accelerator
+    from finetune.train.setup import make_accelerator
 
     class Noise(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:

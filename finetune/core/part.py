@@ -197,7 +197,8 @@ class Patched(nn.Module):
         y: Tensor = changed_linear(x, self.original, self.bias, formed) if formed else self.base(x)
         for delta in active:
             if delta.additive:
-                y = y + delta.gate * delta.linear(x, self.original)
+                change = delta.linear(x, self.original)
+                y = y + (change if delta.gate == 1 else delta.gate * change)
         return y
 
 

@@ -33,7 +33,7 @@ class LowRank(Delta):
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
         low = F.linear(x.to(self.a.dtype) if not torch.is_autocast_enabled(x.device.type) else x, self.a)
-        return self.scale * F.linear(low, self.b)
+        return F.linear(low * self.scale, self.b)
 
 
 @register("lora")

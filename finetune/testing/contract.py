@@ -23,7 +23,7 @@ from ..settings import OptimizerConfig, TrainConfig
 from ..train import checkpoint, stored
 from ..train.batches import Batches
 from ..train.loop import Session
-from ..train.run import make_accelerator
+from ..train.setup import make_accelerator
 
 Make = Callable[[], Method]
 Kind = Literal["vit", "gpt2", "llama"]

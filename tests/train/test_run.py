@@ -16,9 +16,10 @@ from finetune.config import load
 from finetune.errors import ConfigError, RunFailed
 from finetune.settings import Config
 from finetune.testing import contract
-from finetune.train import run, stored
+from finetune.train import finished, run, stored
 from finetune.train.evaluate import evaluate
 from finetune.train.files import RunFolder, run_folder
+from finetune.train.setup import prepare
 
 SMALL = ["train.steps=6", "train.eval_every=2", "train.batch_size=8", "train.save_every=2", "name=t"]
 
@@ -52,13 +53,13 @@ def go(settings: Config) -> tuple[dict[str, Any], RunFolder, list[str]]:
 def test_eval_gives_the_very_numbers_and_merge_a_plain_model(model: str, here: Path, method: str) -> None:
     result, files, _ = go(config(model, f"method={method}", "optimizer.lr=0.01"))
     assert result == files.read_result()
-    assert run.evaluate(files.path)["metrics"] == {k: result["metrics"][k] for k in ("val", "test")}
-    merged = run.merge(files.path, here / "merged")
+    assert finished.evaluate(files.path)["metrics"] == {k: result["metrics"][k] for k in ("val", "test")}
+    merged = finished.merge(files.path, here / "merged")
     assert merged["largest_logit_difference"] < 1e-4
     import transformers
 
     plain = transformers.AutoModelForImageClassification.from_pretrained(here / "merged", dtype=torch.float32)
-    setup = run.rebuild(files.path)
+    setup = finished.rebuild(files.path)
     found = evaluate(_Logits(plain), setup.data["test"], 100, setup.session.accelerator).metrics
     assert found["accuracy"] == result["metrics"]["test"]["accuracy"]
     assert found["loss"] == pytest.approx(result["metrics"]["test"]["loss"], abs=1e-5)
@@ -167,12 +168,12 @@ def test_a_changed_base_a_damaged_delta_and_other_labels_are_refused(model: str,
         Image.new("RGB", (16, 16), (i, 2 * i, 3 * i)).save(place / f"{i}.png")
     dataset = load(["dataset=imagefolder", f"dataset.path={three}"]).dataset
     with pytest.raises(ConfigError, match=r"has 3 labels and the head of .* has 10"):
-        run.evaluate(files.path, dataset)
+        finished.evaluate(files.path, dataset)
     delta = files.delta / "delta.safetensors"
     whole = delta.read_bytes()
     delta.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ConfigError, match=r"delta.safetensors is missing, damaged or cut short"):
-        run.evaluate(files.path)
+        finished.evaluate(files.path)
     delta.write_bytes(whole)
     other = contract.tiny()
     other.vit.layernorm.bias.data += 1
@@ -181,33 +182,33 @@ def test_a_changed_base_a_damaged_delta_and_other_labels_are_refused(model: str,
     frozen["model"]["path"] = str(here / "other")
     files.config.write_text(yaml.safe_dump(frozen))
     with pytest.raises(ConfigError, match="its weights differ"):
-        run.evaluate(files.path)
+        finished.evaluate(files.path)
 
 
 def test_merge_refuses_above_the_tolerance_and_a_folder_in_use(model: str, here: Path) -> None:
     _, files, _ = go(config(model, "method=lora", "optimizer.lr=0.05"))
     with pytest.raises(ConfigError, match="more than --tolerance 0; nothing was written"):
-        run.merge(files.path, here / "out", 0.0)
+        finished.merge(files.path, here / "out", 0.0)
     assert not (here / "out").exists()
     (here / "out").mkdir()
     (here / "out" / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError, match="exists and is not empty"):
-        run.merge(files.path, here / "out")
+        finished.merge(files.path, here / "out")
     assert [p.name for p in (here / "out").iterdir()] == ["mine.txt"]
 
 
 def test_precision_that_cannot_be_had_is_refused(model: str) -> None:
     with pytest.raises(ConfigError, match=r"model.dtype=bfloat16 needs train.precision=bf16"):
-        run.prepare(config(model, "model.dtype=bfloat16"))
+        prepare(config(model, "model.dtype=bfloat16"))
     if not torch.cuda.is_available():
         with pytest.raises(ConfigError, match=r"train.precision=fp16 needs a GPU"):
-            run.prepare(config(model, "train.precision=fp16"))
+            prepare(config(model, "train.precision=fp16"))
         with pytest.raises(ConfigError, match=r"torch sees no CUDA device"):
-            run.prepare(replace(config(model), train=replace(config(model).train, device="cuda")))
+            prepare(replace(config(model), train=replace(config(model).train, device="cuda")))
 
 
 def test_bfloat16_base_runs_and_evaluates_the_same(model: str, here: Path) -> None:
     result, files, _ = go(config(model, "model.dtype=bfloat16", "train.precision=bf16", "method=shira"))
-    assert run.evaluate(files.path)["metrics"]["test"] == result["metrics"]["test"]
-    merged = run.merge(files.path, here / "merged")
+    assert finished.evaluate(files.path)["metrics"]["test"] == result["metrics"]["test"]
+    merged = finished.merge(files.path, here / "merged")
     assert merged["same_predictions"] > 0.95

@@ -1,0 +1,91 @@
+"""What a configuration stands for: model, data and a session, ready to train or to be given a stored change."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedDataParallelKwargs
+
+from ..core.part import Part, patched
+from ..data.encode import encode
+from ..errors import ConfigError
+from ..models.load import Base, fingerprint, pristine
+from ..models.load import load as load_model
+from ..settings import Config, TrainConfig
+from .batches import Batches
+from .loop import Session
+
+MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+
+
+@dataclass
+class Setup:
+    """What a configuration stands for: the model, the data as tensors, and a session that has not started."""
+
+    config: Config
+    base: Base
+    labels: tuple[str, ...]
+    data: dict[str, Any]
+    fingerprint: str
+    total: int
+    session: Session
+    notes: list[str]
+
+
+def make_accelerator(settings: TrainConfig, unused_parameters: bool = False) -> Accelerator:
+    """An Accelerator of these settings; earlier ones of this process are forgotten, since their state is shared and fixed."""
+    cuda = torch.cuda.is_available()
+    on_cpu = settings.device == "cpu" or not cuda
+    if settings.device == "cuda" and not cuda:
+        raise ConfigError("train.device=cuda, but torch sees no CUDA device here. Use train.device=auto.")
+    if settings.precision == "fp16" and on_cpu:
+        raise ConfigError("train.precision=fp16 needs a GPU. Use train.precision=bf16 or fp32 on the CPU.")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    handler = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
+    return Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision], kwargs_handlers=[handler])
+
+
+def make_deterministic(settings: TrainConfig) -> None:
+    """The same seed gives the same bits on one machine."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+
+
+def prepare(config: Config) -> Setup:
+    """Read data and model and attach the method. Every fault of the configuration shows here, before anything is written."""
+    if config.model.dtype != "float32" and config.train.precision == "fp32":
+        raise ConfigError(
+            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
+        )
+    accelerator = make_accelerator(config.train, config.method.unused_parameters)
+    make_deterministic(config.train)
+    raw = config.dataset.read()
+    model = load_model(config.model, raw.task, raw.labels, config.seed)
+    data = encode(raw, model.processor)
+    if hasattr(model.model.config, "use_cache"):
+        model.model.config.use_cache = False
+    mark = fingerprint(model.model, model.head)
+    total = sum(p.numel() for p in model.model.parameters())
+    batches = Batches(
+        data["train"], config.train.batch_size, config.train.micro_batch_size, config.seed,
+        accelerator.process_index, accelerator.num_processes, config.train.workers,
+    )  # fmt: skip
+    session = Session(
+        model.model, config.method, model.head, batches, config.optimizer, config.train, config.seed, accelerator, lambda: pristine(model)
+    )
+    return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
+
+
+def params(setup: Setup) -> Params:
+    """Counts of entries: trained ones, those of the model that they can change, and all of the model."""
+    parts = [m for m in setup.session.states.modules() if isinstance(m, Part)]
+    adapted = sum(m.original.numel() for m in patched(setup.session.model).values()) + sum(p.adapted() for p in parts)
+    trained = sum(p.numel() for p in setup.session.states.parameters() if p.requires_grad)
+    return {"trained": trained, "adapted": adapted, "total": setup.total}
