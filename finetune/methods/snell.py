@@ -32,7 +32,8 @@ from ..core.part import Delta, Kept, WeightGrad, changed_linear
 from ..core.site import Site
 from ..registry import register
 
-ROWS = 128  # rows of the kernel made at once on the CPU: a few of these fit its cache, and the products stay large enough to be fast
+TINY = 1e-12  # the least squared distance: rows that coincide get a gradient of 0 without a case of their own
+ROWS = 512  # rows of the kernel made at once on the CPU: they stay in its cache, and the products are large enough to be fast
 
 
 class Kernel(Delta):
@@ -51,25 +52,26 @@ class Kernel(Delta):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """Blocks of rows and their two distances, [2, rows, in], from |r|^2 + |c|^2 - 2 r.c as one product."""
-        rows, cols = self.rows.detach(), self.cols.detach()
-        ones = torch.ones_like(cols[..., :1])
-        right = torch.cat([cols, ones, cols.square().sum(-1, keepdim=True)], -1).mT
+        """Blocks of rows and ``scale`` times their two distances, [2, rows, in], from |r|^2 + |c|^2 - 2 r.c as one product."""
+        rows, cols = self.method.scale * self.rows.detach(), self.method.scale * self.cols.detach()
+        right = torch.cat([cols, torch.ones_like(cols[..., :1]), cols.square().sum(-1, keepdim=True)], -1).mT
         left = torch.cat([-2 * rows, rows.square().sum(-1, keepdim=True), torch.ones_like(rows[..., :1])], -1)
         step = ROWS if rows.device.type == "cpu" else len(left[0])
         for start in range(0, left.shape[1], step):
             block = slice(start, start + step)
-            yield block, (left[:, block] @ right).clamp_min_(0).sqrt_()
+            yield block, (left[:, block] @ right).clamp_min_(TINY).sqrt_()
 
     def kernel(self) -> Tensor:
         """K, [out, in], without gradient."""
         out = self.rows.new_empty(self.shape)
         for block, distance in self._blocks():
-            torch.sub(distance[0], distance[1], out=out[block]).mul_(self.method.scale)
+            torch.sub(distance[0], distance[1], out=out[block])
         return out
 
     def threshold(self, kernel: Tensor) -> Tensor:
         """The largest magnitude that is set to zero: an order statistic with the same support as the interpolated quantile."""
+        if not self.method.sparsity:
+            return kernel.new_zeros(())
         return kth_smallest(kernel.abs(), int(self.method.sparsity * (kernel.numel() - 1)))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -83,40 +85,48 @@ class Kernel(Delta):
 
     @torch.no_grad()
     def _add(self, weight: Tensor, gate: float, kept: Kept) -> Kept:
-        kernel = self.kernel()
+        """The first call forms the whole kernel to find the threshold, which later calls are given."""
         if self.method.plain:
-            weight.add_(kernel, alpha=gate)
+            weight.add_(self.kernel(), alpha=gate)
             return ()
-        cut = kept[0] if kept else self.threshold(kernel) if self.method.sparsity else kernel.new_zeros(())
+        if kept:
+            for block, distance in self._blocks():
+                self._add_block(weight[block], distance[0].sub_(distance[1]), gate, kept[0].item())
+            return kept
+        kernel = self.kernel()
+        cut = self.threshold(kernel)
         for start in range(0, len(kernel), ROWS):
-            k = kernel[start : start + ROWS]
-            size = k.abs()
-            factor = F.relu(size - cut) if self.method.sparsifier == "paper" else F.threshold(size, cut.item(), 0.0)
-            weight[start : start + ROWS].addcmul_(k, factor, value=gate)
+            self._add_block(weight[start : start + ROWS], kernel[start : start + ROWS], gate, cut.item())
         return (cut,)
 
-    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
-        return self._pull(grad.dense, kept)
+    def _add_block(self, weight: Tensor, kernel: Tensor, gate: float, cut: float) -> None:
+        factor = kernel.abs()
+        factor = factor.sub_(cut).relu_() if self.method.sparsifier == "paper" else F.threshold_(factor, cut, 0.0)
+        weight.addcmul_(kernel, factor, value=gate)
 
     @torch.no_grad()
-    def _pull(self, grad: Tensor, kept: Kept) -> tuple[Tensor, Tensor]:
-        """dL/drow_j = sum_i e_ji (row_j - col_i) with e = dL/dK / distance (0 at distance 0), and likewise for the columns, with both signs."""
+    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
+        """dL/drow_j = sum_i e_ji (row_j - col_i) with e = dL/dK / distance, and likewise for the columns, with both signs."""
+        slopes = grad.dense
         grad_rows, grad_cols = torch.empty_like(self.rows), torch.zeros_like(self.cols)
         cols = torch.cat([self.cols, torch.ones_like(self.cols[..., :1])], -1)
         rows = torch.cat([self.rows, torch.ones_like(self.rows[..., :1])], -1)
         for block, distance in self._blocks():
-            slope = grad[block].mul(self.gate * self.method.scale)
-            if not self.method.plain:
-                size = torch.sub(distance[0], distance[1]).mul_(self.method.scale).abs_()
-                cut = kept[0].item()
-                factor = F.threshold(2 * size - cut, cut, 0.0) if self.method.sparsifier == "paper" else F.threshold(size, cut, 0.0)
-                slope.mul_(factor)
-            share = torch.where(distance > 0, slope / distance, 0)
-            share[1].neg_()
+            share = torch.div(self._slope(slopes[block], distance, kept), distance, out=distance)
             by_row, by_col = share @ cols, share.mT @ rows[:, block]
             grad_rows[:, block] = self.rows[:, block] * by_row[..., -1:] - by_row[..., :-1]
             grad_cols += self.cols * by_col[..., -1:] - by_col[..., :-1]
-        return grad_rows, grad_cols
+        # one scale from K = scale * difference, one because the distances come with it
+        signs = self.rows.new_tensor([1.0, -1.0]).view(2, 1, 1) * self.gate * self.method.scale**2
+        return grad_rows.mul_(signs), grad_cols.mul_(signs)
+
+    def _slope(self, grad: Tensor, distance: Tensor, kept: Kept) -> Tensor:
+        """dL/dK from dL/dchange."""
+        if self.method.plain:
+            return grad
+        factor, cut = torch.sub(distance[0], distance[1]).abs_(), kept[0].item()
+        factor = F.threshold_(factor.mul_(2).sub_(cut), cut, 0.0) if self.method.sparsifier == "paper" else F.threshold_(factor, cut, 0.0)
+        return factor.mul_(grad)
 
     @property
     def additive(self) -> bool:

@@ -42,7 +42,9 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
             "Evaluate on a data set with the same labels."
         )
     if dataset and list(setup.labels) != known["labels"]:
-        raise ConfigError(f"dataset={dataset.name} has the labels {list(setup.labels)[:5]} and the head of {files.path} has {known['labels'][:5]}; they must agree.")
+        raise ConfigError(
+            f"dataset={dataset.name} has the labels {list(setup.labels)[:5]} and the head of {files.path} has {known['labels'][:5]}; they must agree."
+        )
     if setup.fingerprint != known["base_fingerprint"]:
         raise ConfigError(
             f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights differ. Restore the original base."
