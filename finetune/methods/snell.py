@@ -3,9 +3,8 @@
 The change of a weight is a signed difference of distances between the rows of small factors, thresholded at a quantile of its own magnitude. Paper
 and released code differ in the sparsifier; ``sparsifier`` chooses the reading, ``t`` being the threshold and K the kernel matrix:
 
-    released   change = K |K| where |K| > t, with |K| held constant in the gradient; at sparsity 0 the released code switches to change = K, without
-    the
-               factor |K|, so that going from sparsity 0 to the smallest positive one shrinks the initial change about a thousandfold
+    released   change = K |K| where |K| > t, with |K| held constant in the gradient; at sparsity 0 the released code switches to change = K,
+               without the factor |K|, so that going from 0 to the smallest positive sparsity shrinks the initial change a thousandfold
     paper      change = K max(|K| - t, 0), eq. 5, differentiated through |K|; at sparsity 0, t is 0 and nothing switches
 
 Both hold t constant, and ``sparsity`` is the share set to zero (the code; one sentence of the paper has it as the share kept). The released code's
@@ -21,7 +20,7 @@ from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 import torch
-from annotated_types import Ge, Lt, MultipleOf
+from annotated_types import Ge, Gt, Lt, MultipleOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,10 +36,9 @@ ROWS = 512  # rows of the kernel made at once on the CPU: they stay in its cache
 
 
 class Kernel(Delta):
-    """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified; rows [2, out, rank / 2], cols [2, in, rank / 2],
-    float32.
+    """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified.
 
-    Only the factors, the input and the scalar threshold live from forward to backward.
+    rows [2, out, rank / 2] and cols [2, in, rank / 2] are float32. Only the factors, the input and the scalar threshold live from forward to backward.
     """
 
     def __init__(self, shape: tuple[int, int], method: SNELL) -> None:
@@ -147,7 +145,7 @@ class SNELL(Reparam):
     rank: Annotated[int, Ge(2), MultipleOf(2)] = 32
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.9
     sparsifier: Literal["released", "paper"] = "released"
-    scale: float = 0.1
+    scale: Annotated[float, Gt(0)] = 0.1
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0
     class_token: bool = True

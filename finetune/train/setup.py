@@ -19,6 +19,7 @@ from ..models.load import load as load_model
 from ..settings import Config, TrainConfig
 from .batches import Batches
 from .loop import Session
+from .result import Params
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
