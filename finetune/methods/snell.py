@@ -38,7 +38,8 @@ ROWS = 512  # rows of the kernel made at once on the CPU: they stay in its cache
 class Kernel(Delta):
     """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified.
 
-    rows [2, out, rank / 2] and cols [2, in, rank / 2] are float32. Only the factors, the input and the scalar threshold live from forward to backward.
+    rows [2, out, rank / 2] and cols [2, in, rank / 2] are float32. Only the factors, the input and the scalar threshold live from forward to
+    backward.
     """
 
     def __init__(self, shape: tuple[int, int], method: SNELL) -> None:
