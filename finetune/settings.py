@@ -43,7 +43,7 @@ class OptimizerConfig:
 class TrainConfig:
     """The loop. ``batch_size`` counts examples per optimizer step over all processes; ``micro_batch_size`` what one pass takes."""
 
-    steps: Annotated[int, Ge(1)] = 250
+    steps: Annotated[int, Ge(1)] = 200
     batch_size: Annotated[int, Ge(1)] = 16
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     eval_batch_size: Annotated[int, Ge(1)] = 100

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 README = Path(__file__).resolve().parents[1] / "README.md"
-SWEEP = ["method=head,lora,snell,shira,full", "seed=0,1,2", "name=readme"]
+SWEEP = ["method=head,lora,snell,shira,full", "seed=0,1,2", "train.steps=100", "name=readme"]
 
 
 def spread(values: list[float], show: str) -> str:

@@ -146,7 +146,7 @@ def test_open_names_what_differs_and_writes_nothing(tmp_path: Path, some_config:
     folder = RunFolder(tmp_path)
     folder.open_or_check(some_config)
     before = folder.config.read_bytes()
-    with pytest.raises(ConfigError, match=r"holds another run: seed is 3 there and 4 here, train\.steps is 250 there and 9 here\. Choose"):
+    with pytest.raises(ConfigError, match=r"holds another run: seed is 3 there and 4 here, train\.steps is 200 there and 9 here\. Choose"):
         folder.open_or_check(replace(some_config, seed=4, train=replace(some_config.train, steps=9)))
     assert (folder.config.read_bytes(), names(tmp_path)) == (before, ["config.yaml"])
 
