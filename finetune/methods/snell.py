@@ -100,7 +100,7 @@ class Kernel(Delta):
 
     def _add_block(self, weight: Tensor, kernel: Tensor, gate: float, cut: float) -> None:
         factor = kernel.abs()
-        factor = factor.sub_(cut).relu_() if self.method.sparsifier == "paper" else F.threshold_(factor, cut, 0.0)
+        factor = factor.sub_(cut).relu_() if self.method.sparsifier == "paper" else F.threshold(factor, cut, 0.0, inplace=True)
         weight.addcmul_(kernel, factor, value=gate)
 
     @torch.no_grad()
@@ -124,7 +124,11 @@ class Kernel(Delta):
         if self.method.plain:
             return grad
         factor, cut = torch.sub(distance[0], distance[1]).abs_(), kept[0].item()
-        factor = F.threshold_(factor.mul_(2).sub_(cut), cut, 0.0) if self.method.sparsifier == "paper" else F.threshold_(factor, cut, 0.0)
+        factor = (
+            F.threshold(factor.mul_(2).sub_(cut), cut, 0.0, inplace=True)
+            if self.method.sparsifier == "paper"
+            else F.threshold(factor, cut, 0.0, inplace=True)
+        )
         return factor.mul_(grad)
 
     @property
