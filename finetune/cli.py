@@ -118,6 +118,67 @@ def merge(
 
 
 @app.command(context_settings=LENIENT)
+def inspect(
+    words: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="The run folder, or ckpt=RUN.", show_default=False)] = None,
+    rank: Annotated[int, typer.Option(min=1, help="How many singular directions count as principal.")] = 32,
+    alpha: Annotated[float, typer.Option(min=0.001, max=0.999, help="The share of the entries that the principal and the low mask have.")] = 0.5,
+    gradient: Annotated[int, typer.Option(min=0, help="Compare with the largest gradients of so many training batches, too.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a run changed: how much, in which roles and depths, along which directions. Plots go to RUN/inspect/."""
+    from rich.console import Console
+
+    from .report import inspection
+
+    run_path, _ = _checkpoint([word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []], None)
+    from .train.inspect import inspect as look
+
+    result = look(run_path, rank, alpha, gradient)
+    try:
+        made = inspection.plots(result, Path(result["folder"]))
+    except OSError as error:
+        made = []
+        print(f"Warning: no plots were written to {result['folder']}: {error.strerror}.", file=sys.stderr)
+    if as_json:
+        print(json.dumps({**result, "plots": [str(file) for file in made]}, indent=2))
+        return
+    if result["total"]:
+        Console().print(inspection.InspectionTable(result))
+    print(*inspection.summary(result), *(str(file) for file in made), sep="\n")
+
+
+@app.command(context_settings=LENIENT)
+def compose(
+    words: Annotated[list[str] | None, typer.Argument(metavar="RUN1 RUN2 ... out=DIR [weights=1,0.5] [head=RUN]", show_default=False)] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add the sparse changes of runs on one base, as a folder for eval and merge. The head is that of the last run, or of head=RUN."""
+    runs, given, faults = list[Path](), dict[str, str](), list[str]()
+    for word in words or []:
+        key, sign, value = word.partition("=")
+        if sign and key in ("out", "weights", "head"):
+            faults += [f"{word}: {key} is given twice."] if key in given else []
+            given[key] = value
+        elif Path(word).exists():
+            runs.append(Path(word))
+        else:
+            faults.append(f"{word} is neither a run folder nor out=DIR, weights=1,0.5 or head=RUN.")
+    if not given.get("out"):
+        faults.append("compose needs one out=DIR, a folder to write.")
+    weights = None
+    if "weights" in given:
+        try:
+            weights = [float(number) for number in given["weights"].split(",")]
+        except ValueError:
+            faults.append(f"weights={given['weights']} is not a list of numbers, such as weights=1,0.5.")
+    if faults:
+        raise ConfigError(*faults)
+    from .train.compose import compose as add
+
+    show_tree(add(runs, Path(given["out"]), weights, Path(given["head"]) if given.get("head") else None), as_json)
+
+
+@app.command(context_settings=LENIENT)
 def sweep(
     overrides: Overrides = None,
     config_dir: ConfigDir = None,

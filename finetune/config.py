@@ -34,6 +34,7 @@ from .strict import Composed
 
 COMMAND_LINE = "command line"
 ALIASES = {"sparsity": "method.sparsity"}
+PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 
 
@@ -126,9 +127,15 @@ def _override(text: str) -> Override:
         override = parser.parse_override(text)
     except HydraException:
         override = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
-    override.key_or_group, override.input_line = ALIASES.get(key, key), text
+    override.key_or_group, override.input_line = _full(key), text
     assert override.type is OverrideType.CHANGE
     return override
+
+
+def _full(key: str) -> str:
+    """``method.schedule.every`` for ``schedule.every``."""
+    head, dot, rest = key.partition(".")
+    return f"{PLACED[head]}.{rest}" if dot and head in PLACED else ALIASES.get(key, key)
 
 
 def _request(overrides: list[str], groups: dict[str, set[str]], config_file: Path | None) -> _Request:
@@ -141,7 +148,7 @@ def _request(overrides: list[str], groups: dict[str, set[str]], config_file: Pat
         seen[key] = text
         if fault:
             request.faults.append(fault)
-            request.spoiled |= {key} & {*groups}
+            request.spoiled |= {PLACED.get(key, key)} if key in groups else set()
         elif key in groups:
             request.chosen[key] = str(item.value())
         else:
@@ -156,8 +163,8 @@ def _fault_of(item: Override, groups: dict[str, set[str]], config_file: Path | N
     if isinstance(value, Sweep):
         cure = "" if key in groups else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
         return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
-    if key in {f"{kind}.name" for kind in strict.CHOSEN}:
-        return f"{text}: the name follows from the choice; write {key.partition('.')[0]}=OPTION."
+    if key in {f"{place}.name" for place in (*strict.CHOSEN, *PLACED.values())}:
+        return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
     if key not in groups:
         return None
     if config_file:
@@ -218,7 +225,25 @@ def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamp
                 origins |= yaml_origins(file.read_text(), _label(file, config_dir), default.package or "")
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_composing_fault(error)) from None
-    return Composed(_plain(config, resolve=False), origins)
+    composed = Composed(_plain(config, resolve=False), origins)
+    for group, place in PLACED.items():
+        composed = _placed(composed, group, place)
+    return composed
+
+
+def _placed(composed: Composed, group: str, place: str) -> Composed:
+    """The values of ``group`` moved to their ``place``; where they name a choice, nothing of what was there remains."""
+    section, _, name = place.partition(".")
+    around, part = composed.values.get(section), composed.values.get(group)
+    if not isinstance(around, dict) or not isinstance(part, dict):
+        return composed
+    old = around.get(name) if "name" not in part else None
+    values = {key: value for key, value in composed.values.items() if key != group}
+    values[section] = {**around, name: {**(old if isinstance(old, dict) else {}), **part}}
+    gone = (group, *([place] if old is None else []))
+    origins = {key: line for key, line in composed.origins.items() if not f"{key}.".startswith(tuple(f"{start}." for start in gone))}
+    moved = {place + key.removeprefix(group): line for key, line in composed.origins.items() if f"{key}.".startswith(f"{group}.")}
+    return replace(composed, values=values, origins=origins | moved)
 
 
 def _label(file: Path, config_dir: Path | None) -> str:
@@ -260,7 +285,7 @@ def _lay_on(base: Composed, request: _Request) -> Composed:
     """``base`` with the values of the command line on top; those of spoiled sections are left out."""
     config, origins = OmegaConf.create(base.values), dict(base.origins)
     for key, item in request.values.items():
-        if key.partition(".")[0] in request.spoiled:
+        if any(key == spoiled or key.startswith(f"{spoiled}.") for spoiled in request.spoiled):
             continue
         try:
             OmegaConf.update(config, key, item.value(), merge=True, force_add=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ast
 import inspect
 from collections.abc import Iterator
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -59,14 +59,25 @@ def default_origin(cls: type, name: str) -> str:
     return "default"
 
 
+def _default_of(held: Any, names: list[str]) -> str:
+    """The default that a value came from: the line of the field, or the line of the field around it that holds an instance with other values."""
+    inner = getattr(held, names[0], None)
+    if len(names) == 1 or not is_dataclass(inner):
+        return default_origin(type(held), names[0])
+    declared = {f.name: f.default for f in fields(inner)}
+    as_declared = names[1] in declared and declared[names[1]] == getattr(inner, names[1])
+    return _default_of(inner, names[1:]) if as_declared else default_origin(type(held), names[0])
+
+
 def leaves(config: Config, origins: dict[str, str]) -> dict[str, tuple[Any, str]]:
     """Every resolved value by dotted key, with where it came from."""
     found: dict[str, tuple[Any, str]] = {}
-    for section, value in config.as_dict().items():
+    for key, leaf in ((k, v) for section, value in config.as_dict().items() for k, v in flat(value, section)):
+        section, *names = key.split(".")
         held = getattr(config, section)
-        for key, leaf in flat(value, section):
-            owner, field = (type(held), key.split(".")[1]) if is_dataclass(held) else (Config, key)
-            found[key] = (leaf, origin_of(key, origins) or default_origin(owner, field))
+        nested = len(names) > 1 and is_dataclass(getattr(held, names[0], None))  # a default of its own beats the origin of the mapping around it
+        origin = origins.get(key) if nested else origin_of(key, origins)
+        found[key] = (leaf, origin or (_default_of(held, names) if names else default_origin(Config, section)))
     return found
 
 

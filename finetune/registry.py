@@ -1,4 +1,4 @@
-"""Names of methods and data sets, read from the source so that listing them imports nothing.
+"""Names of methods, data sets, schedules and selectors, read from the source so that listing them imports nothing.
 
 A class joins by ``@register("name")`` in a module of its kind's package; its literal class variables are its *facts*.
 """
@@ -15,8 +15,8 @@ from typing import Any, Literal, TypeVar
 
 from .errors import ConfigError, near
 
-Kind = Literal["method", "dataset"]
-PACKAGES: dict[Kind, str] = {"method": "methods", "dataset": "data"}
+Kind = Literal["method", "dataset", "schedule", "selector"]
+PACKAGES: dict[Kind, str] = {"method": "methods", "dataset": "data", "schedule": "schedules", "selector": "selectors"}
 C = TypeVar("C", bound=type)
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -28,15 +28,19 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimizerConfig:
-    """AdamW and its schedule; ``warmup`` is the share of all steps over which the rate rises from zero."""
+    """The optimizer and its schedule; ``warmup`` is the share of all steps over which the rate rises from zero. ``betas`` are AdamW's."""
 
-    name: Literal["adamw"] = "adamw"
+    name: Literal["adamw", "sm3"] = "adamw"
     lr: Annotated[float, Gt(0)] = 1e-3
     weight_decay: Annotated[float, Ge(0)] = 0.0
     betas: tuple[Share, Share] = (0.9, 0.999)
     eps: Annotated[float, Gt(0)] = 1e-8
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    def __post_init__(self) -> None:
+        if self.name == "sm3" and self.betas != OptimizerConfig.betas:
+            raise ValueError(f"optimizer.betas={list(self.betas)} means nothing to optimizer=sm3, which has no moving averages; leave it out.")
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, complete. ``method`` and ``dataset`` are instances of registered frozen dataclasses."""
+    """One run, complete. ``method``, ``dataset`` and ``selector`` are instances of registered frozen dataclasses."""
 
     name: str | None
     run: str | None
@@ -81,16 +85,22 @@ class Config:
     optimizer: OptimizerConfig
     train: TrainConfig
     logger: LoggerConfig
+    selector: Any = None
 
     def as_dict(self) -> dict[str, Any]:
         """Plain nested values, complete enough to build this config again."""
-        tree = asdict(self)
-        for kind in ("method", "dataset"):
-            tree[kind] = {"name": getattr(self, kind).name, **tree[kind]}
-        plain: dict[str, Any] = json.loads(json.dumps(tree))  # tuples become lists, as in YAML
+        plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # tuples become lists, as in YAML
         return plain
 
     def hash(self) -> str:
         """Ten hex digits of everything that can change the result: not the run's name, nor where it logs."""
         tree = {k: v for k, v in self.as_dict().items() if k not in ("name", "run", "logger")}
         return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses as mappings, at any depth; a registered one with its name in front."""
+    if not is_dataclass(value):
+        return value
+    named = {"name": name} if isinstance(name := getattr(value, "name", None), str) else {}
+    return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import difflib
 import json
-from collections.abc import Iterable
-from dataclasses import MISSING, Field, dataclass, field, fields
-from functools import cache
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from functools import cache, partial
 from typing import Any, get_type_hints
 
 import pydantic
 
 from . import registry
+from .core.schedule import Schedule
 from .errors import ConfigError
 from .explain import flat, origin_of
 from .settings import Config
 
-CHOSEN: tuple[registry.Kind, ...] = ("method", "dataset")  # sections whose class the registry knows by the value of ``name``
+CHOSEN: tuple[registry.Kind, ...] = ("method", "dataset", "selector")  # sections whose class the registry knows by the value of ``name``
+NESTED: dict[type, registry.Kind] = {Schedule: "schedule"}  # likewise fields of these types, inside a section
+ABSENT = {"selector": {"name": "none"}}  # sections that frozen configurations of earlier versions lack
 WORDS = {"a valid array": "a list, written [a,b]", "an object": "a mapping", "a valid boolean": "true or false", "Field required": "too few entries"}
 ROOT = tuple(f.name for f in fields(Config) if f.name in ("name", "run", "seed"))
 SECTIONS = tuple(f.name for f in fields(Config) if f.name not in ROOT)
@@ -40,6 +44,8 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
 
     Raises ``ConfigError`` with every fault found.
     """
+    given = {key: value for key, value in composed.values.items() if key not in ABSENT or value is not None}
+    composed = replace(composed, values={**ABSENT, **given})
     root = {key: value for key, value in composed.values.items() if key not in SECTIONS}
     parts, faults = _check(Config, ROOT, root, "", composed)
     for section in [s for s in SECTIONS if s not in skip]:
@@ -47,42 +53,89 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
         faults += found
     if faults or skip:
         raise ConfigError(*faults)
-    return Config(**parts)
+    config = Config(**parts)
+    if faults := [*config.method.faults(config.train.steps), *config.selector.faults(config.train.steps)]:
+        raise ConfigError(*faults)
+    return config
 
 
 def _section(section: str, composed: Composed) -> tuple[Any, list[str]]:
     """One section as an instance of its class, or None and its faults."""
-    values, origin = composed.values.get(section), composed.origins.get(section, "")
+    values = composed.values.get(section)
     if not isinstance(values, dict):
-        return None, [f"{section} should be a mapping of settings, not {values!r}{origin and f' ({origin})'}. Choose one by {section}=OPTION."]
+        return None, [_no_mapping(section, section, values, composed)]
     try:
         cls, given = _class_of(section, values, composed)
-        parts, faults = _check(cls, tuple(f.name for f in fields(cls) if f.init), given, section, composed)
-        return (None, faults) if faults else _made(cls, parts, f"{section}={values.get('name')}")
     except ConfigError as error:
         return None, list(error.faults)
+    return _instance(cls, cls, given, section, composed)
 
 
-def _made(cls: type, parts: dict[str, Any], what: str) -> tuple[Any, list[str]]:
-    """The instance, or what its own ``__post_init__`` has against the values together."""
+def _instance(cls: type, make: Callable[..., Any], given: dict[str, Any], section: str, composed: Composed) -> tuple[Any, list[str]]:
+    """What ``make`` makes of the checked values for ``cls``, or None and the faults: of fields, nested ones too, or of the values together."""
+    nested = _nested(cls)
+    wanted = tuple(f.name for f in fields(cls) if f.init and f.name not in nested)
+    parts, faults = _check(cls, wanted, {key: value for key, value in given.items() if key not in nested}, section, composed)
+    for name, (item, kind) in nested.items():
+        try:
+            parts[name], found = _instance(*_inner(item, kind, f"{section}.{name}", composed), f"{section}.{name}", composed)
+            faults += found
+        except ConfigError as error:
+            faults += error.faults
+    if faults:
+        return None, faults
     try:
-        return cls(**parts), []
+        return make(**parts), []
     except ValueError as error:
-        return None, [f"{what}: {error}"]
+        return None, [f"{_what(section, cls)}: {error}"]
+
+
+def _nested(cls: type) -> dict[str, tuple[Field[Any], registry.Kind]]:
+    """The fields of ``cls`` that hold an instance of a registered class, by name."""
+    hints = get_type_hints(cls)
+    return {f.name: (f, kind) for f in fields(cls) for base, kind in NESTED.items() if hints[f.name] is base}
+
+
+def _inner(item: Field[Any], kind: registry.Kind, key: str, composed: Composed) -> tuple[type, Callable[..., Any], dict[str, Any]]:
+    """The class in a nested field, what makes its instance, and the values for it: without a ``name`` they change the field's default."""
+    values = _value(key.rpartition(".")[0], composed).get(item.name, "???" if _is_required(item) else {})
+    if values == "???":
+        raise ConfigError(f"{key} is not set. Add {kind}=OPTION.")
+    if not isinstance(values, dict):
+        raise ConfigError(_no_mapping(key, kind, values, composed))
+    if "name" in values or _is_required(item):
+        cls, given = _chosen(kind, values, key, composed)
+        return cls, cls, given
+    default: Any = item.default_factory() if item.default_factory is not MISSING else item.default
+    return type(default), partial(replace, default), values
+
+
+def _no_mapping(key: str, choice: str, value: Any, composed: Composed) -> str:
+    origin = composed.origins.get(key, "")
+    return f"{key} should be a mapping of settings, not {value!r}{origin and f' ({origin})'}. Choose one by {choice}=OPTION."
 
 
 def _class_of(section: str, values: dict[str, Any], composed: Composed) -> tuple[type, dict[str, Any]]:
     """The dataclass of a section, and its values without the name that chose the class."""
     kind = next((k for k in CHOSEN if k == section), None)
-    if kind is None:
-        return get_type_hints(Config)[section], values
+    return (get_type_hints(Config)[section], values) if kind is None else _chosen(kind, values, section, composed)
+
+
+def _chosen(kind: registry.Kind, values: dict[str, Any], key: str, composed: Composed) -> tuple[type, dict[str, Any]]:
+    """The registered class that ``values`` name, and the other values. Raises ``ConfigError`` where there is none."""
     name = values.get("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{section}.name is not set. Its file must say which {section} it is, one of: {', '.join(registry.catalog(kind))}.")
+        raise ConfigError(f"{key}.name is not set. Its file must say which {kind} it is, one of: {', '.join(registry.catalog(kind))}.")
     try:
         return registry.get(kind, name), {key: value for key, value in values.items() if key != "name"}
     except ConfigError as error:
-        raise ConfigError(f"{error} ({composed.origins.get(f'{section}.name', section)})") from None
+        raise ConfigError(f"{error} ({composed.origins.get(f'{key}.name', key)})") from None
+
+
+def _what(section: str, cls: type) -> str:
+    """``method=lora``, ``schedule=grow``; for a section without a choice of classes its name."""
+    leaf = section.rpartition(".")[2]
+    return f"{leaf}={cls.name}" if leaf in (*CHOSEN, *NESTED.values()) else leaf  # type: ignore[attr-defined]  # registered, so it has a name
 
 
 @cache
@@ -110,7 +163,7 @@ def _check(cls: type, wanted: tuple[str, ...], values: dict[str, Any], section: 
     as_text = {e["loc"][0]: text for e in errors if (text := _text_of(e, section, composed)) is not None}
     if as_text:
         return _check(cls, wanted, {**values, **as_text}, section, composed)
-    return {}, _faults(errors, section, composed)
+    return {}, _faults(errors, cls, section, composed)
 
 
 def _text_of(error: Any, section: str, composed: Composed) -> str | None:
@@ -119,13 +172,13 @@ def _text_of(error: Any, section: str, composed: Composed) -> str | None:
     return composed.texts.get(_dotted(section, error["loc"])) if bare else None
 
 
-def _faults(errors: list[Any], section: str, composed: Composed) -> list[str]:
+def _faults(errors: list[Any], cls: type, section: str, composed: Composed) -> list[str]:
     """One sentence for each wrong key; the branches of a union share one."""
     by_key: dict[str, list[Any]] = {}
     for error in errors:
-        inside = _inside(error["loc"], composed.values[section] if section else composed.values)
+        inside = _inside(error["loc"], _value(section, composed))
         by_key.setdefault(_dotted(section, inside), []).append(error)
-    return [fault for key, found in by_key.items() for fault in _fault(key, found, section, composed)]
+    return [fault for key, found in by_key.items() for fault in _fault(key, found, cls, section, composed)]
 
 
 def _inside(loc: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
@@ -142,12 +195,16 @@ def _dotted(section: str, loc: tuple[Any, ...]) -> str:
     return ".".join([*([section] if section else []), *map(str, loc)])
 
 
-def _fault(key: str, errors: list[Any], section: str, composed: Composed) -> list[str]:
+def _fault(key: str, errors: list[Any], cls: type, section: str, composed: Composed) -> list[str]:
     kind, value = errors[0]["type"], errors[0]["input"]
     if kind == "missing" and len(errors[0]["loc"]) == 1:
         return [f"{key} is not set{_origin(key, composed, ' ({} leaves it open)')}. Add {key}=VALUE."]
     if kind == "extra_forbidden":
-        of = f" of {section}={composed.values[section].get('name')}" if section in CHOSEN else f" of {section}" if section else ""
+        of = f" of {_what(section, cls)}" if section else ""
+        if section in CHOSEN and (nested := key.rpartition(".")[2]) in NESTED.values():
+            choice = value.get("name") if isinstance(value, dict) else None
+            whats = [f"{nested}={choice}"] if choice else [_given(*item, composed) for item in flat(value, key)]
+            return [f"{what} is not a setting{of}, which has no {nested}. Leave it out, or choose a {section} that has one." for what in whats]
         return [f"{_given(full, leaf, composed)} is not a setting{of}.{_suggestion(full, composed)}" for full, leaf in flat(value, key)]
     whys = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in errors)
     should = "" if any(why.startswith(("Tuple", "List", "Field", "Dict", "Value")) for why in whys) else " should be"
@@ -156,7 +213,7 @@ def _fault(key: str, errors: list[Any], section: str, composed: Composed) -> lis
 
 def _value(key: str, composed: Composed) -> Any:
     value: Any = composed.values
-    for step in key.split("."):
+    for step in key.split(".") if key else ():
         value = value[int(step)] if isinstance(value, list) else value[step]
     return value
 
@@ -177,6 +234,8 @@ def _suggestion(key: str, composed: Composed) -> str:
     known = [*ROOT, *SECTIONS, *(full for section in SECTIONS for full in _settings(section, composed))]
     parent, _, leaf = key.rpartition(".")
     beside = [full for full in known if full.rpartition(".")[0] == parent]
+    if not beside and (parent in SECTIONS or parent.rpartition(".")[2] in NESTED.values()):
+        return " It has none."
     for pool in (beside, known):
         names = difflib.get_close_matches(leaf, [full.rpartition(".")[2] for full in pool], n=1, cutoff=0.6)
         if names:
@@ -191,4 +250,9 @@ def _settings(section: str, composed: Composed) -> list[str]:
         cls, _ = _class_of(section, composed.values[section], composed)
     except (ConfigError, KeyError, AttributeError):
         return []
-    return [f"{section}.{f.name}" for f in fields(cls) if f.init]
+    found = [f"{section}.{f.name}" for f in fields(cls) if f.init]
+    for name, (item, kind) in _nested(cls).items():
+        with suppress(ConfigError):
+            inner, _, _ = _inner(item, kind, f"{section}.{name}", composed)
+            found += [f"{section}.{name}.{f.name}" for f in fields(inner) if f.init]
+    return found

@@ -16,11 +16,12 @@ ALLOWED = {
     "methods": SIDE,
     "models": SIDE,
     "data": SIDE,
+    "optim": {"core", "errors"},
     "config": BOTTOM | {"strict", "explain"},
     "strict": BOTTOM | {"explain"},
     "explain": BOTTOM,
     "report": {"errors"},
-    "train": SIDE | {"config", "data", "models"},
+    "train": SIDE | {"config", "data", "models", "optim"},
     "testing": SIDE | {"data", "train"},
 }
 

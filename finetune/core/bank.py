@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -12,53 +15,145 @@ from .site import Site
 
 
 class Bank(nn.Module):
-    """K float32 values (the change, starting at 0) over ``sites``.
+    """Room for ``capacity`` float32 values (the change, starting at 0) over ``sites``.
 
-    ``index`` [K] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1] int64 says
-    which slice of the K belongs to which site. Both are state and are saved; views and originals derive from them.
+    ``index`` [capacity] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1]
+    int64 says which slice belongs to which site, and what lies behind ``starts[-1]`` is slack: 0, without gradient. The room never changes, so that
+    optimizers and data parallelism need not know when entries move. ``settled_*`` [any length], in the same form, are entries that are trained no
+    more and keep their change. All of this is state and is saved; what ``SparseDelta`` derives from it is not.
     """
 
     index: Tensor
     starts: Tensor
+    settled_values: Tensor
+    settled_index: Tensor
+    settled_starts: Tensor
 
-    def __init__(self, sites: list[Site], counts: list[int]) -> None:
+    def __init__(self, sites: list[Site], capacity: int) -> None:
         super().__init__()
         if max(s.size for s in sites) >= 2**31:
             raise ValueError("a site of 2**31 entries or more needs 64-bit indices")
-        self.values = nn.Parameter(torch.zeros(sum(counts)))
-        self.register_buffer("index", torch.cat([torch.arange(c, dtype=torch.int32) for c in counts]))
-        self.register_buffer("starts", torch.tensor([0, *counts]).cumsum(0))
         self.sizes = [s.size for s in sites]
-        self._slices: tuple[Tensor, ...] = ()  # derived, like ``_bounds``: made again when what they derive from has changed
-        self._bounds: list[int] = []
-        self._slices_of = self._bounds_of = (0, -1)
+        self.shapes = [s.shape for s in sites]
+        self.ages = False  # whether the optimizer counts the steps of each value by itself; set by the method that builds this
+        self.values = nn.Parameter(torch.zeros(capacity))
+        self.register_buffer("index", torch.zeros(capacity, dtype=torch.int32))
+        self.register_buffer("starts", torch.zeros(len(sites) + 1, dtype=torch.int64))
+        self.register_buffer("settled_values", torch.zeros(0))
+        self.register_buffer("settled_index", torch.zeros(0, dtype=torch.int32))
+        self.register_buffer("settled_starts", torch.zeros(len(sites) + 1, dtype=torch.int64))
+        self.frozen = [False] * len(sites)  # sites that rest during this step; set by selectors before it
+        self.watch: Callable[[int, WeightGrad], bool] | None = None  # sees every site's whole gradient; True: nobody else needs it
+        self.changes = 0  # how often indices moved in this process: what is derived from them is made again
+        self._bounds: dict[str, tuple[tuple[int, int], list[int]]] = {}
+        self._slices: tuple[Tensor, ...] = ()
+        self._slices_of = (0, -1, -1)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The settled entries may be any number."""
+        for name in ("settled_values", "settled_index"):
+            if prefix + name in state_dict:
+                setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        self.changes += 1
+
+    def bounds(self, of: str = "starts") -> list[int]:
+        """``starts`` (or ``settled_starts``) as numbers, read from the device once."""
+        starts = getattr(self, of)
+        now = (self.changes, starts._version)
+        if self._bounds.get(of, (None,))[0] != now:
+            self._bounds[of] = (now, starts.tolist())
+        return self._bounds[of][1]
 
     @property
-    def bounds(self) -> list[int]:
-        """``starts`` as numbers, read from the device once."""
-        now = (id(self.starts), self.starts._version)
-        if now != self._bounds_of:
-            self._bounds, self._bounds_of = self.starts.tolist(), now
-        return self._bounds
+    def active(self) -> int:
+        """Entries that are trained now."""
+        return self.bounds()[-1]
 
     def slice(self, i: int) -> Tensor:
         """The values of site ``i``. One split serves a whole forward pass, so that backward joins the gradients once instead of padding each to K."""
+        bounds = self.bounds()
         if not torch.is_grad_enabled():
-            return self.values.detach()[self.bounds[i] : self.bounds[i + 1]]
-        now = (id(self.values), self.values._version)
+            return self.values.detach()[bounds[i] : bounds[i + 1]]
+        now = (id(self.values), self.values._version, self.changes)
         if now != self._slices_of:
-            self._slices, self._slices_of = torch.split(self.values, self.starts.diff().tolist()), now
-        return self._slices[i]
+            counts = [b - a for a, b in zip(bounds, [*bounds[1:], len(self.values)], strict=True)]
+            self._slices, self._slices_of = torch.split(self.values, counts), now
+        return self._slices[i].detach() if self.frozen[i] else self._slices[i]
 
     def where(self, i: int) -> Tensor:
-        """The flat positions of site ``i``'s values, int32."""
-        return self.index[self.bounds[i] : self.bounds[i + 1]]
+        """The flat positions of site ``i``'s values, int32, ascending."""
+        bounds = self.bounds()
+        return self.index[bounds[i] : bounds[i + 1]]
+
+    def settled(self, i: int) -> tuple[Tensor, Tensor]:
+        """The values and flat positions of site ``i``'s settled entries."""
+        a, b = self.bounds("settled_starts")[i : i + 2]
+        return self.settled_values[a:b], self.settled_index[a:b]
+
+    def all(self, i: int) -> tuple[Tensor, Tensor]:
+        """Values and positions of everything that differs from the base at site ``i``: the trained ones first, then the settled."""
+        values, where = self.settled(i)
+        return (torch.cat([self.slice(i), values]), torch.cat([self.where(i), where])) if len(values) else (self.slice(i), self.where(i))
+
+    @torch.no_grad()
+    def place(self, index: list[Tensor]) -> None:
+        """Train the entries at these flat positions of each site (distinct, ascending), from 0. Raises ``ValueError`` above the capacity."""
+        self._move(index)
+        self.values.zero_()
+
+    def _move(self, index: list[Tensor]) -> None:
+        """Write down which entries are trained."""
+        self._fits(index)
+        for where, a in zip(index, _starts(index).tolist(), strict=False):
+            self.index[a : a + len(where)] = where
+        self.starts.copy_(_starts(index))
+        self.index[int(self.starts[-1]) :] = 0
+        self.changes += 1
+
+    def _fits(self, index: list[Tensor]) -> None:
+        if sum(map(len, index)) > len(self.values):
+            raise ValueError(f"{sum(map(len, index))} entries do not fit into a bank of {len(self.values)}")
+
+    @torch.no_grad()
+    def revise(self, index: list[Tensor], moments: dict[str, Tensor], dropped: str, seeds: dict[str, Tensor] | None = None) -> Tensor:
+        """Train these entries of each site instead, in place. Survivors keep value and moments to the bit, wherever their slots move.
+
+        ``moments``: the optimizer's tensors of shape [capacity], moved along; newcomers get ``seeds[name]`` [capacity], or 0. ``dropped``: entries
+        that are trained no more go back to the pretrained weight (``base``), or settle where they are (``kept``); a settled one that returns starts
+        from there. Returns the slots of the newcomers [any] int64.
+        """
+        self._fits(index)
+        before, starts = self.bounds(), _starts(index).tolist()
+        sources, settled, returned = [], [], torch.zeros_like(self.values)
+        for i, new in enumerate(index):
+            old, (values, still) = self.where(i), self.settled(i)
+            source, back = _places(new, old), _places(new, still)
+            left = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, source[source >= 0], False)
+            returned[starts[i] + (back >= 0).nonzero().view(-1)] = values[back[back >= 0]]
+            stays = torch.ones(len(still), dtype=torch.bool, device=old.device).index_fill_(0, back[back >= 0], False)
+            keep = left if dropped == "kept" else torch.zeros_like(left)
+            where, order = torch.cat([still[stays], old[keep]]).sort()
+            settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
+            sources.append(source.to(torch.int32))  # of all sites at once they are held, hence small
+        for name, t in {"": self.values.data, **moments}.items():
+            fresh = returned if not name else (seeds or {}).get(name, torch.zeros((), device=t.device)).to(t.dtype).expand_as(t)
+            moved = torch.zeros_like(t)
+            for source, a, b, c in zip(sources, before, starts, starts[1:], strict=False):
+                moved[b:c] = torch.where(source >= 0, t[torch.where(source >= 0, source + a, 0)], fresh[b:c])
+            t.copy_(moved)
+        self._move(index)
+        self.settled_values, self.settled_index = torch.cat([v for v, _ in settled]), torch.cat([w for _, w in settled])
+        self.settled_starts.copy_(_starts([w for _, w in settled]))
+        return torch.cat([a + (source < 0).nonzero().view(-1) for source, a in zip(sources, starts, strict=False)])
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored of a finished run: values, counts a site, and the coded gaps between positions in the sites laid end to end."""
-        offsets = torch.tensor([0, *self.sizes]).cumsum(0)[:-1]
-        flat = self.index.long().cpu() + offsets.repeat_interleave(self.starts.diff().cpu())
-        return {"values": self.values.detach(), "starts": self.starts, "gaps": encode_sorted(flat)}
+        with torch.no_grad():
+            entries = [(v[order], w[order]) for v, w in map(self.all, range(len(self.sizes))) for order in [w.argsort()]]
+        offsets = torch.tensor([0, *self.sizes]).cumsum(0)
+        flat = torch.cat([w.long().cpu() + offset for (_, w), offset in zip(entries, offsets, strict=False)])
+        return {"values": torch.cat([v for v, _ in entries]), "starts": _starts([w for _, w in entries]), "gaps": encode_sorted(flat)}
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
@@ -71,11 +166,21 @@ class Bank(nn.Module):
         self.values = nn.Parameter(stored["values"].to(self.values))
         self.starts = stored["starts"].to(self.starts)
         self.index = (flat - offsets[:-1].repeat_interleave(counts)).to(self.index)
+        self.settled_values, self.settled_index = self.settled_values[:0], self.settled_index[:0]
+        self.settled_starts = torch.zeros_like(self.settled_starts)
+        self.changes += 1
 
-    @torch.no_grad()
-    def place(self, index: list[Tensor]) -> None:
-        """Put the values of each site at these flat positions (made ascending; the counts stay those of the build)."""
-        self.index.copy_(torch.cat([i.sort().values.to(torch.int32) for i in index]))
+
+def _starts(index: list[Tensor]) -> Tensor:
+    return torch.tensor([0, *map(len, index)]).cumsum(0)
+
+
+def _places(wanted: Tensor, among: Tensor) -> Tensor:
+    """Where each element of ``wanted`` is in ``among`` (ascending), int64; -1 where it is not."""
+    if not len(among):
+        return torch.full((len(wanted),), -1, dtype=torch.int64, device=wanted.device)
+    at = torch.searchsorted(among, wanted.to(among)).clamp(max=len(among) - 1)
+    return torch.where(among[at] == wanted, at, -1)
 
 
 class SparseDelta(Restorable):
@@ -83,19 +188,27 @@ class SparseDelta(Restorable):
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
-        self._bank, self._i, self._shape = [bank], i, site.shape  # in a list: the bank is registered once, as the method's state
+        self._bank, self.i, self._shape = [bank], i, site.shape  # in a list: the bank is registered once, as the method's state
+
+    @property
+    def bank(self) -> Bank:
+        return self._bank[0]
 
     def forward(self, weight: Tensor) -> Tensor:
-        values = self._bank[0].slice(self._i)
+        values, where = self.bank.all(self.i)
         dense = torch.zeros(self._shape, dtype=values.dtype, device=values.device)
-        return dense.view(-1).index_put((self._bank[0].where(self._i).long(),), values).view(self._shape)
+        return dense.view(-1).index_put((where.long(),), values).view(self._shape)
+
+    @property
+    def acts(self) -> bool:
+        return self.bank.watch is not None or len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
 
     def inputs(self) -> tuple[Tensor, ...]:
-        return (self._bank[0].slice(self._i),)
+        return (self.bank.slice(self.i),)
 
-    def _positions(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def _positions(self, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
         """A flat view of the weight's storage and the positions in it; a transposed weight is stored as [in, out]."""
-        index = self._bank[0].where(self._i).long()
+        index = index.long()
         if weight.is_contiguous():
             return weight.view(-1), index
         out, in_ = self._shape
@@ -103,19 +216,22 @@ class SparseDelta(Restorable):
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        flat, index = self._positions(weight)
+        values, where = self.bank.all(self.i)
+        flat, index = self._positions(weight, where)
         entries = flat[index]
         if weight.data_ptr() == original.data_ptr():
-            self._lent = entries
-        change = self.gate * self._bank[0].slice(self._i)
-        flat[index] = (entries.to(torch.promote_types(entries.dtype, torch.float32)) + change).to(entries.dtype)
+            self._lent = index, entries
+        flat[index] = (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(entries.dtype)
         return ()
 
     @torch.no_grad()
     def restore_(self, weight: Tensor) -> None:
-        flat, index = self._positions(weight)
-        flat[index] = self._lent
+        index, entries = self._lent
+        flat = weight.view(-1) if weight.is_contiguous() else weight.T.view(-1)
+        flat[index] = entries
         del self._lent
 
     def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
-        return (self.gate * grad.dense.view(-1)[self._bank[0].where(self._i).long()],)
+        if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
+            return (None,)
+        return (self.gate * grad.dense.view(-1)[self.bank.where(self.i).long()],)

@@ -15,13 +15,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Annotated, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
-from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
-from .bank import Bank, SparseDelta
 from .collective import agree
 from .part import Delta, attach, base
 from .site import Site, find_sites
@@ -37,6 +35,9 @@ class Run:
     total: int
     generator: torch.Generator
     evaluate: Callable[[Any], Tensor]
+    upcoming: Callable[[int], list[list[Any]]]  # the micro-batches of the next so many steps; None where this process has no example
+    backward: Callable[[Any, list[Any], bool], None]  # one of a step's micro-batches, outside training: only a bank's ``watch`` sees the gradients
+    logits: Callable[[Any], Tensor]  # of a micro-batch in eval mode, at the places that the loss is averaged over: [places, classes]; not exchanged
     step: int = 0
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
@@ -76,6 +77,10 @@ class Method:
     mergeable: ClassVar[bool] = True
     unused_parameters: ClassVar[bool] = False  # some trained tensors may get no gradient in a step
 
+    def faults(self, steps: int) -> list[str]:
+        """What cannot mean anything in a run of so many steps, each as a sentence that names the setting."""
+        return []
+
     def phases(self) -> tuple[Phase, ...]:
         return (Phase(self, 1.0),)
 
@@ -113,23 +118,3 @@ class Reparam(Method):
             delta = state[site.key] = self.delta(site)
             attach(model, site.name, delta)
         return state
-
-
-@dataclass(frozen=True)
-class Sparse(Method):
-    """K existing entries of each site, K = site size minus the ``sparsity`` share of it, rounded; which ones, ``begin`` says."""
-
-    targets: tuple[str, ...] = ("all",)
-    sparsity: Annotated[float, Ge(0), Lt(1)] = 0.98
-
-    def count(self, site: Site) -> int:
-        """Entries that may change: at least one."""
-        return max(1, site.size - round(self.sparsity * site.size))
-
-    def build(self, model: nn.Module) -> nn.ModuleDict:
-        sites = find_sites(model, self.targets)
-        bank = Bank(sites, [self.count(s) for s in sites])
-        views = [SparseDelta(bank, i, s) for i, s in enumerate(sites)]
-        for site, view in zip(sites, views, strict=True):
-            attach(model, site.name, view)
-        return nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})

@@ -23,6 +23,7 @@ class Part(nn.Module):
     """Anything that a method attaches. ``gate`` scales its effect; at 0 it is absent, and the model is the base to the bit."""
 
     gate: float = 1.0
+    decays: bool = True  # whether weight decay may pull its matrices towards zero
 
     def adapted(self) -> int:
         """Entries of the model that this part can change; deltas are counted by the layer they sit on."""
@@ -52,15 +53,29 @@ class Edit(Part):
 
 
 class WeightGrad:
-    """The gradient of one layer's weight, computed only when asked for: ``grad_y`` is [n, out], ``x`` is [n, in]."""
+    """The gradient of one layer's weight, computed only when asked for: ``grad_y`` is [n, out], ``x`` what the delta kept of [n, in].
 
-    def __init__(self, grad_y: Tensor, x: Tensor) -> None:
-        self.grad_y, self.x = grad_y, x
+    ``examples``: how many examples the n rows are, each as many rows as the others.
+    """
+
+    def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1) -> None:
+        self.grad_y, self.x, self.examples = grad_y, x, examples
 
     @cached_property
     def dense(self) -> Tensor:
-        """[out, in], float32 or wider."""
-        grad = self.grad_y.T @ self.x
+        """[out, in], float32 or wider; of all of x."""
+        return self._product(self.grad_y, self.x)
+
+    @property
+    def squares(self) -> Tensor:
+        """[out, in]: the sum over examples of the square of each one's gradient."""
+        pairs = zip(self.grad_y.chunk(self.examples), self.x.chunk(self.examples), strict=True)
+        first, *rest = (self._product(y, x).square_() for y, x in pairs)
+        return sum(rest, first)
+
+    @staticmethod
+    def _product(grad_y: Tensor, x: Tensor) -> Tensor:
+        grad = grad_y.T @ x
         return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -80,9 +95,18 @@ class Delta(Part):
         """The change as seen from the input, [..., out]; overridden where that is cheaper than forming the matrix."""
         raise NotImplementedError
 
+    @property
+    def acts(self) -> bool:
+        """Whether this delta has anything to do now; if not, the layer runs as if it were not there."""
+        return True
+
     def inputs(self) -> tuple[Tensor, ...]:
         """The trained tensors, in the order in which ``pull`` returns their gradients."""
         return tuple(self.parameters())
+
+    def keep(self, x: Tensor) -> Tensor:
+        """What ``pull`` needs of the input [..., in]: itself, or less."""
+        return x
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
@@ -124,7 +148,7 @@ def changed(weight: Tensor, deltas: Sequence[Delta], kept: Sequence[Kept] | None
 
 
 class _ChangedLinear(torch.autograd.Function):
-    """``F.linear(x, weight + changes, bias)``; keeps the input and small tensors for backward, never a matrix of the weight's size."""
+    """``F.linear(x, weight + changes, bias)``; keeps what the deltas need of the input for backward, never a matrix of the weight's size."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta], *trained: Tensor) -> Tensor:
@@ -133,14 +157,14 @@ class _ChangedLinear(torch.autograd.Function):
         x = x.to(dtype)
         with changed(weight, deltas) as (w, kept), torch.autocast(device, enabled=False):
             y = F.linear(x, w.to(dtype), None if bias is None else bias.to(dtype))
-        ctx.save_for_backward(x)
+        if any(ctx.needs_input_grad[4:]):
+            ctx.save_for_backward(*(d.keep(x) for d in deltas))
         ctx.weight, ctx.deltas, ctx.kept = weight, deltas, kept
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        (x,) = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             with changed(ctx.weight, ctx.deltas, ctx.kept) as (w, _):
@@ -148,9 +172,12 @@ class _ChangedLinear(torch.autograd.Function):
         flat_y = grad_y.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             grad_bias = flat_y.sum(0)
-        grad = WeightGrad(flat_y, x.flatten(0, -2))
-        pulled = [g for d, k in zip(ctx.deltas, ctx.kept, strict=True) for g in d.pull(grad, ctx.weight, k)]
-        return grad_x, None, grad_bias, None, *pulled
+        grads: dict[int, WeightGrad] = {}
+        pulled: list[Tensor | None] = []
+        for delta, kept, x in zip(ctx.deltas, ctx.kept, ctx.saved_tensors, strict=bool(ctx.saved_tensors)):
+            grad = grads.setdefault(id(x), WeightGrad(flat_y, x.flatten(0, -2), len(grad_y)))  # one product serves all that kept the same
+            pulled += delta.pull(grad, ctx.weight, kept)
+        return grad_x, None, grad_bias, None, *(pulled or [None] * len(ctx.needs_input_grad[4:]))
 
 
 def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta]) -> Tensor:
@@ -192,7 +219,7 @@ class Patched(nn.Module):
         return total.to(self.original.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = [d for d in self.deltas if d.gate]
+        active = [d for d in self.deltas if d.gate and d.acts]
         formed = [d for d in active if not d.additive]
         y: Tensor = changed_linear(x, self.original, self.bias, formed) if formed else self.base(x)
         for delta in active:

@@ -13,15 +13,18 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..core.bank import Bank
-from ..core.collective import agree, total
+from ..core.collective import total
 from ..core.inplace import InPlace, Source
 from ..core.method import Method, Run
-from ..core.part import detach
+from ..core.part import Part, detach
+from ..core.selector import Selector
 from ..data.encode import Batch
 from ..errors import ConfigError, RunFailed
+from ..optim.adamw import AdamW
+from ..optim.sm3 import SM3
 from ..settings import OptimizerConfig, TrainConfig
 from .batches import Batches
-from .loss import count, example_losses
+from .loss import count, example_losses, scored
 
 
 class Tuned(nn.Module):
@@ -67,13 +70,18 @@ def rate(settings: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
-    """AdamW over the trained tensors. Vectors (biases, norms) do not decay; a bank's values do: towards the pretrained weight."""
-    banked = {id(m.values) for m in states.modules() if isinstance(m, Bank)}
+    """Over the trained tensors. Vectors (biases, norms) and some parts do not decay; a bank's values do: towards the pretrained weight."""
+    banks = [m for m in states.modules() if isinstance(m, Bank)]
+    banked = {id(bank.values) for bank in banks}
     trained = [p for p in states.parameters() if p.requires_grad]
-    decays = [p for p in trained if p.ndim > 1 or id(p) in banked]
-    rest = [p for p in trained if p.ndim <= 1 and id(p) not in banked]
+    spared = {id(p) for m in states.modules() if isinstance(m, Part) and not m.decays for p in m.parameters()}
+    decays = [p for p in trained if (p.ndim > 1 or id(p) in banked) and id(p) not in spared]
+    rest = [p for p in trained if all(p is not d for d in decays)]
     groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return torch.optim.AdamW([g for g in groups if g["params"]], lr=settings.lr, betas=settings.betas, eps=settings.eps, fused=True)
+    groups = [g for g in groups if g["params"]]
+    if settings.name == "sm3":
+        return SM3(groups, settings.lr, settings.eps, banks)
+    return AdamW(groups, [bank.values for bank in banks if bank.ages], lr=settings.lr, betas=settings.betas, eps=settings.eps)
 
 
 class Session:
@@ -81,8 +89,9 @@ class Session:
 
     def __init__(
         self, model: nn.Module, method: Method, head: tuple[str, ...], batches: Batches, optimizer: OptimizerConfig, train: TrainConfig, seed: int,
-        accelerator: Accelerator, source: Source | None = None,
+        accelerator: Accelerator, source: Source | None = None, selector: Selector | None = None,
     ) -> None:  # fmt: skip
+        self.selector = selector or Selector()
         self.model, self.method, self.head, self.batches = model.requires_grad_(False), method, list(head), batches
         self.optimizer_settings, self.train, self.seed, self.accelerator, self.source = optimizer, train, seed, accelerator, source
         phases = method.phases()
@@ -92,6 +101,12 @@ class Session:
         self.phase = -1
         self.states = nn.ModuleDict()
         self._enter(0)
+
+    def enter(self, phase: int) -> None:
+        """Stand at the beginning of a phase, with the earlier one's parts taken away."""
+        if phase != self.phase:
+            detach(self.model, self.states)
+            self._enter(phase)
 
     def _enter(self, phase: int) -> None:
         """Build the phase's states and the optimizer over them."""
@@ -110,15 +125,54 @@ class Session:
             raise ConfigError(
                 f"method={self.current.name} has nothing to train here: a language model has no new head. Choose another method, for example lora."
             )
+        states["selector"] = self.selector.build(self.model, states) or nn.Module()
         self.accelerator.free_memory()
         self.tuned = self.accelerator.prepare_model(Tuned(self.model, states))
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(states, self.optimizer_settings))
         generator = torch.Generator().manual_seed(self.seed + phase)
-        self.run = Run(self.model, states, self.optimizer, end - start, generator, self._mean_loss, self.number - start)
+        given = (self._mean_loss, self._upcoming, self._probe, self._logits)
+        self.run = Run(self.model, states, self.optimizer, end - start, generator, *given, self.number - start)
 
     @torch.no_grad()
-    def _mean_loss(self, batch: Batch) -> Tensor:
-        return agree(example_losses(self.tuned(**self.on_device(batch.inputs)), batch.labels.to(self.accelerator.device)).sum() / count(batch))
+    def _mean_loss(self, micro: list[Batch | None]) -> Tensor:
+        """The mean loss over a step's global batch, in eval mode."""
+        tuned, training, device = self.accelerator.unwrap_model(self.tuned), self.tuned.training, self.accelerator.device
+        mine = [b for b in micro if b]
+        loss_sum = torch.zeros((), device=device)
+        tuned.eval()
+        for batch in mine:
+            with self.accelerator.autocast():
+                logits = tuned(**self.on_device(batch.inputs))
+            loss_sum += example_losses(logits, batch.labels.to(device)).sum()
+        tuned.train(training)
+        return total(loss_sum) / total(torch.tensor(sum(map(count, mine)), device=device))
+
+    def _upcoming(self, steps: int) -> list[list[Batch | None]]:
+        return list(self.batches.steps(self.number, self.number + steps))
+
+    def _probe(self, batch: Batch | None, micro: list[Batch | None], summed: bool) -> None:
+        """Backward of one micro-batch in eval mode, of its share of the step's mean loss or (``summed``) of the sum over its examples."""
+        tuned, training = self.accelerator.unwrap_model(self.tuned), self.tuned.training  # unwrapped: nothing is exchanged
+        share = batch or next(b for b in micro if b)
+        tuned.eval()
+        with self.accelerator.autocast():
+            logits = tuned(**self.on_device(share.inputs))
+        loss = example_losses(logits, share.labels.to(self.accelerator.device)).sum() * (batch is not None)
+        if not summed:
+            counted = int(total(torch.tensor(sum(count(b) for b in micro if b), device=self.accelerator.device)))
+            loss = loss * (self.accelerator.num_processes / counted)
+        loss.backward()
+        for parameter in self.states.parameters():
+            parameter.grad = None
+        tuned.train(training)
+
+    def _logits(self, batch: Batch) -> Tensor:
+        tuned, training = self.accelerator.unwrap_model(self.tuned), self.tuned.training  # unwrapped: nothing is exchanged
+        tuned.eval()
+        with self.accelerator.autocast():
+            logits = tuned(**self.on_device(batch.inputs))
+        tuned.train(training)
+        return scored(logits, batch.labels.to(self.accelerator.device))
 
     def on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch's inputs where the model is."""
@@ -134,8 +188,7 @@ class Session:
         for phase in range(self.phase, len(self.phases)):
             if phase != self.phase:
                 previous = self.states["method"]
-                detach(self.model, self.states)
-                self._enter(phase)
+                self.enter(phase)
                 self.start(previous)
             elif not self.begun:
                 self.start()
@@ -153,12 +206,14 @@ class Session:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.current.before_step(run, state)
+        self.selector.before_step(run, self.states["selector"])
         loss = self._backward(micro)
         self.current.after_backward(run, state)
         if self.train.clip:
             self.accelerator.clip_grad_norm_([p for p in self.states.parameters() if p.requires_grad], self.train.clip)
         self.optimizer.step()
         self.current.after_step(run, state)
+        self.selector.after_step(run, self.states["selector"])
         self.optimizer.zero_grad(set_to_none=True)
         self.number += 1
         return Step(self.number, loss, lr, time.perf_counter() - began, run.metrics)
@@ -200,9 +255,7 @@ class Session:
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from ``saved``. Raises ``RuntimeError`` where it belongs to another method or model."""
         self.number = saved["number"]
-        if saved["phase"] != self.phase:
-            detach(self.model, self.states)
-            self._enter(saved["phase"])
+        self.enter(saved["phase"])
         self.begun = True
         self.states.load_state_dict(saved["states"])
         self.optimizer.load_state_dict(saved["optimizer"])

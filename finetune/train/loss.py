@@ -15,6 +15,12 @@ def count(batch: Batch) -> int:
     return int((labels != IGNORED).sum())
 
 
+def scored(logits: Tensor, labels: Tensor) -> Tensor:
+    """The predictions that the loss is averaged over, one for each of ``count``: [places, classes], float32 or wider."""
+    found = logits if labels.ndim == 1 else logits[:, :-1][labels[:, 1:] != IGNORED]
+    return found.to(torch.promote_types(found.dtype, torch.float32))
+
+
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Summed cross-entropy of each example, float32 [n]; language-model labels [n, length] are predicted from the token before."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -45,7 +45,15 @@ class Training:
     def __init__(self, setup: Setup, files: RunFolder, say: Say) -> None:
         self.setup, self.session, self.files, self.say = setup, setup.session, files, say
         self.settings = setup.config.train
-        self.progress: dict[str, Any] = {"best": None, "best_step": None, "val": None, "base": {}, "base_retention": None, "seconds": []}
+        self.progress: dict[str, Any] = {
+            "best": None,
+            "best_step": None,
+            "best_phase": None,
+            "val": None,
+            "base": {},
+            "base_retention": None,
+            "seconds": [],
+        }
 
     def evaluate(self, split: str) -> Evaluation:
         return measure(self.session.tuned, self.setup.data[split], self.settings.eval_batch_size, self.session.accelerator)
@@ -75,8 +83,9 @@ class Training:
         """Evaluate on validation, and store the change if it is the best so far (or if the last one is wanted)."""
         found = self.evaluate("val").metrics
         key = list(better(found))
-        if self.settings.select == "last" or self.progress["best"] is None or key > self.progress["best"]:
-            self.progress |= {"best": key, "best_step": self.session.number, "val": found}
+        later = self.progress["best_phase"] != self.session.phase  # what an earlier phase reached was only its means
+        if self.settings.select == "last" or later or key > self.progress["best"]:
+            self.progress |= {"best": key, "best_step": self.session.number, "best_phase": self.session.phase, "val": found}
             stored.save(self.files.delta, self.session.states, self.about())
         return found
 
@@ -85,7 +94,7 @@ class Training:
         config, model = self.setup.config, self.setup.base
         return {
             "method": config.method.name, "config": config.as_dict(), "task": model.task, "labels": list(self.setup.labels), "head": list(model.head),
-            "step": self.session.number, "base_fingerprint": self.setup.fingerprint,
+            "step": self.session.number, "phase": self.session.phase, "base_fingerprint": self.setup.fingerprint,
         }  # fmt: skip
 
     def loop(self, log: tracker.Tracker, progress: Progress) -> None:

@@ -65,7 +65,7 @@ def prepare(config: Config) -> Setup:
         raise ConfigError(
             f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
         )
-    accelerator = make_accelerator(config.train, config.method.unused_parameters)
+    accelerator = make_accelerator(config.train, config.method.unused_parameters or config.selector.unused_parameters)
     make_deterministic(config.train)
     raw = config.dataset.read()
     model = load_model(config.model, raw.task, raw.labels, config.seed)
@@ -79,7 +79,8 @@ def prepare(config: Config) -> Setup:
         accelerator.process_index, accelerator.num_processes, config.train.workers,
     )  # fmt: skip
     session = Session(
-        model.model, config.method, model.head, batches, config.optimizer, config.train, config.seed, accelerator, lambda: pristine(model)
+        model.model, config.method, model.head, batches, config.optimizer, config.train, config.seed, accelerator, lambda: pristine(model),
+        config.selector,
     )
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
 

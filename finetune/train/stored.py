@@ -4,27 +4,34 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..core.bank import Bank
 from ..errors import ConfigError
 from .files import FORMAT, replacing, write_json_atomic
 
 
-def _banks(states: nn.Module) -> dict[str, Bank]:
-    return {f"{name}.": module for name, module in states.named_modules() if isinstance(module, Bank)}
+class Packed(Protocol):
+    """What a state's module may bring to be stored in a form of its own."""
+
+    def pack(self) -> dict[str, Tensor]: ...
+
+    def unpack(self, stored: dict[str, Tensor]) -> None: ...
+
+
+def _packed(states: nn.Module) -> dict[str, Packed]:
+    return {f"{name}.": cast(Packed, module) for name, module in states.named_modules() if hasattr(module, "unpack")}
 
 
 def tensors(states: nn.Module) -> dict[str, Tensor]:
-    """Everything of ``states`` that is stored, by name; banks in their packed form."""
-    banks = _banks(states)
-    plain = {k: v.detach() for k, v in states.state_dict().items() if not k.startswith(tuple(banks))}
-    return plain | {prefix + key: t for prefix, bank in banks.items() for key, t in bank.pack().items()}
+    """Everything of ``states`` that is stored, by name; some modules in their packed form."""
+    packed = _packed(states)
+    plain = {k: v.detach() for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
+    return plain | {prefix + key: t for prefix, module in packed.items() for key, t in module.pack().items()}
 
 
 def stored_bytes(states: nn.Module) -> int:
@@ -65,14 +72,15 @@ def load(folder: Path, states: nn.Module) -> None:
     """Put the stored change into ``states`` as ``build`` made them. Raises ``ConfigError`` where it is damaged or belongs to something else."""
     file = folder / "delta.safetensors"
     stored = read(file)
-    banks = _banks(states)
-    own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(banks))}
-    wanted = {k: tuple(v.shape) for k, v in own.items()} | {f"{prefix}{k}": None for prefix in banks for k in ("values", "starts", "gaps")}
+    packed = _packed(states)
+    names = {prefix: list(module.pack()) for prefix, module in packed.items()}
+    own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
+    wanted = {k: tuple(v.shape) for k, v in own.items()} | {f"{prefix}{k}": None for prefix in packed for k in names[prefix]}
     wrong = sorted(wanted.keys() ^ stored.keys()) or [k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)]
     if wrong:
         raise ConfigError(
             f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml."
         )
-    for prefix, bank in banks.items():
-        bank.unpack({k: stored.pop(prefix + k) for k in ("values", "starts", "gaps")})
+    for prefix, module in packed.items():
+        module.unpack({k: stored.pop(prefix + k) for k in names[prefix]})
     states.load_state_dict(stored, strict=False)

@@ -11,10 +11,19 @@ from finetune.core.method import Method
 from finetune.methods.bitfit import BitFit
 from finetune.methods.full import Full
 from finetune.methods.head import Head
+from finetune.methods.hft import HFT
+from finetune.methods.id3 import ID3
+from finetune.methods.lift import LIFT
 from finetune.methods.lora import LoRA
+from finetune.methods.lt_sft import LTSFT
+from finetune.methods.off_principal import OffPrincipal
 from finetune.methods.peft import Peft
 from finetune.methods.shira import SHiRA
 from finetune.methods.snell import SNELL
+from finetune.methods.sparse import Crossing
+from finetune.methods.super_tuning import SuperTuning
+from finetune.schedules.drop_grow import DropGrow
+from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
 
 CASES: dict[str, Callable[[], Method]] = {
@@ -28,9 +37,19 @@ CASES: dict[str, Callable[[], Method]] = {
     "snell paper": lambda: SNELL(rank=8, sparsity=0.5, sparsifier="paper"),
     "snell dropout": lambda: SNELL(rank=8, sparsity=0.5, dropout=0.1, drop_path=0.1),
     "shira": lambda: SHiRA(sparsity=0.9),
+    "super_tuning": lambda: SuperTuning(sparsity=0.9),
+    "super_tuning branch": lambda: SuperTuning(sparsity=0.9, branch=2),
+    "lift": lambda: LIFT(sparsity=0.9, rank=4, schedule=Redraw(every=2)),
+    "off_principal": lambda: OffPrincipal(rank=4),
+    "id3": lambda: ID3(sparsity=0.9),
+    "lt_sft": lambda: LTSFT(sparsity=0.9, l1=0.1),
+    "sparse": lambda: Crossing(sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)),
+    "hft": HFT,
+    "hft rounds": lambda: HFT(rounds=3),
+    "hft block norms": lambda: HFT(scope="block", norms=True),
     "peft lora": lambda: Peft(config={"r": 4}),
 }
-LANGUAGE = ("full", "bitfit", "lora", "snell", "snell dropout", "shira")
+LANGUAGE = ("full", "bitfit", "lora", "snell", "snell dropout", "shira", "super_tuning branch", "lift", "id3", "lt_sft", "sparse", "hft rounds")
 CHECKS = dict(contract.checks())
 
 

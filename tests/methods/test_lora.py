@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from finetune.core.lowrank import LowRank
 from finetune.core.part import Patched
-from finetune.methods.lora import LoRA, LowRank
+from finetune.methods.lora import LoRA
 from finetune.testing import contract
 
 

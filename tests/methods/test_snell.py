@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.core.kernel import Kernel
 from finetune.core.linalg import kth_smallest
 from finetune.core.part import changed_linear
 from finetune.core.site import Site
-from finetune.methods.snell import SNELL, Kernel
+from finetune.methods.snell import SNELL
 from finetune.testing import contract
 
 

@@ -1,0 +1,142 @@
+"""SpIEL: drop the entries that changed least, grow others by their gradients (Ansell et al., 2024, arXiv 2401.16405); the released code was read.
+
+Every ``schedule.every`` steps (S) each matrix swaps part of its k entries, ``window`` steps (g) into the period: before steps g, S + g, 2 S + g, ... The
+share is ``schedule.rate`` with its decay; under the linear one all k go at the first time. Those of the smallest |change| go, as in the code, where the
+abstract has the change of magnitude. ``score``, ``direction`` and ``scope`` choose the first entries only.
+
+    ag  Accumulated gradients. The first micro-batch of the period gives each matrix its k candidates, the largest |g|, as many as in the code; over the g
+        steps their gradients are summed. Those with the largest |sum| come, with the moments that Adam would have after g steps of the mean gradient and
+        mean square, and with the age g: the optimizer corrects the bias of every entry by its own count. What would be dropped and grown stays as it is.
+    ma  Momentum approximation. The largest row * column accumulators of SM3 among the untrained entries come; it needs ``optimizer=sm3``. As in the code,
+        a row or column without a trained entry has the accumulator 0 as long as it has none, so it is passed over while there are others.
+
+Squares are those of a step's gradient, over all its micro-batches and processes, so that neither number matters; in the code they are a micro-batch's,
+and accumulating steps shrinks the sums. Gradients are taken before clipping. Weight decay pulls towards the pretrained weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+import torch
+from annotated_types import Ge
+from torch import Tensor, nn
+
+from ..core.bank import Bank
+from ..core.candidates import Candidates
+from ..core.method import Run
+from ..core.schedule import Schedule
+from ..core.select import TopK
+from ..core.sparse import Sparse, moments
+from ..errors import ConfigError
+from ..registry import register
+from ..schedules.drop_grow import DropGrow
+
+
+def swap(where: Tensor, change: Tensor, share: float, best: Callable[[Tensor, int], Tensor]) -> Tensor:
+    """The entries of a site afterwards, ascending, as many as before: ``share`` of them, rounded down, gave way as far as there are others.
+
+    ``best(kept, n)``: the n best to come in, at most, none of them in ``kept``. If fewer come, the smallest changes go first.
+    """
+    n, order = int(share * len(where)), change.abs().sort(stable=True).indices
+    offered, kept = where[order[:n]], where[order[n:]]
+    grown = best(kept, n)
+    leaving = offered[~torch.isin(offered, grown)]
+    new = len(grown) - (n - len(leaving))
+    return torch.cat([kept, grown, leaving[new:]]).sort().values
+
+
+@register("spiel")
+@dataclass(frozen=True)
+class SpIEL(Sparse):
+    """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients."""
+
+    criterion: Literal["ag", "ma"] = "ag"
+    schedule: Schedule = DropGrow(every=20)
+    window: Annotated[int, Ge(1)] = 5
+
+    trains: ClassVar[str] = "entries that move: the least changed are dropped, those with large gradients grown"
+    paper: ClassVar[str] = "arXiv 2401.16405"
+
+    def _misfits(self) -> Iterator[str]:
+        yield from super()._misfits()
+        if self.schedule.name != "drop_grow":
+            yield f"schedule={self.schedule.name} does not say when entries are dropped and grown; take schedule=drop_grow, or method=sparse."
+        elif self.window >= self._moves.every:
+            yield f"method.window={self.window} must end before its period does; take less than schedule.every={self._moves.every}."
+        if self.score == "change":
+            yield "method.score=change is 0 everywhere before training, and the first entries are chosen by it; take another score."
+        if self.grain != "element":
+            yield f"method.grain={self.grain}: entries are dropped and grown one by one; take grain=element, or method=sparse."
+
+    def faults(self, steps: int) -> list[str]:
+        if self.window < steps:
+            return []
+        return [f"method.window={self.window} does not end before the run's {steps} steps do, so nothing would ever move; take less."]
+
+    @property
+    def _moves(self) -> DropGrow:
+        return cast(DropGrow, self.schedule)
+
+    def build(self, model: nn.Module) -> nn.ModuleDict:
+        state = super().build(model)
+        state["candidates"] = Candidates(len(state["bank"].sizes))
+        state["bank"].ages = self.criterion == "ag"
+        return state
+
+    def begin(self, run: Run, state: Any, previous: Any) -> None:
+        if self.criterion == "ma" and "row.0" not in run.optimizer.state.get(state["bank"].values, {}):
+            raise ConfigError("method.criterion=ma grows by the accumulators of SM3, which this optimizer has not; take optimizer=sm3, or criterion=ag.")
+        super().begin(run, state, previous)
+
+    def before_step(self, run: Run, state: Any) -> None:
+        bank, candidates, place = state["bank"], state["candidates"], run.step % self._moves.every
+        if place == self.window:
+            self._reselect(run, bank, candidates)
+            candidates.resize(0)
+        if self.criterion == "ag" and place < self.window and run.step - place + self.window < run.total:
+            if place == 0:
+                candidates.resize(len(bank.values))
+            candidates.begin_step(bank)
+            bank.watch = lambda i, grad: candidates.see(run, bank, i, grad)
+
+    def after_backward(self, run: Run, state: Any) -> None:
+        if state["bank"].watch is not None:
+            state["bank"].watch = None
+            state["candidates"].end_step(run)
+
+    @torch.no_grad()
+    def _reselect(self, run: Run, bank: Bank, candidates: Candidates) -> None:
+        first = run.step == self.window and self._moves.decay == "linear"
+        share = 1.0 if first else self._moves.replaced(run.step, run.total)
+        held, found = run.optimizer.state.get(bank.values, {}), []
+        for i, shape in enumerate(bank.shapes):
+
+            def best(kept: Tensor, n: int, i: int = i) -> Tensor:
+                if self.criterion == "ag":
+                    index, sums, _, _ = candidates.of(bank, i)
+                    ranked = index[sums.abs().sort(descending=True, stable=True).indices]
+                    return ranked[~torch.isin(ranked, kept)][:n]
+                untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=kept.device).index_fill_(0, bank.where(i).long(), False)
+                top = TopK(n, {i: 1})
+                top.add(i, held[f"row.{i}"] * held[f"col.{i}"], untrained)
+                return top.take()[i]
+
+            found.append(run.agree(swap(bank.where(i), bank.slice(i), share, best)))
+        fresh = bank.revise(found, moments(run, bank), self._moves.dropped, self._seeds(run, bank, candidates, found))
+        run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
+
+    def _seeds(self, run: Run, bank: Bank, candidates: Candidates, found: list[Tensor]) -> dict[str, Tensor]:
+        """Adam's moments and ages for those of the ``found`` entries that were candidates; the others are 0."""
+        seeds = {name: torch.zeros_like(bank.values.data) for name in ("step", "exp_avg", "exp_avg_sq")}
+        betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))
+        for i, start in enumerate(bank.bounds()[:-1]):
+            index, sums, squares, steps = candidates.of(bank, i)
+            new = torch.isin(index, found[i])
+            at = start + torch.searchsorted(found[i], index[new])
+            seeds["step"][at] = float(steps)
+            for name, total, beta in (("exp_avg", sums, betas[0]), ("exp_avg_sq", squares, betas[1])):
+                seeds[name][at] = total[new] * ((1 - beta**steps) / max(1, steps))
+        return seeds
