@@ -16,7 +16,7 @@ types: $(READY) ## static types, strict
 	.venv/bin/mypy
 check: lint types test ## style, types and tests
 bench: $(READY) ## the table of docs/benchmarks.md: memory and speed beside their peers
-	.venv/bin/python scripts/benchmark.py
+	for t in snell sparse curve; do .venv/bin/python scripts/benchmark.py --table $$t || exit; done
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test,dev]' && touch $@

@@ -1,7 +1,7 @@
-"""Step time and whole-process peak memory of SNELL beside its peers, and how fast the command line answers.
+"""Step time and whole-process peak memory of SNELL and of the sparse engine beside their peers, and how fast the command line answers.
 
     python scripts/benchmark.py                 # everything, as a Markdown table on standard output
-    python scripts/benchmark.py --rounds 3 --steps 4 --write docs/benchmarks.md
+    python scripts/benchmark.py --table sparse --rounds 3 --steps 4 --write docs/benchmarks.md
 
 ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every measurement is a
 process of its own; the contestants take turns, round by round, so that a machine that drifts drifts for all. Step time: the median over a process's
@@ -30,7 +30,34 @@ LABELS = {
     "our_full": "`method=full`",
     "our_lora": "`method=lora method.rank=16`",
     "snell": "`method=snell method.rank=16`",
+    "peft_lora8": "peft LoRA r=8, bare torch loop",
+    "peft_super": "peft Super-Tuning, sparsity 0.99, bare torch loop",
+    "sparse99": "`method=super_tuning sparsity=0.99`",
+    "sparse90": "`method=sparse sparsity=0.9`",
+    "s2ft": "`method=s2ft method.d=0.03` (1 % of all)",
 }
+CURVE = (0.999, 0.998, 0.995, 0.99, 0.98, 0.95, 0.9, 0.8)
+LABELS |= {f"curve{s}": f"`method=sparse sparsity={s:g}`" for s in CURVE}
+TABLES = {
+    "snell": ["full", "peft_lora", "reference", "our_full", "our_lora", "snell"],
+    "sparse": ["full", "peft_lora8", "peft_super", "sparse99", "sparse90", "s2ft"],
+    "curve": [f"curve{s}" for s in CURVE],
+}
+FIGURES = [  # what, target, key, ours, theirs
+    ("SNELL-16 peak memory / peft LoRA r=16", "at most 0.75", "mib", "snell", "peft_lora"),
+    ("SNELL-16 step / peft LoRA r=16", "at most 2.0", "seconds", "snell", "peft_lora"),
+    ("SNELL-16 step / plain reference", "at most 0.3", "seconds", "snell", "reference"),
+    ("`method=full` step / bare torch loop", "about 1", "seconds", "our_full", "full"),
+    ("`method=full` peak memory / bare torch loop", "about 1", "mib", "our_full", "full"),
+    ("sparsity 0.99 step / peft LoRA r=8", "at most 1.05", "seconds", "sparse99", "peft_lora8"),
+    ("sparsity 0.99 peak memory / peft LoRA r=8", "at most 0.72", "mib", "sparse99", "peft_lora8"),
+    ("sparsity 0.99 step / peft Super-Tuning 0.99", "at most 0.88", "seconds", "sparse99", "peft_super"),
+    ("sparsity 0.99 peak memory / peft Super-Tuning 0.99", "at most 0.95", "mib", "sparse99", "peft_super"),
+    ("sparsity 0.9 step / full fine-tuning, bare loop", "at most 1.0", "seconds", "sparse90", "full"),
+    ("sparsity 0.9 peak memory / full fine-tuning, bare loop", "at most 0.85", "mib", "sparse90", "full"),
+    ("S2FT, 1 % step / peft LoRA r=8", "at most 0.85", "seconds", "s2ft", "peft_lora8"),
+    ("S2FT, 1 % peak memory / peft LoRA r=8", "at most 0.65", "mib", "s2ft", "peft_lora8"),
+]
 
 
 def vit_base() -> Any:
@@ -118,11 +145,11 @@ def reference_snell() -> Any:
     return model
 
 
-def peft_lora() -> Any:
-    from peft import LoraConfig, inject_adapter_in_model
+def peft_model(kind: str, **settings: Any) -> Any:
+    import peft
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    model = inject_adapter_in_model(LoraConfig(r=16, lora_alpha=16, target_modules=targets), vit_base())
+    model = peft.inject_adapter_in_model(getattr(peft, kind)(target_modules=targets, **settings), vit_base())
     model.classifier.requires_grad_(True)
     return model
 
@@ -130,15 +157,25 @@ def peft_lora() -> Any:
 def contestant(name: str, steps: int) -> Iterator[float]:
     from finetune.methods.full import Full
     from finetune.methods.lora import LoRA
+    from finetune.methods.s2ft import S2FT
     from finetune.methods.snell import SNELL
+    from finetune.methods.sparse import Crossing
+    from finetune.methods.super_tuning import SuperTuning
 
+    if name.startswith("curve"):
+        return our_steps(Crossing(sparsity=float(name.removeprefix("curve"))), steps)
     makers: dict[str, Callable[[], Iterator[float]]] = {
         "full": lambda: bare_steps(vit_base(), steps),
-        "peft_lora": lambda: bare_steps(peft_lora(), steps),
+        "peft_lora": lambda: bare_steps(peft_model("LoraConfig", r=16, lora_alpha=16), steps),
+        "peft_lora8": lambda: bare_steps(peft_model("LoraConfig", r=8, lora_alpha=8), steps),
+        "peft_super": lambda: bare_steps(peft_model("SupertuningConfig", sparsity=0.99), steps),
         "reference": lambda: bare_steps(reference_snell(), steps),
         "our_full": lambda: our_steps(Full(), steps),
         "our_lora": lambda: our_steps(LoRA(rank=16), steps),
         "snell": lambda: our_steps(SNELL(rank=16, sparsity=0.9), steps),
+        "sparse99": lambda: our_steps(SuperTuning(sparsity=0.99), steps),
+        "sparse90": lambda: our_steps(Crossing(sparsity=0.9), steps),
+        "s2ft": lambda: our_steps(S2FT(d=0.03), steps),
     }
     return makers[name]()
 
@@ -183,36 +220,28 @@ def table(found: dict[str, dict[str, float]], rounds: int, steps: int, threads: 
     lines = ["| what | s/step | peak MiB |", "|---|---|---|"]
     lines += [f"| {LABELS[name]} | {f['seconds']:.2f} | {f['mib']:.0f} |" for name, f in found.items()]
 
-    def ratio(key: str, a: str, b: str) -> str:
-        return f"{found[a][key] / found[b][key]:.2f}"
-
     lines += ["", "| figure | target | measured |", "|---|---|---|"]
-    if {"snell", "peft_lora", "reference"} <= found.keys():
-        lines += [
-            f"| SNELL-16 peak memory / peft LoRA r=16 | at most 0.75 | {ratio('mib', 'snell', 'peft_lora')} |",
-            f"| SNELL-16 step / peft LoRA r=16 | at most 2.0 | {ratio('seconds', 'snell', 'peft_lora')} |",
-            f"| SNELL-16 step / plain reference | at most 0.3 | {ratio('seconds', 'snell', 'reference')} |",
-        ]
-    if {"our_full", "full"} <= found.keys():
-        lines.append(f"| `method=full` step / bare torch loop | about 1 | {ratio('seconds', 'our_full', 'full')} |")
-        lines.append(f"| `method=full` peak memory / bare torch loop | about 1 | {ratio('mib', 'our_full', 'full')} |")
+    for what, target, key, ours, theirs in FIGURES:
+        if {ours, theirs} <= found.keys():
+            lines.append(f"| {what} | {target} | {found[ours][key] / found[theirs][key]:.2f} |")
+    if "our_full" not in found:
+        return "\n".join(lines if any(ours in found for *_, ours, _ in FIGURES) else lines[: 2 + len(found)]) + _ground(rounds, steps, threads)
     lines.append(f"| `finetune --help` | under 0.5 s | {answers(['--help']):.2f} s |")
     lines.append(f"| `finetune methods` | under 1 s | {answers(['methods']):.2f} s |")
+    return "\n".join(lines) + _ground(rounds, steps, threads)
+
+
+def _ground(rounds: int, steps: int, threads: int) -> str:
     import torch
 
-    return "\n".join(
-        [
-            *lines,
-            "",
-            f"{rounds} rounds of {steps} steps, {threads} threads, {platform.machine()}, torch {torch.__version__}.",
-        ]
-    )
+    return f"\n\n{rounds} rounds of {steps} steps, {threads} threads, {platform.machine()}, torch {torch.__version__}."
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--one", choices=LABELS, help=argparse.SUPPRESS)
-    parser.add_argument("--only", nargs="+", choices=LABELS, default=list(LABELS))
+    parser.add_argument("--table", choices=TABLES, default="snell", help="which contestants, and which table of the file --write names")
+    parser.add_argument("--only", nargs="+", choices=LABELS, help="only these of them")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--threads", type=int, default=2)
@@ -221,11 +250,13 @@ def main() -> None:
     if given.one:
         one(given.one, given.steps, given.threads)
         return
-    text = table(measure(given.only, given.rounds, given.steps, given.threads), given.rounds, given.steps, given.threads)
+    names = [name for name in TABLES[given.table] if name in (given.only or TABLES[given.table])]
+    text = table(measure(names, given.rounds, given.steps, given.threads), given.rounds, given.steps, given.threads)
     print(text)
     if given.write:
-        before, _, rest = given.write.read_text().partition("<!-- bench -->\n")
-        given.write.write_text(f"{before}<!-- bench -->\n{text}\n<!-- /bench -->{rest.partition('<!-- /bench -->')[2]}")
+        start, end = f"<!-- {given.table} -->\n", f"<!-- /{given.table} -->"
+        before, _, rest = given.write.read_text().partition(start)
+        given.write.write_text(f"{before}{start}{text}\n{end}{rest.partition(end)[2]}")
 
 
 if __name__ == "__main__":

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import yaml
 from PIL import Image
 
+from finetune import registry
 from finetune.config import conf_dir, load
 from finetune.testing import contract
 from finetune.train import run
 
 FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml"))
 SHORT = {"train.steps": "2", "train.batch_size": "4", "train.threads": "1"}
+IN_TWO_STEPS = {"every": "1", "dense": "0.5"}  # what a schedule's settings must be to mean anything in so short a run
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +54,15 @@ def bert(folder: Path) -> None:
     BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
 
 
+def fitting(file: str) -> dict[str, str]:
+    """Settings of the schedule that a file is, or that its method has."""
+    group, _, option = file.partition("/")
+    stated = yaml.safe_load((conf_dir() / f"{file}.yaml").read_text())
+    name = stated.get(group, stated).get("name", option)
+    schedule = registry.get("schedule", name) if group == "schedule" else getattr(registry.get("method", name), "schedule", None)
+    return {f"schedule.{f.name}": IN_TWO_STEPS[f.name] for f in fields(schedule) if f.name in IN_TWO_STEPS} if schedule else {}
+
+
 def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
     group, _, option = file.partition("/")
     if group == "model":
@@ -62,6 +75,10 @@ def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
         if option == "stdlib":
             return {**place, "model": "tiny_lm", "method": "lora"}
         return {**place, "model": "hf", "model.path": str(made["bert" if option in ("csv", "jsonl", "parquet", "hub") else "model"])}
+    if group in ("schedule", "method"):
+        return {**small, "method": "shira", **fitting(file)}
+    if group == "selector":
+        return {**small, "method": "shira", **({} if option == "none" else {"selector.every": "1"})}
     return {**small, "logger.project": "test"} if file == "logger/wandb" else small
 
 
@@ -81,4 +98,5 @@ def test_every_file_makes_a_run(file: str, made: dict[str, Path], tmp_path: Path
 
 
 def test_the_list_is_of_all_groups() -> None:
-    assert {f.partition("/")[0] for f in FILES} == {"model", "method", "dataset", "optimizer", "train", "logger"}
+    groups = {"model", "method", "schedule", "selector", "dataset", "optimizer", "train", "logger"}
+    assert {f.partition("/")[0] for f in FILES} == groups

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .coding import decode_sorted, encode_sorted
+from .gradient import Layout, entries_gradient, keep, read, write_
 from .part import Kept, Restorable, WeightGrad
 from .site import Site
 
@@ -158,14 +159,15 @@ class Bank(nn.Module):
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit these sites."""
-        counts = stored["starts"].diff()
+        counts, sizes = stored["starts"].diff(), torch.tensor(self.sizes)
         flat = decode_sorted(stored["gaps"], len(stored["values"]))
-        offsets = torch.tensor([0, *self.sizes]).cumsum(0)
-        if len(counts) != len(self.sizes) or int(counts.sum()) != len(flat) or (len(flat) and int(flat[-1]) >= offsets[-1]):
+        if len(counts) != len(sizes) or int(counts.sum()) != len(flat):
+            raise ConfigError("the stored sparse change does not fit this model's layers.")
+        index = flat - (sizes.cumsum(0) - sizes).repeat_interleave(counts)
+        if ((index < 0) | (index >= sizes.repeat_interleave(counts))).any():
             raise ConfigError("the stored sparse change does not fit this model's layers.")
         self.values = nn.Parameter(stored["values"].to(self.values))
-        self.starts = stored["starts"].to(self.starts)
-        self.index = (flat - offsets[:-1].repeat_interleave(counts)).to(self.index)
+        self.starts, self.index = stored["starts"].to(self.starts), index.to(self.index)
         self.settled_values, self.settled_index = self.settled_values[:0], self.settled_index[:0]
         self.settled_starts = torch.zeros_like(self.settled_starts)
         self.changes += 1
@@ -189,6 +191,7 @@ class SparseDelta(Restorable):
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
         self._bank, self.i, self._shape = [bank], i, site.shape  # in a list: the bank is registered once, as the method's state
+        self._layouts_of = (0, -1)
 
     @property
     def bank(self) -> Bank:
@@ -206,32 +209,38 @@ class SparseDelta(Restorable):
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.bank.slice(self.i),)
 
-    def _positions(self, weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-        """A flat view of the weight's storage and the positions in it; a transposed weight is stored as [in, out]."""
-        index = index.long()
-        if weight.is_contiguous():
-            return weight.view(-1), index
-        out, in_ = self._shape
-        return weight.T.view(-1), index % in_ * out + index // in_
+    def _laid(self) -> tuple[Layout, Layout]:
+        """The layouts of the trained entries and of all that differ; made again when they have moved."""
+        now = (id(self.bank.index), self.bank.changes)
+        if now != self._layouts_of:
+            where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
+            trained = Layout.of(where, self._shape)
+            self._layouts = trained, Layout.of(torch.cat([where, settled]), self._shape) if len(settled) else trained
+            self._layouts_of = now
+        return self._layouts
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        values, where = self.bank.all(self.i)
-        flat, index = self._positions(weight, where)
-        entries = flat[index]
+        (values, where), layout = self.bank.all(self.i), self._laid()[1]
+        entries = read(weight, where, layout)
         if weight.data_ptr() == original.data_ptr():
-            self._lent = index, entries
-        flat[index] = (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(entries.dtype)
+            self._lent = where, entries
+        write_(weight, where, layout, (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(entries.dtype))
         return ()
 
     @torch.no_grad()
     def restore_(self, weight: Tensor) -> None:
-        index, entries = self._lent
-        flat = weight.view(-1) if weight.is_contiguous() else weight.T.view(-1)
-        flat[index] = entries
+        where, entries = self._lent
+        write_(weight, where, self._laid()[1], entries)
         del self._lent
+
+    def keep(self, x: Tensor) -> Tensor:
+        return x if self.bank.watch else keep(x, self._laid()[0])
 
     def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
         if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
             return (None,)
-        return (self.gate * grad.dense.view(-1)[self.bank.where(self.i).long()],)
+        where = self.bank.where(self.i)
+        if "dense" in grad.__dict__:  # somebody formed it already
+            return (self.gate * grad.dense.reshape(-1).index_select(0, where),)
+        return (self.gate * entries_gradient(grad.grad_y, grad.x, where, self._shape, self._laid()[0]),)

@@ -59,7 +59,7 @@ class Candidates(nn.Module):
         a, b = bank.bounds()[i : i + 2]
         if i not in self._chosen:
             top = TopK(b - a, {i: 1})
-            top.add(i, run.agree(grad.dense).abs().nan_to_num_())  # a loss that is not finite has its own report
+            top.add(i, run.agree(grad.dense).abs().nan_to_num_().float())  # a loss that is not finite has its own report
             self.index[a:b] = top.take()[i]
             self._chosen.add(i)
         self.now[a:b] += grad.dense.reshape(-1)[self.index[a:b].long()]

@@ -1,13 +1,14 @@
 """The gradient of a few entries of a weight, and those entries themselves: ``g[k] = sum_t grad_y[t, i_k] * x[t, j_k]`` for K flat positions.
 
-Three ways, all exact and none with a temporary of the weight's size:
+Three ways, none with a temporary of a large weight's size:
 
 - *whole*: the entries are all of a sub-matrix (rows, columns, heads, blocks): the small product is the answer;
 - *sampled*: one dot product an entry, on transposed chunks of tokens that stay in cache;
 - *dense*: the product in blocks of rows, each gathered at its entries.
 
-Where the entries touch only some rows or columns the last two work inside that sub-matrix. The choice follows from sizes alone, never from timing: the
-same inputs give the same bits. scripts/gradient_rule.py measures the constants.
+Where the entries touch only some rows or columns the last two work inside that sub-matrix. The choice follows from sizes alone, never from timing:
+the same inputs give the same bits. scripts/gradient_rule.py measures the constants, on CPUs; elsewhere no entry is sampled,
+and nothing is measured yet.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ BLOCK_ELSEWHERE = 2**24  # an accelerator needs more to be busy
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sub-matrix that holds the trained entries of one weight, and whether they fill it. Follows from the positions; made again when they move."""
+    """The sub-matrix that holds the trained entries of one weight, and whether they fill it. Made again when they move."""
 
     rows: Tensor | None  # ascending, int64; None: all rows, or so many that choosing does not pay
     cols: Tensor | None
@@ -69,17 +70,17 @@ def entries_gradient(grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int,
     rows, cols = size = layout.size(shape)
     kept = x.shape[1] == cols
     at = index if layout.full else _inside(index, shape, layout)
-    with torch.autocast(x.device.type, enabled=False):
-        if not layout.full and x.device.type == "cpu" and sampled_pays(len(x), rows, cols, len(index)):
-            return sampled(grad_y, x, at, size, layout.rows, None if kept else layout.cols)
-        return dense(grad_y, x, None if layout.full else at, size, layout.rows, None if kept else layout.cols)
+    if not layout.full and x.device.type == "cpu" and sampled_pays(rows, cols, len(index), torch.get_num_threads()):
+        return sampled(grad_y, x, at, size, layout.rows, None if kept else layout.cols)
+    return dense(grad_y, x, None if layout.full else at, size, layout.rows, None if kept else layout.cols)
 
 
-def sampled_pays(tokens: int, rows: int, cols: int, entries: int) -> bool:
-    """Whether entry by entry beats the product of all of a [rows, cols] matrix, on a CPU. The unit is one multiplication of the product."""
-    chunks = -(-tokens // CHUNK)
-    sampled = entries * (9 * tokens + 800 * chunks) + 150 * tokens * (rows + cols) + 10**7
-    return sampled < tokens * rows * cols + 100 * entries
+def sampled_pays(rows: int, cols: int, entries: int, threads: int) -> bool:
+    """Whether entry by entry beats the product of all of a [rows, cols] matrix, on a CPU.
+
+    The unit is one multiplication of the product on one thread; all costs grow with tokens alike. Torch transposes on one thread, the rest on all.
+    """
+    return 12 * entries + (80 + 70 * threads) * (rows + cols) < rows * cols
 
 
 def _inside(index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
@@ -119,7 +120,7 @@ def sampled(grad_y: Tensor, x: Tensor, at: Tensor, size: tuple[int, int], rows: 
         yt = left[: y.numel()].view(size[0], len(y)).copy_(y.T)
         zt = right[: z.numel()].view(size[1], len(z)).copy_(z.T)
         torch.sparse.sampled_addmm(pattern, yt, zt.T, out=pattern)
-    return cast(Tensor, pattern.values())
+    return pattern.values()
 
 
 @cache
@@ -131,7 +132,10 @@ def _announce() -> None:
 
 
 def dense(grad_y: Tensor, x: Tensor, at: Tensor | None, size: tuple[int, int], rows: Tensor | None, cols: Tensor | None) -> Tensor:
-    """The product of the [rows, cols] sub-matrix, a block of rows at a time, gathered at ``at``; None: all of it. Temporary: a block."""
+    """The product of the [rows, cols] sub-matrix, a block of rows at a time, gathered at ``at``; None: all of it. Temporary: a block.
+
+    ``out=`` saves the temporary, and autocast leaves such products alone.
+    """
     wide = _wide(grad_y, x)
     half = wide != grad_y.dtype and grad_y.dtype == x.dtype and x.device.type == "cuda" and torch.version.hip is None
     x = _columns(x, cols) if half else _columns(x, cols).to(wide)

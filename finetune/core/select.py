@@ -2,8 +2,8 @@
 
 Scores arrive weight by weight, in any order. Per group of weights that compete (the *scope*) only the best so far are held, 10 bytes for each one
 that is wanted: int32 keys that sort like the float32 scores and int32 positions, with some room. The threshold among them comes from a two-pass
-histogram of the keys. Equal scores are won by the earlier weight, then by the lower position, whatever the order of arrival: the result is that of one
-stable sort.
+histogram of the keys. Equal scores are won by the earlier weight, then by the lower position, whatever the order of arrival: the result is that of
+one stable sort.
 """
 
 from __future__ import annotations

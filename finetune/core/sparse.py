@@ -211,8 +211,7 @@ class Sparse(Method):
             means: dict[int, Tensor] = {}
             offer(lambda i, score: means.__setitem__(i, score.mean().clamp(min=0).cpu()))
             weights = torch.stack([means[i] * s.size for i, s in enumerate(sites)])
-            places = [allowed(i) for i in range(len(sites))]
-            caps = [s.size if a is None else int(a.sum()) * g.size for s, a, g in zip(sites, places, grains, strict=True)]
+            caps = [s.size if (open_ := allowed(i)) is None else int(open_.sum()) * grains[i].size for i, s in enumerate(sites)]
             counts = _divide(counts[0], weights, caps, grains)
             budgets = [([i], k) for i, k in enumerate(counts)]
         return [run.agree(c) for c in _best(budgets, counts, grains, offer, allowed)]

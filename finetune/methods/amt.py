@@ -117,9 +117,9 @@ class AMT(Reparam):
         return self.penalty * torch.stack([m.scores.norm() for m in _masks(state)]).sum() if self.penalty else 0.0
 
     def after_backward(self, run: Run, state: Any) -> None:
-        if not self.gdr:
+        trained = [m.scores for m in _masks(state) if m.scores.requires_grad]  # a selector may let some rest
+        if not self.gdr or not trained:
             return
-        trained = [m.scores for m in _masks(state)]
         seed = int(torch.randint(2**62, (), generator=run.generator))  # one for all processes, and the numbers are drawn where they are needed
         generator = torch.Generator(trained[0].device).manual_seed(seed)
         for scores, b in zip(trained, self.distilled(run, state, trained), strict=True):

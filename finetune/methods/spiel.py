@@ -60,8 +60,10 @@ class SpIEL(Sparse):
     trains: ClassVar[str] = "entries that move: the least changed are dropped, those with large gradients grown"
     paper: ClassVar[str] = "arXiv 2401.16405"
 
-    def _misfits(self) -> Iterator[str]:
-        yield from super()._misfits()
+    def _misfits(self) -> list[str]:
+        return [*super()._misfits(), *self._unfit()]
+
+    def _unfit(self) -> Iterator[str]:
         if self.schedule.name != "drop_grow":
             yield f"schedule={self.schedule.name} does not say when entries are dropped and grown; take schedule=drop_grow, or method=sparse."
         elif self.window >= self._moves.every:
@@ -82,8 +84,9 @@ class SpIEL(Sparse):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         state = super().build(model)
-        state["candidates"] = Candidates(len(state["bank"].sizes))
-        state["bank"].ages = self.criterion == "ag"
+        bank = cast(Bank, state["bank"])
+        bank.ages = self.criterion == "ag"
+        state["candidates"] = Candidates(len(bank.sizes))
         return state
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK = {"cpu": 2**16}  # entries that are moved together: the temporaries stay in cache, by device type
+CHUNK = {"cpu": 2**17}  # entries that are moved together: the temporaries stay in cache, by device type
 CHUNK_ELSEWHERE = 2**24
 
 
@@ -52,14 +52,15 @@ def _move_(
     p: Tensor, grad: Tensor, age: Tensor, m: Tensor, v: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
 ) -> None:  # fmt: skip
     age.add_(1)
-    p.mul_(1 - lr * weight_decay)
+    if weight_decay:
+        p.mul_(1 - lr * weight_decay)
     m.lerp_(grad, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    left = _left(age, betas[1]).sqrt_()
-    scale = v.sqrt().div_(left).add_(eps)
-    p.addcdiv_(m, scale.mul_(_left(age, betas[0], left)), value=-lr)
+    decayed = _decayed(age, betas[1])
+    scale = v.sqrt().div_(decayed.neg_().sqrt_()).add_(eps)
+    p.addcdiv_(m, scale.mul_(_decayed(age, betas[0], decayed)), value=lr)
 
 
-def _left(age: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """1 - beta^age, without the cancellation of float32 at small ages."""
-    return torch.mul(age, math.log(beta) if beta else -math.inf, out=out).expm1_().neg_()
+def _decayed(age: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
+    """beta^age - 1, without the cancellation of float32 at small ages."""
+    return torch.mul(age, math.log(beta) if beta else -math.inf, out=out).expm1_()

@@ -22,7 +22,7 @@ class SM3(torch.optim.Optimizer):
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[Bank] = ()) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0})
-        self.banks = {bank.values: bank for bank in banks}
+        self.banks: dict[Tensor, Bank] = {bank.values: bank for bank in banks}
         for p in (p for group in self.param_groups for p in group["params"]):
             self.state[p] = _of_bank(self.banks[p]) if p in self.banks else _of_dense(p)
 

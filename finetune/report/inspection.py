@@ -12,7 +12,8 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-OVERLAPS = ("magnitude", "gradient", "principal", "low", "principal_not_low")
+OVERLAPS = ("magnitude", "gradient", "principal", "low")
+MASKS = {"changed": "the changed entries", "changed_bf16": "the entries that differ in bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class InspectionTable:
         from rich.table import Column, Table
 
         overlaps = [name for name in OVERLAPS if self.result["total"] and name in self.result["total"]["overlap"]]
-        heads = ["layers", "density", "in bf16", "|dW|/|W|", "eff. rank", "stable", "NSS", "angle", *(name.replace("_", " ") for name in overlaps)]
+        heads = ["layers", "density", "in bf16", "|dW|/|W|", "eff. rank", "stable", "NSS", "angle", *overlaps]
         table = Table("", *(Column(head, justify="right") for head in heads))
         for kind, rows in (("role", self.result["roles"]), ("block", self.result["blocks"]), ("total", [self.result["total"]])):
             for row in (r for r in rows if r):
@@ -57,8 +58,8 @@ def caption(result: Row) -> str:
     share, rank = f"{100 * result['alpha']:g} %", result["rank"]
     return (
         f"NSS: relative change of the singular values; angle: the largest between the first {rank} directions before and after. Overlaps of "
-        f"{result['overlaps_of']}, as multiples of chance: with as many of the largest |w| (and |g|), with the {share} largest by the rank-{rank} part "
-        f"of W (principal), with the {share} smallest |w| (low)."
+        f"{MASKS[result['mask']]}, as multiples of chance: with as many of the largest |w| (and |g|), the {share} largest by the rank-{rank} part "
+        f"of W (principal), the {share} smallest |w| (low)."
     )
 
 
@@ -79,15 +80,15 @@ def plots(result: Row, folder: Path) -> list[Path]:
     made = []
     folder.mkdir(parents=True, exist_ok=True)
     if result["layers"]:
-        for name, title, value in (("density", "share of changed entries", _density), ("relative_norm", "|dW| / |W|", _relative)):
-            made.append(_heat_map(folder / f"{name}.png", title, result, value))
+        made.append(_heat_map(folder / "density.png", f"share of {MASKS[result['mask']]}", result, lambda rows: _density(rows, result["mask"])))
+        made.append(_heat_map(folder / "relative_norm.png", "|dW| / |W|", result, _relative))
     if result["churn"]:
         made.append(_curve(folder / "churn.png", result))
     return made
 
 
-def _density(rows: Sequence[Row]) -> float:
-    return float(sum(r["changed"] for r in rows) / sum(r["entries"] for r in rows))
+def _density(rows: Sequence[Row], mask: str) -> float:
+    return float(sum(r[mask] for r in rows) / sum(r["entries"] for r in rows))
 
 
 def _relative(rows: Sequence[Row]) -> float:

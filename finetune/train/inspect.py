@@ -246,7 +246,7 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
     """What there is to say about the run at ``path``, as plain values: ``total``, ``roles``, ``blocks``, ``layers``, ``others``, ``churn``.
 
     ``rank``: of the principal subspaces; ``alpha``: the share of the entries that a mask has; ``gradient``: how many training batches a gradient mask
-    looks at (0: none; it takes the memory of one gradient). Raises ``ConfigError`` for a run that changed no weight of the base.
+    looks at (0: none; it takes the memory of one gradient). ``mask`` says which count the overlaps are of. Raises ``ConfigError`` for a run that changed no weight of the base.
     """
     setup = rebuild(path)
     files, state = run_of(path)
@@ -259,7 +259,7 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
     step = int(state.name.removeprefix("step-")) if state else stored.about(files.delta)["step"]
     return {
         "run": str(files.path), "method": name, "step": step, "dtype": setup.config.model.dtype, "rank": rank, "alpha": alpha,
-        "overlaps_of": "the changed entries" if sparse else "the entries that differ in bfloat16",
+        "mask": "changed" if sparse else "changed_bf16",
         "total": summed(rows) if rows else None, "roles": _grouped(rows, "role"), "blocks": _grouped(rows, "block"), "layers": rows,
         "others": rest, "churn": churn(files),
         "folder": str(files.path / "inspect" / state.name if state else files.path / "inspect"),

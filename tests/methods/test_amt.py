@@ -187,6 +187,19 @@ def test_plain_amt_asks_no_teacher() -> None:
     contract.finish(session)
 
 
+def test_masks_that_rest_are_left_out() -> None:
+    session = contract.begin(AMT())
+    session.start()
+    first, second, *rest = masks(session)
+    for mask in (first, *rest):
+        mask.scores.requires_grad_(False)
+    next(session.steps())
+    assert not torch.equal(second.scores, Mask((32, 32), 1e-2, 5e-3).scores)
+    assert torch.equal(first.scores, Mask((32, 32), 1e-2, 5e-3).scores)
+    second.scores.requires_grad_(False)
+    next(session.steps())
+
+
 def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
     monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(schedule="constant", warmup=0.0, **options))
 

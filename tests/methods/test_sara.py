@@ -1,4 +1,4 @@
-"""The invariants of SaRA. The oracle is the paper's own form: the entries below the threshold as a leaf vector, put into the weight, under torch's AdamW."""
+"""The invariants of SaRA. The oracle is the paper's own form: the entries below the threshold as a leaf vector under torch's AdamW."""
 
 from __future__ import annotations
 

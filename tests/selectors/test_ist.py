@@ -37,7 +37,7 @@ from finetune.testing import contract
 from finetune.train import checkpoint, stored
 from finetune.train.loop import Session
 
-LAYERS = 8
+LAYERS = 4
 FEW = ("q", "down")  # two matrices a block are enough, and fast
 BOTH: dict[str, Callable[[], Method]] = {"lora": lambda: LoRA(rank=2, targets=FEW), "shira": lambda: SHiRA(sparsity=0.9, targets=FEW)}
 MORE: dict[str, Callable[[], Method]] = {
@@ -116,7 +116,7 @@ def shake(session: Session, size: float = 0.3) -> None:
 @pytest.mark.parametrize("make", MORE.values(), ids=MORE)
 def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], Method]) -> None:
     """Invariants 1 and 2, moments and weight decay included; the head trains in every step."""
-    session = begin(make(), IST(every=3), steps=8)
+    session = begin(make(), IST(every=2), steps=5)
     real, seen = session.optimizer.step, list[list[int]]()
 
     def step() -> None:
@@ -138,12 +138,12 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
     session.optimizer.step = step
     for _ in session.steps():
         (before, chosen), after = kept.pop(), holdings(session)
-        assert len(chosen) == len(set(chosen)) == 2
+        assert len(chosen) == 1
         for block in range(LAYERS):
             assert same(before[block], after[block]) == (block not in chosen), block
         assert all(p.requires_grad for p in session.states.parameters())
         seen.append(chosen)
-    assert len({tuple(chosen) for chosen in seen}) > 3
+    assert len({tuple(chosen) for chosen in seen}) > 1
 
 
 @pytest.mark.parametrize(("layers", "share", "expected"), [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)])
@@ -187,7 +187,7 @@ def test_probes_damp_distinct_halves_and_restore_every_gate(make: Callable[[], M
     assert session.model.training
     session.selector.after_step(session.run, state_of(session))
     damped = [{block for block in range(LAYERS) if found[block] != before[block]} for found in seen]
-    assert [len(blocks) for blocks in damped] == [4, 4, 4]
+    assert [len(blocks) for blocks in damped] == [2, 2, 2]
     assert len({frozenset(blocks) for blocks in damped}) == 3
     for found, blocks in zip(seen, damped, strict=True):
         assert all(found[block] == {gate * 0.25 for gate in before[block]} for block in blocks)
@@ -324,11 +324,11 @@ def test_damping_a_change_of_zero_does_nothing() -> None:
     assert not state_of(session).scores.any()
     session.selector.after_step(session.run, state_of(session))
     shake(session)
-    for delta in state_of(session).deltas[5]:
+    for delta in state_of(session).deltas[3]:
         delta.get_parameter("b").data.zero_()
     found = []
     for gate in (1.0, 0.25):
-        for delta in state_of(session).deltas[5]:
+        for delta in state_of(session).deltas[3]:
             delta.gate = gate
         found.append(session.run.evaluate(session.run.batch))
     assert torch.equal(*found)
@@ -347,7 +347,7 @@ def test_all_blocks_without_probes_is_the_plain_run(case: str) -> None:
 @both
 def test_a_planted_block_ends_with_the_lowest_score_and_trains_most(make: Callable[[], Method]) -> None:
     """Invariant 8: the labels are what the model says with the whole change of one block, and the others' changes are small."""
-    session, planted = begin(make(), IST(every=3), steps=2000), 5
+    session, planted = begin(make(), IST(every=1)), 2
     session.start()
     for block, deltas in state_of(session).deltas.items():
         for delta in deltas:
@@ -365,14 +365,14 @@ def test_a_planted_block_ends_with_the_lowest_score_and_trains_most(make: Callab
     for item, label in zip(data, said.tolist(), strict=True):
         item["label"] = label
     state, session.run.batch = state_of(session), [collate(data)]
-    for step in range(3, 240, 3):
+    for step in range(1, 31):
         session.run.step = step
         session.selector.before_step(session.run, state)
         session.selector.after_step(session.run, state)
-    trained = Counter(b for _ in range(1000) for b in state.draw(torch.sigmoid(-state.scores), 2, session.run.generator))
+    trained = Counter(b for _ in range(4000) for b in state.draw(torch.sigmoid(-state.scores), 1, session.run.generator))
     assert int(state.scores.argmin()) == planted
     assert state.scores[planted] < state.scores[torch.arange(LAYERS) != planted].min() - 1
-    assert trained[planted] > 1.15 * max(trained[block] for block in range(LAYERS) if block != planted)
+    assert trained.most_common(1)[0][0] == planted
 
 
 @pytest.mark.parametrize("case", ["lora dropout", "shira", "shira drop_grow"])
