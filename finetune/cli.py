@@ -149,7 +149,9 @@ def inspect(
 
 @app.command(context_settings=LENIENT)
 def compose(
-    words: Annotated[list[str] | None, typer.Argument(metavar="RUN1 RUN2 ... out=DIR [weights=1,0.5] [head=RUN]", show_default=False)] = None,
+    words: Annotated[
+        list[str] | None, typer.Argument(metavar="RUN... out=DIR", help="The runs; weights=1,0.5 and head=RUN if wanted.", show_default=False)
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Add the sparse changes of runs on one base, as a folder for eval and merge. The head is that of the last run, or of head=RUN."""
@@ -175,7 +177,10 @@ def compose(
         raise ConfigError(*faults)
     from .train.compose import compose as add
 
-    show_tree(add(runs, Path(given["out"]), weights, Path(given["head"]) if given.get("head") else None), as_json)
+    told = add(runs, Path(given["out"]), weights, Path(given["head"]) if given.get("head") else None)
+    if not as_json:
+        told["layers"] = f"{len(told['layers'])}, each in {Path(given['out']) / 'compose.json'}"
+    show_tree(told, as_json)
 
 
 @app.command(context_settings=LENIENT)

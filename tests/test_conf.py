@@ -15,8 +15,8 @@ from finetune.testing import contract
 from finetune.train import run
 
 FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml"))
-SHORT = {"train.steps": "2", "train.batch_size": "4", "train.threads": "1"}
-IN_TWO_STEPS = {"every": "1", "dense": "0.5"}  # what a schedule's settings must be to mean anything in so short a run
+SHORT = {"train.steps": "3", "train.batch_size": "4", "train.threads": "1"}
+FITTING = {"schedule.every": "2", "schedule.dense": "0.5", "method.window": "1"}  # what they must be to mean anything in so short a run
 
 
 @pytest.fixture(scope="module")
@@ -55,12 +55,13 @@ def bert(folder: Path) -> None:
 
 
 def fitting(file: str) -> dict[str, str]:
-    """Settings of the schedule that a file is, or that its method has."""
+    """Settings of what a file chooses, and of the schedule that it has."""
     group, _, option = file.partition("/")
     stated = yaml.safe_load((conf_dir() / f"{file}.yaml").read_text())
-    name = stated.get(group, stated).get("name", option)
-    schedule = registry.get("schedule", name) if group == "schedule" else getattr(registry.get("method", name), "schedule", None)
-    return {f"schedule.{f.name}": IN_TWO_STEPS[f.name] for f in fields(schedule) if f.name in IN_TWO_STEPS} if schedule else {}
+    cls = registry.get(group, stated.get(group, stated).get("name", option))  # type: ignore[arg-type]  # one of the kinds
+    held = {"schedule": getattr(cls, "schedule", None), group: cls}
+    known = {f"{where}.{f.name}" for where, what in held.items() if what for f in fields(what)}
+    return {key: value for key, value in FITTING.items() if key in known}
 
 
 def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
@@ -78,7 +79,7 @@ def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
     if group in ("schedule", "method"):
         return {**small, "method": "shira", **fitting(file)}
     if group == "selector":
-        return {**small, "method": "shira", **({} if option == "none" else {"selector.every": "1"})}
+        return {**small, "method": "shira", **({} if option == "none" else {"selector.every": "2"})}
     return {**small, "logger.project": "test"} if file == "logger/wandb" else small
 
 
@@ -93,7 +94,7 @@ def test_every_file_makes_a_run(file: str, made: dict[str, Path], tmp_path: Path
     config = load([f"{key}={value}" for key, value in given.items()])
     result = run.train(config, tmp_path / "run", lambda line: None, lambda done, total, words: None)
     assert result["status"] == "finished"
-    assert result["steps"] == 2
+    assert result["steps"] == 3
     assert result["params"]["trained"] > 0
 
 

@@ -2,10 +2,9 @@
 
 import json
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import pytest
 import yaml
@@ -58,7 +57,7 @@ class Crossed:
 
     name: ClassVar[str] = "crossed"
     rank: int = 1
-    schedule: Schedule = DropGrow(every=20, rate=0.5)
+    schedule: Schedule = field(default=DropGrow(every=20, rate=0.5))
 
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)
@@ -71,13 +70,10 @@ class Bare(Crossed):
 
 
 @pytest.fixture
-def crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A folder of groups with methods that have a schedule, registered for as long as the test lasts."""
     real = registry.catalog
-    more = {
-        "method": [Crossed, Bare],
-        "schedule": [Odd],
-    }
+    more: dict[str, list[Any]] = {"method": [Crossed, Bare], "schedule": [Odd]}
 
     def catalog(kind: registry.Kind) -> dict[str, registry.Entry]:
         return {**real(kind), **{c.name: registry.Entry(c.name, __name__, "", {"class": c.__name__}) for c in more.get(kind, [])}}
@@ -392,13 +388,19 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method=lora", "schedule=drop_grow"], r"schedule=drop_grow is not a setting of method=lora, which has no schedule. Leave it out, or .* method"),
+        (
+            ["method=lora", "schedule=drop_grow"],
+            r"schedule=drop_grow is not a setting of method=lora, which has no schedule. Leave it out, or .* method",
+        ),
         (["method=lora", "schedule=drop_grow", "schedule.every=3"], "schedule=drop_grow is not a setting of method=lora, which has no schedule"),
         (["method=lora", "schedule.every=3"], r"method.schedule.every=3 \(command line\) is not a setting of method=lora, which has no schedule"),
         (["method=lora", "method.schedule=x"], "method.schedule='x' .* method=lora, which has no schedule"),
         (["method=crossed", "schedule=drop_gow"], r"schedule=drop_gow is not an option .*Did you mean 'drop_grow'\? Options: .*static"),
         (["method=crossed", "schedule=drop_gow", "schedule.nope=3"], "schedule=drop_gow is not an option"),
-        (["method=crossed", "schedule.evry=3"], r"method.schedule.evry=3 \(command line\) is not a setting of schedule=drop_grow. .* 'method.schedule.every'"),
+        (
+            ["method=crossed", "schedule.evry=3"],
+            r"method.schedule.evry=3 \(command line\) is not a setting of schedule=drop_grow. .* 'method.schedule.every'",
+        ),
         (["method=crossed", "schedule=static", "schedule.every=3"], r"every=3 \(command line\) is not a setting of schedule=static. It has none."),
         (["method=crossed", "schedule=odd", "schedule.rate=3"], "is not a setting of schedule=odd. .*method.schedule.range"),
         (["method=crossed", "schedule.every=0"], r"method.schedule.every=0 \(command line\) should be greater than or equal to 1"),
@@ -407,7 +409,10 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         (["method=crossed", "schedule=odd", "schedule.range=[1]"], "too few entries"),
         (["method=crossed", "schedule=odd", "schedule.range=[0,x]"], r"method.schedule.range.1='x' \(command line\) should be a valid number"),
         (["method=crossed", "schedule=odd", "schedule.range=[2,1]"], "schedule=odd: method.schedule.range runs backwards"),
-        (["method=crossed", "method.schedule=odd"], r"method.schedule should be a mapping of settings, not 'odd' \(command line\). .*schedule=OPTION"),
+        (
+            ["method=crossed", "method.schedule=odd"],
+            r"method.schedule should be a mapping of settings, not 'odd' \(command line\). .*schedule=OPTION",
+        ),
         (["method=crossed", "schedule=null"], "exactly one option"),
         (["method=crossed", "schedule=static,odd"], "finetune sweep schedule=static,odd"),
         (["method=crossed", "schedule.name=odd"], "schedule.name=odd: the name follows from the choice; write schedule=OPTION"),
@@ -421,7 +426,10 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         (["method=crossed", "scheduler=static"], "is not a setting"),
         (["method=crossed", "train.every=3"], r"Did you mean 'train.\w*_every'\?"),
         (["selector=its"], r"Did you mean 'ist'\?"),
-        (["selector=ist", "selector.probs=3"], r"selector.probs=3 \(command line\) is not a setting of selector=ist. Did you mean 'selector.probes'\?"),
+        (
+            ["selector=ist", "selector.probs=3"],
+            r"selector.probs=3 \(command line\) is not a setting of selector=ist. Did you mean 'selector.probes'\?",
+        ),
         (["selector=ist", "train.steps=10"], "selector.every=10"),
         (["selector.trained=0.5"], "selector.trained=0.5 .* is not a setting of selector=none. It has none."),
         (["selector.name=ist"], "write selector=OPTION"),
@@ -465,7 +473,15 @@ def test_a_schedules_values_say_where_they_came_from(crossed: Path) -> None:
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["schedule.every=3"], ["schedule=odd", "schedule.range=[0,3]", "schedule.word=7"], ["schedule=static"], ["schedule=cubic"], ["selector=ist"], ["selector=rst"]],
+    [
+        [],
+        ["schedule.every=3"],
+        ["schedule=odd", "schedule.range=[0,3]", "schedule.word=7"],
+        ["schedule=static"],
+        ["schedule=cubic"],
+        ["selector=ist"],
+        ["selector=rst"],
+    ],
 )
 def test_frozen_nested_choices_come_back(crossed: Path, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the classes' and files' defaults are by then."""

@@ -81,3 +81,20 @@ class Candidates(nn.Module):
         """Site ``i``'s candidates, none if its gradient was never seen: index, sums, squares, steps."""
         a, b = bank.bounds()[i : i + 2] if len(self.index) and self.steps[i] else (0, 0)
         return self.index[a:b], self.sums[a:b], self.squares[a:b], int(self.steps[i])
+
+    def seeds(self, bank: Bank, found: list[Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
+        """Adam's ages and moments [capacity] for those of the ``found`` entries of each site, ascending, that are candidates; 0 for the others.
+
+        With n the steps seen: the age n, and the moments for which the bias-corrected ones are the mean gradient and the mean square.
+        """
+        seeds = {name: torch.zeros_like(bank.values.data) for name in ("step", "exp_avg", "exp_avg_sq")}
+        offset = 0
+        for i, chosen in enumerate(found):
+            index, sums, squares, steps = self.of(bank, i)
+            new = torch.isin(index, chosen)
+            at = offset + torch.searchsorted(chosen, index[new])
+            seeds["step"][at] = float(steps)
+            for name, total, beta in (("exp_avg", sums, betas[0]), ("exp_avg_sq", squares, betas[1])):
+                seeds[name][at] = total[new] * ((1 - beta**steps) / max(1, steps))
+            offset += len(chosen)
+        return seeds

@@ -286,7 +286,7 @@ def _offer_changes(bank: Bank, grains: list[Grain], offer: Callable[[int, Tensor
 def _changes(bank: Bank, i: int, grain: Grain) -> Tensor:
     """|change| of site ``i``'s trained entries, 0 elsewhere, [out, in]."""
     dense = torch.zeros(grain.shape, device=bank.values.device)
-    dense.view(-1)[bank.where(i).long()] = bank.slice(i).detach().abs()
+    dense.view(-1)[bank.where(i).long()] = bank.slice(i).detach().abs().float()
     return dense
 
 

@@ -1,17 +1,17 @@
-"""SpIEL: drop the entries that changed least, grow others by their gradients (Ansell et al., 2024, arXiv 2401.16405); the released code was read.
+"""SpIEL: drop the entries that changed least, grow others by their gradients (Ansell et al., 2024, arXiv 2401.16405).
 
-Every ``schedule.every`` steps (S) each matrix swaps part of its k entries, ``window`` steps (g) into the period: before steps g, S + g, 2 S + g, ... The
-share is ``schedule.rate`` with its decay; under the linear one all k go at the first time. Those of the smallest |change| go, as in the code, where the
-abstract has the change of magnitude. ``score``, ``direction`` and ``scope`` choose the first entries only.
+Read from the released code. Every ``schedule.every`` steps (S) each matrix swaps part of its k entries, ``window`` steps (g) into the period: before
+steps g, S + g, 2 S + g, ... The share is ``schedule.rate`` with its decay; under the linear one all k go the first time. The smallest |change| goes,
+as in the code; the abstract has the change of magnitude. ``score``, ``direction`` and ``scope`` choose the first entries only.
 
-    ag  Accumulated gradients. The first micro-batch of the period gives each matrix its k candidates, the largest |g|, as many as in the code; over the g
-        steps their gradients are summed. Those with the largest |sum| come, with the moments that Adam would have after g steps of the mean gradient and
-        mean square, and with the age g: the optimizer corrects the bias of every entry by its own count. What would be dropped and grown stays as it is.
-    ma  Momentum approximation. The largest row * column accumulators of SM3 among the untrained entries come; it needs ``optimizer=sm3``. As in the code,
-        a row or column without a trained entry has the accumulator 0 as long as it has none, so it is passed over while there are others.
+    ag  Accumulated gradients. The first micro-batch of a period gives each matrix k candidates (the abstract: "a few"), the largest |g|, whose
+        gradients are summed over the g steps. The largest |sum| come in, with the age g and the moments that Adam would have after g steps of the mean
+        gradient and the mean square; every entry has a bias correction of its own age. What would leave and come in stays untouched.
+    ma  Momentum approximation, with ``optimizer=sm3``: of the untrained entries the largest products of SM3's row and column accumulators come in. As
+        in the code a row without a trained entry has the accumulator 0, so nothing grows there while other products are left, and so with columns.
 
-Squares are those of a step's gradient, over all its micro-batches and processes, so that neither number matters; in the code they are a micro-batch's,
-and accumulating steps shrinks the sums. Gradients are taken before clipping. Weight decay pulls towards the pretrained weights.
+Squares are those of a step's gradient, over all its micro-batches and processes, so that their number does not matter; in the code they are those of
+micro-batches, and accumulation makes the seeds too small. Gradients are taken before clipping. Weight decay pulls towards the pretrained weights.
 """
 
 from __future__ import annotations
@@ -34,11 +34,13 @@ from ..errors import ConfigError
 from ..registry import register
 from ..schedules.drop_grow import DropGrow
 
+Best = Callable[[Tensor, int], Tensor]  # of the entries that are kept, and how many may come in: the best of the others, best first
 
-def swap(where: Tensor, change: Tensor, share: float, best: Callable[[Tensor, int], Tensor]) -> Tensor:
-    """The entries of a site afterwards, ascending, as many as before: ``share`` of them, rounded down, gave way as far as there are others.
 
-    ``best(kept, n)``: the n best to come in, at most, none of them in ``kept``. If fewer come, the smallest changes go first.
+def swap(where: Tensor, change: Tensor, share: float, best: Best) -> Tensor:
+    """The entries of a site afterwards, ascending, as many as before: ``share`` of them, rounded down, gives way if there are others.
+
+    If fewer come in than could leave, the smallest changes leave.
     """
     n, order = int(share * len(where)), change.abs().sort(stable=True).indices
     offered, kept = where[order[:n]], where[order[n:]]
@@ -91,7 +93,9 @@ class SpIEL(Sparse):
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         if self.criterion == "ma" and "row.0" not in run.optimizer.state.get(state["bank"].values, {}):
-            raise ConfigError("method.criterion=ma grows by the accumulators of SM3, which this optimizer has not; take optimizer=sm3, or criterion=ag.")
+            raise ConfigError(
+                "method.criterion=ma grows by the accumulators of SM3, which this optimizer has not; take optimizer=sm3, or criterion=ag."
+            )
         super().begin(run, state, previous)
 
     def before_step(self, run: Run, state: Any) -> None:
@@ -114,32 +118,29 @@ class SpIEL(Sparse):
     def _reselect(self, run: Run, bank: Bank, candidates: Candidates) -> None:
         first = run.step == self.window and self._moves.decay == "linear"
         share = 1.0 if first else self._moves.replaced(run.step, run.total)
-        held, found = run.optimizer.state.get(bank.values, {}), []
-        for i, shape in enumerate(bank.shapes):
-
-            def best(kept: Tensor, n: int, i: int = i) -> Tensor:
-                if self.criterion == "ag":
-                    index, sums, _, _ = candidates.of(bank, i)
-                    ranked = index[sums.abs().sort(descending=True, stable=True).indices]
-                    return ranked[~torch.isin(ranked, kept)][:n]
-                untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=kept.device).index_fill_(0, bank.where(i).long(), False)
-                top = TopK(n, {i: 1})
-                top.add(i, held[f"row.{i}"] * held[f"col.{i}"], untrained)
-                return top.take()[i]
-
+        found = []
+        for i in range(len(bank.sizes)):
+            best = self._summed(bank, candidates, i) if self.criterion == "ag" else self._products(run, bank, i)
             found.append(run.agree(swap(bank.where(i), bank.slice(i), share, best)))
-        fresh = bank.revise(found, moments(run, bank), self._moves.dropped, self._seeds(run, bank, candidates, found))
+        betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))  # an optimizer without them takes no seeds
+        fresh = bank.revise(found, moments(run, bank), self._moves.dropped, candidates.seeds(bank, found, betas))
         run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
 
-    def _seeds(self, run: Run, bank: Bank, candidates: Candidates, found: list[Tensor]) -> dict[str, Tensor]:
-        """Adam's moments and ages for those of the ``found`` entries that were candidates; the others are 0."""
-        seeds = {name: torch.zeros_like(bank.values.data) for name in ("step", "exp_avg", "exp_avg_sq")}
-        betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))
-        for i, start in enumerate(bank.bounds()[:-1]):
-            index, sums, squares, steps = candidates.of(bank, i)
-            new = torch.isin(index, found[i])
-            at = start + torch.searchsorted(found[i], index[new])
-            seeds["step"][at] = float(steps)
-            for name, total, beta in (("exp_avg", sums, betas[0]), ("exp_avg_sq", squares, betas[1])):
-                seeds[name][at] = total[new] * ((1 - beta**steps) / max(1, steps))
-        return seeds
+    @staticmethod
+    def _summed(bank: Bank, candidates: Candidates, i: int) -> Best:
+        index, sums, _, _ = candidates.of(bank, i)
+        ranked = index[sums.abs().sort(descending=True, stable=True).indices]
+        return lambda kept, n: ranked[~torch.isin(ranked, kept)][:n]
+
+    @staticmethod
+    def _products(run: Run, bank: Bank, i: int) -> Best:
+        """Of the square roots, which overflow and vanish later and have the same order."""
+        held = run.optimizer.state[bank.values]
+        untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device).index_fill_(0, bank.where(i).long(), False)
+
+        def best(kept: Tensor, n: int) -> Tensor:
+            top = TopK(n, {i: 1})
+            top.add(i, (held[f"row.{i}"].sqrt() * held[f"col.{i}"].sqrt()).float(), untrained)
+            return top.take()[i]
+
+        return best

@@ -14,7 +14,7 @@ CHUNK_ELSEWHERE = 2**24
 
 
 class AdamW(torch.optim.AdamW):
-    """torch's AdamW, fused. For the parameters ``aged`` its ``state["step"]`` has their shape, and whoever adds entries may set it as he does moments.
+    """torch's AdamW, fused. For the parameters ``aged`` its ``state["step"]`` has their shape; who adds entries may set it as the moments.
 
     m and v as ever; with the age t of an entry, this step included, p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """

@@ -16,8 +16,8 @@ class SM3(torch.optim.Optimizer):
     """v = the least of an entry's accumulators + g^2; each accumulator becomes the largest v among its entries; p -= lr * g / sqrt(v + eps).
 
     A matrix has an accumulator for every row and every column, any other tensor one for every index of every dimension: for vectors this is Adagrad.
-    The values of a bank are entries of its sites: ``state[bank.values]`` holds ``row.i`` [out, 1] and ``col.i`` [1, in] of site i from the start. They
-    stay when the bank's entries move; nothing ever lowers an accumulator. No momentum. Weight decay is decoupled, as in AdamW.
+    The values of a bank are entries of its sites: ``state[bank.values]`` has ``row.i`` [out, 1] and ``col.i`` [1, in] for site i, from the start, and
+    they stay when entries move. Nothing lowers an accumulator. No momentum. Weight decay is decoupled, as in AdamW.
     """
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[Bank] = ()) -> None:

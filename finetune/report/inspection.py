@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.table import Table
 
 Row = Mapping[str, Any]
-OVERLAPS = ("magnitude", "gradient", "principal", "low")
+OVERLAPS = {"magnitude": "|w|", "gradient": "|g|", "principal": "princ.", "low": "low"}
 MASKS = {"changed": "the changed entries", "changed_bf16": "the entries that differ in bfloat16"}
 
 
@@ -23,16 +23,19 @@ class InspectionTable:
     result: Row
 
     def __rich__(self) -> Table:
+        from rich.box import SIMPLE_HEAD
         from rich.table import Column, Table
 
-        overlaps = [name for name in OVERLAPS if self.result["total"] and name in self.result["total"]["overlap"]]
-        heads = ["layers", "density", "in bf16", "|dW|/|W|", "eff. rank", "stable", "NSS", "angle", *overlaps]
-        table = Table("", *(Column(head, justify="right") for head in heads))
+        overlaps = [name for name in OVERLAPS if name in self.result["total"]["overlap"]]
+        heads = ["changed", "bf16", "norm", "rank", "NSS", "angle", *(OVERLAPS[name] for name in overlaps)]
+        columns = [Column("", no_wrap=True), *(Column(head, justify="right", no_wrap=True) for head in heads)]
+        table = Table(*columns, box=SIMPLE_HEAD, padding=0, show_edge=False)
         for kind, rows in (("role", self.result["roles"]), ("block", self.result["blocks"]), ("total", [self.result["total"]])):
-            for row in (r for r in rows if r):
+            for row in rows:
                 table.add_row(_name(kind, row), *_cells(row), *(_multiple(row["overlap"][name]) for name in overlaps))
             table.add_section()
         table.caption = caption(self.result)
+        table.caption_justify = "left"
         return table
 
 
@@ -43,23 +46,23 @@ def _name(kind: str, row: Row) -> str:
 
 
 def _cells(row: Row) -> list[str]:
-    shares = [f"{100 * row[key]:.3g} %" for key in ("density", "density_bf16")]
-    angle = f"{max(row['angle_left'], row['angle_right']):.3g}°"
-    return [str(row["layers"]), *shares, *(f"{row[key]:.3g}" for key in ("relative_norm", "effective_rank", "stable_rank", "nss")), angle]
+    shares = [f"{100 * row[key]:.3g}%" for key in ("density", "density_bf16")]
+    angle = f"{max(row['angle_left'], row['angle_right']):.1f}°"
+    return [*shares, f"{row['relative_norm']:.2g}", f"{row['effective_rank']:.1f}", f"{row['nss']:.2g}", angle]
 
 
 def _multiple(overlap: Row) -> str:
     """An overlap as a multiple of chance."""
-    return "-" if overlap["share"] is None or not overlap["chance"] else f"x{overlap['share'] / overlap['chance']:.2f}"
+    return "-" if overlap["share"] is None or not overlap["chance"] else f"x{overlap['share'] / overlap['chance']:.3g}"
 
 
 def caption(result: Row) -> str:
     """What the columns mean."""
     share, rank = f"{100 * result['alpha']:g} %", result["rank"]
     return (
-        f"NSS: relative change of the singular values; angle: the largest between the first {rank} directions before and after. Overlaps of "
-        f"{MASKS[result['mask']]}, as multiples of chance: with as many of the largest |w| (and |g|), the {share} largest by the rank-{rank} part "
-        f"of W (principal), the {share} smallest |w| (low)."
+        f"bf16: changed when rounded to it; norm: |dW| / |W|; rank: effective rank of dW; NSS: relative change of the singular values; angle: the "
+        f"largest between the first {rank} singular directions before and after. Overlaps of {MASKS[result['mask']]}, as multiples of chance: |w|, "
+        f"|g|: with as many of the largest; princ.: with the {share} largest by the rank-{rank} part of W; low: with the {share} smallest by |w|."
     )
 
 
@@ -116,7 +119,7 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 def _heat_map(file: Path, title: str, result: Row, value: Callable[[Sequence[Row]], float]) -> Path:
     blocks, roles, values = grid(result["layers"], value)
     figure, axes = _figure(2.5 + 0.7 * len(roles), 1.8 + 0.28 * len(blocks))
-    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(roles)), roles)
     axes.set_yticks(range(len(blocks)), [str(b) if b >= 0 else "-" for b in blocks])
     axes.set_xlabel("role")
@@ -130,6 +133,7 @@ def _heat_map(file: Path, title: str, result: Row, value: Callable[[Sequence[Row
 def _curve(file: Path, result: Row) -> Path:
     figure, axes = _figure(5.5, 3.2)
     axes.plot([line["step"] for line in result["churn"]], [line["churn"] for line in result["churn"]], marker=".")
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("share of trained entries that are new")
     axes.set_ylim(bottom=0)

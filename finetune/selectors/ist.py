@@ -6,8 +6,8 @@ sigmoid(s), and the loss l_k with the changes in them damped is measured. With a
 
     s_i += rate * a_k * p_i * (1 - p_i)     for every k and every i in D_k
 
-The numbers and p (1 - p), the derivative of the sigmoid and not of its logarithm, are those of the released code, as is updating the damped blocks only;
-the paper's body could not be read. The released code probes with 16 training examples of their own; here it is the batch of the step.
+The numbers and p (1 - p), the derivative of the sigmoid and not of its logarithm, are those of the released code, as is that only damped blocks
+are updated; the paper's body could not be read. The code probes with 16 training examples of their own; here it is the batch of the step.
 ``reward=exp`` is its r = exp(-l), which all but vanishes at a high loss; ``loss`` is r = -l. ``probes=0`` is RST: every draw is uniform.
 
 Blocks are the numbered ones that hold parts of the method. All that lies outside them (head, class token) trains in every step. The moments of AdamW
@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
@@ -86,7 +86,9 @@ class IST(Selector):
 
     def faults(self, steps: int) -> list[str]:
         if self.probes and self.every >= steps:
-            return [f"selector.every={self.every} does not end before the run's {steps} steps do, so no block is ever scored; take less, or probes=0."]
+            return [
+                f"selector.every={self.every} does not end before the run's {steps} steps do, so no block is ever scored; take less, or probes=0."
+            ]
         return [f"selector.probes={self.probes}: a single probe has none to be compared with; take 2 or more, or 0."] if self.probes == 1 else []
 
     def build(self, model: nn.Module, states: nn.Module) -> Blocks:

@@ -246,7 +246,8 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
     """What there is to say about the run at ``path``, as plain values: ``total``, ``roles``, ``blocks``, ``layers``, ``others``, ``churn``.
 
     ``rank``: of the principal subspaces; ``alpha``: the share of the entries that a mask has; ``gradient``: how many training batches a gradient mask
-    looks at (0: none; it takes the memory of one gradient). ``mask`` says which count the overlaps are of. Raises ``ConfigError`` for a run that changed no weight of the base.
+    looks at (0: none; it takes the memory of one gradient). In the result ``mask`` names the count whose entries the overlaps are of. Raises
+    ``ConfigError`` for a run that changed no weight of the base.
     """
     setup = rebuild(path)
     files, state = run_of(path)

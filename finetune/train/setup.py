@@ -55,7 +55,7 @@ def make_deterministic(settings: TrainConfig) -> None:
     """The same seed gives the same bits on one machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(True, warn_only=True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # nothing here reads what it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     if settings.threads:
         torch.set_num_threads(settings.threads)
 

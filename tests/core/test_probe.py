@@ -49,7 +49,7 @@ def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytes
     whole = scores(session(), score)
     assert len(asked) == 1
     parts = scores(session(5), score)
-    assert len(asked) == 1 + 2 * 5  # o and down are smaller than the rest: six sites, two of which share a turn
+    assert len(asked) == 1 + 2 * 6  # no two of o, up and down together are as small as up
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.max()))
         assert float(a.max()) > 0

@@ -81,7 +81,10 @@ def banked(index: list[list[int]], *shapes: tuple[int, int], room: int = 0) -> B
 
 
 def test_a_bank_with_all_entries_is_the_dense_matrix() -> None:
-    bank, dense = banked([list(range(12)), list(range(10))], (4, 3), (2, 5)), [nn.Parameter(torch.zeros(4, 3).double()), nn.Parameter(torch.zeros(2, 5).double())]
+    bank, dense = (
+        banked([list(range(12)), list(range(10))], (4, 3), (2, 5)),
+        [nn.Parameter(torch.zeros(4, 3).double()), nn.Parameter(torch.zeros(2, 5).double())],
+    )
     ours, theirs = SM3([bank.values], lr=0.1, banks=[bank]), SM3(dense, lr=0.1)
     for step in range(5):
         grads = noise(4, 3, seed=step), noise(2, 5, seed=step + 50)

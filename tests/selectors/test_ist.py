@@ -1,4 +1,4 @@
-"""The invariants of IST over low-rank parts and over the sparse bank. The oracles: plain layers with the damped change written in, an untouched run."""
+"""The invariants of IST over low-rank parts and over the sparse bank. The oracles: plain layers with the damped change written in, a plain run."""
 
 from __future__ import annotations
 
@@ -146,7 +146,9 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
     assert len({tuple(chosen) for chosen in seen}) > 1
 
 
-@pytest.mark.parametrize(("layers", "share", "expected"), [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)])
+@pytest.mark.parametrize(
+    ("layers", "share", "expected"), [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)]
+)
 def test_the_count_is_rounded_down_and_at_least_one(layers: int, share: float, expected: int) -> None:
     assert IST().count(share, Blocks({block: [] for block in range(layers)})) == expected
 
@@ -429,7 +431,9 @@ def test_resting_blocks_keep_no_activations(make: Callable[[], Method]) -> None:
     assert kept["first"] < kept["all"]
 
 
-@pytest.mark.parametrize(("kind", "method"), [("gpt2", LoRA(rank=2)), ("gpt2", SHiRA(sparsity=0.9)), ("llama", LoRA(rank=2)), ("llama", SHiRA(sparsity=0.9))])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("gpt2", LoRA(rank=2)), ("gpt2", SHiRA(sparsity=0.9)), ("llama", LoRA(rank=2)), ("llama", SHiRA(sparsity=0.9))]
+)
 def test_language_models(kind: Any, method: Method) -> None:
     session = contract.finish(contract.begin(method, kind, selector=IST(every=2)))
     assert state_of(session).scores.any()

@@ -1,0 +1,71 @@
+"""Two processes that train together choose the same blocks, score them alike and end with the same bits."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.methods.lora import LoRA
+from finetune.methods.shira import SHiRA
+from finetune.selectors.ist import IST
+from finetune.testing import contract
+from finetune.train.batches import Batches
+
+
+def train() -> dict[str, Tensor]:
+    """What a run of each kind of part ends with, and what it went through."""
+    kept: dict[str, Tensor] = {}
+    for name, method in {"lora": LoRA(rank=2), "shira": SHiRA(sparsity=0.9)}.items():
+        # every third batch has five examples: the second process has none in one of its micro-batches, and another share of the loss
+        session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=1), selector=IST(every=2))
+        process, world = session.accelerator.process_index, session.accelerator.num_processes
+        session.batches = Batches(session.batches.data, 8, 1, 0, process, world)
+        chosen: list[int] = []
+        for step in session.steps():
+            chosen += session.states["selector"].chosen  # type: ignore[arg-type]  # a list
+            kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss)
+        kept |= {f"{name}/{key}": t.contiguous() for key, t in session.states.state_dict().items()}
+        kept |= {f"{name}/chosen": torch.tensor(chosen), f"{name}/world": torch.tensor(world)}
+    return kept
+
+
+def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path / f"{rank}.safetensors")],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    alone = train()
+    said = [process.communicate(timeout=300)[1] for process in started]
+    assert not any(process.returncode for process in started), said
+    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
+    assert first.keys() == second.keys() == alone.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    for name in ("lora", "shira"):
+        assert (int(first[f"{name}/world"]), int(alone[f"{name}/world"])) == (2, 1)
+        assert torch.equal(first[f"{name}/chosen"], alone[f"{name}/chosen"])
+        assert first[f"{name}/selector.scores"].any()
+        torch.testing.assert_close(first[f"{name}/selector.scores"], alone[f"{name}/selector.scores"], atol=1e-4, rtol=1e-3)
+        for step in range(1, contract.STEPS + 1):
+            torch.testing.assert_close(first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-4, rtol=1e-4)
+
+
+if __name__ == "__main__":
+    save_file(train(), sys.argv[1])
