@@ -8,8 +8,8 @@ help: ## this list
 setup: $(READY) ## make .venv and install the versions of constraints.txt into it
 demo: $(READY) ## set up, then tune the built-in model on handwritten digits
 	.venv/bin/finetune train method=snell sparsity=0.1
-test: $(READY) ## set up, then run the tests, warnings as errors
-	.venv/bin/python -m pytest -q
+test: $(READY) ## set up, then run the tests, a process a core, warnings as errors
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal
 lint: $(READY) ## style
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 types: $(READY) ## static types, strict

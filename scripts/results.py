@@ -21,13 +21,16 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSITIES, SEEDS = (0.9, 0.99, 0.999), (0, 1, 2)
-TASKS = {"image": (["train.steps=100"], "accuracy"), "language": (["model=tiny_lm", "dataset=stdlib", "train.steps=60"], "bits_per_byte")}
+SMALL = ["dataset.train_bytes=200000", "dataset.val_bytes=10000", "dataset.test_bytes=30000", "dataset.retention_bytes=30000"]
+TASKS = {
+    "image": (["train.steps=40"], "accuracy"),
+    "language": (["model=tiny_lm", "dataset=stdlib", *SMALL, "train.steps=24", "train.batch_size=8"], "bits_per_byte"),
+}
 OFTEN = "schedule.every=10"
 AT_SPARSITY: dict[str, list[str]] = {
     "lora, same count": ["method=lora"],
     "shira, random": ["method=shira"],
     "shira, snip": ["method=shira", "method.score=snip"],
-    "shira, gradient": ["method=shira", "method.score=gradient"],
     "super_tuning": ["method=super_tuning"],
     "smallest magnitude": ["method=sparse", "method.score=magnitude", "method.direction=smallest"],
     "lift": ["method=lift", OFTEN],
@@ -46,8 +49,9 @@ Point = tuple[str, str, float | None, int]  # task, row, sparsity, seed
 
 
 def points() -> list[Point]:
+    """All of them, the first seed of everything first."""
     alone = [(t, row, None, seed) for t, row, seed in product(TASKS, ALONE, SEEDS)]
-    return alone + list(product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS))
+    return sorted([*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)], key=lambda point: point[3])
 
 
 def matched(task: list[str], row: str, sparsity: float) -> list[str]:
@@ -75,8 +79,8 @@ def config_of(point: Point) -> Any:
     return load([*common, *more])
 
 
-def work(part: int, of: int) -> None:
-    """Run every ``of``-th point from ``part`` on, in this process."""
+def work(part: int, of: int, only_read: bool) -> None:
+    """Run every ``of``-th point from ``part`` on, in this process, or only read what is finished."""
     from finetune.errors import FinetuneError
     from finetune.train import run
     from finetune.train.files import RunFolder, run_folder
@@ -85,6 +89,8 @@ def work(part: int, of: int) -> None:
         try:
             config = config_of(point)
             folder = RunFolder(run_folder(replace(config, name="results", run=None)))
+            if not folder.finished and only_read:
+                continue
             if not folder.finished:
                 run.train(config, folder.path, lambda line: None, lambda done, total, words: None)
             found = folder.read_result()
@@ -149,15 +155,16 @@ def report(found: dict[Point, dict[str, Any]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--read", action="store_true", help="run nothing: only tabulate what is finished")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
-        work(given.part, given.jobs)
+        work(given.part, given.jobs, given.read)
         return
     import os
 
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, __file__, "--jobs", str(given.jobs), "--part"]
+    command = [sys.executable, __file__, *(["--read"] if given.read else []), "--jobs", str(given.jobs), "--part"]
     workers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=quiet) for i in range(given.jobs)]
     found: dict[Point, dict[str, Any]] = {}
     for worker in workers:

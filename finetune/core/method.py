@@ -81,6 +81,10 @@ class Method:
         """What cannot mean anything in a run of so many steps, each as a sentence that names the setting."""
         return []
 
+    def ready(self, step: int, total: int) -> bool:
+        """Whether the state after ``step`` (from 0) of ``total`` is what was asked for; until then it is a means, and never kept as the best."""
+        return True
+
     def phases(self) -> tuple[Phase, ...]:
         return (Phase(self, 1.0),)
 

@@ -34,6 +34,7 @@ class Mixed(Bank):
         slots = [torch.arange(n, dtype=torch.int32) for n in self.branches]
         self.place([slots[i] if branch else where for i, (where, branch) in enumerate(zip(index, structured.tolist(), strict=True))])
         self.structured.copy_(structured)
+        self.changes += 1
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:

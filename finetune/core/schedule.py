@@ -51,6 +51,10 @@ class Schedule:
         """The share of K that is trained from step 0."""
         return 1.0
 
+    def ready(self, step: int, total: int) -> bool:
+        """Whether no more than K entries are trained at ``step``."""
+        return True
+
     @property
     def peak(self) -> float:
         """The largest share of K that is ever trained at once."""

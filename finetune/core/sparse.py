@@ -92,6 +92,8 @@ class Sparse(Method):
                 found.append(f"method.grain={self.grain} fixes the count in every row; scope={self.scope} cannot move it, so take scope=matrix.")
             if self.schedule.name not in ("static", "one_shot", "redraw"):
                 found.append(f"method.grain={self.grain} fixes the count in every row, which schedule={self.schedule.name} would break.")
+        if self.grain == "matrix" and self.scope in ("matrix", "layer"):
+            found.append(f"method.grain=matrix leaves scope={self.scope} nothing to choose from within a matrix. Take scope=role, block or model.")
         if self.scope == "layer" and (self.direction == "smallest" or self.score in ("gradient_weight", "off_principal")):
             found.append(
                 f"scope=layer divides by the mean of scores that are not negative, the larger the better, which score={self.score} with "
@@ -103,6 +105,9 @@ class Sparse(Method):
 
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)
+
+    def ready(self, step: int, total: int) -> bool:
+        return self.schedule.ready(step, total)
 
     def phases(self) -> tuple[Phase, ...]:
         dense = self.schedule.dense

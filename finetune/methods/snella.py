@@ -131,6 +131,9 @@ class SNELLA(Kernelized):
         between = f"between method.start={self.start:g} and method.end={self.end:g}"
         return [] if first < last else [f"train.steps={steps} leaves no step {between} at which to divide; take more, or move the two apart."]
 
+    def ready(self, step: int, total: int) -> bool:
+        return step >= self._range(total)[1]
+
     def _range(self, steps: int) -> tuple[int, int]:
         """The steps between which the budget shrinks; it is met before the last step, so that something is trained under it."""
         return round(self.start * steps), min(round(self.end * steps), steps - 1)

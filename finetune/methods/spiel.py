@@ -5,7 +5,7 @@ steps g, S + g, 2 S + g, ... The share is ``schedule.rate`` with its decay; unde
 as in the code; the abstract has the change of magnitude. ``score``, ``direction`` and ``scope`` choose the first entries only.
 
     ag  Accumulated gradients. The first micro-batch of a period gives each matrix k candidates (the abstract: "a few"), the largest |g|, whose
-        gradients are summed over the g steps. The largest |sum| come in, with the age g and the moments that Adam would have after g steps of the mean
+        gradients are summed over the g steps. The largest |sum| come in, with the age g and the moments that Adam has after g steps of the mean
         gradient and the mean square; every entry has a bias correction of its own age. What would leave and come in stays untouched.
     ma  Momentum approximation, with ``optimizer=sm3``: of the untrained entries the largest products of SM3's row and column accumulators come in. As
         in the code a row without a trained entry has the accumulator 0, so nothing grows there while other products are left, and so with columns.

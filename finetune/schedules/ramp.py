@@ -56,6 +56,9 @@ class Ramp(Schedule):
         due = since % self.every == 0 and 0 < since // self.every <= self._updates(total)
         return Move(density=self.density(step, total), by="score") if due else None
 
+    def ready(self, step: int, total: int) -> bool:
+        return self.density(step, total) <= 1
+
     def faults(self, total: int) -> list[str]:
         found = never(self.every, total)
         if not found and self._updates(total) < 1:

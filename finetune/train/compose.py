@@ -35,7 +35,8 @@ def sparse_changes(setup: Setup) -> dict[str, Change]:
     """
     name = setup.config.method.name
     layers = patched(setup.session.model)
-    other = sorted({type(p).__name__ for p in setup.session.states["method"].modules() if isinstance(p, Part) and not isinstance(p, SparseDelta)})
+    parts = [p for p in setup.session.states["method"].modules() if isinstance(p, Part)]
+    other = sorted({type(p).__name__ for p in parts if not isinstance(p, SparseDelta) or p.additive})  # additive: a branch beside the weight
     if other or not layers:
         what = f"it stores {' and '.join(other)}" if other else "it trains the head only"
         raise ConfigError(
@@ -44,11 +45,11 @@ def sparse_changes(setup: Setup) -> dict[str, Change]:
     found = {}
     for layer, module in layers.items():
         views = [d for d in module.deltas if isinstance(d, SparseDelta)]
-        parts = []
+        changes = []
         for values, where in (view.bank.all(view.i) for view in views):
             order = where.argsort()
-            parts.append(Change(where[order].long().cpu(), values[order].float().cpu()))
-        found[layer] = _without_zeros(add(parts))
+            changes.append(Change(where[order].long().cpu(), values[order].float().cpu()))
+        found[layer] = _without_zeros(add(changes))
     return found
 
 

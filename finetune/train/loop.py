@@ -102,6 +102,11 @@ class Session:
         self.states = nn.ModuleDict()
         self._enter(0)
 
+    @property
+    def stage(self) -> list[int]:
+        """The phase, and whether its method has reached what was asked for."""
+        return [self.phase, int(self.current.ready(self.run.step, self.run.total))]
+
     def enter(self, phase: int) -> None:
         """Stand at the beginning of a phase, with the earlier one's parts taken away."""
         if phase != self.phase:

@@ -48,7 +48,7 @@ class Training:
         self.progress: dict[str, Any] = {
             "best": None,
             "best_step": None,
-            "best_phase": None,
+            "best_stage": None,
             "val": None,
             "base": {},
             "base_retention": None,
@@ -83,9 +83,10 @@ class Training:
         """Evaluate on validation, and store the change if it is the best so far (or if the last one is wanted)."""
         found = self.evaluate("val").metrics
         key = list(better(found))
-        later = self.progress["best_phase"] != self.session.phase  # what an earlier phase reached was only its means
+        stage = self.session.stage  # what an earlier one reached was only a means
+        later = self.progress["best_stage"] != stage
         if self.settings.select == "last" or later or key > self.progress["best"]:
-            self.progress |= {"best": key, "best_step": self.session.number, "best_phase": self.session.phase, "val": found}
+            self.progress |= {"best": key, "best_step": self.session.number, "best_stage": stage, "val": found}
             stored.save(self.files.delta, self.session.states, self.about())
         return found
 

@@ -168,7 +168,7 @@ def test_apportion_gives_the_rest_to_the_largest_remainders() -> None:
 
 @pytest.mark.parametrize(("total", "weights", "caps"), [(5, [1.0, 1.0], [2, 2]), (1, [1.0, math.inf], [2, 2]), (1, [1.0, -1.0], [2, 2])])
 def test_apportion_refuses_what_it_cannot_divide(total: int, weights: list[float], caps: list[int]) -> None:
-    with pytest.raises(ValueError, match="do not fit|not finite"):
+    with pytest.raises(ValueError, match=r"do not fit|not finite"):
         apportion(total, torch.tensor(weights), caps)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from finetune import registry
 from finetune.core.method import Method
+from finetune.methods.amt import AMT
 from finetune.methods.bitfit import BitFit
 from finetune.methods.full import Full
 from finetune.methods.head import Head
@@ -18,9 +19,14 @@ from finetune.methods.lora import LoRA
 from finetune.methods.lt_sft import LTSFT
 from finetune.methods.off_principal import OffPrincipal
 from finetune.methods.peft import Peft
+from finetune.methods.s2ft import S2FT
+from finetune.methods.sara import SaRA
 from finetune.methods.shira import SHiRA
 from finetune.methods.snell import SNELL
+from finetune.methods.snella import SNELLA
 from finetune.methods.sparse import Crossing
+from finetune.methods.spiel import SpIEL
+from finetune.methods.spt import SPT
 from finetune.methods.super_tuning import SuperTuning
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
@@ -44,12 +50,38 @@ CASES: dict[str, Callable[[], Method]] = {
     "id3": lambda: ID3(sparsity=0.9),
     "lt_sft": lambda: LTSFT(sparsity=0.9, l1=0.1),
     "sparse": lambda: Crossing(sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)),
+    "spiel": lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
+    "sara": lambda: SaRA(sparsity=0.9),
+    "s2ft": lambda: S2FT(d=0.1, u=0.1),
+    "spt": lambda: SPT(sparsity=0.9, rank=1, batches=2),
+    "snella": lambda: SNELLA(rank=8, every=2),
+    "snella plain": lambda: SNELLA(rank=8, softmax=False, sparsity=0.5, dropout=0.1, drop_path=0.1),
+    "amt": AMT,
+    "amt plain": lambda: AMT(gdr=0.0),
     "hft": HFT,
     "hft rounds": lambda: HFT(rounds=3),
     "hft block norms": lambda: HFT(scope="block", norms=True),
     "peft lora": lambda: Peft(config={"r": 4}),
 }
-LANGUAGE = ("full", "bitfit", "lora", "snell", "snell dropout", "shira", "super_tuning branch", "lift", "id3", "lt_sft", "sparse", "hft rounds")
+LANGUAGE = (
+    "full",
+    "bitfit",
+    "lora",
+    "snell",
+    "snell dropout",
+    "shira",
+    "super_tuning branch",
+    "lift",
+    "id3",
+    "lt_sft",
+    "sparse",
+    "hft rounds",
+    "spiel",
+    "sara",
+    "spt",
+    "snella",
+    "amt",
+)
 CHECKS = dict(contract.checks())
 
 

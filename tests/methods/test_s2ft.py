@@ -80,7 +80,7 @@ def scaled(part: slice, size: int) -> slice:
 
 def permuted(model: nn.Module, found: dict[str, Tensor]) -> tuple[nn.Module, dict[str, tuple[Tensor, bool, slice]]]:
     """The model with permuted heads and channels; and by layer its order along the permuted side, whether that is rows, and the trained slice."""
-    new, plan = copy.deepcopy(model), {}
+    new, plan = copy.deepcopy(model), dict[str, tuple[Tensor, bool, slice]]()
     for block in range(LAYERS):
         at, mlp = f"model.layers.{block}.self_attn.", f"model.layers.{block}.mlp."
         heads = Pair.of(rows(found[at + "v_proj"], WIDTH), rows(found[at + "o_proj"].T, WIDTH * GROUP), 2)
@@ -173,7 +173,7 @@ def test_fused_attention_trains_heads_of_the_last_third() -> None:
 def test_draws_are_over_the_model_and_of_the_seed() -> None:
     """Layers differ; every channel has the same chance; two seeds differ and one seed agrees."""
     session = started(S2FT(d=0.3))
-    first, counts, seen = torch.cat([m.T.all(1) for m in masks(session).values()]), set(), torch.zeros(LAYERS * INNER)
+    first, counts, seen = torch.cat([m.T.all(1) for m in masks(session).values()]), set[int](), torch.zeros(LAYERS * INNER)
     session.run.generator.manual_seed(0)
     for _ in range(300):
         session.current.begin(session.run, session.states["method"], None)

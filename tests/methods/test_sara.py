@@ -182,13 +182,13 @@ def test_nuclear_norm_of_a_matrix_of_low_rank_has_no_slope_in_its_null_space() -
 def test_the_penalty_takes_one_matrix_a_step_and_reaches_its_values_alone() -> None:
     """Paper's formula, on one site; the draw follows from seed and step, whatever was drawn in between."""
     session = started(SaRA(threshold=THETA, penalty=0.3))
-    bank, method, hit = bank_of(session), session.current, []
+    bank, method, hit = bank_of(session), session.current, list[int]()
     for step in range(12):
         session.run.step = step
         loss = method.loss(session.run, session.states["method"], None)
         assert isinstance(loss, Tensor)
         bank.values.grad = None
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         grad, bounds = bank.values.grad, bank.bounds()
         assert grad is not None
         (i,) = [i for i in range(len(bank.sizes)) if grad[bounds[i] : bounds[i + 1]].any()]

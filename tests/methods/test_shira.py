@@ -43,8 +43,9 @@ def test_exactly_k_entries_ever_differ_and_always_the_same() -> None:
 
 @pytest.mark.parametrize(("size", "sparsity", "expected"), [((100, 10), 0.9, 100), ((100, 10), 0.99, 10), ((3, 1), 0.99, 1), ((10, 10), 0.0, 100)])
 def test_count_is_rounded_and_never_zero(size: tuple[int, int], sparsity: float, expected: int) -> None:
-    site = Site("q", nn.Linear(size[1], size[0]), 0, "q", size)
-    assert SHiRA(sparsity=sparsity).count(site) == expected  # int(1000 * (1 - 0.9)) would be 99
+    model = nn.Sequential(nn.Linear(size[1], size[0]))
+    state = SHiRA(sparsity=sparsity).build(model)
+    assert len(state["bank"].values) == expected  # int(1000 * (1 - 0.9)) would be 99
 
 
 def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
@@ -57,10 +58,36 @@ def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
 def test_change_has_high_rank() -> None:
     """The card: out = in = 256 and the budget of a LoRA of rank 4 gave rank 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
-    bank = Bank([site], [4 * 512])
-    bank.place([torch.randperm(256 * 256, generator=torch.Generator().manual_seed(0))[: 4 * 512]])
+    bank = Bank([site], 4 * 512)
+    bank.place([torch.randperm(256 * 256, generator=torch.Generator().manual_seed(0))[: 4 * 512].sort().values])
     bank.values.data.normal_(generator=torch.Generator().manual_seed(1))
     assert int(torch.linalg.matrix_rank(SparseDelta(bank, 0, site)(site.module.weight))) > 200
+
+
+def changes(method: SHiRA) -> list[torch.Tensor]:
+    """S of each layer after training."""
+    session = contract.finish(started(method))
+    deltas = [layer.deltas[0] for layer in patched(session.model).values()]
+    return [delta(delta.bank.values).detach() for delta in deltas]
+
+
+@pytest.mark.parametrize("grain", ["element", "row", "column"])
+def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
+    """The card's invariant 6: below a half."""
+    top, bottom = (places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain))) for d in ("largest", "smallest"))
+    for a, b in zip(top, bottom, strict=True):
+        assert len(a)
+        assert not set(a.tolist()) & set(b.tolist())
+
+
+def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
+    """The card's invariant 8: S1^T S2 = 0 exactly. Adapters of single entries do interfere."""
+    for grain in ("row", "element"):
+        first, second = (changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain)) for d in ("largest", "smallest"))
+        assert all(s.any() for s in [*first, *second])
+        assert (grain == "row") == all(not (a.T @ b).any() for a, b in zip(first, second, strict=True))
+        if grain == "row":
+            assert all(set(s.any(1).tolist()) == {False, True} and s[s.any(1)].all() for s in first), "whole rows, and not all of them"
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -124,8 +151,9 @@ def test_stored_indices_come_back_whatever_the_seed(tmp_path: Path) -> None:
 
 def test_stored_size_is_at_most_six_bytes_an_entry_at_two_percent(tmp_path: Path) -> None:
     sites = [Site(f"l{i}", nn.Linear(768, 768), i, "q", (768, 768)) for i in range(3)]
-    bank = Bank(sites, [SHiRA(sparsity=0.98).count(s) for s in sites])
-    bank.place([torch.randperm(s.size)[: SHiRA(sparsity=0.98).count(s)] for s in sites])
+    k = round(0.02 * 768 * 768)
+    bank = Bank(sites, 3 * k)
+    bank.place([torch.randperm(s.size)[:k].sort().values for s in sites])
     stored.save(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
     assert (tmp_path / "delta" / "delta.safetensors").stat().st_size <= 6 * len(bank.values)
 

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from finetune.core.bank import Bank
+from finetune.core.candidates import Candidates
 from finetune.core.part import patched
 from finetune.core.sparse import moments
 from finetune.errors import ConfigError
@@ -38,9 +40,9 @@ def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(name="sm3" if criterion == "ma" else "adamw", lr=LR))
 
 
-def made(criterion: Any = "ag", sparsity: float = 0.9, **moves: Any) -> SpIEL:
+def made(criterion: Any = "ag", sparsity: float = 0.9, targets: tuple[str, ...] = ("all",), **moves: Any) -> SpIEL:
     """Moves before the steps 2 and 5 of 6."""
-    return SpIEL(criterion=criterion, sparsity=sparsity, schedule=DropGrow(every=3, **moves), window=2)
+    return SpIEL(targets, criterion=criterion, sparsity=sparsity, schedule=DropGrow(every=3, **moves), window=2)
 
 
 def places(bank: Bank) -> list[Tensor]:
@@ -70,14 +72,14 @@ def before_move(method: SpIEL, step: int, kind: Kind = "vit") -> tuple[Session, 
 @pytest.mark.parametrize("check", dict(contract.checks()))
 def test_contract_with_sm3(check: str, criterion: str) -> None:
     """The other criterion is among the cases of test_contract.py. Merging is invariant 9."""
-    dict(contract.checks())[check](lambda: made(criterion))
+    dict(contract.checks())[check](lambda: made(criterion, targets=("attention", "down")))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_transposed_weights_merge_and_resume(criterion: str) -> None:
     """Invariant 9; resuming after steps 1, 3 and 5 of 6 is in the first window, between two, and right before a move."""
-    contract.check_merge(lambda: made(criterion), "gpt2")
-    contract.check_resume(lambda: made(criterion), "gpt2")
+    contract.check_merge(lambda: made(criterion, targets=("qkv", "down")), "gpt2")
+    contract.check_resume(lambda: made(criterion, targets=("qkv", "down")), "gpt2")
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -89,7 +91,7 @@ def test_at_the_start_the_output_is_the_base_s_to_the_bit(criterion: str) -> Non
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-@pytest.mark.parametrize(("sparsity", "scope"), [(0.9, "matrix"), (0.4, "matrix"), (0.9, "model")])
+@pytest.mark.parametrize(("sparsity", "scope"), [(0.4, "matrix"), (0.9, "model")])
 def test_every_matrix_keeps_its_count_of_distinct_entries(criterion: str, sparsity: float, scope: Any) -> None:
     """Invariant 2; the first choice may differ in number between matrices."""
     session = contract.begin(replace(made(criterion, sparsity), scope=scope))
@@ -151,7 +153,7 @@ def test_after_the_first_move_the_entries_are_the_candidates(micro: int | None) 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_share_of_later_swaps_falls_linearly(criterion: str) -> None:
     """Invariant 5: all at first, then rate * (1 - step / steps), rounded down; under another decay never all."""
-    method = SpIEL(criterion=criterion, sparsity=0.7, schedule=DropGrow(every=2, rate=0.8), window=1)  # type: ignore[arg-type]
+    method = SpIEL(("q", "down"), criterion=criterion, sparsity=0.7, schedule=DropGrow(every=2, rate=0.8), window=1)  # type: ignore[arg-type]
     for decay, shares in (("linear", {1: 1.0, 3: 0.4, 5: 0.8 / 6}), ("constant", {1: 0.8, 3: 0.8, 5: 0.8}), ("cosine", {3: 0.4})):
         session = contract.begin(replace(method, schedule=replace(method.schedule, decay=decay)))
         bank, before = session.states["method"]["bank"], []
@@ -308,14 +310,12 @@ def simulated(session: Session, sites: dict[str, Dense], every: int, window: int
         yield
 
 
-@pytest.mark.parametrize("micro", [None, 3])
-@pytest.mark.parametrize("sparsity", [0.97, 0.5])
+@pytest.mark.parametrize(("micro", "sparsity"), [(None, 0.5), (3, 0.97)])
 def test_two_whole_cycles_equal_a_dense_model_with_masks(micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Candidates, sums over micro-batches and steps, both moves, seeds, ages and decay: the same entries, values to 1e-6."""
     monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(lr=LR, weight_decay=0.3))
     train = replace(contract.TRAIN, micro_batch_size=micro, clip=None)
-    method = replace(made(sparsity=sparsity, rate=0.9), targets=("q", "down"))
-    session = contract.begin(method, train=train, model=contract.tiny().double())
+    session = contract.begin(made(sparsity=sparsity, targets=("q", "down"), rate=0.9), train=train, model=contract.tiny().double())
     session.start()
     session.states.double()
     bank = session.states["method"]["bank"]
@@ -393,7 +393,7 @@ def test_a_window_that_would_end_with_the_run_is_not_begun() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_resumes_to_the_bit_with_micro_batches_and_kept_entries(criterion: str) -> None:
-    contract.check_resume(lambda: made(criterion, dropped="kept"), train=replace(contract.TRAIN, micro_batch_size=3))
+    contract.check_resume(lambda: made(criterion, targets=("q", "down"), dropped="kept"), train=replace(contract.TRAIN, micro_batch_size=3))
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -420,6 +420,31 @@ def test_a_checkpoint_of_a_move_gone_wrong_can_be_gone_on_from(tmp_path: Any) ->
     checkpoint.load(tmp_path / "c", other)
     next(other.steps())
     assert all(torch.equal(a, b) for a, b in zip(places(bank), places(other.states["method"]["bank"]), strict=True))
+
+
+def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
+    """fp16: the gradients that are watched are those of the scaled loss."""
+    bank = contract.begin(made(targets=("q",))).states["method"]["bank"]
+    bank.place([torch.arange(k) for k in (3, 2)])
+    size, found = bank.sizes[0], []
+    for scale in (1.0, 1024.0):
+        run: Any = SimpleNamespace(agree=lambda t: t, optimizer=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale)))
+        candidates = Candidates(2)
+        candidates.resize(len(bank.values))
+        for step, bad in enumerate((True, False, False)):
+            candidates.begin_step(bank)
+            x = torch.randn(size, generator=torch.Generator().manual_seed(step)) * (float("inf") if bad else scale)
+            candidates.see(run, bank, 0, SimpleNamespace(dense=x.view(bank.shapes[0])))  # type: ignore[arg-type]
+            candidates.end_step(run)
+        found.append(candidates.of(bank, 0))
+    first, second = (torch.randn(size, generator=torch.Generator().manual_seed(step)) for step in (1, 2))
+    best = first.abs().topk(3).indices.sort().values
+    for index, sums, squares, steps in found:
+        assert torch.equal(index.long(), best), "the step with overflow chose no candidates"
+        torch.testing.assert_close(sums, (first + second)[best])
+        torch.testing.assert_close(squares, (first**2 + second**2)[best])
+        assert steps == 2
+    assert [len(t) for t in candidates.of(bank, 1)[:3]] == [0, 0, 0]
 
 
 def test_what_cannot_mean_anything_is_refused() -> None:

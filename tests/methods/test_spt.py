@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from finetune.errors import ConfigError
 from finetune.methods.spt import SPT, divide
 from finetune.testing import contract
 from finetune.train import stored
+from finetune.train.compose import sparse_changes
 from finetune.train.loop import Session
 
 BOTH = SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2)  # of the tiny model some matrices get a branch, some entries
@@ -117,7 +119,7 @@ def test_a_matrix_has_a_branch_or_entries_and_the_branch_starts_at_nothing() -> 
             assert not b.any()
             limit = view._shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
             assert 0.9 * limit < a.abs().max() <= limit
-            assert abs(float(a.mean())) < 0.2 * limit
+            assert abs(float(a.detach().mean())) < 0.2 * limit
 
 
 def test_gradients_are_the_dense_one_gathered_and_by_the_chain_rule() -> None:
@@ -231,3 +233,11 @@ def test_room_is_no_more_than_can_ever_be_trained() -> None:
     whole = started(replace(BOTH, sparsity=0.0, rank=32, alpha=1.0))  # a branch would be larger than the matrix, and is never reached
     assert bank_of(whole).active == len(bank_of(whole).values) == sum(shape.numel() for shape in sizes)
     assert all(isinstance(view, MixedDelta) and not view.additive for view in whole.states["method"]["views"])
+
+
+def test_branches_are_no_sparse_change_that_could_be_added_to_another() -> None:
+    sparse, mixed = (started(replace(BOTH, class_token=False, sparsity=s)) for s in (0.999, 0.9))
+    changes = sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse)))  # type: ignore[arg-type]
+    assert sum(len(c.values) for c in changes.values()) == bank_of(sparse).active
+    with pytest.raises(ConfigError, match="it stores MixedDelta"):
+        sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=mixed))  # type: ignore[arg-type]

@@ -112,8 +112,18 @@ def test_saved_state_goes_on_to_the_bit() -> None:
     assert other.state[again]["step"].tolist() == [10.0, 10.0, 7.0, 7.0, 10.0, 10.0]
 
 
-def test_a_gradient_scaler_must_unscale_first() -> None:
+def test_a_gradient_scaler_unscales_first_and_skips_overflow() -> None:
     """The fused kernel would do it itself, the ages' own arithmetic does not."""
-    p = trained(noise(3))
-    assert not AdamW([p], [p])._step_supports_amp_scaling
-    assert AdamW([p])._step_supports_amp_scaling
+    p, q = trained(noise(3, dtype=torch.float32)), trained(noise(3, dtype=torch.float32))
+    ours, theirs, scaler = AdamW([p], [p], **SETTINGS), AdamW([q], [q], **SETTINGS), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(torch.zeros(()))
+    for grad in noise(3, 3, dtype=torch.float32):
+        p.grad, q.grad = grad * scaler.get_scale(), grad.clone()
+        scaler.step(ours)
+        scaler.update()
+        theirs.step()
+        assert torch.equal(p, q)
+    p.grad = torch.full((3,), float("inf"))
+    scaler.step(ours)
+    assert torch.equal(p, q)
+    assert ours.state[p]["step"].tolist() == [3.0] * 3

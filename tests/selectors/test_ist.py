@@ -16,6 +16,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from finetune import registry
 from finetune.core.bank import SparseDelta
 from finetune.core.method import Method
 from finetune.core.part import patched
@@ -127,8 +128,8 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
                 assert (parameter.grad is not None) == (block in state.chosen)
             for delta in deltas:
                 if isinstance(delta, SparseDelta):
-                    bounds = delta.bank.bounds()
-                    assert bool(delta.bank.values.grad[bounds[delta.i] : bounds[delta.i + 1]].any()) == (block in state.chosen)  # type: ignore[index]
+                    a, b = delta.bank.bounds()[delta.i : delta.i + 2]
+                    assert bool(delta.bank.values.grad[a:b].any()) == (block in state.chosen)  # type: ignore[index]
         assert all(p.grad is not None for p in session.states["head"].parameters())
         assert all(p.grad is None for p in session.model.parameters() if not p.requires_grad)
         real()
@@ -392,6 +393,19 @@ def test_resumes_to_the_bit(case: str, tmp_path: Path) -> None:
         assert torch.equal(state_of(resumed).scores, scores[at - 1])
         assert [step.loss for step in resumed.steps()] == losses[at:]
         contract.same_values(resumed.states, whole.states)
+
+
+@pytest.mark.parametrize("name", sorted(registry.catalog("method")))
+def test_every_method_is_selected_from_or_refused(name: str) -> None:
+    method = registry.get("method", name)()
+    in_place = ("bitfit", "full", "hft", "lt_sft")
+    if name in (*in_place, "head", "peft"):
+        with pytest.raises(ConfigError, match="trained in place" if name in in_place else "selector=ist "):
+            contract.begin(method, selector=IST(every=2))
+    else:
+        session = contract.finish(contract.begin(method, selector=IST(every=2), train=replace(contract.TRAIN, steps=3)))
+        assert len(state_of(session).scores) == 2
+        assert state_of(session).scores.isfinite().all()
 
 
 @both

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import functools
+import gc
 import json
 import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
+from finetune import cli
 from finetune.config import load
 from finetune.core.part import patched
 from finetune.core.switch import Change, Switch
@@ -31,11 +36,18 @@ SMALL = ["train.steps=3", "train.batch_size=8", "train.eval_every=null", "train.
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs on one base, and one on another."""
+    gc.freeze()  # every session collects garbage, and what imports made is none
     folder = tmp_path_factory.mktemp("runs")
     base, other = contract.tiny(), contract.tiny()
     base.save_pretrained(folder / "base")
     other.vit.layernorm.bias.data += 1
     other.save_pretrained(folder / "other")
+    for i in range(40):
+        place = folder / "pictures" / f"class{i % 2}"
+        place.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(i).integers(0, 120, (16, 16, 3), np.uint8) + np.uint8(100 * (i % 2))
+        Image.fromarray(pixels).save(place / f"{i}.png")
+    small = [*SMALL, "dataset=imagefolder", f"dataset.path={folder / 'pictures'}"]
     wanted = {
         "a": ["method=shira", "sparsity=0.7", "seed=1"],
         "b": ["method=shira", "sparsity=0.5", "seed=2", "method.targets=[q,mlp]"],
@@ -48,12 +60,19 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, words in wanted.items():
-            config = load([*SMALL, f"run={name}", f"model.path={folder / ('other' if name == 'elsewhere' else 'base')}", *words])
+            config = load([*small, f"run={name}", f"model.path={folder / ('other' if name == 'elsewhere' else 'base')}", *words])
             run.train(config, run_folder(config), lambda line: None, lambda done, total, text: None)
             made[name] = folder / run_folder(config)
     return made
 
 
+def plain(folder: Path) -> Any:
+    import transformers
+
+    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+
+
+@functools.cache
 def changes(path: Path) -> dict[str, Tensor]:
     """The dense float64 change of each layer, by the deltas' own ``forward``."""
     setup = finished.rebuild(path)
@@ -97,11 +116,11 @@ def test_eval_merge_and_a_second_sum_take_the_folder(runs: dict[str, Path], tmp_
     metrics = finished.evaluate(out)["metrics"]
     merged = finished.merge(out, tmp_path / "merged")
     assert merged["same_predictions"] == 1
-    base, plain = load_file(runs["a"].parents[2] / "base" / "model.safetensors"), load_file(tmp_path / "merged" / "model.safetensors")
+    base, sums = (dict(plain(folder).named_parameters()) for folder in (runs["a"].parents[2] / "base", tmp_path / "merged"))
     b, c = changes(runs["b"]), changes(runs["c"])
     assert not set(b) & set(c)
     for name, change in {**b, **c}.items():
-        assert torch.equal(plain[f"{name}.weight"], base[f"{name}.weight"] + change.float())
+        assert torch.equal(sums[f"{name}.weight"], base[f"{name}.weight"] + change.float())
     assert set(metrics) == {"val", "test"}
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert config["method"]["name"] == "sparse"
@@ -180,6 +199,20 @@ def test_a_damaged_change_is_refused(runs: dict[str, Path], tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="damaged or cut short"):
         compose([runs["b"], tmp_path / "damaged"], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_command_takes_runs_and_settings_in_any_order(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "sum"
+    cli.compose([f"out={out}", str(runs["b"]), f"head={runs['b']}", str(runs["c"]), "weights=2,-1"], as_json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert [(line["run"], line["weight"]) for line in told["runs"]] == [(str(runs["b"]), 2.0), (str(runs["c"]), -1.0)]
+    assert told["head"] == str(runs["b"])
+    assert len(told["layers"]) == len(changes(runs["b"])) + len(changes(runs["c"]))
+    with pytest.raises(ConfigError) as caught:
+        cli.compose([str(runs["a"]), "nowhere", "weights=1,x", "weights=1"])
+    assert [fault.split()[0] for fault in caught.value.faults] == ["nowhere", "weights=1:", "compose"]
+    with pytest.raises(ConfigError, match="weights=1,x is not a list"):
+        cli.compose([str(runs["a"]), str(runs["b"]), f"out={out}", "weights=1,x"])
 
 
 @settings(max_examples=50, deadline=None)

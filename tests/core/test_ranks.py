@@ -1,0 +1,97 @@
+"""Two processes that train one sparse set together choose the same entries, and nearly those of one process at the same global batch."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.methods.sparse import Crossing
+from finetune.schedules.drop_grow import DropGrow
+from finetune.schedules.redraw import Redraw
+from finetune.testing import contract
+from finetune.train.batches import Batches
+
+LIMIT = 180  # seconds; a collective that one rank misses would wait for ever
+CASES = {
+    # one pass that tells all; every third batch has five examples, three here and two there
+    "gradient": (None, Crossing(sparsity=0.9, score="gradient", scope="model", schedule=DropGrow(every=2, rate=0.4))),
+    # in turns; then the second process has none in one of its micro-batches
+    "fisher": (1, Crossing(sparsity=0.9, score="fisher", targets=("v",), schedule=Redraw(every=3))),
+    "sensitivity": (2, Crossing(sparsity=0.9, score="sensitivity", targets=("v",), batches=3)),
+    "random": (None, Crossing(sparsity=0.9, schedule=Redraw(every=2))),
+}
+
+
+def train() -> dict[str, Tensor]:
+    """What runs go through and end with."""
+    kept: dict[str, Tensor] = {}
+    for name, (micro, method) in CASES.items():
+        session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=micro))
+        process, world = session.accelerator.process_index, session.accelerator.num_processes
+        kept["world"] = torch.tensor(world)
+        session.batches = Batches(session.batches.data, session.train.batch_size, micro, 0, process, world)
+        bank = session.states["method"]["bank"]
+        starts = torch.tensor([0, *bank.sizes]).cumsum(0)
+        for step in session.steps():
+            kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss)
+            kept[f"{name}/chosen {step.number}"] = torch.cat([bank.where(i) + starts[i] for i in range(len(bank.sizes))])
+        kept |= {f"{name}/{key}": t.contiguous() for key, t in session.states.state_dict().items()}
+        kept |= {f"{name}/{key}": t for key, t in session.optimizer.state[bank.values].items()}
+    return kept
+
+
+def ranks(folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
+    """What each of ``world`` processes has kept."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    files = [folder / f"{rank}.safetensors" for rank in range(world)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(file)],
+            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, file in enumerate(files)
+    ]
+    try:
+        said = [process.communicate(timeout=LIMIT)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), said
+    return [load_file(file) for file in files]
+
+
+def test_two_ranks_agree_to_the_bit_and_nearly_with_one(tmp_path: Path) -> None:
+    first, second = ranks(tmp_path)
+    alone = train()
+    assert (int(first["world"]), int(alone["world"])) == (2, 1)
+    assert first.keys() == second.keys() == alone.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+    for name, (_, method) in CASES.items():
+        k = len(alone[f"{name}/method.bank.values"])
+        assert len(first[f"{name}/method.bank.values"]) == k
+        assert first[f"{name}/method.bank.values"].all(), "every entry has moved"
+        for step in range(1, contract.STEPS + 1):
+            torch.testing.assert_close(first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-3, rtol=1e-3)
+            ours, theirs = (set(t[f"{name}/chosen {step}"].tolist()) for t in (first, alone))
+            assert len(ours) == len(theirs) == k, "exactly K"
+            assert len(ours & theirs) > (0.9 if method.score == "gradient" and step > 2 else 0.999) * k
+        churn = len(set(first[f"{name}/chosen 6"].tolist()) - set(first[f"{name}/chosen 1"].tolist())) / k
+        assert (churn > 0.1) == (method.schedule.name != "static"), churn
+
+
+if __name__ == "__main__":
+    save_file(train(), sys.argv[1])
