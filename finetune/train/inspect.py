@@ -170,7 +170,8 @@ def others(setup: Setup) -> list[dict[str, Any]]:
     """What else was trained in place: embeddings, norms, biases; the new head left out."""
     session, matrices = setup.session, {f"{s.name}.weight" for s in all_sites(setup.session.model)}
     skip = matrices | set(setup.base.head)
-    trained = {n: p.detach() for m in session.states.modules() if isinstance(m, InPlace) for n, p in m.trained().items() if n not in skip}
+    found = {n.replace(".base.", "."): p.detach() for m in session.states.modules() if isinstance(m, InPlace) for n, p in m.trained().items()}
+    trained = {name: p for name, p in found.items() if name not in skip}
     rows = []
     with base(session.states):
         for name, before in session.model.named_parameters():

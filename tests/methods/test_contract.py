@@ -53,7 +53,7 @@ CASES: dict[str, Callable[[], Method]] = {
     "spiel": lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
     "sara": lambda: SaRA(sparsity=0.9),
     "s2ft": lambda: S2FT(d=0.1, u=0.1),
-    "spt": lambda: SPT(sparsity=0.9, rank=1, batches=2),
+    "spt": lambda: SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2),
     "snella": lambda: SNELLA(rank=8, every=2),
     "snella plain": lambda: SNELLA(rank=8, softmax=False, sparsity=0.5, dropout=0.1, drop_path=0.1),
     "amt": AMT,

@@ -116,6 +116,8 @@ def test_masks_of_a_half_and_at_full_rank(shape: tuple[int, int]) -> None:
         assert torch.equal(full, largest(w.abs(), round(alpha * n)))
         assert not (full & rest).any()
     assert torch.equal(found["principal_not_low"], found["principal"] & ~found["low"])
+    tied = torch.where(w > 1, w, torch.tensor(1e-14))
+    assert torch.equal(masks(tied, spectrum(tied, min(shape)), 0.5)["principal"], largest(tied, round(n / 2)))
 
 
 def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
