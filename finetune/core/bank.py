@@ -126,27 +126,32 @@ class Bank(nn.Module):
         """
         self._fits(index)
         before, starts = self.bounds(), _starts(index).tolist()
-        sources, settled, returned = [], [], torch.zeros_like(self.values)
+        sources: list[Tensor] = []  # of all sites at once they are held, hence int32
+        settled: list[tuple[Tensor, Tensor]] = []
+        fresh = torch.zeros_like(self.values)  # what newcomers begin with
         for i, new in enumerate(index):
             old, (values, still) = self.where(i), self.settled(i)
             source, back = _places(new, old), _places(new, still)
             left = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, source[source >= 0], False)
-            returned[starts[i] + (back >= 0).nonzero().view(-1)] = values[back[back >= 0]]
+            fresh[starts[i] + (back >= 0).nonzero().view(-1)] = values[back[back >= 0]]
             stays = torch.ones(len(still), dtype=torch.bool, device=old.device).index_fill_(0, back[back >= 0], False)
             keep = left if dropped == "kept" else torch.zeros_like(left)
             where, order = torch.cat([still[stays], old[keep]]).sort()
             settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
-            sources.append(source.to(torch.int32))  # of all sites at once they are held, hence small
+            sources.append(source.to(torch.int32))
         for name, t in {"": self.values.data, **moments}.items():
-            fresh = returned if not name else (seeds or {}).get(name, torch.zeros((), device=t.device)).to(t.dtype).expand_as(t)
-            moved = torch.zeros_like(t)
+            if name:
+                fresh = (seeds or {}).get(name, torch.zeros((), device=t.device)).to(t.dtype).expand_as(t).clone()
             for source, a, b, c in zip(sources, before, starts, starts[1:], strict=False):
-                moved[b:c] = torch.where(source >= 0, t[torch.where(source >= 0, source + a, 0)], fresh[b:c])
-            t.copy_(moved)
+                fresh[b:c] = torch.where(source >= 0, t[torch.where(source >= 0, source + a, 0)], fresh[b:c])
+            fresh[starts[-1] :] = 0
+            t.copy_(fresh)
+        new = torch.cat([source < 0 for source in sources])
+        del fresh, sources
         self._move(index)
-        self.settled_values, self.settled_index = torch.cat([v for v, _ in settled]), torch.cat([w for _, w in settled])
         self.settled_starts.copy_(_starts([w for _, w in settled]))
-        return torch.cat([a + (source < 0).nonzero().view(-1) for source, a in zip(sources, starts, strict=False)])
+        self.settled_values, self.settled_index = torch.cat([v for v, _ in settled]), torch.cat([w for _, w in settled])
+        return new.nonzero().view(-1)
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored of a finished run: values, counts a site, and the coded gaps between positions in the sites laid end to end."""

@@ -138,8 +138,8 @@ class _Pool:
     def take(self) -> dict[int, Tensor]:
         if self.used > self.k:
             self._trim({})
-        self.keys = self.keys[:0].clone()  # the memory of the view would stay
-        return {piece: self.index[a:b] for piece, (a, b) in self.ends.items()}
+        self.keys = self.keys[:0].clone()  # a view would hold the memory of the whole, as it would below
+        return {piece: self.index[a:b].clone() for piece, (a, b) in self.ends.items()}
 
 
 def apportion(total: int, weights: Tensor, caps: list[int]) -> list[int]:

@@ -80,7 +80,15 @@ def prepare(config: Config) -> Setup:
         accelerator.process_index, accelerator.num_processes, config.train.workers,
     )  # fmt: skip
     session = Session(
-        model.model, config.method, model.head, batches, config.optimizer, config.train, config.seed, accelerator, lambda: pristine(model),
+        model.model,
+        config.method,
+        model.head,
+        batches,
+        config.optimizer,
+        config.train,
+        config.seed,
+        accelerator,
+        lambda: pristine(model),
         config.selector,
     )
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)

@@ -1,4 +1,4 @@
-"""The sparse engine: counts, decay, schedules, refusals. The oracles are plain models with masked gradients, torch's AdamW, and sorts of everything."""
+"""The sparse engine: counts, decay, schedules, refusals. The oracles: plain models with masked gradients, torch's AdamW, sorts of everything."""
 
 from __future__ import annotations
 
@@ -120,7 +120,9 @@ def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[lis
 def test_training_is_that_of_masked_weights(sparsity: float, decay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "OPTIMIZER", DECAYING)
     session = begin(Crossing(sparsity=sparsity, decay=decay))
-    masks = [torch.zeros(w.numel()).index_fill(0, torch.tensor(sorted(s)), 1.0).view_as(w) for w, s in zip(weights(session), chosen(session), strict=True)]
+    masks = [
+        torch.zeros(w.numel()).index_fill(0, torch.tensor(sorted(s)), 1.0).view_as(w) for w, s in zip(weights(session), chosen(session), strict=True)
+    ]
     assert all(m.all() for m in masks) == (sparsity == 0)
     for expected, _ in zip(reference(session, masks, decay), session.steps(), strict=True):
         for ours, theirs in zip(weights(session), expected, strict=True):
@@ -443,7 +445,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
 
 
 def test_all_faults_are_told_at_once() -> None:
-    with pytest.raises(ValueError, match="method.rank=8.*method.power=2.0.*method.grain=rows"):
+    with pytest.raises(ValueError, match=r"method.rank=8.*method.power=2.0.*method.grain=rows"):
         Crossing(rank=8, power=2.0, grain="rows")
 
 

@@ -143,6 +143,7 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
         for block in range(LAYERS):
             assert same(before[block], after[block]) == (block not in chosen), block
         assert all(p.requires_grad for p in session.states.parameters())
+        assert not any(any(delta.bank.frozen) for found in state_of(session).deltas.values() for delta in found if isinstance(delta, SparseDelta))
         seen.append(chosen)
     assert len({tuple(chosen) for chosen in seen}) > 1
 
@@ -308,6 +309,25 @@ def test_draws_follow_the_weights() -> None:
     weights = [1 / (1 + math.exp(s)) for s in torch.linspace(-2, 3, 8).tolist()]
     expected = {3 + b: 8000 * w / sum(weights) for b, w in enumerate(weights)}
     assert sum((singles[b] - n) ** 2 / n for b, n in expected.items()) < 24.3  # 7 degrees
+
+
+def test_low_scores_train_and_high_scores_are_damped() -> None:
+    """A score is an unimportance: sigmoid(-s) to train, sigmoid(s) to damp."""
+    session = begin(BOTH["lora"](), IST(damped=0.25), steps=30)
+    session.start()
+    state, damped = state_of(session), list[int]()
+    state.scores.copy_(torch.tensor([9.0, 9.0, -9.0, 9.0]))
+    for _ in range(20):
+        set_step(session, 0)
+        session.selector.before_step(session.run, state)
+        session.selector.after_step(session.run, state)
+        assert state.chosen == [2]
+    state.scores.div_(-2)
+    session.run.evaluate = lambda batch: (damped.extend(b for b, found in gates(session).items() if found != {1.0}), torch.tensor(1.0))[1]
+    set_step(session, 10)
+    session.selector.before_step(session.run, state)
+    assert damped[0] == 2
+    assert len(set(damped)) == 3
 
 
 def test_extreme_scores_neither_fail_nor_hang() -> None:
