@@ -141,7 +141,8 @@ class Bank(nn.Module):
             sources.append(source.to(torch.int32))
         for name, t in {"": self.values.data, **moments}.items():
             if name:
-                fresh = (seeds or {}).get(name, torch.zeros((), device=t.device)).to(t.dtype).expand_as(t).clone()
+                del fresh  # before the next is made
+                fresh = torch.zeros_like(t).copy_((seeds or {}).get(name, torch.zeros(())))
             for source, a, b, c in zip(sources, before, starts, starts[1:], strict=False):
                 fresh[b:c] = torch.where(source >= 0, t[torch.where(source >= 0, source + a, 0)], fresh[b:c])
             fresh[starts[-1] :] = 0

@@ -263,6 +263,8 @@ def _best(
 
 def _n_of_m(score: Tensor, grain: Grain) -> Tensor:
     """The best n of every m inputs, as flat positions."""
+    if score.isnan().any():
+        raise ValueError("a score is NaN")
     best = score.reshape(-1, grain.of).sort(dim=-1, descending=True, stable=True).indices[:, : grain.best]
     start = torch.arange(len(best), device=best.device)[:, None] * grain.of
     return (best + start).reshape(-1).sort().values.to(torch.int32)

@@ -46,6 +46,7 @@ class SaRA(Sparse):
     schedule: Schedule = Narrow(at=0.5)
     decay: Literal["base", "zero"] = "zero"
 
+    family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = "the smallest weights of the model, halfway narrowed to those that stayed small"
     paper: ClassVar[str] = "arXiv 2409.06633"
 

@@ -59,6 +59,7 @@ class SpIEL(Sparse):
     schedule: Schedule = DropGrow(every=20)
     window: Annotated[int, Ge(1)] = 5
 
+    family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = "entries that move: the least changed are dropped, those with large gradients grown"
     paper: ClassVar[str] = "arXiv 2401.16405"
 

@@ -134,3 +134,8 @@ def test_n_of_m_takes_the_best_n_of_every_m_inputs(of: int, data: Any) -> None:
         wanted += sorted(sorted(range(start, start + of), key=lambda i: (-scores[i], i))[:best])
     found = _n_of_m(torch.tensor(scores).view(rows, groups * of), grain)
     assert (found.tolist(), found.dtype) == (wanted, torch.int32)
+
+
+def test_n_of_m_refuses_nan() -> None:
+    with pytest.raises(ValueError, match="NaN"):
+        _n_of_m(torch.tensor([[0.0, float("nan")]]), grain_of("1:2", site(1, 2), nn.Module()))

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -56,6 +56,7 @@ def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytes
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+@settings(deadline=None)
 def test_turns_are_consecutive_and_no_larger_than_the_largest(sizes: list[int]) -> None:
     groups = list(probe._turns(sizes))
     assert [i for group in groups for i in group] == list(range(len(sizes)))

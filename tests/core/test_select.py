@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import weakref
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.core import select
 from finetune.core.part import patched
+from finetune.core.schedule import Schedule
 from finetune.core.select import TopK, apportion, kth_largest, sort_keys
 from finetune.core.sparse import Scope
 from finetune.methods.sparse import Crossing
+from finetune.schedules.drop_grow import DropGrow
+from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
 
 
@@ -63,7 +67,7 @@ def problems(draw: Any, even: bool) -> Any:
 
 @pytest.mark.parametrize("even", [True, False])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_any_order_of_arrival_gives_one_stable_sort(even: bool, data: Any) -> None:
     pieces, allowed, costs, budget, order, chunk = data.draw(problems(even))
     before, select.CHUNK = select.CHUNK, chunk
@@ -113,6 +117,7 @@ def test_nan_is_refused() -> None:
 
 
 @given(st.lists(SCORE, min_size=1, max_size=60))
+@settings(deadline=None)
 def test_keys_order_as_scores_do(scores: list[float]) -> None:
     keys = sort_keys(torch.tensor(scores, dtype=torch.float32)).tolist()
     for a, key in zip(scores, keys, strict=True):
@@ -122,6 +127,7 @@ def test_keys_order_as_scores_do(scores: list[float]) -> None:
 
 
 @given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20), min_size=1, max_size=4), st.integers(1, 30))
+@settings(deadline=None)
 def test_kth_largest(arrays: list[list[int]], k: int) -> None:
     flat = sorted((x for a in arrays for x in a), reverse=True)
     if k <= len(flat):
@@ -231,6 +237,11 @@ def stack(dtype: torch.dtype = torch.float32, values: int = 0) -> nn.Module:
     return model.to(dtype)
 
 
+def bare_run(model: nn.Module) -> Any:
+    given = {"model": model, "total": 10, "step": 4, "generator": torch.Generator(), "optimizer": SimpleNamespace(state={})}
+    return SimpleNamespace(**given, agree=lambda t: t, log=lambda **_: None)
+
+
 @pytest.mark.parametrize(("scope", "sparsity", "values"), [("model", 0.99, 1), ("model", 0.6, 0), ("model", 0.6, 2), ("matrix", 0.6, 0)])
 def test_memory_of_a_choice_over_the_model(scope: Scope, sparsity: float, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most the largest layer's scores and 12 bytes an entry, and a constant, however many entries are tied."""
@@ -243,7 +254,7 @@ def test_memory_of_a_choice_over_the_model(scope: Scope, sparsity: float, values
     groups = 1 if scope == "model" else LAYERS
     size = ROWS * COLUMNS * LAYERS // groups
     k = groups * (size - round(sparsity * size))
-    run: Any = type("Run", (), {"model": model, "total": 10, "generator": torch.Generator(), "agree": staticmethod(lambda t: t)})()
+    run = bare_run(model)
     gc.collect()
     with Live() as live:
         method.begin(run, state, None)
@@ -252,6 +263,29 @@ def test_memory_of_a_choice_over_the_model(scope: Scope, sparsity: float, values
     assert live.most <= scores + 12 * k + HISTOGRAMS + chunks
     assert live.most >= scores + 8 * k  # or the count sees nothing
     assert live.now <= 4 * k // 10  # nothing stays but what is cached
+
+
+@pytest.mark.parametrize("schedule", [DropGrow(every=4, rate=0.5), Redraw(every=4)], ids=lambda s: s.name)
+def test_memory_of_a_move_over_the_model(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bound, and the entries that settle, which stay."""
+    monkeypatch.setattr(select, "CHUNK", 1 << 15)
+    torch.manual_seed(0)
+    model = stack()
+    method = Crossing(sparsity=0.6, score="magnitude", direction="smallest", scope="model", targets=("linear",), schedule=schedule)
+    bank = (state := method.build(model))["bank"]
+    run, k = bare_run(model), len(bank.values)
+    method.begin(run, state, None)
+    bank.values.data.normal_()
+    run.optimizer.state[bank.values] = {"exp_avg": torch.zeros(k), "exp_avg_sq": torch.zeros(k)}
+    before = bank.index.clone()
+    gc.collect()
+    with Live() as live:
+        method.before_step(run, state)
+    settled = len(bank.settled_values)
+    assert not torch.equal(bank.index, before)
+    assert (settled > 0.1 * k) == (schedule.name == "redraw")
+    assert live.most <= 4 * ROWS * COLUMNS + 12 * k + 8 * settled + HISTOGRAMS + 24 * select.CHUNK
+    assert live.most >= 8 * k
 
 
 @pytest.mark.parametrize("direction", ["largest", "smallest"])
