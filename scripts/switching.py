@@ -1,7 +1,7 @@
 """How long it takes to put a change into a model and take it out again: sparse changes beside LoRA, on the CPU.
 
     python scripts/switching.py                                # a Markdown table on standard output
-    python scripts/switching.py --models vit_base --rounds 20 --write docs/benchmarks.md
+    python scripts/switching.py --models vit_base vit_large --rounds 20 --write docs/benchmarks.md
 
 Random weights of the named shapes, every linear layer of the blocks. Sparse: ``Switch.apply`` and ``revert``, which overwrite the same share of the
 entries of each layer. LoRA, on the same layers, is fused and unfused in two ways: ``W += s * (B @ A)`` as it is usually written, with a temporary of
@@ -24,7 +24,7 @@ from finetune.core.site import Site, find_sites
 from finetune.core.switch import Change, Switch
 
 SHARES, RANKS, SCALE = (0.01, 0.02), (8, 16, 32), 2.0
-MODELS = {"vit_base": "ViT-B/16, float32", "vit_large": "ViT-L/16, float32", "llama_1b": "Llama of 1 B, bfloat16"}
+MODELS = {"vit_base": "ViT-B/16, float32", "vit_large": "ViT-L/16, float32", "llama": "Llama 3.2 1B, 4 of its 16 blocks, bfloat16"}
 Act = Callable[[], object]
 
 
@@ -33,8 +33,8 @@ def make(name: str) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM, ViTConfig, ViTForImageClassification
 
     with torch.device("meta"):
-        if name == "llama_1b":  # Llama 3.2 1B
-            sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8}
+        if name == "llama":
+            sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8}
             model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(torch.bfloat16)
         elif name == "vit_large":
             sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
@@ -89,18 +89,18 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     model = make(name)
     sites = find_sites(model, ("all",))
     weights: list[Any] = [site.module.weight for site in sites]
-    base = [w.clone() for w in weights]
+    base = [w.clone() for w in weights]  # to compare with in the first round, which is not timed
     contestants = {f"sparse, {share:.0%} of the entries": sparse(model, sites, share) for share in SHARES}
     for rank in RANKS:
         contestants |= {f"LoRA r={rank}, `{'W.addmm_' if lean else 'W += s * (B @ A)'}`": lora(sites, rank, lean) for lean in (False, True)}
     times: dict[str, list[tuple[float, float]]] = {what: [] for what in contestants}
     errors = dict.fromkeys(contestants, 0.0)
-    for turn in range(rounds + 1):  # the first warms up
+    for turn in range(rounds + 1):
         for what, ready in contestants.items():
             enter, leave = ready()
             taken = seconds(enter), seconds(leave)
             times[what] += [taken] if turn else []
-            for w, b in zip(weights, base, strict=True):
+            for w, b in zip(weights, base, strict=True) if not turn else ():
                 errors[what] = max(errors[what], float((w - b).abs().max()))
                 w.copy_(b)
     medians = {what: [1000 * statistics.median(t[i] for t in taken) for i in (0, 1)] for what, taken in times.items()}
@@ -122,14 +122,14 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit_base", "llama_1b"])
-    parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit_base", "llama"])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--write", type=Path, help="put the tables between the markers in this file")
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     tables = [table(name, measure(name, given.rounds)) for name in given.models]
-    about = f"Medians of {given.rounds} rounds, {given.threads} threads, {platform.machine()}, torch {torch.__version__}."
+    about = f"Medians of {given.rounds} rounds; threads: {given.threads}; {platform.machine()}, torch {torch.__version__}."
     text = "\n\n".join([*tables, about])
     print(text)
     if given.write:

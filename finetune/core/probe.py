@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..errors import ConfigError
 from .bank import Bank
 from .method import Run
 from .part import Patched, WeightGrad
@@ -39,6 +40,7 @@ def scan(
         with watching(bank, sums):
             for micro in steps:
                 for batch in micro:
+                    sums.seen = set()
                     run.backward(batch, micro, score.needs == "squares")
                 sums.end_of_batch()
         for i in group:
@@ -64,11 +66,18 @@ class _Sums:
     def __init__(self, group: list[int], needs: str, run: Run, at_once: Callable[[int, Tensor], None] | None) -> None:
         self.group, self.needs, self.run, self.at_once = set(group), needs, run, at_once
         self.given: set[int] = set()
+        self.seen: set[int] = set()  # in this backward pass
         self.batch: dict[int, Tensor] = {}
         self.total: dict[int, Tensor] = {}  # stays empty where sums over batches are sums over micro-batches
 
     def __call__(self, i: int, grad: WeightGrad) -> bool:
         if i in self.group:
+            if i in self.seen and (self.at_once or self.needs == "squares"):
+                raise ConfigError(
+                    "method.score needs the gradient of a layer in one piece, and a layer of this model runs more than once a pass. "
+                    "Choose a score of the weights, such as magnitude, or leave the layer out of method.targets."
+                )
+            self.seen.add(i)
             found = grad.squares if self.needs == "squares" else grad.dense
             if self.at_once:
                 found = self.run.agree(found)

@@ -95,10 +95,8 @@ class Sparse(Method):
         if self.grain == "matrix" and self.scope in ("matrix", "layer"):
             found.append(f"method.grain=matrix leaves scope={self.scope} nothing to choose from within a matrix. Take scope=role, block or model.")
         if self.scope == "layer" and (self.direction == "smallest" or self.score in ("gradient_weight", "off_principal")):
-            found.append(
-                f"scope=layer divides by the mean of scores that are not negative, the larger the better, which score={self.score} with "
-                f"direction={self.direction} does not give. Take scope=matrix or scope=model."
-            )
+            what = f"score={self.score} with direction={self.direction}"
+            found.append(f"scope=layer divides by the mean of scores that are never negative; {what} has none. Take scope=matrix or scope=model.")
         if self.score == "change" and not self.schedule.dense and self.schedule.name in ("static", "grow"):
             found.append(f"score=change is 0 everywhere before training; schedule={self.schedule.name} has no dense phase. Take schedule=one_shot.")
         return found

@@ -15,6 +15,7 @@ from finetune.core import probe
 from finetune.core.part import patched
 from finetune.core.probe import scan
 from finetune.core.sparse import ScoreName
+from finetune.errors import ConfigError
 from finetune.methods.sparse import Crossing
 from finetune.testing import contract
 from finetune.train.loop import Session
@@ -98,6 +99,24 @@ def test_a_layer_that_the_loss_does_not_reach_has_gradient_zero() -> None:
         model.vit.extra = nn.Linear(4, 6)
         *_, unreached = scores(session(micro, model, ("o", "extra")), "gradient")
         assert torch.equal(unreached, torch.zeros(6, 4))
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.inner(self.inner(x))
+        return y
+
+
+@pytest.mark.parametrize(("micro", "score"), [(None, "gradient"), (3, "fisher")])
+def test_a_layer_that_runs_twice_is_refused_where_its_parts_cannot_be_joined(micro: int | None, score: ScoreName) -> None:
+    model = contract.tiny()
+    model.vit.layers[0].mlp.fc1 = nn.Sequential(model.vit.layers[0].mlp.fc1, Twice())
+    with pytest.raises(ConfigError, match=r"more than once a pass.*magnitude"):
+        scores(session(micro, model, ("inner",)), score)
 
 
 def test_looking_leaves_no_trace() -> None:
