@@ -52,7 +52,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
     if state:
         checkpoint.load(state, setup.session)
     else:
-        setup.session.enter(known["phase"])
+        setup.session.enter(known.get("phase", 0))
         stored.load(files.delta, setup.session.states)
     return setup
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import random
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -43,15 +41,6 @@ AXES: dict[str, tuple[Any, ...]] = {
     "decay": ("base", "zero"),
 }
 CHECKS = ("base_untouched", "step_zero", "merge", "resume", "stored")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _little_to_collect() -> Iterator[None]:
-    """Every session collects garbage, which takes longer than training it where all modules are looked through."""
-    contract.tiny()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def drawn(number: int, seed: int) -> list[Crossing]:
