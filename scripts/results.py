@@ -51,7 +51,7 @@ Point = tuple[str, str, float | None, int]  # task, row, sparsity, seed
 def points() -> list[Point]:
     """All of them; those that are worth most, if time runs out, first."""
     alone = [(t, row, None, seed) for t, row, seed in product(TASKS, ALONE, SEEDS)]
-    return sorted([*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)], key=lambda p: (p[0], p[2] not in (None, 0.99), p[3]))
+    return sorted([*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)], key=lambda p: (p[2] not in (None, 0.99), p[3]))
 
 
 def matched(task: list[str], row: str, sparsity: float) -> list[str]:
@@ -136,8 +136,9 @@ def report(found: dict[Point, dict[str, Any]]) -> str:
         bases = [r["metrics"] for p, r in found.items() if p[0] == task and r["status"] == "finished"][:1]
         for b in bases:
             scale = 100.0 if metric == "accuracy" else 1.0
-            kept = b.get("base_retention") or {}
-            lines.append(f"| base, untrained | | {b['base'][metric] * scale:.2f} | {kept.get(metric, float('nan')) * scale:.2f} | 0 |")
+            kept = (b.get("base_retention") or {}).get(metric)
+            shown = "" if kept is None else f"{kept * scale:.2f}"
+            lines.append(f"| base, untrained | | {b['base'][metric] * scale:.2f} | {shown} | 0 |")
         for row in ALONE:
             lines.append(f"| {row} | | {cells([found[p] for p in found if p[:3] == (task, row, None)], metric)}")
         for sparsity, row in product(SPARSITIES, AT_SPARSITY):
