@@ -79,10 +79,8 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
     """Raise ``ConfigError`` naming every weight file that is missing, cut short or a pickle."""
     from safetensors import SafetensorError, safe_open
 
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index, config)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
     faults = []
-    for file in (folder / name for name in names):
+    for file in weight_files(folder, config):
         if not file.is_file():
             faults.append(_absent(folder, file, config))
             continue
@@ -93,6 +91,13 @@ def check_weights(folder: Path, config: ModelConfig) -> None:
             faults.append(f"model.path={config.path}: {file.name} is damaged or cut short ({error}). Copy or download it again.")
     if faults:
         raise ConfigError(*faults)
+
+
+def weight_files(folder: Path, config: ModelConfig) -> list[Path]:
+    """The safetensors files that hold the model, there or not."""
+    index = folder / "model.safetensors.index.json"
+    names = sorted(set(read_json(index, config)["weight_map"].values())) if index.is_file() else ["model.safetensors"]
+    return [folder / name for name in names]
 
 
 def _absent(folder: Path, file: Path, config: ModelConfig) -> str:

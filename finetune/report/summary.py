@@ -42,8 +42,8 @@ def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
 
 
 def _metrics(metrics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """The main metric on the test set and on the retention text, each before and after."""
-    for split, before, where in (("test", "base", "on the test set"), ("retention", "base_retention", "on text it should not forget")):
+    """The main metric on the test set and on what should not be forgotten, each before and after."""
+    for split, before, where in (("test", "base", "on the test set"), ("retention", "base_retention", "on what it should not forget")):
         after, base = metrics.get(split), metrics.get(before) or {}
         metric = main_metric(after)
         if after and metric:

@@ -14,7 +14,6 @@ from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save
 from . import checkpoint, stored
-from .evaluate import evaluate as measure
 from .files import RunFolder, replacing
 from .setup import Setup, prepare
 
@@ -60,9 +59,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
 def evaluate(path: Path, dataset: Any = None) -> dict[str, Any]:
     """The metrics of a run's stored change on the test split (and validation and retention, where there are), computed anew."""
     setup = rebuild(path, dataset)
-    settings = setup.config.train
-    splits = [s for s in ("val", "test", "retention") if s in setup.data]
-    found = {s: measure(setup.session.tuned, setup.data[s], settings.eval_batch_size, setup.session.accelerator).metrics for s in splits}
+    found = {split: setup.evaluate(split).metrics for split in ("val", "test", "retention") if split in setup.splits}
     return {"run": str(path), "dataset": setup.config.dataset.name, "metrics": found}
 
 

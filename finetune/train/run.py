@@ -16,8 +16,7 @@ from ..core.part import base, patched
 from ..errors import RunFailed
 from ..settings import Config
 from . import checkpoint, stored, tracker
-from .evaluate import Evaluation, better
-from .evaluate import evaluate as measure
+from .evaluate import better
 from .files import RunFolder, write_json_atomic, write_predictions
 from .loop import NotFinite, Session
 from .result import Cost, make_result, peak_memory
@@ -55,15 +54,12 @@ class Training:
             "seconds": [],
         }
 
-    def evaluate(self, split: str) -> Evaluation:
-        return measure(self.session.tuned, self.setup.data[split], self.settings.eval_batch_size, self.session.accelerator)
-
     def evaluate_base(self) -> None:
         """The model before training. A neutral start is the base; otherwise the parts are switched off."""
         with base(self.session.states if not self.setup.config.method.neutral_start else nn.Module()):
-            self.progress["base"] = self.evaluate("test").metrics
-            if "retention" in self.setup.data:
-                self.progress["base_retention"] = self.evaluate("retention").metrics
+            self.progress["base"] = self.setup.evaluate("test").metrics
+            if "retention" in self.setup.splits:
+                self.progress["base_retention"] = self.setup.evaluate("retention").metrics
 
     def resume(self) -> bool:
         """Go on from the newest checkpoint of an unfinished run, if there is one."""
@@ -81,7 +77,7 @@ class Training:
 
     def keep_if_best(self) -> dict[str, float]:
         """Evaluate on validation, and store the change if it is the best so far (or if the last one is wanted)."""
-        found = self.evaluate("val").metrics
+        found = self.setup.evaluate("val").metrics
         key = list(better(found))
         stage = self.session.stage  # what an earlier one reached was only a means
         later = self.progress["best_stage"] != stage
@@ -124,11 +120,11 @@ class Training:
         if self.progress["best_step"] != self.session.number:
             stored.load(self.files.delta, self.session.states)
         metrics = {"base": self.progress["base"], "val": self.progress["val"]}
-        test = self.evaluate("test")
+        test = self.setup.evaluate("test")
         write_predictions(self.files.predictions, [{k: v for k, v in row.items() if k != "loss" or "bytes" in row} for row in test.rows])
         metrics["test"] = test.metrics
-        if "retention" in self.setup.data:
-            metrics |= {"base_retention": self.progress["base_retention"], "retention": self.evaluate("retention").metrics}
+        if "retention" in self.setup.splits:
+            metrics |= {"base_retention": self.progress["base_retention"], "retention": self.setup.evaluate("retention").metrics}
         seconds = self.progress["seconds"]
         cost: Cost = {
             "step_seconds_median": statistics.median(seconds) if seconds else None, "train_seconds": sum(seconds),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,15 +12,18 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 
-from ..core.part import Part, patched
-from ..data.encode import encode
+from ..core.part import Part, base, patched
+from ..data.encode import Images, encode
 from ..errors import ConfigError
 from ..models.load import Base, fingerprint, pristine
 from ..models.load import load as load_model
 from ..settings import Config, TrainConfig
 from .batches import Batches
+from .evaluate import Evaluation
+from .evaluate import evaluate as measure
 from .loop import Session
 from .result import Params
+from .retention import pretrained_head, wearing
 
 MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
 
@@ -36,6 +40,34 @@ class Setup:
     total: int
     session: Session
     notes: list[str]
+
+    @property
+    def splits(self) -> list[str]:
+        """What can be evaluated: retention only where the data set has such rows and, for images, the checkpoint a head."""
+        return [s for s in self.data if s != "retention" or not self.labels or self._head]
+
+    def evaluate(self, split: str) -> Evaluation:
+        """The model as it is now on one split. Retention of a classifier: its pretrained head's answers, against those before training."""
+        if split == "retention" and self._head:
+            answered = self._answered
+            with wearing(self.session.model, self._head):
+                return self._measure(answered)
+        return self._measure(self.data[split])
+
+    def _measure(self, data: Any) -> Evaluation:
+        return measure(self.session.tuned, data, self.config.train.eval_batch_size, self.session.accelerator)
+
+    @cached_property
+    def _head(self) -> dict[str, torch.Tensor] | None:
+        return pretrained_head(self.base) if self.labels and "retention" in self.data else None
+
+    @cached_property
+    def _answered(self) -> Images:
+        """The retention images, labelled by the untrained model with its pretrained head."""
+        images: Images = self.data["retention"]
+        with base(self.session.states), wearing(self.session.model, self._head or {}):  # base puts a head back, too: first
+            answers = [row["prediction"] for row in self._measure(images).rows]
+        return Images([{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)], self.base.processor)
 
 
 def make_accelerator(settings: TrainConfig, unused_parameters: bool = False) -> Accelerator:

@@ -1,17 +1,17 @@
 from collections import Counter
 
 import numpy as np
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
-from finetune.data.digits import Digits
+from finetune.data.digits import PIECES, Digits
 
 
 def test_the_split_is_that_of_vtab_and_covers_every_digit_once():
     raw = Digits().read()
-    assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 1000, "val": 200, "test": 597}
-    ids = [row["id"] for rows in raw.splits.values() for row in rows]
+    assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 1000, "val": 200, "test": 597, "retention": 100}
+    ids = [row["id"] for split, rows in raw.splits.items() if split != "retention" for row in rows]
     assert sorted(ids) == [f"digit-{i:04d}" for i in range(1797)]
-    for rows in raw.splits.values():
+    for rows in list(raw.splits.values())[:3]:
         counts = Counter(row["label"] for row in rows)
         assert max(counts.values()) - min(counts.values()) <= 0.06 * len(rows)
 
@@ -30,3 +30,14 @@ def test_reading_twice_gives_the_same_rows():
     first, second = Digits().read(), Digits().read()
     for split in first.splits:
         assert [row["id"] for row in first.splits[split]] == [row["id"] for row in second.splits[split]]
+
+
+def test_retention_images_are_distinct_pieces_of_two_photographs() -> None:
+    every = Digits(retention_images=2 * len(PIECES)).read().splits["retention"]
+    photos = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
+    assert len({row["id"] for row in every}) == len(every) == 2 * len(PIECES)
+    for row in every:
+        name, top, left = row["id"].split("-")
+        np.testing.assert_array_equal(np.asarray(row["image"]), photos[name][int(top) : int(top) + 107, int(left) : int(left) + 107])
+    assert [row["id"] for row in Digits(retention_images=7).read().splits["retention"]] == [row["id"] for row in every[:7]]
+    assert "retention" not in Digits(retention_images=0).read().splits

@@ -36,7 +36,7 @@ def test_summary_of_a_language_model_names_retention(result: Make) -> None:
     values = {"base": 2.5, "test": 1.25, "retention": 3.0, "base_retention": 2.875}
     text = summary(result(metrics={split: {"bits_per_byte": value, "perplexity": 9.0} for split, value in values.items()}), FOLDER)
     assert "2.5000 before, 1.2500 after (bits per byte on the test set)" in text
-    assert "2.8750 before, 3.0000 after (bits per byte on text it should not forget)" in text
+    assert "2.8750 before, 3.0000 after (bits per byte on what it should not forget)" in text
     assert "%" not in text.replace("(3.47 %)", "")
 
 

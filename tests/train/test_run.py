@@ -53,7 +53,7 @@ def go(settings: Config) -> tuple[dict[str, Any], RunFolder, list[str]]:
 def test_eval_gives_the_very_numbers_and_merge_a_plain_model(model: str, here: Path, method: str) -> None:
     result, files, _ = go(config(model, f"method={method}", "optimizer.lr=0.01"))
     assert result == files.read_result()
-    assert finished.evaluate(files.path)["metrics"] == {k: result["metrics"][k] for k in ("val", "test")}
+    assert finished.evaluate(files.path)["metrics"] == {k: result["metrics"][k] for k in ("val", "test", "retention")}
     merged = finished.merge(files.path, here / "merged")
     assert merged["largest_logit_difference"] < 1e-4
     import transformers
