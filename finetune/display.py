@@ -38,8 +38,8 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
     from rich.text import Text
 
     table = Table()
-    for key, value in rows[0].items():
-        table.add_column(key, justify="right" if isinstance(value, int | float) else "left", overflow="fold")
+    for key in rows[0]:
+        table.add_column(key, justify="right" if any(isinstance(row[key], int | float) for row in rows) else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(_text(value)) for value in row.values()))
     Console().print(table)
@@ -50,4 +50,6 @@ def _text(value: Any) -> str:
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
+    if value is None:
+        return "-"
     return value if isinstance(value, str) else json.dumps(value, default=str)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.core.gradient import Layout, _inside, dense, entries_gradient, read, sampled, sampled_pays, write_
+from finetune.core.gradient import CHUNK, Layout, _inside, _transposed, dense, entries_gradient, read, sampled, sampled_pays, write_
 
 LAYERS = [(768, 768, 1576), (3072, 768, 1576), (768, 3072, 1576), (3072, 768, 197), (2048, 2048, 2048), (2048, 8192, 2048)]
 DENSITIES = [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2]
@@ -54,13 +54,21 @@ def peak(way: Way) -> float:
     return (most - (0 if result is None else result.numel() * result.element_size())) / 2**20
 
 
+def transposes(*sides: Tensor) -> None:
+    """What ``sampled`` transposes, a chunk after the other."""
+    memory = [torch.empty(CHUNK * side.shape[1]) for side in sides]
+    for start in range(0, len(sides[0]), CHUNK):
+        for side, room in zip(sides, memory, strict=True):
+            _transposed(side[start : start + CHUNK].float(), room)
+
+
 def scattered(out: int, in_: int, density: float) -> Tensor:
     return torch.randperm(out * in_)[: int(out * in_ * density)].sort().values.to(torch.int32)
 
 
 def gradients(layers: list[tuple[int, int, int]], densities: list[float], rounds: int, dtype: torch.dtype) -> None:
-    print("| weight, tokens | density | whole | dense | sampled | rule | loss | peak MiB whole | dense | sampled |")
-    print("|---|---|---|---|---|---|---|---|---|---|")
+    print("| weight, tokens | density | whole | dense | sampled | its transposes | rule | loss | peak MiB whole | dense | sampled |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|")
     for out, in_, tokens in layers:
         y, x = torch.randn(tokens, out).to(dtype), torch.randn(tokens, in_).to(dtype)
         for density in densities:
@@ -73,8 +81,9 @@ def gradients(layers: list[tuple[int, int, int]], densities: list[float], rounds
                 "dense": lambda args=args: dense(*args),
                 "sampled": lambda args=args: sampled(*args),
             }
-            ms, mib = least(ways, rounds), [peak(way) for way in ways.values()]
-            rule = "sampled" if sampled_pays(*inner, len(index), torch.get_num_threads()) else "dense"
+            mib = [peak(way) for way in ways.values()]
+            ms = least({**ways, "transposes": lambda y=y, x=x: transposes(y, x)}, rounds)
+            rule = "sampled" if sampled_pays(*inner, len(index)) else "dense"
             loss = ms[rule] / min(ms["dense"], ms["sampled"]) - 1
             cells = [f"{out}x{in_}, {tokens}", f"{density:.1%}", *(f"{v:.1f}" for v in ms.values()), rule, f"{loss:.0%}", *(f"{m:.1f}" for m in mib)]
             print("|", " | ".join(cells), "|", flush=True)

@@ -196,7 +196,7 @@ class SparseDelta(Restorable):
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
-        self._bank, self.i, self._shape = [bank], i, site.shape  # in a list: the bank is registered once, as the method's state
+        self._bank, self.i, self.site = [bank], i, site  # in a list: the bank is registered once, as the method's state
         self._layouts_of = (0, -1)
 
     @property
@@ -205,8 +205,8 @@ class SparseDelta(Restorable):
 
     def forward(self, weight: Tensor) -> Tensor:
         values, where = self.bank.all(self.i)
-        dense = torch.zeros(self._shape, dtype=values.dtype, device=values.device)
-        return dense.view(-1).index_put((where.long(),), values).view(self._shape)
+        dense = torch.zeros(self.site.shape, dtype=values.dtype, device=values.device)
+        return dense.view(-1).index_put((where.long(),), values).view(self.site.shape)
 
     @property
     def acts(self) -> bool:
@@ -220,10 +220,14 @@ class SparseDelta(Restorable):
         now = (id(self.bank.index), self.bank.changes)
         if now != self._layouts_of:
             where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
-            trained = Layout.of(where, self._shape)
-            self._layouts = trained, Layout.of(torch.cat([where, settled]), self._shape) if len(settled) else trained
+            trained = Layout.of(where, self.site.shape)
+            self._layouts = trained, Layout.of(torch.cat([where, settled]), self.site.shape) if len(settled) else trained
             self._layouts_of = now
         return self._layouts
+
+    def pretrained(self, weight: Tensor) -> Tensor:
+        """The weight's own values of the trained entries, [count]."""
+        return read(weight, self.bank.where(self.i), self._laid()[0])
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
@@ -249,4 +253,4 @@ class SparseDelta(Restorable):
         where = self.bank.where(self.i)
         if "dense" in grad.__dict__:  # somebody formed it already
             return (self.gate * grad.dense.reshape(-1).index_select(0, where),)
-        return (self.gate * entries_gradient(grad.grad_y, grad.x, where, self._shape, self._laid()[0]),)
+        return (self.gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, self._laid()[0]),)

@@ -18,12 +18,10 @@ from dataclasses import dataclass
 from functools import cache
 from typing import cast
 
-import numpy as np
 import torch
 from torch import Tensor
 
-CHUNK = 120  # tokens: so many of either side stay in the cache of a core
-TILE = 60  # tokens that are transposed together
+CHUNK = 200  # tokens: so many of either side stay in the cache of a core
 BLOCK_ROWS = 512  # a dense block has at least so many rows, as every block reads all of ``x`` again
 BLOCK = {"cpu": 2**20}  # entries of a dense block, by device type
 BLOCK_ELSEWHERE = 2**24  # an accelerator needs more to be busy
@@ -72,17 +70,17 @@ def entries_gradient(grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int,
     rows, cols = size = layout.size(shape)
     kept = x.shape[1] == cols
     at = index if layout.full else _inside(index, shape, layout)
-    if not layout.full and x.device.type == "cpu" and sampled_pays(rows, cols, len(index), torch.get_num_threads()):
+    if not layout.full and x.device.type == "cpu" and sampled_pays(rows, cols, len(index)):
         return sampled(grad_y, x, at, size, layout.rows, None if kept else layout.cols)
     return dense(grad_y, x, None if layout.full else at, size, layout.rows, None if kept else layout.cols)
 
 
-def sampled_pays(rows: int, cols: int, entries: int, threads: int) -> bool:
+def sampled_pays(rows: int, cols: int, entries: int) -> bool:
     """Whether entry by entry beats the product of all of a [rows, cols] matrix, on a CPU.
 
-    The unit is one multiplication of the product on one thread; all costs grow with tokens alike. The transposes run on one thread, the rest on all.
+    The unit is one multiplication of the product; all costs grow with tokens alike, and shrink with threads. The transposes cost by row and column.
     """
-    return 12 * entries + (80 + 35 * threads) * (rows + cols) < rows * cols
+    return 9 * entries + 190 * (rows + cols) < rows * cols
 
 
 def _inside(index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
@@ -125,12 +123,10 @@ def sampled(grad_y: Tensor, x: Tensor, at: Tensor, size: tuple[int, int], rows: 
 
 
 def _transposed(x: Tensor, memory: Tensor) -> Tensor:
-    """``x`` [n, m] as [m, n] in ``memory``. In tiles that fit the cache, by numpy, it takes half of torch's time."""
-    out = memory[: x.numel()].view(x.shape[1], len(x))
-    target, source = out.numpy(), x.numpy()
-    for start in range(0, len(x), TILE):
-        np.copyto(target[:, start : start + TILE], source[start : start + TILE].T)
-    return out
+    """``x`` [n, m] as [m, n] in ``memory``. Written as an image in channels-last order, it takes all threads; ``x.T`` is copied by one."""
+    out = memory[: x.numel()].view(1, x.shape[1], 1, len(x))
+    out.permute(0, 3, 1, 2).copy_(x[None, :, :, None])
+    return out.view(x.shape[1], len(x))
 
 
 @cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt, MultipleOf
@@ -34,6 +34,8 @@ class Kernelized(Reparam):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0
     class_token: bool = True
+
+    size: ClassVar[str] = "rank"
 
     @property
     def plain(self) -> bool:

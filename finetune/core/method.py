@@ -73,6 +73,7 @@ class Method:
     family: ClassVar[str]
     trains: ClassVar[str]
     paper: ClassVar[str] = ""
+    size: ClassVar[str] = ""  # the setting that decides how much is trained; none: that is fixed
     neutral_start: ClassVar[bool] = True  # at step 0 the output is the base's
     mergeable: ClassVar[bool] = True
     unused_parameters: ClassVar[bool] = False  # some trained tensors may get no gradient in a step

@@ -71,7 +71,7 @@ class MixedDelta(SparseDelta):
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank]."""
-        (out, in_), values = self._shape, self.bank.slice(self.i)
+        (out, in_), values = self.site.shape, self.bank.slice(self.i)
         rank = len(values) // (out + in_)
         return values[: rank * in_].view(rank, in_), values[rank * in_ :].view(out, rank)
 

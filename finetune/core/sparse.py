@@ -64,6 +64,7 @@ class Sparse(Method):
     eps: Annotated[float, Gt(0)] = 1e-3
 
     family: ClassVar[str] = "sparse delta"
+    size: ClassVar[str] = "sparsity"
 
     def __post_init__(self) -> None:
         faults = list(self._misfits())
@@ -162,11 +163,14 @@ class Sparse(Method):
         if pull:
             decay_base_(run.model, state, pull)
 
+    def _sites(self, run: Run, state: Any) -> tuple[list[Site], list[Grain]]:
+        sites = [view.site for view in state["views"]]
+        return sites, [grain_of(self.grain, site, run.model) for site in sites]
+
     def _moved(self, run: Run, state: Any, move: Move) -> list[Tensor]:
         """The entries that stay, and the best of the others in the room that is left."""
         bank: Bank = state["bank"]
-        sites = find_sites(run.model, self.targets)
-        grains = [grain_of(self.grain, s, run.model) for s in sites]
+        sites, grains = self._sites(run, state)
 
         def trained(i: int) -> Tensor:
             return grains[i].members(bank.where(i))
@@ -190,7 +194,7 @@ class Sparse(Method):
 
     def _scan(self, run: Run, state: Any, previous: Any) -> Callable[[Callable[[int, Tensor], None]], Any]:
         """Offers the scores of every site, the better the larger."""
-        sites, layers = find_sites(run.model, self.targets), patched(run.model)
+        sites, layers = self._sites(run, state)[0], patched(run.model)
         dense = {}
         if isinstance(previous, InPlace):
             dense = {s.name: _as_matrix(previous.trained()[f"{s.name}.weight"], s) for s in sites}
@@ -205,8 +209,7 @@ class Sparse(Method):
 
     def _choose(self, run: Run, state: Any, share: float, allowed: Allowed = lambda i: None, previous: Any = None) -> list[Tensor]:
         """The best entries of each site by the score, at a ``share`` of the budgets."""
-        sites = find_sites(run.model, self.targets)
-        grains = [grain_of(self.grain, s, run.model) for s in sites]
+        sites, grains = self._sites(run, state)
         offer = self._scan(run, state, previous)
         budgets = self.budgets(sites, grains)
         counts = [self._count(members, k, share, sites, grains) for members, k in budgets]
@@ -280,7 +283,7 @@ def decay_base_(model: nn.Module, state: Any, pull: float) -> None:
     for layer in patched(model).values():
         for view in layer.deltas:
             if isinstance(view, SparseDelta) and view.bank is bank and not bank.frozen[view.i]:
-                bank.slice(view.i).sub_(layer.original.reshape(-1)[bank.where(view.i).long()].float(), alpha=pull)
+                bank.slice(view.i).sub_(view.pretrained(layer.original).float(), alpha=pull)
 
 
 def _offer_changes(bank: Bank, grains: list[Grain], offer: Callable[[int, Tensor], None]) -> None:

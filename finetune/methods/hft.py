@@ -71,6 +71,7 @@ class HFT(Method):
     family: ClassVar[str] = "layer selection"
     trains: ClassVar[str] = "half of the weight matrices, drawn at random, and all the rest, in place"
     paper: ClassVar[str] = "arXiv 2404.18466"
+    size: ClassVar[str] = "sparsity"
 
     @property
     def unused_parameters(self) -> bool:  # type: ignore[override]  # with one round the frozen matrices are not wrapped at all

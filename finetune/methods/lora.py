@@ -25,6 +25,7 @@ class LoRA(Reparam):
     family: ClassVar[str] = "reparameterization"
     trains: ClassVar[str] = "two factors of rank r a layer"
     paper: ClassVar[str] = "arXiv 2106.09685"
+    size: ClassVar[str] = "rank"
 
     def delta(self, site: Site) -> LowRank:
         return LowRank(site.shape, self.rank, self.alpha, self.dropout)

@@ -75,6 +75,7 @@ class Peft(Method):
     family: ClassVar[str] = "baseline"
     trains: ClassVar[str] = "what the peft tuner trains"
     paper: ClassVar[str] = "huggingface/peft"
+    size: ClassVar[str] = "config.r"
     unused_parameters: ClassVar[bool] = True
 
     def build(self, model: nn.Module) -> Adapters:

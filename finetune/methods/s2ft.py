@@ -54,6 +54,7 @@ class S2FT(Method):
     family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = "whole rows or columns of a few heads and channels, drawn over the model"
     paper: ClassVar[str] = "arXiv 2412.06289"
+    size: ClassVar[str] = "d"
 
     def __post_init__(self) -> None:
         if not any(self.shares.values()):

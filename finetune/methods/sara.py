@@ -12,18 +12,18 @@ the moments. Its masks cover biases, norms and convolutions too, here the linear
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
-from ..core.bank import Bank
+from ..core.bank import Bank, SparseDelta
 from ..core.grain import Grain
 from ..core.method import Run
 from ..core.part import Patched, patched
 from ..core.schedule import Schedule
-from ..core.site import Site, find_sites
+from ..core.site import Site
 from ..core.sparse import Direction, Scope, ScoreName, Sparse, moments
 from ..errors import ConfigError
 from ..registry import register
@@ -94,22 +94,19 @@ class SaRA(Sparse):
             run.log(kept=bank.active / max(1, before), trained=float(bank.active))
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
-        layers = self._layers(run)
-        matrices = [i for i, layer in enumerate(layers) if min(layer.original.shape) > LEAST]
+        matrices = [view for view in state["views"] if min(view.site.shape) > LEAST]
         if not self.penalty or not matrices:
             return 0.0
         draw = torch.Generator().manual_seed(run.generator.initial_seed() + 2654435761 * (run.step + 1))  # of the step alone: the same for all
-        i = matrices[int(torch.randint(len(matrices), (), generator=draw))]
-        return self.penalty * nuclear_norm(_values(state["bank"], i, layers[i]), state["bank"].where(i), layers[i].original.shape)
-
-    def _layers(self, run: Run) -> list[Patched]:
-        layers = patched(run.model)
-        return [layers[s.name] for s in find_sites(run.model, self.targets)]
+        view = matrices[int(torch.randint(len(matrices), (), generator=draw))]
+        layer = cast(Patched, run.model.get_submodule(view.site.name))
+        return self.penalty * nuclear_norm(_values(view, layer), state["bank"].where(view.i), layer.original.shape)
 
     @torch.no_grad()
     def _trained(self, run: Run, state: Any) -> list[Tensor]:
         """The trained weights of each site as they are now."""
-        return [_values(state["bank"], i, layer) for i, layer in enumerate(self._layers(run))]
+        layers = patched(run.model)
+        return [_values(view, layers[view.site.name]) for view in state["views"]]
 
 
 def _below(weight: Tensor, theta: float | Tensor) -> Tensor:
@@ -117,10 +114,9 @@ def _below(weight: Tensor, theta: float | Tensor) -> Tensor:
     return weight.detach().float().abs() < torch.as_tensor(theta, dtype=torch.float32, device=weight.device)
 
 
-def _values(bank: Bank, i: int, layer: Patched) -> Tensor:
-    """The trained weights of site ``i``, [count]: the pretrained ones and their change, which a gradient reaches."""
-    where, width = bank.where(i).long(), layer.original.shape[1]
-    return layer.original[where // width, where % width].to(bank.values.dtype) + bank.slice(i)
+def _values(view: SparseDelta, layer: Patched) -> Tensor:
+    """The trained weights of a site, [count]: the pretrained ones and their change, which a gradient reaches."""
+    return view.pretrained(layer.original).to(view.bank.values.dtype) + view.bank.slice(view.i)
 
 
 def nuclear_norm(values: Tensor, where: Tensor, shape: torch.Size) -> Tensor:

@@ -66,6 +66,7 @@ class SPT(Method):
     family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = "the entries that the loss is most sensitive to, or a low-rank branch where a matrix has many"
     paper: ClassVar[str] = "arXiv 2303.08566"
+    size: ClassVar[str] = "sparsity"
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)

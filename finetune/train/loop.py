@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,46 +139,54 @@ class Session:
         given = (self._mean_loss, self._upcoming, self._probe, self._logits)
         self.run = Run(self.model, states, self.optimizer, end - start, generator, *given, self.number - start)
 
+    @contextmanager
+    def _evaluating(self) -> Iterator[Callable[[Batch], Tensor]]:
+        """Logits of a batch in eval mode, of the unwrapped model: no process waits for another."""
+        tuned, training = self.accelerator.unwrap_model(self.tuned), self.tuned.training
+
+        def logits(batch: Batch) -> Tensor:
+            with self.accelerator.autocast():
+                found: Tensor = tuned(**self.on_device(batch.inputs))
+            return found
+
+        tuned.eval()
+        try:
+            yield logits
+        finally:
+            tuned.train(training)
+
+    def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """The loss summed over a batch."""
+        return example_losses(logits, batch.labels.to(self.accelerator.device)).sum()
+
+    def _counted(self, micro: list[Batch | None]) -> int:
+        """Scored examples or tokens of a step, over all processes."""
+        return int(total(torch.tensor(sum(count(b) for b in micro if b), device=self.accelerator.device)))
+
     @torch.no_grad()
     def _mean_loss(self, micro: list[Batch | None]) -> Tensor:
         """The mean loss over a step's global batch, in eval mode."""
-        tuned, training, device = self.accelerator.unwrap_model(self.tuned), self.tuned.training, self.accelerator.device
-        mine = [b for b in micro if b]
-        loss_sum = torch.zeros((), device=device)
-        tuned.eval()
-        for batch in mine:
-            with self.accelerator.autocast():
-                logits = tuned(**self.on_device(batch.inputs))
-            loss_sum += example_losses(logits, batch.labels.to(device)).sum()
-        tuned.train(training)
-        return total(loss_sum) / total(torch.tensor(sum(map(count, mine)), device=device))
+        loss_sum = torch.zeros((), device=self.accelerator.device)
+        with self._evaluating() as logits:
+            for batch in filter(None, micro):
+                loss_sum += self._losses(logits(batch), batch)
+        return total(loss_sum) / self._counted(micro)
 
     def _upcoming(self, steps: int) -> list[list[Batch | None]]:
         return list(self.batches.steps(self.number, self.number + steps))
 
     def _probe(self, batch: Batch | None, micro: list[Batch | None], summed: bool) -> None:
         """Backward of one micro-batch in eval mode, of its share of the step's mean loss or (``summed``) of the sum over its examples."""
-        tuned, training = self.accelerator.unwrap_model(self.tuned), self.tuned.training  # unwrapped: nothing is exchanged
         share = batch or next(b for b in micro if b)
-        tuned.eval()
-        with self.accelerator.autocast():
-            logits = tuned(**self.on_device(share.inputs))
-        loss = example_losses(logits, share.labels.to(self.accelerator.device)).sum() * (batch is not None)
-        if not summed:
-            counted = int(total(torch.tensor(sum(count(b) for b in micro if b), device=self.accelerator.device)))
-            loss = loss * (self.accelerator.num_processes / counted)
-        loss.backward()
+        with self._evaluating() as logits:
+            loss = self._losses(logits(share), share) * (batch is not None)
+            (loss if summed else loss * (self.accelerator.num_processes / self._counted(micro))).backward()
         for parameter in self.states.parameters():
             parameter.grad = None
-        tuned.train(training)
 
     def _logits(self, batch: Batch) -> Tensor:
-        tuned, training = self.accelerator.unwrap_model(self.tuned), self.tuned.training  # unwrapped: nothing is exchanged
-        tuned.eval()
-        with self.accelerator.autocast():
-            logits = tuned(**self.on_device(batch.inputs))
-        tuned.train(training)
-        return scored(logits, batch.labels.to(self.accelerator.device))
+        with self._evaluating() as logits:
+            return scored(logits(batch), batch.labels.to(self.accelerator.device))
 
     def on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """A batch's inputs where the model is."""
@@ -226,15 +235,14 @@ class Session:
     def _backward(self, micro: list[Batch | None]) -> float:
         """Gradients of the mean loss over the global batch, summed up from micro-batches. Returns that mean."""
         device, world = self.accelerator.device, self.accelerator.num_processes
-        counted = int(total(torch.tensor(sum(count(b) for b in micro if b), device=device)))
-        loss_sum = torch.zeros((), device=device)
+        counted, loss_sum = self._counted(micro), torch.zeros((), device=device)
         for i, batch in enumerate(micro):
             last = i == len(micro) - 1
             share = batch or next(b for b in micro if b)
             with self._syncing(last):
                 with self.accelerator.autocast():
                     logits = self.tuned(**self.on_device(share.inputs))
-                task = example_losses(logits, share.labels.to(device)).sum() * (batch is not None)
+                task = self._losses(logits, share) * (batch is not None)
                 added = self.current.loss(self.run, self.states["method"], share)
                 # data parallelism averages over processes, hence ``world``; the added term counts once a step
                 self.accelerator.backward(task * (world / counted) + added / len(micro))

@@ -176,21 +176,31 @@ def train(config: Config, folder: Path, say: Say, progress: Progress) -> dict[st
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """What ``train`` would do: trained entries per layer, stored bytes, expected peak memory. Trains and writes nothing."""
+    """What ``train`` would do: trained entries per layer and stored bytes, as the last phase begins, and the expected peak memory of all phases.
+
+    Trains and writes nothing.
+    """
     setup = prepare(config)
     session = setup.session
     session.start()
+    peaks = [_expected_peak(session, params(setup)["trained"])]
+    for phase in range(1, len(session.phases)):
+        previous = session.states["method"]
+        session.enter(phase)
+        session.start(previous)
+        peaks.append(_expected_peak(session, params(setup)["trained"]))
+    open_yet = session.phase > 0  # what nothing has moved yet says nothing of where the entries will be
     layers = [
-        {"layer": name, "shape": list(m.original.shape), "trained": sum(t.numel() for d in m.deltas for t in d.inputs())}
+        {"layer": name, "shape": list(m.original.shape), "trained": None if open_yet else sum(t.numel() for d in m.deltas for t in d.inputs())}
         for name, m in patched(session.model).items()
     ]
     inplace = [m for m in session.states.modules() if isinstance(m, InPlace)]
     layers += [{"layer": name, "shape": list(p.shape), "trained": p.numel()} for m in inplace for name, p in m.trained().items()]
-    counts = params(setup)
+    notes = ["The phases before the last decide how many entries each layer gets."] if open_yet else []
     return {
         "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":
-        config.train.steps, "layers": layers, "params": counts, "stored_bytes": stored.stored_bytes(session.states),
-        "expected_peak_memory_bytes": _expected_peak(session, counts["trained"]), "notes": setup.notes,
+        config.train.steps, "layers": layers, "params": params(setup), "stored_bytes": stored.stored_bytes(session.states),
+        "expected_peak_memory_bytes": max(peaks), "notes": setup.notes + notes,
     }  # fmt: skip
 
 

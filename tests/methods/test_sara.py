@@ -136,7 +136,7 @@ def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
             frozen = vector.detach().float().abs() >= THETA
             assert 0 < int(frozen.sum()) < len(frozen)
         now = weight.view(-1).index_put((where,), vector).view_as(weight)
-        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
+        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
         swapped = {f"{LAYER}.weight": now, "classifier.weight": head[0], "classifier.bias": head[1]}
         logits = functional_call(model, swapped, kwargs={"pixel_values": batch.inputs["pixel_values"].double()}).logits
         alive = torch.zeros(weight.numel(), dtype=torch.float64).index_fill(0, where[~frozen], 1.0).view_as(weight)
@@ -216,7 +216,7 @@ def test_above_all_weights_it_is_adamw_on_everything() -> None:
     head = [p.requires_grad_() for p in bare.classifier.parameters()]
     optimizer = torch.optim.AdamW([{"params": [*matrices, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}])
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
-        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
+        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
         optimizer.zero_grad()
         nn.functional.cross_entropy(bare(**batch.inputs).logits, batch.labels).backward()
         for group in optimizer.param_groups:

@@ -110,14 +110,14 @@ def test_a_matrix_has_a_branch_or_entries_and_the_branch_starts_at_nothing() -> 
     assert 1 < sum(structured) < len(structured) - 1
     for i, view in enumerate(session.states["method"]["views"]):
         assert view.additive == structured[i]
-        assert not view(torch.zeros(view._shape)).any()
+        assert not view(torch.zeros(view.site.shape)).any()
         if structured[i]:
             a, b = view.factors()
             assert not len(bank.where(i))
-            assert a.shape == (4, view._shape[1])
-            assert b.shape == (view._shape[0], 4)
+            assert a.shape == (4, view.site.shape[1])
+            assert b.shape == (view.site.shape[0], 4)
             assert not b.any()
-            limit = view._shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
+            limit = view.site.shape[1] ** -0.5  # kaiming uniform with a = sqrt(5)
             assert 0.9 * limit < a.abs().max() <= limit
             assert abs(float(a.detach().mean())) < 0.2 * limit
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import gc
 import json
 import shutil
 from pathlib import Path
@@ -36,7 +35,6 @@ SMALL = ["train.steps=3", "train.batch_size=8", "train.eval_every=null", "train.
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Finished runs on one base, and one on another."""
-    gc.freeze()  # every session collects garbage, and what imports made is none
     folder = tmp_path_factory.mktemp("runs")
     base, other = contract.tiny(), contract.tiny()
     base.save_pretrained(folder / "base")

@@ -5,7 +5,6 @@ The numbered invariants are those of the card of arXiv 2511.08567.
 
 from __future__ import annotations
 
-import gc
 import json
 import math
 from pathlib import Path
@@ -225,7 +224,6 @@ def pictures() -> list[str]:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    gc.freeze()  # every session collects garbage, and what imports made is none
     folder = tmp_path_factory.mktemp("model")
     contract.tiny().save_pretrained(folder)
     return str(folder)

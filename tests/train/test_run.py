@@ -155,6 +155,14 @@ def test_plan_tells_what_the_run_then_does_and_writes_nothing(model: str, here: 
     assert plan["expected_peak_memory_bytes"] > 100e6
 
 
+def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earlier_decide(model: str, here: Path) -> None:
+    settings = config(model, "method=lt_sft", "sparsity=0.9")
+    plan, (result, _, _) = run.plan(settings), go(settings)
+    assert plan["params"] == result["params"]
+    assert {layer["trained"] for layer in plan["layers"] if "classifier" not in layer["layer"]} == {None}
+    assert "The phases before the last" in plan["notes"][-1]
+
+
 def test_a_changed_base_a_damaged_delta_and_other_labels_are_refused(model: str, here: Path) -> None:
     _, files, _ = go(config(model, "method=lora"))
     rows = "".join(f"x{i},{'ab'[i % 2]}\n" for i in range(40))
