@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from . import __version__
+from . import __version__, cli_report, cli_sweep
 from .display import show_table, show_tree
 from .errors import ConfigError, FinetuneError
 
@@ -28,6 +28,11 @@ ConfigDir = Annotated[
 ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 Checkpoint = Annotated[Path | None, typer.Option("--ckpt", metavar="PATH", help="The run folder; the same as ckpt=PATH.")]
+
+
+app.command("sweep", context_settings=LENIENT)(cli_sweep.sweep)
+app.command()(cli_report.compare)
+app.command()(cli_report.reproduce)
 
 
 @app.callback()
@@ -181,38 +186,6 @@ def compose(
     if not as_json:
         told["layers"] = f"{len(told['layers'])}, each in {Path(given['out']) / 'compose.json'}"
     show_tree(told, as_json)
-
-
-@app.command(context_settings=LENIENT)
-def sweep(
-    overrides: Overrides = None,
-    config_dir: ConfigDir = None,
-    config_file: ConfigFile = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="List the runs that would start; run nothing.")] = False,
-    as_json: AsJson = False,
-) -> None:
-    """Run the cross product of all values: method=lora,snell seed=0,1. Finished runs are skipped."""
-    from rich.console import Console
-
-    from . import sweep as sweeping
-    from .progress import ProgressBar
-    from .report.table import runs_table
-
-    runs = sweeping.points(overrides or [], config_dir, config_file)
-    if dry_run:
-        show_tree({"folder": str(runs[0].folder.path.parent), "runs": sweeping.outlook(runs)}, as_json)
-        return
-    with ProgressBar() as progress:
-        results = sweeping.run_all(runs, progress.say)
-    failed = [(point, result) for point, result in zip(runs, results, strict=True) if result["status"] != "finished"]
-    if as_json:
-        print(json.dumps([{"run": str(point.folder.path), **result} for point, result in zip(runs, results, strict=True)], indent=2))
-    else:
-        Console().print(runs_table(results, [point.label for point in runs]))
-        print(f"Everything lies in {runs[0].folder.path.parent}")
-    for point, result in failed:
-        print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
-    raise typer.Exit(1 if failed else 0)
 
 
 @app.command()

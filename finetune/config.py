@@ -9,7 +9,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import product
+from itertools import islice, product
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from .settings import Config
 from .strict import Composed
 
 COMMAND_LINE = "command line"
+OF_SWEEPS = ("sweep", "launcher")  # folders of files that say nothing of one run
 ALIASES = {"sparsity": "method.sparsity"}
 PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
@@ -59,17 +61,19 @@ def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path
     return leaves(config, composed.origins)
 
 
-def expand(overrides: list[str], config_dir: Path | None = None) -> list[list[str]]:
-    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written."""
-    parsed, faults = _parse(overrides)
-    choices: list[list[str]] = []
+def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100_000) -> list[list[str]]:
+    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written; never empty, nor above ``most``."""
+    (parsed, faults), choices = _parse(overrides), list[list[str]]()
     for item in parsed:
         try:
             item.config_loader = _loader(config_dir)
-            values = list(item.sweep_string_iterator()) if item.is_sweep_override() else None
-            choices.append([f"{item.key_or_group}={value}" for value in values] if values is not None else [str(item.input_line)])
+            values = list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
+            choices.append([str(item.input_line)] if values is None else [f"{item.key_or_group}={value}" for value in values])
+            faults += [] if choices[-1] else [f"{item.input_line} names no value at all, so the grid is empty."]
         except HydraException as error:
             faults.append(f"{item.input_line}: {error}. A sweep takes key=a,b or key=range(START,STOP,STEP).")
+    if prod(map(len, choices)) > most:
+        faults += [f"The grid has more than {most:,} points, more than can be listed. Sweep fewer values."]
     if faults:
         raise ConfigError(*faults)
     return [list(point) for point in product(*choices)]
@@ -182,7 +186,7 @@ def _groups(config_dir: Path | None) -> dict[str, set[str]]:
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
     groups: dict[str, set[str]] = {}
     for file in _yaml_files(config_dir):
-        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES):
+        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES, *OF_SWEEPS):
             groups.setdefault(file.parent.name, set()).add(file.stem)
     return groups
 

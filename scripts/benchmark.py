@@ -1,11 +1,11 @@
 """Step time and whole-process peak memory of SNELL and of the sparse engine beside their peers, and how fast the command line answers.
 
     python scripts/benchmark.py                 # everything, as a Markdown table on standard output
-    python scripts/benchmark.py --table sparse --rounds 3 --steps 4 --write docs/benchmarks.md
+    python scripts/benchmark.py --table sparse --steps 9 --write docs/benchmarks.md
 
-ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every measurement is a
-process of its own; the contestants take turns, round by round, so that a machine that drifts drifts for all. Step time: the median over a process's
-steps after one warm-up step, then the median over rounds; memory: the kernel's own count of the process's peak (VmHWM), the median over rounds.
+ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every contestant is a process
+of its own; they take turns step by step, so that a machine that drifts drifts for all. Step time: the median over the turns, after one step to warm up; ratios: the
+median over turns of the ratio within a turn, with the middle half of them; memory: the kernel's own count of the process's peak (VmHWM).
 """
 
 from __future__ import annotations
@@ -186,24 +186,42 @@ def peak_mib() -> float:
 
 
 def one(name: str, steps: int, threads: int) -> None:
-    """In a process of its own: train, and print the figures as JSON."""
+    """In a process of its own: a step for each line on standard input, after one to warm up, and its figures as JSON."""
     import torch
 
     torch.set_num_threads(threads)
-    seconds = list(contestant(name, steps + 1))[1:]
-    print(json.dumps({"seconds": statistics.median(seconds), "mib": peak_mib()}))
+    for seconds in contestant(name, steps + 1):
+        print(json.dumps({"seconds": seconds, "mib": peak_mib()}), flush=True)
+        sys.stdin.readline()
 
 
-def measure(names: list[str], rounds: int, steps: int, threads: int) -> dict[str, dict[str, float]]:
-    """Median seconds and MiB by contestant."""
-    found: dict[str, list[dict[str, float]]] = {name: [] for name in names}
-    for turn in range(rounds):
-        for name in names:
-            command = [sys.executable, __file__, "--one", name, "--steps", str(steps), "--threads", str(threads)]
-            done = subprocess.run(command, capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
-            found[name].append(json.loads(done.stdout.splitlines()[-1]))
-            print(f"round {turn + 1}: {name} {found[name][-1]}", file=sys.stderr, flush=True)
-    return {name: {key: statistics.median(f[key] for f in runs) for key in ("seconds", "mib")} for name, runs in found.items()}
+def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, list[float]]]:
+    """Seconds of each step, and the peak in MiB so far, by contestant. Only one computes at a time."""
+    running = {}
+    for name in names:
+        command = [sys.executable, __file__, "--one", name, "--steps", str(steps), "--threads", str(threads)]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        running[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, **pipes)
+        _answer(running[name])
+    found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "mib": []} for name in names}
+    for turn in range(steps):
+        for name, process in running.items():
+            process.stdin.write("go\n")
+            process.stdin.flush()
+            for key, value in _answer(process).items():
+                found[name][key].append(value)
+        print(f"turn {turn + 1}:", *(f"{name} {f['seconds'][-1]:.2f}" for name, f in found.items()), file=sys.stderr, flush=True)
+    for process in running.values():
+        process.communicate()
+    return found
+
+
+def _answer(process: Any) -> dict[str, float]:
+    line = process.stdout.readline()
+    if not line:
+        raise SystemExit(f"a contestant ended with code {process.wait()}")
+    answer: dict[str, float] = json.loads(line)
+    return answer
 
 
 def answers(arguments: list[str], runs: int = 7) -> float:
@@ -216,25 +234,31 @@ def answers(arguments: list[str], runs: int = 7) -> float:
     return statistics.median(times)
 
 
-def table(found: dict[str, dict[str, float]], rounds: int, steps: int, threads: int) -> str:
+def table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
     lines = ["| what | s/step | peak MiB |", "|---|---|---|"]
-    lines += [f"| {LABELS[name]} | {f['seconds']:.2f} | {f['mib']:.0f} |" for name, f in found.items()]
-
-    lines += ["", "| figure | target | measured |", "|---|---|---|"]
-    for what, target, key, ours, theirs in FIGURES:
-        if {ours, theirs} <= found.keys():
-            lines.append(f"| {what} | {target} | {found[ours][key] / found[theirs][key]:.2f} |")
-    if "our_full" not in found:
-        return "\n".join(lines if any(ours in found for *_, ours, _ in FIGURES) else lines[: 2 + len(found)]) + _ground(rounds, steps, threads)
-    lines.append(f"| `finetune --help` | under 0.5 s | {answers(['--help']):.2f} s |")
-    lines.append(f"| `finetune methods` | under 1 s | {answers(['methods']):.2f} s |")
-    return "\n".join(lines) + _ground(rounds, steps, threads)
-
-
-def _ground(rounds: int, steps: int, threads: int) -> str:
+    lines += [f"| {LABELS[name]} | {statistics.median(f['seconds']):.2f} | {f['mib'][-1]:.0f} |" for name, f in found.items()]
+    figures = [
+        (f"| {what} | {target} |", found[ours][key], found[theirs][key])
+        for what, target, key, ours, theirs in FIGURES
+        if {ours, theirs} <= found.keys()
+    ]
+    if figures:
+        lines += ["", "| figure | target | measured |", "|---|---|---|"]
+        lines += [f"{start} {ratio(ours, theirs)} |" for start, ours, theirs in figures]
+    if "our_full" in found:
+        lines.append(f"| `finetune --help` | under 0.5 s | {answers(['--help']):.2f} s |")
+        lines.append(f"| `finetune methods` | under 1 s | {answers(['methods']):.2f} s |")
     import torch
 
-    return f"\n\n{rounds} rounds of {steps} steps, {threads} threads, {platform.machine()}, torch {torch.__version__}."
+    turns = len(next(iter(found.values()))["seconds"])
+    return "\n".join(lines) + f"\n\n{turns} turns of one step each, {threads} threads, {platform.machine()}, torch {torch.__version__}."
+
+
+def ratio(ours: list[float], theirs: list[float]) -> str:
+    """The median over turns of the ratio within a turn, and the middle half of them where they differ."""
+    each = [a / b for a, b in zip(ours, theirs, strict=True)]
+    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
+    return f"{middle:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
@@ -242,8 +266,7 @@ def main() -> None:
     parser.add_argument("--one", choices=LABELS, help=argparse.SUPPRESS)
     parser.add_argument("--table", choices=TABLES, default="snell", help="which contestants, and which table of the file --write names")
     parser.add_argument("--only", nargs="+", choices=LABELS, help="only these of them")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--steps", type=int, default=9, help="how many turns there are")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", type=Path, help="put the tables between the markers in this file")
     given = parser.parse_args()
@@ -251,7 +274,7 @@ def main() -> None:
         one(given.one, given.steps, given.threads)
         return
     names = [name for name in TABLES[given.table] if name in (given.only or TABLES[given.table])]
-    text = table(measure(names, given.rounds, given.steps, given.threads), given.rounds, given.steps, given.threads)
+    text = table(measure(names, given.steps, given.threads), given.threads)
     print(text)
     if given.write:
         start, end = f"<!-- {given.table} -->\n", f"<!-- /{given.table} -->"

@@ -23,6 +23,7 @@ from ..errors import ConfigError
 from ..settings import Config
 
 FORMAT = 1
+TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
 NOT_THE_RUN = ("name", "run", "logger")  # settings that cannot change a run's result
 CLASSIFICATION = {"id": "string", "label": "int64", "prediction": "int64", "score": "float64"}
 LANGUAGE = {"loss": "float64", "bytes": "int64"}
@@ -141,7 +142,9 @@ def run_folder(config: Config) -> Path:
     """``outputs/<name>/<run>``, relative to the working directory; by default today's date and a name made of the content."""
     name = config.name or datetime.date.today().isoformat()
     run = config.run or f"{config.method.name}-{config.model.name}-{config.dataset.name}-s{config.seed}-{config.hash()}"
-    return Path("outputs") / _folder_name("name", name) / _folder_name("run", run)
+    sweep = name.removesuffix(f"/{TRIALS}")
+    place = Path("outputs") / _folder_name("name", sweep)
+    return (place / TRIALS if sweep != name else place) / _folder_name("run", run)
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:

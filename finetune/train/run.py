@@ -117,6 +117,7 @@ class Training:
         """Evaluate the chosen state, and put together what ``result.json`` holds. Writes the test predictions."""
         cuda = torch.cuda.max_memory_allocated() if self.session.accelerator.device.type == "cuda" else None
         peak, kind = peak_memory(cuda)
+        counts = params(self.setup)  # before anything is loaded: what is stored may be less than what was trained
         if self.progress["best_step"] != self.session.number:
             stored.load(self.files.delta, self.session.states)
         metrics = {"base": self.progress["base"], "val": self.progress["val"]}
@@ -132,7 +133,7 @@ class Training:
         }  # fmt: skip
         size = sum(f.stat().st_size for f in self.files.delta.iterdir())
         return make_result(
-            self.setup.config, status="finished", metrics=metrics, params=params(self.setup), stored_bytes=size, cost=cost,
+            self.setup.config, status="finished", metrics=metrics, params=counts, stored_bytes=size, cost=cost,
             steps=self.session.number, best_step=self.progress["best_step"], device=str(self.session.accelerator.device),
         )  # fmt: skip
 

@@ -86,7 +86,7 @@ def make_accelerator(settings: TrainConfig, unused_parameters: bool = False) -> 
 def make_deterministic(settings: TrainConfig) -> None:
     """The same seed gives the same bits on one machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does this and imports the compiler, for seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     if settings.threads:
         torch.set_num_threads(settings.threads)

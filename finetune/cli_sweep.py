@@ -1,0 +1,208 @@
+"""The command ``finetune sweep``: many runs that are checked first, survive whatever ends them, and are watched while they go."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .errors import ConfigError
+
+if TYPE_CHECKING:
+    from .sweep import Point
+
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; those with several values are swept: method=lora,snell seed=0,1.")
+]
+SweepName = Annotated[str | None, typer.Option("--sweep", metavar="NAME", help="The settings of conf/sweep/NAME.yaml; the same as sweep=NAME.")]
+Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The folder, outputs/NAME; the same as name=NAME.")]
+ConfigDir = Annotated[
+    Path | None, typer.Option("--config-dir", metavar="DIR", help="Your own YAML groups; they win over built-in ones of the same name.")
+]
+ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top.")]
+Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="How many runs at once; by default one, or one per GPU.", show_default=False)]
+LauncherName = Annotated[str, typer.Option("--launcher", metavar="NAME", help="local, joblib, slurm or ray, with launcher.KEY=VALUE.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Run again what had failed before.")]
+Attempts = Annotated[int, typer.Option("--attempts", min=1, help="How often a run may be started before it counts as failed.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs with the time and memory they should take; run nothing.")]
+MaxRuns = Annotated[int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")]
+Watch = Annotated[Path | None, typer.Option("--watch", metavar="DIR", help="Show the sweep in DIR, which another shell runs, until it ends.")]
+Search = Annotated[str | None, typer.Option("--search", metavar="optuna", help="Search interval(...) and choice(...) instead of running a grid.")]
+Trials = Annotated[int | None, typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """The words of the command line by what they are for."""
+
+    settings: list[str]
+    launcher: list[str]
+    tune: list[str]
+
+
+def sweep(
+    overrides: Overrides = None, preset: SweepName = None, name: Name = None, config_dir: ConfigDir = None, config_file: ConfigFile = None,
+    jobs: Jobs = None, launcher: LauncherName = "local", retry: Retry = False, attempts: Attempts = 1, fail_fast: FailFast = False,
+    dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, as_json: AsJson = False,
+) -> None:  # fmt: skip
+    """Run the cross product of all values: method=lora,snell seed=0,1. The same command again goes on: finished runs are skipped."""
+    asked = _asked(overrides or [], preset, name)
+    if watch:
+        raise typer.Exit(_watch(watch, asked))
+    from .sweep import launch, points
+    from .sweep.watch import Board
+
+    where = launch.launcher(launcher, asked.launcher, config_dir)
+    with Board() as board:
+        try:
+            if search or (trials and not asked.tune):
+                raise typer.Exit(_search(asked, search, trials, jobs, config_dir, config_file, board, as_json))
+            runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
+            if dry_run:
+                from .sweep.forecast import forecast
+
+                _show_forecast(forecast(runs, jobs or 1, retry, board.say), as_json)
+                return
+            if asked.tune:
+                from .sweep import tune
+
+                runs = tune.run(runs, asked.tune[0], trials or 5, jobs=jobs, say=board.say)
+            found = _run(runs, asked.settings, where, jobs, board, retry=retry, attempts=attempts, fail_fast=fail_fast)
+        except KeyboardInterrupt as error:
+            by = f" by {error}" if str(error) else ""
+            print(f"Interrupted{by}. What is finished is kept; to go on: {_command()}", file=sys.stderr)
+            raise typer.Exit(130) from None
+    raise typer.Exit(_report(runs, found, as_json))
+
+
+def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
+    """Sort the words. Raises ``ConfigError`` where an option and a word say the same thing."""
+    settings = [word for word in words if not word.startswith(("launcher.", "tune="))]
+    for option, key in ((preset, "sweep"), (name, "name")):
+        if option is not None:
+            if any(word.startswith(f"{key}=") for word in settings):
+                raise ConfigError(f"--{key} {option} and {key}= are the same setting; keep one of them.")
+            settings.append(f"{key}={option}")
+    tune = [word.removeprefix("tune=") for word in words if word.startswith("tune=")]
+    if len(tune) > 1:
+        raise ConfigError(f"tune={tune[0]} and tune={tune[1]}: one parameter can be tuned; keep one of them.")
+    return Asked(settings, [word for word in words if word.startswith("launcher.")], tune)
+
+
+def _run(
+    runs: Sequence[Point], settings: Sequence[str], where: Any, jobs: int | None, board: Any, *, retry: bool, attempts: int, fail_fast: bool
+) -> dict[Path, dict[str, Any]]:
+    """Freeze the points and run them; their results by folder."""
+    from .sweep import freeze, launch
+    from .sweep.pool import Pool, interruptible
+    from .sweep.status import announced
+
+    freeze(runs)
+    gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
+    pool = Pool(jobs, board.say, retry=retry, attempts=attempts, fail_fast=fail_fast, look=board.look, gpus=gpus)
+    with announced(runs, settings, pool.places, _command()):
+        board.show(runs[0].folder.path.parent)
+        if where is None:
+            return pool.run(runs)
+        with interruptible():
+            return launch.run_all(runs, where, jobs, retry, board.say)
+
+
+def _watch(folder: Path, asked: Asked) -> int:
+    from .sweep.watch import watch
+
+    if asked.settings:
+        raise ConfigError(f"{asked.settings[0]}: --watch {folder} only shows a sweep that another shell runs; it takes no settings.")
+    try:
+        return watch(folder)
+    except KeyboardInterrupt:
+        return 0
+
+
+def _search(
+    asked: Asked, search: str | None, trials: int | None, jobs: int | None, config_dir: Path | None, config_file: Path | None,
+    board: Any, as_json: bool,
+) -> int:  # fmt: skip
+    """Search, and print the trials; the exit code."""
+    if search != "optuna" or not trials:
+        raise ConfigError("A search is asked for by --search optuna --trials N; --trials alone belongs to tune=KEY.")
+    from .sweep import search as searching
+
+    results = searching.run(asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, say=board.say, look=board.look)
+    if as_json:
+        _show(results, as_json)
+    else:
+        _show_search(results)
+    return 1 if any(result["status"] == "failed" for _, result in results) else 0
+
+
+def _command() -> str:
+    """What was typed, as it can be typed again."""
+    return shlex.join(["finetune", *sys.argv[1:]])
+
+
+def _report(runs: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool) -> int:
+    """Print all results, and what went wrong; the exit code."""
+    _show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
+    wrong = [(point, found.get(point.folder.path, {"status": "not finished", "error": "the same command goes on with it"})) for point in runs]
+    wrong = [(point, result) for point, result in wrong if result["status"] != "finished"]
+    for point, result in wrong:
+        print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
+    return 1 if wrong else 0
+
+
+def _show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps([{"run": str(point.folder.path), **result} for point, result in results], indent=2))
+    elif results:
+        from rich.console import Console
+
+        from .report.table import runs_table
+
+        Console().print(runs_table([result for _, result in results], [point.label for point, _ in results]))
+        print(f"Everything lies in {results[0][0].folder.path.parent}")
+
+
+def _show_search(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
+    """The trials, best on validation first; the test set has no say in a search."""
+    from .display import show_table
+    from .report.metric import main_metric
+
+    rows = []
+    for point, result in results:
+        found = (result.get("metrics") or {}).get("val")
+        metric = main_metric(found)
+        rows.append({"settings": point.label, "validation": metric.show(found[metric.key]) if metric else None, "status": result["status"],
+                     "run": point.folder.path.name})  # fmt: skip
+    if rows:
+        show_table(rows)
+        print(f"Everything lies in {results[0][0].folder.path.parent}")
+
+
+def _show_forecast(told: dict[str, Any], as_json: bool) -> None:
+    from .display import show_tree
+    from .report.metric import show_bytes
+    from .sweep.status import show_seconds
+
+    if as_json:
+        show_tree(told, as_json)
+        return
+    faults = {row["fault"]: row["settings"] for row in told["runs"] if row["fault"]}
+    fits = {True: "fits", False: "does not fit", None: "?"}
+    rows = []
+    for row in told["runs"]:
+        used = "?" if row["memory_bytes"] is None else f"{show_bytes(row['memory_bytes'])}, {fits[row['fits']]}"
+        costs = {"time": show_seconds(row["seconds"]), "memory": used} if not row["would"].startswith("be ") else {"time": "", "memory": ""}
+        rows.append({key: row[key] for key in ("run", "settings", "seed", "would")} | costs)
+    total = {key: value for key, value in told["total"].items() if value is not None} | {"seconds": show_seconds(told["total"]["seconds"])}
+    show_tree({"folder": told["folder"], "runs": rows, "total": total}, as_json)
+    for fault, settings in faults.items():
+        print(f"Warning: {settings} could not be measured: {fault}", file=sys.stderr)

@@ -1,0 +1,220 @@
+"""Runs as their folders tell them, read quickly: whatever is missing or torn makes a run's failure and its reason, never an error."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..errors import ConfigError
+
+FORMAT = 1
+DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
+NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
+NOT_THE_RUN = ("name", "run", "logger", "seed")  # settings that make no other experiment
+Settings = dict[str, Any]
+
+
+@dataclass
+class Run:
+    """One run folder. ``settings``: its frozen configuration as dotted keys, without what makes no other experiment."""
+
+    path: Path
+    status: Literal["finished", "failed", "unfinished"]
+    error: str | None
+    result: Mapping[str, Any]
+    settings: Settings
+    seed: int | None
+    tuning: Mapping[str, Any] | None = None
+    known: bool = True  # whether ``settings`` is the whole configuration
+    notes: list[str] = field(default_factory=list)
+
+    def number(self, name: str) -> float | None:
+        """A number of the result by its dotted name, such as ``test.accuracy`` or ``cost.peak_memory_bytes``."""
+        metrics = self.result.get("metrics")
+        found = _at(metrics, name)
+        found = found if found is not None else _at(self.result, name)
+        good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        return found if good else None
+
+    def text(self, name: str) -> str | None:
+        """A text of the result by its dotted name."""
+        found = _at(self.result, name)
+        return found if isinstance(found, str) else None
+
+    @cached_property
+    def base(self) -> str | None:
+        """The fingerprint of the weights that it started from."""
+        about = _json(self.path / "delta" / "delta.json")
+        found = about.get("base_fingerprint") if isinstance(about, dict) else None
+        return found if isinstance(found, str) else None
+
+    def curve(self, key: str) -> list[tuple[int, float, float | None]]:
+        """Step, value of ``val_<key>``, and the training loss averaged since the validation before; what is torn is left out."""
+        try:
+            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            return []
+        return list(_curve(text, f"val_{key}"))
+
+
+def _curve(text: str, key: str) -> Iterator[tuple[int, float, float | None]]:
+    losses: list[float] = []
+    for line in text.splitlines():
+        if f'"{key}"' not in line:
+            losses += [float(x) for x in re.findall(r'"loss": (-?[\d.]+(?:e[-+]?\d+)?)\b', line)]
+            continue
+        try:
+            found = json.loads(line)
+            step, value = int(found["step"]), float(found[key])
+        except (ValueError, KeyError, TypeError):
+            continue
+        yield step, value, math.fsum(losses) / len(losses) if losses else None
+        losses = []
+
+
+def find(folders: Iterable[Path]) -> list[Path]:
+    """The run folders in and below ``folders``, each once. Raises ``ConfigError`` with every folder that is missing or holds none."""
+    found: dict[Path, Path] = {}
+    faults = []
+    for folder in folders:
+        if not folder.is_dir():
+            faults.append(f"{folder}: there is no such folder. Give a run, a sweep's folder (outputs/NAME), or several of them.")
+            continue
+        runs = sorted(_below(folder, 0))
+        if not runs:
+            faults.append(f"{folder} holds no run: no folder in it has a config.yaml or result.json. Give outputs/NAME of a sweep.")
+        for path in runs:
+            found.setdefault(path.resolve(), path)
+    if faults:
+        raise ConfigError(*faults)
+    return list(found.values())
+
+
+def _below(folder: Path, depth: int) -> Iterator[Path]:
+    try:
+        inside = {entry.name: entry.is_dir() for entry in _entries(folder)}
+    except OSError:
+        return
+    if inside.get("config.yaml") is False or inside.get("result.json") is False:
+        yield folder
+    elif depth < DEPTH:
+        for name, is_folder in inside.items():
+            if is_folder and name not in NO_ROWS and not name.startswith("."):
+                yield from _below(folder / name, depth + 1)
+
+
+def _entries(folder: Path) -> list[Any]:
+    import os
+
+    with os.scandir(folder) as entries:
+        return list(entries)
+
+
+def read(paths: Sequence[Path]) -> list[Run]:
+    """The runs at ``paths``, without those that repeat another's configuration; of such, a finished one stays."""
+    shared: dict[str, Settings] = {}
+    runs: dict[Any, Run] = {}
+    for path in paths:
+        run = _read(path, shared)
+        key = run.text("config_hash") or json.dumps([run.seed, run.settings], sort_keys=True, default=str)
+        other = runs.setdefault(key, run)
+        if other is not run:
+            kept, left = (other, run) if other.status == "finished" or run.status != "finished" else (run, other)
+            kept.notes = [*other.notes, f"{left.path} repeats {kept.path} and is left out."]
+            runs[key] = kept
+    return list(runs.values())
+
+
+def _read(path: Path, shared: dict[str, Settings]) -> Run:
+    result, error = _result(path / "result.json")
+    group = result.get("group_hash")
+    whole = None if isinstance(group, str) and group in shared else _config(path)
+    if isinstance(group, str) and whole is not None:
+        shared[group] = whole[0]
+    known = True
+    settings, seed = whole if whole is not None else (shared.get(str(group)), None)
+    if settings is None:
+        error = error or f"{path / 'config.yaml'} cannot be read"
+        settings = {f"{key}.name": str(result[key]) for key in ("method", "model", "dataset") if key in result}
+        known = False
+    told = result.get("seed", seed)
+    status: Any = "failed" if error else result.get("status", "unfinished")
+    if status not in ("finished", "unfinished"):
+        error, status = error or str(result.get("error") or "no reason recorded"), "failed"
+    tuning = _tuning(path / "tuning.json")
+    return Run(path, status, error, result, settings, told if isinstance(told, int) else None, tuning, known)
+
+
+def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
+    """The result, empty where there is none, and why it cannot be used."""
+    try:
+        text = file.read_bytes()
+    except FileNotFoundError:
+        return {}, None
+    except OSError as error:
+        return {}, f"{file} cannot be read ({error.strerror})"
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        return {}, f"{file} is damaged or cut short ({error})"
+    if not isinstance(found, dict):
+        return {}, f"{file} holds no result"
+    version = found.get("format", FORMAT)
+    if not isinstance(version, int) or version > FORMAT:
+        return found, f"{file} has format {version}, and this version reads {FORMAT}"
+    return found, None
+
+
+def _tuning(file: Path) -> Mapping[str, Any] | None:
+    found = _json(file)
+    good = isinstance(found, dict) and isinstance(found.get("parameter"), str) and isinstance(found.get("trials"), int)
+    return found if good else None
+
+
+def _config(path: Path) -> tuple[Settings, int | None] | None:
+    """The frozen settings and the seed, from the stored change, which JSON makes quick to read, or else from ``config.yaml``."""
+    about = _json(path / "delta" / "delta.json")
+    found = about.get("config") if isinstance(about, dict) else None
+    if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
+        found = _yaml(path / "config.yaml")
+    if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
+        return None
+    seed = found.get("seed")
+    leaves = dict(_leaves({key: value for key, value in found.items() if key not in NOT_THE_RUN}, ""))
+    return leaves, seed if isinstance(seed, int) else None
+
+
+def _yaml(file: Path) -> Any:
+    import yaml
+
+    try:
+        return yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return None
+
+
+def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    if not isinstance(tree, dict) or not tree:
+        yield prefix, tree
+        return
+    for name, item in tree.items():
+        yield from _leaves(item, f"{prefix}.{name}" if prefix else str(name))
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return None
+
+
+def _at(tree: Any, name: str) -> Any:
+    for key in name.split("."):
+        tree = tree.get(key) if isinstance(tree, Mapping) else None
+    return tree

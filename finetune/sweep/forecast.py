@@ -1,0 +1,169 @@
+"""What a sweep would take, before it starts: time and memory of each point, from finished runs like it or else from a few measured steps.
+
+``python -m finetune.sweep.forecast CONFIG`` makes those steps in a process of its own, in a temporary folder.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ..config import load
+from ..settings import Config
+from ..train.files import RunFolder
+from ..train.result import group_hash
+from .grid import Point
+from .process import again, environment
+from .status import duration
+
+STEPS = 4  # how many a measurement makes
+Row = dict[str, Any]
+
+
+def forecast(runs: Sequence[Point], jobs: int, retry: bool = False, say: Callable[[str], None] = lambda line: None, room: int | None = None) -> Row:
+    """The folder, every run with what would become of it, and totals; writes nothing.
+
+    A run has ``seconds`` and ``memory_bytes`` (``None`` where nothing tells), ``fits`` (in ``room`` bytes, by default this machine's share for one of
+    ``jobs`` runs at once), and ``fault`` where a measurement failed. The total of seconds is for ``jobs`` at once.
+    """
+    room = room or memory(jobs)
+    known, measured = _known(), dict[str, Row]()
+    rows = []
+    for point in runs:
+        would = _would(point, retry)
+        row: Row = {"run": point.folder.path.name, "settings": point.label, "seed": point.config.seed, "would": would}
+        rows.append(row | {"seconds": None, "memory_bytes": None, "fits": None, "fault": None})
+        if would.startswith("be "):
+            continue
+        siblings = known.get(group_hash(point.config))
+        if siblings:
+            seconds = [s for s, _ in siblings if s is not None]
+            rows[-1] |= {"seconds": statistics.median(seconds) if seconds else None, "memory_bytes": max(m for _, m in siblings)}
+        else:
+            kind = _kind(point.config)
+            if kind not in measured:
+                measured[kind] = _measure(point.config, say)
+            rows[-1] |= _from(measured[kind], point.config)
+        used = rows[-1]["memory_bytes"]
+        rows[-1]["fits"] = None if used is None else used <= room
+    return {"folder": str(runs[0].folder.path.parent), "runs": rows, "total": _total(rows, jobs, room)}
+
+
+def _would(point: Point, retry: bool) -> str:
+    folder = point.folder
+    if folder.finished:
+        return "be skipped: finished"
+    if folder.result.is_file():
+        result = folder.read_result()
+        if not retry and not again(result):
+            return "be kept: failed"
+    return "go on" if any((folder.path / "checkpoints").glob("step-*")) else "start"
+
+
+def _total(rows: Sequence[Row], jobs: int, room: int) -> Row:
+    new = [row for row in rows if not row["would"].startswith("be ")]
+    seconds = [row["seconds"] for row in new]
+    return {
+        "runs": len(rows),
+        "finished": sum(row["would"] == "be skipped: finished" for row in rows),
+        "to_run": len(new),
+        "seconds": sum(seconds) / min(jobs, max(1, len(new))) if None not in seconds else None,
+        "peak_memory_bytes": max((row["memory_bytes"] for row in new if row["memory_bytes"]), default=None),
+        "room_bytes": room,
+        "cannot_fit": sum(row["fits"] is False for row in rows),
+    }
+
+
+def _known() -> dict[str, list[tuple[float | None, int]]]:
+    """Seconds and peak bytes of every finished run under ``outputs``, by its configuration without the seed."""
+    found: dict[str, list[tuple[float | None, int]]] = {}
+    for file in Path("outputs").glob("*/*/result.json"):
+        try:
+            result = json.loads(file.read_text(encoding="utf-8"))
+            if result["status"] == "finished":
+                peak = int(result["cost"]["peak_memory_bytes"])
+                found.setdefault(result["group_hash"], []).append((duration(RunFolder(file.parent)), peak))
+        except (OSError, ValueError, KeyError, TypeError):
+            continue
+    return found
+
+
+def _kind(config: Config) -> str:
+    """What decides the time of a step, roughly: runs of one kind are measured once."""
+    about = (config.method.name, config.selector.name, config.model, config.dataset, replace(config.train, steps=1))
+    return repr(about)
+
+
+def _from(probe: Row, config: Config) -> Row:
+    if probe.get("step") is None:
+        return {"memory_bytes": probe.get("memory_bytes"), "fault": probe.get("fault")}
+    steps, every = config.train.steps, config.train.eval_every
+    validations = 1 + ((steps - 1) // every if every else 0)
+    return {"seconds": probe["fixed"] + steps * probe["step"] + validations * probe["evaluation"], "memory_bytes": probe["memory_bytes"]}
+
+
+def _measure(config: Config, say: Callable[[str], None]) -> Row:
+    """A few steps of ``config`` in a process of its own."""
+    say(f"Measuring {STEPS} steps of method={config.method.name} on {config.dataset.name}")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "config.yaml"
+        file.write_text(json.dumps(config.as_dict()), encoding="utf-8")  # JSON is YAML
+        done = subprocess.run([sys.executable, "-m", __name__, str(file)], env=environment(None, None), capture_output=True, text=True)
+    try:
+        probe: Row = json.loads(done.stdout.splitlines()[-1])
+        return probe
+    except (IndexError, ValueError):
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else lines[-1] if lines else f"exit code {done.returncode}"
+        return {"step": None, "memory_bytes": None, "fault": why}
+
+
+def probe(file: Path, room: int) -> Row:
+    """Seconds of one step, of one evaluation and of all else, and peak bytes. What needs more than ``room`` bytes is only planned."""
+    import psutil
+
+    from ..errors import FinetuneError
+    from ..train import run
+
+    began = time.time()
+    start = began - psutil.Process().create_time()
+    try:
+        config = load([], config_file=file)
+        expected = int(run.plan(config)["expected_peak_memory_bytes"])
+        if expected > room:
+            return {"step": None, "memory_bytes": expected, "fault": None}
+        train = replace(config.train, steps=min(STEPS, config.train.steps), eval_every=None, save_every=None, max_seconds=None)
+        short = replace(config, train=train, logger=replace(config.logger, name="jsonl"))
+        folder, began = RunFolder(file.parent / "run"), time.time()
+        result = run.train(short, folder.path, lambda line: None, lambda done, total, words: None)
+    except FinetuneError as error:
+        return {"step": None, "memory_bytes": None, "fault": " ".join(str(error).split())}
+    cost, whole = result["cost"], time.time() - began
+    evaluation = max(0.0, folder.predictions.stat().st_mtime - folder.metrics.stat().st_mtime)
+    fixed = max(0.0, start + whole - cost["train_seconds"] - evaluation)
+    return {"step": cost["step_seconds_median"], "evaluation": evaluation, "fixed": fixed, "memory_bytes": cost["peak_memory_bytes"]}
+
+
+def memory(jobs: int) -> int:
+    """Bytes that one of ``jobs`` runs may take: a GPU's, where there is one, else its share of what is free."""
+    import psutil
+
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
+        sizes = [int(line) * 2**20 for line in done.stdout.splitlines() if line.strip().isdigit()]
+    except (OSError, subprocess.SubprocessError):
+        sizes = []
+    return min(sizes) if sizes else int(psutil.virtual_memory().available) // max(1, jobs)
+
+
+if __name__ == "__main__":
+    print(json.dumps(probe(Path(sys.argv[1]), memory(1))))

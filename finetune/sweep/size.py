@@ -1,0 +1,177 @@
+"""How much a configuration trains and stores, counted on tensors without values. Imports torch.
+
+Weights are read once for each model and task, and their shapes kept; what a method adds is built on the meta device.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..core.bank import Bank
+from ..core.inplace import InPlace
+from ..core.method import Method
+from ..core.mixed import Mixed
+from ..errors import ConfigError
+from ..models.load import load as load_model
+from ..settings import Config
+from ..train.files import FORMAT, plain, run_folder
+
+DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+          torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip
+Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
+
+
+@dataclass(frozen=True)
+class Size:
+    """``trained`` entries and ``stored`` bytes, as a run of it reports them. The new head is in both, ``head`` entries of it."""
+
+    trained: int
+    stored: int
+    head: int
+
+
+@dataclass(frozen=True)
+class Frame:
+    """A model without values, all of it frozen; the parameters of its new head, the task, its labels, and all ``total`` parameters."""
+
+    model: nn.Module
+    head: tuple[str, ...]
+    task: str
+    labels: tuple[str, ...]
+    total: int
+
+
+_frames: dict[str, Frame] = {}
+
+
+def frame(config: Config) -> Frame:
+    """The model of ``config`` for its data set; read once a process."""
+    tree = config.as_dict()
+    key = json.dumps([tree["model"], tree["dataset"]], sort_keys=True)
+    if key not in _frames:
+        raw = config.dataset.read()
+        base = load_model(config.model, raw.task, raw.labels, config.seed)
+        total = sum(p.numel() for p in base.model.parameters())
+        _frames[key] = Frame(_emptied(base.model), base.head, raw.task, raw.labels, total)
+    return _frames[key]
+
+
+def _emptied(model: nn.Module) -> nn.Module:
+    """``model`` with its parameters on the meta device; those that are shared stay so."""
+    held = list(model.parameters())
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in held}
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                module._parameters[name] = empty[id(parameter)]
+    return model
+
+
+def measure(config: Config, method: Method | None = None) -> Size:
+    """The size of ``config``, with ``method`` instead of its own if given. Raises ``ConfigError`` where the method does not fit the model.
+
+    What is trained is that of the last phase. Where entries are chosen by data, their positions are taken to lie at random: the bytes of the gaps
+    between them are the expected ones, and 0 for ``stored`` says that nothing can be expected.
+    """
+    method = method or config.method
+    last, at = method.phases()[-1].method, frame(config)
+    seed = config.seed + len(method.phases()) - 1
+    try:
+        states, shapes = _counted(at, last, seed, config.train.steps, "meta")
+    except (NotImplementedError, RuntimeError):  # it needs numbers, of its own at least
+        states, shapes = _counted(at, last, seed, config.train.steps, "cpu")
+    head = sum(p.numel() for p in states["head"].parameters()) if "head" in states else 0
+    trained = sum(p.numel() for p in states.parameters() if p.requires_grad)
+    return Size(trained, 0 if shapes is None else _file(shapes) + _about(config, method, at), head)
+
+
+def _counted(at: Frame, method: Method, seed: int, steps: int, device: str) -> tuple[nn.ModuleDict, Shapes | None]:
+    """The states as a session builds them, on a copy of the model, and what is stored of them."""
+    model, states = copy.deepcopy(at.model), nn.ModuleDict()
+    with torch.random.fork_rng(devices=[]), torch.device(device):
+        torch.manual_seed(seed)
+        if at.head:
+            states["head"] = InPlace(model, list(at.head), keep=True)
+        states["method"] = method.build(model)
+        return states, _stored(states, method, steps)
+
+
+def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
+    """Every tensor that is stored, by name; ``None`` where training decides how much that is."""
+    packed = {f"{name}.": module for name, module in states.named_modules() if hasattr(module, "unpack")}
+    found = {k: _shape(v) for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
+    for prefix, module in packed.items():
+        if isinstance(module, Mixed) or (isinstance(module, Bank) and _gathers(method, steps)):
+            return None
+        inner = _bank(module, method) if isinstance(module, Bank) else {k: _shape(t) for k, t in module.pack().items()}
+        found |= {prefix + k: s for k, s in inner.items()}
+    return found
+
+
+def _gathers(method: Any, steps: int) -> bool:
+    """Whether entries that come in later are stored beside those that left."""
+    schedule = method.schedule if hasattr(method, "schedule") else None
+    if schedule is None or schedule.dropped != "kept":
+        return False
+    moves = (schedule.move(step, steps) for step in range(1, steps))
+    return any(move.redraw or (move.drop and move.by == "change") for move in moves if move)
+
+
+def _shape(t: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
+    return t.dtype, tuple(t.shape)
+
+
+def _bank(bank: Bank, method: Any) -> Shapes:
+    """What ``pack`` will give: values, starts, and the code of the gaps."""
+    count = round(len(bank.values) / (method.schedule.peak if hasattr(method, "schedule") else 1))
+    gaps = _gap_bytes(count, sum(bank.sizes), _run(bank, method))
+    return {"values": (torch.float32, (count,)), "starts": (torch.int64, (len(bank.sizes) + 1,)), "gaps": (torch.uint8, (gaps,))}
+
+
+def _run(bank: Bank, method: Any) -> int:
+    """How many neighbours are chosen together: the least over the sites."""
+    grain = getattr(method, "grain", "element")
+    if grain.startswith("block:"):
+        return int(grain.removeprefix("block:"))
+    whole = {"row": lambda s: s[1], "head": lambda s: s[1], "matrix": lambda s: s[0] * s[1]}.get(grain)
+    return min(map(whole, bank.shapes)) if whole else 1
+
+
+def _gap_bytes(count: int, size: int, run: int) -> int:
+    """Expected bytes of the gaps between ``count`` of ``size`` positions in runs of ``run``: one each, and more for those of 128, 128^2, ..."""
+    apart = 1 - count / size if count < size else 0.0
+    more = sum(apart ** ((128**j - 1) / run) for j in range(1, 5)) if apart else 0.0
+    return count + math.ceil(count / run * more)
+
+
+def _file(shapes: Shapes) -> int:
+    """Bytes of a safetensors file of these tensors: the header's length, the header in whole words of 8 bytes, the data."""
+    header, end = dict[str, Any](), 0
+    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+        start, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    return 8 + -(-len(json.dumps(header, separators=(",", ":")).encode()) // 8) * 8 + end
+
+
+def _about(config: Config, method: Method, at: Frame) -> int:
+    """Bytes of ``delta.json``, but for a digit or two."""
+    named = replace(config, method=method, name=config.name or "sweep-01234567")
+    named = replace(named, run=run_folder(named).name)
+    content = {
+        "format": FORMAT, "method": method.name, "config": named.as_dict(), "task": at.task, "labels": list(at.labels), "head": list(at.head),
+        "step": config.train.steps, "phase": len(method.phases()) - 1, "base_fingerprint": "0" * 64,
+    }  # fmt: skip
+    return len(json.dumps(plain(content), indent=2, ensure_ascii=False).encode()) + 1
+
+
+def check(config: Config, method: Method) -> None:
+    """Raise ``ConfigError`` for what ``method`` says cannot mean anything in this run."""
+    if faults := method.faults(config.train.steps):
+        raise ConfigError(*faults)

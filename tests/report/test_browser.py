@@ -1,0 +1,279 @@
+"""The HTML report in a real browser: it sorts, filters, copies and draws, without a network and without an error."""
+
+from __future__ import annotations
+
+import runpy
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.report import html
+from finetune.report.figures import figures
+
+pytestmark = pytest.mark.browser
+example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
+FLAGS = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync hide-scrollbars"
+
+AS_IT_WAS = """
+for (const open of document.querySelectorAll('.toggle[aria-expanded=true]')) open.click();
+const filters = document.getElementById('filters');
+for (const field of filters.querySelectorAll('input, select')) field.value = field.matches('select') ? '*' : '';
+filters.dispatchEvent(new Event('input'));
+const head = document.querySelectorAll('#rows thead button')[2];
+while (head.closest('th').getAttribute('aria-sort') !== 'descending') head.click();
+"""
+
+
+@pytest.fixture(scope="module")
+def comparison() -> dict[str, Any]:
+    return example["comparison"]()
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    webdriver = pytest.importorskip("selenium.webdriver", reason="selenium is not installed")
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if chromium is None or driver is None:
+        pytest.skip("chromium or chromedriver is not installed")
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in (*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}", "window-size=1400,900"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
+    yield found
+    found.quit()
+
+
+@pytest.fixture(scope="module")
+def opened(browser: Any, comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The report, opened once and drawn."""
+    file = tmp_path_factory.mktemp("report") / "report ünï.html"
+    html.write(comparison, file)
+    browser.get(file.as_uri())
+    wait(browser, "return document.documentElement.dataset.drawn !== undefined")
+    return browser
+
+
+@pytest.fixture
+def page(opened: Any) -> Iterator[Any]:
+    """The report as it was when opened; whatever a test does, the browser has nothing to complain of."""
+    yield opened
+    assert opened.get_log("browser") == []
+    opened.execute_script(AS_IT_WAS)
+
+
+def wait(browser: Any, condition: str) -> None:
+    from selenium.webdriver.support.ui import WebDriverWait
+
+    WebDriverWait(browser, 60).until(lambda found: found.execute_script(condition))
+
+
+def find(page: Any, query: str) -> Any:
+    return page.find_element("css selector", query)
+
+
+def labels(page: Any) -> list[str]:
+    """Names of the rows that can be seen, from the top."""
+    return page.execute_script(
+        "return [...document.querySelectorAll('#rows tbody')].filter(b => !b.hidden).map(b => b.rows[0].cells[0].dataset.value)"
+    )
+
+
+def expected(comparison: dict[str, Any], value: Callable[[dict[str, Any]], Any], down: bool = False) -> list[Any]:
+    known = sorted((v for row in comparison["rows"] if (v := value(row)) is not None), reverse=down)
+    return known + [None] * (len(comparison["rows"]) - len(known))
+
+
+def sort_by(page: Any, words: str) -> Any:
+    """The head whose text begins with ``words``, after a click on its button."""
+    for head in page.find_elements("css selector", "#rows thead th"):
+        if head.text.replace("\n", " ").startswith(words):
+            head.find_element("tag name", "button").click()
+            return head
+    raise AssertionError(f"no column {words}")
+
+
+@pytest.mark.parametrize(
+    ("head", "key"), [("trained", "trained"), ("stored", "stored_bytes"), ("time per step", "step_seconds"), ("peak memory", "peak_memory_bytes")]
+)
+def test_sorts_by_a_column_up_and_down(page: Any, comparison: dict[str, Any], head: str, key: str) -> None:
+    by_label = {row["label"]: row[key] for row in comparison["rows"]}
+    found = sort_by(page, head)
+    assert found.get_attribute("aria-sort") == "ascending"
+    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row[key])
+    sort_by(page, head)
+    assert found.get_attribute("aria-sort") == "descending"
+    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row[key], down=True)
+    assert len(page.find_elements("css selector", "[aria-sort]:not([aria-sort=none])")) == 1
+
+
+def test_sorts_by_the_keyboard(page: Any, comparison: dict[str, Any]) -> None:
+    by_label = {row["label"]: row["mean"] for row in comparison["rows"]}
+    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"], down=True)
+    button = find(page, "#rows th[aria-sort=descending] button")
+    button.send_keys("\n")
+    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"])
+    button.send_keys(" ")
+    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"], down=True)
+
+
+def test_names_sort_as_people_count(page: Any, comparison: dict[str, Any]) -> None:
+    sort_by(page, "row")
+    found = labels(page)
+    assert found.index("spiel sparsity=0.9") < found.index("spiel sparsity=0.99") < found.index("spiel sparsity=0.999")
+    assert found[0] == "amt sparsity=0.9"
+    assert sorted(found) == sorted(row["label"] for row in comparison["rows"])
+
+
+def test_filters_say_what_they_hide(page: Any, comparison: dict[str, Any]) -> None:
+    count = find(page, "#count")
+    assert count.text == "14 of 14 rows"
+    find(page, "#find").send_keys("SPIEL 0.99")
+    assert labels(page) == [row["label"] for row in comparison["rows"] if row["label"] in ("spiel sparsity=0.99", "spiel sparsity=0.999")]
+    assert count.text == "2 of 14 rows"
+    find(page, "#find").send_keys(" nowhere")
+    assert count.text == "0 of 14 rows"
+    assert find(page, "#empty").is_displayed()
+    find(page, "#clear").click()
+    wait(page, "return document.getElementById('count').textContent === '14 of 14 rows'")
+    assert not find(page, "#empty").is_displayed()
+
+
+def test_choices_of_settings_filter_together(page: Any, comparison: dict[str, Any]) -> None:
+    from selenium.webdriver.support.ui import Select
+
+    method, sparsity = (Select(select) for select in page.find_elements("css selector", "#filters select"))
+    assert [option.text for option in sparsity.options] == ["all", "0.9", "0.99", "0.999", "\u2013"]
+    method.select_by_visible_text("snell")
+    wait(page, "return document.getElementById('count').textContent === '3 of 14 rows'")
+    sparsity.select_by_visible_text("0.99")
+    wait(page, "return document.getElementById('count').textContent === '1 of 14 rows'")
+    assert labels(page) == [example["HOSTILE"]]
+    method.select_by_visible_text("all")
+    sparsity.select_by_visible_text("\u2013")
+    wait(page, "return document.querySelectorAll('#rows tbody:not([hidden])')[0].dataset.words.startsWith('lora')")
+    assert labels(page) == ["lora"]
+    sort_by(page, "trained")
+    assert labels(page) == ["lora"]
+
+
+def test_values_can_be_read(page: Any, comparison: dict[str, Any]) -> None:
+    for body, row in zip(page.find_elements("css selector", "#rows tbody"), comparison["rows"], strict=True):
+        text = body.text
+        assert row["label"] in text
+        if row["mean"] is not None:
+            assert f"{100 * row['mean']:.2f}" in text
+            assert f"{row['trained']:,}" in text
+        if row["low"] is not None:
+            assert f"{100 * row['low']:.2f} to {100 * row['high']:.2f}" in text
+    assert example["HOSTILE"] in page.find_element("tag name", "body").text
+
+
+def test_details_open_and_stay_with_their_row(page: Any, comparison: dict[str, Any]) -> None:
+    details = page.find_elements("css selector", ".more")
+    assert not any(detail.is_displayed() for detail in details)
+    button = find(page, "#rows tbody .toggle")
+    button.click()
+    assert button.get_attribute("aria-expanded") == "true"
+    assert details[0].is_displayed()
+    assert comparison["rows"][0]["command"] in details[0].text
+    sort_by(page, "trained")
+    owner = page.execute_script("return document.querySelector('.more.open').parentElement.rows[0].cells[0].dataset.value")
+    assert owner == comparison["rows"][0]["label"]
+
+
+def test_the_command_is_copied_exactly(page: Any, comparison: dict[str, Any]) -> None:
+    page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    button = find(page, "#rows tbody .copy")
+    button.click()
+    wait(page, "return document.querySelector('.copy').textContent === 'copied'")
+    box = find(page, "#find")
+    box.click()
+    box.send_keys("\ue009v")  # control and v
+    assert box.get_attribute("value") == comparison["rows"][0]["command"]
+
+
+def test_the_command_is_copied_without_the_clipboard_interface(page: Any, comparison: dict[str, Any]) -> None:
+    page.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    button = page.find_elements("css selector", "#rows tbody .copy")[3]
+    button.click()
+    wait(page, "return document.querySelectorAll('.copy')[3].textContent === 'copied'")
+    box = find(page, "#find")
+    box.click()
+    box.send_keys("\ue009v")
+    assert box.get_attribute("value") == comparison["rows"][3]["command"]
+
+
+def test_every_figure_is_drawn_with_its_points(page: Any, comparison: dict[str, Any]) -> None:
+    made = figures(comparison)
+    assert page.execute_script("return document.documentElement.dataset.drawn") == str(len(made))
+    for figure in made:
+        counts = page.execute_script(
+            "const div = document.getElementById(arguments[0]);"
+            "return [div.querySelectorAll('svg.main-svg').length, div.querySelectorAll('.scatterlayer .trace').length,"
+            " div.querySelectorAll('.points path').length, div.clientWidth, div.querySelector('svg').clientWidth]",
+            f"plot-{figure.key}",
+        )
+        marked = sum(len(trace["x"]) for trace in figure.data if "markers" in trace["mode"])
+        assert counts[0] >= 1
+        assert counts[1:3] == [len(figure.data), marked]
+        assert counts[3] == counts[4] > 300
+    ticks = page.execute_script("return [...document.querySelectorAll('#plot-differences .ytick text')].map(t => t.textContent)")
+    assert "snell <script>\u2026 $5$ </script>" in ticks
+
+
+def test_a_series_is_hidden_and_shown_in_all_figures(page: Any) -> None:
+    query = "return document.querySelectorAll('#plot-pareto_trained .points path, #plot-by_sparsity .points path').length"
+    before = page.execute_script(query)
+    chip = find(page, ".chip[data-series=spiel]")
+    chip.click()
+    assert chip.get_attribute("aria-pressed") == "false"
+    wait(page, query.replace("return ", "return (").removesuffix(";") + f") === {before - 6}")
+    chip.click()
+    wait(page, query.replace("return ", "return (") + f") === {before}")
+
+
+def test_nothing_was_asked_of_a_network(page: Any) -> None:
+    asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
+    assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
+    refused = page.execute_async_script("const done = arguments[0]; fetch('https://example.org/').then(() => done('went'), () => done('refused'))")
+    assert refused == "refused"
+    messages = [entry["message"] for entry in page.get_log("browser")]
+    assert messages  # of the refusal, by the page's own policy
+    assert all("Content Security Policy" in message for message in messages)
+
+
+def test_light_and_dark(page: Any) -> None:
+    colours = "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.xtick text')).fill]"
+    light = page.execute_script(colours)
+    find(page, "#theme").click()
+    wait(page, "return document.documentElement.dataset.theme === 'dark'")
+    dark = page.execute_script(colours)
+    assert light == ["rgb(251, 250, 248)", "rgb(29, 33, 38)"]
+    assert dark == ["rgb(20, 23, 27)", "rgb(231, 233, 236)"]
+    find(page, "#theme").click()
+    assert page.execute_script(colours) == light
+
+
+def test_a_telephone_shows_all_without_scrolling_the_page(page: Any) -> None:
+    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        wait(page, "return innerWidth === 400 && document.querySelector('#plot-curves svg').clientWidth < 400")
+        assert page.execute_script("return document.documentElement.scrollWidth") == 400
+    finally:
+        page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+
+
+def test_it_prints(page: Any) -> None:
+    pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})["data"]
+    assert len(pdf) > 50_000
+    page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        assert find(page, ".more .command code").is_displayed()
+        assert not find(page, ".copy").is_displayed()
+    finally:
+        page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})

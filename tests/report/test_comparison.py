@@ -1,0 +1,359 @@
+"""Rows, pairing, verdicts and notes of a comparison, against numbers computed another way."""
+
+from __future__ import annotations
+
+import json
+import math
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import scipy.stats
+from statsmodels.stats.contingency_tables import cochrans_q, mcnemar
+from statsmodels.stats.multitest import multipletests
+
+from finetune.config import load, tree
+from finetune.errors import ConfigError
+from finetune.report import statistics
+from finetune.report.comparison import compare
+from finetune.train.files import write_yaml
+
+Make = Callable[..., Path]
+
+
+def answers(share: float, seed: int = 0, count: int = 200) -> list[int]:
+    """Right for the easiest examples, with some luck; equal seeds share the luck."""
+    luck = np.random.default_rng(seed).normal(0, 0.1, count)
+    return [int(i / count + e < share) for i, e in enumerate(luck)]
+
+
+def data(tmp_path: Path, *folders: Path, **words: Any) -> dict[str, Any]:
+    found = compare(list(folders) or [tmp_path / "outputs" / "sweep"], **words).as_dict()
+    json.dumps(found, allow_nan=False)
+    return found
+
+
+def row(found: dict[str, Any], label: str) -> dict[str, Any]:
+    (one,) = [row for row in found["rows"] if row["label"] == label]
+    return dict(one)
+
+
+def test_rows_by_method_over_seeds(made: Make, tmp_path: Path) -> None:
+    for seed in (2, 0, 1):
+        made("lora", seed, answers(0.9, seed))
+        made("head", seed, answers(0.5, seed + 9))
+    found = data(tmp_path)
+    assert (found["by"], found["task"], found["baseline"]) == (["method"], "classification", None)
+    assert [r["label"] for r in found["rows"]] == ["lora", "head"]
+    values = [np.mean(answers(0.9, seed)) for seed in range(3)]
+    lora = row(found, "lora")
+    assert (lora["seeds"], lora["values"]) == ([0, 1, 2], pytest.approx(values))
+    assert lora["mean"] == pytest.approx(np.mean(values))
+    assert lora["sd"] == pytest.approx(np.std(values, ddof=1))
+    assert (lora["low"], lora["high"]) == pytest.approx(scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values)))
+    assert (lora["trained"], lora["stored_bytes"], lora["step_seconds"], lora["peak_memory_bytes"]) == (35_082, 144_592, 0.03125, 512 << 20)
+    assert (lora["rank"], row(found, "head")["versus"]["verdict"]) == ("best", "worse")
+    assert found["metric"] == {"name": "test.accuracy", "words": "accuracy", "higher_is_better": True, "percent": True}
+
+
+def test_methods_are_judged_over_seeds_and_examples(made: Make, tmp_path: Path) -> None:
+    """Paired by seed and by example: the rows' matrices of answers, less one another."""
+    a, b = ([answers(share, seed + luck) for seed in range(3)] for share, luck in ((0.8, 0), (0.75, 40)))
+    for seed in range(3):
+        made("lora", seed, a[seed])
+        made("head", seed, b[seed], ids=[f"e{i}" for i in range(200)])
+    test = row(data(tmp_path), "head")["versus"]
+    expected = statistics.crossed(np.array(b) - np.array(a))
+    assert (test["test"], test["against"]) == ("seeds and examples", "lora")
+    assert (test["difference"], test["low"], test["high"], test["p"]) == pytest.approx(expected)
+
+
+def test_one_seed_is_mcnemar_and_marked(made: Make, tmp_path: Path) -> None:
+    a, b = answers(0.85, 1), answers(0.8, 2)
+    made("lora", 0, a)
+    made("head", 0, b)
+    found = data(tmp_path)
+    one = row(found, "head")
+    right, wrong = sum(x > y for x, y in zip(b, a, strict=True)), sum(x < y for x, y in zip(b, a, strict=True))
+    assert one["versus"]["test"] == "mcnemar mid-p"
+    assert one["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
+    assert one["versus"]["p"] < mcnemar([[0, right], [wrong, 0]], exact=True).pvalue
+    assert (one["single_seed"], one["low"], one["sd"]) == (True, None, None)
+    assert one["examples"]["count"] == 200
+    assert (one["examples"]["low"], one["examples"]["high"]) == pytest.approx(statistics.wilson(sum(b), 200))
+    assert any("Every row has a single seed" in note for note in found["notes"])
+    assert any("not of the methods" in note for note in found["notes"])
+
+
+def test_bits_per_byte_over_seeds_and_for_one(made: Make, tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    size = random.integers(50, 500, 40)
+    for method, level in (("lora", 2.0), ("head", 2.4)):
+        for seed in range(3):
+            bits = size * (level + random.normal(0, 0.2, 40))
+            made(method, seed, bits=list(zip(bits.tolist(), size.tolist(), strict=True)), dataset__name="stdlib")
+    found = data(tmp_path)
+    assert (found["task"], found["metric"]["name"], found["metric"]["higher_is_better"]) == ("causal_lm", "test.bits_per_byte", False)
+    assert [r["label"] for r in found["rows"]] == ["lora", "head"]
+    test = row(found, "head")["versus"]
+    assert (test["test"], test["verdict"]) == ("seeds and examples", "worse")
+    assert test["difference"] == pytest.approx(row(found, "head")["mean"] - row(found, "lora")["mean"])
+    runs = sorted((tmp_path / "outputs" / "sweep").glob("*-s0-*"))
+    alone = row(data(tmp_path, *runs), "head")["versus"]
+    assert (alone["test"], alone["verdict"]) == ("paired bootstrap", "worse")
+    assert alone["low"] < alone["difference"] < alone["high"]
+
+
+def test_only_common_examples_are_paired(made: Make, tmp_path: Path) -> None:
+    """Another order and other ids: what counts is the id."""
+    a, b = answers(0.85, 1), answers(0.8, 2)
+    made("lora", 0, a)
+    order = list(np.random.default_rng(0).permutation(200)[:150])
+    made("head", 0, [b[i] for i in order], ids=[f"e{i}" for i in order])
+    found = data(tmp_path)
+    right, wrong = sum(b[i] > a[i] for i in order), sum(b[i] < a[i] for i in order)
+    assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
+    assert row(found, "head")["versus"]["difference"] == pytest.approx((right - wrong) / 150)
+    assert any("150 of 200" in note for note in found["notes"])
+
+
+def test_seeds_that_are_not_shared(made: Make, tmp_path: Path) -> None:
+    """One seed in common: those two models. None: the groups, unpaired."""
+    for seed in (0, 1, 2):
+        made("lora", seed, answers(0.9, seed))
+        made("head", seed + 2, answers(0.6, seed))
+        made("full", seed + 5, answers(0.7, seed))
+    found = data(tmp_path)
+    assert row(found, "head")["versus"]["test"] == "mcnemar mid-p"
+    other = row(found, "full")
+    assert other["versus"]["test"] == "welch t over seeds"
+    expected = scipy.stats.ttest_ind(other["values"], row(found, "lora")["values"], equal_var=False)
+    assert other["versus"]["p"] == pytest.approx(expected.pvalue)
+    assert {finding["kind"] for finding in found["fairness"]} == {"seeds"}
+
+
+def test_metric_without_examples_is_tested_over_seeds(made: Make, tmp_path: Path) -> None:
+    values = {"lora": (0.3, 0.31, 0.29), "head": (0.5, 0.56, 0.52)}
+    for method, losses in values.items():
+        for seed, loss in enumerate(losses):
+            made(method, seed, told={"metrics": {"test": {"accuracy": 0.9}, "val": {"loss": loss}}})
+    found = data(tmp_path, metric="val.loss")
+    test = row(found, "head")["versus"]
+    assert test["test"] == "paired t over seeds"
+    assert test["p"] == pytest.approx(scipy.stats.ttest_rel(values["head"], values["lora"]).pvalue)
+    assert found["metric"] == {"name": "val.loss", "words": "validation loss", "higher_is_better": False, "percent": False}
+    assert [r["label"] for r in found["rows"]] == ["lora", "head"]
+
+
+def test_costs_can_be_the_metric_and_one_seed_has_no_test(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    made("head", 0, answers(0.6), told={"stored_bytes": 10})
+    found = data(tmp_path, metric="stored_bytes")
+    assert [r["mean"] for r in found["rows"]] == [10, 144_592]
+    assert (row(found, "lora")["versus"]["verdict"], row(found, "head")["rank"]) == ("untested", "")
+    assert data(tmp_path, metric="peak_memory_bytes")["metric"]["name"] == "cost.peak_memory_bytes"
+
+
+def test_holm_over_the_table_and_ties(made: Make, tmp_path: Path) -> None:
+    shares = {"lora": 0.8, "head": 0.5, "full": 0.8, "bitfit": 0.795, "snell": 0.8}
+    for number, (method, share) in enumerate(shares.items()):
+        for seed in range(3):
+            made(method, seed, answers(share, 10 * number + seed))
+    found = data(tmp_path)
+    tests = [r["versus"] for r in found["rows"] if r["versus"]]
+    assert [t["p_holm"] for t in tests] == pytest.approx(multipletests([t["p"] for t in tests], method="holm")[1])
+    ranks = {r["label"]: r["rank"] for r in found["rows"]}
+    assert ranks["head"] == ""
+    assert {method for method, rank in ranks.items() if rank == "tie"} == set(shares) - {"head"}
+    assert len(found["tests"]) == 10
+    assert [t["p_holm"] for t in found["tests"]] == pytest.approx(multipletests([t["p"] for t in found["tests"]], method="holm")[1])
+    assert all((t["p_holm"] <= 0.05) == (t["verdict"] != "tie") for t in found["tests"])
+
+
+def test_friedman_and_critical_difference_over_seeds(made: Make, tmp_path: Path) -> None:
+    values = np.array([[0.9, 0.8, 0.7], [0.92, 0.81, 0.65], [0.89, 0.9, 0.6], [0.91, 0.7, 0.69]])
+    for seed, triple in enumerate(values):
+        for method, value in zip(("lora", "head", "full"), triple, strict=True):
+            made(method, seed, told={"metrics": {"test": {"accuracy": value}}})
+    found = data(tmp_path)
+    expected = scipy.stats.friedmanchisquare(*values.T)
+    assert (found["omnibus"]["test"], found["omnibus"]["blocks"]) == ("friedman", 4)
+    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx((expected.statistic, expected.pvalue))
+    assert found["critical_difference"]["ranks"] == {"lora": 1.25, "head": 1.75, "full": 3.0}
+    assert found["critical_difference"]["cd"] == pytest.approx(
+        scipy.stats.studentized_range.ppf(0.95, 3, math.inf) / math.sqrt(2) * math.sqrt(12 / 24)
+    )
+    assert found["critical_difference"]["cliques"] == [["lora", "head"], ["head", "full"]]
+
+
+def test_cochran_for_one_seed(made: Make, tmp_path: Path) -> None:
+    columns = [answers(share, seed) for seed, share in enumerate((0.9, 0.85, 0.8))]
+    for method, right in zip(("lora", "head", "full"), columns, strict=True):
+        made(method, 0, right)
+    found = data(tmp_path)
+    expected = cochrans_q(np.array(columns).T)
+    assert found["omnibus"]["test"] == "cochran q"
+    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx((expected.statistic, expected.pvalue))
+    assert found["critical_difference"] is None
+
+
+def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> None:
+    shares = {"dataset__name": "csv", "dataset__path": "a.csv", "dataset__test_share": 0.2, "dataset__val_share": 0.1, "dataset__test_path": None}
+    differences = []
+    for split in range(6):
+        ids = [f"{split}-{i}" for i in range(200)]  # other examples each time
+        a, b = answers(0.9, split), answers(0.8, split + 30)
+        made("lora", 0, a, ids=ids, dataset__split_seed=split, **shares)
+        made("head", 0, b, ids=ids, dataset__split_seed=split, **shares)
+        differences.append(float(np.mean(b) - np.mean(a)))
+    found = data(tmp_path)
+    assert len(found["rows"]) == 2
+    assert row(found, "head")["versus"]["test"] == "corrected resampled t"
+    assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.corrected_t(differences, 0.2 / 0.7).p)
+
+
+def test_rows_follow_what_differs(made: Make, tmp_path: Path) -> None:
+    """Rank follows from the method; the rate within snell does not; lora has no sparsity."""
+    for seed in (0, 1):
+        made("lora", seed, answers(0.9, seed), method__rank=8)
+        for sparsity in (0.9, 0.99):
+            made("snell", seed, answers(sparsity - 0.1, seed), method__sparsity=sparsity, method__rank=4)
+    found = data(tmp_path)
+    assert found["by"] == ["method", "sparsity"]
+    assert {r["label"]: r["by"] for r in found["rows"]} == {
+        "lora": {"method": "lora", "sparsity": None},
+        "snell sparsity=0.9": {"method": "snell", "sparsity": 0.9},
+        "snell sparsity=0.99": {"method": "snell", "sparsity": 0.99},
+    }
+    assert found["fairness"] == []
+    pooled = data(tmp_path, by=["method"])
+    assert row(pooled, "snell")["finished"] == 4
+    assert any("differ in sparsity" in note for note in pooled["notes"])
+    assert {r["label"] for r in data(tmp_path, by=["sparsity"])["rows"]} == {"no sparsity", "sparsity=0.9", "sparsity=0.99"}
+
+
+def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
+    for method, rate in (("lora", 0.01), ("head", 0.1)):
+        for seed in (0, 1):
+            made(method, seed, answers(0.9, seed), optimizer__lr=rate * (1 + seed), tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate})
+    found = data(tmp_path)
+    assert sorted((r["label"], r["finished"], r["trials"]) for r in found["rows"]) == [("head", 2, 5), ("lora", 2, 5)]
+    assert found["fairness"] == []
+
+
+def test_trials_of_tuning_are_no_rows(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    made("head", 0, answers(0.9), into="sweep/trials")
+    assert [r["label"] for r in data(tmp_path)["rows"]] == ["lora"]
+
+
+def test_failed_and_unfinished_runs_stay(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    made("lora", 1, status="failed")
+    made("lora", 2, status="unfinished")
+    made("head", 0, status="failed")
+    found = data(tmp_path)
+    lora, head = row(found, "lora"), row(found, "head")
+    assert (lora["finished"], lora["failed"], lora["unfinished"], lora["single_seed"]) == (1, 1, 1, True)
+    assert (head["finished"], head["failed"], head["mean"], head["values"], head["trained"]) == (0, 1, None, [], None)
+    assert lora["errors"][0].endswith(": out of memory")
+    assert found["rows"][-1] == head
+    (failures,) = [finding for finding in found["fairness"] if finding["kind"] == "failures"]
+    assert failures["values"] == {"lora": "1 failed, 1 unfinished", "head": "1 failed"}
+
+
+def test_only_failures_still_make_a_table(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, status="failed")
+    assert row(data(tmp_path), "lora")["failed"] == 1
+
+
+def test_missing_metrics_are_counted(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9), told={"metrics": {"test": {"accuracy": 0.9}, "retention": {"accuracy": 0.5}}})
+    made("lora", 1, answers(0.9))
+    made("head", 0, answers(0.9))
+    found = data(tmp_path, metric="retention.accuracy")
+    assert (row(found, "lora")["missing"], row(found, "lora")["values"], row(found, "head")["missing"]) == (1, [0.5], 1)
+    assert any("2 finished runs without retention.accuracy: 1 of lora, 1 of head" in note for note in found["notes"])
+    assert row(found, "lora")["retention"] == {"mean": 0.5, "low": None, "high": None, "base": None}
+
+
+def test_predictions_that_are_not_the_results_are_not_used(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    made("head", 0, answers(0.6), told={"metrics": {"test": {"accuracy": 0.99}}})
+    found = data(tmp_path)
+    assert row(found, "lora")["versus"]["test"] == "none"
+    assert any("result.json says 0.99" in note for note in found["notes"])
+
+
+def test_baseline(made: Make, tmp_path: Path) -> None:
+    for method, share in (("lora", 0.9), ("head", 0.5), ("full", 0.7)):
+        for seed in (0, 1, 2):
+            made(method, seed, answers(share, seed))
+    found = data(tmp_path, baseline="full")
+    assert (found["baseline"], row(found, "full")["versus"]) == ("full", None)
+    assert {r["label"]: r["versus"]["verdict"] for r in found["rows"] if r["versus"]} == {"lora": "better", "head": "worse"}
+    assert row(found, "lora")["rank"] == "best"
+    with pytest.raises(ConfigError, match=r"--baseline ful is no row. Did you mean 'full'"):
+        data(tmp_path, baseline="ful")
+
+
+def test_baseline_by_its_values(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9), method__rank=8)
+    for sparsity in (0.9, 0.99):
+        made("snell", 0, answers(0.8), method__sparsity=sparsity)
+    assert data(tmp_path, baseline="snell,0.99")["baseline"] == "snell sparsity=0.99"
+    assert data(tmp_path, baseline="lora")["baseline"] == "lora"
+    with pytest.raises(ConfigError, match=r"could be snell sparsity=0.9, snell sparsity=0.99"):
+        data(tmp_path, baseline="snell")
+
+
+def test_different_data_or_tasks_are_refused(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    made("lora", 1, answers(0.9), dataset__name="csv", dataset__path="a.csv")
+    with pytest.raises(ConfigError, match=r"2 data sets.*digits: 1 run, such as .*csv a.csv: 1 run,"):
+        data(tmp_path)
+
+
+def test_metric_that_nobody_has(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    with pytest.raises(ConfigError, match=r"no run has it. Did you mean 'test.accuracy'"):
+        data(tmp_path, metric="test.acuracy")
+
+
+def test_fields_that_are_no_setting(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9))
+    with pytest.raises(ConfigError) as caught:
+        data(tmp_path, by=["methd", "seed", "lr"])
+    assert len(caught.value.faults) == 2
+    assert "Did you mean 'method'" in caught.value.faults[0]
+
+
+def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
+    for seed, values in enumerate(((0.5, 0.8), (0.7, 0.9))):
+        lines = [{"step": 1, "loss": 2.0 + seed}, {"step": 2, "loss": 1.0}, {"step": 2, "val_accuracy": values[0], "val_loss": 0.5}]
+        lines += [{"step": 3, "loss": 0.25}, {"step": 4, "val_accuracy": values[1]}]
+        file = made("lora", seed, answers(0.9)) / "metrics.jsonl"
+        file.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "val_acc')
+    first, second = row(data(tmp_path), "lora")["curve"]
+    assert (first["step"], first["mean"], first["loss"]) == (2, pytest.approx(0.6), pytest.approx((1.5 + 2.0) / 2))
+    assert (first["low"], first["high"]) == pytest.approx(scipy.stats.t.interval(0.95, 1, 0.6, 0.1))
+    assert (second["step"], second["loss"]) == (4, 0.25)
+
+
+def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
+    """Read back by the program itself, it gives the frozen settings again."""
+    data_set = ["dataset=csv", 'dataset.path="my data, 1.csv"', "dataset.text_column=null"]
+    config = load(["method=snell", "sparsity=0.95", "seed=3", "optimizer.betas=[0.8,0.9]", "train.steps=7", *data_set])
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_yaml(folder / "config.yaml", config.as_dict())
+    for defaults in (None, lambda choices: {key: value for key, (value, _) in tree(list(choices)).items()}):
+        (only,) = compare([folder]).as_dict(defaults=defaults)["rows"]
+        words = shlex.split(only["command"])
+        assert words[:2] == ["finetune", "train"]
+        assert load(words[2:]).hash() == config.hash()
+    assert "train.steps=7" in words
+    assert "train.batch_size=16" not in words

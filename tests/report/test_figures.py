@@ -1,0 +1,254 @@
+"""What the figures show is what the comparison holds: points, fronts, intervals, cliques, and nothing dropped without a word."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from finetune.report import views
+from finetune.report.figures import Figure, escaped, figures, short
+
+example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
+CHOICES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
+
+
+@pytest.fixture
+def comparison() -> dict[str, Any]:
+    return example["comparison"]()
+
+
+def drawn(comparison: dict[str, Any]) -> dict[str, Figure]:
+    return {figure.key: figure for figure in figures(comparison)}
+
+
+def points(figure: Figure) -> dict[str, tuple[float, float, dict[str, Any], int]]:
+    """x, y, trace and place of each row, by the label in its hover text."""
+    found = {}
+    for trace in figure.data:
+        for place, said in enumerate(trace.get("customdata", ())):
+            label = re.match(r"<b>(.*?)</b>", said)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")  # type: ignore[index]
+            found[label] = trace["x"][place], trace["y"][place], trace, place
+    return found
+
+
+@given(CHOICES, st.booleans())
+def test_a_front_is_what_nothing_beats(pairs: list[tuple[int, int]], higher: bool) -> None:
+    costs, values = [cost for cost, _ in pairs], [value if higher else -value for _, value in pairs]
+
+    def beats(a: tuple[int, int], b: tuple[int, int]) -> bool:
+        return a != b and a[0] <= b[0] and a[1] >= b[1]
+
+    expected = {i for i, pair in enumerate(pairs) if not any(beats(other, pair) for other in pairs)}
+    found = views.front(costs, values, higher)
+    assert set(found) == expected
+    assert len(found) == len(expected)
+    assert [costs[i] for i in found] == sorted(costs[i] for i in found)
+
+
+def test_plotly_takes_every_figure(comparison: dict[str, Any]) -> None:
+    from plotly.graph_objects import Figure as Checked
+
+    made = figures(comparison)
+    costs = [f"pareto_{key}" for key in ("peak_memory_bytes", "trained", "step_seconds", "stored_bytes")]
+    assert [figure.key for figure in made] == ["differences", *costs, "by_sparsity", "curves", "critical_difference"]
+    for figure in made:
+        Checked(figure.as_plotly())
+        json.dumps(figure.as_plotly(), allow_nan=False)
+
+
+def test_points_are_rows_in_readable_units(comparison: dict[str, Any]) -> None:
+    scales = {"peak_memory_bytes": 2**20, "trained": 1e3, "step_seconds": 1e-3, "stored_bytes": 2**10}
+    for key, scale in scales.items():
+        found = points(drawn(comparison)[f"pareto_{key}"])
+        for row in comparison["rows"]:
+            if row["mean"] is None:
+                assert row["label"] not in found
+                continue
+            x, y, trace, place = found[row["label"]]
+            assert (x, y) == (pytest.approx(row[key] / scale), pytest.approx(100 * row["mean"]))
+            high, low = trace["error_y"]["array"][place], trace["error_y"]["arrayminus"][place]
+            expected = (None, None) if row["low"] is None else (100 * (row["high"] - row["mean"]), 100 * (row["mean"] - row["low"]))
+            assert (high, low) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
+            assert trace["marker"]["symbol"][place].endswith("-open") == row["single_seed"]
+
+
+def test_the_front_is_a_step_line_through_the_rows_that_are_not_pale(comparison: dict[str, Any]) -> None:
+    for cost in views.COSTS:
+        figure = drawn(comparison)[f"pareto_{cost.key}"]
+        line, found = figure.data[0], points(figure)
+        steps = list(zip(line["x"], line["y"], strict=True))
+        assert line["line"]["shape"] == "hv"
+        assert steps[-1] == (max(x for x, *_ in found.values()), steps[-2][1])
+        assert steps == sorted(steps)
+        for x, y, trace, place in found.values():
+            beaten = any((a, b) != (x, y) and a <= x and b >= y for a, b, *_ in found.values())
+            assert (trace["marker"]["opacity"][place] < 1) == beaten
+            assert ((x, y) in steps[:-1]) == (not beaten)
+
+
+def test_a_lower_metric_can_be_better(comparison: dict[str, Any]) -> None:
+    comparison["metric"] = {"name": "test.bits_per_byte", "words": "bits per byte", "higher_is_better": False, "percent": False}
+    comparison["task"] = "causal_lm"
+    found = drawn(comparison)
+    steps = list(zip(found["pareto_trained"].data[0]["x"], found["pareto_trained"].data[0]["y"], strict=True))[:-1]
+    rows = [row for row in comparison["rows"] if row["mean"] is not None]
+    best = min(rows, key=lambda row: (row["mean"], row["trained"]))
+    assert steps[-1] == (best["trained"] / 1000, best["mean"])
+    assert [y for _, y in steps] == sorted((y for _, y in steps), reverse=True)
+    assert found["pareto_trained"].layout["yaxis"]["title"]["text"] == "test bits per byte, lower is better"
+    assert found["differences"].layout["xaxis"]["title"]["text"] == "difference in test bits per byte, left is better"
+    assert found["curves"].layout["yaxis"]["title"]["text"] == "validation bits per byte"
+
+
+def test_a_method_has_one_colour_and_symbol_everywhere(comparison: dict[str, Any]) -> None:
+    colours: dict[str, set[str]] = {}
+    for figure in figures(comparison):
+        for trace in figure.data:
+            if "series" in trace.get("meta", {}) and "marker" in trace:
+                look = trace["marker"]["color"] + trace["marker"]["symbol"][0].removesuffix("-open")
+                colours.setdefault(trace["meta"]["series"], set()).add(look)
+    assert {name: len(looks) for name, looks in colours.items()} == dict.fromkeys(("lora", "snell", "spiel", "shira", "sara"), 1)
+    assert len(set.union(*colours.values())) == 5
+    assert views.styles(comparison) == views.styles(comparison | {"rows": comparison["rows"][::-1]})
+
+
+def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: dict[str, Any]) -> None:
+    figure = drawn(comparison)["by_sparsity"]
+    lines = {trace["name"]: trace for trace in figure.data}
+    means = {(row["by"]["method"], row["by"]["sparsity"]): row["mean"] for row in comparison["rows"]}
+    assert set(lines) == {"lora", "snell", "spiel", "shira", "sara"}
+    assert lines["snell"]["x"] == pytest.approx([0.1, 1, 10])
+    assert lines["snell"]["y"] == pytest.approx([100 * means["snell", sparsity] for sparsity in (0.999, 0.99, 0.9)])
+    assert lines["lora"]["x"] == pytest.approx([0.1, 10])
+    assert lines["lora"]["y"] == [pytest.approx(100 * means["lora", None])] * 2
+    assert figure.layout["xaxis"]["type"] == "log"
+
+
+def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
+    comparison["by"] = ["method", "rank", "optimizer.name"]
+    for place, row in enumerate(comparison["rows"]):
+        row["by"] = {"method": row["by"]["method"], "rank": 4 << place % 3, "optimizer.name": "sm3" if place % 2 else "adamw"}
+    (setting,) = views.settings(comparison)
+    assert setting.key == "rank"
+    assert not setting.x.log
+    assert sum(len(line) for line in setting.lines.values()) == 13
+    assert all(re.fullmatch(r"\w+ optimizer\.name=(sm3|adamw)", name) for name in setting.lines)
+    dashes = {(trace["meta"]["series"], trace["line"]["dash"]) for trace in drawn(comparison)["by_rank"].data}
+    assert len(dashes) == len(setting.lines)
+    assert views.settings(comparison | {"by": ["method"]}) == []
+
+
+def test_rows_that_only_numbers_tell_apart_are_one_line(comparison: dict[str, Any]) -> None:
+    for place, row in enumerate(comparison["rows"]):
+        row["by"] = {"optimizer.lr": None if row["label"] == "lora" else 10.0 ** -(1 + place % 7)}
+    (setting,) = views.settings(comparison | {"by": ["optimizer.lr"]})
+    assert {name: len(line) for name, line in setting.lines.items()} == {"rows": 12}
+    assert [level.label for level in setting.levels] == ["lora"]
+    assert setting.x.log
+    assert set(views.styles(comparison | {"by": ["optimizer.lr"]})) == {"rows"}
+
+
+def test_density_zero_is_said_and_not_drawn(comparison: dict[str, Any]) -> None:
+    comparison["rows"][0]["by"]["sparsity"] = 1.0
+    caption = drawn(comparison)["by_sparsity"].caption
+    assert "2 of 14 rows are not drawn" in caption
+
+
+def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> None:
+    figure = drawn(comparison)["curves"]
+    lines = [trace for trace in figure.data if "fill" not in trace]
+    bands = {trace["name"] for trace in figure.data if "fill" in trace}
+    assert len(lines) == views.MOST_CURVES == 12
+    assert "2 of 14 rows are not drawn (only the best 12 are)" in figure.caption
+    alone = "sara sparsity=0.99"
+    assert {trace["name"] for trace in lines} - bands == {alone} | {escaped(short(example["HOSTILE"]))}  # its band has the whole name
+    row = comparison["rows"][0]
+    assert lines[0]["y"] == pytest.approx([100 * point["mean"] for point in row["curve"]])
+    count, band = len(row["curve"]), next(trace for trace in figure.data if "fill" in trace)
+    assert band["y"][:count] == pytest.approx([100 * point["high"] for point in row["curve"]])
+    assert band["y"][count:] == pytest.approx([100 * point["low"] for point in row["curve"]][::-1])
+    looks = [(trace["line"]["color"], trace["line"]["dash"]) for trace in lines]
+    assert len(set(looks)) == len(looks)
+
+
+def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:
+    comparison["rows"][3]["versus"] |= {"low": None, "high": None, "p": None, "p_holm": None, "test": "none", "verdict": "untested"}
+    figure = drawn(comparison)["differences"]
+    found = points(figure)
+    rows = [row for row in comparison["rows"] if row["versus"]]
+    assert [row["label"] for row in rows] == sorted(found, key=lambda label: found[label][1])
+    for row in rows:
+        x, _, trace, place = found[row["label"]]
+        versus = row["versus"]
+        assert x == pytest.approx(100 * versus["difference"])
+        if versus["low"] is not None:
+            arms = trace["error_x"]["arrayminus"][place], trace["error_x"]["array"][place]
+            assert arms == pytest.approx((100 * (versus["difference"] - versus["low"]), 100 * (versus["high"] - versus["difference"])))
+        assert trace["marker"]["symbol"][place].endswith("-open") == (versus["verdict"] in ("tie", "untested"))
+    assert "lora" not in found
+    assert "1 of 14 rows is not drawn" in figure.caption
+
+
+def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> None:
+    found = views.ranks(comparison)
+    assert found is not None
+    order = [point.label for point in found.points]
+    ranks = comparison["critical_difference"]["ranks"]
+    assert order == sorted(ranks, key=ranks.__getitem__)
+    assert {tuple(order[first : last + 1]) for _, first, last in found.cliques} == {tuple(c) for c in comparison["critical_difference"]["cliques"]}
+    for lane, first, last in found.cliques:
+        assert not any(other == lane and (a, b) != (first, last) and a <= last and b >= first for other, a, b in found.cliques)
+    bars = [trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "not told apart"]
+    assert [(round(bar["y"][0]), round(bar["y"][1])) for bar in bars] == [(first, last) for _, first, last in found.cliques]
+    ruler = next(trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "critical difference")
+    assert ruler["x"] == [1, 1 + comparison["critical_difference"]["cd"]]
+
+
+def test_a_clique_of_one_needs_no_bar(comparison: dict[str, Any]) -> None:
+    comparison["critical_difference"] = {"ranks": {"a": 1.0, "b": 2.5, "c": 2.5}, "cd": 1.0, "cliques": [["a"], ["b", "c"]], "blocks": 4}
+    found = views.ranks(comparison)
+    assert found is not None
+    assert found.cliques == [(0, 1, 2)]
+
+
+def test_names_cannot_become_markup(comparison: dict[str, Any]) -> None:
+    text = json.dumps([figure.as_plotly() for figure in figures(comparison)])
+    assert set(re.findall(r"<\w*", text)) <= {"<b", "<br", "<extra", "<"}
+    assert "&lt;script&gt;" in text
+    names = [trace.get("name", "") for figure in figures(comparison) for trace in figure.data]
+    assert not any("<" in name for name in names)
+
+
+def test_nothing_to_draw_is_no_error(comparison: dict[str, Any]) -> None:
+    comparison["rows"] = [row for row in comparison["rows"] if row["mean"] is None]
+    comparison |= {"tests": [], "omnibus": None, "critical_difference": None}
+    assert figures(comparison) == []
+
+
+def test_one_row_alone(comparison: dict[str, Any]) -> None:
+    row = comparison["rows"][0]
+    row |= {"versus": None, "curve": []}
+    found = drawn(comparison | {"rows": [row], "critical_difference": None, "by": []})
+    assert set(found) == {f"pareto_{cost.key}" for cost in views.COSTS}
+
+
+@given(st.floats(1e-6, 1e9), st.floats(1, 1e8))
+def test_logarithmic_ticks_are_few_round_and_there(low: float, span: float) -> None:
+    found = views.ticks(low, low * span)
+    assert len(found) <= 12
+    assert all(f"{place:e}"[0] in "1235" and set(f"{place:e}".split("e")[0][2:]) == {"0"} for place in found)
+    assert found or span < 5
+    assert all(low * 0.8 <= place <= low * span * 1.25 for place in found)
+
+
+def test_short_keeps_both_ends() -> None:
+    assert short("snell") == "snell"
+    assert short("a" * 40 + "z" * 40) == "a" * 14 + "…" + "z" * 14
+    assert len(short("x" * 99, 24)) <= 24

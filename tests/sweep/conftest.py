@@ -1,0 +1,78 @@
+"""Points that cost nothing to make, and a child that trains nothing."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from finetune.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.sweep import process
+from finetune.sweep.grid import Point, freeze
+from finetune.train.files import RunFolder
+
+STUB = Path(__file__).with_name("stub.py")
+
+
+@dataclass(frozen=True)
+class Named:
+    """A method or a data set, as far as a sweep looks at it."""
+
+    name: str
+
+
+def point(seed: int, name: str = "s", steps: int = 10) -> Point:
+    """A run whose fate ``stub.py`` decides by its seed."""
+    train = TrainConfig(steps=steps, device="cpu")
+    config = Config(name, f"m-s{seed}-x", seed, ModelConfig("a", "b"), Named("m"), Named("d"), OptimizerConfig(), train, LoggerConfig())
+    return Point("method=m", config, RunFolder(Path("outputs", name, f"m-s{seed}-x")))
+
+
+def stubbed(of: Point) -> list[str]:
+    """In place of ``process.command``."""
+    return [sys.executable, "-S", "-E", str(STUB), str(of.folder.config)]
+
+
+@pytest.fixture
+def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Point]]:
+    """Children are the stub; called with seeds it makes and freezes their points."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process, "command", stubbed)
+
+    def make(*seeds: int) -> list[Point]:
+        made = [point(seed) for seed in seeds]
+        freeze(made)
+        return made
+
+    return make
+
+
+def starts(of: Point) -> int:
+    """How often a point was started."""
+    file = of.folder.path / "started"
+    return len(file.read_text().splitlines()) if file.exists() else 0
+
+
+def pid(of: Point) -> int:
+    """Of the last process of a point."""
+    return int((of.folder.path / "started").read_text().splitlines()[-1].split()[0])
+
+
+def alive(pid: int) -> bool:
+    """Whether a process works; one that nobody has waited for yet does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+    except OSError:
+        return False
+
+
+def gone(of: Point, seconds: float = 5) -> bool:
+    """Whether the last process of a point ends soon."""
+    end = time.monotonic() + seconds
+    while alive(pid(of)) and time.monotonic() < end:
+        time.sleep(0.05)
+    return not alive(pid(of))

@@ -1,0 +1,244 @@
+"""``finetune sweep`` as it is typed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from finetune import cli
+from finetune.sweep import forecast, process
+
+from .conftest import stubbed
+
+SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command here, with children that train nothing; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["finetune", "sweep", *words])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
+
+
+def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = typed(*SMALL, "seed=1,2", "name=a", "--jobs", "2")
+    assert code == 0, err
+    assert "Everything lies in outputs/a" in out
+    assert "[2/2]" in err
+    code, out, err = typed(*SMALL, "seed=1,2,101", "name=a", "--json")
+    assert code == 1
+    assert [row["status"] for row in json.loads(out)] == ["finished", "finished", "failed"]
+    assert "no data here" in err
+    assert err.count("finished before, skipped") == 2
+    told = json.loads(Path("outputs/a/sweep.json").read_text())
+    assert told["overrides"][-2:] == ["seed=1,2,101", "name=a"]
+    assert len(told["points"]) == 3
+    code, out, err = typed("--watch", "outputs/a")
+    assert (code, "2 finished, 1 failed of 3" in out) == (1, True)
+    code, _, err = typed(*SMALL, "seed=101", "name=a", "--retry")
+    assert "failed (no data here) after" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=0,1", "train.stps=3"], "train.stps=3"),
+        (["seed=range(0,600)"], "--max-runs 600"),
+        (["seed=0,1,2", "--max-runs", "2"], "--max-runs 3"),
+        (["seed=range(2,2)"], "the grid is empty"),
+        (["seed=0,,1"], "seed"),
+        (["sweep=none_such"], "sweep=none_such is not a sweep"),
+        (["--sweep", "a", "sweep=b"], "the same setting"),
+        (["--name", "a", "name=b"], "the same setting"),
+        (["--launcher", "ray"], "pip install 'finetune-bench[ray]'"),
+        (["--launcher", "cluster"], "--launcher cluster is not a launcher"),
+        (["launcher.partition=x"], "local has --jobs"),
+        (["--watch", "nowhere"], "there is no such folder"),
+        (["--watch", "."], "no sweep was run there"),
+        (["--watch", ".", "seed=1"], "takes no settings"),
+        (["--search", "grid", "--trials", "3"], "--search optuna"),
+        (["--trials", "3"], "--search optuna"),
+        (["tune=a", "tune=b"], "one parameter"),
+    ],
+)
+def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, str]], words: list[str], said: str) -> None:
+    code, _, err = typed(*words)
+    assert code == 2
+    assert said in err
+    assert "Traceback" not in err
+    assert not Path("outputs").exists()
+
+
+def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, str]]) -> None:
+    code, _, err = typed(*SMALL, "seed=101,1,2", "name=a", "--fail-fast")
+    assert code == 1
+    assert err.count("not finished: the same command goes on with it") == 2
+    code, _, err = typed(*SMALL, "seed=1,103,2", "name=b")
+    assert code == 1
+    assert "No space left on device. Whatever finished is kept" in err
+    assert Path("outputs/b").is_dir()
+
+
+def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+
+    def measure(config: object, say: object) -> dict[str, object]:
+        asked.append(config.method.name)  # type: ignore[attr-defined]
+        return {"step": 0.5, "evaluation": 3.0, "fixed": 10.0, "memory_bytes": 2**30, "fault": None}
+
+    monkeypatch.setattr(forecast, "_measure", measure)
+    monkeypatch.setattr(forecast, "memory", lambda jobs: 3 * 2**29)
+    words = ["method=bitfit,head", "seed=0,1", "train.steps=100", "train.eval_every=30", "name=d", "--dry-run"]
+    _, out, _ = typed(*words, "--json", "--jobs", "2")
+    told = json.loads(out)
+    assert asked == ["bitfit", "head"]  # one measurement of each kind
+    assert [run["seconds"] for run in told["runs"]] == [10 + 50 + 4 * 3] * 4  # validations after 30, 60, 90 and 100 steps
+    assert told["total"] == {
+        "runs": 4, "finished": 0, "to_run": 4, "seconds": 144.0, "peak_memory_bytes": 2**30, "room_bytes": 3 * 2**29, "cannot_fit": 0,
+    }  # fmt: skip
+    assert not Path("outputs").exists()
+    monkeypatch.setattr(forecast, "memory", lambda jobs: 2**29)
+    _, out, _ = typed(*words)
+    assert "1.0 GiB, does not fit" in out
+    assert "72 s" in out
+    assert "seconds: 5 min" in out  # four, one after the other
+
+
+def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(forecast, "_measure", lambda config, say: {"step": None, "memory_bytes": None, "fault": "no way"})
+    typed(*SMALL, "seed=1,101", "name=d")
+    _, out, err = typed(*SMALL, "seed=1,101,2", "name=d", "--dry-run", "--json")
+    rows = json.loads(out)["runs"]
+    assert [row["would"] for row in rows] == ["be skipped: finished", "be kept: failed", "start"]
+    _, out, _ = typed(*SMALL, "seed=1,101,2", "name=d", "--dry-run", "--json", "--retry")
+    assert json.loads(out)["runs"][1]["would"] == "start"
+    file = next(Path("outputs/d").glob("*-s1-*/result.json"))
+    from finetune.config import load
+    from finetune.train.result import group_hash
+
+    known = json.loads(file.read_text()) | {"group_hash": group_hash(load([], config_file=file.with_name("config.yaml")))}
+    file.write_text(json.dumps(known))
+    lock = file.with_name(".lock")
+    lock.write_text(json.dumps({"started": file.stat().st_mtime - 40}))
+    _, out, _ = typed(*SMALL, "seed=1,2", "name=d", "--dry-run", "--json")
+    row = json.loads(out)["runs"][1]
+    assert (round(row["seconds"]), row["memory_bytes"], row["fits"]) == (40, 10**8, True)
+    words = [word.replace("batch_size=8", "batch_size=4") for word in SMALL]
+    _, out, err = typed(*words, "seed=3", "name=d", "--dry-run")
+    assert "could not be measured: no way" in err
+
+
+def test_a_real_measurement(tmp_path: Path) -> None:
+    """Four steps of the built-in task, and a run that cannot be measured."""
+    words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.precision=fp32,fp16", "name=s", "--dry-run", "--json"]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    good, bad = json.loads(done.stdout)["runs"]
+    assert good["fits"] is True
+    assert 10**8 < good["memory_bytes"] < 10**10
+    assert 1 < good["seconds"] < 600
+    assert "needs a GPU" in bad["fault"]
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_through_the_command(tmp_path: Path) -> None:
+    """One point works and one cannot: exit 1, both in the table; the same again starts neither, and with --retry the one that failed."""
+    words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.precision=fp32,fp16", "name=s"]
+    done = subprocess.run(words, env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "train.precision=fp32" in done.stdout
+    assert "train.precision=fp16" in done.stdout
+    assert "Error: outputs/s/bitfit-" in done.stderr
+    assert "needs a GPU" in done.stderr
+    again = subprocess.run([*words, "--json"], env=ENV, capture_output=True, text=True, cwd=tmp_path)
+    assert "finished before, skipped" in again.stderr
+    assert "kept: see --retry" in again.stderr
+    good, bad = json.loads(again.stdout)
+    assert (good["status"], bad["status"]) == ("finished", "failed")
+    assert (tmp_path / good["run"] / "predictions.parquet").is_file()
+
+
+def results(folder: Path) -> dict[str, list[object]]:
+    """What the runs found, without times and memory, by run; the trained change and the predictions to the bit."""
+    found: dict[str, list[object]] = {}
+    for file in sorted(folder.glob("*/result.json")):
+        told = json.loads(file.read_text())
+        kept = [told[key] for key in ("status", "metrics", "steps", "best_step", "config_hash")]
+        found[file.parent.name] = [*kept, *((file.parent / name).read_bytes() for name in ("delta/delta.safetensors", "predictions.parquet"))]
+    return found
+
+
+@pytest.mark.slow
+def test_a_killed_sweep_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
+    """kill -9 of the parent, and of a child, while it trains: the same command ends with all runs finished, to the bit."""
+    steps = [word for word in SMALL if "steps" not in word]
+    words = [sys.executable, "-m", "finetune", "sweep", *steps, "train.steps=30", "train.save_every=3", "seed=0,1", "name=s", "--jobs", "2"]
+    calm, rough = tmp_path / "calm", tmp_path / "rough"
+    for folder in (calm, rough):
+        folder.mkdir()
+    assert subprocess.run(words, env=ENV, cwd=calm, capture_output=True).returncode == 0
+    runs = [rough / "outputs" / "s" / name for name in results(calm / "outputs" / "s")]
+
+    def reached(run: Path, step: int) -> bool:
+        return (run / "metrics.jsonl").exists() and f'"step": {step},' in (run / "metrics.jsonl").read_text()
+
+    first = subprocess.Popen(words, env=ENV, cwd=rough, stderr=subprocess.DEVNULL)
+    _until(lambda: any(reached(run, 5) for run in runs))
+    pids = [json.loads((run / ".lock").read_text())["pid"] for run in runs]
+    first.kill()
+    first.wait()
+    _until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in pids))
+    second = subprocess.Popen(words, env=ENV, cwd=rough, stderr=subprocess.PIPE, text=True)
+    _until(lambda: reached(runs[0], 12))
+    os.kill(json.loads((runs[0] / ".lock").read_text())["pid"], signal.SIGKILL)
+    _, said = second.communicate(timeout=300)
+    assert second.returncode == 1
+    assert "signal 9 (SIGKILL)" in said
+    third = subprocess.run(words, env=ENV, cwd=rough, capture_output=True, text=True)
+    assert third.returncode == 0, third.stderr
+    assert "Going on from step" in (runs[0] / "log.txt").read_text()
+    assert results(rough / "outputs" / "s") == results(calm / "outputs" / "s")
+
+
+def _until(true: Callable[[], bool], seconds: float = 240) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_the_children_and_says_how_to_go_on(tmp_path: Path) -> None:
+    words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.steps=500", "name=s"]
+    words.remove("train.steps=2")
+    parent = subprocess.Popen(words, env=ENV, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    _until(lambda: bool(list(tmp_path.glob("outputs/s/*/metrics.jsonl"))))
+    (lock,) = tmp_path.glob("outputs/s/*/.lock")
+    pid = json.loads(lock.read_text())["pid"]
+    parent.send_signal(signal.SIGINT)
+    _, said = parent.communicate(timeout=60)
+    assert parent.returncode == 130
+    assert "Interrupted by SIGINT. What is finished is kept; to go on: finetune sweep method=bitfit" in said
+    assert not Path(f"/proc/{pid}").exists()
+    assert not list(tmp_path.glob("outputs/s/*/result.json"))

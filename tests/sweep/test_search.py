@@ -1,0 +1,289 @@
+"""A search: what is offered, what becomes of it, and that ending it changes nothing."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.sweep import lines, search, space
+
+from . import fake_training
+from .fake_training import FakePool, accuracy
+
+optuna = pytest.importorskip("optuna")
+LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
+ASKED = ["method=head", LR, "train.steps=8", "name=s"]
+QUICK = ["method=head", "train.batch_size=8", "train.threads=1", "train.device=cpu", "dataset.retention_images=0"]
+ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fake_training, "started", [])
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.sweep.pool.Pool", FakePool)
+
+
+def told(name: str = "s") -> list[dict[str, Any]]:
+    trials: list[dict[str, Any]] = json.loads(Path("outputs", name, "search.json").read_text())["trials"]
+    return trials
+
+
+def test_dimensions() -> None:
+    words = ["method=lora", LR, "method.rank=interval(2,16)", "method.dropout=interval(0,0.5)", "method.alpha=choice(1,2.5)", "train.batch_size=8,16"]
+    fixed, found = space.space([*words, "train.steps=range(10,40,10)"], None)
+    assert fixed == ["method=lora"]
+    lr, rank, dropout, alpha, batch, steps = found
+    assert (lr.low, lr.high, lr.log, lr.whole) == (1e-4, 1e-1, True, False)
+    assert (rank.key, rank.low, rank.high, rank.whole) == ("method.rank", 2, 16, True)
+    assert (dropout.whole, dropout.options) == (False, ())
+    assert [d.options for d in (alpha, batch, steps)] == [("1", "2.5"), ("8", "16"), ("10", "20", "30")]
+    assert all(not d.whole for d in (lr, dropout))
+
+
+def test_whole_numbers_where_the_setting_takes_no_others() -> None:
+    found = {
+        d.key: d
+        for d in space.space(["method=shira", "sparsity=interval(0,0.9)", "optimizer.lr=interval(1,2)", "train.steps=interval(2,4)"], None)[1]
+    }
+    assert {key: d.whole for key, d in found.items()} == {"method.sparsity": False, "optimizer.lr": False, "train.steps": True}
+
+
+@pytest.mark.parametrize(
+    ("words", "fault"),
+    [
+        (["method=lora", "seed=0,1"], "the seed that was lucky"),
+        (["method=lora"], "Nothing is to be searched"),
+        (["method=lora", "optimizer.lr=interval(1e-2,1e-4)"], "is empty"),
+        (["method=lora", "optimizer.lr=tag(log,interval(0,1))"], "needs a first value above 0"),
+        (["method=lora", "method.rank=choice(2,0)"], "method.rank=0"),
+        (["method=lora", "method.rank=interval(2,4.5)"], "method.rank=4.5"),
+        (["method=lora", "optimizer.lr=interval(-1,1)"], "optimizer.lr=-1"),
+        (["method=lora", "optimizer.lrr=interval(1,2)"], "optimizer.lrr"),
+        (["method=lora,snell", "method.rnk=interval(2,4)"], "method.rnk"),
+        (["method=lora,snel", "optimizer.lr=interval(1,2)"], "method=snel"),
+    ],
+)
+def test_faults_come_before_the_first_trial(words: list[str], fault: str, fake: None) -> None:
+    with pytest.raises(ConfigError, match=fault):
+        search.run(words, 3)
+    assert not list(Path().iterdir())
+
+
+def test_the_best_is_found_and_comes_first(fake: None) -> None:
+    results = search.run(ASKED, 20, say=lambda line: None)
+    finished = [(point, result) for point, result in results if result["status"] == "finished"]
+    best, result = finished[0]
+    assert result["metrics"]["val"]["accuracy"] == max(accuracy(lr, 8, 8) for _, lr in fake_training.started)
+    assert 0.001 < best.config.optimizer.lr < 0.01
+    assert best.label == f"optimizer.lr={best.config.optimizer.lr!r}"
+    assert json.loads(Path("outputs/s/search.json").read_text())["best"] == next(t["number"] for t in told() if t["run"] == best.folder.path.name)
+    shown = [r["metrics"]["val"]["accuracy"] for _, r in finished]
+    assert shown == sorted(shown, reverse=True)
+    assert [r["status"] for _, r in results[len(finished) :]] == ["pruned"] * (20 - len(finished))
+    assert all(1e-4 <= lr <= 1e-1 for _, lr in fake_training.started)
+
+
+def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
+    """The rule worked by hand: at a step, the best so far is worse than the median of the finished trials, once they are five."""
+    search.run(ASKED, 16, say=lambda line: None)
+    reached: dict[int, list[float]] = {step: [] for step in (2, 4, 6, 8)}
+    finished = 0
+    for trial in told():
+        lr = trial["settings"]["optimizer.lr"]
+        for step in (2, 4, 6, 8):
+            others = sorted(reached[step])
+            middle = (others[(len(others) - 1) // 2] + others[len(others) // 2]) / 2 if others else 0.0
+            best = max(accuracy(lr, s, 8) for s in range(2, step + 1, 2))
+            if step < 8 and finished >= 5 and best < middle:
+                assert (trial["status"], trial["steps"]) == ("pruned", step)
+                assert f"pruned at step {step}" in trial["error"]
+                assert not Path("outputs/s", trial["run"], "result.json").exists()
+                break
+        else:
+            assert trial["status"] == "finished"
+            finished += 1
+            for step, values in reached.items():
+                values.append(accuracy(lr, step, 8))
+    assert 5 <= finished < 16
+
+
+def test_the_same_seed_gives_the_same_trials_and_another_others(fake: None) -> None:
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        search.run([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6, say=lambda line: None)
+    a, b, c = ([t["settings"] for t in told(name)] for name in "abc")
+    assert a == b
+    assert a != c
+
+
+def test_more_trials_continue_a_search(fake: None) -> None:
+    search.run(ASKED, 9, say=lambda line: None)
+    whole = told()
+    assert len(fake_training.started) == 9
+    for trials in (4, 4, 9):
+        search.run([*ASKED[:-1], "name=parts"], trials, say=lambda line: None)
+    assert len(fake_training.started) == 18
+    assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [(t["settings"], t["status"], t["steps"]) for t in whole]
+    assert search.run(ASKED, 3, say=lambda line: None)
+    assert len(fake_training.started) == 18
+
+
+def test_failures_are_trials(fake: None) -> None:
+    search.run(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8, say=lambda line: None)
+    states = {t["settings"]["optimizer.lr"]: (t["status"], t["error"]) for t in told()}
+    assert states == {"0.01": ("finished", None), "5": ("failed", "the loss is nan")}
+    assert len(told()) == 8
+    assert len(fake_training.started) == 2
+
+
+def test_contradictions_between_settings_fail_alone(fake: None) -> None:
+    words = ["method=hft", "method.rounds=choice(1,2)", "sparsity=choice(0.5,0.0)", "train.steps=4", "name=s"]
+    search.run(words, 12, say=lambda line: None)
+    failed = [t for t in told() if t["status"] == "failed"]
+    assert failed
+    assert all(t["settings"] == {"method.rounds": "2", "method.sparsity": "0.0"} for t in failed)
+    assert all("draws nothing" in t["error"] and t["run"] is None for t in failed)
+
+
+def test_settings_that_a_method_lacks_are_left_out_for_it(fake: None) -> None:
+    results = search.run(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10, say=lambda line: None)
+    assert {point.label for point, _ in results} == {"method=head", "method=shira method.sparsity=0.5", "method=shira method.sparsity=0.9"}
+
+
+def test_another_search_in_the_folder_is_refused(fake: None) -> None:
+    search.run(ASKED, 1, say=lambda line: None)
+    with pytest.raises(ConfigError, match=r"outputs/s holds another search: .*tag\(log"):
+        search.run(["method=head", "optimizer.lr=interval(1e-3,1e-2)", "train.steps=8", "name=s"], 1)
+    assert len(told()) == 1
+
+
+def test_a_damaged_storage_is_said(fake: None) -> None:
+    Path("outputs/s").mkdir(parents=True)
+    Path("outputs/s/search.db").write_text("this is no database" * 100)
+    with pytest.raises(ConfigError, match=r"outputs/s/search.db cannot be read"):
+        search.run(ASKED, 1)
+
+
+def test_one_search_at_a_time(fake: None) -> None:
+    search.run(ASKED, 1, say=lambda line: None)
+    with Path("outputs/s/.search.lock").open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match="outputs/s is being searched by another process"):
+            search.run(ASKED, 2)
+    assert len(search.run(ASKED, 2, say=lambda line: None)) == 2
+
+
+def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "optuna", None)
+    with pytest.raises(ConfigError, match=r"pip install 'finetune-bench\[search\]'"):
+        search.run(ASKED, 1)
+
+
+def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
+    """A search in a process of its own, killed with -9 again and again, against one that was left alone."""
+    search.run([*ASKED[:-1], "name=whole"], 9, say=lambda line: None)
+    code = f"""
+        import sys
+        sys.path.insert(0, {str(Path(__file__).parents[2])!r})
+        import finetune.sweep.pool
+        from finetune.sweep import search
+        from tests.sweep import fake_training
+        fake_training.FakePool.pause = 0.02
+        finetune.sweep.pool.Pool = fake_training.FakePool
+        search.run({ASKED!r}, 9, say=lambda line: None)
+    """
+    kills = 0
+    for wait in (0.1, 0.4, 60):
+        process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(code)], env=ENV)
+        begun, end = search_rows(), time.monotonic() + 60
+        while process.poll() is None and search_rows() <= begun and time.monotonic() < end:
+            time.sleep(0.005)
+        try:
+            process.wait(wait)
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            kills += process.wait() == -9
+    assert kills >= 2
+    assert process.returncode == 0
+    kept = ("number", "settings", "status", "val", "steps", "error")
+    assert [{key: t[key] for key in kept} for t in told()] == [{key: t[key] for key in kept} for t in told("whole")]
+
+
+def search_rows() -> int:
+    """How many trials ``search.json`` holds by now."""
+    try:
+        return len(told())
+    except (OSError, ValueError):
+        return 0
+
+
+def test_lines_of_a_growing_file(tmp_path: Path) -> None:
+    file = tmp_path / "f"
+    read = lines.Lines(file)
+    assert read.new() == []
+    with file.open("a") as out:
+        for text, found in (('{"a": 1}\n{"a"', [{"a": 1}]), (": 2}", []), ("\n", [{"a": 2}]), ("", [])):
+            out.write(text)
+            out.flush()
+            assert read.new() == found
+    (tmp_path / "g").write_text('{"a": 3}\n')
+    (tmp_path / "g").replace(file)
+    assert read.new() == [{"a": 3}]
+
+
+def test_pruning_stops_the_process() -> None:
+    """A real run of many steps beside five trials that were perfect from the start."""
+    words = [*QUICK, LR, "train.steps=5000", "train.eval_every=5", "name=s"]
+    one = search.Search([w for w in words if w != LR], space.space(words, None)[1], None, None, print)
+    with one.alone(Path("outputs/s")):
+        one.open(words, 0, False)
+        for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3):
+            distribution = {"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
+            perfect = {5: 1.0, 10: 1.0}
+            made = optuna.trial.create_trial(value=1.0, params={"optimizer.lr": lr}, distributions=distribution, intermediate_values=perfect)
+            one.study.add_trial(made)
+    said: list[str] = []
+    results = search.run(words, 6, say=said.append)
+    *_, trial = told()
+    assert (trial["status"], trial["steps"]) == ("pruned", 5)
+    run = Path("outputs/s", trial["run"])
+    assert not (run / "result.json").exists()
+    assert 5 <= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 5000
+    assert any("stopped (pruned at step 5" in line for line in said)
+    with (run / ".lock").open() as free:
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more
+    assert [result["status"] for point, result in results if point.folder.path.name == run.name] == ["pruned"]
+
+
+@pytest.mark.slow
+def test_through_the_command_with_real_runs() -> None:
+    """Killed after its first trial and repeated, against one that was left alone."""
+    words = ["--search", "optuna", "--trials", "3", *QUICK, LR, "train.steps=3", "train.eval_every=1"]
+    command = [sys.executable, "-m", "finetune", "sweep"]
+    whole = subprocess.run([*command, *words, "name=whole", "--json"], env=ENV, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    assert len(json.loads(whole.stdout)) == 3
+    process = subprocess.Popen([*command, *words, "name=s"], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while search_rows() < 1:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    again = subprocess.run([*command, *words, "name=s"], env=ENV, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert [(t["settings"], t["val"]) for t in told()] == [(t["settings"], t["val"]) for t in told("whole")]

@@ -1,0 +1,151 @@
+"""What is read of a sweep while it goes, and by another shell."""
+
+from __future__ import annotations
+
+import io
+import json
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from finetune.errors import ConfigError
+from finetune.sweep.grid import Point
+from finetune.sweep.pool import Pool
+from finetune.sweep.process import last_step, lock, tail
+from finetune.sweep.status import Status, announced, show_seconds
+from finetune.sweep.watch import Board, table, watch
+
+Make = Callable[..., list[Point]]
+
+
+def test_each_state_is_read_from_the_files(stub: Make) -> None:
+    points = stub(1, 101, 2, 3, 4)
+    done, bad, going, begun = points[:4]
+    Pool(1, lambda line: None, gpus=[]).run([done, bad])
+    lines = "".join(json.dumps({"step": step, "seconds": 2.0}) + "\n" for step in (1, 2, 3, 4))
+    going.folder.metrics.write_text(lines + '{"step": 5, "sec')
+    begun.folder.metrics.write_text(lines)
+    held = lock(going.folder.path)
+    with announced(points, ["seed=1,2"], 2, "finetune sweep seed=1,2"):
+        status = Status(Path("outputs/s"))
+        rows = status.rows()
+        assert status.alive
+    assert not status.alive
+    assert held
+    assert [row["state"] for row in rows] == ["finished", "failed", "running", "waiting", "waiting"]
+    assert [row["step"] for row in rows] == [10, 0, 4, 4, 0]
+    assert rows[1]["error"] == "no data here"
+    assert rows[2]["seconds_left"] == 2.0 * 6
+    assert rows[0]["seconds"] > 0
+    rows[0]["seconds"], rows[1]["seconds"] = 30.0, 10.0
+    told = status.summary(rows)
+    assert {key: told[key] for key in ("finished", "running", "failed", "waiting")} == {"finished": 1, "running": 1, "failed": 1, "waiting": 2}
+    assert told["seconds_left"] == (12 + 2 * 20) / 2  # the mean of those that ended, for each that waits, two at once
+
+
+def test_torn_lines_are_left_out(tmp_path: Path, stub: Make) -> None:
+    (point,) = stub(1)
+    assert tail(point.folder.metrics) == []
+    assert last_step(point.folder) == 0
+    point.folder.metrics.write_text('{"step": 1}\n[3]\n{"step": 2}\n{"st')
+    assert tail(point.folder.metrics) == [{"step": 1}, {"step": 2}]
+    assert last_step(point.folder) == 2
+
+
+@pytest.mark.parametrize("what", ["nowhere", "empty", "torn", "other"])
+def test_a_folder_that_is_no_sweep(tmp_path: Path, what: str) -> None:
+    folder = tmp_path / what
+    if what != "nowhere":
+        folder.mkdir()
+    if what in ("torn", "other"):
+        (folder / "sweep.json").write_text('{"points": [' if what == "torn" else '{"points": 3}')
+    with pytest.raises(ConfigError, match=str(folder)):
+        watch(folder)
+
+
+def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
+    points = stub(1, 2, 60, 101)
+    said = list[str]()
+    begun = threading.Event()
+
+    def work() -> None:
+        with announced(points, [], 1, "finetune sweep x"):
+            begun.set()
+            Pool(1, lambda line: None, gpus=[]).run(points)
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    begun.wait()
+    code = watch(Path("outputs/s"), said.append)
+    worker.join()
+    assert code == 1  # one failed
+    assert "3 finished, 1 failed of 4" in said[-1]
+    assert any("running" in line and "waiting" in line for line in said)
+
+
+def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
+    points = stub(1, 2)
+    with announced(points, [], 1, "finetune sweep seed=1,2"):
+        pass
+    said = list[str]()
+    assert watch(Path("outputs/s"), said.append) == 1
+    assert said[-1] == "No sweep works on outputs/s now, and 2 of its runs are not finished. To go on: finetune sweep seed=1,2"
+    Pool(2, said.append, gpus=[]).run(points)
+    assert watch(Path("outputs/s"), said.append) == 0
+
+
+def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
+    points = stub(1, 101, 2)
+    Pool(1, lambda line: None, gpus=[]).run(points[:2])
+    points[2].folder.metrics.write_text('{"step": 4, "seconds": 20.0}\n')
+    held = lock(points[2].folder.path)
+    with announced(points, [], 1, "finetune sweep x"):
+        status = Status(Path("outputs/s"))
+        shown = Console(width=120, file=io.StringIO())
+        shown.print(table(status, status.rows()))
+    assert held
+    text = shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "failed: no data here" in text
+    assert "4/10" in text
+    assert "2 min" in text  # six steps of 20 s
+    assert "1 finished, 1 running, 1 failed of 3" in text
+
+
+def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(stub: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    points = stub(1, 101)
+    for terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda on=terminal: on)
+        with announced(points, [], 1, "finetune sweep x"), Board() as board:
+            board.show(Path("outputs/s"))
+            Pool(1, board.say, gpus=[], look=board.look, retry=True).run(points)
+        said = capsys.readouterr().err
+        assert ("-x: running" in said) is not terminal
+        assert "failed (no data here)" in said
+        assert ("1 finished, 1 failed of 2" in said) is terminal
+
+
+def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    points = stub(*range(20))
+    Pool(2, lambda line: None, gpus=[]).run(points)
+    with announced(points, [], 1, "finetune sweep x"):
+        status = Status(Path("outputs/s"))
+        first = status.rows()
+        monkeypatch.setattr(type(points[0].folder), "read_result", None)  # a second reading needs no result again
+        assert status.rows() == first
+
+
+@pytest.mark.parametrize(("seconds", "words"), [(None, "?"), (0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (5400, "1.5 h")])
+def test_durations(seconds: float | None, words: str) -> None:
+    assert show_seconds(seconds) == words
+
+
+def test_the_ends_of_sweeps_do_not_hide_each_other(stub: Make) -> None:
+    points = stub(1)
+    with announced(points, [], 1, "a"):
+        with announced(points, [], 1, "b"):
+            pass
+        assert Status(Path("outputs/s")).alive
