@@ -62,7 +62,7 @@ def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path
 
 
 def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100_000) -> list[list[str]]:
-    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written; never empty, nor above ``most``."""
+    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written: 1 to ``most`` points."""
     (parsed, faults), choices = _parse(overrides), list[list[str]]()
     for item in parsed:
         try:

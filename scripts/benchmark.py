@@ -4,8 +4,8 @@
     python scripts/benchmark.py --table sparse --steps 9 --write docs/benchmarks.md
 
 ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every contestant is a process
-of its own; they take turns step by step, so that a machine that drifts drifts for all. Step time: the median over the turns, after one step to warm up; ratios: the
-median over turns of the ratio within a turn, with the middle half of them; memory: the kernel's own count of the process's peak (VmHWM).
+of its own; they take turns step by step, so that a machine that drifts drifts for all. Step time: the median over the turns, after one step to warm
+up; ratios: the median over turns of the ratio within a turn, with the middle half of them; memory: the kernel's own count of the peak (VmHWM).
 """
 
 from __future__ import annotations
