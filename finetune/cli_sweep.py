@@ -178,7 +178,7 @@ def _show_search(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
 
     rows = []
     for point, result in results:
-        found = (result.get("metrics") or {}).get("val")
+        found = (result.get("metrics") or {}).get("val") or {}
         metric = main_metric(found)
         rows.append({"settings": point.label, "validation": metric.show(found[metric.key]) if metric else None, "status": result["status"],
                      "run": point.folder.path.name})  # fmt: skip
