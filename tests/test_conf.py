@@ -10,12 +10,11 @@ import yaml
 from PIL import Image
 
 from finetune import registry
-from finetune.config import conf_dir, load
+from finetune.config import OF_SWEEPS, conf_dir, load
 from finetune.testing import contract
 from finetune.train import run
 
-NO_RUN = ("launcher", "sweep")  # folders that configure no run
-FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml") if f.parent.name not in NO_RUN)
+FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml") if f.parent.name not in OF_SWEEPS)
 SHORT = {"train.steps": "3", "train.batch_size": "4", "train.threads": "1"}
 FITTING = {"schedule.every": "2", "schedule.dense": "0.5", "method.window": "1"}  # what they must be to mean anything in so short a run
 

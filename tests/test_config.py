@@ -20,7 +20,7 @@ DATA = [f"dataset={name}" for name in ("csv", "jsonl", "parquet", "imagefolder",
 OPEN = {"model=hf": "model.path", **dict.fromkeys(DATA, "dataset.path")}  # what a choice leaves to the user
 VARIANTS = {"schedule=cubic": "ramp", "schedule=linear": "ramp", "selector=rst": "ist"}
 FITS = {"redraw": ["schedule.every=100"]}  # where the default period is no less than the default run
-FILES = sorted(f"{file.parent.name}={file.stem}" for file in config.conf_dir().glob("*/*.yaml"))
+FILES = sorted(f"{file.parent.name}={file.stem}" for file in config.conf_dir().glob("*/*.yaml") if file.parent.name not in config.OF_SWEEPS)
 
 
 def faults(*overrides: str, **where: Path) -> tuple[str, ...]:
