@@ -192,7 +192,8 @@ def one(name: str, steps: int, threads: int) -> None:
     torch.set_num_threads(threads)
     for seconds in contestant(name, steps + 1):
         print(json.dumps({"seconds": seconds, "mib": peak_mib()}), flush=True)
-        sys.stdin.readline()
+        if not sys.stdin.readline():  # nobody asks for more
+            return
 
 
 def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, list[float]]]:

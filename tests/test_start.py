@@ -18,7 +18,8 @@ def test_light_modules_stay_light() -> None:
 
 def test_help_and_version() -> None:
     said = subprocess.run([sys.executable, "-m", "finetune", "--help"], env=ENV, capture_output=True, text=True, check=True).stdout
-    assert all(name in said for name in ("train", "eval", "merge", "sweep", "methods", "show", "--version"))
+    commands = ("train", "eval", "merge", "inspect", "compose", "sweep", "compare", "reproduce", "methods", "show")
+    assert all(name in said for name in (*commands, "--version"))
     version = subprocess.run([sys.executable, "-m", "finetune", "--version"], env=ENV, capture_output=True, text=True, check=True).stdout
     assert version == f"finetune {finetune.__version__}\n"
 

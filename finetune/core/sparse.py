@@ -145,8 +145,7 @@ class Sparse(Method):
         return min(max(round(share * k / unit), 1) * unit, sum(sites[i].size for i in members))
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
-        chosen = self._choose(run, state, self.schedule.first(run.total), previous=previous)
-        state["bank"].place(chosen)
+        state["bank"].place(self._choose(run, state, self.schedule.first(run.total), previous=previous))
 
     def before_step(self, run: Run, state: Any) -> None:
         move = self.schedule.move(run.step, run.total) if run.step else None
@@ -240,9 +239,7 @@ def _divide(k: int, weights: Tensor, caps: list[int], grains: list[Grain]) -> li
     return [unit * n for n in apportion(k // unit, weights, [cap // unit for cap in caps])]
 
 
-def _best(
-    groups: list[tuple[list[int], int]], counts: list[int], grains: list[Grain], offer: Offer, allowed: Allowed
-) -> list[Tensor]:  # fmt: skip
+def _best(groups: list[tuple[list[int], int]], counts: list[int], grains: list[Grain], offer: Offer, allowed: Allowed) -> list[Tensor]:
     """The best ``counts`` of each group's entries, in whole units, among the allowed units: flat positions by site, ascending."""
     tops: dict[int, TopK] = {}
     for (members, _), k in zip(groups, counts, strict=True):

@@ -141,10 +141,10 @@ def ladder(config: Config) -> Ladder:
     hint = get_type_hints(type(config.method), include_extras=True).get(knob, int)
     if (getattr(hint, "__origin__", hint)) is float:
         return Ladder(1, FINE, lambda i: round(i / FINE, 9), lambda v: round(v * FINE), True)
-    limits = getattr(hint, "__metadata__", ())
-    step = next((int(m.multiple_of) for m in limits if isinstance(m, MultipleOf)), 1)  # type: ignore[call-overload]
-    least = next((m.ge if isinstance(m, Ge) else m.gt + 1 for m in limits if isinstance(m, Ge | Gt)), 1)  # type: ignore[operator]
-    return Ladder(-(-int(least) // step), LARGEST, lambda i: i * step, lambda v: int(v) // step, False)  # type: ignore[call-overload]
+    bounds: dict[type, Any] = {type(m): m for m in getattr(hint, "__metadata__", ())}
+    step = int(bounds[MultipleOf].multiple_of) if MultipleOf in bounds else 1
+    least = int(bounds[Ge].ge) if Ge in bounds else int(bounds[Gt].gt) + 1 if Gt in bounds else 1
+    return Ladder(-(-least // step), LARGEST, lambda i: i * step, lambda v: int(v) // step, False)
 
 
 def _changed(method: Any, value: float) -> Any:
@@ -156,7 +156,8 @@ def _changed(method: Any, value: float) -> Any:
 def _current(config: Config) -> float | None:
     name, _, key = config.method.size.partition(".")
     value = getattr(config.method, name)
-    return value.get(key) if key else value  # type: ignore[no-any-return]
+    current: float | None = value.get(key) if key else value
+    return current
 
 
 class _Scale:

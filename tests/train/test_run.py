@@ -163,6 +163,15 @@ def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earli
     assert "The phases before the last" in plan["notes"][-1]
 
 
+def test_trained_counts_what_was_trained_whatever_step_was_best(model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = iter(range(0, -9, -1))
+    monkeypatch.setattr(run, "better", lambda metrics: (next(keys),))  # the first validation stays the best
+    settings = config(model, "method=lift", "sparsity=0.9", "schedule.every=1")
+    plan, (result, _, _) = run.plan(settings), go(settings)
+    assert result["best_step"] == 2
+    assert result["params"] == plan["params"]
+
+
 def test_a_changed_base_a_damaged_delta_and_other_labels_are_refused(model: str, here: Path) -> None:
     _, files, _ = go(config(model, "method=lora"))
     rows = "".join(f"x{i},{'ab'[i % 2]}\n" for i in range(40))
