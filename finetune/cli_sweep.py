@@ -165,9 +165,17 @@ def _show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> Non
     elif results:
         from rich.console import Console
 
-        from .report.table import runs_table
+        from .report.comparison import compare
+        from .report.formats import terminal
+        from .train.files import plain
 
-        Console().print(runs_table([result for _, result in results], [point.label for point, _ in results]))
+        console, folders = Console(), dict[Any, list[Path]]()
+        for point, _ in results:  # a table compares runs of one data set
+            which = tuple(getattr(point.config.dataset, key, None) for key in ("name", "path", "config"))
+            folders.setdefault(which, []).append(point.folder.path)
+        for of_one in folders.values():
+            for part in terminal(plain(compare(of_one).as_dict(curves=False)), console.width):
+                console.print(part)
         print(f"Everything lies in {results[0][0].folder.path.parent}")
 
 

@@ -22,12 +22,12 @@ from finetune.sweep.process import Process, tail
 WORDS = ["method=snell", "train.threads=1", "train.device=cpu", "train.eval_every=null"]
 
 
-def overhead(seed: int) -> float:
-    """Seconds from starting the process to the beginning of its first step."""
-    (point,) = sweep.points([*WORDS, "train.steps=2", f"seed={seed}", "name=overhead"])
+def overhead(seed: int, warm: bool) -> float:
+    """Seconds from starting the process to the beginning of its first step; ``warm``: forked, as a sweep does, from one that has imported all."""
+    (point,) = sweep.points([*WORDS, "train.steps=2", f"seed={seed}", f"name=warm{warm}"])
     sweep.freeze([point])
     began = time.time()
-    process = Process.start(point, threads=1)
+    process = Process.start(point, threads=1, warm=warm)
     assert process
     first = None
     while process.poll() is None:
@@ -58,14 +58,20 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         load = [os.getloadavg()[0]]
-        starts = [overhead(seed) for seed in range(args.runs)]
+        fresh = [overhead(seed, False) for seed in range(args.runs)]
+        starts = [overhead(seed, True) for seed in range(args.runs + 1)]
         speed = {}
         for jobs in (1, 2):
             load.append(os.getloadavg()[0])
             speed[jobs] = args.runs / minutes(jobs, args.runs, args.steps)
         os.chdir(Path(__file__).parent)
     told = {
-        "seconds_to_first_step": {"median": round(statistics.median(starts), 2), "each": [round(s, 2) for s in starts]},
+        "seconds_to_first_step": {
+            "median": round(statistics.median(starts), 2),
+            "first (imports)": round(starts[0], 2),
+            "each": [round(s, 2) for s in starts[1:]],
+            "a new interpreter each": [round(s, 2) for s in fresh],
+        },
         "runs_per_minute": {f"jobs {jobs}": round(value, 2) for jobs, value in speed.items()},
         "ratio": round(speed[2] / speed[1], 2),
         "load_before": [round(value, 1) for value in load],

@@ -18,7 +18,7 @@ Data = Mapping[str, Any]
 MARKS = {"best": " *", "tie": " ="}
 LEGEND = {"best": "* the best", "tie": "= shares the top: no difference was shown"}
 WIDE = 150  # columns of a terminal that hold everything in one table
-NARROWEST = 10  # columns for the name of a row
+LONGEST = 24  # columns up to which a word in the name of a row is kept whole
 CSV_KEYS = (
     "rank", "mean", "low", "high", "sd", "base", "single_seed", "finished", "failed", "unfinished", "missing", "trained", "stored_bytes",
     "step_seconds", "train_seconds", "peak_memory_bytes", "trials",
@@ -41,9 +41,8 @@ def columns(data: Data) -> list[Column]:
     score, rows = Score(data["metric"]["name"]), data["rows"]
     unit = " %" if score.percent else ""
     found = [Column(f"{score.words}{unit}", lambda row: score.show(row["mean"])), Column("95 % interval", lambda row: _interval(score, row))]
-    against = {row["versus"]["against"] for row in rows if row["versus"]}
-    if against:
-        found.append(Column(f"against {against.pop()}", lambda row: _versus(score, row["versus"])))
+    if any(row["versus"] for row in rows):
+        found.append(Column("difference", lambda row: _versus(score, row["versus"])))
         found.append(Column("p", lambda row: _p(row["versus"])))
     if any(row["retention"] for row in rows):
         key = {"classification": "accuracy"}.get(data["task"], "bits_per_byte")
@@ -51,7 +50,7 @@ def columns(data: Data) -> list[Column]:
         found.append(Column(f"{kept.words}{' %' * kept.percent}", lambda row: kept.show(row["retention"] and row["retention"]["mean"])))
     found.append(Column("seeds", _seeds, result=False))
     if any(row["base"] is not None for row in rows):
-        found.append(Column("untrained", lambda row: score.show(row["base"])))
+        found.append(Column("untrained", lambda row: score.show(row["base"]), result=False))
     if any(row["trials"] is not None for row in rows):
         found.append(Column("tuning trials", lambda row: "none" if row["trials"] is None else str(row["trials"]), result=False))
     return [
@@ -103,23 +102,31 @@ def terminal(data: Data, width: int) -> list[RenderableType]:
     ranks = {row["rank"] for row in data["rows"]}
     legend = [words for rank, words in LEGEND.items() if rank in ranks]
     after = [*(["; ".join(legend) + "."] if legend else []), *errors(data), *data["notes"]]
-    return [*lines, *halves, *(Text(line) for line in after)]
+    blank = Text()
+    return [*lines, *(part for half in halves for part in (blank, half)), blank, *(Text(line) for line in after)]
 
 
 def _table(data: Data, shown: Sequence[Column], width: int) -> Table:
-    """Only the rows' names are folded, as long as that leaves them room."""
+    """Only headings and the rows' names are folded, as long as that leaves them room."""
+    from rich.box import SIMPLE_HEAD
     from rich.table import Table
     from rich.text import Text
 
-    table = Table()
-    table.add_column("row", overflow="fold")
-    widths = [max(len(text) for text in (column.name, *(column.cell(row) for row in data["rows"]))) for column in shown]
-    whole = sum(widths) + 3 * (len(shown) + 1) + NARROWEST <= width
-    for column in shown:
-        table.add_column(column.name, justify="right", overflow="fold", no_wrap=whole)
-    for row in data["rows"]:
-        marked = row["label"] + MARKS.get(row["rank"], "")
-        table.add_row(Text(marked), *(Text(column.cell(row)) for column in shown))
+    table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
+    marked = [row["label"] + MARKS.get(row["rank"], "") for row in data["rows"]]
+    cells = [[column.cell(row) for row in data["rows"]] for column in shown]
+    room = width - 2 * len(shown)
+    whole = [max(map(len, (column.name, *told))) for column, told in zip(shown, cells, strict=True)]
+    folded = [max(map(len, (*column.name.split(), *told))) for column, told in zip(shown, cells, strict=True)]
+    widths: Sequence[int | None] = whole if room - sum(whole) >= max(map(len, marked)) else folded
+    left = room - sum(width or 0 for width in widths)
+    if left < min(LONGEST, max(len(word) for name in marked for word in name.split())):
+        widths, left = [None] * len(shown), 0
+    table.add_column("row", overflow="fold", max_width=left or None)
+    for column, fixed in zip(shown, widths, strict=True):
+        table.add_column(column.name, justify="right", overflow="fold", width=fixed)
+    for name, *told in zip(marked, *cells, strict=True):
+        table.add_row(Text(name), *map(Text, told))
     return table
 
 

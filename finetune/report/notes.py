@@ -40,7 +40,9 @@ def _tests(found: Comparison) -> Iterator[str]:
     if not found.versus:
         return
     if found.baseline is None:
-        yield f"Rows are tested against {found.rows[0].label}, the best here; being chosen by this very number, it flatters itself a little."
+        yield f"Differences are to {found.rows[0].label}, the best here; being chosen by this very number, it flatters itself a little."
+    else:
+        yield f"Differences are to {found.baseline}."
     names = dict.fromkeys(verdict["test"] for verdict in found.versus.values())
     yield from (f"The test '{test}' {CLAIMS[test]}." for test in names if test in CLAIMS)
     if "none" in names:

@@ -111,9 +111,25 @@ def shown(value: Any) -> str:
 
 
 def label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """``snell sparsity=0.9``: choices by their name, values with theirs; what a method lacks is left out."""
-    words = [shown(by[name(key)]) if key.endswith(".name") else f"{name(key)}={shown(by[name(key)])}" for key in keys if by[name(key)] is not None]
+    """``lora rank=8``: choices by their name, values with theirs; what a method lacks is left out."""
+    told = {key: shown(by[name(key)]) for key in keys if by[name(key)] is not None}
+    words = [value if key.endswith(".name") else f"{name(key).removeprefix('method.')}={value}" for key, value in told.items()]
     return " ".join(words) or " ".join(f"no {name(key)}" for key in keys)
+
+
+def labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
+    """One for each row. Settings of a method are told only where rows of the same choices differ in them, the sparsity always."""
+    choices = [key for key in keys if key.endswith(".name")]
+    alike: dict[str, list[Mapping[str, Any]]] = {}
+    for by in rows:
+        alike.setdefault(plain([by[name(key)] for key in choices]), []).append(by)
+    told = {
+        which: [
+            k for k in keys if k in choices or not k.startswith("method.") or k == "method.sparsity" or len({plain(by[name(k)]) for by in of}) > 1
+        ]
+        for which, of in alike.items()
+    }
+    return [label(by, told[plain([by[name(key)] for key in choices])] or keys) for by in rows]
 
 
 def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
@@ -121,8 +137,9 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for run in runs:
         values = {name(key): run.settings.get(key) for key in keys}
-        row = rows.setdefault(tuple(plain(value) for value in values.values()), Row(label(values, keys), values, []))
-        row.runs.append(run)
+        rows.setdefault(tuple(plain(value) for value in values.values()), Row("", values, [])).runs.append(run)
+    for row, words in zip(rows.values(), labels([row.by for row in rows.values()], keys), strict=True):
+        row.label = words
     left_out = {*keys, *REPEATS, *tuned(runs)}
     inside = {key for row in rows.values() for key in varying(run.settings for run in row.runs if run.known)} - left_out
     for row in rows.values():

@@ -171,7 +171,7 @@ class Pool:
         if len(self.running) >= self.places:
             return False
         device = self._free.pop() if self._free else None
-        process = Process.start(point, self._threads, device or self._without)
+        process = Process.start(point, self._threads, device or self._without, warm=True)
         if process is None:
             self._free += [device] if device else []
             self._tell_busy(point)

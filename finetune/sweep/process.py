@@ -23,8 +23,10 @@ from ..errors import FinetuneError
 from ..train.files import RunFolder, write_json_atomic
 from ..train.result import make_result
 from .grid import Point
+from .warm import Forked
 
 GRACE = 10.0  # seconds between asking a process to end and ending it
+FORKS = sys.platform == "linux"  # whether runs on the CPU are forked from a warm process
 KEPT = 50  # lines of what a failed process wrote to standard error that go to its log
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "NUMEXPR_NUM_THREADS")
 FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
@@ -81,9 +83,14 @@ def environment(threads: int | None, device: str | None) -> dict[str, str]:
     return made if device is None else {**made, "CUDA_VISIBLE_DEVICES": device}
 
 
+def words(point: Point) -> list[str]:
+    """The command line that trains ``point``, whose configuration is frozen."""
+    return ["train", "--json", "--config", str(point.folder.config)]
+
+
 def command(point: Point) -> list[str]:
-    """What trains ``point``, whose configuration is frozen, and ends with this process."""
-    return [sys.executable, "-m", f"{__package__}.child", str(os.getpid()), "train", "--json", "--config", str(point.folder.config)]
+    """The same in a new process, which ends with this one."""
+    return [sys.executable, "-m", f"{__package__}.child", str(os.getpid()), *words(point)]
 
 
 class Process:
@@ -92,25 +99,31 @@ class Process:
     ``point`` is the run; ``began`` the time of its start in seconds of ``time.monotonic``.
     """
 
-    def __init__(self, point: Point, held: int, threads: int | None, device: str | None) -> None:
+    def __init__(self, point: Point, held: int, threads: int | None, device: str | None, warm: bool) -> None:
         self.point, self.device, self.began = point, device, time.monotonic()
         self._lock, self._said, self._stopped = held, b"", ""
         point.folder.result.unlink(missing_ok=True)  # of an earlier failure
-        self._process = subprocess.Popen(
-            command(point), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment(threads, device),
-            pass_fds=(held,), process_group=0,
-        )  # fmt: skip
+        surroundings = environment(threads, device) | {"FINETUNE_LOCK_FD": str(held)}
+        self._process: Forked | subprocess.Popen[bytes]
+        if warm and FORKS and not device:
+            self._process = Forked(words(point), surroundings, held)
+        else:
+            self._process = subprocess.Popen(
+                command(point), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=surroundings,
+                pass_fds=(held,), process_group=0,
+            )  # fmt: skip
         assert self._process.stderr is not None
         self._pipe = self._process.stderr.fileno()
         os.set_blocking(self._pipe, False)
         self._sign()
 
     @classmethod
-    def start(cls, point: Point, threads: int | None = None, device: str | None = None) -> Process | None:
+    def start(cls, point: Point, threads: int | None = None, device: str | None = None, warm: bool = False) -> Process | None:
         """Start ``point``, whose configuration is frozen in its folder; ``None`` if another process is running it, or has
         just finished it. Raises ``DiskFull``.
 
-        ``threads``: how many the child may use; ``device``: its CUDA_VISIBLE_DEVICES.
+        ``threads``: how many the child may use; ``device``: its CUDA_VISIBLE_DEVICES; ``warm``: if it may, fork it from a process that has imported
+        everything.
         """
         held = lock(point.folder.path)
         if held is None:
@@ -119,7 +132,7 @@ class Process:
             os.close(held)
             return None
         try:
-            return cls(point, held, threads, device)
+            return cls(point, held, threads, device, warm)
         except BaseException:
             os.close(held)
             raise
@@ -182,7 +195,7 @@ class Process:
         os.close(self._lock)
 
     def _outcome(self) -> dict[str, Any]:
-        folder, code = self.point.folder, self._process.returncode
+        folder, code = self.point.folder, self._process.returncode or 0
         if folder.finished:
             return folder.read_result()
         if self._stopped:

@@ -42,6 +42,7 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
     """Children are the stub; called with seeds it makes and freezes their points."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setattr(process, "FORKS", False)
 
     def make(*seeds: int) -> list[Point]:
         made = [point(seed) for seed in seeds]

@@ -27,6 +27,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     """Runs the command here, with children that train nothing; gives exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setattr(process, "FORKS", False)
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*words: str) -> tuple[int, str, str]:

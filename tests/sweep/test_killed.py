@@ -34,9 +34,10 @@ except Interrupted as error:
     print("interrupted by", error)
     sys.exit(130)
 """
-STUBBED = "process.command = stubbed"
-BOUND = "process.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; from finetune.sweep.child import end_with; " + (
-    "end_with(int(sys.argv.pop(1))); runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
+STUBBED = "process.command, process.FORKS = stubbed, False"
+BOUND = "process.FORKS = False\nprocess.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; " + (
+    "from finetune.sweep.child import end_with; end_with(int(sys.argv.pop(1))); "
+    "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
 )
 ROOT = Path(__file__).parents[2]
 
