@@ -16,7 +16,7 @@ from .errors import ConfigError
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 UNFAIR = 3  # exit code of compare --strict with findings
 SUFFIXES = (".csv", ".md", ".tex", ".json", ".html")
-OURS = {"result.json", "tuning.json", "failure.json", "compose.json", "search.json", "sweep.json", "delta.json", "state.json"}
+OURS = {"result.json", "tuning.json", "failure.json", "compose.json", "search.json", "sweep.json", "delta.json", "state.json", "manifest.json"}
 
 
 def compare(
@@ -40,6 +40,8 @@ def compare(
     found = find(folders, [word.strip() for text in by or [] for word in text.split(",") if word.strip()], metric, baseline)
     drawn = wandb or plots is not None or any(file.suffix == ".html" for file in files)
     data = plain(found.as_dict(curves=drawn or as_json or any(file.suffix == ".json" for file in files), defaults=_defaults if drawn else None))
+    for written in _write(data, files, plots):
+        print(f"Written: {written}", file=sys.stderr)
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
     else:
@@ -50,8 +52,6 @@ def compare(
         console = Console()
         for part in terminal(data, console.width):
             console.print(part)
-    for written in _write(data, files, plots):
-        print(f"Written: {written}", file=sys.stderr)
     if wandb:
         from .report.wandb_report import log
 

@@ -6,10 +6,11 @@ are laid on top; ``strict`` checks the whole. Every fault found on the way is ra
 
 from __future__ import annotations
 
+import io
 import re
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import islice, product
+from itertools import accumulate, islice, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from . import strict
+from . import groups, references, safe, strict
 from .errors import ConfigError, near
-from .explain import PACKAGE, flat, leaves, yaml_origins
+from .explain import flat, leaves, yaml_origins
+from .groups import conf_dir as conf_dir  # part of what this module offers
 from .settings import Config
 from .strict import Composed
 
@@ -38,12 +40,7 @@ OF_SWEEPS = ("sweep", "launcher")  # folders of files that say nothing of one ru
 ALIASES = {"sparsity": "method.sparsity"}
 PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
-
-
-def conf_dir() -> Path:
-    """The YAML groups: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+LONGEST, NESTED = 4096, 20  # characters and brackets within brackets of a value: Hydra's parser takes 2 s for a list of 2,000
 
 
 def load(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> Config:
@@ -80,12 +77,12 @@ def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100
 
 
 def _resolve(overrides: list[str], config_dir: Path | None, config_file: Path | None) -> tuple[Config, Composed]:
-    groups = _groups(config_dir)
+    options = _options(config_dir)
     if config_file and config_dir:
         raise ConfigError("--config and --config-dir do not go together: a frozen configuration is complete and reads no groups.")
-    request = _request(overrides, groups, config_file)
+    request = _request(overrides, options, config_file)
     try:
-        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir, _stamps(config_dir))
+        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir, groups.stamps(config_dir))
         composed = _lay_on(base, request)
         config = strict.build(composed, skip=request.spoiled)
     except ConfigError as error:
@@ -126,11 +123,16 @@ def _override(text: str) -> Override:
         )
     if not sign or not KEY.fullmatch(key):
         raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
+    if len(text) > LONGEST or max(accumulate((c in "[{(") - (c in "]})") for c in value), default=0) > NESTED:
+        raise ConfigError(f"{text}: a value has at most {LONGEST:,} characters and {NESTED} brackets within brackets. Put it into a YAML file.")
     parser = OverridesParser.create()
     try:
         override = parser.parse_override(text)
     except HydraException:
-        override = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+        try:
+            override = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
+        except HydraException as error:
+            raise ConfigError(f"{text} cannot be read: {error}. Put the value into a YAML file.") from None
     override.key_or_group, override.input_line = _full(key), text
     assert override.type is OverrideType.CHANGE
     return override
@@ -142,18 +144,18 @@ def _full(key: str) -> str:
     return f"{PLACED[head]}.{rest}" if dot and head in PLACED else ALIASES.get(key, key)
 
 
-def _request(overrides: list[str], groups: dict[str, set[str]], config_file: Path | None) -> _Request:
+def _request(overrides: list[str], options: dict[str, set[str]], config_file: Path | None) -> _Request:
     parsed, faults = _parse(overrides)
     request, seen = _Request(faults=faults), dict[str, str]()
     for item in parsed:
         key, text = item.key_or_group, str(item.input_line)
         fault = f"{seen[key]} and {text} set the same thing; keep one of them." if key in seen else None
-        fault = fault or _fault_of(item, groups, config_file)
+        fault = fault or _fault_of(item, options, config_file)
         seen[key] = text
         if fault:
             request.faults.append(fault)
-            request.spoiled |= {PLACED.get(key, key)} if key in groups else set()
-        elif key in groups:
+            request.spoiled |= {PLACED.get(key, key)} if key in options else set()
+        elif key in options:
             request.chosen[key] = str(item.value())
         else:
             request.values[key] = item
@@ -162,33 +164,33 @@ def _request(overrides: list[str], groups: dict[str, set[str]], config_file: Pat
     return request
 
 
-def _fault_of(item: Override, groups: dict[str, set[str]], config_file: Path | None) -> str | None:
+def _fault_of(item: Override, options: dict[str, set[str]], config_file: Path | None) -> str | None:
     key, text, value = item.key_or_group, item.input_line, item.value()
     if isinstance(value, Sweep):
-        cure = "" if key in groups else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
+        cure = "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
         return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
     if key in {f"{place}.name" for place in (*strict.CHOSEN, *PLACED.values())}:
         return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
-    if key not in groups:
+    if key not in options:
         return None
     if config_file:
         return f"{text} cannot be combined with --config: a frozen configuration is complete, and only values in it can be changed."
     if isinstance(value, dict | list) or value is None:
-        return f"{text}: {key} takes exactly one option (`finetune sweep {key}=A,B` runs several). Options: {', '.join(sorted(groups[key]))}."
-    if str(value) not in groups[key]:
-        return f"{text} is not an option ({COMMAND_LINE}).{near(str(value), groups[key])} Options: {', '.join(sorted(groups[key]))}."
+        return f"{text}: {key} takes exactly one option (`finetune sweep {key}=A,B` runs several). Options: {', '.join(sorted(options[key]))}."
+    if str(value) not in options[key]:
+        return f"{text} is not an option ({COMMAND_LINE}).{near(str(value), options[key])} Options: {', '.join(sorted(options[key]))}."
     return None
 
 
-def _groups(config_dir: Path | None) -> dict[str, set[str]]:
+def _options(config_dir: Path | None) -> dict[str, set[str]]:
     """Group name -> options, of the built-in folder and of the user's."""
     if config_dir and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
-    groups: dict[str, set[str]] = {}
-    for file in _yaml_files(config_dir):
+    found: dict[str, set[str]] = {}
+    for file in groups.yaml_files(config_dir):
         if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES, *OF_SWEEPS):
-            groups.setdefault(file.parent.name, set()).add(file.stem)
-    return groups
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return found
 
 
 @cache
@@ -201,18 +203,10 @@ def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
-def _yaml_files(config_dir: Path | None) -> list[Path]:
-    return [file for root in (conf_dir(), config_dir) if root for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml"))]
-
-
-def _stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
-    """Changes whenever a file of the groups does."""
-    return tuple((str(file), file.stat().st_mtime_ns) for file in _yaml_files(config_dir))
-
-
 @lru_cache(maxsize=64)  # the points of a sweep differ mostly in values
 def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamps: tuple[tuple[str, int], ...]) -> Composed:
     """The chosen files merged in the order of the defaults list, with the line that set each key. ``stamps`` only tell cached results apart."""
+    groups.check(config_dir)
     loader = _loader(config_dir)
     # a group of the user's that the defaults list does not know is appended to it
     picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]
@@ -226,7 +220,7 @@ def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamp
             found = repository.load_config(default.config_path or "")
             if found:
                 file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
-                origins |= yaml_origins(file.read_text(), _label(file, config_dir), default.package or "")
+                origins |= yaml_origins(file.read_text(), groups.label(file, config_dir), default.package or "")
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_composing_fault(error)) from None
     composed = Composed(_plain(config, resolve=False), origins)
@@ -250,12 +244,6 @@ def _placed(composed: Composed, group: str, place: str) -> Composed:
     return replace(composed, values=values, origins=origins | moved)
 
 
-def _label(file: Path, config_dir: Path | None) -> str:
-    if file.is_relative_to(conf_dir()):
-        return f"conf/{file.relative_to(conf_dir())}"
-    return str(config_dir / file.relative_to(config_dir.resolve())) if config_dir else str(file)
-
-
 def _composing_fault(error: Exception) -> str:
     """Hydra's words on one line, with the reason that it keeps in the cause."""
     said = [str(e) for e in (error, error.__cause__) if e]
@@ -269,11 +257,12 @@ def _read(file: Path) -> Composed:
     if not file.is_file():
         raise ConfigError(f"--config {file}: there is no such file.")
     try:
-        config = OmegaConf.load(file)
+        text = safe.yaml_text(file)
+        config = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"--config {file} is not a mapping of settings.")
-        return Composed(_plain(config, resolve=False), yaml_origins(file.read_text(), str(file)))
-    except (OmegaConfBaseException, yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        return Composed(_plain(config, resolve=False), yaml_origins(text, str(file)))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"--config {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
 
 
@@ -296,5 +285,7 @@ def _lay_on(base: Composed, request: _Request) -> Composed:
         except (OmegaConfBaseException, ValueError, TypeError) as error:
             request.faults.append(f"{item.input_line} cannot be set: {' '.join(str(error).split())}")
         origins |= {name: COMMAND_LINE for name, _ in flat(item.value(), key)}
+    if faults := references.faults(_plain(config, resolve=False), origins):
+        raise ConfigError(*faults)
     texts = {key: item.get_value_string() for key, item in request.values.items()}
     return replace(base, values=_plain(config, resolve=True), origins=origins, texts=texts)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .errors import visible
 from .report.metric import show_bytes
 
 
@@ -26,7 +27,7 @@ def _show(name: str, item: Any, indent: str) -> None:
     elif isinstance(item, list) and item and isinstance(item[0], Mapping):
         show_table(item)
     elif isinstance(item, list) and all(isinstance(line, str) for line in item):
-        print(*(f"{indent}{line}" for line in item), sep="\n", end="\n" * bool(item))
+        print(*(f"{indent}{visible(line)}" for line in item), sep="\n", end="\n" * bool(item))
     else:
         print(f"{indent}{name}: {show_bytes(item) if name.endswith('_bytes') else _text(item)}")
 
@@ -52,4 +53,4 @@ def _text(value: Any) -> str:
         return f"{value:.6g}"
     if value is None:
         return "-"
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return visible(value if isinstance(value, str) else json.dumps(value, default=str))

@@ -8,7 +8,11 @@ FinetuneError          1   anything this package raises on purpose
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
+
+LONGEST = 2000  # characters of a message
+PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")  # of an address
 
 
 class FinetuneError(Exception):
@@ -23,12 +27,19 @@ class ConfigError(FinetuneError):
     exit_code = 2
 
     def __init__(self, *faults: str) -> None:
-        super().__init__("\n".join(faults))
-        self.faults = faults
+        self.faults = tuple(map(visible, faults))
+        super().__init__("\n".join(self.faults))
 
 
 class RunFailed(FinetuneError):
     """A run stopped for a reason that lies in the run: a loss that is not finite, for example."""
+
+
+def visible(text: str) -> str:
+    """``text`` as one line that a terminal or a log shows as it is: control characters escaped, passwords in addresses gone, the middle of a long one
+    left out."""
+    text = PASSWORD.sub("***@", text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}")
+    return "".join(c if c.isprintable() else " " if c in "\t\n\r" else c.encode("unicode_escape").decode() for c in text)
 
 
 def near(word: str, options: Iterable[str]) -> str:

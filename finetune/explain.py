@@ -19,7 +19,7 @@ PACKAGE = Path(__file__).parent
 
 def yaml_origins(text: str, label: str, package: str = "") -> dict[str, str]:
     """``{"method.rank": "conf/method/lora.yaml:2"}`` for every key of a YAML text placed under the dotted ``package``."""
-    root = yaml.compose(text, Loader=yaml.SafeLoader)
+    root = yaml.compose(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     lines = dict(_keys(root, package))
     lines.pop("defaults" if not package else f"{package}.defaults", None)
     return {key: f"{label}:{line}" for key, line in lines.items()}

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
+
+from .errors import visible
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -40,10 +43,12 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """Print one line above the bar."""
+        line = visible(line)
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
-            print(line, file=sys.stderr, flush=True)
+            with suppress(OSError):  # a terminal that is gone is no reason to stop
+                print(line, file=sys.stderr, flush=True)
 
     def _draw(self, done: int, total: int, words: str) -> None:
         if self._bar is None:

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 Share = Annotated[float, Ge(0), Lt(1)]
+NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")  # settings that cannot change a run's result
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,28 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. ``batch_size`` counts examples per optimizer step over all processes; ``micro_batch_size`` what one pass takes."""
+    """The loop. ``batch_size`` counts examples per optimizer step over all processes ("auto": as many as one pass of each holds),
+    ``micro_batch_size`` what one pass takes. ``threads`` are divided among the processes of a machine.
+    """
 
     steps: Annotated[int, Ge(1)] = 200
-    batch_size: Annotated[int, Ge(1)] = 16
+    batch_size: Annotated[int, Ge(1)] | Literal["auto"] = 16
     micro_batch_size: Annotated[int, Ge(1)] | None = None
     eval_batch_size: Annotated[int, Ge(1)] = 100
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     clip: Annotated[float, Gt(0)] | None = 1.0
     eval_every: Annotated[int, Ge(1)] | None = 50
     save_every: Annotated[int, Ge(1)] | None = None
+    keep_last: Annotated[int, Ge(1)] | None = 2
     max_seconds: Annotated[float, Gt(0)] | None = None
     workers: Annotated[int, Ge(0)] = 0
     select: Literal["best", "last"] = "best"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, Ge(1)] | None = None
+
+    def __post_init__(self) -> None:
+        if self.batch_size == "auto" and self.micro_batch_size:
+            raise ValueError(f"train.micro_batch_size={self.micro_batch_size} means nothing to train.batch_size=auto, which takes all in one pass.")
 
 
 @dataclass(frozen=True)
@@ -92,10 +100,22 @@ class Config:
         plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # tuples become lists, as in YAML
         return plain
 
+    def deciding(self) -> dict[str, Any]:
+        """``as_dict`` with only what can change the result: not the run's name, nor where it logs, nor how often it is saved."""
+        return {key: _deciding(key, part) for key, part in self.as_dict().items() if decides(key)}
+
     def hash(self) -> str:
-        """Ten hex digits of everything that can change the result: not the run's name, nor where it logs."""
-        tree = {k: v for k, v in self.as_dict().items() if k not in ("name", "run", "logger")}
-        return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
+        """Ten hex digits of everything that can change the result."""
+        return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:10]
+
+
+def decides(key: str) -> bool:
+    """Whether a setting, by its dotted key, can change a run's result."""
+    return not f"{key}.".startswith(tuple(f"{free}." for free in NOT_THE_RUN))
+
+
+def _deciding(key: str, part: Any) -> Any:
+    return {name: value for name, value in part.items() if decides(f"{key}.{name}")} if isinstance(part, dict) else part
 
 
 def _plain(value: Any) -> Any:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from functools import cache, partial
+from itertools import islice
 from typing import Any, get_type_hints
 
 import pydantic
@@ -26,6 +27,7 @@ CHOSEN: tuple[registry.Kind, ...] = ("method", "dataset", "selector")  # section
 NESTED: dict[type, registry.Kind] = {Schedule: "schedule"}  # likewise fields of these types, inside a section
 ABSENT = {"selector": {"name": "none"}}  # sections that frozen configurations of earlier versions lack
 WORDS = {"a valid array": "a list, written [a,b]", "an object": "a mapping", "a valid boolean": "true or false", "Field required": "too few entries"}
+MOST = 50  # wrong settings of a section that are told of one by one
 ROOT = tuple(f.name for f in fields(Config) if f.name in ("name", "run", "seed"))
 SECTIONS = tuple(f.name for f in fields(Config) if f.name not in ROOT)
 
@@ -178,7 +180,8 @@ def _faults(errors: list[Any], cls: type, section: str, composed: Composed) -> l
     for error in errors:
         inside = _inside(error["loc"], _value(section, composed))
         by_key.setdefault(_dotted(section, inside), []).append(error)
-    return [fault for key, found in by_key.items() for fault in _fault(key, found, cls, section, composed)]
+    said = [fault for key, found in islice(by_key.items(), MOST) for fault in _fault(key, found, cls, section, composed)]
+    return said + ([f"{len(by_key) - MOST:,} more settings of {section or 'the run'} are wrong."] if len(by_key) > MOST else [])
 
 
 def _inside(loc: tuple[Any, ...], value: Any) -> tuple[Any, ...]:

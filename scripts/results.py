@@ -57,7 +57,7 @@ def points() -> list[Point]:
 def matched(task: list[str], row: str, sparsity: float) -> list[str]:
     """The setting that gives this row the count of the sparsity."""
     from finetune.config import load
-    from finetune.train.run import plan
+    from finetune.train.plan import plan
 
     if row not in ("lora, same count", "s2ft"):
         return [f"sparsity={sparsity}"]

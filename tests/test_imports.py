@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1] / "finetune"
-BOTTOM = {"errors", "registry", "settings"}
+BOTTOM = {"errors", "registry", "safe", "settings"}
 SIDE = {"core"} | BOTTOM
 ALLOWED = {
     "errors": set(),
+    "safe": {"errors"},
     "registry": {"errors"},
     "settings": {"errors"},
     "core": {"errors"},
@@ -21,11 +22,13 @@ ALLOWED = {
     "models": SIDE,
     "data": SIDE,
     "optim": {"core", "errors"},
-    "config": BOTTOM | {"strict", "explain"},
+    "config": BOTTOM | {"strict", "explain", "groups", "references"},
+    "groups": BOTTOM | {"explain"},
+    "references": {"explain"},
     "strict": BOTTOM | {"explain", "core"},
     "explain": BOTTOM,
-    "report": {"errors"},
-    "train": SIDE | {"config", "data", "models", "optim"},
+    "report": {"errors", "safe"},
+    "train": SIDE | {"config", "data", "models", "optim", "progress"},
     "testing": SIDE | {"data", "train"},
 }
 

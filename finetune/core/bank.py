@@ -57,6 +57,16 @@ class Bank(nn.Module):
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.changes += 1
+        if not (self._whole(self.starts, self.index) and self._whole(self.settled_starts, self.settled_index)):
+            args[-1].append(f"{prefix}index has positions outside the layers")  # what is to be raised: products would read anywhere
+
+    def _whole(self, starts: Tensor, index: Tensor) -> bool:
+        """Whether the slices lie within ``index``, and its positions within their sites."""
+        counts, sizes = starts.diff(), torch.tensor(self.sizes, device=starts.device)
+        if int(starts[0]) or (counts < 0).any() or int(starts[-1]) > len(index):
+            return False
+        used = index[: int(starts[-1])]
+        return not ((used < 0) | (used >= sizes.repeat_interleave(counts))).any()
 
     def bounds(self, of: str = "starts") -> list[int]:
         """``starts`` (or ``settled_starts``) as numbers, read from the device once."""
@@ -139,6 +149,7 @@ class Bank(nn.Module):
             where, order = torch.cat([still[stays], old[keep]]).sort()
             settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
             sources.append(source.to(torch.int32))
+        self.changes += 1  # from here on it cannot be done again, should memory run out
         for name, t in {"": self.values.data, **moments}.items():
             if name:
                 del fresh  # before the next is made
@@ -165,9 +176,11 @@ class Bank(nn.Module):
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit these sites."""
-        counts, sizes = stored["starts"].diff(), torch.tensor(self.sizes)
-        flat = decode_sorted(stored["gaps"], len(stored["values"]))
-        if len(counts) != len(sizes) or int(counts.sum()) != len(flat):
+        starts, values, sizes = stored["starts"], stored["values"], torch.tensor(self.sizes)
+        if (starts.dtype, starts.shape) != (torch.int64, (len(sizes) + 1,)) or values.dim() != 1 or not values.is_floating_point():
+            raise ConfigError("the stored sparse change is not of the form of one, or does not fit this model's layers.")
+        counts, flat = starts.diff(), decode_sorted(stored["gaps"], len(values))
+        if int(starts[0]) or (counts < 0).any() or int(counts.sum()) != len(flat) or (flat.diff() <= 0).any():
             raise ConfigError("the stored sparse change does not fit this model's layers.")
         index = flat - (sizes.cumsum(0) - sizes).repeat_interleave(counts)
         if ((index < 0) | (index >= sizes.repeat_interleave(counts))).any():
@@ -240,9 +253,10 @@ class SparseDelta(Restorable):
 
     @torch.no_grad()
     def restore_(self, weight: Tensor) -> None:
-        where, entries = self._lent
-        write_(weight, where, self._laid()[1], entries)
-        del self._lent
+        if hasattr(self, "_lent"):  # else memory ran out before anything was written
+            where, entries = self._lent
+            write_(weight, where, self._laid()[1], entries)
+            del self._lent
 
     def keep(self, x: Tensor) -> Tensor:
         return x if self.bank.watch else keep(x, self._laid()[0])

@@ -98,6 +98,9 @@ class Method:
 
     def before_step(self, run: Run, state: Any) -> None: ...
 
+    def again(self, run: Run, state: Any) -> None:
+        """The backward pass is done again, after memory or fp16's range was exceeded: make ready anew what ``before_step`` made ready for it."""
+
     def after_backward(self, run: Run, state: Any) -> None: ...
 
     def after_step(self, run: Run, state: Any) -> None: ...

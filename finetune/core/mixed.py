@@ -44,7 +44,7 @@ class Mixed(Bank):
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         structured, branches = stored["structured"], torch.tensor(self.branches)
-        if len(structured) != len(branches) or len(stored["factors"]) != int(branches[structured].sum()):
+        if structured.dtype != torch.bool or structured.shape != branches.shape or len(stored["factors"]) != int(branches[structured].sum()):
             raise ConfigError("the stored branches do not fit this model's layers; method.rank must be the run's own.")
         self.structured.zero_()
         super().unpack({k: t for k, t in stored.items() if k not in ("structured", "factors")})

@@ -18,6 +18,7 @@ from typing import Any
 from ..errors import ConfigError
 from ..registry import register
 from .columns import is_image
+from .guard import check
 from .table import Source, Table
 
 SPLIT_NAMES = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -153,6 +154,7 @@ def load(kind: str, files: list[Path], named: Path) -> Any:
     """A ``datasets.Dataset`` of the files; images stay encoded. Raises ``ConfigError`` when they cannot be read as ``kind``."""
     import datasets
 
+    check(kind, files)
     options: dict[str, Any] = {}
     if kind == "csv":  # only an empty cell is missing: "NA" and "null" are words
         options = {"keep_default_na": False, "na_values": [""], "sep": "\t" if named.suffix.lower() == ".tsv" else ","}
@@ -163,7 +165,7 @@ def load(kind: str, files: list[Path], named: Path) -> Any:
     except Exception as error:  # every parser has exceptions of its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(f"{named} has no rows or cannot be read as {kind} ({reason[0]}). Check its content and format.") from error
-    return encoded_images(table)
+    return whole_images(encoded_images(table), named) if kind != "imagefolder" else encoded_images(table)
 
 
 @contextmanager
@@ -186,4 +188,12 @@ def encoded_images(table: Any) -> Any:
 
     for column in [c for c, feature in table.features.items() if is_image(feature)]:
         table = table.cast_column(column, datasets.Image(decode=False))
+    return table
+
+
+def whole_images(table: Any, named: Path) -> Any:
+    """The table, if its images are in it. Raises ``ConfigError`` where they are paths, which could name any file of this machine."""
+    for column in [c for c, feature in table.features.items() if is_image(feature)]:
+        if any(chunk.field("bytes").null_count > chunk.null_count for chunk in table.data.column(column).chunks):
+            raise ConfigError(f"{named} names images in column {column} by their paths. Store the images' bytes in it, or use dataset=imagefolder.")
     return table

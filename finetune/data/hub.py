@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..errors import ConfigError
 from ..registry import register
@@ -25,6 +27,8 @@ class Hub(Table):
     def sources(self) -> tuple[list[Source], list[str]]:
         import datasets
 
+        if Path(self.path).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
+            raise ConfigError(f"dataset.path={self.path} is not the id of a data set on the hub. For files here use dataset=csv, jsonl or parquet.")
         try:
             with hushed(), nullcontext() if self.download else offline():
                 found = datasets.load_dataset(self.path, self.config, revision=self.revision)

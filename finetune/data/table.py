@@ -35,7 +35,10 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Dataset):
-    """Base of the tabular data sets: columns (guessed where obvious), and shares of train for the splits that were not given."""
+    """Base of the tabular data sets: columns (guessed where obvious), and shares of train for the splits that were not given.
+
+    ``fold``: which stretch of the rows, in the order that ``split_seed`` draws, is the test split: test_share=0.5 has folds 0 and 1, 0.2 has 0 to 4.
+    """
 
     text_column: str | None = None
     image_column: str | None = None
@@ -44,6 +47,7 @@ class Table(Dataset):
     val_share: Share = 0.1
     test_share: Share = 0.2
     split_seed: Annotated[int, Ge(0)] = 0
+    fold: Annotated[int, Ge(0)] = 0
     length: Annotated[int, Ge(2)] | None = None
 
     def sources(self) -> tuple[list[Source], list[str]]:
@@ -72,12 +76,22 @@ class Table(Dataset):
         if rest < max(1, len(set(train.labels))):
             taken = " and ".join(sizes)
             raise ConfigError(f"Of {len(train)} rows, {taken} leave {max(0, rest)} to train on. Lower dataset.val_share and dataset.test_share.")
-        order = spread(train.labels, self.split_seed)
+        order = self._turned(spread(train.labels, self.split_seed), sizes.get("test"))
         parts = dict(zip(["train", *sizes], cut(order, rest, *sizes.values()), strict=True))
         splits: dict[str, Sequence[Row]] = {**given, **{split: train.pick(part) for split, part in parts.items()}}
-        drawn = f"of the {len(train)} rows of {train.name}, drawn with dataset.split_seed={self.split_seed}"
+        drawn = f"of the {len(train)} rows of {train.name}, drawn with dataset.split_seed={self.split_seed}" + (
+            f" fold={self.fold}" if self.fold else ""
+        )
         notes = [f"{split}: {size} {drawn}." for split, size in sizes.items()]
         return {split: splits[split] for split in ("train", "val", "test")}, notes
+
+    def _turned(self, order: list[int], size: int | None) -> list[int]:
+        """``order`` with the fold's stretch of ``size`` at its end. Raises ``ConfigError`` where there is no such fold."""
+        folds = len(order) // size if size else 1
+        if self.fold >= folds:
+            why = f"a test split of {size} of {len(order)} rows has the folds 0 to {folds - 1}" if size else "the test split is given"
+            raise ConfigError(f"dataset.fold={self.fold}: {why}. Choose one of them, or leave it out.")
+        return [*order[len(order) - self.fold * (size or 0) :], *order[: len(order) - self.fold * (size or 0)]]
 
 
 class Rows(Sequence[Row]):
@@ -122,7 +136,7 @@ def decoded(value: dict[str, Any], name: str) -> Any:
     try:
         content = value["bytes"] or Path(value["path"]).read_bytes()
         return datasets.Image().decode_example({"bytes": content, "path": None})
-    except (OSError, SyntaxError, ValueError) as error:  # what PIL raises for damaged files
+    except Exception as error:  # PIL's decoders raise many kinds for damaged files, and one of its own for images of absurd size
         raise ConfigError(f"The image {name} of the data set cannot be read ({error}). Replace or remove it.") from error
 
 

@@ -33,6 +33,11 @@ class Adapters(Part):
                 self.register_buffer(name.replace(".", "/"), buffer)
 
     @property
+    def tuner(self) -> Any:
+        """peft's own, which export asks for its format."""
+        return self._tuner[0]
+
+    @property
     def gate(self) -> float:  # a property, because peft keeps the switch in its layers
         return self._gate
 
@@ -41,26 +46,26 @@ class Adapters(Part):
         if value not in (0.0, 1.0):
             raise ValueError(f"peft's adapters are on (1) or off (0), not {value}")
         if value != self._gate:
-            (self._tuner[0].enable_adapter_layers if value else self._tuner[0].disable_adapter_layers)()
+            (self.tuner.enable_adapter_layers if value else self.tuner.disable_adapter_layers)()
             self._gate = value
 
     def after_step(self, step: int) -> None:
         """AdaLoRA moves its ranks after each step; other tuners have nothing to do."""
-        update = getattr(self._tuner[0], "update_and_allocate", None)
+        update = getattr(self.tuner, "update_and_allocate", None)
         if update is not None:
             update(step)
 
     def adapted(self) -> int:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [m.get_base_layer() for m in self._tuner[0].model.modules() if isinstance(m, BaseTunerLayer)]
+        layers = [m.get_base_layer() for m in self.tuner.model.modules() if isinstance(m, BaseTunerLayer)]
         return sum(int(m.weight.numel()) for m in layers if isinstance(m, nn.Linear))
 
     def detach(self) -> None:
-        self._tuner[0].unload()
+        self.tuner.unload()
 
     def fold(self) -> None:
-        self._tuner[0].merge_and_unload()
+        self.tuner.merge_and_unload()
 
 
 @register("peft")

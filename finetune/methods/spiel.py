@@ -100,10 +100,13 @@ class SpIEL(Sparse):
         super().begin(run, state, previous)
 
     def before_step(self, run: Run, state: Any) -> None:
+        if run.step % self._moves.every == self.window:
+            self._reselect(run, state["bank"], state["candidates"])
+            state["candidates"].resize(0)
+        self.again(run, state)
+
+    def again(self, run: Run, state: Any) -> None:
         bank, candidates, place = state["bank"], state["candidates"], run.step % self._moves.every
-        if place == self.window:
-            self._reselect(run, bank, candidates)
-            candidates.resize(0)
         if self.criterion == "ag" and place < self.window and run.step - place + self.window < run.total:
             if place == 0:
                 candidates.resize(len(bank.values))

@@ -23,6 +23,7 @@ AUTO = {
     "sequence_classification": "AutoModelForSequenceClassification",
     "causal_lm": "AutoModelForCausalLM",
 }
+SPARE = 2**26  # entries that a model may have beyond twice those of its checkpoint: a head, buffers
 
 
 @dataclass
@@ -63,14 +64,16 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
     if labels:
         named = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
     check_fits(folder, config, task)
-    check_weights(folder, config)
     try:
+        _check_size(folder, config, task, check_weights(folder, config))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             model, info = getattr(transformers, AUTO[task]).from_pretrained(
                 folder, dtype=getattr(torch, config.dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True,
                 ignore_mismatched_sizes=True, output_loading_info=True, **named,
             )  # fmt: skip
+    except ConfigError:
+        raise
     except Exception as error:  # a config.json that contradicts itself raises whatever the architecture happens to
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). Check its config.json.") from error
@@ -83,6 +86,19 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
     start_head_(model, new, seed)
     notes = [f"The checkpoint has no {name}: it starts anew and is trained with the head." for name in new if "pooler" in name]
     return model.eval().requires_grad_(False), tuple(new), notes
+
+
+def _check_size(folder: Path, config: ModelConfig, task: str, stored: int) -> None:
+    """Raise ``ConfigError`` where config.json describes a model far larger than its weights: to make up the rest could take all memory."""
+    import transformers
+
+    settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        model = getattr(transformers, AUTO[task]).from_config(settings, trust_remote_code=False)
+    described = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
+    if described > 2 * stored + SPARE:
+        cure = "Choose a checkpoint that is complete and belongs to its config.json"
+        raise ConfigError(f"model.path={config.path}: its config.json describes {described:,} entries, and its weights are {stored:,}. {cure}.")
 
 
 @torch.no_grad()

@@ -26,9 +26,9 @@ def image_processor(folder: Path, config: ModelConfig, model: Any) -> tuple[Any,
     auto: Any = transformers.AutoImageProcessor
     if any((folder / name).is_file() for name in PROCESSORS):
         try:
-            return auto.from_pretrained(folder, backend="pil", local_files_only=True), []
-        except (ValueError, OSError, KeyError) as error:
-            reason = str(error).splitlines()[0]
+            return auto.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False), []
+        except Exception as error:  # a file that contradicts itself raises whatever the processor happens to
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(f"model.path={config.path}: its image processor cannot be read ({reason}). Repair preprocessor_config.json.") from error
     side = getattr(model.config, "image_size", None)
     if not isinstance(side, int):

@@ -6,10 +6,10 @@ import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from . import views
+from .markup import escape
 from .metric import show_bytes
 from .score import Score
 from .views import Data, Style

@@ -111,7 +111,7 @@ def compare(folders: Sequence[Path], by: Sequence[str] = (), metric: str | None 
     rows = group(runs, keys)
     means = {row.label: plain_statistics.fmean(values.values()) for row in rows if (values := judge.values(row))}
     sign = -1 if score.higher_is_better else 1
-    rows.sort(key=lambda row: (row.label not in means, sign * means.get(row.label, 0.0)))
+    rows.sort(key=lambda row: (row.label not in means, sign * means.get(row.label, 0.0), row.label))
     against = _baseline(rows, baseline)
     found = Comparison(score, _task(runs), keys, rows, against.label if against else None, judge)
     ranked = [row for row in rows if row.label in means]

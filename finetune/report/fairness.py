@@ -10,7 +10,7 @@ from .rows import REPEATS, Row, name, shown, tuned, varying
 
 KINDS = {
     "train.precision": "precision", "model.dtype": "precision", "train.device": "hardware", "train.threads": "hardware",
-    "train.batch_size": "data order", "dataset.split_seed": "data order",
+    "train.batch_size": "data order", "dataset.split_seed": "data order", "dataset.fold": "data order",
 }  # fmt: skip
 TOLERANCE = 1.02  # trained counts within 2 % are equal, as budget= makes them
 LISTED = 4  # rows that a sentence names for one value

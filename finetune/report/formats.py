@@ -7,6 +7,7 @@ import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ..errors import visible
 from .metric import show_bytes
 from .score import Score
 
@@ -92,7 +93,7 @@ def terminal(data: Data, width: int) -> list[RenderableType]:
     """The fairness check, the table (in two halves where it would not fit), errors and notes."""
     from rich.text import Text
 
-    lines: list[RenderableType] = [Text(line) for line in fairness(data)]
+    lines: list[RenderableType] = [Text(visible(line)) for line in fairness(data)]
     shown = columns(data)
     halves = (
         [_table(data, shown, width)]
@@ -103,7 +104,7 @@ def terminal(data: Data, width: int) -> list[RenderableType]:
     legend = [words for rank, words in LEGEND.items() if rank in ranks]
     after = [*(["; ".join(legend) + "."] if legend else []), *errors(data), *data["notes"]]
     blank = Text()
-    return [*lines, *(part for half in halves for part in (blank, half)), blank, *(Text(line) for line in after)]
+    return [*lines, *(part for half in halves for part in (blank, half)), blank, *(Text(visible(line)) for line in after)]
 
 
 def _table(data: Data, shown: Sequence[Column], width: int) -> Table:
@@ -113,7 +114,7 @@ def _table(data: Data, shown: Sequence[Column], width: int) -> Table:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
-    marked = [row["label"] + MARKS.get(row["rank"], "") for row in data["rows"]]
+    marked = [visible(row["label"]) + MARKS.get(row["rank"], "") for row in data["rows"]]
     cells = [[column.cell(row) for row in data["rows"]] for column in shown]
     room = width - 2 * len(shown)
     whole = [max(map(len, (column.name, *told))) for column, told in zip(shown, cells, strict=True)]
@@ -162,8 +163,15 @@ def csv(data: Data) -> str:
         lists = [" ".join(str(value) for value in row[key]) for key in ("seeds", "values")]
         plain = [row["by"][key] for key in data["by"]]
         cells = [*(row[key] for key in CSV_KEYS), kept.get("mean"), *lists, *(test.get(key) for key in VERSUS_KEYS), row["command"]]
-        writer.writerow([row["label"], *plain, data["metric"]["name"], *cells])
+        writer.writerow([_cell(cell) for cell in (row["label"], *plain, data["metric"]["name"], *cells)])
     return out.getvalue()
+
+
+def _cell(value: Any) -> Any:
+    """A text that a spreadsheet would calculate is led by an apostrophe; numbers stay numbers."""
+    if not isinstance(value, str):
+        return value
+    return f"'{visible(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else visible(value)
 
 
 def markdown(data: Data) -> str:
@@ -181,6 +189,7 @@ def markdown(data: Data) -> str:
 
 def _marked(text: str) -> str:
     """Text that Markdown shows as it is."""
+    text = visible(text)
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
@@ -189,7 +198,7 @@ def _marked(text: str) -> str:
 def latex(data: Data) -> str:
     """A ``tabular`` for booktabs; the best in bold, the fairness check and notes as comments."""
     shown = columns(data)
-    lines = [f"% {line}" for line in (*fairness(data), *data["notes"])]
+    lines = [f"% {visible(line)}" for line in (*fairness(data), *data["notes"])]
     lines += [f"\\begin{{tabular}}{{l{'r' * len(shown)}}}", "\\toprule"]
     lines += [" & ".join(["", *(tex(column.name) for column in shown)]).strip() + r" \\", "\\midrule"]
     for row in data["rows"]:
@@ -201,4 +210,4 @@ def latex(data: Data) -> str:
 
 def tex(text: str) -> str:
     """Text that LaTeX shows as it is."""
-    return "".join(LATEX.get(mark, mark) for mark in text)
+    return "".join(LATEX.get(mark, mark) for mark in visible(text))

@@ -7,7 +7,6 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
-from html import escape
 from importlib.resources import files
 from pathlib import Path
 from string import Template
@@ -17,6 +16,7 @@ from ..errors import ConfigError
 from . import views
 from .cells import DASH, show, show_p, show_setting, table
 from .figures import Figure, figures
+from .markup import escape
 from .views import Data
 
 SHAPES = {

@@ -53,10 +53,12 @@ class Judge:
 
     def _test(self, a: Row, b: Row, common: list[Block]) -> tuple[str, statistics.Estimate | None]:
         first, second = self.values(a), self.values(b)
-        splits = {block[1] for block in common}  # dataset.split_seed
+        splits = sorted({block[1:3] for block in common})  # dataset.split_seed and dataset.fold
         if len(splits) > 1 and (ratio := _ratio(a)) is not None:
-            by_split = [np.mean([first[block] - second[block] for block in common if block[1] == split]) for split in sorted(splits)]
-            return "corrected resampled t", statistics.corrected_t([float(d) for d in by_split], ratio)
+            by_split = [float(np.mean([first[block] - second[block] for block in common if block[1:3] == split])) for split in splits]
+            if a.finished[0].settings.get("dataset.test_share") == 0.5 and _five_by_two(splits):
+                return "5x2cv F", _halvings(np.reshape(by_split, (5, 2)))
+            return "corrected resampled t", statistics.corrected_t(by_split, ratio)
         if len(common) > 1:
             found = self._examples([a.blocks[block] for block in common] + [b.blocks[block] for block in common])
             if found is not None:
@@ -107,6 +109,21 @@ class Judge:
         firsts = [(row.label, found) for row in rows if self.by_example and row.finished and (found := self.predictions.of(row.finished[0]))]
         counts = {label: self.predictions.relabelled(firsts[0][1], found) for label, found in firsts}
         return counts if any(counts.values()) else {}
+
+
+def _halvings(differences: Any) -> statistics.Estimate:
+    """The mean of ``differences`` [5, 2] with the p-value of the combined F, which has no interval."""
+    mean = float(np.mean(differences))
+    try:
+        return statistics.Estimate(mean, None, None, statistics.five_by_two(differences).f_p)
+    except ValueError:  # no variance
+        return statistics.Estimate(mean, None, None, None)
+
+
+def _five_by_two(splits: Sequence[Block]) -> bool:
+    """Whether ``splits``, sorted, are both folds of five halvings."""
+    seeds = {seed for seed, _ in splits}
+    return len(seeds) == 5 and len(splits) == 10 and {fold for _, fold in splits} == {"0", "1"}
 
 
 def _ratio(row: Row) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from . import suspects
 from .rows import name
 from .runs import Run
 
@@ -16,6 +17,7 @@ CLAIMS = {
     "paired t over seeds": "takes seeds as drawn at random, on this test set only",
     "welch t over seeds": "takes seeds as drawn at random and unpaired, since the rows share none, on this test set only",
     "corrected resampled t": "takes splits as drawn at random and allows for their overlap",
+    "5x2cv F": "takes five halvings of the data as drawn at random, each half tested by the other; it has no interval",
     "mcnemar mid-p": "speaks of these two trained models on new examples, not of the methods: only one seed is shared",
     "paired bootstrap": "speaks of these two trained models on new examples, not of the methods: only one seed is shared",
 }
@@ -23,7 +25,7 @@ CLAIMS = {
 
 def of(found: Comparison, runs: Sequence[Run]) -> list[str]:
     """One sentence or two a note."""
-    return [*_seeds(found), *_tests(found), *_data(found), *dict.fromkeys(note for run in runs for note in run.notes)]
+    return [*suspects.of(runs), *_seeds(found), *_tests(found), *_data(found), *dict.fromkeys(note for run in runs for note in run.notes)]
 
 
 def _seeds(found: Comparison) -> Iterator[str]:

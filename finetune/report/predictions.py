@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from .runs import Run
 
+ROWS_PER_BYTE = 50
 COLUMNS = {"accuracy": ("label", "prediction"), "bits_per_byte": ("loss", "bytes")}
 Array = NDArray[Any]
 
@@ -51,7 +52,12 @@ class Predictions:
 
         file = run.path / "predictions.parquet"
         columns = COLUMNS[self.key]
-        table = pq.ParquetFile(file).read(columns=["id", *columns], use_threads=False)
+        if not file.is_file():
+            raise ValueError("it is no file")  # a pipe would wait for its writer
+        opened = pq.ParquetFile(file)
+        if opened.metadata.num_rows > ROWS_PER_BYTE * file.stat().st_size:
+            raise ValueError(f"it claims {opened.metadata.num_rows:,} rows")
+        table = opened.read(columns=["id", *columns], use_threads=False)
         if table.num_rows == 0:
             raise ValueError("it has no rows")
         first, second = (_numbers(table.column(name)) for name in columns)

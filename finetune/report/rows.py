@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, near, visible
 from .runs import Run
 
-REPEATS = ("dataset.split_seed",)  # like the seed, a repetition and not a setting
+REPEATS = ("dataset.split_seed", "dataset.fold")  # like the seed, repetitions and no settings
 FIRST = ("method.name", "selector.name", "model.name", "optimizer.name", "method.schedule.name", "method.sparsity")
 Block = tuple[Any, ...]
 
@@ -107,7 +107,7 @@ def name(key: str) -> str:
 
 def shown(value: Any) -> str:
     """A value of a setting in words."""
-    return value if isinstance(value, str) else json.dumps(value, default=str)
+    return visible(value if isinstance(value, str) else json.dumps(value, default=str))
 
 
 def label(by: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -11,12 +11,14 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from .. import safe
 from ..errors import ConfigError
 
 FORMAT = 1
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
-NOT_THE_RUN = ("name", "run", "logger", "seed")  # settings that make no other experiment
+NOT_THE_RUN = ("name", "run", "logger", "seed", "train.save_every", "train.keep_last")  # settings that make no other experiment
+OF_A_RUN = ("result.json", "config.yaml", "delta", "delta/delta.json", "metrics.jsonl", "predictions.parquet", "tuning.json")
 Settings = dict[str, Any]
 
 
@@ -56,23 +58,21 @@ class Run:
 
     def curve(self, key: str) -> list[tuple[int, float, float | None]]:
         """Step, value of ``val_<key>``, and the training loss averaged since the validation before; what is torn is left out."""
-        try:
-            text = (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace")
-        except OSError:
-            return []
-        return list(_curve(text, f"val_{key}"))
+        return list(_curve(safe.read_lines(self.path / "metrics.jsonl"), f"val_{key}"))
 
 
-def _curve(text: str, key: str) -> Iterator[tuple[int, float, float | None]]:
+def _curve(lines: Iterable[str], key: str) -> Iterator[tuple[int, float, float | None]]:
     losses: list[float] = []
-    for line in text.splitlines():
+    for line in lines:
         if f'"{key}"' not in line:
             losses += [float(x) for x in re.findall(r'"loss": (-?[\d.]+(?:e[-+]?\d+)?)\b', line)]
             continue
         try:
             found = json.loads(line)
             step, value = int(found["step"]), float(found[key])
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError):
+            continue
+        if not math.isfinite(value):
             continue
         yield step, value, math.fsum(losses) / len(losses) if losses else None
         losses = []
@@ -106,7 +106,7 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
     elif depth < DEPTH:
         for name, is_folder in inside.items():
             if is_folder and name not in NO_ROWS and not name.startswith("."):
-                yield from _below(folder / name, depth + 1)
+                yield from _below(folder / name, DEPTH if (folder / name).is_symlink() else depth + 1)  # a link to a run, but not to a whole disk
 
 
 def _entries(folder: Path) -> list[Any]:
@@ -131,7 +131,17 @@ def read(paths: Sequence[Path]) -> list[Run]:
     return list(runs.values())
 
 
+def _link(path: Path) -> str | None:
+    """Why nothing of a run is read: one of its files is a link out of its folder."""
+    for name in OF_A_RUN:
+        if (path / name).is_symlink() and not (path / name).resolve().is_relative_to(path.resolve()):
+            return f"{path / name} is a link out of the run's folder"
+    return None
+
+
 def _read(path: Path, shared: dict[str, Settings]) -> Run:
+    if fault := _link(path):
+        return Run(path, "failed", fault, {}, {}, None, known=False)
     result, error = _result(path / "result.json")
     group = result.get("group_hash")
     whole = None if isinstance(group, str) and group in shared else _config(path)
@@ -154,14 +164,12 @@ def _read(path: Path, shared: dict[str, Settings]) -> Run:
 def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
     """The result, empty where there is none, and why it cannot be used."""
     try:
-        text = file.read_bytes()
+        found = safe.read_json(file)
     except FileNotFoundError:
         return {}, None
     except OSError as error:
         return {}, f"{file} cannot be read ({error.strerror})"
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         return {}, f"{file} is damaged or cut short ({error})"
     if not isinstance(found, dict):
         return {}, f"{file} holds no result"
@@ -186,7 +194,8 @@ def _config(path: Path) -> tuple[Settings, int | None] | None:
     if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
         return None
     seed = found.get("seed")
-    leaves = dict(_leaves({key: value for key, value in found.items() if key not in NOT_THE_RUN}, ""))
+    kept = {key: value for key, value in found.items() if key not in NOT_THE_RUN}
+    leaves = {key: value for key, value in _leaves(kept, "") if key not in NOT_THE_RUN}
     return leaves, seed if isinstance(seed, int) else None
 
 
@@ -194,8 +203,8 @@ def _yaml(file: Path) -> Any:
     import yaml
 
     try:
-        return yaml.load(file.read_bytes(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError):
+        return safe.read_yaml(file)
+    except (OSError, ValueError, yaml.YAMLError):
         return None
 
 
@@ -209,8 +218,8 @@ def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
 
 def _json(file: Path) -> Any:
     try:
-        return json.loads(file.read_bytes())
-    except (OSError, ValueError, RecursionError):
+        return safe.read_json(file)
+    except (OSError, ValueError):
         return None
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ..errors import visible
 from .metric import main_metric, show_bytes
 
 KINDS = {"process_rss": "whole process", "cuda_allocated": "allocated on the GPU"}
@@ -19,23 +20,25 @@ def summary(result: Mapping[str, Any], folder: Path) -> str:
 
 
 def _head(result: Mapping[str, Any]) -> str:
-    which = f"{result['method']} on {result['dataset']} with {result['model']}, seed {result['seed']}"
+    method, dataset, model, seed = (visible(str(result.get(key, "?"))) for key in ("method", "dataset", "model", "seed"))
+    which, steps = f"{method} on {dataset} with {model}, seed {seed}", result.get("steps", 0)
     best = f", best on validation at step {result['best_step']}" if result.get("best_step") is not None else ""
     if result["status"] == "finished":
-        return f"{which}: finished after {result['steps']:,} steps{best}."
-    return f"{which}: {result['status']} after {result['steps']:,} steps: {result.get('error') or 'no reason recorded'}"
+        return f"{which}: finished after {steps:,} steps{best}."
+    return f"{which}: {visible(result['status'])} after {steps:,} steps: {visible(result.get('error') or 'no reason recorded')}"
 
 
 def _facts(result: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Name and words of everything that the result holds; a failed run may hold none of it."""
     yield from _metrics(result.get("metrics") or {})
+    yield from ((name, visible(line)) for name in ("suspect", "warnings") for line in result.get(name) or [])
     params, cost = result.get("params"), result.get("cost")
-    if params:
+    if params and params.get("total"):
         yield "trained", f"{params['trained']:,} of {params['total']:,} parameters ({100 * params['trained'] / params['total']:.3g} %)"
     if result.get("stored_bytes") is not None:
         yield "stored change", f"{result['stored_bytes']:,} bytes ({show_bytes(result['stored_bytes'])})"
-    if cost:
-        kind = cost["peak_memory_kind"]
+    if cost and {"peak_memory_kind", "peak_memory_bytes", "train_seconds"} <= cost.keys():
+        kind = visible(cost["peak_memory_kind"])
         yield "peak memory", f"{show_bytes(cost['peak_memory_bytes'])} ({KINDS.get(kind, kind)})"
         step = cost.get("step_seconds_median")
         yield "time", (f"{step:.3g} seconds per step, " if step is not None else "") + f"{cost['train_seconds']:.1f} seconds of training"

@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import safe
+
 INIT_SECONDS, FINISH_SECONDS = 20, 60
 KEYS = (
     "rank", "mean", "low", "high", "sd", "finished", "failed", "unfinished", "missing", "trained", "stored_bytes", "step_seconds", "train_seconds",
@@ -34,7 +36,7 @@ def _log(data: Mapping[str, Any], folder: Path, project: str) -> None:
 
     wandb.setup(wandb.Settings(silent=True))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
     about = {key: data[key] for key in ("metric", "task", "by", "baseline")}
     run = wandb.init(
         mode=mode, project=project, group=folder.name, job_type="comparison", name=f"comparison of {folder.name}", dir=str(folder), config=about,

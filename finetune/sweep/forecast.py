@@ -16,6 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import safe
 from ..config import load
 from ..settings import Config
 from ..train.files import RunFolder
@@ -87,11 +88,10 @@ def _known() -> dict[str, list[tuple[float | None, int]]]:
     found: dict[str, list[tuple[float | None, int]]] = {}
     for file in Path("outputs").glob("*/*/result.json"):
         try:
-            result = json.loads(file.read_text(encoding="utf-8"))
-            if result["status"] == "finished":
-                peak = int(result["cost"]["peak_memory_bytes"])
-                found.setdefault(result["group_hash"], []).append((duration(RunFolder(file.parent)), peak))
-        except (OSError, ValueError, KeyError, TypeError):
+            result = safe.read_json(file, {"status": str, "cost": object})
+            if result["status"] == "finished" and not safe.differs(result, {"cost": {"peak_memory_bytes": int}, "group_hash": str}):
+                found.setdefault(result["group_hash"], []).append((duration(RunFolder(file.parent)), result["cost"]["peak_memory_bytes"]))
+        except (OSError, ValueError):
             continue
     return found
 
@@ -132,12 +132,13 @@ def probe(file: Path, room: int) -> Row:
 
     from ..errors import FinetuneError
     from ..train import run
+    from ..train.plan import plan
 
     began = time.time()
     start = began - psutil.Process().create_time()
     try:
         config = load([], config_file=file)
-        expected = int(run.plan(config)["expected_peak_memory_bytes"])
+        expected = int(plan(config)["expected_peak_memory_bytes"])
         if expected > room:
             return {"step": None, "memory_bytes": expected, "fault": None}
         train = replace(config.train, steps=min(STEPS, config.train.steps), eval_every=None, save_every=None, max_seconds=None)

@@ -16,7 +16,7 @@ from pathlib import Path
 import yaml
 
 from .. import config as configuration
-from .. import registry
+from .. import registry, safe
 from ..errors import ConfigError, near
 from ..settings import Config
 from ..train.files import RunFolder, run_folder
@@ -89,7 +89,7 @@ def preset(name: str, config_dir: Path | None = None) -> list[str]:
             f"sweep={name} is not a sweep.{near(name, known)} There is: {', '.join(known) or 'none; --config-dir DIR reads DIR/sweep'}."
         )
     try:
-        stated = yaml.safe_load(file.read_text(encoding="utf-8"))
+        stated = safe.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"sweep={name}: {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(stated, list) or not stated or not all(isinstance(text, str) and "=" in text for text in stated):

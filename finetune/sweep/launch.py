@@ -21,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from .. import safe
 from ..config import conf_dir, load
 from ..errors import ConfigError, near
 from ..train.files import RunFolder, write_json_atomic
@@ -67,8 +68,8 @@ def _settings(name: str, config_dir: Path | None) -> dict[str, Any]:
     places = [folder / "launcher" / f"{name}.yaml" for folder in (config_dir, conf_dir()) if folder]
     file = next(place for place in places if place.is_file())
     try:
-        stated = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
-    except (ValueError, yaml.YAMLError) as error:
+        stated = safe.read_yaml(file) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(f"{file} cannot be read as YAML: {' '.join(str(error).split())}") from None
     if not isinstance(stated, dict):
         raise ConfigError(f"{file} should be a mapping of settings of the launcher.")

@@ -21,7 +21,9 @@ from typing import Any
 
 from ..errors import FinetuneError
 from ..train.files import RunFolder, write_json_atomic
+from ..train.lock import INHERITED
 from ..train.result import make_result
+from ..train.signals import CODE
 from .grid import Point
 from .warm import Forked
 
@@ -103,7 +105,7 @@ class Process:
         self.point, self.device, self.began = point, device, time.monotonic()
         self._lock, self._said, self._stopped = held, b"", ""
         point.folder.result.unlink(missing_ok=True)  # of an earlier failure
-        surroundings = environment(threads, device) | {"FINETUNE_LOCK_FD": str(held)}
+        surroundings = environment(threads, device) | {INHERITED: str(held)}
         self._process: Forked | subprocess.Popen[bytes]
         if warm and FORKS and not device:
             self._process = Forked(words(point), surroundings, held)
@@ -160,9 +162,10 @@ class Process:
             self._close()
 
     def ask_to_stop(self, why: str) -> None:
-        """Send SIGTERM to it and to whatever it started; ``poll`` tells when it has ended."""
-        self._stopped = self._stopped or why
-        self._signal(signal.SIGTERM)
+        """Send SIGTERM to it and to whatever it started, once: a second one would end it before it has saved. ``poll`` tells when it has ended."""
+        if not self._stopped:
+            self._stopped = why
+            self._signal(signal.SIGTERM)
 
     def stop(self, why: str, grace: float = GRACE) -> dict[str, Any]:
         """End it, by SIGKILL after ``grace`` seconds, and return ``{"status": "stopped", "error": why}``. It can be run again later."""
@@ -208,7 +211,8 @@ class Process:
             self._keep_words(folder)
             if not folder.result.exists():
                 result = make_result(self.point.config, status="failed", error=error, steps=last_step(folder))
-                write_json_atomic(folder.result, result | ({"signal": -code} if code < 0 else {}))
+                number = -code if code < 0 else int(signal.SIGTERM) if code == CODE else 0
+                write_json_atomic(folder.result, result | ({"signal": number} if number else {}))
         except OSError as problem:
             raise DiskFull(folder.path, problem.strerror or str(problem)) from None
         return folder.read_result() | {"exit_code": code}
@@ -233,7 +237,7 @@ def tail(file: Path) -> list[dict[str, Any]]:
     for line in lines:
         try:
             found.append(json.loads(line))
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
     return [line for line in found if isinstance(line, dict)]
 
@@ -260,6 +264,8 @@ def run_to_end(point: Point, threads: int | None = None, device: str | None = No
 
 def _reason(code: int, said: str) -> str:
     lines = [line.strip() for line in said.splitlines() if line.strip()]
+    if code == CODE:
+        return "the process was asked to end, and saved its state"
     faults = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
     if code < 0:
         return f"the process was ended by signal {-code} ({signal.Signals(-code).name})" + (" (out of memory?)" if code == -9 else "")

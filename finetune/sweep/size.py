@@ -21,7 +21,8 @@ from ..core.mixed import Mixed
 from ..errors import ConfigError
 from ..models.load import load as load_model
 from ..settings import Config
-from ..train.files import FORMAT, plain, run_folder
+from ..train import manifest
+from ..train.files import plain, run_folder
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip
@@ -165,7 +166,7 @@ def _about(config: Config, method: Method, at: Frame) -> int:
     named = replace(config, method=method, name=config.name or "sweep-01234567")
     named = replace(named, run=run_folder(named).name)
     content = {
-        "format": FORMAT, "method": method.name, "config": named.as_dict(), "task": at.task, "labels": list(at.labels), "head": list(at.head),
+        **manifest.HEADER, "method": method.name, "config": named.as_dict(), "task": at.task, "labels": list(at.labels), "head": list(at.head),
         "step": config.train.steps, "phase": len(method.phases()) - 1, "base_fingerprint": "0" * 64,
     }  # fmt: skip
     return len(json.dumps(plain(content), indent=2, ensure_ascii=False).encode()) + 1

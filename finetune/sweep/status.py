@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime
 import fcntl
-import json
 import os
 import socket
 import statistics
@@ -19,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from .. import safe
 from ..errors import ConfigError
 from ..train.files import RunFolder, write_json_atomic
 from .grid import Point
@@ -82,12 +82,14 @@ class Status:
     def __post_init__(self) -> None:
         file = self.folder / FILE
         try:
-            self.about = json.loads(file.read_text(encoding="utf-8"))
-            assert isinstance(self.about["points"], list)
+            self.about = safe.read_json(file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str})
+            if any(Path(point["run"]).name != point["run"] for point in self.about["points"]):
+                raise ValueError("a run outside the folder")
+            datetime.datetime.fromisoformat(self.about["started"])
         except OSError:
             what = "there is no such folder" if not self.folder.is_dir() else f"no sweep was run there (it has no {FILE})"
             raise ConfigError(f"{self.folder}: {what}. Give the folder of a sweep, outputs/NAME.") from None
-        except (ValueError, KeyError, TypeError, AssertionError):
+        except ValueError:
             raise ConfigError(f"{file} is not what a sweep wrote. Give the command of the sweep again: it writes it anew.") from None
 
     @property
@@ -112,7 +114,7 @@ class Status:
                 result = folder.read_result()
             except ConfigError as error:
                 return row | {"state": "failed", "error": str(error)}
-            row |= {"state": result["status"], "step": result["steps"], "error": result["error"], "seconds": duration(folder)}
+            row |= {"state": result["status"], "step": result.get("steps", 0), "error": result.get("error"), "seconds": duration(folder)}
             self._ended[name] = row
         else:
             row["step"] = last_step(folder)
@@ -140,9 +142,9 @@ def _progress(folder: RunFolder, steps: int) -> Row:
 def duration(folder: RunFolder) -> float | None:
     """Seconds from the start of the process that finished a run to its result; ``None`` where that is not known."""
     try:
-        started = json.loads((folder.path / ".lock").read_text(encoding="utf-8"))["started"]
+        started = safe.read_json(folder.path / ".lock", {"started": float})["started"]
         return max(0.0, folder.result.stat().st_mtime - float(started))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         try:
             return max(0.0, folder.result.stat().st_mtime - yaml_time(folder))
         except OSError:

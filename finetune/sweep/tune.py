@@ -16,7 +16,7 @@ from .. import strict
 from ..errors import ConfigError
 from ..report.metric import main_metric
 from ..settings import Config
-from ..train.files import NOT_THE_RUN, TRIALS, RunFolder, run_folder, write_json_atomic
+from ..train.files import TRIALS, RunFolder, run_folder, write_json_atomic
 from .grid import Point, freeze
 
 FORMAT = 1
@@ -176,7 +176,7 @@ def _changed(config: Config, key: str, value: Any) -> Any:
 
 def _rest(config: Config, key: str) -> str:
     """Everything that can change the result but the seed and the setting ``key``."""
-    tree = {name: part for name, part in config.as_dict().items() if name not in (*NOT_THE_RUN, "seed")}
+    tree = {name: part for name, part in config.deciding().items() if name != "seed"}
     _holder(tree, key).pop(key.rpartition(".")[2])
     return json.dumps(tree, sort_keys=True)
 

@@ -14,6 +14,8 @@ from multiprocessing import reduction
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
+from ..train.lock import INHERITED
+
 LOADS = "finetune.sweep.imports"  # what the server imports
 
 
@@ -86,7 +88,7 @@ def _enter(words: list[str], environment: dict[str, str], errors: _Inherited, he
         os.dup2(source, target)
     os.close(errors.fd)
     os.environ.clear()
-    os.environ.update(environment, FINETUNE_LOCK_FD=str(held.fd))
+    os.environ.update(environment, **{INHERITED: str(held.fd)})
     sys.argv = ["finetune", *words]
     import torch
 

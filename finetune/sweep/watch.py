@@ -9,6 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from ..errors import visible
 from .status import Row, Status, elapsed, show_seconds
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def table(status: Status, rows: Sequence[Row]) -> Group:
     for row in [*failed, *(row for row in rows if row["state"] == "running")]:
         words = f"failed: {row['error']}" if row["state"] == "failed" else "running"
         left = "" if row["state"] == "failed" else show_seconds(row["seconds_left"])
-        made.add_row(*(Text(text) for text in (row["label"], str(row["seed"]), words, f"{row['step']}/{row['steps']}", left)))
+        made.add_row(*(Text(visible(text)) for text in (row["label"], str(row["seed"]), words, f"{row['step']}/{row['steps']}", left)))
     return Group(*([made] if made.row_count else []), Text(line(status, rows)))
 
 
@@ -103,5 +104,6 @@ def watch(folder: Path, say: Callable[[str], None] = print) -> int:
             time.sleep(EVERY)
     left = sum(row["state"] in ("waiting", "running") for row in rows)
     if left:
-        say(f"No sweep works on {folder} now, and {left} of its runs are not finished. To go on: {status.about.get('command', 'the same command')}")
+        command = visible(str(status.about.get("command", "the same command")))
+        say(f"No sweep works on {folder} now, and {left} of its runs are not finished. To go on: {command}")
     return 1 if left or any(row["state"] == "failed" for row in rows) else 0

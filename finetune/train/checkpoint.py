@@ -2,50 +2,133 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import RunFolder, replacing, write_json_atomic
+from .. import safe
+from ..errors import ConfigError
+from . import manifest
+from .disk import writing
+from .files import RunFolder, too_new, write_json_atomic
 from .loop import Session
 from .stored import read
 
+TENSORS = ("states", "optimizer", "rng")
 
-def save(folder: Path, session: Session, extra: dict[str, Any]) -> None:
-    """Write ``state.safetensors`` and ``state.json``; the folder appears whole or not at all."""
+
+class Saved(Protocol):
+    """A session, or one that was kept."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None = None) -> None:
+    """Write ``state.safetensors``, ``state.json`` and their manifest; the folder appears whole or not at all.
+
+    ``best``: the folder of the best change so far, which goes along: a later one may take its place there before the run is broken off.
+    """
     saved = session.state_dict()
-    optimizer = saved["optimizer"]
-    tensors: dict[str, Tensor] = {f"states/{k}": v for k, v in saved["states"].items()} | {f"rng/{k}": v for k, v in saved["rng"].items()}
-    tensors |= {f"optimizer/{i}/{k}": v for i, entry in optimizer["state"].items() for k, v in entry.items()}
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary / "state.safetensors")
-        about = {"phase": saved["phase"], "number": saved["number"], "groups": optimizer["param_groups"], "scaler": saved["scaler"], "extra": extra}
-        write_json_atomic(temporary / "state.json", about)
+    rest = {key: value for key, value in saved.items() if key not in TENSORS}
+    folder.parent.mkdir(exist_ok=True)
+    with manifest.sealing(folder) as temporary:
+        with writing(temporary / "state.safetensors"):
+            save_file(tensors(saved), temporary / "state.safetensors")
+        write_json_atomic(temporary / "state.json", {**manifest.HEADER, **rest, "groups": saved["optimizer"]["param_groups"], "extra": extra})
+        _along(best, temporary)
+
+
+def tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a session's state by name, on the CPU."""
+    found: dict[str, Tensor] = {f"states/{k}": v for k, v in saved["states"].items()} | {f"rng/{k}": v for k, v in saved["rng"].items()}
+    found |= {f"optimizer/{i}/{k}": v for i, entry in saved["optimizer"]["state"].items() for k, v in entry.items()}
+    return {k: v.detach().cpu().contiguous() for k, v in found.items()}
 
 
 def load(folder: Path, session: Session) -> dict[str, Any]:
-    """Put a saved state into ``session``; returns the ``extra`` it was saved with. Raises ``ConfigError`` for a damaged file."""
+    """Put a saved state into ``session``; returns the ``extra`` it was saved with. Raises ``ConfigError`` for a damaged file or a later format."""
+    content = _about(folder)
+    manifest.check(folder)
     stored = read(folder / "state.safetensors")
-    content = json.loads((folder / "state.json").read_text())
     parts: dict[str, dict[str, Tensor]] = {"states": {}, "rng": {}, "optimizer": {}}
-    for name, tensor in stored.items():
-        part, _, key = name.partition("/")
-        parts[part][key] = tensor
-    entries: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in parts["optimizer"].items():
-        place, _, key = name.partition("/")
-        entries.setdefault(int(place), {})[key] = tensor
-    optimizer = {"state": entries, "param_groups": content["groups"]}
-    session.load_state_dict({**content, "states": parts["states"], "rng": parts["rng"], "optimizer": optimizer})
+    try:
+        for name, tensor in stored.items():
+            part, _, key = name.partition("/")
+            parts[part][key] = tensor
+        entries: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in parts["optimizer"].items():
+            place, _, key = name.partition("/")
+            entries.setdefault(int(place), {})[key] = tensor
+        optimizer = {"state": entries, "param_groups": content["groups"]}
+        session.load_state_dict({**content, "states": parts["states"], "rng": parts["rng"], "optimizer": optimizer})
+    except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
+        why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        raise ConfigError(f"{folder} is no state of this method and model ({why}). Go on from another checkpoint, or train again.") from error
     extra: dict[str, Any] = content["extra"]
     return extra
 
 
-def newest(files: RunFolder) -> Path | None:
-    """The checkpoint of the latest step in a run's folder."""
-    found = [p for p in (files.path / "checkpoints").glob("step-*") if (p / "state.json").is_file()]
-    return max(found, key=lambda p: int(p.name.removeprefix("step-")), default=None)
+def put_back(folder: Path, delta: Path) -> None:
+    """Make the best change that went along with a checkpoint the stored one again."""
+    if (folder / "delta.json").is_file():  # older checkpoints have none, nor those before the first validation
+        with manifest.sealing(delta) as temporary:
+            _along(folder, temporary)
+
+
+def _along(source: Path | None, target: Path) -> None:
+    """Copy the files of a change. A second name for them would save the room, and share the damage."""
+    for file in sorted(source.glob("delta.*")) if source else ():
+        shutil.copyfile(file, target / file.name)
+
+
+def _about(folder: Path) -> dict[str, Any]:
+    file = folder / "state.json"
+    try:
+        content: dict[str, Any] = safe.read_json(file)
+        if newer := too_new(file, content):
+            raise ConfigError(f"{newer}.")
+        if fault := safe.differs(content, {"phase": int, "number": int, "groups": [{}], "scaler": object, "extra": {}}):
+            raise safe.Unsafe(fault)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Go on from another checkpoint, or train again.") from error
+    return content
+
+
+def newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """The whole checkpoint of the latest step in a run's folder; ``say`` hears of each that is torn or altered, and so skipped.
+
+    Raises ``ConfigError`` for one of a later format: a version that knows it can go on from there.
+    """
+    for step in reversed(files.steps()):
+        folder = files.checkpoint(step)
+        if newer := _too_new(folder / manifest.NAME) or _too_new(folder / "state.json"):
+            raise ConfigError(f"{newer}.")
+        found = manifest.faults(folder)
+        if not found:
+            return folder
+        say(f"Checkpoint {folder.name} is skipped: {'; '.join(found)}.")
+    return None
+
+
+def _too_new(file: Path) -> str:
+    try:
+        return too_new(file, safe.read_json(file))
+    except (OSError, ValueError):
+        return ""  # no format at all
+
+
+def prune(files: RunFolder, keep: int | None, newest: int) -> None:
+    """Of the checkpoints up to that of step ``newest``, which is whole, leave the last ``keep`` (``None``: all) and that of ``failure.json``.
+
+    Later ones go, too: the run went on from before them, so they were not whole.
+    """
+    steps = files.steps()
+    before = [step for step in steps if step <= newest]
+    gone = [step for step in steps if step > newest] + before[:-keep] if keep else []
+    for step in gone:
+        if step != files.failed_at():
+            shutil.rmtree(files.checkpoint(step))

@@ -22,7 +22,7 @@ from ..core.switch import Change, add, pack
 from ..errors import ConfigError
 from ..registry import get
 from . import stored
-from .files import RunFolder, replacing, write_json_atomic, write_yaml
+from .files import STAMP, RunFolder, replacing, write_json_atomic, write_yaml
 from .finished import rebuild, run_of
 from .setup import Setup, prepare
 
@@ -112,7 +112,7 @@ def compose(runs: Sequence[Path], out: Path, weights: Sequence[float] | None = N
             "head": list(composed.base.head), "step": 0, "phase": 0, "base_fingerprint": composed.fingerprint, "composed": told,
         }  # fmt: skip
         stored.save(files.delta, composed.session.states, about)
-        write_json_atomic(temporary / "compose.json", {**told, "layers": rows})
+        write_json_atomic(temporary / "compose.json", {**STAMP, **told, "layers": rows})
     return {"out": str(out), **told, "notes": _notes(runs, chosen, bool(values)), "layers": rows}
 
 

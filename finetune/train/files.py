@@ -19,14 +19,26 @@ from typing import Any
 
 import yaml
 
+from .. import __version__, safe
 from ..errors import ConfigError
-from ..settings import Config
+from ..settings import Config, decides
 
 FORMAT = 1
+STAMP = {"format": FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
 TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
-NOT_THE_RUN = ("name", "run", "logger")  # settings that cannot change a run's result
 CLASSIFICATION = {"id": "string", "label": "int64", "prediction": "int64", "score": "float64"}
 LANGUAGE = {"loss": "float64", "bytes": "int64"}
+NUMBERS = (type(None), {str: float | None})
+RESULT = {  # what readers rely on; a failed run has less
+    "status": str, "error?": str | None, "method?": str, "model?": str, "dataset?": str, "seed?": int, "steps?": int, "best_step?": int | None,
+    "metrics?": {str: NUMBERS}, "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}), "stored_bytes?": int | None,
+    "cost?": (
+        type(None),
+        {"step_seconds_median?": float | None, "train_seconds?": float, "peak_memory_bytes?": int, "peak_memory_kind?": str},
+    ),
+    "versions?": {str: str}, "git_commit?": str | None, "device?": str | None, "config_hash?": str, "group_hash?": str,
+    "suspect?": [str], "warnings?": [str],
+}  # fmt: skip
 
 
 def plain(value: Any) -> Any:
@@ -66,13 +78,26 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
             _sync(written)
-        if path.is_dir():  # nothing can be renamed over a folder that holds files
+        if path.is_dir():  # nothing can be renamed over a folder that holds files; whoever is killed here leaves it to lock.py
             path.replace(before)
         temporary.replace(path)
         _sync(path.parent)
         _discard(before)
     finally:
+        if before.exists() and not path.exists():
+            before.replace(path)
         _discard(temporary)
+
+
+def too_new(file: Path, content: Any) -> str:
+    """Why this version cannot read what ``file`` holds, in a sentence without its stop; empty where the format is one that it knows."""
+    known = content if isinstance(content, Mapping) else {}
+    version = known.get("format", FORMAT)
+    if type(version) is int and version <= FORMAT:
+        return ""
+    maker = known.get("finetune", (known.get("versions") or {}).get("finetune") if isinstance(known.get("versions"), Mapping) else None)
+    need = f"finetune-bench>={maker}" if isinstance(maker, str) and re.fullmatch(r"[\w.+]{1,40}", maker) else "a newer finetune-bench"
+    return f"{file} has format {str(version)[:20]}, and this version of finetune ({__version__}) reads up to {FORMAT}; install {need}"
 
 
 def write_json_atomic(path: Path, value: Any) -> None:
@@ -99,7 +124,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = [name for name in known if rows and name in rows[0]]
     if not columns or any(set(row) != set(columns) for row in rows):
         raise ValueError(f"predictions need at least one row, and every row the same of the columns {', '.join(known)}")
-    table = pa.table({name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns})
+    table = pa.table({name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns}, metadata={"format": str(FORMAT)})
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -112,7 +137,8 @@ class MetricsFile:
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self.path = path
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step(line) <= start] if start and path.exists() else []
+        there = path.read_text(encoding="utf-8", errors="replace").splitlines() if start and path.exists() else []
+        kept = [line for line in there if _step(line) <= start]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -133,8 +159,8 @@ def _step(line: str) -> float:
 
 def _folder_name(key: str, value: str) -> str:
     """``value`` if it can be one folder's name; raises ``ConfigError`` otherwise."""
-    if value.startswith(".") or not re.fullmatch(r"[^/\\\x00-\x1f]+", value):
-        raise ConfigError(f"{key}={value!r} cannot name a folder. Use one without '/' or '\\' and without a dot in front.")
+    if not value or value.startswith(".") or set(value) & set("/\\") or not value.isprintable() or len(value.encode()) > 200:
+        raise ConfigError(f"{key}={value!r} cannot name a folder. Use a shorter one without '/' or '\\' and without a dot in front.")
     return value
 
 
@@ -202,43 +228,67 @@ class RunFolder:
     def read_result(self) -> dict[str, Any]:
         """The content of ``result.json``; raises ``ConfigError`` when it is missing, unreadable or of a later format."""
         try:
-            result = json.loads(self.result.read_text(encoding="utf-8"))
+            result: dict[str, Any] = safe.read_json(self.result)
         except (OSError, ValueError) as error:
             raise ConfigError(f"{self.result} cannot be read ({error}). Give the folder of a run that ended.") from error
-        if not isinstance(result, dict) or result.get("format", 0) > FORMAT:
-            raise ConfigError(f"{self.result} is not a result of format {FORMAT} or before. Read it with the version of finetune that wrote it.")
+        if not isinstance(result, dict):
+            raise ConfigError(f"{self.result} does not hold a run's result. Give the folder of a run that ended.")
+        if newer := too_new(self.result, result):
+            raise ConfigError(f"{newer}.")
+        if fault := safe.differs(result, RESULT):
+            raise ConfigError(f"{self.result} is not as a run wrote it: {fault}. Train again in another folder.")
         return result
+
+    def steps(self) -> list[int]:
+        """The steps that a checkpoint is named by, in ascending order, whole or not."""
+        found = (re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def failed_at(self) -> int | None:
+        """The step whose checkpoint ``failure.json`` names."""
+        try:
+            return int(safe.read_json(self.path / "failure.json", {"checkpoint": str})["checkpoint"].removeprefix("step-"))
+        except (OSError, ValueError):
+            return None
+
+    def sync(self) -> None:
+        """Make the lines written so far survive a power cut, as a checkpoint does."""
+        for file in (self.metrics, self.log):
+            if file.exists():
+                _sync(file)
 
     def open_or_check(self, config: Config) -> None:
         """Make the folder and freeze ``config`` in it. Raises ``ConfigError``, with nothing written, if another run's files are there."""
-        self._check(config)
+        self.check(config)
         if self.finished:
             return
         try:
             write_yaml(self.config, config.as_dict())
         except OSError as error:
             raise ConfigError(
-                f"The run folder {self.path} cannot be written: {error.strerror}. Start from a folder that you may write to."
+                f"The run folder {self.path} cannot be written: {error.strerror}. Start from a folder with room that you may write to."
             ) from error
 
-    def _check(self, config: Config) -> None:
+    def check(self, config: Config) -> None:
+        """Raise ``ConfigError`` if something else than this very run lies here."""
         cure = "Choose another run= or name=, or remove it."
         if self.path.exists() and not self.path.is_dir():
             raise ConfigError(f"{self.path} is a file, where the run's folder should be. {cure}")
+        safe.check_links(self.path)
         if self.config.exists():
-            differ = self._differences(config.as_dict())
+            differ = self.differences(config.as_dict())
             if differ:
                 raise ConfigError(f"The run folder {self.path} holds another run: {differ}. {cure}")
         elif self.path.exists() and any(not file.name.startswith(".") and file != self.log for file in self.path.iterdir()):
             raise ConfigError(f"The folder {self.path} holds files but no config.yaml of a run. {cure}")
 
-    def _differences(self, ours: dict[str, Any]) -> str:
+    def differences(self, ours: dict[str, Any]) -> str:
         """In words, the first five settings in which the frozen configuration differs; empty when it is of the same run."""
         try:
-            theirs = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            theirs = safe.read_yaml(self.config)
         except (OSError, ValueError, yaml.YAMLError):
             return "its config.yaml cannot be read"
-        there, here = ({k: v for k, v in _leaves(tree).items() if k.split(".")[0] not in NOT_THE_RUN} for tree in (theirs, ours))
+        there, here = ({k: v for k, v in _leaves(tree).items() if decides(k)} for tree in (theirs, ours))
         keys = [key for key in {**there, **here} if there.get(key, "absent") != here.get(key, "absent")]
         shown = [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys[:5]]
         return ", ".join(shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

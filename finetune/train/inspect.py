@@ -7,9 +7,9 @@ matrix is looked at at a time.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import safe
 from ..core.inplace import InPlace
 from ..core.linalg import kth_smallest
 from ..core.part import base, patched
@@ -237,9 +238,12 @@ def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]
 
 def churn(files: RunFolder) -> list[dict[str, float]]:
     """The steps at which the run replaced trained entries, and the share of them that was new then."""
-    lines = files.metrics.read_text(encoding="utf-8").splitlines() if files.metrics.is_file() else []
-    found = [line for line in map(json.loads, lines) if line.get("churn") is not None]
-    return [{"step": line["step"], "churn": line["churn"]} for line in found]
+    found = []
+    for line in safe.read_lines(files.metrics):
+        with suppress(ValueError):  # a line that was cut short
+            if not safe.differs(numbers := safe.parse_json(line), {"step": int, "churn": float}):
+                found.append({"step": numbers["step"], "churn": numbers["churn"]})
+    return found
 
 
 @torch.no_grad()

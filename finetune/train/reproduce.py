@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
+from .. import safe
 from ..config import load
 from ..errors import ConfigError, FinetuneError, RunFailed
 from ..settings import LoggerConfig
@@ -42,6 +43,7 @@ def reproduce(path: Path, keep: Path | None = None) -> dict[str, Any]:
 def _finished(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such folder. Give a run folder, outputs/NAME/RUN.")
+    safe.check_links(path)
     result = RunFolder(path).read_result()
     if result.get("status") != "finished":
         raise ConfigError(f"{path} has not finished ({result.get('status')}: {result.get('error')}), so there is nothing to reproduce.")
@@ -59,7 +61,7 @@ def _scratch(keep: Path | None) -> Any:
 
 def _again(path: Path, folder: Path) -> dict[str, Any]:
     """Train in ``folder``, from where the run was started, since its settings may hold relative paths."""
-    outputs = path.resolve().parents[1]
+    outputs = path.resolve().parent.parent
     started = outputs.parent if outputs.name == "outputs" else Path.cwd()
     command = [sys.executable, "-m", __name__, str(RunFolder(path.resolve()).config), str(folder.resolve())]
     done = subprocess.run(command, cwd=started, stdout=subprocess.DEVNULL)
@@ -70,7 +72,7 @@ def _again(path: Path, folder: Path) -> dict[str, Any]:
 
 
 def _judge(path: Path, before: Mapping[str, Any], again: RunFolder, after: Mapping[str, Any]) -> dict[str, Any]:
-    tests = [result["metrics"].get("test") or {} for result in (before, after)]
+    tests = [(result.get("metrics") or {}).get("test") or {} for result in (before, after)]
     metrics = {key: {"before": tests[0].get(key), "after": tests[1].get(key)} for key in dict.fromkeys([*tests[0], *tests[1]])}
     change = _changed(path / "delta" / "delta.safetensors", again.delta / "delta.safetensors")
     same = change == [] and all(pair["before"] == pair["after"] for pair in metrics.values())
@@ -102,8 +104,9 @@ def _seeds(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float]
             continue
         metrics = other.get("metrics")
         test = metrics.get("test") if isinstance(metrics, dict) else None
-        if other.get("status") == "finished" and other.get("group_hash") == result.get("group_hash") and isinstance(test, dict) and key in test:
-            values.append(float(test[key]))
+        value = test.get(key) if isinstance(test, dict) else None
+        if other.get("status") == "finished" and other.get("group_hash") == result.get("group_hash") and value is not None:
+            values.append(float(value))
     if len(values) < 2:
         return values, None
     from scipy.special import stdtrit
@@ -134,6 +137,7 @@ def _changed(before: Path, after: Path) -> list[str] | None:
 
 def _tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
     """Type, shape and bytes of each tensor of a safetensors file."""
+    safe.tensors_of(file)
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])

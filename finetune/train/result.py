@@ -7,7 +7,7 @@ import importlib.metadata
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
@@ -52,6 +52,10 @@ def make_result(
     steps: int = 0,
     best_step: int | None = None,
     device: str | None = None,
+    suspect: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+    batch: Mapping[str, Any] | None = None,
+    processes: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``result.json``: what the run found, with what identifies it."""
     return {
@@ -70,6 +74,10 @@ def make_result(
         "steps": steps,
         "best_step": best_step,
         "device": device,
+        "suspect": list(suspect),
+        "warnings": list(warnings),
+        "batch": batch,
+        "processes": processes,
         "versions": versions(),
         "git_commit": git_commit(),
         "config_hash": config.hash(),

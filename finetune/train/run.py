@@ -1,49 +1,76 @@
-"""One run: trained to its end with its files, or only planned."""
+"""One run, trained to its end with its files."""
 
 from __future__ import annotations
 
+import os
+import socket
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from ..core.inplace import InPlace
-from ..core.part import base, patched
-from ..errors import RunFailed
+from .. import __version__
+from ..core.collective import anyone, meet
+from ..core.part import base
+from ..errors import RunFailed, visible
 from ..settings import Config
-from . import checkpoint, stored, tracker
+from . import checkpoint, stored, tracker, watch
+from .disk import told
 from .evaluate import better
-from .files import RunFolder, write_json_atomic, write_predictions
+from .files import STAMP, RunFolder, write_json_atomic, write_predictions
+from .lock import held
 from .loop import NotFinite, Session
 from .result import Cost, make_result, peak_memory
 from .setup import Setup, params, prepare
+from .signals import Interrupted, Signals
 
 Say = Callable[[str], None]
 Progress = Callable[[int, int, str], None]
 
 
 class Log:
-    """Says a line to the user and keeps it in the run's ``log.txt``."""
+    """Says a line to the user and keeps it in the run's ``log.txt``; without a file, does neither."""
 
-    def __init__(self, file: Path, say: Say) -> None:
+    def __init__(self, file: Path | None, say: Say) -> None:
         self.file, self.to = file, say
 
     def __call__(self, line: str) -> None:
-        with self.file.open("a", encoding="utf-8") as file:
-            file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
-        self.to(line)
+        if self.file:
+            self.keep(line)
+            self.to(line)
+
+    def keep(self, line: str) -> None:
+        """Only write the line down."""
+        if self.file:
+            with self.file.open("a", encoding="utf-8") as file:
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(line)}\n")
+
+
+class Kept:
+    """A session's state as it was, with the trained values copied: what a checkpoint needs when the session has gone another way."""
+
+    def __init__(self, session: Session) -> None:
+        self._state = session.state_dict()
+        self._state["states"] = {name: t.detach().cpu().clone() for name, t in self._state["states"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """As the session's was."""
+        return self._state
 
 
 class Training:
     """One run of ``train``: a session with its files, its best state so far and its clock."""
 
-    def __init__(self, setup: Setup, files: RunFolder, say: Say) -> None:
-        self.setup, self.session, self.files, self.say = setup, setup.session, files, say
-        self.settings = setup.config.train
+    def __init__(self, setup: Setup, files: RunFolder, say: Log, signals: Signals) -> None:
+        self.setup, self.session, self.files, self.say, self.signals = setup, setup.session, files, say, signals
+        self.settings, self.main = setup.config.train, setup.session.accelerator.is_main_process
+        self.saved = 0  # the step of the last checkpoint; at step 0 there is nothing to save
+        self.last: Kept | None = None  # the state after the last step, once another one was loaded
         self.progress: dict[str, Any] = {
             "best": None,
             "best_step": None,
@@ -52,7 +79,12 @@ class Training:
             "base": {},
             "base_retention": None,
             "seconds": [],
+            "spent": 0.0,  # seconds in ``loop``, up to the last step
+            "over": False,  # whether they are more than max_seconds
+            "watch": watch.fresh(),
+            "memory": None,
         }
+        self.session.memory.say = say
 
     def evaluate_base(self) -> None:
         """The model before training. A neutral start is the base; otherwise the parts are switched off."""
@@ -61,18 +93,33 @@ class Training:
             if "retention" in self.setup.splits:
                 self.progress["base_retention"] = self.setup.evaluate("retention").metrics
 
-    def resume(self) -> bool:
-        """Go on from the newest checkpoint of an unfinished run, if there is one."""
-        found = checkpoint.newest(self.files)
+    def resume(self, begun: bool) -> bool:
+        """Go on from the newest whole checkpoint, if there is one. ``begun``: somebody has worked on this run before."""
+        found = checkpoint.newest(self.files, self.say)
         if found is None:
+            if begun:
+                self.say("This run was broken off before its first checkpoint (or has no whole one), so it starts from the beginning.")
             return False
-        self.progress = checkpoint.load(found, self.session)
+        self.progress |= checkpoint.load(found, self.session)
+        self.session.memory.restore(self.progress["memory"])
+        if self.progress["best"] is not None:
+            self.progress["best"] = [float(number) for number in self.progress["best"]]
+        if self.main:
+            checkpoint.put_back(found, self.files.delta)
+        self.saved = self.session.number
         self.say(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
         return True
 
     def save_checkpoint(self) -> Path:
+        """Save the state after the last step, unless that was done."""
         folder = self.files.checkpoint(self.session.number)
-        checkpoint.save(folder, self.session, self.progress)
+        if self.main and self.saved != self.session.number:
+            self.files.sync()
+            best = self.progress["best"] and [repr(number) for number in self.progress["best"]]  # JSON knows no NaN
+            delta = self.files.delta if best else None
+            checkpoint.save(folder, self.last or self.session, {**self.progress, "best": best, "memory": self.session.memory.state()}, delta)
+            checkpoint.prune(self.files, self.settings.keep_last, self.session.number)
+        self.saved = self.session.number
         return folder
 
     def keep_if_best(self) -> dict[str, float]:
@@ -83,7 +130,8 @@ class Training:
         later = self.progress["best_stage"] != stage
         if self.settings.select == "last" or later or key > self.progress["best"]:
             self.progress |= {"best": key, "best_step": self.session.number, "best_stage": stage, "val": found}
-            stored.save(self.files.delta, self.session.states, self.about())
+            if self.main:
+                stored.save(self.files.delta, self.session.states, self.about())
         return found
 
     def about(self) -> dict[str, Any]:
@@ -95,34 +143,49 @@ class Training:
         }  # fmt: skip
 
     def loop(self, log: tracker.Tracker, progress: Progress) -> None:
-        """Train to the end, or until ``max_seconds`` are spent."""
-        settings, began, words = self.settings, time.monotonic(), ""
+        """Train to the end, or until ``max_seconds`` are spent. Raises ``Interrupted`` after a step, which is saved, when a signal came."""
+        settings, words, began = self.settings, "", time.monotonic() - self.progress["spent"]
         progress(self.session.number, settings.steps, words)
-        for step in self.session.steps():
-            self.progress["seconds"].append(step.seconds)
-            log.log(step.number, loss=step.loss, lr=step.lr, seconds=step.seconds, **step.metrics)
-            over = bool(settings.max_seconds) and time.monotonic() - began > (settings.max_seconds or 0)
-            if over or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
-                found = self.keep_if_best()
-                log.log(step.number, **{f"val_{k}": v for k, v in found.items()})
-                words = ", ".join(f"val {k} {v:.3f}" for k, v in found.items() if k != "loss")
-            progress(step.number, settings.steps, f"loss {step.loss:.3f}{words and ', ' + words}")
-            if settings.save_every and step.number % settings.save_every == 0:
-                self.save_checkpoint()
-            if over:
-                self.say(f"Stopped after {step.number} of {settings.steps} steps: train.max_seconds={settings.max_seconds} is spent.")
-                return
+        self.frozen = watch.Frozen(self.setup)
+        with self.signals.patient(), closing(self.session.steps()) as steps:
+            for step in () if self.progress["over"] else steps:
+                self.progress["seconds"].append(step.seconds)
+                log.log(step.number, loss=step.loss, lr=step.lr, seconds=step.seconds, **step.metrics)
+                for line in watch.see(self.progress["watch"], self.session, step):
+                    self.say(f"Warning: {line}")
+                self.progress["spent"] = time.monotonic() - began
+                over = anyone(bool(settings.max_seconds) and self.progress["spent"] > (settings.max_seconds or 0))
+                if over or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
+                    found = self.keep_if_best()
+                    log.log(step.number, **{f"val_{k}": v for k, v in found.items()})
+                    words = ", ".join(f"val {k} {v:.3f}" for k, v in found.items() if k != "loss")
+                self.progress["over"] = over
+                if anyone(bool(self.signals.name)):
+                    self.save_checkpoint()
+                    raise Interrupted(self.signals.name or "a signal to another process")
+                progress(step.number, settings.steps, f"loss {step.loss:.3f}{words and ', ' + words}")
+                if settings.save_every and step.number % settings.save_every == 0:
+                    self.save_checkpoint()
+                if over:
+                    self.say(f"Stopped after {step.number} of {settings.steps} steps: train.max_seconds={settings.max_seconds} is spent.")
+                    return
 
     def result(self) -> dict[str, Any]:
         """Evaluate the chosen state, and put together what ``result.json`` holds. Writes the test predictions."""
         cuda = torch.cuda.max_memory_allocated() if self.session.accelerator.device.type == "cuda" else None
         peak, kind = peak_memory(cuda)
         counts = params(self.setup)  # before anything is loaded: what is stored may be less than what was trained
+        suspect = watch.suspicions(self.progress["watch"], self.setup, self.frozen, self.files.delta, self.progress["best_step"])
+        for reason in suspect:
+            self.say(f"Warning: this run is suspect: {reason}.")
+        self.signals.check()
         if self.progress["best_step"] != self.session.number:
+            self.last = Kept(self.session)
             stored.load(self.files.delta, self.session.states)
         metrics = {"base": self.progress["base"], "val": self.progress["val"]}
         test = self.setup.evaluate("test")
-        write_predictions(self.files.predictions, [{k: v for k, v in row.items() if k != "loss" or "bytes" in row} for row in test.rows])
+        if self.main:
+            write_predictions(self.files.predictions, [{k: v for k, v in row.items() if k != "loss" or "bytes" in row} for row in test.rows])
         metrics["test"] = test.metrics
         if "retention" in self.setup.splits:
             metrics |= {"base_retention": self.progress["base_retention"], "retention": self.setup.evaluate("retention").metrics}
@@ -131,10 +194,12 @@ class Training:
             "step_seconds_median": statistics.median(seconds) if seconds else None, "train_seconds": sum(seconds),
             "peak_memory_bytes": peak, "peak_memory_kind": kind,
         }  # fmt: skip
-        size = sum(f.stat().st_size for f in self.files.delta.iterdir())
+        size = sum(f.stat().st_size for f in self.files.delta.glob("delta.*"))
         return make_result(
             self.setup.config, status="finished", metrics=metrics, params=counts, stored_bytes=size, cost=cost,
             steps=self.session.number, best_step=self.progress["best_step"], device=str(self.session.accelerator.device),
+            suspect=suspect, warnings=self.progress["watch"]["warnings"], batch=self.session.memory.state(),
+            processes=self.session.accelerator.num_processes,
         )  # fmt: skip
 
     def failed(self, error: NotFinite) -> RunFailed:
@@ -142,89 +207,65 @@ class Training:
         folder = self.save_checkpoint()
         shown = ", ".join(error.ids[:8]) + (f" and {len(error.ids) - 8} more" if len(error.ids) > 8 else "")
         message = f"{error} Examples of that step: {shown}. The state before it is in {folder}. Try a smaller optimizer.lr, or train.precision=fp32."
-        write_json_atomic(self.files.path / "failure.json", {"step": error.step, "ids": error.ids, "checkpoint": folder.name})
-        result = make_result(self.setup.config, status="failed", error=message, steps=self.session.number)
-        write_json_atomic(self.files.result, result)
+        if self.main:
+            write_json_atomic(self.files.path / "failure.json", {**STAMP, "step": error.step, "ids": error.ids, "checkpoint": folder.name})
+            warnings = self.progress["watch"]["warnings"]
+            result = make_result(self.setup.config, status="failed", error=message, steps=self.session.number, warnings=warnings)
+            write_json_atomic(self.files.result, result)
+        meet()  # who has nothing to write does not end before who has
         return RunFailed(message)
 
+    def interrupted(self, error: Interrupted) -> None:
+        """Save what is not saved yet, and say so."""
+        if self.session.number:
+            folder = self.save_checkpoint()
+            error.saved = f" after step {self.session.number} of {self.settings.steps}, which is saved in {folder}"
+        self.say.keep(f"Stopped by {error.name}{error.saved}.")
 
-def train(config: Config, folder: Path, say: Say, progress: Progress) -> dict[str, Any]:
+    def run(self, progress: Progress, begun: bool) -> dict[str, Any]:
+        """All of it, from the newest checkpoint or the beginning to ``result.json``, whose content it returns."""
+        if not self.resume(begun):
+            if self.settings.batch_size == "auto":
+                self.session.memory.find()
+            self.evaluate_base()
+        lines = tracker.make(self.setup.config, self.files, self.say, self.session.number) if self.main else tracker.Nowhere()
+        try:
+            self.loop(lines, progress)
+            result = self.result()
+            with self.signals.patient():
+                if self.main:
+                    write_json_atomic(self.files.result, result)
+                lines.finish(result)
+            return result
+        except NotFinite as error:
+            failure = self.failed(error)
+            lines.finish({"status": "failed", "error": str(failure), "steps": self.session.number})
+            raise failure from None
+        except Interrupted as stop:
+            self.interrupted(stop)
+            lines.finish({"status": "interrupted", "steps": self.session.number})
+            raise
+
+
+def train(config: Config, folder: Path, say: Say, progress: Progress, signals: Signals | None = None) -> dict[str, Any]:
     """Run ``config`` in ``folder`` and return the content of its ``result.json``.
 
-    An unfinished run of the same configuration goes on from its newest checkpoint. Raises ``ConfigError`` before anything is written, ``RunFailed``
-    when the loss is not finite.
+    An unfinished run of the same configuration goes on from its newest whole checkpoint, a finished one is left as it is. Raises ``ConfigError``
+    before anything is written, also where another process works on the run; ``RunFailed`` when the loss is not finite or the folder cannot be
+    written; ``Interrupted`` when one of ``signals`` came.
     """
     setup = prepare(config)
-    files = RunFolder(folder)
-    files.open_or_check(config)
-    log = Log(files.log, say)
-    for note in setup.notes:
-        log(note)
-    training = Training(setup, files, log)
-    if not training.resume():
-        training.evaluate_base()
-    lines = tracker.make(config, files, log, training.session.number)
-    try:
-        training.loop(lines, progress)
-    except NotFinite as error:
-        failure = training.failed(error)
-        lines.finish(files.read_result())
-        raise failure from None
-    result = training.result()
-    write_json_atomic(files.result, result)
-    lines.finish(result)
-    return result
-
-
-def plan(config: Config) -> dict[str, Any]:
-    """What ``train`` would do: trained entries per layer and stored bytes, as the last phase begins, and the expected peak memory of all phases.
-
-    Trains and writes nothing.
-    """
-    setup = prepare(config)
-    session = setup.session
-    session.start()
-    peaks = [_expected_peak(session, params(setup)["trained"])]
-    for phase in range(1, len(session.phases)):
-        previous = session.states["method"]
-        session.enter(phase)
-        session.start(previous)
-        peaks.append(_expected_peak(session, params(setup)["trained"]))
-    open_yet = session.phase > 0  # what nothing has moved yet says nothing of where the entries will be
-    layers = [
-        {"layer": name, "shape": list(m.original.shape), "trained": None if open_yet else sum(t.numel() for d in m.deltas for t in d.inputs())}
-        for name, m in patched(session.model).items()
-    ]
-    inplace = [m for m in session.states.modules() if isinstance(m, InPlace)]
-    layers += [{"layer": name, "shape": list(p.shape), "trained": p.numel()} for m in inplace for name, p in m.trained().items()]
-    notes = ["The phases before the last decide how many entries each layer gets."] if open_yet else []
-    return {
-        "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":
-        config.train.steps, "layers": layers, "params": params(setup), "stored_bytes": stored.stored_bytes(session.states),
-        "expected_peak_memory_bytes": max(peaks), "notes": setup.notes + notes,
-    }  # fmt: skip
-
-
-def _expected_peak(session: Session, trained: int) -> int:
-    """This process as it stands, plus what one micro-batch keeps for backward, plus gradient and two moments of each trained entry."""
-    kept: dict[int, int] = {}
-
-    def note(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
-
-    batch = next(b for b in next(session.batches.steps(0, 1)) if b)
-    weights = {p.untyped_storage().data_ptr() for p in session.tuned.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), session.accelerator.autocast():
-        logits = session.tuned(**session.on_device(batch.inputs))
-    activations = sum(size for place, size in kept.items() if place not in weights)
-    del logits
-    now = torch.cuda.memory_allocated() if session.accelerator.device.type == "cuda" else _resident()
-    return now + activations + 3 * 4 * trained
-
-
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
+    files, accelerator = RunFolder(folder), setup.session.accelerator
+    files.check(config)
+    with told(folder), held(folder) if accelerator.is_main_process else nullcontext():
+        begun = files.log.exists()
+        if accelerator.is_main_process and not files.finished:
+            files.open_or_check(config)
+        accelerator.wait_for_everyone()
+        if files.finished:
+            return files.read_result()
+        log = Log(files.log if accelerator.is_main_process else None, say)
+        log.keep(f"finetune {__version__}, process {os.getpid()} on {socket.gethostname()}")
+        for note in setup.notes:
+            log(note)
+        return Training(setup, files, log, signals or Signals()).run(progress, begun)

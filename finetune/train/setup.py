@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
 
 from ..core.part import Part, base, patched
 from ..data.encode import Images, encode
@@ -22,6 +21,7 @@ from .batches import Batches
 from .evaluate import Evaluation
 from .evaluate import evaluate as measure
 from .loop import Session
+from .processes import sharding
 from .result import Params
 from .retention import pretrained_head, wearing
 
@@ -70,8 +70,10 @@ class Setup:
         return Images([{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)], self.base.processor)
 
 
-def make_accelerator(settings: TrainConfig, unused_parameters: bool = False) -> Accelerator:
+def make_accelerator(settings: TrainConfig) -> Accelerator:
     """An Accelerator of these settings; earlier ones of this process are forgotten, since their state is shared and fixed."""
+    if faults := sharding(os.environ):
+        raise ConfigError(*faults)
     cuda = torch.cuda.is_available()
     on_cpu = settings.device == "cpu" or not cuda
     if settings.device == "cuda" and not cuda:
@@ -79,8 +81,9 @@ def make_accelerator(settings: TrainConfig, unused_parameters: bool = False) -> 
     if settings.precision == "fp16" and on_cpu:
         raise ConfigError("train.precision=fp16 needs a GPU. Use train.precision=bf16 or fp32 on the CPU.")
     AcceleratorState._reset_state(reset_partial_state=True)
-    handler = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters)
-    return Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision], kwargs_handlers=[handler])
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision])
+    accelerator.gradient_accumulation_steps = 1  # whatever a launcher's configuration says: it would divide the loss, which is exact here
+    return accelerator
 
 
 def make_deterministic(settings: TrainConfig) -> None:
@@ -89,7 +92,7 @@ def make_deterministic(settings: TrainConfig) -> None:
     torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does this and imports the compiler, for seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     if settings.threads:
-        torch.set_num_threads(settings.threads)
+        torch.set_num_threads(max(1, settings.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
 def prepare(config: Config) -> Setup:
@@ -98,7 +101,7 @@ def prepare(config: Config) -> Setup:
         raise ConfigError(
             f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
         )
-    accelerator = make_accelerator(config.train, config.method.unused_parameters or config.selector.unused_parameters)
+    accelerator = make_accelerator(config.train)
     make_deterministic(config.train)
     raw = config.dataset.read()
     model = load_model(config.model, raw.task, raw.labels, config.seed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -11,8 +10,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from .. import safe
 from ..errors import ConfigError
-from .files import FORMAT, replacing, write_json_atomic
+from . import manifest
+from .disk import writing
+from .files import too_new, write_json_atomic
+
+ABOUT = {
+    "format": int, "method": str, "config": {}, "task": str, "labels": [str], "head": [str], "step": int, "phase?": int, "base_fingerprint": str,
+}  # fmt: skip
 
 
 class Packed(Protocol):
@@ -40,36 +46,41 @@ def stored_bytes(states: nn.Module) -> int:
 
 
 def save(folder: Path, states: nn.Module, about: dict[str, Any]) -> None:
-    """Write the change and what it belongs to; the folder appears whole or not at all."""
-    with replacing(folder) as temporary:
-        temporary.mkdir()
-        save_file({k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors")
-        write_json_atomic(temporary / "delta.json", {"format": FORMAT, **about})
+    """Write the change, what it belongs to, and their manifest; the folder appears whole or not at all."""
+    with manifest.sealing(folder) as temporary:
+        with writing(temporary / "delta.safetensors"):
+            save_file({k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors")
+        write_json_atomic(temporary / "delta.json", {**manifest.HEADER, **about})
 
 
 def about(folder: Path) -> dict[str, Any]:
     """The content of ``delta.json``; raises ``ConfigError`` where it is missing, damaged or of a later format."""
     file = folder / "delta.json"
     try:
-        content: dict[str, Any] = json.loads(file.read_text())
+        content: Any = safe.read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). Give the folder of a run that has stored its change.") from error
-    if content.get("format") != FORMAT:
-        raise ConfigError(f"{file} has format {content.get('format')}, and this version reads {FORMAT}. Use the version of finetune that wrote it.")
-    return content
+    if newer := too_new(file, content):
+        raise ConfigError(f"{newer}.")
+    if fault := safe.differs(content, ABOUT):
+        raise ConfigError(f"{file} does not say what a change belongs to ({fault}). Give the folder of a run that has stored its change.")
+    found: dict[str, Any] = content
+    return found
 
 
 def read(file: Path) -> dict[str, Tensor]:
     """The tensors of a safetensors file; raises ``ConfigError`` where it is missing or damaged."""
     try:
+        safe.tensors_of(file)
         return load_file(file)
-    except (OSError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(f"{file} is missing, damaged or cut short ({error}). Copy it again from where it was made, or train again.") from error
 
 
 @torch.no_grad()
 def load(folder: Path, states: nn.Module) -> None:
     """Put the stored change into ``states`` as ``build`` made them. Raises ``ConfigError`` where it is damaged or belongs to something else."""
+    manifest.check(folder)
     file = folder / "delta.safetensors"
     stored = read(file)
     packed = _packed(states)
@@ -81,6 +92,11 @@ def load(folder: Path, states: nn.Module) -> None:
         raise ConfigError(
             f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml."
         )
-    for prefix, module in packed.items():
-        module.unpack({k: stored.pop(prefix + k) for k in names[prefix]})
-    states.load_state_dict(stored, strict=False)
+    if wild := [k for k, t in stored.items() if not t.isfinite().all()]:
+        raise ConfigError(f"{file} holds numbers that are not finite (first: {wild[0]}). Copy it again from where it was made, or train again.")
+    try:
+        for prefix, module in packed.items():
+            module.unpack({k: stored.pop(prefix + k) for k in names[prefix]})
+        states.load_state_dict(stored, strict=False)
+    except (ConfigError, ValueError, TypeError, RuntimeError, IndexError) as error:  # of tensors of another kind than ``pack`` gives
+        raise ConfigError(f"{file} does not belong to this method and model ({error}). Use the run's own config.yaml.") from error

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
+import secrets
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
+from .. import safe
 from ..settings import Config
-from .files import MetricsFile, RunFolder
+from .files import STAMP, MetricsFile, RunFolder, write_json_atomic
 from .result import group_hash
 
 INIT_SECONDS = 20.0  # how long a network that does not answer may hold up a run at its start
+EXIT_CODES = {"finished": 0, "interrupted": 255}  # which W&B shows as finished and as killed; all else has failed
 FINISH_SECONDS = 60.0  # and at its end; what was not sent stays on disk for `wandb sync`
 
 
@@ -60,10 +64,12 @@ class WeightsAndBiases:
     def _open(self, config: Config, folder: RunFolder) -> None:
         import wandb
 
-        quick = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS)
+        quick = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
         wandb.setup(wandb.Settings(silent=True))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         about: dict[str, Any] = {
+            "id": _id(folder),
+            "resume": "allow",
             "project": config.logger.project,
             "name": folder.path.name,
             "group": config.logger.group or config.name,
@@ -78,6 +84,8 @@ class WeightsAndBiases:
         except Exception as error:
             if mode != "online":
                 raise
+            wandb.teardown()  # W&B's own process holds the id for the run that it could not start
+            wandb.setup(wandb.Settings(silent=True))
             self._run = wandb.init(mode="offline", **about)
             self._say(f"Warning: W&B cannot be reached ({_brief(error)}); this run is logged offline, for `wandb sync` later.")
 
@@ -102,7 +110,21 @@ class WeightsAndBiases:
     def _close(self, summary: Mapping[str, Any]) -> None:
         found = {key: summary.get(key) for key in ("status", "error", "metrics", "params", "stored_bytes", "cost", "steps", "best_step", "device")}
         self._run.summary.update(_flat(found))
-        self._run.finish(exit_code=0 if summary.get("status") == "finished" else 1)
+        self._run.finish(exit_code=EXIT_CODES.get(str(summary.get("status")), 1))
+
+
+def _id(folder: RunFolder) -> str:
+    """The id of this run's W&B run, in ``wandb.json``: drawn once, so that a run that goes on is the same one there."""
+    file = folder.path / "wandb.json"
+    try:
+        known = safe.read_json(file, {"id": str})["id"]
+        if re.fullmatch(r"[0-9a-z]{8,32}", known):
+            return str(known)
+    except (OSError, ValueError):
+        pass  # the first time, or not ours
+    new = secrets.token_hex(6)
+    write_json_atomic(file, {**STAMP, "id": new})
+    return new
 
 
 def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:

@@ -56,6 +56,19 @@ def test_only_the_split_seed_moves_rows(tmp_path):
     assert ids[0] == ids[1] != ids[2]
 
 
+@pytest.mark.parametrize(("share", "folds"), [(0.5, 2), (0.25, 4)])
+def test_folds_are_tested_once_each(tmp_path, share, folds):
+    path = write_csv(tmp_path / "a.csv", ROWS)
+    raws = [Csv(path=path, test_share=share, fold=fold).read() for fold in range(folds)]
+    tests = [{row["id"] for row in raw.splits["test"]} for raw in raws]
+    assert sum(map(len, tests)) == len(set.union(*tests)) == len(ROWS)
+    assert all(not tests[i] & {row["id"] for split in ("train", "val") for row in raw.splits[split]} for i, raw in enumerate(raws))
+    with pytest.raises(ConfigError, match=rf"dataset.fold={folds}: .* has the folds 0 to {folds - 1}"):
+        Csv(path=path, test_share=share, fold=folds).read()
+    with pytest.raises(ConfigError, match="the test split is given"):
+        Csv(path=path, test_path=path, fold=1).read()
+
+
 def test_given_files_are_the_splits_and_only_the_missing_ones_are_drawn(tmp_path):
     train, test = write_csv(tmp_path / "x.csv", ROWS), write_csv(tmp_path / "y.csv", ROWS[:6])
     raw = Csv(path=train, test_path=test, val_share=0.25).read()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import shlex
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -213,6 +215,25 @@ def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> 
     assert len(found["rows"]) == 2
     assert row(found, "head")["versus"]["test"] == "corrected resampled t"
     assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.corrected_t(differences, 0.2 / 0.7).p)
+
+
+def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> None:
+    """Alpaydin's F with 10 and 5 degrees of freedom, from its formula."""
+    shares = {"dataset__name": "csv", "dataset__path": "a.csv", "dataset__test_share": 0.5, "dataset__val_share": 0.1, "dataset__test_path": None}
+    d = np.zeros((5, 2))
+    for split, fold in itertools.product(range(5), range(2)):
+        ids = [f"{split}-{fold}-{i}" for i in range(200)]
+        a, b = answers(0.9, 2 * split + fold), answers(0.86, split + 30 + 5 * fold)
+        for method, right in (("lora", a), ("head", b)):
+            made(method, 0, right, ids=ids, dataset__split_seed=split, dataset__fold=fold, **shares)
+        d[split, fold] = np.mean(b) - np.mean(a)
+    f = (d**2).sum() / (2 * ((d - d.mean(1, keepdims=True)) ** 2).sum())
+    told = row(data(tmp_path), "head")["versus"]
+    assert (told["test"], told["low"]) == ("5x2cv F", None)
+    assert (told["difference"], told["p"]) == pytest.approx((d.mean(), scipy.stats.f.sf(f, 10, 5)))
+    assert 0.001 < told["p"] < 0.9
+    shutil.rmtree(next(path for path in (tmp_path / "outputs").rglob("result.json") if json.loads(path.read_text())["method"] == "head").parent)
+    assert row(data(tmp_path), "head")["versus"]["test"] == "corrected resampled t"
 
 
 def test_rows_follow_what_differs(made: Make, tmp_path: Path) -> None:

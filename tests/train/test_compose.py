@@ -18,14 +18,14 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune import cli
+from finetune import cli_finished as cli
 from finetune.config import load
 from finetune.core.part import patched
 from finetune.core.switch import Change, Switch
 from finetune.errors import ConfigError
 from finetune.models.load import load as load_model
 from finetune.testing import contract
-from finetune.train import finished, run, stored
+from finetune.train import finished, merge, run, stored
 from finetune.train.compose import compose, conflicts, sparse_changes
 from finetune.train.files import run_folder
 
@@ -112,7 +112,7 @@ def test_eval_merge_and_a_second_sum_take_the_folder(runs: dict[str, Path], tmp_
     out = tmp_path / "sum"
     compose([runs["b"], runs["c"]], out)  # not one layer in common
     metrics = finished.evaluate(out)["metrics"]
-    merged = finished.merge(out, tmp_path / "merged")
+    merged = merge.merge(out, tmp_path / "merged")
     assert merged["same_predictions"] == 1
     base, sums = (dict(plain(folder).named_parameters()) for folder in (runs["a"].parents[2] / "base", tmp_path / "merged"))
     b, c = changes(runs["b"]), changes(runs["c"])

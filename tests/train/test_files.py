@@ -16,6 +16,7 @@ import yaml
 from finetune.errors import ConfigError
 from finetune.settings import Config, LoggerConfig
 from finetune.train.files import MetricsFile, RunFolder, replacing, run_folder, write_json_atomic, write_predictions, write_yaml
+from finetune.train.result import group_hash
 
 
 def names(folder: Path) -> list[str]:
@@ -23,7 +24,8 @@ def names(folder: Path) -> list[str]:
 
 
 def test_import_brings_no_torch() -> None:
-    code = "import sys, finetune.train.files, finetune.train.result, finetune.train.tracker; print({'torch', 'wandb', 'pyarrow'} & set(sys.modules))"
+    light = ", ".join(f"finetune.train.{name}" for name in ("disk", "files", "lock", "manifest", "result", "tracker"))
+    code = f"import sys, {light}; print({{'torch', 'wandb', 'pyarrow'}} & set(sys.modules))"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
 
 
@@ -186,6 +188,50 @@ def test_finished_is_what_the_result_says(tmp_path: Path, some_config: Config) -
     before = folder.config.stat().st_mtime_ns
     folder.open_or_check(replace(some_config, logger=LoggerConfig("none")))
     assert folder.config.stat().st_mtime_ns == before  # a finished run is not touched
+
+
+def test_how_often_a_run_is_saved_makes_no_other_run(tmp_path: Path, some_config: Config) -> None:
+    folder = RunFolder(tmp_path)
+    folder.open_or_check(some_config)
+    more = replace(some_config, train=replace(some_config.train, save_every=7, keep_last=None))
+    folder.open_or_check(more)
+    assert yaml.safe_load(folder.config.read_text())["train"]["save_every"] == 7
+    assert (more.hash(), group_hash(more)) == (some_config.hash(), group_hash(some_config))
+    for other in (replace(some_config, seed=4), replace(some_config, train=replace(some_config.train, eval_every=7))):
+        assert other.hash() != some_config.hash()
+        with pytest.raises(ConfigError, match="holds another run"):
+            folder.open_or_check(other)
+
+
+def test_what_was_frozen_before_a_setting_was_known_is_the_same_run(tmp_path: Path, some_config: Config) -> None:
+    tree = some_config.as_dict()
+    del tree["train"]["keep_last"]
+    write_yaml(tmp_path / "config.yaml", tree)
+    RunFolder(tmp_path).open_or_check(some_config)
+
+
+def test_checkpoints_are_known_by_their_steps_and_not_by_the_clock(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.steps() == []
+    others = ["step-", "step--1", "step-1e3", "step-007", ".step-5.1.tmp", f"step-{'9' * 30}"]
+    for i, name in enumerate(["step-10", "step-9", "step-100", "step-0", *others]):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        os.utime(tmp_path / "checkpoints" / name, (10**9 - i, 10**9 - i))  # each older than the one before it
+    assert folder.steps() == [0, 9, 10, 100]
+
+
+@pytest.mark.parametrize(("text", "step"), [('{"checkpoint": "step-12"}', 12), ('{"checkpoint": 12}', None), ("[", None), (None, None)])
+def test_the_checkpoint_of_a_failure(tmp_path: Path, text: str | None, step: int | None) -> None:
+    if text:
+        (tmp_path / "failure.json").write_text(text)
+    assert RunFolder(tmp_path).failed_at() == step
+
+
+def test_metrics_that_a_power_cut_left_are_dropped_where_they_make_no_sense(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2}\n\xff\xfe\x00{"step": 2}\n{"step": 2, "loss": 1}\n\x00\x00\x00')
+    MetricsFile(path, start=2)
+    assert path.read_text() == '{"step": 1, "loss": 2}\n{"step": 2, "loss": 1}\n'
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format": 99}'])

@@ -19,12 +19,12 @@ from PIL import Image
 from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
-from finetune import cli
+from finetune import cli_finished as cli
 from finetune.config import load
 from finetune.core.site import Site
 from finetune.errors import ConfigError
 from finetune.testing import contract
-from finetune.train import finished, run
+from finetune.train import finished, merge, run
 from finetune.train.files import RunFolder, run_folder
 from finetune.train.inspect import (
     Update,
@@ -262,7 +262,7 @@ def test_a_run_is_what_its_merged_model_differs_in(model: str, here: Path, words
     """The oracle: two plain model folders, read from disk."""
     files = go(model, *words, "optimizer.lr=0.01")
     found = inspect(files.path, rank=5, alpha=0.4)
-    finished.merge(files.path, here / "merged")
+    merge.merge(files.path, here / "merged")
     before, after = (dict(plain(folder).named_parameters()) for folder in (model, here / "merged"))
     body = [n for n in before if not n.startswith("classifier")]
     matrices = {n.removesuffix(".weight"): n for n in body if before[n].ndim == 2 and "layers" in n}

@@ -13,7 +13,7 @@ from finetune.data.digits import Digits
 from finetune.models.folder import BUILTIN
 from finetune.models.processor import read_processor
 from finetune.testing import contract
-from finetune.train import finished, run
+from finetune.train import finished, merge, run
 from finetune.train.files import run_folder
 from finetune.train.setup import prepare
 
@@ -37,7 +37,7 @@ def test_retention_is_the_share_of_the_pretrained_heads_answers_that_stay(method
     monkeypatch.chdir(tmp_path)
     config = load([f"method={method}", *SMALL])
     result = run.train(config, run_folder(config), lambda line: None, lambda done, total, words: None)
-    finished.merge(run_folder(config), Path("merged"))
+    merge.merge(run_folder(config), Path("merged"))
     original = BUILTIN / "tiny_vit"
     before, after = answers(original, original), answers(Path("merged"), original)
     kept = sum(a == b for a, b in zip(before, after, strict=True)) / len(before)

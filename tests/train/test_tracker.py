@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import socket
 import struct
 import time
@@ -133,6 +134,20 @@ def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_confi
 def test_a_failed_run_is_marked_failed(folder: RunFolder, some_config: Config) -> None:
     make(with_logger(some_config, "wandb"), folder, pytest.fail).finish({"status": "failed"})
     assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [1]
+
+
+def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_config: Config) -> None:
+    settings = with_logger(some_config, "wandb")
+    make(settings, folder, pytest.fail).finish({"status": "interrupted"})
+    assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [255]  # W&B: killed
+    id_ = json.loads((folder.path / "wandb.json").read_text())["id"]
+    for name in ("wandb", "moved"):
+        (folder.path / "wandb").rename(folder.path / f"before-{name}")  # the folders of W&B have a second in their names, and would meet
+        make(settings, folder, pytest.fail, start=1).finish(RESULT)
+        assert {record.run.run_id for record in records(folder) if record.HasField("run")} == {id_}
+    (folder.path / "wandb.json").write_text(json.dumps({"id": "../../etc"}))
+    assert re.fullmatch(r"[0-9a-f]{12}", tracker._id(folder))
+    assert tracker._id(folder) == tracker._id(folder)
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
