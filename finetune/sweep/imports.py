@@ -5,7 +5,6 @@ import os
 import signal
 
 import datasets  # noqa: F401
-import hydra.utils  # noqa: F401
 import pydantic.type_adapter  # noqa: F401
 import sklearn.datasets  # noqa: F401
 from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer  # noqa: F401

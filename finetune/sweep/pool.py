@@ -13,8 +13,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..train.lock import holder
 from .grid import Point
-from .process import GRACE, DiskFull, Process, again, cores, holder
+from .process import GRACE, DiskFull, Process, again, cores
 
 Say = Callable[[str], None]
 Result = dict[str, Any]

@@ -7,12 +7,10 @@ while it still works.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -20,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FinetuneError
+from ..train import lock as locks
 from ..train.files import RunFolder, write_json_atomic
-from ..train.lock import INHERITED
 from ..train.result import make_result
 from ..train.signals import CODE
 from .grid import Point
@@ -42,26 +40,11 @@ class DiskFull(FinetuneError):
 
 
 def lock(folder: Path) -> int | None:
-    """Take the lock of a run folder: an open file, to be closed; ``None`` if another process has it. Raises ``DiskFull``."""
+    """Take the lock of a run folder: an open file for ``train.lock.release``; ``None`` if another process has it. Raises ``DiskFull``."""
     try:
-        handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+        return locks.lock(folder)
     except OSError as error:
         raise DiskFull(folder, error.strerror or str(error)) from None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        return None
-    return handle
-
-
-def holder(folder: Path) -> str:
-    """Who took the lock of a run folder last, as ``process 12 on host``; empty if nobody is known."""
-    try:
-        said = json.loads((folder / ".lock").read_text(encoding="utf-8"))
-        return f"process {said['pid']} on {said['host']}"
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
 
 
 def again(result: dict[str, Any]) -> bool:
@@ -105,7 +88,7 @@ class Process:
         self.point, self.device, self.began = point, device, time.monotonic()
         self._lock, self._said, self._stopped = held, b"", ""
         point.folder.result.unlink(missing_ok=True)  # of an earlier failure
-        surroundings = environment(threads, device) | {INHERITED: str(held)}
+        surroundings = environment(threads, device) | {locks.INHERITED: str(held)}
         self._process: Forked | subprocess.Popen[bytes]
         if warm and FORKS and not device:
             self._process = Forked(words(point), surroundings, held)
@@ -117,7 +100,7 @@ class Process:
         assert self._process.stderr is not None
         self._pipe = self._process.stderr.fileno()
         os.set_blocking(self._pipe, False)
-        self._sign()
+        locks.sign(self._lock, self._process.pid)
 
     @classmethod
     def start(cls, point: Point, threads: int | None = None, device: str | None = None, warm: bool = False) -> Process | None:
@@ -131,21 +114,13 @@ class Process:
         if held is None:
             return None
         if point.folder.finished:
-            os.close(held)
+            locks.release(held)
             return None
         try:
             return cls(point, held, threads, device, warm)
         except BaseException:
-            os.close(held)
+            locks.release(held)
             raise
-
-    def _sign(self) -> None:
-        """Write into the lock who has it; only people read that."""
-        try:
-            os.ftruncate(self._lock, 0)
-            os.pwrite(self._lock, json.dumps({"pid": self._process.pid, "host": socket.gethostname(), "started": time.time()}).encode(), 0)
-        except OSError:
-            pass
 
     def poll(self) -> dict[str, Any] | None:
         """``None`` while it runs; then the content of its ``result.json``, a failure included, or ``status`` "stopped" after ``stop``.
@@ -195,7 +170,7 @@ class Process:
     def _close(self) -> None:
         assert self._process.stderr is not None
         self._process.stderr.close()
-        os.close(self._lock)
+        locks.release(self._lock)
 
     def _outcome(self) -> dict[str, Any]:
         folder, code = self.point.folder, self._process.returncode or 0

@@ -73,7 +73,9 @@ def begin(
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
-    return Session(model, method, head, batches, OPTIMIZER, train, seed, accelerator, lambda: iter(copy.deepcopy(original).named_parameters()), selector)
+    return Session(
+        model, method, head, batches, OPTIMIZER, train, seed, accelerator, lambda: iter(copy.deepcopy(original).named_parameters()), selector
+    )
 
 
 def finish(session: Session) -> Session:
