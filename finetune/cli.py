@@ -86,7 +86,7 @@ def train(
         from .train.resume import command
 
         with suppress(OSError):  # after SIGHUP nobody may be there to read it
-            _tell(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder)}")
+            _tell(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes)}")
         raise typer.Exit(CODE) from None
 
 

@@ -1,4 +1,4 @@
-"""The worked example of docs/adding-a-method.md runs as it stands."""
+"""The worked example of docs/adding-a-method.md runs as it stands, and what docs/guarantees.md promises names tests that are there."""
 
 from __future__ import annotations
 
@@ -33,3 +33,14 @@ def test_worked_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert names == ["test_contract", "test_factor_scales_a_row"]
     for name in names:
         getattr(tests, name)()
+
+
+def test_every_promise_names_its_test() -> None:
+    rows = [line for line in PAGE.with_name("guarantees.md").read_text().splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    assert len(rows) > 30
+    for row in rows:
+        named = re.findall(r"`([\w/]+\.py)(?:::(test_\w+))?`", row.split(" | ")[1])
+        assert named, row
+        for file, test in named:
+            source = (Path(__file__).parent / file).read_text()
+            assert not test or f"def {test}(" in source, f"{file}::{test}"

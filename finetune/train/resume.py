@@ -28,8 +28,8 @@ def frozen(run: Path, overrides: list[str]) -> Config:
     return load(overrides, None, file)
 
 
-def command(folder: Path | None) -> str:
-    """What goes on with the run in ``folder``: before its configuration is frozen there, or without one, what was typed."""
+def command(folder: Path | None, processes: int = 1) -> str:
+    """What goes on with the run in ``folder``, by as many processes: before its configuration is frozen there, or without one, what was typed."""
     if folder and (folder / "config.yaml").is_file():
-        return f"finetune train --resume {shlex.quote(str(folder))}"
+        return f"finetune train --resume {shlex.quote(str(folder))}" + (f" --processes {processes}" if processes > 1 else "")
     return f"finetune {shlex.join(sys.argv[1:])}"
