@@ -244,6 +244,7 @@ def test_merge(command: Command, refuse: Refuse, run: Path) -> None:
     assert "merged" in refuse("merge", "ckpt=outputs/first/run", "out=merged", folder=run)[0]
 
 
+@pytest.mark.slow
 def test_checkpoints_that_do_not_fit(refuse: Refuse, run: Path) -> None:
     from PIL import Image
 

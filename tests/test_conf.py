@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 from pathlib import Path
 
+import datasets
 import pytest
 import yaml
 from PIL import Image
@@ -28,9 +29,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     import pandas as pd
 
     table = pd.DataFrame(rows, columns=["text", "label"])
-    (folder / "hub").mkdir()
     table.to_csv(folder / "d.csv", index=False)
-    table.to_csv(folder / "hub" / "train.csv", index=False)
     table.to_json(folder / "d.jsonl", orient="records", lines=True)
     table.to_parquet(folder / "d.parquet")
     for i in range(40):
@@ -38,7 +37,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         place.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (16, 16), (6 * i, 5 * i, 128)).save(place / f"{i}.png")
     bert(folder / "bert")
-    return {name: folder / name for name in ("model", "bert", "d.csv", "d.jsonl", "d.parquet", "images", "hub")}
+    return {name: folder / name for name in ("model", "bert", "d.csv", "d.jsonl", "d.parquet", "images")}
 
 
 def bert(folder: Path) -> None:
@@ -71,8 +70,8 @@ def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
         return {**more, "method": "lora"}
     small = {"model": "hf", "model.path": str(made["model"])}
     if group == "dataset":
-        tables = {"csv": "d.csv", "jsonl": "d.jsonl", "parquet": "d.parquet", "imagefolder": "images", "hub": "hub"}
-        place = {"dataset.path": str(made[tables[option]])} if option in tables else {}
+        tables = {"csv": "d.csv", "jsonl": "d.jsonl", "parquet": "d.parquet", "imagefolder": "images"}
+        place = {"dataset.path": str(made[tables[option]]) if option in tables else "someone/words"} if option in (*tables, "hub") else {}
         if option == "stdlib":
             return {**place, "model": "tiny_lm", "method": "lora"}
         return {**place, "model": "hf", "model.path": str(made["bert" if option in ("csv", "jsonl", "parquet", "hub") else "model"])}
@@ -91,6 +90,9 @@ def test_every_file_makes_a_run(file: str, made: dict[str, Path], tmp_path: Path
     stdlib = {"dataset.train_bytes": "4000", "dataset.val_bytes": "2000", "dataset.test_bytes": "2000", "dataset.retention_bytes": "2000"}
     given = {**SHORT, **overrides(file, made), group: option}
     given |= stdlib if given.get("dataset") == "stdlib" else {}
+    if option == "hub":  # whose cache tests/data/test_hub.py lays out
+        rows = {"text": [f"the {'good' if i % 2 else 'bad'} one, number {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}
+        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: {"train": datasets.Dataset.from_dict(rows)})
     config = load([f"{key}={value}" for key, value in given.items()])
     result = run.train(config, tmp_path / "run", lambda line: None, lambda done, total, words: None)
     assert result["status"] == "finished"

@@ -76,7 +76,7 @@ class WeightsAndBiases:
             "job_type": config.method.name,
             "tags": [config.model.name, config.dataset.name, *config.logger.tags],
             "config": {**config.as_dict(), "config_hash": config.hash(), "group_hash": group_hash(config)},
-            "dir": str(folder.path),
+            "dir": str(folder.path.absolute()),  # W&B's service may work in another folder
             "settings": quick,
         }
         try:

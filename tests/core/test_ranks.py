@@ -73,6 +73,7 @@ def ranks(folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
     return [load_file(file) for file in files]
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_to_the_bit_and_nearly_with_one(tmp_path: Path) -> None:
     first, second = ranks(tmp_path)
     alone = train()

@@ -37,6 +37,7 @@ def train() -> dict[str, Tensor]:
     return kept
 
 
+@pytest.mark.slow
 def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -150,6 +150,7 @@ def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]
     assert "could not be measured: no way" in err
 
 
+@pytest.mark.slow
 def test_a_real_measurement(tmp_path: Path) -> None:
     """Four steps of the built-in task, and a run that cannot be measured."""
     words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.precision=fp32,fp16", "name=s", "--dry-run", "--json"]

@@ -246,6 +246,7 @@ def test_lines_of_a_growing_file(tmp_path: Path) -> None:
     assert read.new() == [{"a": 3}]
 
 
+@pytest.mark.slow
 def test_pruning_stops_the_process() -> None:
     """A real run of many steps beside five trials that were perfect from the start."""
     words = [*QUICK, LR, "train.steps=5000", "train.eval_every=5", "name=s"]

@@ -268,6 +268,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
         return list(processes(tmp_path_factory.mktemp("short"), 2))
 
 
+@pytest.mark.slow
 def test_all_processes_halve_where_one_runs_out(short: list[Kept]) -> None:
     first, second = short
     for name, tensor in first.items():
@@ -278,6 +279,7 @@ def test_all_processes_halve_where_one_runs_out(short: list[Kept]) -> None:
             assert torch.equal(tensor, first[name.replace("found", "told")]), name
 
 
+@pytest.mark.slow
 def test_a_process_that_cannot_halve_ends_all(short: list[Kept]) -> None:
     assert [kept["failed"].item() for kept in short] == [1, 1]
 

@@ -69,6 +69,7 @@ def test_the_same_bits_again(run: Path, tmp_path: Path) -> None:
     assert files(tmp_path) == before  # the scratch folder is gone, and the run untouched
 
 
+@pytest.mark.slow
 def test_relative_paths_and_kept_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"word{i % 2} number {i},{'ab'[i % 2]}\n" for i in range(60)))
     monkeypatch.chdir(tmp_path)

@@ -32,7 +32,7 @@ def answers(backbone: Path, head: Path) -> list[int]:
         return list(model.eval()(pixels).logits.argmax(-1).tolist())
 
 
-@pytest.mark.parametrize("method", ["full", "shira", "lora"])
+@pytest.mark.parametrize("method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "shira")), "lora"])
 def test_retention_is_the_share_of_the_pretrained_heads_answers_that_stay(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     config = load([f"method={method}", *SMALL])

@@ -93,7 +93,8 @@ def test_before_the_first_step_it_ends_at_once(begin: Nursery, words: list[str],
     assert child.until((tmp_path / RUN / "config.yaml").exists), child.said  # measuring the base
     child.kill(signal.SIGTERM)
     assert child.wait() == 130
-    assert len(child.said.splitlines()) == 1
+    assert child.said.count("Stopped by SIGTERM. To go on: ") == 1
+    assert not (tmp_path / RUN / "checkpoints").exists()
     again = begin.run(*said_command(child), folder=tmp_path)
     assert again.wait() == 0, again.said
     assert differences(whole, tmp_path / RUN) == []
