@@ -39,7 +39,8 @@ def _log(data: Mapping[str, Any], folder: Path, project: str) -> None:
     settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
     about = {key: data[key] for key in ("metric", "task", "by", "baseline")}
     run = wandb.init(
-        mode=mode, project=project, group=folder.name, job_type="comparison", name=f"comparison of {folder.name}", dir=str(folder.absolute()), config=about,
+        mode=mode, project=project, group=folder.name, job_type="comparison", name=f"comparison of {folder.name}", dir=str(folder.absolute()),
+        config=about,
         settings=settings,
     )  # fmt: skip
     try:
