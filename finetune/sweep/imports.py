@@ -1,8 +1,6 @@
 """What nearly every run needs, imported once for all of a sweep (see ``warm.py``). Never imported by anything else."""
 
 import importlib
-import os
-import signal
 
 import datasets  # noqa: F401
 import pydantic.type_adapter  # noqa: F401
@@ -14,11 +12,7 @@ from .. import config, progress  # noqa: F401
 from ..registry import PACKAGES, catalog
 from ..report import summary  # noqa: F401
 from ..train import run  # noqa: F401
-from .child import end_with
 
 for kind in PACKAGES:
     for entry in catalog(kind).values():
         importlib.import_module(entry.module)
-end_with(os.getppid())
-for number in (signal.SIGTERM, signal.SIGHUP):  # the sweep ends its runs in order, then this server
-    signal.signal(number, signal.SIG_IGN)

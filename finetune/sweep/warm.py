@@ -17,6 +17,7 @@ from typing import Any
 from ..train.lock import INHERITED
 
 LOADS = "finetune.sweep.imports"  # what the server imports
+LOADED_BY = os.getpid()  # in a child, the server, which has loaded this module, too: it may have ended before the child can look
 
 
 class _Inherited:
@@ -71,7 +72,7 @@ def _context(environment: dict[str, str]) -> ForkServerContext:
         if name.startswith("OMP_"):
             os.environ[name] = value
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([LOADS])
+    context.set_forkserver_preload([f"{__package__}.bound", __name__, LOADS])
     return context
 
 
@@ -80,7 +81,7 @@ def _enter(words: list[str], environment: dict[str, str], errors: _Inherited, he
     from .child import end_with
 
     os.setpgid(0, 0)
-    end_with(os.getppid())
+    end_with(LOADED_BY)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     nowhere = os.open(os.devnull, os.O_RDWR)

@@ -51,10 +51,9 @@ def test_a_killed_child_says_by_which_signal(held: int) -> None:
     assert ended(child)[0] == -signal.SIGKILL
 
 
-@pytest.mark.slow
 def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from finetune.sweep import warm\n"
+        "import os, sys, time; from finetune.sweep import warm; warm.LOADS = 'finetune.sweep.child'\n"
         "child = warm.Forked(['train', 'train.steps=100000'], dict(os.environ), 0); print(child.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
@@ -65,8 +64,10 @@ def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     parent.wait()
     with parent.stdout:
         assert parent.stdout.read() == ""
-    while alive(pid):
+    end = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < end:
         time.sleep(0.05)
+    assert not alive(pid)
 
 
 @pytest.mark.slow
