@@ -31,7 +31,7 @@ SIZES = {
 }  # fmt: skip
 PRIVATE: dict[str, Any] = {  # settings of W&B, which by itself records the command line, host, user, git remote and installed packages
     "disable_git": True, "disable_code": True, "save_code": False, "disable_job_creation": True, "x_disable_meta": True,
-    "x_disable_machine_info": True, "x_save_requirements": False,
+    "x_disable_machine_info": True, "x_save_requirements": False, "host": "",
 }  # fmt: skip
 Header = dict[str, tuple[str, tuple[int, ...]]]
 

@@ -34,7 +34,7 @@ def log(data: Mapping[str, Any], folders: Sequence[Path], project: str, say: Say
 def _log(data: Mapping[str, Any], folder: Path, project: str) -> None:
     import wandb
 
-    wandb.setup(wandb.Settings(silent=True))
+    wandb.setup(wandb.Settings(silent=True, host=""))
     mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
     settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
     about = {key: data[key] for key in ("metric", "task", "by", "baseline")}

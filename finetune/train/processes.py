@@ -25,6 +25,7 @@ from .signals import CODE, Interrupted, Signals
 
 GRACE = 10.0  # seconds that the others have to end by themselves when one process has failed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
+QUIET = "ignore:resource_tracker:UserWarning"  # locks of libraries whose process is ended at once are given back by Python's tracker, which says so
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SEVERED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 SHARDED = {
@@ -128,6 +129,7 @@ def _threads(count: int) -> Iterator[None]:
     """Whoever is started inside gets its share of the cores, unless the user has said how many threads each gets."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     ours = {name: str(max(1, cores // count)) for name in THREADS if name not in os.environ} | {"TORCH_MP_PARALLEL_START": "0"}
+    ours |= {"PYTHONWARNINGS": QUIET} if "PYTHONWARNINGS" not in os.environ else {}
     os.environ |= ours
     try:
         yield

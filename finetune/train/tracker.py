@@ -65,7 +65,7 @@ class WeightsAndBiases:
         import wandb
 
         quick = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
-        wandb.setup(wandb.Settings(silent=True))
+        wandb.setup(wandb.Settings(silent=True, host=""))
         mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
         about: dict[str, Any] = {
             "id": _id(folder),
@@ -85,7 +85,7 @@ class WeightsAndBiases:
             if mode != "online":
                 raise
             wandb.teardown()  # W&B's own process holds the id for the run that it could not start
-            wandb.setup(wandb.Settings(silent=True))
+            wandb.setup(wandb.Settings(silent=True, host=""))
             self._run = wandb.init(mode="offline", **about)
             self._say(f"Warning: W&B cannot be reached ({_brief(error)}); this run is logged offline, for `wandb sync` later.")
 
