@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import statistics
 import subprocess
 import sys
@@ -64,7 +65,9 @@ def _again(path: Path, folder: Path) -> dict[str, Any]:
     outputs = path.resolve().parent.parent
     started = outputs.parent if outputs.name == "outputs" else Path.cwd()
     command = [sys.executable, "-m", __name__, str(RunFolder(path.resolve()).config), str(folder.resolve())]
-    done = subprocess.run(command, cwd=started, stdout=subprocess.DEVNULL)
+    threads = RunFolder(path).read_result().get("threads")
+    same = {"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {}  # another number adds up in another order
+    done = subprocess.run(command, cwd=started, stdout=subprocess.DEVNULL, env={**os.environ, **same})
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
         raise RunFailed(f"{path} could not be run again ({how}); what is above says why.")

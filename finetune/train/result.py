@@ -56,6 +56,7 @@ def make_result(
     warnings: Sequence[str] = (),
     batch: Mapping[str, Any] | None = None,
     processes: int | None = None,
+    threads: int | None = None,
 ) -> dict[str, Any]:
     """The content of ``result.json``: what the run found, with what identifies it."""
     return {
@@ -78,6 +79,7 @@ def make_result(
         "warnings": list(warnings),
         "batch": batch,
         "processes": processes,
+        "threads": threads,
         "versions": versions(),
         "git_commit": git_commit(),
         "config_hash": config.hash(),

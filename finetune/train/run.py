@@ -199,7 +199,7 @@ class Training:
             self.setup.config, status="finished", metrics=metrics, params=counts, stored_bytes=size, cost=cost,
             steps=self.session.number, best_step=self.progress["best_step"], device=str(self.session.accelerator.device),
             suspect=suspect, warnings=self.progress["watch"]["warnings"], batch=self.session.memory.state(),
-            processes=self.session.accelerator.num_processes,
+            processes=self.session.accelerator.num_processes, threads=torch.get_num_threads(),
         )  # fmt: skip
 
     def failed(self, error: NotFinite) -> RunFailed:

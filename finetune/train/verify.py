@@ -38,17 +38,30 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     is no run.
     """
     files, _ = run_of(path)
-    points = []
-    for name, test in (("files", _files), ("predictions", _predictions), ("evaluation", _evaluation), ("resume", _resume), ("merge", _merge)):
-        say(f"Checking {name} ...")
-        try:
-            verdict, words = "pass", test(files, say)
-        except _Skipped as reason:
-            verdict, words = "skipped", f"{reason}"
-        except (FinetuneError, OSError) as error:
-            verdict, words = "fail", " ".join(f"{error}".split())
-        points.append({"point": name, "verdict": verdict, "words": words})
+    points, threads = [], torch.get_num_threads()
+    torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order
+    try:
+        for name, test in (("files", _files), ("predictions", _predictions), ("evaluation", _evaluation), ("resume", _resume), ("merge", _merge)):
+            say(f"Checking {name} ...")
+            try:
+                verdict, words = "pass", test(files, say)
+            except _Skipped as reason:
+                verdict, words = "skipped", f"{reason}"
+            except (FinetuneError, OSError) as error:
+                verdict, words = "fail", " ".join(f"{error}".split())
+            points.append({"point": name, "verdict": verdict, "words": words})
+    finally:
+        torch.set_num_threads(threads)
     return {"run": str(path), "verdict": "fail" if any(point["verdict"] == "fail" for point in points) else "pass", "points": points}
+
+
+def _threads(files: RunFolder) -> int | None:
+    """How many the run had, if it says so."""
+    try:
+        said = files.read_result().get("threads")
+    except ConfigError:
+        return None
+    return said if isinstance(said, int) and 0 < said < 1024 else None
 
 
 def _config(files: RunFolder) -> Config:
