@@ -67,7 +67,7 @@ def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100
             values = list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
             choices.append([str(item.input_line)] if values is None else [f"{item.key_or_group}={value}" for value in values])
             faults += [] if choices[-1] else [f"{item.input_line} names no value at all, so the grid is empty."]
-        except HydraException as error:
+        except (HydraException, OmegaConfBaseException) as error:
             faults.append(f"{item.input_line}: {error}. A sweep takes key=a,b or key=range(START,STOP,STEP).")
     if prod(map(len, choices)) > most:
         faults += [f"The grid has more than {most:,} points, more than can be listed. Sweep fewer values."]

@@ -549,3 +549,8 @@ def test_expand_refuses_what_it_cannot_enumerate() -> None:
         config.expand(["seed=interval(0,1)"])
     with pytest.raises(ConfigError, match="--x"):
         config.expand(["--x"])
+
+
+def test_a_sweep_of_a_sweep_is_refused() -> None:
+    with pytest.raises(ConfigError, match="weights=choice"):
+        config.expand(["weights=choice(a,b),1e-3"])

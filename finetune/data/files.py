@@ -162,7 +162,7 @@ def load(kind: str, files: list[Path], named: Path) -> Any:
     try:
         with hushed():
             table = datasets.load_dataset(kind, data_files={"train": patterns}, split="train", cache_dir=scratch(), **options)
-            if kind == "parquet":
+            if kind != "imagefolder":
                 table.data.validate(full=True)  # texts that are no UTF-8 would show when they are read
     except Exception as error:  # every parser has exceptions of its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]

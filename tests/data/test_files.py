@@ -246,3 +246,10 @@ def test_a_split_whose_labels_are_all_hidden_is_left_out(tmp_path):
     assert raw.labels == ("no", "yes")
     assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 14, "val": 2, "test": 4}
     assert "The given test split (test.parquet) has no labels and is left out." in raw.notes
+
+
+def test_jsonl_that_is_no_utf8_is_told(tmp_path):
+    """Arrow's reader of JSON takes any bytes for text."""
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good \x99", "label": "a"}\n{"text": "bad", "label": "b"}\n' * 20)
+    with pytest.raises(ConfigError, match="cannot be read as json"):
+        Jsonl(path=str(tmp_path / "a.jsonl")).read()
