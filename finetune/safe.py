@@ -21,6 +21,7 @@ JSON_BYTES = 32 * 2**20
 YAML_BYTES = 2**18  # PyYAML reads some 50 kB a second; a frozen configuration has 2 kB
 HEADER_BYTES = 32 * 2**20  # of a safetensors file: 100,000 tensors need 15
 LINE_BYTES = 2**20
+ROWS_PER_BYTE = 50  # of a Parquet file: a row takes a byte or more, but for columns that repeat one value
 LINES_BYTES = 2**28
 DEPTH = 64
 NODES = 10_000  # of a YAML text, aliases counted as what they stand for

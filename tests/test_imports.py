@@ -27,7 +27,7 @@ ALLOWED = {
     "references": {"explain"},
     "strict": BOTTOM | {"explain", "core"},
     "explain": BOTTOM,
-    "report": {"errors", "safe"},
+    "report": {"errors", "safe", "settings"},
     "train": SIDE | {"config", "data", "models", "optim", "progress"},
     "testing": SIDE | {"data", "train"},
 }

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from pathlib import Path
 
+from .. import safe
 from ..errors import ConfigError
 
 PACKED = {
@@ -17,7 +18,7 @@ PACKED = {
 TAR = 257, b"ustar"
 LINE, DEPTH = 2**26, 64
 STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb"[\[\]{}]")
-ROWS, ROWS_PER_BYTE = 2_000_000, 50  # a row of a table takes a byte or more, but for columns that repeat one value
+ROWS = 2_000_000  # that a table may always have
 BYTES, PACKING = 2**28, 200  # unpacked bytes that a file may always have, and how many times its own size
 
 
@@ -78,7 +79,7 @@ def _claims(file: Path) -> str:
     size = file.stat().st_size
     sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
     unpacked = sum(map(abs, sizes))
-    if about.num_rows < 0 or about.num_rows > max(ROWS, ROWS_PER_BYTE * size) or unpacked > max(BYTES, PACKING * size):
+    if about.num_rows < 0 or about.num_rows > max(ROWS, safe.ROWS_PER_BYTE * size) or unpacked > max(BYTES, PACKING * size):
         claim = f"{about.num_rows:,} rows of {unpacked:,} bytes"
         return f"{file} has {size:,} bytes and claims {claim}. Write it again with rows that are worth their place."
     return ""

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import safe
 from .runs import Run
 
-ROWS_PER_BYTE = 50
 COLUMNS = {"accuracy": ("label", "prediction"), "bits_per_byte": ("loss", "bytes")}
 Array = NDArray[Any]
 
@@ -55,7 +55,7 @@ class Predictions:
         if not file.is_file():
             raise ValueError("it is no file")  # a pipe would wait for its writer
         opened = pq.ParquetFile(file)
-        if opened.metadata.num_rows > ROWS_PER_BYTE * file.stat().st_size:
+        if opened.metadata.num_rows > safe.ROWS_PER_BYTE * file.stat().st_size:
             raise ValueError(f"it claims {opened.metadata.num_rows:,} rows")
         table = opened.read(columns=["id", *columns], use_threads=False)
         if table.num_rows == 0:

@@ -14,11 +14,12 @@ from typing import Any, Literal
 
 from .. import safe
 from ..errors import ConfigError
+from ..settings import NOT_THE_RUN as WITHOUT_EFFECT
 
 FORMAT = 1
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
-NOT_THE_RUN = ("name", "run", "logger", "seed", "train.save_every", "train.keep_last")  # settings that make no other experiment
+NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that make no other experiment
 OF_A_RUN = ("result.json", "config.yaml", "delta", "delta/delta.json", "metrics.jsonl", "predictions.parquet", "tuning.json")
 Settings = dict[str, Any]
 

@@ -25,9 +25,10 @@ from .. import safe
 from ..config import conf_dir, load
 from ..errors import ConfigError, near
 from ..train.files import RunFolder, write_json_atomic
+from ..train.processes import cores
 from .grid import Point
 from .pool import devices
-from .process import again, cores, run_to_end
+from .process import again, run_to_end
 
 PLUGINS = {
     "joblib": ("hydra_joblib_launcher", "joblib"),

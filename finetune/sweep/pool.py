@@ -14,8 +14,9 @@ from types import FrameType
 from typing import Any
 
 from ..train.lock import holder
+from ..train.processes import cores
 from .grid import Point
-from .process import GRACE, DiskFull, Process, again, cores
+from .process import GRACE, DiskFull, Process, again
 
 Say = Callable[[str], None]
 Result = dict[str, Any]

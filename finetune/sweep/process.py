@@ -52,11 +52,6 @@ def again(result: dict[str, Any]) -> bool:
     return result.get("status") != "finished" and bool(result.get("signal"))
 
 
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def environment(threads: int | None, device: str | None) -> dict[str, str]:
     """The child's variables: at most ``threads`` threads, which do not spin while they wait, and only the CUDA device(s) ``device``."""
     made = dict(os.environ)

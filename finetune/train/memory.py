@@ -132,7 +132,7 @@ class Memory:
         The session is as it was, with its first phase not begun.
         """
         session, batches, began = self.session, self.session.batches, time.monotonic()
-        most, start, before = min(MOST, len(batches)), 1, _resident()
+        most, start, before = min(MOST, len(batches)), 1, resident()
         batches.batch_size = batches.world
         while self._fits(start):
             batches.batch_size = min(start * batches.world, most)
@@ -172,7 +172,7 @@ def _short(before: int) -> bool:
     return not torch.cuda.is_available() and _room() < 2 * (peak_memory()[0] - before)
 
 
-def _resident() -> int:
+def resident() -> int:
     """Bytes of this process in memory now."""
     import psutil
 

@@ -11,6 +11,7 @@ from ..core.part import patched
 from ..settings import Config
 from . import stored
 from .loop import Session
+from .memory import resident
 from .setup import params, prepare
 
 
@@ -57,12 +58,5 @@ def _expected_peak(session: Session, trained: int) -> int:
         logits = session.tuned(**session.on_device(batch.inputs))
     activations = sum(size for place, size in kept.items() if place not in weights)
     del logits
-    now = torch.cuda.memory_allocated() if session.accelerator.device.type == "cuda" else _resident()
+    now = torch.cuda.memory_allocated() if session.accelerator.device.type == "cuda" else resident()
     return now + activations + 3 * 4 * trained
-
-
-def _resident() -> int:
-    """Bytes of this process in memory now."""
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)

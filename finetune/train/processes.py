@@ -42,6 +42,11 @@ class ProcessFailed(Exception):
     """What another process raised, and nobody expected; its cause is that process's traceback."""
 
 
+def cores() -> int:
+    """How many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def rank() -> int:
     """The number of this process, 0 where there is no other."""
     return int(os.environ.get("RANK", "0"))
@@ -127,8 +132,7 @@ def _misfits(config: Config, count: int) -> list[str]:
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Whoever is started inside gets its share of the cores, unless the user has said how many threads each gets."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    ours = {name: str(max(1, cores // count)) for name in THREADS if name not in os.environ} | {"TORCH_MP_PARALLEL_START": "0"}
+    ours = {name: str(max(1, cores() // count)) for name in THREADS if name not in os.environ} | {"TORCH_MP_PARALLEL_START": "0"}
     ours |= {"PYTHONWARNINGS": QUIET} if "PYTHONWARNINGS" not in os.environ else {}
     os.environ |= ours
     try:

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.methods.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
-from finetune.testing import contract
+from finetune.testing import contract, ranks
 from finetune.train.batches import Batches
 
-LIMIT = 180  # seconds; a collective that one rank misses would wait for ever
 CASES = {
     # one pass that tells all; every third batch has five examples, three here and two there
     "gradient": (None, Crossing(sparsity=0.9, score="gradient", scope="model", schedule=DropGrow(every=2, rate=0.4))),
@@ -49,34 +45,9 @@ def train() -> dict[str, Tensor]:
     return kept
 
 
-def ranks(folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
-    """What each of ``world`` processes has kept."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    files = [folder / f"{rank}.safetensors" for rank in range(world)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(file)],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank), "ACCELERATE_USE_CPU": "1"},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank, file in enumerate(files)
-    ]
-    try:
-        said = [process.communicate(timeout=LIMIT)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(process.returncode for process in started), said
-    return [load_file(file) for file in files]
-
-
 @pytest.mark.slow
 def test_two_ranks_agree_to_the_bit_and_nearly_with_one(tmp_path: Path) -> None:
-    first, second = ranks(tmp_path)
+    first, second = ranks.run(__file__, tmp_path)
     alone = train()
     assert (int(first["world"]), int(alone["world"])) == (2, 1)
     assert first.keys() == second.keys() == alone.keys()

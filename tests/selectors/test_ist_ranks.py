@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import socket
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune.methods.lora import LoRA
 from finetune.methods.shira import SHiRA
 from finetune.selectors.ist import IST
-from finetune.testing import contract
+from finetune.testing import contract, ranks
 from finetune.train.batches import Batches
 
 
@@ -40,23 +37,8 @@ def train() -> dict[str, Tensor]:
 
 @pytest.mark.slow
 def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / f"{rank}.safetensors")],
-            env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(2)
-    ]
+    first, second = ranks.run(__file__, tmp_path)
     alone = train()
-    said = [process.communicate(timeout=300)[1] for process in started]
-    assert not any(process.returncode for process in started), said
-    first, second = (load_file(tmp_path / f"{rank}.safetensors") for rank in range(2))
     assert first.keys() == second.keys() == alone.keys()
     for name, tensor in first.items():
         assert torch.equal(tensor, second[name]), name

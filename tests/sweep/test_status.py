@@ -16,7 +16,7 @@ from finetune.errors import ConfigError
 from finetune.sweep.grid import Point
 from finetune.sweep.pool import Pool
 from finetune.sweep.process import last_step, lock, tail
-from finetune.sweep.status import Status, announced, show_seconds
+from finetune.sweep.status import Status, announced, duration, show_seconds
 from finetune.sweep.watch import Board, table, watch
 
 Make = Callable[..., list[Point]]
@@ -136,6 +136,15 @@ def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> No
         first = status.rows()
         monkeypatch.setattr(type(points[0].folder), "read_result", None)  # a second reading needs no result again
         assert status.rows() == first
+
+
+def test_a_run_took_the_time_of_its_own_process(stub: Make) -> None:
+    """Its configuration was frozen with all others, before any run was started."""
+    points = stub(60, 1)  # five seconds, and a fifth of one
+    Pool(1, lambda line: None, gpus=[]).run(points)
+    first, second = (duration(point.folder) or 0 for point in points)
+    assert first > 4
+    assert second < 3
 
 
 @pytest.mark.parametrize(("seconds", "words"), [(None, "?"), (0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (5400, "1.5 h")])

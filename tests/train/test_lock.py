@@ -58,6 +58,7 @@ def test_it_says_who_holds_it_and_nobody_afterwards(tmp_path: Path) -> None:
         assert (told["pid"], told["host"]) == (os.getpid(), socket.gethostname())
         assert lock.holder(tmp_path / "outputs" / "run") == f"process {os.getpid()} on {socket.gethostname()}"
     assert lock.holder(tmp_path / "outputs" / "run") == ""
+    assert json.loads((tmp_path / "outputs" / "run" / ".lock").read_text()) == {"started": told["started"]}
 
 
 def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> None:

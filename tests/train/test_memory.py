@@ -292,7 +292,7 @@ def test_on_the_cpu_it_stops_where_the_next_might_take_all_memory(monkeypatch: p
     session, said = begin(LoRA(rank=2), batch_size="auto"), list[str]()
     session.memory.say = said.append
     used = iter([1000, 2000, 4000])
-    monkeypatch.setattr(memory, "_resident", lambda: 0)
+    monkeypatch.setattr(memory, "resident", lambda: 0)
     monkeypatch.setattr(memory, "peak_memory", lambda: (next(used), "process_rss"))
     monkeypatch.setattr(memory, "_room", lambda: 7999)
     session.memory.find()

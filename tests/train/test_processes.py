@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import socket
-import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import registry
@@ -44,12 +41,11 @@ from finetune.methods.super_tuning import SuperTuning
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST
-from finetune.testing import contract
+from finetune.testing import contract, ranks
 from finetune.train.evaluate import evaluate
 from finetune.train.loop import Session
 from finetune.train.setup import make_accelerator
 
-LIMIT = 600  # seconds; a collective that one process misses would wait for ever
 # what is trained does not depend on the data, so that one process must end where two do
 FIXED: dict[str, Callable[[], Method]] = {
     "full": Full,
@@ -137,29 +133,6 @@ def exchanged() -> Kept:
     return kept | {"anyone": torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])}
 
 
-def processes(folder: Path, world: int) -> Iterator[Kept]:
-    """What each of ``world`` processes has kept."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
-    files = [folder / f"{rank}-of-{world}.safetensors" for rank in range(world)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(file)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, file in enumerate(files)
-    ]  # fmt: skip
-    try:
-        said = [process.communicate(timeout=LIMIT)[1] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert not any(process.returncode for process in started), said
-    return map(load_file, files)
-
-
 @pytest.fixture(scope="module")
 def alone() -> Kept:
     before = contract.OPTIMIZER
@@ -171,7 +144,7 @@ def alone() -> Kept:
 
 @pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
 def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
-    return list(processes(tmp_path_factory.mktemp("ranks"), request.param))
+    return ranks.run(__file__, tmp_path_factory.mktemp("ranks"), request.param)
 
 
 def test_all_processes_end_alike_to_the_bit(together: list[Kept]) -> None:
@@ -265,7 +238,7 @@ def short_of_memory(most: int | None) -> Kept:
 def short(tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SHORT", "1")
-        return list(processes(tmp_path_factory.mktemp("short"), 2))
+        return ranks.run(__file__, tmp_path_factory.mktemp("short"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,37 @@
+"""Several processes that train together, for tests: a script is started once for each, on the CPU, and stores what it ended with."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+LIMIT = 600  # seconds; an exchange that one process misses would wait for ever
+
+
+def run(script: str, folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
+    """The tensors that each of ``world`` processes ``python SCRIPT FILE`` has stored in its FILE. Raises ``AssertionError`` if one fails."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "1"}
+    files = [folder / f"{rank}-of-{world}.safetensors" for rank in range(world)]
+    started = [
+        subprocess.Popen(
+            [sys.executable, script, str(file)],
+            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank, file in enumerate(files)
+    ]  # fmt: skip
+    try:
+        said = [process.communicate(timeout=LIMIT)[1] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert not any(process.returncode for process in started), said
+    return [load_file(file) for file in files]
