@@ -1,7 +1,7 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 READY := .venv/ready
 
-.PHONY: help setup demo test slow lint types check bench
+.PHONY: help setup demo test slow browser slurm lint types check bench
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -10,8 +10,12 @@ demo: $(READY) ## set up, then tune the built-in model on handwritten digits
 	.venv/bin/finetune train method=snell sparsity=0.1
 test: $(READY) ## set up, then run the tests but the slow ones, a process a core, warnings as errors
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal -m "not (slow or slurm or browser)"
-slow: $(READY) ## the slow tests, and those of a browser and of a Slurm, where there is one
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m "slow or slurm or browser"
+slow: $(READY) ## the slow tests, for an hour or more
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal -m slow
+browser: $(READY) ## the tests of the HTML report in a headless Chromium, where there is one
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m browser
+slurm: $(READY) ## the tests of clusters, where there is a Slurm
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m slurm
 lint: $(READY) ## style
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 types: $(READY) ## static types, strict

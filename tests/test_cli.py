@@ -15,31 +15,11 @@ import pytest
 import finetune
 from finetune.registry import catalog
 
+from .trust.nursery import nursery
+
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 MODEL = Path(finetune.__file__).parent / "models" / "tiny_vit"
-SMALL = ["method=head", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1"]
-
-# Imports what the commands import, then forks a process for each command: the real main() in a folder of its own, less the seconds of importing.
-NURSERY = """
-import json, os, sys
-import finetune.cli, finetune.config, finetune.train.run, finetune.sweep
-for line in sys.stdin:
-    words, folder, out, err = json.loads(line)
-    child = os.fork()
-    if not child:
-        os.chdir(folder)
-        for number, path in ((0, os.devnull), (1, out), (2, err)):
-            os.dup2(os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC), number)
-        sys.argv = ["finetune", *words]
-        code = 0
-        try:
-            finetune.cli.main()
-        except SystemExit as end:
-            code = end.code or 0
-        sys.stdout.flush(); sys.stderr.flush()
-        os._exit(code)
-    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
-"""
+SMALL = ["method=head", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "dataset.retention_images=0"]
 
 
 @dataclass
@@ -49,27 +29,19 @@ class Said:
     err: str
 
 
-@dataclass
-class Command:
-    """Runs ``finetune`` with the given words, in ``folder``."""
-
-    nursery: Any
-    logs: Path
-
-    def __call__(self, *words: object, folder: Path) -> Said:
-        out, err = self.logs / "out", self.logs / "err"
-        self.nursery.stdin.write(json.dumps([[str(w) for w in words], str(folder), str(out), str(err)]) + "\n")
-        self.nursery.stdin.flush()
-        code = int(self.nursery.stdout.readline())
-        return Said(code, out.read_text(), err.read_text())
+Command = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    with subprocess.Popen([sys.executable, "-c", NURSERY], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=ENV) as nursery:
-        yield Command(nursery, tmp_path_factory.mktemp("said"))
-        assert nursery.stdin
-        nursery.stdin.close()
+    """Runs ``finetune`` with the given words, in ``folder``."""
+    with nursery(tmp_path_factory.mktemp("said")) as made:
+
+        def run(*words: object, folder: Path) -> Said:
+            child = made.run(*map(str, words), folder=folder)
+            return Said(child.wait(), child.out, child.said)
+
+        yield run
 
 
 Refuse = Callable[..., list[str]]

@@ -11,6 +11,7 @@ from typing import Any
 from . import views
 from .markup import escape
 from .metric import show_bytes
+from .runs import LOST
 from .score import Score
 from .views import Data, Style
 
@@ -137,11 +138,11 @@ def _retention_cell(metric: Data, row: Data) -> str:
 
 
 def _lost(row: Data) -> int:
-    return int(row["failed"] + row["unfinished"])
+    return int(sum(row[key] for key in LOST))
 
 
 def _seeds_cell(row: Data) -> str:
-    lost = [f"{row[key]} {key}" for key in ("failed", "unfinished") if row[key]]
+    lost = [f"{row[key]} {key}" for key in LOST if row[key]]
     lost += [f"{row['missing']} without the metric"] if row["missing"] else []
     badges = "".join(f'<span class="badge worse">{words}</span>' for words in lost)
     single = '<span class="badge">single seed</span>' if row["single_seed"] else ""

@@ -18,7 +18,7 @@ from .command import command
 from .judge import Judge, Verdict, correct
 from .metric import main_metric
 from .rows import Row, axes, group, name, shown
-from .runs import Run, find, read
+from .runs import LOST, Run, find, read
 from .score import Score
 
 FORMAT = 1
@@ -67,7 +67,7 @@ class Comparison:
         values, key = found, main_key(row.finished) or self.score.key
         mean = plain_statistics.fmean(values) if values else None
         low, high = statistics.t_interval(values) or (None, None)
-        counts = {status: sum(run.status == status for run in row.runs) for status in ("failed", "unfinished")}
+        counts = {status: sum(run.status == status for run in row.runs) for status in LOST}
         return {
             "label": row.label,
             "by": row.by,

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from .rows import REPEATS, Row, name, shown, tuned, varying
+from .runs import LOST
 
 KINDS = {
     "train.precision": "precision", "model.dtype": "precision", "train.device": "hardware", "train.threads": "hardware",
@@ -139,6 +140,8 @@ def _version(row: Row, package: str) -> str:
 
 def _hardware(rows: Sequence[Row]) -> Iterator[Finding]:
     yield from _differ("hardware", "device", {row.label: _told(row, "device") for row in rows}, "Runs used different devices")
+    threads = {row.label: ", ".join(sorted({f"{run.number('threads') or 'unknown'}" for run in row.finished})) for row in rows}
+    yield from _differ("hardware", "threads", threads, "Runs used different numbers of threads")
     kinds = {row.label: _told(row, "cost.peak_memory_kind") for row in rows}
     yield from _differ("hardware", "memory measured as", kinds, "Peak memory was not measured alike")
 
@@ -152,5 +155,5 @@ def _failures(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _count(runs: Sequence[Any]) -> str:
-    counts = {status: sum(run.status == status for run in runs) for status in ("failed", "unfinished")}
+    counts = {status: sum(run.status == status for run in runs) for status in LOST}
     return ", ".join(f"{count} {status}" for status, count in counts.items() if count)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import visible
 from .metric import show_bytes
+from .runs import LOST
 from .score import Score
 
 if TYPE_CHECKING:
@@ -21,7 +22,7 @@ LEGEND = {"best": "* the best", "tie": "= shares the top: no difference was show
 WIDE = 150  # columns of a terminal that hold everything in one table
 LONGEST = 24  # columns up to which a word in the name of a row is kept whole
 CSV_KEYS = (
-    "rank", "mean", "low", "high", "sd", "base", "single_seed", "finished", "failed", "unfinished", "missing", "trained", "stored_bytes",
+    "rank", "mean", "low", "high", "sd", "base", "single_seed", "finished", *LOST, "missing", "trained", "stored_bytes",
     "step_seconds", "train_seconds", "peak_memory_bytes", "trials",
 )  # fmt: skip
 VERSUS_KEYS = ("against", "difference", "low", "high", "p", "p_holm", "test", "verdict")
@@ -85,7 +86,7 @@ def _p(versus: Data | None) -> str:
 
 
 def _seeds(row: Data) -> str:
-    counts = [f"{row[key]} {key}" for key in ("failed", "unfinished", "missing") if row[key]]
+    counts = [f"{row[key]} {key}" for key in (*LOST, "missing") if row[key]]
     return f"{row['finished']}" + (f" ({', '.join(counts)})" if counts else "")
 
 

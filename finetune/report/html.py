@@ -17,6 +17,7 @@ from . import views
 from .cells import DASH, show, show_p, show_setting, table
 from .figures import Figure, figures
 from .markup import escape
+from .runs import LOST
 from .views import Data
 
 SHAPES = {
@@ -88,7 +89,7 @@ def _many(count: int, word: str) -> str:
 
 def _counts(comparison: Data) -> str:
     rows = comparison["rows"]
-    finished, lost = sum(row["finished"] for row in rows), sum(row["failed"] + row["unfinished"] for row in rows)
+    finished, lost = sum(row["finished"] for row in rows), sum(row[key] for row in rows for key in LOST)
     by = f" by {' and '.join(comparison['by'])}" if comparison["by"] else ""
     held = f", held against {comparison['baseline']}" if comparison["baseline"] else ""
     return escape(f"{_many(len(rows), 'row')}{by}, {_many(finished, 'finished run')}" + (f", {lost} that did not finish" if lost else "") + held)

@@ -17,6 +17,7 @@ from ..errors import ConfigError
 from ..settings import NOT_THE_RUN as WITHOUT_EFFECT
 
 FORMAT = 1
+LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no result; a search prunes
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
 NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that make no other experiment
@@ -29,7 +30,7 @@ class Run:
     """One run folder. ``settings``: its frozen configuration as dotted keys, without what makes no other experiment."""
 
     path: Path
-    status: Literal["finished", "failed", "unfinished"]
+    status: Literal["finished", "failed", "pruned", "unfinished"]
     error: str | None
     result: Mapping[str, Any]
     settings: Settings
@@ -112,8 +113,6 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
 
 
 def _entries(folder: Path) -> list[Any]:
-    import os
-
     with os.scandir(folder) as entries:
         return list(entries)
 
@@ -122,8 +121,11 @@ def read(paths: Sequence[Path]) -> list[Run]:
     """The runs at ``paths``, without those that repeat another's configuration; of such, a finished one stays."""
     shared: dict[str, Settings] = {}
     runs: dict[Any, Run] = {}
+    pruned = {path / name for path in {path.parent for path in paths} for name in _pruned(path)}
     for path in paths:
         run = _read(path, shared)
+        if run.status == "unfinished" and path in pruned:
+            run.status = "pruned"
         key = run.text("config_hash") or json.dumps([run.seed, run.settings], sort_keys=True, default=str)
         other = runs.setdefault(key, run)
         if other is not run:
@@ -131,6 +133,14 @@ def read(paths: Sequence[Path]) -> list[Run]:
             kept.notes = [*other.notes, f"{left.path} repeats {kept.path} and is left out."]
             runs[key] = kept
     return list(runs.values())
+
+
+def _pruned(folder: Path) -> list[str]:
+    """The runs that a search in ``folder`` has ended for their validation, as ``search.json`` tells."""
+    told = _json(folder / "search.json")
+    if safe.differs(told, {"trials": [{"run": str | None, "status": str}]}):
+        return []
+    return [trial["run"] for trial in told["trials"] if trial["run"] and trial["status"] == "pruned"]
 
 
 def _link(path: Path) -> str | None:

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from .. import safe
+from .runs import LOST
 
 INIT_SECONDS, FINISH_SECONDS = 20, 60
 KEYS = (
-    "rank", "mean", "low", "high", "sd", "finished", "failed", "unfinished", "missing", "trained", "stored_bytes", "step_seconds", "train_seconds",
+    "rank", "mean", "low", "high", "sd", "finished", *LOST, "missing", "trained", "stored_bytes", "step_seconds", "train_seconds",
     "peak_memory_bytes", "trials",
 )  # fmt: skip
 Say = Callable[[str], None]

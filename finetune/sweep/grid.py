@@ -41,7 +41,7 @@ def points(
 
     ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say`` takes a line for whatever is left out.
     """
-    name, overrides = _preset(overrides, config_dir)
+    name, overrides = with_preset(overrides, config_dir)
     budgets, overrides = _taken("budget", overrides)
     if fixed := [text for text in overrides if text.startswith("run=")]:
         raise ConfigError(f"{fixed[0]}: a sweep names its runs by their content. Use name= for the folder that holds them.")
@@ -67,7 +67,7 @@ def points(
     return list(found.values())
 
 
-def _preset(overrides: list[str], config_dir: Path | None) -> tuple[str, list[str]]:
+def with_preset(overrides: list[str], config_dir: Path | None) -> tuple[str, list[str]]:
     """The name of a sweep without ``name=``, and the overrides with those of ``sweep=NAME`` in front, where they are not given anew."""
     given = [text.partition("=")[2] for text in overrides if text.startswith("sweep=")]
     rest = [text for text in overrides if not text.startswith("sweep=")]

@@ -39,7 +39,7 @@ def run(
     A pruned trial has the status "pruned". Raises ``ConfigError`` with all faults before anything runs.
     """
     _check_installed()
-    default, words = grid._preset(overrides, config_dir)
+    default, words = grid.with_preset(overrides, config_dir)
     words = [*words, *([f"name={name}"] if name else [])]
     fixed, dimensions = space(words, config_dir, config_file)
     if not any(text.startswith("name=") for text in fixed):

@@ -19,6 +19,17 @@ from .loop import Session
 from .stored import read
 
 TENSORS = ("states", "optimizer", "rng")
+NONE = type(None)
+METRICS = ({str: object}, NONE)
+WATCH = {
+    "phase": int | None, "seen": int, "first": float | None, "losses": [float], "norms": [float], "dead": int, "still": ({str: int}, NONE),
+    "said": [str], "warnings": [str],
+}  # fmt: skip
+MEMORY = {"batch_size": int, "micro_batch_size": int | None, "out_of_memory": [{"step": int, "from": int, "to": int}]}
+EXTRA = {  # what a run keeps beside its session
+    "best": ([str | float], NONE), "best_step": int | None, "best_stage": ([int], NONE), "val": METRICS, "base": METRICS, "base_retention": METRICS,
+    "seconds": [float], "spent?": float, "over?": bool, "watch?": WATCH, "memory?": (MEMORY, NONE), "threads?": int,
+}  # fmt: skip
 
 
 class Saved(Protocol):
@@ -70,6 +81,24 @@ def load(folder: Path, session: Session) -> dict[str, Any]:
         raise ConfigError(f"{folder} is no state of this method and model ({why}). Go on from another checkpoint, or train again.") from error
     extra: dict[str, Any] = content["extra"]
     return extra
+
+
+def progress(folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
+    """What ``train`` kept beside its session, as it was. Raises ``ConfigError`` where ``extra`` is nothing of the kind."""
+    try:
+        memory = extra.get("memory") or {}
+        if fault := safe.differs(extra, EXTRA):
+            raise safe.Unsafe(fault)
+        counts = {**extra, **memory}
+        for key, most in (("threads", 1024), ("batch_size", 2**31), ("micro_batch_size", 2**31)):
+            if not 1 <= (counts.get(key) or 1) <= most:
+                raise safe.Unsafe(f"{key} is {counts[key]}")
+        if len({extra[key] is None for key in ("best", "best_step", "best_stage")}) > 1:
+            raise safe.Unsafe("it has a best step and has none")
+        best = extra["best"] and [float(number) for number in extra["best"]]
+    except ValueError as error:
+        raise ConfigError(f"{folder / 'state.json'} is no state of a run ({error}). Go on from another checkpoint, or train again.") from error
+    return {**extra, "best": best}
 
 
 def put_back(folder: Path, delta: Path) -> None:

@@ -285,7 +285,9 @@ class Session:
         return {"phase": self.phase, "number": self.number, "states": states, "optimizer": optimizer, "scaler": scaler, "rng": drawn}
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from ``saved``. Raises ``RuntimeError`` where it belongs to another method or model."""
+        """Go on from ``saved``. Raises ``RuntimeError`` where it belongs to another method or model, ``ValueError`` for a step that there is not."""
+        if not (0 <= saved["number"] <= self.train.steps and 0 <= saved["phase"] < len(self.phases)):
+            raise ValueError(f"step {saved['number']} in phase {saved['phase']}")
         self.number = saved["number"]
         self.enter(saved["phase"])
         self.begun, self.run.step = True, max(0, self.number - 1 - self.phases[self.phase][1])

@@ -83,6 +83,7 @@ class Training:
             "over": False,  # whether they are more than max_seconds
             "watch": watch.fresh(),
             "memory": None,
+            "threads": torch.get_num_threads(),
         }
         self.session.memory.say = say
 
@@ -100,15 +101,20 @@ class Training:
             if begun:
                 self.say("This run was broken off before its first checkpoint (or has no whole one), so it starts from the beginning.")
             return False
-        self.progress |= checkpoint.load(found, self.session)
+        self.progress |= checkpoint.progress(found, checkpoint.load(found, self.session))
         self.session.memory.restore(self.progress["memory"])
-        if self.progress["best"] is not None:
-            self.progress["best"] = [float(number) for number in self.progress["best"]]
+        self._use_threads(self.progress["threads"])
         if self.main:
             checkpoint.put_back(found, self.files.delta)
         self.saved = self.session.number
         self.say(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
         return True
+
+    def _use_threads(self, count: int) -> None:
+        """Another number of threads adds up in another order, which changes the last bits."""
+        if count != torch.get_num_threads():
+            self.say(f"Using {count} thread{'s' * (count > 1)} instead of {torch.get_num_threads()}, as the steps before did.")
+            torch.set_num_threads(count)
 
     def save_checkpoint(self) -> Path:
         """Save the state after the last step, unless that was done."""

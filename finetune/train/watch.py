@@ -75,7 +75,7 @@ def _log(value: float) -> float:
 def _loss(state: dict[str, Any], step: Step) -> Iterator[tuple[str, str]]:
     """A spike also undoes at least half of what was learned: it is above half of the loss at the start."""
     value, window = _log(step.loss), state["losses"]
-    if rises(window, value, LOSS) and step.loss > state["first"] / 2:
+    if rises(window, value, LOSS) and step.loss > (state["first"] or 0) / 2:
         before = math.exp(statistics.median(window))
         yield (
             "loss",

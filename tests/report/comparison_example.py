@@ -65,7 +65,7 @@ def _row(chance: random.Random, method: str, sparsity: float | None) -> dict[str
     trained = int(36_000 * density) + 330
     return {
         "label": label, "by": {"method": method, "sparsity": sparsity}, "seeds": [0, 1, 2],
-        "finished": 3, "failed": 0, "unfinished": 0, "missing": 0, "errors": [], "values": values,
+        "finished": 3, "failed": 0, "pruned": 0, "unfinished": 0, "missing": 0, "errors": [], "values": values,
         "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "single_seed": False, "base": 0.1025, "examples": None,
         "retention": {"mean": 0.71 + chance.gauss(0, 0.01), "low": 0.69, "high": 0.73, "base": 0.74},
         "trained": trained, "stored_bytes": trained * (4 if sparsity is None else 5),
@@ -85,7 +85,7 @@ def _point(step: int, mean: float, half: float) -> dict[str, Any]:
 def _failed(label: str, by: dict[str, Any]) -> dict[str, Any]:
     nothing = dict.fromkeys(("mean", "sd", "low", "high", "base", "retention", "trials", "versus"))
     costs = dict.fromkeys(("trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "train_seconds"))
-    counts = {"finished": 0, "failed": 1, "unfinished": 1, "missing": 0, "errors": ["RunFailed: out of memory"]}
+    counts = {"finished": 0, "failed": 1, "pruned": 0, "unfinished": 1, "missing": 0, "errors": ["RunFailed: out of memory"]}
     rest = {"single_seed": False, "rank": "", "command": "finetune train method=amt seed=0", "runs": ["outputs/first/amt-s0"], "curve": []}
     return {"label": label, "by": by, "seeds": [0, 1], "values": [], **counts, **nothing, **costs, **rest}
 

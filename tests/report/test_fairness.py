@@ -97,6 +97,7 @@ def test_untuned_beside_tuned(made: Make, tmp_path: Path) -> None:
         ({"versions": {"finetune": "0.1.0"}}, "versions", "torch"),
         ({"git_commit": "b" * 40 + "-dirty"}, "versions", "commit"),
         ({"device": "cuda:0"}, "hardware", "device"),
+        ({"threads": 2}, "hardware", "threads"),
         ({"steps": 100}, "setting", "steps done"),
     ],
 )

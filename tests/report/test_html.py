@@ -107,7 +107,7 @@ def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: 
     assert len(heads) == width + 1
     for row, cells in zip(comparison["rows"], table, strict=True):
         sparsity = "" if row["by"]["sparsity"] is None else str(row["by"]["sparsity"])
-        mean, lost = "" if row["mean"] is None else str(row["mean"]), str(row["failed"] + row["unfinished"])
+        mean, lost = "" if row["mean"] is None else str(row["mean"]), str(row["failed"] + row["pruned"] + row["unfinished"])
         assert cells[:3] == [sparsity, mean, lost]
         kept = ["trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "trials"]
         assert cells[-5:] == ["" if row[key] is None else str(row[key]) for key in kept]

@@ -97,6 +97,15 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(NAMES, inner, max_size=3),
     max_leaves=6,
 )
+
+
+def test_what_a_search_has_pruned_is_called_so(made: Make, tmp_path: Path) -> None:
+    runs = [made("lora", 0, [1, 0]), *(made("lora", seed, status="unfinished") for seed in (1, 2))]
+    trials = [{"run": run.name, "status": status} for run, status in zip(runs, ("finished", "pruned", "unfinished"), strict=True)]
+    (runs[0].parent / "search.json").write_text(json.dumps({"trials": [*trials, {"run": None, "status": "failed"}]}))
+    assert [run.status for run in read(runs)] == ["finished", "pruned", "unfinished"]
+
+
 KEYS = ["metrics", "cost", "params", "versions", "seed", "group_hash", "status", "stored_bytes", "git_commit", "device", "format"]
 
 

@@ -194,6 +194,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
         search.run(ASKED, 1)
 
 
+@pytest.mark.slow
 def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
     """A search in a process of its own, killed with -9 again and again, against one that was left alone."""
     search.run([*ASKED[:-1], "name=whole"], 9, say=lambda line: None)

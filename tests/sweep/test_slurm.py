@@ -17,7 +17,7 @@ START = Path(__file__).resolve().parents[3] / "shared" / "tools" / "slurm_local.
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 TINY = ["method=bitfit", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
 ASK = ["--launcher", "slurm", "launcher.timeout_min=5", "launcher.cpus_per_task=1", "launcher.mem_gb=2"]
-pytestmark = [pytest.mark.slurm, pytest.mark.slow]
+pytestmark = pytest.mark.slurm
 
 
 def answers() -> bool:

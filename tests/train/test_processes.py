@@ -75,6 +75,7 @@ CHOSEN: dict[str, Callable[[], Method]] = {
     "amt": AMT,
 }
 TRAIN = replace(contract.TRAIN, steps=4)
+CASES = {"some": (["lora", "shira", "peft"], ["spiel"]), "most": (list(FIXED), ["spiel"]), "all": (list(FIXED), list(CHOSEN))}
 Kept = dict[str, Tensor]
 
 
@@ -92,11 +93,11 @@ def trained(name: str, session: Session) -> Kept:
     return kept | {f"{name}/state {key}": t.clone().contiguous() for key, t in session.states.state_dict().items()}
 
 
-def everything(chosen: list[str]) -> Kept:
-    """All cases with fixed entries, and some others. With Adam's ``eps`` large, noise in gradients that are 0 moves nothing."""
+def everything(fixed: list[str], chosen: list[str]) -> Kept:
+    """These cases, and some others. With Adam's ``eps`` large, noise in gradients that are 0 moves nothing."""
     contract.OPTIMIZER = replace(contract.OPTIMIZER, eps=1e-3)
     kept: Kept = {}
-    cases = {f"fixed {name}": make for name, make in FIXED.items()} | {f"chosen {name}": CHOSEN[name] for name in chosen}
+    cases = {f"fixed {name}": FIXED[name] for name in fixed} | {f"chosen {name}": CHOSEN[name] for name in chosen}
     for name, make in cases.items():  # every third batch has five examples: three here and two there
         kept |= trained(name, contract.begin(make(), train=replace(TRAIN, micro_batch_size=3)))
     kept |= trained("fixed llama", contract.begin(LoRA(rank=2), "llama", replace(TRAIN, micro_batch_size=2)))
@@ -133,18 +134,27 @@ def exchanged() -> Kept:
     return kept | {"anyone": torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])}
 
 
+@pytest.fixture(scope="module", params=["2 some", *(pytest.param(which, marks=pytest.mark.slow) for which in ("2 all", "4 most"))])
+def asked(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """How many processes, and which cases."""
+    world, cases = request.param.split()
+    return int(world), cases
+
+
 @pytest.fixture(scope="module")
-def alone() -> Kept:
+def alone(asked: tuple[int, str]) -> Kept:
     before = contract.OPTIMIZER
     try:
-        return everything(["spiel"])
+        return everything(CASES[asked[1]][0], ["spiel"])
     finally:
         contract.OPTIMIZER = before
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
-def together(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
-    return ranks.run(__file__, tmp_path_factory.mktemp("ranks"), request.param)
+@pytest.fixture(scope="module")
+def together(asked: tuple[int, str], tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("CASES", asked[1])
+        return ranks.run(__file__, tmp_path_factory.mktemp("ranks"), asked[0])
 
 
 def test_all_processes_end_alike_to_the_bit(together: list[Kept]) -> None:
@@ -154,9 +164,9 @@ def test_all_processes_end_alike_to_the_bit(together: list[Kept]) -> None:
             assert name.endswith("/seen") or torch.equal(tensor, other[name]), name
 
 
-def test_they_end_as_one_process_does(together: list[Kept], alone: Kept) -> None:
+def test_they_end_as_one_process_does(together: list[Kept], alone: Kept, asked: tuple[int, str]) -> None:
     names = [name for name in together[0] if name.startswith("fixed")]
-    assert sum(name.endswith("/seen") for name in names) == len(FIXED) + 2
+    assert sum(name.endswith("/seen") for name in names) == len(CASES[asked[1]][0]) + 2
     for name in names:
         if not name.endswith("/seen"):
             torch.testing.assert_close(together[0][name], alone[name], atol=1e-5, rtol=1e-5, msg=lambda why, name=name: f"{name}: {why}")
@@ -269,4 +279,4 @@ def shortage() -> Kept:
 
 
 if __name__ == "__main__":
-    save_file(shortage() if os.environ.get("SHORT") else everything(list(CHOSEN) if os.environ["WORLD_SIZE"] == "2" else ["spiel"]), sys.argv[1])
+    save_file(shortage() if os.environ.get("SHORT") else everything(*CASES[os.environ["CASES"]]), sys.argv[1])

@@ -20,7 +20,15 @@ from finetune.train import run as running
 from finetune.train.files import write_json_atomic
 from finetune.train.reproduce import reproduce
 
-SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+SMALL = [
+    "method=bitfit",
+    "train.steps=2",
+    "train.eval_every=null",
+    "train.batch_size=8",
+    "train.threads=1",
+    "train.device=cpu",
+    "dataset.retention_images=0",
+]
 
 
 @pytest.fixture(scope="module")

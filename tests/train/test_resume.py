@@ -347,6 +347,19 @@ def test_resume_takes_only_what_cannot_change_the_result(place: list[str], here:
         resume.frozen(here, [])
 
 
+def test_it_goes_on_with_as_many_threads(place: list[str], here: Path) -> None:
+    settings, ours = config(place, "method=lora", "train.threads=null"), torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert interrupt(settings, here / "run", 2).name == "SIGTERM"
+        torch.set_num_threads(2)
+        result, said = go(settings, here / "run")
+    finally:
+        torch.set_num_threads(ours)
+    assert result["threads"] == 3
+    assert "Using 3 threads instead of 2, as the steps before did." in said
+
+
 def test_state_json_says_when_and_where(place: list[str], here: Path) -> None:
     go(config(place, "method=lora", "train.save_every=3"), here / "run")
     state = json.loads((here / "run" / "checkpoints" / "step-6" / "state.json").read_text())

@@ -1,6 +1,6 @@
 """Thousands of wrong words and files through the real ``main``: each ends with 0 or with 2 and a message, soon, and leaves nothing behind.
 
-The quick run takes a fiftieth of the cases; ``pytest -m slow tests/trust/test_fuzz.py -s`` takes them all and prints the counts.
+The quick run takes a hundredth of the cases; ``pytest -m slow tests/trust/test_fuzz.py -s`` takes them all and prints the counts.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from finetune.train import manifest
 from .world import RUN, Said, call, listing
 
 CASES = {"overrides": 9000, "sweeps": 2000, "configs": 5000, "deltas": 1500, "checkpoints": 800, "results": 1200, "data": 500}
-QUICK = 50
+QUICK = 100
 SECONDS = float(os.environ.get("FINETUNE_FUZZ_SECONDS", "900"))  # for each kind
 COUNTS: Counter[tuple[str, int]] = Counter()
 

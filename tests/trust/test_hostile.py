@@ -316,7 +316,7 @@ def test_delta_json_of_wrong_types(place: Path) -> None:
     assert codes.count(2) > len(codes) // 2
 
 
-@pytest.mark.parametrize("name", YAML)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "as large as may be")) for name in YAML])
 def test_config(place: Path, name: str) -> None:
     YAML[name](place / RUN / "config.yaml")
     harmless = name in ("as large as may be",)
@@ -361,6 +361,30 @@ def test_checkpoint_json_of_wrong_types(place: Path) -> None:
         said = call("eval", f"ckpt={state.relative_to(place)}", folder=place)
         assert said.code in (0, 2), ((state / "state.json").read_text()[:300], said)
         (state / "state.json").write_text(good)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_from_a_state_of_wrong_types(place: Path) -> None:
+    run, good = place / RUN, place / "good"
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.copytree(run, good)
+    about = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
+    codes, inside = set[int](), [("extra", about["extra"]), *((key, about["extra"][key]) for key in ("watch", "memory"))]
+    spoiled = [{**about, key: value} for key in about for value in WRONG]
+    for name, part in inside:
+        parts = [{**part, key: value} for key in part for value in WRONG]
+        spoiled += [{**about, "extra": part if name == "extra" else {**about["extra"], name: part}} for part in parts]
+    for state in spoiled:
+        (run / "checkpoints" / "step-2" / "state.json").write_text(json.dumps(state))
+        seal(run / "checkpoints" / "step-2")
+        said = call("train", "--config", RUN / "config.yaml", folder=place)
+        assert said.code in (0, 2), (state, said)
+        assert "Traceback" not in said.err, (state, said)
+        codes.add(said.code)
+        shutil.rmtree(run)
+        shutil.copytree(good, run)
+    assert codes == {0, 2}
 
 
 @pytest.mark.parametrize("name", ["delta", "checkpoints", "log.txt", ".lock", "metrics.jsonl"])
