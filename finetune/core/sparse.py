@@ -65,6 +65,7 @@ class Sparse(Method):
 
     family: ClassVar[str] = "sparse delta"
     size: ClassVar[str] = "sparsity"
+    narrows_by_value: ClassVar[bool] = False  # whether schedule=narrow keeps all entries of some values, and not a share of them
 
     def __post_init__(self) -> None:
         faults = list(self._misfits())
@@ -73,8 +74,7 @@ class Sparse(Method):
 
     def _misfits(self) -> list[str]:
         """Settings that contradict each other, or would be ignored."""
-        found = []
-        uses = SCORES[self.score].uses
+        found, uses = list[str](), SCORES[self.score].uses
         for name in ("batches", "rank", "power", "eps"):
             if name not in uses and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 users = ", ".join(n for n, s in SCORES.items() if name in s.uses)

@@ -47,6 +47,7 @@ class SaRA(Sparse):
     decay: Literal["base", "zero"] = "zero"
 
     family: ClassVar[str] = "sparse delta"
+    narrows_by_value: ClassVar[bool] = True
     trains: ClassVar[str] = "the smallest weights of the model, halfway narrowed to those that stayed small"
     paper: ClassVar[str] = "arXiv 2409.06633"
 

@@ -41,18 +41,22 @@ def _asked(session: Session, method: Sparse, done: int) -> tuple[float, int]:
     """
     views, total = _views(session), session.run.total
     share = method.schedule.first(total)
-    for step in range(1, done + 1):
+    for step in () if _narrows_by_value(method) else range(1, done + 1):
         if (move := method.schedule.move(step, total)) is not None:
             share = move.density
     unit = max(grain_of(method.grain, view.site, session.model).size for view in views)
     return (1 - method.sparsity) * share * sum(view.site.size for view in views), unit * len(views)
 
 
+def _narrows_by_value(method: Sparse) -> bool:
+    """Whether how many entries go on is for their values to say."""
+    return method.narrows_by_value and method.schedule.name == "narrow"
+
+
 def _trained(session: Session, method: Sparse) -> Iterator[str]:
     asked, slack = _asked(session, method, session.run.step)
     found = sum(len(view.bank.where(view.i)) for view in _views(session))
-    fewer = method.schedule.name == "narrow"  # it keeps what is still small, however many that is
-    if found - asked > slack or (asked - found > slack and not fewer):
+    if found - asked > slack or (asked - found > slack and not _narrows_by_value(method)):
         yield f"{found} entries are trained and {asked:.0f} were asked for by method.sparsity={method.sparsity:g}"
 
 

@@ -33,6 +33,7 @@ from finetune.models.load import fingerprint
 from finetune.report.summary import summary
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
+from finetune.schedules.narrow import Narrow
 from finetune.schedules.ramp import Ramp
 from finetune.selectors.ist import IST
 from finetune.testing import contract
@@ -149,6 +150,7 @@ HEALTHY: dict[str, Method] = {
     "lora": LoRA(rank=2), "shira": SHiRA(sparsity=0.9), "rows": SHiRA(sparsity=0.9, grain="row"), "model": SHiRA(sparsity=0.99, scope="model"),
     "full": Full(), "hft": HFT(), "hft2": HFT(rounds=2), "bitfit": BitFit(), "lt_sft": LTSFT(sparsity=0.9), "snell": SNELL(sparsity=0.9),
     "snella": SNELLA(sparsity=0.9, every=2), "peft": Peft(), "grow": every(Grow(every=2)), "ramp": every(Ramp(every=1)), "sara": SaRA(sparsity=0.9),
+    "sara that keeps most": SaRA(sparsity=0.1), "narrow": every(Narrow()),
     "down": every(Ramp(initial=0.2, every=1)), "moving": every(DropGrow(every=2)), "s2ft": S2FT(), "2:4": SHiRA(sparsity=0.5, grain="2:4"),
 }  # fmt: skip
 
