@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -124,6 +125,19 @@ def test_joblib_runs_each_config_in_a_process(stub: Make, monkeypatch: pytest.Mo
     assert bad.folder.read_result()["error"] == "no data here"
     assert said[0].startswith("1 of 3 runs are there already; 2 go to joblib.")
     assert not (before.folder.path / "started").exists()
+
+
+@pytest.mark.slow
+def test_ray_runs_each_config_in_a_process(tmp_path: Path) -> None:
+    """The command line, and a Ray that is started on this machine."""
+    pytest.importorskip("ray")
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher")
+    words = ["method=bitfit", "train.steps=2", "train.batch_size=8", "train.threads=1", "train.device=cpu", "dataset.retention_images=0"]
+    command = [sys.executable, "-m", "finetune", "sweep", *words, "seed=0,1", "name=q", "--launcher", "ray", "--json"]
+    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300)
+    logs = [file.read_text() for file in tmp_path.glob("outputs/q/.launcher/*/log.txt")]
+    assert done.returncode == 0, (done.stderr, logs)
+    assert [(row["status"], row["steps"]) for row in json.loads(done.stdout)] == [("finished", 2)] * 2, logs
 
 
 def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
