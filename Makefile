@@ -13,9 +13,9 @@ test: $(READY) ## set up, then run the tests but the slow ones, a process a core
 slow: $(READY) ## the slow tests, for an hour or more
 	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -n auto --dist worksteal -m slow
 browser: $(READY) ## the tests of the HTML report in a headless Chromium, where there is one
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m browser
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m browser tests/report
 slurm: $(READY) ## the tests of clusters, where there is a Slurm
-	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m slurm
+	OMP_NUM_THREADS=1 .venv/bin/python -m pytest -q -m slurm tests/sweep
 lint: $(READY) ## style
 	.venv/bin/ruff check . && .venv/bin/ruff format --check .
 types: $(READY) ## static types, strict

@@ -256,6 +256,8 @@ def _read(file: Path) -> Composed:
         raise ConfigError(f"--config {file} is a folder; a run's frozen configuration is the file {file / 'config.yaml'}.")
     if not file.is_file():
         raise ConfigError(f"--config {file}: there is no such file.")
+    if newer := safe.too_new(file, safe.first_line(file)):
+        raise ConfigError(f"{newer}.")
     try:
         text = safe.yaml_text(file)
         config = OmegaConf.load(io.StringIO(text))

@@ -8,15 +8,18 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from . import __version__
 from .errors import ConfigError
 
+FORMAT = 1  # of a run folder
 JSON_BYTES = 32 * 2**20
 YAML_BYTES = 2**18  # PyYAML reads some 50 kB a second; a frozen configuration has 2 kB
 HEADER_BYTES = 32 * 2**20  # of a safetensors file: 100,000 tensors need 15
@@ -39,6 +42,26 @@ Header = dict[str, tuple[str, tuple[int, ...]]]
 
 class Unsafe(ValueError):
     """Why a file is not read, in words that follow its name."""
+
+
+def too_new(file: Path, content: Any) -> str:
+    """Why this version cannot read what ``file`` holds, in a sentence without its stop; empty where the format is one that it knows."""
+    known = content if isinstance(content, Mapping) else {}
+    version = known.get("format", FORMAT)
+    if type(version) is int and version <= FORMAT:
+        return ""
+    maker = known.get("finetune", (known.get("versions") or {}).get("finetune") if isinstance(known.get("versions"), Mapping) else None)
+    need = f"finetune-bench>={maker}" if isinstance(maker, str) and re.fullmatch(r"[\w.+]{1,40}", maker) else "a newer finetune-bench"
+    return f"{file} has format {str(version)[:20]}, and this version of finetune ({__version__}) reads up to {FORMAT}; install {need}"
+
+
+def first_line(file: Path) -> dict[str, Any]:
+    """What the first line of a frozen configuration says of its format; nothing where it has no such line."""
+    try:
+        found = re.match(rb"# format (\d{1,9}), finetune ([\w.+]{1,40})\n", read(file, YAML_BYTES))
+    except (OSError, ValueError):
+        return {}
+    return {"format": int(found[1]), "finetune": found[2].decode()} if found else {}
 
 
 def read(file: Path, most: int) -> bytes:

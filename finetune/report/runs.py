@@ -16,7 +16,6 @@ from .. import safe
 from ..errors import ConfigError
 from ..settings import NOT_THE_RUN as WITHOUT_EFFECT
 
-FORMAT = 1
 LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no result; a search prunes
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
@@ -185,10 +184,7 @@ def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
         return {}, f"{file} is damaged or cut short ({error})"
     if not isinstance(found, dict):
         return {}, f"{file} holds no result"
-    version = found.get("format", FORMAT)
-    if not isinstance(version, int) or version > FORMAT:
-        return found, f"{file} has format {version}, and this version reads {FORMAT}"
-    return found, None
+    return found, safe.too_new(file, found) or None
 
 
 def _tuning(file: Path) -> Mapping[str, Any] | None:

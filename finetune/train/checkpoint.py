@@ -14,7 +14,7 @@ from .. import safe
 from ..errors import ConfigError
 from . import manifest
 from .disk import writing
-from .files import RunFolder, too_new, write_json_atomic
+from .files import RunFolder, write_json_atomic
 from .loop import Session
 from .stored import read
 
@@ -118,7 +118,7 @@ def _about(folder: Path) -> dict[str, Any]:
     file = folder / "state.json"
     try:
         content: dict[str, Any] = safe.read_json(file)
-        if newer := too_new(file, content):
+        if newer := safe.too_new(file, content):
             raise ConfigError(f"{newer}.")
         if fault := safe.differs(content, {"phase": int, "number": int, "groups": [{}], "scaler": object, "extra": {}}):
             raise safe.Unsafe(fault)
@@ -145,7 +145,7 @@ def newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
 
 def _too_new(file: Path) -> str:
     try:
-        return too_new(file, safe.read_json(file))
+        return safe.too_new(file, safe.read_json(file))
     except (OSError, ValueError):
         return ""  # no format at all
 

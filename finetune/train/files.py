@@ -23,8 +23,7 @@ from .. import __version__, safe
 from ..errors import ConfigError
 from ..settings import Config, decides
 
-FORMAT = 1
-STAMP = {"format": FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
+STAMP = {"format": safe.FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
 TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
 CLASSIFICATION = {"id": "string", "label": "int64", "prediction": "int64", "score": "float64"}
 LANGUAGE = {"loss": "float64", "bytes": "int64"}
@@ -89,17 +88,6 @@ def replacing(path: Path) -> Iterator[Path]:
         _discard(temporary)
 
 
-def too_new(file: Path, content: Any) -> str:
-    """Why this version cannot read what ``file`` holds, in a sentence without its stop; empty where the format is one that it knows."""
-    known = content if isinstance(content, Mapping) else {}
-    version = known.get("format", FORMAT)
-    if type(version) is int and version <= FORMAT:
-        return ""
-    maker = known.get("finetune", (known.get("versions") or {}).get("finetune") if isinstance(known.get("versions"), Mapping) else None)
-    need = f"finetune-bench>={maker}" if isinstance(maker, str) and re.fullmatch(r"[\w.+]{1,40}", maker) else "a newer finetune-bench"
-    return f"{file} has format {str(version)[:20]}, and this version of finetune ({__version__}) reads up to {FORMAT}; install {need}"
-
-
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write strict, indented JSON atomically."""
     with replacing(path) as temporary:
@@ -107,9 +95,10 @@ def write_json_atomic(path: Path, value: Any) -> None:
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping of plain values as YAML atomically, in its own order."""
+    """Write a mapping of plain values as YAML atomically, in its own order, under a line that says the format of its folder."""
     with replacing(path) as temporary:
-        temporary.write_text(yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True), encoding="utf-8")
+        text = yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
+        temporary.write_text(f"# format {safe.FORMAT}, finetune {__version__}\n{text}", encoding="utf-8")
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -124,7 +113,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = [name for name in known if rows and name in rows[0]]
     if not columns or any(set(row) != set(columns) for row in rows):
         raise ValueError(f"predictions need at least one row, and every row the same of the columns {', '.join(known)}")
-    table = pa.table({name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns}, metadata={"format": str(FORMAT)})
+    table = pa.table({name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns}, metadata={"format": str(safe.FORMAT)})
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -233,7 +222,7 @@ class RunFolder:
             raise ConfigError(f"{self.result} cannot be read ({error}). Give the folder of a run that ended.") from error
         if not isinstance(result, dict):
             raise ConfigError(f"{self.result} does not hold a run's result. Give the folder of a run that ended.")
-        if newer := too_new(self.result, result):
+        if newer := safe.too_new(self.result, result):
             raise ConfigError(f"{newer}.")
         if fault := safe.differs(result, RESULT):
             raise ConfigError(f"{self.result} is not as a run wrote it: {fault}. Train again in another folder.")
@@ -276,6 +265,8 @@ class RunFolder:
             raise ConfigError(f"{self.path} is a file, where the run's folder should be. {cure}")
         safe.check_links(self.path)
         if self.config.exists():
+            if newer := safe.too_new(self.config, safe.first_line(self.config)):
+                raise ConfigError(f"{newer}.")
             differ = self.differences(config.as_dict())
             if differ:
                 raise ConfigError(f"The run folder {self.path} holds another run: {differ}. {cure}")

@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import safe
 from ..errors import ConfigError
-from .files import STAMP, replacing, too_new, write_json_atomic
+from .files import STAMP, replacing, write_json_atomic
 
 NAME = "manifest.json"
 HEADER = {**STAMP, "manifest": NAME}  # in front of the JSON file beside it; folders made before there were manifests lack both
@@ -43,7 +43,7 @@ def faults(folder: Path) -> list[str]:
     """What is wrong with ``folder``, each naming the file; empty when it is whole. Reads every byte."""
     try:
         content = safe.read_json(folder / NAME)
-        if newer := too_new(folder / NAME, content):
+        if newer := safe.too_new(folder / NAME, content):
             return [newer]
         if fault := safe.differs(content, {"files": {str: {"bytes": int, "sha256": str}}}):
             return [f"{folder / NAME} does not list the files of its folder: {fault}"]

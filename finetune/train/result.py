@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from .. import __version__
+from .. import __version__, safe
 from ..settings import Config
-from .files import FORMAT, plain
+from .files import plain
 
 RECORDED = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "safetensors", "tokenizers", "wandb")
 
@@ -60,7 +60,7 @@ def make_result(
 ) -> dict[str, Any]:
     """The content of ``result.json``: what the run found, with what identifies it."""
     return {
-        "format": FORMAT,
+        "format": safe.FORMAT,
         "status": status,
         "error": error,
         "method": config.method.name,

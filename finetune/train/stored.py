@@ -14,7 +14,7 @@ from .. import safe
 from ..errors import ConfigError
 from . import manifest
 from .disk import writing
-from .files import too_new, write_json_atomic
+from .files import write_json_atomic
 
 ABOUT = {
     "format": int, "method": str, "config": {}, "task": str, "labels": [str], "head": [str], "step": int, "phase?": int, "base_fingerprint": str,
@@ -60,7 +60,7 @@ def about(folder: Path) -> dict[str, Any]:
         content: Any = safe.read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). Give the folder of a run that has stored its change.") from error
-    if newer := too_new(file, content):
+    if newer := safe.too_new(file, content):
         raise ConfigError(f"{newer}.")
     if fault := safe.differs(content, ABOUT):
         raise ConfigError(f"{file} does not say what a change belongs to ({fault}). Give the folder of a run that has stored its change.")

@@ -21,7 +21,6 @@ from ..models.load import AUTO, fingerprint, pristine, save
 from ..models.processor import read_processor
 from ..settings import ModelConfig
 from . import manifest, stored
-from .files import too_new
 from .plain import check_free, making, read
 from .setup import Setup
 
@@ -93,7 +92,7 @@ def _about(path: Path) -> dict[str, Any]:
         about: Any = safe.read_json(file, LIKE)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). Give the folder that finetune merge wrote.") from error
-    if newer := too_new(file, about):
+    if newer := safe.too_new(file, about):
         raise ConfigError(f"{newer}.")
     if about["task"] not in AUTO or not {about["dtype"], about["base_dtype"]} <= DTYPES:
         raise ConfigError(f"{file} names a task or a type of weights that there is not. Give the folder that finetune merge wrote.")

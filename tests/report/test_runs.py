@@ -62,7 +62,7 @@ def test_status_of_each(made: Make) -> None:
     [
         ('{"format": 1, "status": "fini', "damaged or cut short"),
         ("[]", "holds no result"),
-        ('{"format": 2}', "has format 2, and this version reads 1"),
+        ('{"format": 2}', "has format 2, and this version of finetune"),
         ('{"format": "x"}', "has format x"),
         ('{"status": "odd"}', "no reason recorded"),
         ("\x00\xff", "damaged"),

@@ -17,8 +17,9 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
+from finetune.safe import FORMAT, too_new
 from finetune.train import checkpoint, finished, manifest, run, stored
-from finetune.train.files import FORMAT, RunFolder, too_new
+from finetune.train.files import RunFolder
 
 FIXTURES = Path(__file__).parent / "fixtures" / "format-1"
 RUNS = ["shira", "lora"]
@@ -126,6 +127,18 @@ def test_a_later_format_is_refused_with_the_version_it_needs(new: Path, tmp_path
         with pytest.raises(ConfigError, match=words):
             checkpoint.newest(files, pytest.fail)
     assert {file: file.read_bytes() for file in files.path.rglob("*") if file.is_file()} == before
+
+
+def test_a_later_configuration_is_refused_with_the_version_it_needs(new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(new, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    file = Path("shira/config.yaml")
+    settings, text = load([], config_file=file), file.read_text()
+    assert text.startswith(f"# format {FORMAT}, finetune 0.1.0\n")
+    file.write_text(text.replace(f"# format {FORMAT}, finetune 0.1.0", f"# format {FORMAT + 1}, finetune 7.2.1"))
+    for work in (lambda: load([], config_file=file), lambda: RunFolder(file.parent).check(settings)):
+        with pytest.raises(ConfigError, match=r"config.yaml has format 2, .*install finetune-bench>=7\.2\.1\."):
+            work()
 
 
 @pytest.mark.parametrize(("content", "words"), [
