@@ -21,6 +21,7 @@ SHORT = ["train.steps=4", "train.eval_every=null", "train.batch_size=8", "train.
 MOVES = {"spiel": ["method.window=1", "schedule.every=2"], "lift": ["schedule.every=3"]}
 FIXED = {"amt": 393_216, "bitfit": 7_936, "full": 1_007_232, "head": 0}  # of the built-in model, without its head
 UNREACHED = {"hft": "cannot meet budget=49k"}
+QUICK = ("lora", "snell", "shira", "s2ft")
 SOLVED = sorted(registry.catalog("method").keys() - FIXED.keys() - UNREACHED.keys())
 
 
