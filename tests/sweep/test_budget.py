@@ -60,9 +60,7 @@ def test_what_is_no_budget(text: str) -> None:
         budget.parse(text)
 
 
-@pytest.mark.parametrize(
-    "method", [name if name in ("lora", "snell", "shira", "s2ft") else pytest.param(name, marks=pytest.mark.slow) for name in SOLVED]
-)
+@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SOLVED])
 def test_real_runs_report_what_was_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits, "SIZES", {"train": 64, "val": 16, "test": 16})
