@@ -11,10 +11,12 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from finetune.config import load
 from finetune.errors import ConfigError
 from finetune.sweep import lines, search, space
 
@@ -121,6 +123,15 @@ def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
             for step, values in reached.items():
                 values.append(accuracy(lr, step, 8))
     assert 5 <= finished < 16
+
+
+def test_a_run_that_is_done_is_not_pruned() -> None:
+    """By a pruner that always would."""
+    own = SimpleNamespace(report=lambda value, step: None, should_prune=lambda: True)
+    for step, pruned in ((6, True), (8, False)):
+        trial: Any = SimpleNamespace(own=own, point=SimpleNamespace(config=load(ASKED[:1] + ASKED[2:])), pruned="", seen=0, judged=True)
+        search.Search._judge(object(), trial, {"step": step, "val_accuracy": 0.5})  # type: ignore[arg-type]
+        assert bool(trial.pruned) is pruned
 
 
 def test_the_same_seed_gives_the_same_trials_and_another_others(fake: None) -> None:
