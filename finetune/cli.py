@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
@@ -172,6 +173,9 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("FINETUNE_DEBUG") == "1":
             raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            _tell(f"Error: {visible(str(error.filename))[:60]}... is too long for the name of a file or folder. Give a shorter one.")
+            sys.exit(ConfigError.exit_code)
         with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
             log.write(traceback.format_exc())
         what = visible(f"{type(error).__name__}: {error}")

@@ -123,6 +123,8 @@ def _override(text: str) -> Override:
         )
     if not sign or not KEY.fullmatch(key):
         raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
+    if any("\ud800" <= c <= "\udfff" for c in text):
+        raise ConfigError(f"{text} is no UTF-8, which the files of a run are written in. Rename what it names.")
     if len(text) > LONGEST or max(accumulate((c in "[{(") - (c in "]})") for c in value), default=0) > NESTED:
         raise ConfigError(f"{text}: a value has at most {LONGEST:,} characters and {NESTED} brackets within brackets. Put it into a YAML file.")
     parser = OverridesParser.create()

@@ -186,7 +186,7 @@ def _point(swept: list[str], config: Config, overrides: list[str], name: str) ->
 
 def _name(overrides: list[str]) -> str:
     """The default name: the same for the same overrides in any order."""
-    return f"sweep-{hashlib.sha256(chr(10).join(sorted(overrides)).encode()).hexdigest()[:8]}"
+    return f"sweep-{hashlib.sha256(chr(10).join(sorted(overrides)).encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def freeze(runs: Sequence[Point]) -> None:
