@@ -180,7 +180,7 @@ def yaml_text(file: Path) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """Raise ``Unsafe`` where YAML is too deep, or too large once its aliases stand for what they repeat; goes by its events and builds nothing."""
+    """Raise ``Unsafe`` where YAML holds bytes, is too deep, or too large once its aliases stand for what they repeat; goes by its events and builds nothing."""
     sizes: dict[str, int] = {}
     open_: list[tuple[str, int]] = [("", 0)]
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
@@ -191,6 +191,8 @@ def check_yaml(text: str) -> None:
             anchor, size = "", sizes[anchor]
         elif isinstance(event, yaml.ScalarEvent):
             size = 1
+            if event.tag == "tag:yaml.org,2002:binary":
+                raise Unsafe("it holds bytes (!!binary), which no setting is")
         elif isinstance(event, yaml.CollectionStartEvent):
             open_.append((anchor, 1))
             sizes.pop(anchor, None)

@@ -202,6 +202,7 @@ YAML: dict[str, Spoil] = {
     "pickle": bomb,
     "tag that runs": appended("x: !!python/object/apply:os.system [touch EXPLODED]"),
     "tag of a module": appended("x: !!python/module:os"),
+    "a name of bytes": changed("method:", "!!binary method:"),
     "tag in place": changed("seed: 0", "seed: !!python/object/new:os.system [touch EXPLODED]"),
     "billion laughs": appended(bombs(9)),
     "laughs at itself": appended("x: &x [*x]"),
