@@ -180,7 +180,7 @@ def yaml_text(file: Path) -> str:
 
 
 def check_yaml(text: str) -> None:
-    """Raise ``Unsafe`` where YAML holds bytes, is too deep, or too large once its aliases stand for what they repeat; goes by its events and builds nothing."""
+    """Raise ``Unsafe`` where YAML holds bytes, is too deep, or too large once its aliases stand for what they repeat. Builds nothing."""
     sizes: dict[str, int] = {}
     open_: list[tuple[str, int]] = [("", 0)]
     for event in yaml.parse(text, Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader)):
