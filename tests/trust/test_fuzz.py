@@ -27,7 +27,7 @@ from finetune.train import manifest
 
 from .world import RUN, Said, call, listing
 
-CASES = {"overrides": 9000, "sweeps": 2000, "configs": 5000, "deltas": 1500, "checkpoints": 800, "results": 1200, "data": 500}
+CASES = {"overrides": 9000, "sweeps": 2000, "configs": 5000, "deltas": 1500, "checkpoints": 800, "results": 1200, "data": 600}
 QUICK = 100
 SECONDS = float(os.environ.get("FINETUNE_FUZZ_SECONDS", "900"))  # for each kind
 COUNTS: Counter[tuple[str, int]] = Counter()
