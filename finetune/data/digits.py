@@ -59,7 +59,7 @@ def _pieces(count: int) -> list[Row]:
 
     places = [(name, *place) for name in ("china", "flower") for place in PIECES]
     random.Random(0).shuffle(places)
-    photos = {name: Image.open(_shipped(f"images/{name}.jpg")) for name in ("china", "flower")}
+    photos = {name: Image.open(_shipped(f"images/{name}.jpg")).convert("RGB") for name in ("china", "flower")}
     return [
         {"id": f"{name}-{top}-{left}", "image": photos[name].crop((left, top, left + SIDE, top + SIDE)), "label": 0}
         for name, top, left in places[:count]

@@ -358,6 +358,7 @@ def test_results(place: Path, slow: bool) -> None:
 
 
 @both
+@pytest.mark.filterwarnings("ignore::ResourceWarning")  # datasets leaves a CSV file open that it cannot read
 def test_data(place: Path, slow: bool) -> None:
     import pyarrow as pa
     import pyarrow.parquet as pq
