@@ -20,22 +20,14 @@ from finetune.train import run as running
 from finetune.train.files import write_json_atomic
 from finetune.train.reproduce import reproduce
 
-SMALL = [
-    "method=bitfit",
-    "train.steps=2",
-    "train.eval_every=null",
-    "train.batch_size=8",
-    "train.threads=1",
-    "train.device=cpu",
-    "dataset.retention_images=0",
-]
+SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run, which no test changes."""
     folder = tmp_path_factory.mktemp("here") / "outputs" / "sweep" / "run0"
-    running.train(load([*SMALL, "name=sweep", "run=run0"]), folder, lambda line: None, lambda done, total, words: None)
+    running.train(load([*SMALL, "dataset.retention_images=0", "name=sweep", "run=run0"]), folder, lambda line: None, lambda done, total, words: None)
     return folder
 
 
