@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 Share = Annotated[float, Ge(0), Lt(1)]
+LATER = {"train.patience": None}  # settings newer than some runs: at these values they leave a configuration's hash as it was
 NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")  # settings that cannot change a run's result
 
 
@@ -47,7 +48,8 @@ class OptimizerConfig:
 @dataclass(frozen=True)
 class TrainConfig:
     """The loop. ``batch_size`` counts examples per optimizer step over all processes ("auto": as many as one pass of each holds),
-    ``micro_batch_size`` what one pass takes. ``threads`` are divided among the processes of a machine.
+    ``micro_batch_size`` what one pass takes. ``threads`` are divided among the processes of a machine. ``patience`` ends a run (once its sparsity is
+    reached) after so many validations in a row without a better one.
     """
 
     steps: Annotated[int, Ge(1)] = 200
@@ -60,6 +62,7 @@ class TrainConfig:
     save_every: Annotated[int, Ge(1)] | None = None
     keep_last: Annotated[int, Ge(1)] | None = 2
     max_seconds: Annotated[float, Gt(0)] | None = None
+    patience: Annotated[int, Ge(1)] | None = None
     workers: Annotated[int, Ge(0)] = 0
     select: Literal["best", "last"] = "best"
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -68,6 +71,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size == "auto" and self.micro_batch_size:
             raise ValueError(f"train.micro_batch_size={self.micro_batch_size} means nothing to train.batch_size=auto, which takes all in one pass.")
+        if self.patience and (not self.eval_every or self.select == "last"):
+            other = f"train.select={self.select}, which knows no best" if self.eval_every else "train.eval_every=null, which never validates"
+            raise ValueError(f"train.patience={self.patience} means nothing to {other}; leave one of them out.")
 
 
 @dataclass(frozen=True)
@@ -115,7 +121,9 @@ def decides(key: str) -> bool:
 
 
 def _deciding(key: str, part: Any) -> Any:
-    return {name: value for name, value in part.items() if decides(f"{key}.{name}")} if isinstance(part, dict) else part
+    if not isinstance(part, dict):
+        return part
+    return {name: value for name, value in part.items() if decides(f"{key}.{name}") and LATER.get(f"{key}.{name}", ...) != value}
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from .. import safe
 from ..errors import ConfigError
+from ..settings import LATER
 from ..settings import NOT_THE_RUN as WITHOUT_EFFECT
 
 LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no result; a search prunes
@@ -21,6 +22,7 @@ DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN 
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
 NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that make no other experiment
 OF_A_RUN = ("result.json", "config.yaml", "delta", "delta/delta.json", "metrics.jsonl", "predictions.parquet", "tuning.json")
+LOSS = re.compile(r'"loss": (-?[\d.]+(?:e[-+]?\d+)?)\b')
 Settings = dict[str, Any]
 
 
@@ -67,7 +69,7 @@ def _curve(lines: Iterable[str], key: str) -> Iterator[tuple[int, float, float |
     losses: list[float] = []
     for line in lines:
         if f'"{key}"' not in line:
-            losses += [float(x) for x in re.findall(r'"loss": (-?[\d.]+(?:e[-+]?\d+)?)\b', line)]
+            losses += [float(x) for x in LOSS.findall(line)]
             continue
         try:
             found = json.loads(line)
@@ -204,7 +206,7 @@ def _config(path: Path) -> tuple[Settings, int | None] | None:
     seed = found.get("seed")
     kept = {key: value for key, value in found.items() if key not in NOT_THE_RUN}
     leaves = {key: value for key, value in _leaves(kept, "") if key not in NOT_THE_RUN}
-    return leaves, seed if isinstance(seed, int) else None
+    return LATER | leaves, seed if isinstance(seed, int) else None
 
 
 def _yaml(file: Path) -> Any:

@@ -141,7 +141,7 @@ def probe(file: Path, room: int) -> Row:
         expected = int(plan(config)["expected_peak_memory_bytes"])
         if expected > room:
             return {"step": None, "memory_bytes": expected, "fault": None}
-        train = replace(config.train, steps=min(STEPS, config.train.steps), eval_every=None, save_every=None, max_seconds=None)
+        train = replace(config.train, steps=min(STEPS, config.train.steps), eval_every=None, save_every=None, max_seconds=None, patience=None)
         short = replace(config, train=train, logger=replace(config.logger, name="jsonl"))
         folder, began = RunFolder(file.parent / "run"), time.time()
         result = run.train(short, folder.path, lambda line: None, lambda done, total, words: None)

@@ -80,7 +80,7 @@ class Training:
             "base_retention": None,
             "seconds": [],
             "spent": 0.0,  # seconds in ``loop``, up to the last step
-            "over": False,  # whether they are more than max_seconds
+            "over": False,  # whether the run has ended before train.steps
             "watch": watch.fresh(),
             "memory": None,
             "threads": torch.get_num_threads(),
@@ -148,8 +148,15 @@ class Training:
             "step": self.session.number, "phase": self.session.phase, "base_fingerprint": self.setup.fingerprint,
         }  # fmt: skip
 
+    def stale(self) -> bool:
+        """Whether the last ``patience`` validations were no better. Before the asked sparsity is reached, no validation decides anything."""
+        patience, every, at = self.settings.patience, self.settings.eval_every, self.session.stage
+        if not (patience and every and at == self.progress["best_stage"] == [len(self.session.phases) - 1, 1]):
+            return False
+        return bool(self.session.number // every - self.progress["best_step"] // every >= patience)
+
     def loop(self, log: tracker.Tracker, progress: Progress) -> None:
-        """Train to the end, or until ``max_seconds`` are spent. Raises ``Interrupted`` after a step, which is saved, when a signal came."""
+        """Train to the end, or until ``max_seconds`` or ``patience`` end it. Raises ``Interrupted`` after a saved step when a signal came."""
         settings, words, began = self.settings, "", time.monotonic() - self.progress["spent"]
         progress(self.session.number, settings.steps, words)
         self.frozen = watch.Frozen(self.setup)
@@ -160,20 +167,22 @@ class Training:
                 for line in watch.see(self.progress["watch"], self.session, step):
                     self.say(f"Warning: {line}")
                 self.progress["spent"] = time.monotonic() - began
-                over = anyone(bool(settings.max_seconds) and self.progress["spent"] > (settings.max_seconds or 0))
-                if over or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
+                late = anyone(bool(settings.max_seconds) and self.progress["spent"] > (settings.max_seconds or 0))
+                if late or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
                     found = self.keep_if_best()
                     log.log(step.number, **{f"val_{k}": v for k, v in found.items()})
                     words = ", ".join(f"val {k} {v:.3f}" for k, v in found.items() if k != "loss")
-                self.progress["over"] = over
+                self.progress["over"] = step.number < settings.steps and (late or self.stale())
                 if anyone(bool(self.signals.name)):
                     self.save_checkpoint()
                     raise Interrupted(self.signals.name or "a signal to another process")
                 progress(step.number, settings.steps, f"loss {step.loss:.3f}{words and ', ' + words}")
                 if settings.save_every and step.number % settings.save_every == 0:
                     self.save_checkpoint()
-                if over:
-                    self.say(f"Stopped after {step.number} of {settings.steps} steps: train.max_seconds={settings.max_seconds} is spent.")
+                if self.progress["over"]:
+                    stale = f"train.patience={settings.patience}, the best validation was at step {self.progress['best_step']}"
+                    why = f"train.max_seconds={settings.max_seconds} is spent" if late else stale
+                    self.say(f"Stopped after {step.number} of {settings.steps} steps: {why}.")
                     return
 
     def result(self) -> dict[str, Any]:

@@ -152,7 +152,7 @@ def _since(result: Mapping[str, Any]) -> str:
 def _resume(files: RunFolder, say: Say) -> str:
     """Going on from a checkpoint in the middle ends like the run itself."""
     result, config = _result(files), _config(files)
-    if result["steps"] < config.train.steps:
+    if result["steps"] < config.train.steps and config.train.max_seconds:
         raise _Skipped(f"train.max_seconds={config.train.max_seconds} ended the run after {result['steps']} steps, which no repetition would meet")
     if result.get("processes", 1) > 1:
         raise _Skipped(f"the run had {result['processes']} processes, and this is one")

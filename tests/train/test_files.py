@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import datetime
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -14,7 +16,7 @@ import pytest
 import yaml
 
 from finetune.errors import ConfigError
-from finetune.settings import Config, LoggerConfig
+from finetune.settings import Config, LoggerConfig, TrainConfig
 from finetune.train.files import MetricsFile, RunFolder, replacing, run_folder, write_json_atomic, write_predictions, write_yaml
 from finetune.train.result import group_hash
 
@@ -240,3 +242,22 @@ def test_a_result_that_cannot_be_used_is_the_users_fault(tmp_path: Path, content
         (tmp_path / "result.json").write_text(content)
     with pytest.raises(ConfigError, match=r"result\.json"):
         RunFolder(tmp_path).read_result()
+
+
+def test_a_newer_setting_that_is_not_used_leaves_the_hash(some_config: Config) -> None:
+    before = some_config.as_dict()
+    for part, key in (
+        (before, "name"),
+        (before, "run"),
+        (before, "logger"),
+        *((before["train"], key) for key in ("save_every", "keep_last", "patience")),
+    ):
+        del part[key]
+    assert some_config.hash() == hashlib.sha256(json.dumps(before, sort_keys=True).encode()).hexdigest()[:10]
+    assert replace(some_config, train=replace(some_config.train, patience=3)).hash() != some_config.hash()
+
+
+@pytest.mark.parametrize("other", [{"eval_every": None}, {"select": "last"}])
+def test_patience_without_validations_that_decide_is_refused(other: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=r"train.patience=2 means nothing to train\.\w+=\w+, which"):
+        TrainConfig(patience=2, **other)

@@ -315,6 +315,25 @@ def test_the_clock_counts_the_time_before_the_break(place: list[str], here: Path
     assert differences(here / "whole", here / "again") == []
 
 
+def test_patience_counts_the_validations_before_the_break(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(place, "method=lora", "train.patience=2", "train.eval_every=1")
+    for name, stops in (("whole", ()), ("again", (1, 2, 3, 4))):  # the last: after the loop
+        qualities = iter([1.0, 5.0, 4.0, 3.0, 9.0, 10.0])
+        monkeypatch.setattr(run, "better", lambda metrics, each=qualities: (next(each),))
+        result, _ = go(settings, here / name, stops)
+        assert (result["steps"], result["best_step"]) == (4, 2)
+    assert differences(here / "whole", here / "again") == []
+
+
+def test_patience_waits_for_the_asked_sparsity(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three dense steps, three sparse ones, and each validation worse than the one before."""
+    qualities = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
+    monkeypatch.setattr(run, "better", lambda metrics: (next(qualities),))
+    result, said = go(config(place, "method=lt_sft", "schedule.dense=0.5", "train.patience=1", "train.eval_every=1"), here / "run")
+    assert (result["steps"], result["best_step"], result["suspect"]) == (5, 4, [])
+    assert said[-1] == "Stopped after 5 of 6 steps: train.patience=1, the best validation was at step 4."
+
+
 def test_the_base_is_measured_once(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, calls = run.Training.evaluate_base, []
     monkeypatch.setattr(run.Training, "evaluate_base", lambda self: (calls.append(1), real(self))[1])
