@@ -132,21 +132,22 @@ def _without_foreign(expanded: list[list[str]], overrides: list[str], config_dir
     names = dict.fromkeys(word.partition("=")[2] for words in expanded for word in words if word.startswith("method="))
     if len(names) > 1:
         swept = {word.partition("=")[0] for words in expanded for word in words if word not in overrides}
-        of_methods = {key: field for key in swept if (field := _field(key))}
-        lacks = {name: {key for key, field in of_methods.items() if not _has(name, field, config_dir)} for name in names}
+        of_methods = {key: field for key in swept if (field := field_of(key))}
+        lacks = {name: {key for key, field in of_methods.items() if not has_field(name, field, config_dir)} for name in names}
         foreign = set.intersection(*lacks.values())
         for name, keys in lacks.items():
             for key in sorted(keys - foreign):
                 say(f"method={name} has no {key.removeprefix('method.')}, so it is run once per other setting; budget= matches sizes.")
-        expanded = [[word for word in words if word.partition("=")[0] not in lacks.get(_method(words), set()) - foreign] for words in expanded]
+        expanded = [[word for word in words if word.partition("=")[0] not in lacks.get(method_of(words), set()) - foreign] for words in expanded]
     return [list(words) for words in dict.fromkeys(map(tuple, expanded))]
 
 
-def _method(words: list[str]) -> str:
+def method_of(words: list[str]) -> str:
+    """The method that command-line words choose; "" where they choose none."""
     return next((word.partition("=")[2] for word in words if word.startswith("method=")), "")
 
 
-def _field(key: str) -> str | None:
+def field_of(key: str) -> str | None:
     """The field of a method that a key sets; ``None`` for keys of other sections."""
     if key == "schedule":
         return key
@@ -166,7 +167,8 @@ def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
     return frozenset(f.name for f in fields(made) if f.init)  # type: ignore[arg-type]  # methods are dataclasses
 
 
-def _has(method: str, field: str, config_dir: Path | None) -> bool:
+def has_field(method: str, field: str, config_dir: Path | None) -> bool:
+    """Whether a method has a setting; true where that cannot be told."""
     known = _fields(method, config_dir)
     return known is None or field in known
 

@@ -112,6 +112,6 @@ def fitting(words: list[str], fixed: list[str], config_dir: Path | None) -> list
 
 def _taken(word: str, words: list[str], config_dir: Path | None) -> bool:
     """Whether the method that ``words`` choose has the setting of ``word``, if it is one of methods; what no method has is refused later."""
-    method, field = grid._method(words), grid._field(word.partition("=")[0])
+    method, field = grid.method_of(words), grid.field_of(word.partition("=")[0])
     searched = any(other.startswith("method=") for other in words)
-    return not (searched and method and field) or grid._has(method, field, config_dir)
+    return not (searched and method and field) or grid.has_field(method, field, config_dir)
