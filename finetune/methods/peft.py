@@ -16,6 +16,56 @@ from ..errors import ConfigError, near
 from ..registry import register
 
 
+class Ranks(nn.Module):
+    """What AdaLoRA chooses its ranks by, as buffers, so that a checkpoint holds it: peft keeps it in dictionaries. No change on disk needs it.
+
+    ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: sensitivity and uncertainty of each entry; ``kept/NAME``: which ranks are left, once ``decided``.
+    """
+
+    SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")
+
+    def __init__(self, tuner: Any) -> None:
+        super().__init__()
+        self._tuner = [tuner]
+        adapter = tuner.trainable_adapter_name
+        trained = {name: p for name, p in tuner.model.named_parameters() if "lora_" in name and adapter in name}
+        for name, parameter in trained.items():
+            for kind in self.SMOOTHED:
+                self.register_buffer(f"{kind}/{name.replace('.', '/')}", torch.zeros_like(parameter))
+            if f"lora_E.{adapter}" in name:
+                self.register_buffer(f"kept/{name.replace('.', '/')}", torch.ones_like(parameter, dtype=torch.bool))
+        self.register_buffer("decided", torch.zeros((), dtype=torch.bool))
+
+    def _of(self, kind: str) -> dict[str, torch.Tensor]:
+        """The buffers of one kind, by peft's names."""
+        return {name.removeprefix(f"{kind}/").replace("/", "."): b for name, b in self.named_buffers() if name.startswith(f"{kind}/")}
+
+    def after_step(self, step: int) -> None:
+        """Have peft choose, with what is known from the buffers, and take down what it knows then."""
+        tuner, decided, kept = self._tuner[0], self.get_buffer("decided"), self._of("kept")
+        allocator, config = tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
+        smoothed = {kind: self._of(kind) for kind in self.SMOOTHED}
+        for kind, buffers in smoothed.items():
+            getattr(allocator, kind).update(buffers)
+            allocator.ipt.update(dict.fromkeys(buffers))  # else peft takes them for new, and starts from zero
+        config.rank_pattern = {name: b.view(-1).tolist() for name, b in kept.items()} if decided else None
+        tuner.update_and_allocate(step)
+        for kind, buffers in smoothed.items():
+            for name, found in getattr(allocator, kind).items():
+                buffers[name].copy_(found)
+        if config.rank_pattern:
+            decided.fill_(True)
+            for name, buffer in kept.items():
+                buffer.copy_(torch.tensor(config.rank_pattern[name]).view_as(buffer))
+
+    def pack(self) -> dict[str, torch.Tensor]:
+        """Nothing of it is part of the change."""
+        return {}
+
+    def unpack(self, stored: dict[str, torch.Tensor]) -> None:
+        """Nor comes from one."""
+
+
 class Adapters(Part):
     """What a peft tuner put into the model: its parameters and buffers, under one switch (gate 0 or 1)."""
 
@@ -31,6 +81,7 @@ class Adapters(Part):
         for name, buffer in tuner.model.named_buffers():
             if tuner.prefix in name:
                 self.register_buffer(name.replace(".", "/"), buffer)
+        self.ranks = Ranks(tuner) if hasattr(tuner, "rankallocator") else None
 
     @property
     def tuner(self) -> Any:
@@ -48,12 +99,6 @@ class Adapters(Part):
         if value != self._gate:
             (self.tuner.enable_adapter_layers if value else self.tuner.disable_adapter_layers)()
             self._gate = value
-
-    def after_step(self, step: int) -> None:
-        """AdaLoRA moves its ranks after each step; other tuners have nothing to do."""
-        update = getattr(self.tuner, "update_and_allocate", None)
-        if update is not None:
-            update(step)
 
     def adapted(self) -> int:
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -112,4 +157,5 @@ class Peft(Method):
         return state
 
     def after_step(self, run: Run, state: Adapters) -> None:
-        state.after_step(run.step)
+        if state.ranks:  # AdaLoRA's; other tuners have nothing to do
+            state.ranks.after_step(run.step)

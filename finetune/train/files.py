@@ -21,7 +21,7 @@ import yaml
 
 from .. import __version__, safe
 from ..errors import ConfigError
-from ..settings import Config, decides
+from ..settings import LATER, Config, decides
 
 STAMP = {"format": safe.FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
 TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
@@ -279,7 +279,7 @@ class RunFolder:
             theirs = safe.read_yaml(self.config)
         except (OSError, ValueError, yaml.YAMLError):
             return "its config.yaml cannot be read"
-        there, here = ({k: v for k, v in _leaves(tree).items() if decides(k)} for tree in (theirs, ours))
+        there, here = ({k: v for k, v in (LATER | _leaves(tree)).items() if decides(k)} for tree in (theirs, ours))
         keys = [key for key in {**there, **here} if there.get(key, "absent") != here.get(key, "absent")]
         shown = [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys[:5]]
         return ", ".join(shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")
