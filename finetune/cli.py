@@ -63,7 +63,12 @@ def train(
     config_dir: ConfigDir = None,
     config_file: ConfigFile = None,
     resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder, as it was started.")] = None,
-    processes: Annotated[int, typer.Option(min=1, help="How many processes of this machine train together, each on a GPU of its own.")] = 1,
+    processes: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="How many processes of this machine train together, each on a GPU of its own; by default one, or as many as before."
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained and stored; train nothing.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -82,12 +87,13 @@ def train(
 
                 show_tree(plan(config), as_json)
             else:
+                processes = processes or _as_before(folder)
                 _train(config, folder, signals, processes, as_json)
     except Interrupted as stop:
         from .train.resume import command
 
         with suppress(OSError):  # after SIGHUP nobody may be there to read it
-            _tell(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes)}")
+            _tell(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes or 1)}")
         raise typer.Exit(CODE) from None
 
 
@@ -104,6 +110,16 @@ def _asked(overrides: list[str], config_dir: Path | None, config_file: Path | No
     from .train.resume import frozen
 
     return frozen(resume, overrides), resume
+
+
+def _as_before(folder: Path) -> int:
+    """How many processes go on with the run in ``folder``: those that a launcher has started, or as many as it had."""
+    from .train import resume
+
+    before = 1 if "LOCAL_RANK" in os.environ else resume.processes(folder) or 1
+    if before > 1:
+        _tell(f"Going on with {before} processes, as before (--processes takes another number).")
+    return before
 
 
 def _train(config: Config, folder: Path, signals: Signals, processes: int, as_json: bool) -> None:

@@ -37,7 +37,7 @@ def merge(
     overrides: Overrides = None,
     ckpt: Checkpoint = None,
     dtype: Annotated[
-        Literal["float32", "bfloat16", "float16"] | None,
+        Literal["float32", "bfloat16", "float16", "fp32", "bf16", "fp16"] | None,
         typer.Option(help="What to round the weights to; by default, model.dtype.", show_default=False),
     ] = None,
     tolerance: Annotated[
@@ -63,10 +63,10 @@ def merge(
 
         show_tree(take_out(path, out), as_json)
         return
-    from .train.merge import ABOUT
+    from .train.merge import ABOUT, PRECISION
     from .train.merge import merge as put_in
 
-    told = put_in(path, out, dtype, tolerance)
+    told = put_in(path, out, PRECISION.get(dtype or "", dtype), tolerance)
     if not as_json:
         told["layers"] = f"{len(told['layers'])}, each in {out / ABOUT}"
     show_tree(told, as_json)
@@ -81,7 +81,7 @@ def export(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson
 
 
 def verify(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson = False) -> None:
-    """Test a finished run: its files, a resume from its middle, its numbers and its merge (exit 1 if one of them fails)."""
+    """Test a run: its files, a resume from its middle, its numbers and its merge (exit 1 if one fails or the run has not finished)."""
     words = [word if word.startswith(("ckpt=", "-")) else f"ckpt={word}" for word in overrides or []]
     path, _ = _given("verify", words, ckpt, {})
     from .train.verify import verify as test

@@ -49,7 +49,7 @@ class OptimizerConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. ``batch_size`` counts examples per optimizer step over all processes ("auto": as many as one pass of each holds),
+    """The loop. ``batch_size`` counts examples per optimizer step over all processes ("auto": as many as one pass of each holds, at most 512),
     ``micro_batch_size`` what one pass takes. ``threads`` are divided among the processes of a machine. ``patience`` ends a run (once its sparsity is
     reached) after so many validations in a row without a better one.
     """

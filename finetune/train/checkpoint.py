@@ -29,6 +29,7 @@ MEMORY = {"batch_size": int, "micro_batch_size": int | None, "out_of_memory": [{
 EXTRA = {  # what a run keeps beside its session
     "best": ([str | float], NONE), "best_step": int | None, "best_stage": ([int], NONE), "val": METRICS, "base": METRICS, "base_retention": METRICS,
     "seconds": [float], "spent?": float, "over?": bool, "watch?": WATCH, "memory?": (MEMORY, NONE), "threads?": int,
+    "config?": {}, "processes?": int,
 }  # fmt: skip
 
 
@@ -90,7 +91,7 @@ def progress(folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
         if fault := safe.differs(extra, EXTRA):
             raise safe.Unsafe(fault)
         counts = {**extra, **memory}
-        for key, most in (("threads", 1024), ("batch_size", 2**31), ("micro_batch_size", 2**31)):
+        for key, most in (("threads", 1024), ("processes", 2**20), ("batch_size", 2**31), ("micro_batch_size", 2**31)):
             if not 1 <= (counts.get(key) or 1) <= most:
                 raise safe.Unsafe(f"{key} is {counts[key]}")
         if len({extra[key] is None for key in ("best", "best_step", "best_stage")}) > 1:

@@ -12,6 +12,7 @@ import math
 import os
 import re
 import shutil
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,11 +24,16 @@ from .. import __version__, safe
 from ..errors import ConfigError
 from ..settings import LATER, Config, decides
 
+UMASK = os.umask(0)  # which can only be read by setting it
+os.umask(UMASK)
 STAMP = {"format": safe.FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
 TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
 CLASSIFICATION = {"id": "string", "label": "int64", "prediction": "int64", "score": "float64"}
 LANGUAGE = {"loss": "float64", "bytes": "int64"}
 NUMBERS = (type(None), {str: float | None})
+MOVABLE = (  # where things lie and what computes: free in a run that is only read
+    "model.path", "model.download", "model.revision", "dataset.path", "train.device", "train.threads", "train.workers", "train.eval_batch_size",
+)  # fmt: skip
 RESULT = {  # what readers rely on; a failed run has less
     "status": str, "error?": str | None, "method?": str, "model?": str, "dataset?": str, "seed?": int, "steps?": int, "best_step?": int | None,
     "metrics?": {str: NUMBERS}, "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}), "stored_bytes?": int | None,
@@ -76,6 +82,8 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
+            if written.is_file() and stat.S_IMODE(written.stat().st_mode) == 0o600:  # as safetensors makes them, whatever the user's umask
+                written.chmod(0o666 & ~UMASK)
             _sync(written)
         if path.is_dir():  # nothing can be renamed over a folder that holds files; whoever is killed here leaves it to lock.py
             path.replace(before)
@@ -273,13 +281,20 @@ class RunFolder:
         elif self.path.exists() and any(not file.name.startswith(".") and file != self.log for file in self.path.iterdir()):
             raise ConfigError(f"The folder {self.path} holds files but no config.yaml of a run. {cure}")
 
-    def differences(self, ours: dict[str, Any]) -> str:
-        """In words, the first five settings in which the frozen configuration differs; empty when it is of the same run."""
+    def check_unaltered(self, kept: dict[str, Any], beside: Path, free: tuple[str, ...] = ()) -> None:
+        """Raise ``ConfigError`` where the frozen configuration is not ``kept``, which went along with what lies at ``beside``."""
+        if differ := self.differences(kept, free):
+            raise ConfigError(
+                f"{self.config} is not what {beside} was trained with: {differ}. Put it back as it was; `finetune train` starts other runs."
+            )
+
+    def differences(self, ours: dict[str, Any], free: tuple[str, ...] = ()) -> str:
+        """In words, the first five settings in which the frozen configuration differs; empty when it is of the same run. ``free``: may differ."""
         try:
             theirs = safe.read_yaml(self.config)
         except (OSError, ValueError, yaml.YAMLError):
             return "its config.yaml cannot be read"
-        there, here = ({k: v for k, v in (LATER | _leaves(tree)).items() if decides(k)} for tree in (theirs, ours))
+        there, here = ({k: v for k, v in (LATER | _leaves(tree)).items() if decides(k) and k not in free} for tree in (theirs, ours))
         keys = [key for key in {**there, **here} if there.get(key, "absent") != here.get(key, "absent")]
         shown = [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys[:5]]
         return ", ".join(shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

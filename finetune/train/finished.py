@@ -10,7 +10,7 @@ from .. import safe
 from ..config import load as load_config
 from ..errors import ConfigError
 from . import checkpoint, stored
-from .files import RunFolder
+from .files import MOVABLE, RunFolder
 from .setup import Setup, prepare
 
 
@@ -29,6 +29,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
     config = load_config([], None, files.config)
     config = replace(config, dataset=dataset) if dataset else config
     known = stored.about(files.delta)
+    files.check_unaltered(known["config"], files.delta, MOVABLE)
     setup = prepare(config)
     if dataset and len(setup.labels) != len(known["labels"]):
         raise ConfigError(
@@ -44,7 +45,8 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
             f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights differ. Restore the original base."
         )
     if state:
-        checkpoint.load(state, setup.session)
+        extra = checkpoint.load(state, setup.session)
+        files.check_unaltered(checkpoint.progress(state, extra).get("config") or known["config"], state, MOVABLE)
     else:
         if not 0 <= (phase := known.get("phase", 0)) < len(setup.session.phases):
             raise ConfigError(f"{files.delta} is of phase {phase}, and method={config.method.name} has {len(setup.session.phases)}. Train it again.")

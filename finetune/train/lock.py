@@ -94,6 +94,24 @@ def holder(folder: Path) -> str:
     return f"process {said['pid']} on {said['host']}" if said else ""
 
 
+def look(folder: Path) -> None:
+    """Raise ``ConfigError`` if another process holds the lock now; takes and makes nothing. ``held`` decides, and this spares the wait."""
+    if os.environ.get(INHERITED):
+        return
+    try:
+        handle = os.open(folder / NAME, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except OSError:
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(_in_use(folder)) from None
+    except OSError:
+        pass
+    finally:
+        os.close(handle)
+
+
 @contextmanager
 def held(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if need be; a parent's lock, if this process was given it, is enough.
@@ -149,7 +167,7 @@ def _take(folder: Path) -> int:
             f"The run folder {folder} cannot be written: {error.strerror}. Start from a folder with room that you may write to."
         ) from error
     if handle is None:
-        raise ConfigError(f"{folder} is in use by {holder(folder) or 'another process'}. Wait for it, or end it; then the same command goes on.")
+        raise ConfigError(_in_use(folder))
     said = _said(folder)
     if said and said["host"] != socket.gethostname() and _kind(folder).startswith(SHARED):
         os.close(handle)
@@ -159,6 +177,10 @@ def _take(folder: Path) -> int:
         )
     sign(handle, os.getpid())
     return handle
+
+
+def _in_use(folder: Path) -> str:
+    return f"{folder} is in use by {holder(folder) or 'another process'}. Wait for it, or end it; then the same command goes on."
 
 
 def _is(handle: int, folder: Path) -> bool:

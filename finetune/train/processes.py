@@ -21,6 +21,7 @@ from ..errors import ConfigError, FinetuneError, RunFailed, visible
 from ..progress import ProgressBar
 from ..settings import Config
 from .files import RunFolder
+from .resume import command
 from .signals import CODE, Interrupted, Signals
 
 GRACE = 10.0  # seconds that the others have to end by themselves when one process has failed
@@ -89,7 +90,7 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
     except RuntimeError as error:
         if not severed(error):
             raise
-        raise Severed("Another process of this run has ended, and no other can go on without it. What was saved before is whole.") from error
+        raise Severed(f"Another process of this run has ended, and no other can go on without it. {_whole(folder)}") from error
 
 
 def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
@@ -113,7 +114,7 @@ def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
         for process in started.processes:
             process.kill()
     words = [reader.recv() for reader, _ in pipes if reader.poll()]
-    _judge([0 if i in killed else process.exitcode for i, process in enumerate(started.processes)], words)
+    _judge([0 if i in killed else process.exitcode for i, process in enumerate(started.processes)], words, folder)
     return RunFolder(folder).read_result()
 
 
@@ -170,7 +171,11 @@ def _wait(processes: Sequence[Any], until: float | None) -> None:
         wait([process.sentinel for process in alive], timeout=0.5)
 
 
-def _judge(codes: list[int], words: list[dict[str, Any]]) -> None:
+def _whole(folder: Path) -> str:
+    return f"What was saved before is whole; `{command(folder)}` goes on."
+
+
+def _judge(codes: list[int], words: list[dict[str, Any]], folder: Path) -> None:
     """Raise what ended the run, if it did not finish. ``words``: what processes said as they failed."""
     if not any(codes):
         return
@@ -178,7 +183,7 @@ def _judge(codes: list[int], words: list[dict[str, Any]]) -> None:
         if code < 0:
             name = signal.Signals(-code).name
             why = " (out of memory?)" if code == -signal.SIGKILL else ""
-            raise RunFailed(f"Process {i} of {len(codes)} was ended by {name}{why}, and the others with it. What was saved before is whole.")
+            raise RunFailed(f"Process {i} of {len(codes)} was ended by {name}{why}, and the others with it. {_whole(folder)}")
     words.sort(key=lambda said: (said["severed"], said["at"]))  # causes before what followed from them
     silent = {"code": 1, "lines": [f"The processes ended with the exit codes {codes}."], "trace": ""}
     first: dict[str, Any] = words[0] if words else silent

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 
+from .. import safe
 from ..config import load
 from ..errors import ConfigError
 from ..settings import NOT_THE_RUN, Config, decides
+from .files import RunFolder
 
+MOST = 64  # processes of one machine
 PLACE = ("name", "run")  # settings that say where a run lies, which --resume does already
 
 
@@ -26,6 +30,16 @@ def frozen(run: Path, overrides: list[str]) -> Config:
             *(f"{text}: --resume goes on with a run as it was started, and takes only {may}. Start another run for anything else." for text in wrong)
         )
     return load(overrides, None, file)
+
+
+def processes(run: Path) -> int | None:
+    """How many processes made the newest checkpoint in ``run``; ``None`` where none says so, or more than one machine has."""
+    files = RunFolder(run)
+    for step in reversed(files.steps()):
+        with suppress(OSError, ValueError):
+            count: int = safe.read_json(files.checkpoint(step) / "state.json", {"extra": {"processes": int}})["extra"]["processes"]
+            return count if 0 < count <= MOST else None
+    return None
 
 
 def command(folder: Path | None, processes: int = 1) -> str:

@@ -23,8 +23,9 @@ from . import checkpoint, stored, tracker, watch
 from .disk import told
 from .evaluate import better
 from .files import STAMP, RunFolder, write_json_atomic, write_predictions
-from .lock import held
+from .lock import held, look
 from .loop import NotFinite, Session
+from .processes import rank
 from .result import Cost, make_result, peak_memory
 from .setup import Setup, params, prepare
 from .signals import Interrupted, Signals
@@ -84,6 +85,8 @@ class Training:
             "watch": watch.fresh(),
             "memory": None,
             "threads": torch.get_num_threads(),
+            "processes": setup.session.accelerator.num_processes,
+            "config": setup.config.deciding(),
         }
         self.session.memory.say = say
 
@@ -101,13 +104,20 @@ class Training:
             if begun:
                 self.say("This run was broken off before its first checkpoint (or has no whole one), so it starts from the beginning.")
             return False
-        self.progress |= checkpoint.progress(found, checkpoint.load(found, self.session))
+        before = checkpoint.progress(found, checkpoint.load(found, self.session))
+        self.files.check_unaltered(before.pop("config", self.progress["config"]), found)
+        processes = before.pop("processes", self.progress["processes"])
+        self.progress |= before
         self.session.memory.restore(self.progress["memory"])
         self._use_threads(self.progress["threads"])
         if self.main:
             checkpoint.put_back(found, self.files.delta)
         self.saved = self.session.number
         self.say(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
+        if processes != self.progress["processes"]:
+            changed = f"steps up to {self.session.number} were made by {processes} processes and later ones by {self.progress['processes']}"
+            self.progress["watch"]["warnings"].append(f"{changed}: the last bits, and what dropout draws, are not those of an undisturbed run")
+            self.say(f"Warning: {self.progress['watch']['warnings'][-1]}.")
         return True
 
     def _use_threads(self, count: int) -> None:
@@ -269,9 +279,12 @@ def train(config: Config, folder: Path, say: Say, progress: Progress, signals: S
     before anything is written, also where another process works on the run; ``RunFailed`` when the loss is not finite or the folder cannot be
     written; ``Interrupted`` when one of ``signals`` came.
     """
-    setup = prepare(config)
-    files, accelerator = RunFolder(folder), setup.session.accelerator
+    files = RunFolder(folder)
     files.check(config)
+    if not rank():
+        look(folder)
+    setup = prepare(config)
+    accelerator = setup.session.accelerator
     with told(folder), held(folder) if accelerator.is_main_process else nullcontext():
         begun = files.log.exists()
         if accelerator.is_main_process and not files.finished:

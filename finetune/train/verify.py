@@ -21,6 +21,7 @@ from ..settings import Config, LoggerConfig
 from . import manifest, stored
 from .files import RunFolder
 from .finished import evaluate, run_of
+from .lock import look
 from .result import versions
 
 Say = Callable[[str], None]
@@ -34,10 +35,11 @@ class _Skipped(Exception):
 def verify(path: Path, say: Say) -> dict[str, Any]:
     """Test the run at ``path``, which is only read; trains from its middle to its end in a scratch folder.
 
-    Returns ``{"run", "verdict", "points": [{"point", "verdict", "words"}]}``; verdicts are pass, fail, skipped. Raises ``ConfigError`` where ``path``
-    is no run.
+    Returns ``{"run", "verdict", "points": [{"point", "verdict", "words"}]}``; verdicts are pass, fail, and skipped (of the whole: unfinished).
+    Raises ``ConfigError`` where ``path`` is no run, or one that another process works on.
     """
     files, _ = run_of(path)
+    look(files.path)
     points, threads = [], torch.get_num_threads()
     torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order
     try:
@@ -52,7 +54,8 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
             points.append({"point": name, "verdict": verdict, "words": words})
     finally:
         torch.set_num_threads(threads)
-    return {"run": str(path), "verdict": "fail" if any(point["verdict"] == "fail" for point in points) else "pass", "points": points}
+    failed = any(point["verdict"] == "fail" for point in points)
+    return {"run": str(path), "verdict": "fail" if failed else "pass" if files.finished else "unfinished", "points": points}
 
 
 def _threads(files: RunFolder) -> int | None:
@@ -80,8 +83,8 @@ def _files(files: RunFolder, say: Say) -> str:
     safe.check_links(files.path)
     folders = [folder for folder in (files.delta, *map(files.checkpoint, files.steps())) if folder.exists()]
     faults = [fault for folder in folders for fault in manifest.faults(folder)]
-    if files.delta.exists() and not faults and (differ := files.differences(stored.about(files.delta)["config"])):
-        faults.append(f"{files.config} is not what the change was trained with: {differ}")
+    if files.delta.exists() and not faults:
+        files.check_unaltered(stored.about(files.delta)["config"], files.delta)
     _config(files)
     if files.result.exists():
         result = files.read_result()

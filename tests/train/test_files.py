@@ -192,6 +192,14 @@ def test_finished_is_what_the_result_says(tmp_path: Path, some_config: Config) -
     assert folder.config.stat().st_mtime_ns == before  # a finished run is not touched
 
 
+def test_files_are_as_readable_as_any_other_that_the_user_makes(tmp_path: Path) -> None:
+    (tmp_path / "plain").touch()
+    with replacing(tmp_path / "folder") as folder:
+        folder.mkdir()
+        (folder / "weights").touch(mode=0o600)
+    assert (tmp_path / "folder" / "weights").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_how_often_a_run_is_saved_makes_no_other_run(tmp_path: Path, some_config: Config) -> None:
     folder = RunFolder(tmp_path)
     folder.open_or_check(some_config)

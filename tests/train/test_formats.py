@@ -71,6 +71,25 @@ def test_the_fixture_is_of_the_first_format() -> None:
         assert "keep_last" not in (FIXTURES / name / "config.yaml").read_text()
 
 
+@pytest.mark.parametrize(("was", "then"), [("alpha: 16.0", "alpha: 8.0"), ("seed: 3", "seed: 4"), ("precision: fp32", "precision: bf16")])
+def test_an_altered_configuration_is_named_and_not_used(old: Path, was: str, then: str) -> None:
+    config = RunFolder(old / "lora").config
+    assert was in config.read_text()
+    config.write_text(config.read_text().replace(was, then))
+    key, value = then.split(": ")
+    with pytest.raises(
+        ConfigError, match=rf"config.yaml is not what .*delta was trained with: \S*{key} is {value} there and {was.split(': ')[1]} here"
+    ):
+        finished.evaluate(Path("lora"))
+
+
+def test_what_a_run_reads_may_have_been_moved(old: Path) -> None:
+    (old / "model").rename(old / "elsewhere")
+    config = RunFolder(old / "lora").config
+    config.write_text(config.read_text().replace("path: model", "path: elsewhere"))
+    assert finished.evaluate(Path("lora"))["metrics"]["test"]
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_an_old_run_evaluates_to_what_it_recorded(old: Path, name: str) -> None:
     told = json.loads((old / name / "result.json").read_text())

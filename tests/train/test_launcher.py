@@ -52,25 +52,26 @@ LOST = words(0, 1, "Another process of this run has ended", severed=True)
 
 
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
-    launcher._judge([0, 0], [])
+    folder = Path("outputs/t/r")
+    launcher._judge([0, 0], [], folder)
     with pytest.raises(RunFailed, match="no space") as failed:
-        launcher._judge([1, 1], [LOST, words(1, 1, "no space"), words(2, 1, "what came later")])
+        launcher._judge([1, 1], [LOST, words(1, 1, "no space"), words(2, 1, "what came later")], folder)
     assert "Another" not in str(failed.value)
     with pytest.raises(launcher.ProcessFailed, match="process 1 of 2: KeyError: 7") as unexpected:
-        launcher._judge([1, 1], [LOST, words(1, 1, "KeyError: 7", trace="the traceback")])
+        launcher._judge([1, 1], [LOST, words(1, 1, "KeyError: 7", trace="the traceback")], folder)
     assert str(unexpected.value.__cause__) == "the traceback"
     with pytest.raises(RunFailed, match=r"Process 1 of 2 was ended by SIGKILL \(out of memory\?\)"):
-        launcher._judge([1, -9], [LOST])
+        launcher._judge([1, -9], [LOST], folder)
     with pytest.raises(RunFailed, match=r"exit codes \[1, 0\]"):
-        launcher._judge([1, 0], [])
+        launcher._judge([1, 0], [], folder)
 
 
 def test_mistakes_and_signals_are_told_once() -> None:
     with pytest.raises(ConfigError) as wrong:
-        launcher._judge([2, 2], [words(1, 2, "a is wrong", "b is wrong"), words(0, 2, "a is wrong", "b is wrong")])
+        launcher._judge([2, 2], [words(1, 2, "a is wrong", "b is wrong"), words(0, 2, "a is wrong", "b is wrong")], Path("r"))
     assert wrong.value.faults == ("a is wrong", "b is wrong")
     with pytest.raises(Interrupted) as stopped:
-        launcher._judge([130, 130], [words(1, 130, "SIGTERM", " after step 3"), words(0, 130, "SIGTERM", " after step 3")])
+        launcher._judge([130, 130], [words(1, 130, "SIGTERM", " after step 3"), words(0, 130, "SIGTERM", " after step 3")], Path("r"))
     assert (stopped.value.name, stopped.value.saved) == ("SIGTERM", " after step 3")
 
 

@@ -67,9 +67,14 @@ def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> No
         with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on {socket.gethostname()}"), lock.held(tmp_path):
             pytest.fail("two at once")
         assert lock.lock(tmp_path) is None
+        with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} "):
+            lock.look(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         assert lock.holder(tmp_path).startswith(f"process {holder.pid} ")  # it had no time to take its name away
+    lock.look(tmp_path)
+    lock.look(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     with lock.held(tmp_path):
         assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
 

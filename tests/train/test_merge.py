@@ -267,8 +267,9 @@ def test_the_commands(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     run, merged = runs("vit", "method=shira", "sparsity=0.9"), tmp_path / "a=b"
     code, out, _ = say("merge", f"ckpt={run}", f"out={merged}", "--dtype", "float32", "--json")
     assert (code, json.loads(out)["unmerge"]) == (0, "possible")
-    code, out, _ = say("merge", f"ckpt={run}", f"out={tmp_path / 'half'}", "--dtype", "bfloat16")
+    code, out, _ = say("merge", f"ckpt={run}", f"out={tmp_path / 'half'}", "--dtype", "bf16")
     assert code == 0
+    assert "bfloat16" in out
     assert "layers: 17, each in" in out
     code, out, _ = say("merge", "--unmerge", f"ckpt={merged}", f"out={tmp_path / 'back'}")
     assert (code, "entries_put_back" in out) == (0, True)

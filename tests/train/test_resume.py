@@ -27,7 +27,7 @@ from finetune.methods.sparse import Crossing
 from finetune.selectors.ist import IST
 from finetune.settings import Config, OptimizerConfig
 from finetune.testing import contract
-from finetune.train import checkpoint, resume, run, stored
+from finetune.train import checkpoint, lock, resume, run, stored
 from finetune.train.evaluate import Evaluation
 from finetune.train.setup import Setup
 from finetune.train.signals import Interrupted, Signals
@@ -377,6 +377,33 @@ def test_it_goes_on_with_as_many_threads(place: list[str], here: Path) -> None:
         torch.set_num_threads(ours)
     assert result["threads"] == 3
     assert "Using 3 threads instead of 2, as the steps before did." in said
+
+
+def test_another_number_of_processes_is_told_and_recorded(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = config(place, "method=lora", "seed=2")
+    interrupt(settings, here / "run", 2)
+    assert resume.processes(here / "run") == 1
+    real = checkpoint.progress
+    monkeypatch.setattr(checkpoint, "progress", lambda folder, extra: {**real(folder, extra), "processes": 2})
+    result, said = go(settings, here / "run")
+    assert "steps up to 3 were made by 2 processes and later ones by 1" in result["warnings"][0]
+    assert f"Warning: {result['warnings'][0]}." in said
+    assert resume.processes(here / "nowhere") is None
+
+
+def test_an_altered_configuration_is_not_gone_on_with(place: list[str], here: Path) -> None:
+    """Of an unfinished run, whose checkpoints know with what they were made."""
+    interrupt(config(place, "method=lora"), here / "run", 2)
+    file = here / "run" / "config.yaml"
+    file.write_text(file.read_text().replace("lr: 0.02", "lr: 0.2"))
+    with pytest.raises(ConfigError, match=r"config.yaml is not what .*step-3 was trained with: optimizer.lr is 0.2 there and 0.02 here"):
+        go(load([], None, file), here / "run")
+
+
+def test_a_run_in_use_is_refused_before_anything_is_loaded(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "prepare", lambda settings: pytest.fail("loaded"))
+    with lock.held(here / "run"), pytest.raises(ConfigError, match="is in use by"):
+        go(config(place, "method=lora"), here / "run")
 
 
 def test_state_json_says_when_and_where(place: list[str], here: Path) -> None:

@@ -143,6 +143,7 @@ def test_a_killed_process_ends_the_other(words: list[str], tmp_path: Path) -> No
         assert time.monotonic() - began < LIMIT
     errors = [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("Error")]
     assert errors[0].startswith("Error: Process 1 of 2 was ended by SIGKILL (out of memory?), and the others with it.")
+    assert errors[0].endswith(f"`finetune train --resume {RUN}` goes on.")
     assert len(errors) == 1
     assert not (tmp_path / RUN / "result.json").exists()
 
@@ -159,8 +160,9 @@ def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bit
     assert err.splitlines()[-1].startswith("Stopped by SIGTERM after step "), err
     told = shlex.split(err.partition("To go on: finetune ")[2])
     assert told == ["train", "--resume", str(RUN), "--processes", "2"]
-    code, _, err = run(finetune(*told), tmp_path / "broken")
+    code, _, err = run(finetune(*told[:-2]), tmp_path / "broken")
     assert code == 0, err
+    assert "Going on with 2 processes, as before" in err
     assert run(finetune(*words, "--processes", "2"), tmp_path / "whole")[0] == 0
     assert not differences(tmp_path / "broken" / RUN, tmp_path / "whole" / RUN)
 
