@@ -63,7 +63,7 @@ def points(
             for fault in error.faults:
                 faults.setdefault(fault, []).append(" ".join(swept))
     if faults:
-        raise ConfigError(*(fault + _where(at, len(expanded)) for fault, at in faults.items()))
+        raise ConfigError(*(fault + where(at, len(expanded)) for fault, at in faults.items()))
     return list(found.values())
 
 
@@ -173,7 +173,7 @@ def has_field(method: str, field: str, config_dir: Path | None) -> bool:
     return known is None or field in known
 
 
-def _where(labels: list[str], of: int) -> str:
+def where(labels: list[str], of: int) -> str:
     """Which points have a fault that not all have."""
     more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
     return "" if len(labels) == of else f" (at {labels[0]}{more})"

@@ -41,7 +41,7 @@ class Forked:
         read, write = os.pipe()
         self.stderr = os.fdopen(read, "rb", buffering=0)
         try:
-            self._process = _context(environment).Process(target=_enter, args=(words, environment, _Inherited(write), _Inherited(held)))
+            self._process = context(environment).Process(target=_enter, args=(words, environment, _Inherited(write), _Inherited(held)))
             self._process.start()
         except BaseException:
             self.stderr.close()
@@ -66,7 +66,7 @@ class Forked:
             os.kill(self.pid, number)
 
 
-def _context(environment: dict[str, str]) -> ForkServerContext:
+def context(environment: dict[str, str]) -> ForkServerContext:
     """The server, started at first use. How threads wait is read when a library is loaded, so it must be in the server's own environment."""
     for name, value in environment.items():
         if name.startswith("OMP_"):

@@ -70,16 +70,22 @@ class Setup:
         return Images([{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)], self.base.processor)
 
 
+def check_machine(config: Config) -> None:
+    """Raise ``ConfigError`` where this machine, or its launcher, cannot compute as the configuration says."""
+    settings, faults, cuda = config.train, sharding(os.environ), torch.cuda.is_available()
+    if config.model.dtype != "float32" and settings.precision == "fp32":
+        faults.append(f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it.")
+    if settings.device == "cuda" and not cuda:
+        faults.append("train.device=cuda, but torch sees no CUDA device here. Use train.device=auto.")
+    if settings.precision == "fp16" and (settings.device == "cpu" or not cuda):
+        faults.append("train.precision=fp16 needs a GPU. Use train.precision=bf16 or fp32 on the CPU.")
+    if faults:
+        raise ConfigError(*faults)
+
+
 def make_accelerator(settings: TrainConfig) -> Accelerator:
     """An Accelerator of these settings; earlier ones of this process are forgotten, since their state is shared and fixed."""
-    if faults := sharding(os.environ):
-        raise ConfigError(*faults)
-    cuda = torch.cuda.is_available()
-    on_cpu = settings.device == "cpu" or not cuda
-    if settings.device == "cuda" and not cuda:
-        raise ConfigError("train.device=cuda, but torch sees no CUDA device here. Use train.device=auto.")
-    if settings.precision == "fp16" and on_cpu:
-        raise ConfigError("train.precision=fp16 needs a GPU. Use train.precision=bf16 or fp32 on the CPU.")
+    on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision])
     accelerator.gradient_accumulation_steps = 1  # whatever a launcher's configuration says: it would divide the loss, which is exact here
@@ -97,10 +103,7 @@ def make_deterministic(settings: TrainConfig) -> None:
 
 def prepare(config: Config) -> Setup:
     """Read data and model and attach the method. Every fault of the configuration shows here, before anything is written."""
-    if config.model.dtype != "float32" and config.train.precision == "fp32":
-        raise ConfigError(
-            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
-        )
+    check_machine(config)
     accelerator = make_accelerator(config.train)
     make_deterministic(config.train)
     raw = config.dataset.read()

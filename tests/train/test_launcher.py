@@ -16,7 +16,7 @@ from finetune.errors import ConfigError, RunFailed
 from finetune.settings import TrainConfig
 from finetune.train import processes as launcher
 from finetune.train.processes import sharding
-from finetune.train.setup import make_accelerator
+from finetune.train.setup import make_accelerator, prepare
 from finetune.train.signals import Interrupted
 
 
@@ -24,7 +24,7 @@ from finetune.train.signals import Interrupted
 def test_a_sharded_base_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match=f"{name}=true: .* splits the base's weights.*--processes N"):
-        make_accelerator(TrainConfig(device="cpu"))
+        prepare(load(["method=lora", "train.device=cpu"]))
     assert not sharding({name: "false"})
 
 

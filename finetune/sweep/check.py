@@ -1,0 +1,99 @@
+"""What would end runs of a sweep before their first step: data, models and methods that do not fit. Found before any run starts. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from functools import partial
+from multiprocessing.connection import Connection
+from typing import Any
+
+from ..errors import ConfigError
+from ..settings import Config
+from .grid import Point, where
+from .process import environment
+from .warm import context
+
+
+def check(runs: Sequence[Point]) -> None:
+    """Raise ``ConfigError`` with every such fault of ``runs`` that have not finished. Each data set and model is read once, in another process."""
+    kinds: dict[str, list[Point]] = {}
+    for point in runs:
+        if not point.folder.finished:
+            config = point.config
+            kinds.setdefault(
+                repr((config.model, config.dataset, config.method, config.selector, config.train.device, config.train.precision)), []
+            ).append(point)
+    together = sorted(kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model)))
+    told: dict[str, list[Point]] = {}
+    for points, faults in zip(together, _elsewhere([points[0].config for points in together]), strict=True):
+        for fault in faults:
+            told.setdefault(fault, []).extend(points)
+    if told:
+        raise ConfigError(*(f"{fault}{where([point.label for point in points], len(runs))}" for fault, points in told.items()))
+
+
+def _elsewhere(configs: list[Config]) -> list[tuple[str, ...]]:
+    """``found``, in a process of its own; no faults where that was ended: a run will meet what ended it."""
+    server = context(environment(1, None))
+    receiver, sender = server.Pipe(duplex=False)
+    process = server.Process(target=_send, args=(configs, sender), daemon=True)
+    process.start()
+    sender.close()
+    try:
+        result: list[tuple[str, ...]] = receiver.recv()
+        return result
+    except EOFError:
+        return [()] * len(configs)
+    finally:
+        process.terminate()
+        process.join()
+
+
+def _send(configs: list[Config], sender: Connection) -> None:
+    nowhere = os.open(os.devnull, os.O_RDWR)
+    for standard in (1, 2):
+        os.dup2(nowhere, standard)
+    sender.send(found(configs))
+
+
+def found(configs: Sequence[Config]) -> list[tuple[str, ...]]:
+    """The faults of each configuration."""
+    known: dict[str, Any] = {}
+    faults: list[tuple[str, ...]] = []
+    for config in configs:
+        try:
+            _try(config, known)
+            faults.append(())
+        except ConfigError as error:
+            faults.append(error.faults)
+            known.pop("base", None)  # it may be patched in part
+    return faults
+
+
+def _try(config: Config, known: dict[str, Any]) -> None:
+    """Read and build as a run does; ``known`` keeps the last data set and model."""
+    from torch import nn
+
+    from ..core.inplace import InPlace
+    from ..core.part import detach
+    from ..data.encode import encode
+    from ..models.load import load, pristine
+    from ..train.setup import check_machine
+
+    check_machine(config)
+    what = repr((config.dataset, config.model))
+    if known.get("what") != what or "base" not in known:
+        known.clear()
+        raw = config.dataset.read()
+        base = load(config.model, raw.task, raw.labels, config.seed)
+        encode(raw, base.processor)
+        known.update(what=what, base=base)
+    base = known["base"]
+    for phase in config.method.phases():
+        states = nn.ModuleDict({"method": phase.method.build(base.model)})
+        config.selector.build(base.model, states)
+        for part in states.modules():
+            if isinstance(part, InPlace):
+                part.source = partial(pristine, base)
+        detach(base.model, states)

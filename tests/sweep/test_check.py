@@ -1,0 +1,73 @@
+"""What cannot be run is found before anything runs. The oracle is ``train`` itself, which refuses the same in the same words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from finetune import sweep
+from finetune.errors import ConfigError
+from finetune.sweep import check
+from finetune.train import run
+
+CPU = ["train.device=cpu", "train.steps=8"]
+FAULTS = {
+    "data": ["dataset=imagefolder", "dataset.path=nope,nowhere", "method=lora"],
+    "model": ["model=hf", "model.path=nope", "method=lora", "seed=0,1"],
+    "targets": ["method=lora,shira", "method.targets=[foo]"],
+    "precision": ["method=lora,bitfit", "model.dtype=bfloat16", "train.precision=fp32,bf16,fp16"],
+    "task": ["model=tiny_lm,tiny_vit", "dataset=stdlib,digits", "method=lora"],
+}
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has imported everything."""
+    monkeypatch.setattr(check, "_elsewhere", check.found)
+
+
+@pytest.mark.usefixtures("here")
+@pytest.mark.parametrize("name", FAULTS)
+def test_every_point_that_train_refuses_is_named(name: str) -> None:
+    runs = sweep.points([*FAULTS[name], *CPU])
+    told: dict[str, list[str]] = {}
+    for point in runs:
+        try:
+            run.prepare(point.config)
+        except ConfigError as error:
+            for fault in error.faults:
+                told.setdefault(fault, []).append(point.label)
+    assert told
+    with pytest.raises(ConfigError) as refused:
+        check.check(runs)
+    for fault in refused.value.faults:
+        words, at, label = fault.partition(" (at ")
+        assert label.startswith(told[words][0]) if at else len(told[words]) == len(runs)
+    assert len(refused.value.faults) == len(told)
+    assert not list(Path().iterdir())
+
+
+@pytest.mark.usefixtures("here")
+def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
+    good = [point for method in ("lora", "snella", "lt_sft", "bitfit", "peft") for point in sweep.points([f"method={method}", *CPU])]
+    assert check.found([point.config for point in good]) == [()] * len(good)
+    bad, worse = (sweep.points([f"method={method}", "method.targets=[foo]", *CPU])[0] for method in ("lora", "shira"))
+    assert [bool(faults) for faults in check.found([bad.config, good[0].config, worse.config])] == [True, False, True]
+
+
+@pytest.mark.slow
+def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = sweep.points(["method=lora,shira", "method.targets=[foo]", *CPU])
+    with pytest.raises(ConfigError, match="foo"):
+        check.check(runs)
+    for point in runs:
+        point.folder.path.mkdir(parents=True)
+        point.folder.result.write_text('{"format": 1, "status": "finished"}')
+    monkeypatch.setattr(check, "_send", pytest.fail)
+    check.check(runs)
