@@ -21,12 +21,12 @@ def check(runs: Sequence[Point]) -> None:
     for point in runs:
         if not point.folder.finished:
             config = point.config
-            kinds.setdefault(
-                repr((config.model, config.dataset, config.method, config.selector, config.train.device, config.train.precision)), []
-            ).append(point)
+            what = (config.model, config.dataset, config.method, config.selector, config.train.device, config.train.precision)
+            kinds.setdefault(repr(what), []).append(point)
     together = sorted(kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model)))
+    found = _elsewhere([points[0].config for points in together]) if together else []
     told: dict[str, list[Point]] = {}
-    for points, faults in zip(together, _elsewhere([points[0].config for points in together]), strict=True):
+    for points, faults in zip(together, found, strict=True):
         for fault in faults:
             told.setdefault(fault, []).extend(points)
     if told:
@@ -34,7 +34,7 @@ def check(runs: Sequence[Point]) -> None:
 
 
 def _elsewhere(configs: list[Config]) -> list[tuple[str, ...]]:
-    """``found``, in a process of its own; no faults where that was ended: a run will meet what ended it."""
+    """``faults_of``, in a process of its own; no faults where that was ended: a run will meet what ended it."""
     server = context(environment(1, None))
     receiver, sender = server.Pipe(duplex=False)
     process = server.Process(target=_send, args=(configs, sender), daemon=True)
@@ -54,10 +54,10 @@ def _send(configs: list[Config], sender: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (1, 2):
         os.dup2(nowhere, standard)
-    sender.send(found(configs))
+    sender.send(faults_of(configs))
 
 
-def found(configs: Sequence[Config]) -> list[tuple[str, ...]]:
+def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
     """The faults of each configuration."""
     known: dict[str, Any] = {}
     faults: list[tuple[str, ...]] = []

@@ -29,7 +29,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported everything."""
-    monkeypatch.setattr(check, "_elsewhere", check.found)
+    monkeypatch.setattr(check, "_elsewhere", check.faults_of)
 
 
 @pytest.mark.usefixtures("here")
@@ -56,9 +56,9 @@ def test_every_point_that_train_refuses_is_named(name: str) -> None:
 @pytest.mark.usefixtures("here")
 def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
     good = [point for method in ("lora", "snella", "lt_sft", "bitfit", "peft") for point in sweep.points([f"method={method}", *CPU])]
-    assert check.found([point.config for point in good]) == [()] * len(good)
+    assert check.faults_of([point.config for point in good]) == [()] * len(good)
     bad, worse = (sweep.points([f"method={method}", "method.targets=[foo]", *CPU])[0] for method in ("lora", "shira"))
-    assert [bool(faults) for faults in check.found([bad.config, good[0].config, worse.config])] == [True, False, True]
+    assert [bool(faults) for faults in check.faults_of([bad.config, good[0].config, worse.config])] == [True, False, True]
 
 
 @pytest.mark.slow
@@ -69,5 +69,5 @@ def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: 
     for point in runs:
         point.folder.path.mkdir(parents=True)
         point.folder.result.write_text('{"format": 1, "status": "finished"}')
-    monkeypatch.setattr(check, "_send", pytest.fail)
+    monkeypatch.setattr(check, "_elsewhere", pytest.fail)
     check.check(runs)
