@@ -265,6 +265,40 @@ def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
     assert found["fairness"] == []
 
 
+@pytest.mark.parametrize("into", ["sweep", "other"])
+def test_a_configuration_tuned_twice_makes_a_row_for_each_value(made: Make, tmp_path: Path, into: str) -> None:
+    """In one folder or in two; for ``--by`` it is pooled, and every run counts."""
+    for method, rate, folder in (("lora", 0.01, "sweep"), ("head", 0.1, "sweep"), ("head", 0.2, into)):
+        for seed in (0, 1):
+            made(
+                method, seed, answers(rate + 0.6), optimizer__lr=rate, into=folder, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
+            )
+    found = data(tmp_path, tmp_path / "outputs")
+    assert found["by"] == ["method", "optimizer.lr"]
+    told = {r["label"]: (r["seeds"], r["missing"], len(set(r["values"]))) for r in found["rows"]}
+    assert told == {name: ([0, 1], 0, 1) for name in ("lora optimizer.lr=0.01", "head optimizer.lr=0.1", "head optimizer.lr=0.2")}
+    pooled = data(tmp_path, tmp_path / "outputs", by=["method"])
+    head = row(pooled, "head")
+    assert (head["finished"], head["missing"], len(head["values"])) == (4, 0, 4)
+    assert any("Rows pool runs that differ in optimizer.lr" in note for note in pooled["notes"])
+
+
+def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9), optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1})
+    made("lora", 0, answers(0.8))
+    assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {"optimizer.lr=0.1": 0, "optimizer.lr=0.001": 0}
+
+
+def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(made: Make, tmp_path: Path) -> None:
+    for method, sparsity, rate in (("snell", 0.9, 0.1), ("snell", 0.99, 0.2), ("spiel", 0.9, 0.3), ("spiel", 0.99, 0.4)):
+        for seed in (0, 1):
+            tuning = {"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
+            made(method, seed, answers(sparsity - rate, seed), method__sparsity=sparsity, optimizer__lr=rate, tuning=tuning)
+    found = data(tmp_path, by=["method"])
+    assert [r["versus"]["test"] for r in found["rows"] if r["versus"]] == ["seeds and examples"]
+    assert not any("lr" in note for note in found["notes"])
+
+
 def test_trials_of_tuning_are_no_rows(made: Make, tmp_path: Path) -> None:
     made("lora", 0, answers(0.9))
     made("head", 0, answers(0.9), into="sweep/trials")
