@@ -5,7 +5,8 @@ They name no colour but those of the series, so that the page can set them in li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -128,6 +129,15 @@ def _pareto(comparison: Data, looks: Mapping[str, Style], cost: views.Cost) -> F
     return Figure(f"pareto_{cost.key}", f"{words} against {cost.words}", caption, data, layout)
 
 
+def level_dashes(found: views.Settings, looks: Mapping[str, Style]) -> Iterator[tuple[Point, list[int]]]:
+    """Each level with the lengths of its ink and gaps: a dash, and then a dot for each level of its colour before it."""
+    before = Counter[str]()
+    for level in found.levels:
+        colour = looks[level.series].colour
+        yield level, [8, 5, *([2, 5] * before[colour])]
+        before[colour] += 1
+
+
 def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
     data = []
     for name, points in found.lines.items():
@@ -136,16 +146,18 @@ def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
         line = {"color": look.colour, "width": 2, "dash": DASHES[views.place(found, name) % len(DASHES)]}
         data.append(_scatter(name, points, hover, marker=marker, mode="lines+markers", line=line, **_error(points, "y")))
     xs = [point.x for points in found.lines.values() for point in points]
-    for level in found.levels:
+    for level, lengths in level_dashes(found, looks):
         look, ends = looks[level.series], [min(xs), max(xs)]
         hover = [_hover(level, level.y, found.y, f"has no {escaped(found.key)}")] * 2
-        line, arms = {"color": look.colour, "width": 2, "dash": "5px,8px"}, _error([replace(level, low=None, high=None), level], "y")
+        line = {"color": look.colour, "width": 2, "dash": ",".join(f"{length}px" for length in lengths)}
+        arms = _error([replace(level, low=None, high=None), level], "y")
         data.append(_scatter(level.label, [level] * 2, hover, mode="lines", line=line, **arms) | {"x": ends})
     dashed = f"Dashed: without {found.key}. " if found.levels else ""
     caption = f"{dashed}{INTERVAL} {found.left_out}"
-    legend: dict[str, Any] = {"showlegend": any(name != points[0].series for name, points in found.lines.items()), "legend": LEGEND}
+    told = any(name != points[0].series for name, points in found.lines.items()) or any(level.label != level.series for level in found.levels)
+    legend = {"showlegend": told, "legend": LEGEND}
     ticks = _ticks(sorted(set(xs))) if len(set(xs)) <= 8 else {}
-    layout = _layout(_axis(found.x) | ticks, _axis(found.y), **legend)
+    layout = _layout(_axis(found.x) | ticks, _axis(found.y), 380 + 6 * told * len(data), **legend)
     return Figure(f"by_{found.key}", f"what {'density' if 'density' in found.x.title else found.key} does", caption, data, layout)
 
 

@@ -234,7 +234,8 @@ def _setting(comparison: Data, rows: Sequence[Data], key: str) -> Settings:
     x = Axis(title, log=dense or _wide([place(row["by"][key]) for row in have]))
     lines: dict[str, list[Point]] = {}
     for row in have:
-        others = [f"{k}={row['by'][k]}" for k in by if k != key and row["by"].get(k) is not None and str(row["by"][k]) != series(row, by)]
+        told = {k.removeprefix("method."): row["by"].get(k) for k in by if k != key}
+        others = [f"{k}={value}" for k, value in told.items() if value is not None and str(value) != series(row, by)]
         name = [series(row, by)] if series(row, by) != ROWS or not others else []
         lines.setdefault(" ".join([*name, *others]), []).append(_point(row, by, place(row["by"][key]), y))
     for points in lines.values():

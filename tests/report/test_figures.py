@@ -131,6 +131,16 @@ def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: d
     assert figure.layout["xaxis"]["type"] == "log"
 
 
+def test_levels_of_one_colour_have_dashes_of_their_own(comparison: dict[str, Any]) -> None:
+    for row in comparison["rows"]:
+        row["by"]["sparsity"] = None if row["by"]["method"] == "spiel" else row["by"]["sparsity"]
+    figure = drawn(comparison)["by_sparsity"]
+    levels = [trace for trace in figure.data if trace["mode"] == "lines"]
+    assert len(levels) == 4
+    assert len({(level["line"]["color"], level["line"]["dash"]) for level in levels}) == 4
+    assert figure.layout["showlegend"]
+
+
 def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
     comparison["by"] = ["method", "rank", "optimizer.name"]
     for place, row in enumerate(comparison["rows"]):

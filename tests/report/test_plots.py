@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -78,6 +79,34 @@ def test_points_and_intervals_are_the_rows() -> None:
     assert axes.get_ylabel() == "test accuracy in %,\nhigher is better"
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert legend == {"lora", "snell", "spiel", "shira", "sara"}
+
+
+def with_levels() -> dict[str, Any]:
+    """Three rows of spiel have no sparsity; two rows differ only in the middle of their long names."""
+    comparison = example()
+    for number, row in enumerate(row for row in comparison["rows"] if row["by"]["method"] == "spiel"):
+        row["label"], row["by"]["sparsity"] = f"spiel optimizer.lr=0.00{number + 1}000 schedule=linear", None
+    return comparison
+
+
+def test_every_legend_lies_inside_its_figure_and_tells_all_lines_apart() -> None:
+    with matplotlib.rc_context(plots.STYLE):
+        found = dict(plots.figures(with_levels()))
+        for figure in found.values():
+            figure.canvas.draw()
+            for legend in figure.legends:
+                box = legend.get_window_extent()
+                assert box.x0 >= 0
+                assert box.y0 >= 0
+                assert box.x1 <= figure.bbox.x1
+                assert box.y1 < figure.axes[0].get_window_extent().y0
+                names = [text.get_text() for text in legend.get_texts()]
+                assert len(set(names)) == len(names)
+    (axes,) = found["by_sparsity"].axes
+    assert axes.get_window_extent().height > 1.2 * found["by_sparsity"].dpi
+    levels = [line for line in axes.lines if line.get_transform() == axes.get_yaxis_transform()]
+    assert len(levels) == 4
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in levels}) == 4
 
 
 def test_differences_and_ranks_read_from_the_top() -> None:
