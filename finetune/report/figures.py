@@ -161,6 +161,12 @@ def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
     return Figure(f"by_{found.key}", f"what {'density' if 'density' in found.x.title else found.key} does", caption, data, layout)
 
 
+def curve_look(curve: views.Curve, looks: Mapping[str, Style]) -> Style:
+    """With a symbol of its own, which tells apart the curves of one series as their dashes do."""
+    look = looks[curve.series]
+    return replace(look, symbol=views.SYMBOLS[(views.SYMBOLS.index(look.symbol) + curve.dash) % len(views.SYMBOLS)])
+
+
 def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
     axis, found, left_out = views.curves(comparison)
     if not found:
@@ -173,17 +179,14 @@ def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
             band = {"fillcolor": _faint(colour), "legendgroup": group, "showlegend": False, "hoverinfo": "skip", "name": group}
             data.append({"type": "scatter", "meta": meta, **edge, **band})
         line = {"color": colour, "width": 2, "dash": DASHES[curve.dash % len(DASHES)]}
-        place = {
-            "type": "scatter",
-            "mode": "lines",
-            "meta": meta,
-            "x": curve.x,
-            "y": curve.y,
-            "name": escaped(short(curve.label)),
-            "legendgroup": group,
-        }
+        place: dict[str, Any] = {"type": "scatter", "mode": "lines", "meta": meta, "x": curve.x, "y": curve.y, "legendgroup": group}
+        place["name"] = escaped(short(curve.label))
+        if points := curve.points:
+            place |= {"mode": "lines+markers", "marker": _markers(points, curve_look(curve, looks), [not curve.low] * len(points), 8)}
+        if curve.low and len(points) == 1:  # no band to see
+            place |= _error(points, "y")
         data.append({**place, "line": line, "text": group, "hovertemplate": "<b>%{text}</b><br>step %{x}: %{y:.4g}<extra></extra>"})
-    caption = f"Means over seeds, with the band of their 95 % interval; a line without a band is a single seed. {left_out}"
+    caption = f"Means over seeds, with the band or bar of their 95 % interval; a curve without one is a single seed. {left_out}"
     legend = {"showlegend": True, "legend": LEGEND}
     layout = _layout(_axis(Axis("optimizer step")), _axis(axis), 420 + 12 * len(found), **legend)
     return Figure("curves", "learning curves", caption, data, layout)

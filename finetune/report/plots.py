@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from . import views
-from .figures import level_dashes, short
+from .figures import curve_look, level_dashes, short
 from .views import Axis, Data, Point, Style
 
 WIDTH = 3.3  # inches: a column of the usual two-column styles
@@ -182,11 +183,13 @@ def _curves(axis: Axis, found: Sequence[views.Curve], looks: Looks) -> Any:
     figure, axes = _figure(2.3)
     handles: Handles = []
     for curve in found:
-        look, dash = looks[curve.series], DASHES[curve.dash % len(DASHES)]
+        look, dash = curve_look(curve, looks), DASHES[curve.dash % len(DASHES)]
         if curve.low:
             axes.fill_between(curve.x, curve.low, curve.high, color=look.colour, alpha=0.12, linewidth=0)
         axes.plot(curve.x, curve.y, color=look.colour, linestyle=dash)
-        handles.append((curve.label, _handle(look, dash, marked=False)))
+        for point in curve.points:
+            _draw(axes, point if len(curve.x) == 1 else replace(point, low=None, high=None), look, hollow=not curve.low)
+        handles.append((curve.label, _handle(look, dash, marked=bool(curve.points))))
     _label(axes, Axis("optimizer step"), axis)
     _legend(figure, handles)
     return figure

@@ -8,19 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Data = Mapping[str, Any]
-PALETTE = (
-    "#0f7fc4",
-    "#dd5f0c",
-    "#079268",
-    "#c25f9a",
-    "#a3780a",
-    "#8367d6",
-    "#c9404a",
-    "#5d7f88",
-)  # told apart by colour-blind eyes, on white and on black
+# told apart by colour-blind eyes, on white and on black
+PALETTE = ("#0f7fc4", "#dd5f0c", "#079268", "#c25f9a", "#a3780a", "#8367d6", "#c9404a", "#5d7f88")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "pentagon", "star")
 ROWS = "rows"  # the one series of rows that only numbers tell apart
 MOST_CURVES = 12
+FEW = 5  # points of a curve up to which each has a marker
 TOLD = ("better", "worse")  # verdicts that tell two rows apart
 VALIDATED = {"classification": ("accuracy", True), "causal_lm": ("bits per byte", False)}  # by task: what is validated, and whether it is a share
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
@@ -182,6 +175,14 @@ class Curve:
     low: list[float]
     high: list[float]
     dash: int
+
+    @property
+    def points(self) -> list[Point]:
+        """Those that get a marker: all of a curve of few points, since a line of one does not show."""
+        if len(self.x) > FEW:
+            return []
+        ends = zip(self.low, self.high, strict=True) if self.low else [(None, None)] * len(self.x)
+        return [Point(self.label, self.series, x, y, low, high) for x, y, (low, high) in zip(self.x, self.y, ends, strict=True)]
 
 
 def curves(comparison: Data) -> tuple[Axis, list[Curve], str]:

@@ -188,6 +188,17 @@ def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> 
     assert len(set(looks)) == len(looks)
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: int) -> None:
+    for row in comparison["rows"]:
+        row["curve"] = row["curve"][:count]
+    lines = [trace for trace in drawn(comparison)["curves"].data if "fill" not in trace]
+    assert {trace["mode"] for trace in lines} == {"lines+markers"}
+    assert len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in lines}) == len(lines) == 12
+    bars = [trace["error_y"]["array"] for trace in lines if "error_y" in trace]
+    assert bars == ([[pytest.approx(100 * (row["high"] - row["mean"]))] for row in comparison["rows"][:12] if row["high"]] if count == 1 else [])
+
+
 def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:
     comparison["rows"][3]["versus"] |= {"low": None, "high": None, "p": None, "p_holm": None, "test": "none", "verdict": "untested"}
     figure = drawn(comparison)["differences"]

@@ -109,6 +109,21 @@ def test_every_legend_lies_inside_its_figure_and_tells_all_lines_apart() -> None
     assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in levels}) == 4
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_of_few_points_have_markers(count: int) -> None:
+    comparison = example()
+    for row in comparison["rows"]:
+        row["curve"] = row["curve"][:count]
+    figure = dict(plots.figures(comparison))["curves"]
+    (axes,) = figure.axes
+    rows = [row for row in comparison["rows"] if row["curve"]][: views.MOST_CURVES]
+    looks = {(to_hex(bar[0].get_color()), bar[0].get_marker()) for bar in axes.containers}
+    assert (len(axes.containers), len(looks)) == (count * len(rows), len(rows))
+    if count == 1:
+        assert [bool(bar[2]) for bar in axes.containers] == [row["finished"] > 1 for row in rows]
+    assert {line.get_marker() for line in axes.lines} >= {look for _, look in looks}
+
+
 def test_differences_and_ranks_read_from_the_top() -> None:
     comparison = example()
     with matplotlib.rc_context(plots.STYLE):
