@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from finetune.config import load, tree
 from finetune.errors import ConfigError
 from finetune.report import statistics
 from finetune.report.comparison import compare
-from finetune.train.files import write_yaml
+from finetune.sweep.grid import points
+from finetune.train.files import write_json_atomic, write_yaml
 
 Make = Callable[..., Path]
 
@@ -412,3 +414,31 @@ def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
         assert load(words[2:]).hash() == config.hash()
     assert "train.steps=7" in words
     assert "train.batch_size=16" not in words
+
+
+@pytest.mark.parametrize("repeated", [["seed=0,1,2"], ["seed=4", "dataset.split_seed=0,1", "dataset.fold=0,1"], ["method.rank=2,3", "seed=0,1"]])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipped: int) -> None:
+    """Each of its runs and no others, with as many threads as they had."""
+    words = ["method=lora", "dataset=csv", "dataset.path=a.csv", "dataset.test_share=0.5", "dataset.val_share=0.1", "train.steps=7", *repeated]
+    for point in points(words)[skipped:]:
+        folder = tmp_path / point.folder.path.name
+        folder.mkdir()
+        write_yaml(folder / "config.yaml", point.config.as_dict())
+        told = {"status": "finished", "threads": 3, "processes": 1, "seed": point.config.seed, "config_hash": point.config.hash()}
+        write_json_atomic(folder / "result.json", told)
+    (only,) = compare([tmp_path], by=["method"]).as_dict()["rows"]
+    found = [point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])]
+    assert {config.train.threads for config in found} == {3}
+    assert sorted(replace(config, train=replace(config.train, threads=None)).hash() for config in found) == sorted(
+        point.config.hash() for point in points(words)[skipped:]
+    )
+    if not skipped:
+        assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
+
+
+@pytest.mark.parametrize("told", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
+def test_the_command_gives_no_threads_where_the_runs_do_not_agree(made: Make, tmp_path: Path, told: dict[str, Any]) -> None:
+    made("lora", 0, answers(0.9), told={"threads": 3, "processes": 1})
+    made("lora", 1, answers(0.9), told=told)
+    assert "train.threads=null" in row(data(tmp_path), "lora")["command"]
