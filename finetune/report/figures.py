@@ -18,6 +18,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 INTERVAL = "Bars are 95 % intervals over seeds; a hollow point is a single seed, which has none."
 LONGEST = 30
 LEGEND = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0.0}
+SHARE = (-1.5, 101.5)  # what an axis of shares in % shows at most, though intervals may end beyond; a marker at 100 is whole
 INK = {"ink": True}  # to be drawn in the colour of the text
 
 
@@ -57,6 +58,11 @@ def short(label: str, longest: int = LONGEST) -> str:
 
 def _axis(axis: Axis, **more: Any) -> dict[str, Any]:
     return {"title": {"text": escaped(axis.title), "standoff": 12}, "automargin": True, "type": "log" if axis.log else "linear", **more}
+
+
+def _upright(axis: Axis) -> dict[str, Any]:
+    """The y axis of a metric."""
+    return _axis(axis) | ({"autorangeoptions": {"clipmin": SHARE[0], "clipmax": SHARE[1]}} if axis.scale == 0.01 else {})
 
 
 def _ticks(places: Sequence[float]) -> dict[str, Any]:
@@ -125,7 +131,7 @@ def _pareto(comparison: Data, looks: Mapping[str, Style], cost: views.Cost) -> F
     joins = f"The stepped line joins the rows that no other beats with the same {cost.words} or less ({best}); the others are paler."
     caption = f"{joins} {INTERVAL} {view.left_out}"
     xs = [p.x for p in view.points]
-    layout = _layout(_axis(view.x) | (_ticks(views.ticks(min(xs), max(xs))) if view.x.log else {}), _axis(view.y))
+    layout = _layout(_axis(view.x) | (_ticks(views.ticks(min(xs), max(xs))) if view.x.log else {}), _upright(view.y))
     return Figure(f"pareto_{cost.key}", f"{words} against {cost.words}", caption, data, layout)
 
 
@@ -157,7 +163,7 @@ def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
     told = any(name != points[0].series for name, points in found.lines.items()) or any(level.label != level.series for level in found.levels)
     legend = {"showlegend": told, "legend": LEGEND}
     ticks = _ticks(sorted(set(xs))) if len(set(xs)) <= 8 else {}
-    layout = _layout(_axis(found.x) | ticks, _axis(found.y), 380 + 6 * told * len(data), **legend)
+    layout = _layout(_axis(found.x) | ticks, _upright(found.y), 380 + 6 * told * len(data), **legend)
     return Figure(f"by_{found.key}", f"what {'density' if 'density' in found.x.title else found.key} does", caption, data, layout)
 
 
@@ -188,7 +194,7 @@ def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
         data.append({**place, "line": line, "text": group, "hovertemplate": "<b>%{text}</b><br>step %{x}: %{y:.4g}<extra></extra>"})
     caption = f"Means over seeds, with the band or bar of their 95 % interval; a curve without one is a single seed. {left_out}"
     legend = {"showlegend": True, "legend": LEGEND}
-    layout = _layout(_axis(Axis("optimizer step")), _axis(axis), 420 + 12 * len(found), **legend)
+    layout = _layout(_axis(Axis("optimizer step")), _upright(axis), 420 + 12 * len(found), **legend)
     return Figure("curves", "learning curves", caption, data, layout)
 
 

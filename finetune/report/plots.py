@@ -11,7 +11,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import views
-from .figures import curve_look, level_dashes, short
+from .figures import SHARE, curve_look, level_dashes, short
 from .views import Axis, Data, Point, Style
 
 WIDTH = 3.3  # inches: a column of the usual two-column styles
@@ -88,8 +88,12 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _label(axes: Any, x: Axis, y: Axis) -> None:
+    """The titles, and the limits of an axis of shares, when all is drawn."""
     for name, title in ((axes.set_xlabel, x.title), (axes.set_ylabel, y.title)):
         name(title.replace(", ", ",\n") if len(title) > LINE else title)
+    if y.scale == 0.01:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, SHARE[0]), min(high, SHARE[1]))
 
 
 def _log(axes: Any, places: Sequence[float]) -> None:

@@ -199,6 +199,14 @@ def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: in
     assert bars == ([[pytest.approx(100 * (row["high"] - row["mean"]))] for row in comparison["rows"][:12] if row["high"]] if count == 1 else [])
 
 
+def test_axes_of_shares_end_at_0_and_100(comparison: dict[str, Any]) -> None:
+    clip = {"clipmin": -1.5, "clipmax": 101.5}
+    told = {key: figure.layout["yaxis"].get("autorangeoptions") for key, figure in drawn(comparison).items()}
+    assert {key for key, found in told.items() if found == clip} == {key for key in told if key.startswith(("pareto", "by_", "curves"))}
+    comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
+    assert "autorangeoptions" not in drawn(comparison)["pareto_trained"].layout["yaxis"]
+
+
 def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:
     comparison["rows"][3]["versus"] |= {"low": None, "high": None, "p": None, "p_holm": None, "test": "none", "verdict": "untested"}
     figure = drawn(comparison)["differences"]

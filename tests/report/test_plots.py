@@ -124,6 +124,20 @@ def test_curves_of_few_points_have_markers(count: int) -> None:
     assert {line.get_marker() for line in axes.lines} >= {look for _, look in looks}
 
 
+def test_axes_of_shares_end_at_0_and_100() -> None:
+    comparison = example()
+    wide, *others = comparison["rows"]
+    ends = {"low": -0.25, "high": 1.25}
+    wide |= ends | {"curve": [point | ends for point in wide["curve"]]}
+    found = dict(plots.figures(comparison))
+    for key in ("pareto_trained", "by_sparsity", "curves"):
+        assert found[key].axes[0].get_ylim() == figures.SHARE
+    comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
+    assert dict(plots.figures(comparison))["pareto_trained"].axes[0].get_ylim()[1] > 1.25
+    narrow = dict(plots.figures(example() | {"rows": others}))["pareto_trained"].axes[0].get_ylim()
+    assert narrow[0] > 50
+
+
 def test_differences_and_ranks_read_from_the_top() -> None:
     comparison = example()
     with matplotlib.rc_context(plots.STYLE):
