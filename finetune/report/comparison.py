@@ -88,7 +88,7 @@ class Comparison:
             **_costs(row),
             "rank": self.ranks.get(row.label, ""),
             "versus": self.versus.get(row.label),
-            "command": command(row.finished[0] if row.finished else row.runs[0], defaults),
+            "command": command(row.finished or row.runs, defaults),
             "runs": [str(run.path) for run in row.runs],
             "curve": _curve(row.finished, key) if curves else [],
         }

@@ -5,7 +5,8 @@ They name no colour but those of the series, so that the page can set them in li
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 INTERVAL = "Bars are 95 % intervals over seeds; a hollow point is a single seed, which has none."
 LONGEST = 30
 LEGEND = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0.0}
+SHARE = (-1.5, 101.5)  # what an axis of shares in % shows at most, though intervals may end beyond; a marker at 100 is whole
 INK = {"ink": True}  # to be drawn in the colour of the text
 
 
@@ -56,6 +58,11 @@ def short(label: str, longest: int = LONGEST) -> str:
 
 def _axis(axis: Axis, **more: Any) -> dict[str, Any]:
     return {"title": {"text": escaped(axis.title), "standoff": 12}, "automargin": True, "type": "log" if axis.log else "linear", **more}
+
+
+def _upright(axis: Axis) -> dict[str, Any]:
+    """The y axis of a metric."""
+    return _axis(axis) | ({"autorangeoptions": {"clipmin": SHARE[0], "clipmax": SHARE[1]}} if axis.scale == 0.01 else {})
 
 
 def _ticks(places: Sequence[float]) -> dict[str, Any]:
@@ -124,8 +131,17 @@ def _pareto(comparison: Data, looks: Mapping[str, Style], cost: views.Cost) -> F
     joins = f"The stepped line joins the rows that no other beats with the same {cost.words} or less ({best}); the others are paler."
     caption = f"{joins} {INTERVAL} {view.left_out}"
     xs = [p.x for p in view.points]
-    layout = _layout(_axis(view.x) | (_ticks(views.ticks(min(xs), max(xs))) if view.x.log else {}), _axis(view.y))
+    layout = _layout(_axis(view.x) | (_ticks(views.ticks(min(xs), max(xs))) if view.x.log else {}), _upright(view.y))
     return Figure(f"pareto_{cost.key}", f"{words} against {cost.words}", caption, data, layout)
+
+
+def level_dashes(found: views.Settings, looks: Mapping[str, Style]) -> Iterator[tuple[Point, list[int]]]:
+    """Each level with the lengths of its ink and gaps: a dash, and then a dot for each level of its colour before it."""
+    before = Counter[str]()
+    for level in found.levels:
+        colour = looks[level.series].colour
+        yield level, [8, 5, *([2, 5] * before[colour])]
+        before[colour] += 1
 
 
 def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
@@ -136,17 +152,25 @@ def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
         line = {"color": look.colour, "width": 2, "dash": DASHES[views.place(found, name) % len(DASHES)]}
         data.append(_scatter(name, points, hover, marker=marker, mode="lines+markers", line=line, **_error(points, "y")))
     xs = [point.x for points in found.lines.values() for point in points]
-    for level in found.levels:
+    for level, lengths in level_dashes(found, looks):
         look, ends = looks[level.series], [min(xs), max(xs)]
         hover = [_hover(level, level.y, found.y, f"has no {escaped(found.key)}")] * 2
-        line, arms = {"color": look.colour, "width": 2, "dash": "5px,8px"}, _error([replace(level, low=None, high=None), level], "y")
+        line = {"color": look.colour, "width": 2, "dash": ",".join(f"{length}px" for length in lengths)}
+        arms = _error([replace(level, low=None, high=None), level], "y")
         data.append(_scatter(level.label, [level] * 2, hover, mode="lines", line=line, **arms) | {"x": ends})
     dashed = f"Dashed: without {found.key}. " if found.levels else ""
     caption = f"{dashed}{INTERVAL} {found.left_out}"
-    legend: dict[str, Any] = {"showlegend": any(name != points[0].series for name, points in found.lines.items()), "legend": LEGEND}
+    told = any(name != points[0].series for name, points in found.lines.items()) or any(level.label != level.series for level in found.levels)
+    legend = {"showlegend": told, "legend": LEGEND}
     ticks = _ticks(sorted(set(xs))) if len(set(xs)) <= 8 else {}
-    layout = _layout(_axis(found.x) | ticks, _axis(found.y), **legend)
+    layout = _layout(_axis(found.x) | ticks, _upright(found.y), 380 + 6 * told * len(data), **legend)
     return Figure(f"by_{found.key}", f"what {'density' if 'density' in found.x.title else found.key} does", caption, data, layout)
+
+
+def curve_look(curve: views.Curve, looks: Mapping[str, Style]) -> Style:
+    """With a symbol of its own, which tells apart the curves of one series as their dashes do."""
+    look = looks[curve.series]
+    return replace(look, symbol=views.SYMBOLS[(views.SYMBOLS.index(look.symbol) + curve.dash) % len(views.SYMBOLS)])
 
 
 def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
@@ -161,19 +185,16 @@ def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
             band = {"fillcolor": _faint(colour), "legendgroup": group, "showlegend": False, "hoverinfo": "skip", "name": group}
             data.append({"type": "scatter", "meta": meta, **edge, **band})
         line = {"color": colour, "width": 2, "dash": DASHES[curve.dash % len(DASHES)]}
-        place = {
-            "type": "scatter",
-            "mode": "lines",
-            "meta": meta,
-            "x": curve.x,
-            "y": curve.y,
-            "name": escaped(short(curve.label)),
-            "legendgroup": group,
-        }
+        place: dict[str, Any] = {"type": "scatter", "mode": "lines", "meta": meta, "x": curve.x, "y": curve.y, "legendgroup": group}
+        place["name"] = escaped(short(curve.label))
+        if points := curve.points:
+            place |= {"mode": "lines+markers", "marker": _markers(points, curve_look(curve, looks), [not curve.low] * len(points), 8)}
+        if curve.low and len(points) == 1:  # no band to see
+            place |= _error(points, "y")
         data.append({**place, "line": line, "text": group, "hovertemplate": "<b>%{text}</b><br>step %{x}: %{y:.4g}<extra></extra>"})
-    caption = f"Means over seeds, with the band of their 95 % interval; a line without a band is a single seed. {left_out}"
+    caption = f"Means over seeds, with the band or bar of their 95 % interval; a curve without one is a single seed. {left_out}"
     legend = {"showlegend": True, "legend": LEGEND}
-    layout = _layout(_axis(Axis("optimizer step")), _axis(axis), 420 + 12 * len(found), **legend)
+    layout = _layout(_axis(Axis("optimizer step")), _upright(axis), 420 + 12 * len(found), **legend)
     return Figure("curves", "learning curves", caption, data, layout)
 
 

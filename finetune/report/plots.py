@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
 from . import views
-from .figures import short
+from .figures import SHARE, curve_look, level_dashes, short
 from .views import Axis, Data, Point, Style
 
 WIDTH = 3.3  # inches: a column of the usual two-column styles
@@ -25,8 +26,9 @@ MARKERS = {
 }  # fmt: skip
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (7, 2)), (0, (7, 2, 1, 2)))
 LINE = 34  # letters of an axis title on one line
-NARROW = 24  # letters of a name beside a figure
+NARROW = 24  # letters of a name beside or below a figure
 Looks = Mapping[str, Style]
+Handles = list[tuple[str, Any]]
 
 
 def write(comparison: Data, folder: Path, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
@@ -86,8 +88,12 @@ def _figure(height: float) -> tuple[Any, Any]:
 
 
 def _label(axes: Any, x: Axis, y: Axis) -> None:
+    """The titles, and the limits of an axis of shares, when all is drawn."""
     for name, title in ((axes.set_xlabel, x.title), (axes.set_ylabel, y.title)):
         name(title.replace(", ", ",\n") if len(title) > LINE else title)
+    if y.scale == 0.01:
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, SHARE[0]), min(high, SHARE[1]))
 
 
 def _log(axes: Any, places: Sequence[float]) -> None:
@@ -112,21 +118,36 @@ def _draw(axes: Any, point: Point, look: Style, hollow: bool, across: bool = Fal
     axes.errorbar(point.x, point.y, **arms, color=look.colour, fmt=MARKERS[look.symbol], elinewidth=0.7, capsize=1.5, **fill, **more)
 
 
-def _legend(figure: Any, names: Mapping[str, Callable[[], Any]], columns: int) -> None:
-    if len(names) > 1:
-        figure.legend(
-            [make() for make in names.values()], list(names), loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.2
+def _legend(figure: Any, handles: Handles) -> None:
+    """Below the axes, in as many columns as the width holds; the figure grows by its height."""
+    if len(handles) < 2:
+        return
+    names = _distinct([name for name, _ in handles])
+    for columns in (4, 3, 2, 1):
+        legend = figure.legend(
+            [handle for _, handle in handles], names, loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.2
         )
+        box = legend.get_window_extent()
+        if box.width <= figure.bbox.width or columns == 1:
+            break
+        legend.remove()
+    figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
 
 
-def _handle(look: Style, line: Any = "none", marked: bool = True) -> Callable[[], Any]:
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, as short as tells them apart."""
+    cuts = ([short(name, longest) for name in names] for longest in (NARROW, 2 * NARROW))
+    return next((cut for cut in cuts if len(set(cut)) == len(set(names))), list(names))
+
+
+def _handle(look: Style, line: Any = "none", marked: bool = True) -> Any:
     from matplotlib.lines import Line2D
 
-    return lambda: Line2D([], [], color=look.colour, marker=MARKERS[look.symbol] if marked else "none", linestyle=line)
+    return Line2D([], [], color=look.colour, marker=MARKERS[look.symbol] if marked else "none", linestyle=line)
 
 
 def _pareto(view: views.View, looks: Looks) -> Any:
-    figure, axes = _figure(2.6)
+    figure, axes = _figure(2.2)
     axes.step([x for x, _ in view.line], [y for _, y in view.line], where="post", color="#888888", linewidth=0.9, zorder=1)
     for point in view.points:
         _draw(axes, point, looks[point.series], point.low is None, alpha=1.0 if point.emphasis else 0.5)
@@ -134,45 +155,47 @@ def _pareto(view: views.View, looks: Looks) -> Any:
         xs = [point.x for point in view.points]
         _log(axes, views.ticks(min(xs), max(xs)))
     _label(axes, view.x, view.y)
-    _legend(figure, {name: _handle(looks[name]) for name in dict.fromkeys(sorted(point.series for point in view.points))}, 4)
+    _legend(figure, [(name, _handle(looks[name])) for name in sorted({point.series for point in view.points})])
     return figure
 
 
 def _settings(found: views.Settings, looks: Looks) -> Any:
-    figure, axes = _figure(2.6)
-    handles: dict[str, Callable[[], Any]] = {}
+    figure, axes = _figure(2.2)
+    handles: Handles = []
     for name, points in found.lines.items():
         look = looks[points[0].series]
         dash = DASHES[views.place(found, name) % len(DASHES)]
         axes.plot([point.x for point in points], [point.y for point in points], color=look.colour, linestyle=dash)
         for point in points:
             _draw(axes, point, look, point.low is None)
-        handles[short(name, NARROW)] = _handle(look, dash)
+        handles.append((name, _handle(look, dash)))
     xs = sorted({point.x for points in found.lines.values() for point in points})
-    for level in found.levels:
-        look = looks[level.series]
-        axes.axhline(level.y, color=look.colour, linestyle="--")
+    for level, lengths in level_dashes(found, looks):
+        look, dash = looks[level.series], (0, [length / 2.5 for length in lengths])
+        axes.axhline(level.y, color=look.colour, linestyle=dash)
         if level.low is not None and level.high is not None:
             axes.axhspan(level.low, level.high, color=look.colour, alpha=0.1, linewidth=0)
-        handles[short(level.label, NARROW)] = _handle(look, "--", marked=False)
+        handles.append((level.label, _handle(look, dash, marked=False)))
     if found.x.log:
         _log(axes, xs if len(xs) <= 8 else views.ticks(xs[0], xs[-1]))
     _label(axes, found.x, found.y)
-    _legend(figure, handles, 3)
+    _legend(figure, handles)
     return figure
 
 
 def _curves(axis: Axis, found: Sequence[views.Curve], looks: Looks) -> Any:
-    figure, axes = _figure(2.4 + 0.07 * len(found))
-    handles: dict[str, Callable[[], Any]] = {}
+    figure, axes = _figure(2.3)
+    handles: Handles = []
     for curve in found:
-        look, dash = looks[curve.series], DASHES[curve.dash % len(DASHES)]
+        look, dash = curve_look(curve, looks), DASHES[curve.dash % len(DASHES)]
         if curve.low:
             axes.fill_between(curve.x, curve.low, curve.high, color=look.colour, alpha=0.12, linewidth=0)
         axes.plot(curve.x, curve.y, color=look.colour, linestyle=dash)
-        handles[short(curve.label, NARROW)] = _handle(look, dash, marked=False)
+        for point in curve.points:
+            _draw(axes, point if len(curve.x) == 1 else replace(point, low=None, high=None), look, hollow=not curve.low)
+        handles.append((curve.label, _handle(look, dash, marked=bool(curve.points))))
     _label(axes, Axis("optimizer step"), axis)
-    _legend(figure, handles, 2)
+    _legend(figure, handles)
     return figure
 
 

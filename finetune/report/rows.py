@@ -62,7 +62,7 @@ def tuned(runs: Iterable[Run]) -> set[str]:
 
 
 def axes(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
-    """The keys that tell rows apart: ``wanted``, or all that differ but do not follow from others, nor were tuned.
+    """The keys that tell rows apart: ``wanted``, or all that differ but do not follow from others; tuned ones only if some seed would count twice.
 
     Raises ``ConfigError`` with every word of ``wanted`` that is no setting.
     """
@@ -74,7 +74,13 @@ def axes(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
     for key in sorted(differ, key=lambda key: (FIRST.index(key) if key in FIRST else len(FIRST), not key.endswith(".name"), key.split(".")[0])):
         if not _follows(key, chosen, known):
             chosen.append(key)
-    return chosen or ["method.name"]
+    return [*chosen, *retuned(runs, chosen)] or ["method.name"]
+
+
+def retuned(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
+    """The tuned settings in which runs of one seed differ though ``keys`` agree: that configuration was tuned more than once, or also run untuned."""
+    known = [run.settings | {"seed": run.seed} for run in runs if run.known]
+    return [key for key in sorted(tuned(runs)) if not _follows(key, ["seed", *REPEATS, *keys], known)]
 
 
 def _follows(key: str, chosen: Sequence[str], settings: Iterable[Mapping[str, Any]]) -> bool:
@@ -142,6 +148,7 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
         row.label = words
     left_out = {*keys, *REPEATS, *tuned(runs)}
     inside = {key for row in rows.values() for key in varying(run.settings for run in row.runs if run.known)} - left_out
+    inside |= set(retuned(runs, [*keys, *inside]))
     for row in rows.values():
         row.inside = tuple(sorted(inside))
     return list(rows.values())

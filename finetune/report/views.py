@@ -8,19 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 Data = Mapping[str, Any]
-PALETTE = (
-    "#0f7fc4",
-    "#dd5f0c",
-    "#079268",
-    "#c25f9a",
-    "#a3780a",
-    "#8367d6",
-    "#c9404a",
-    "#5d7f88",
-)  # told apart by colour-blind eyes, on white and on black
+# told apart by colour-blind eyes, on white and on black
+PALETTE = ("#0f7fc4", "#dd5f0c", "#079268", "#c25f9a", "#a3780a", "#8367d6", "#c9404a", "#5d7f88")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "pentagon", "star")
 ROWS = "rows"  # the one series of rows that only numbers tell apart
 MOST_CURVES = 12
+FEW = 5  # points of a curve up to which each has a marker
 TOLD = ("better", "worse")  # verdicts that tell two rows apart
 VALIDATED = {"classification": ("accuracy", True), "causal_lm": ("bits per byte", False)}  # by task: what is validated, and whether it is a share
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
@@ -183,6 +176,14 @@ class Curve:
     high: list[float]
     dash: int
 
+    @property
+    def points(self) -> list[Point]:
+        """Those that get a marker: all of a curve of few points, since a line of one does not show."""
+        if len(self.x) > FEW:
+            return []
+        ends = zip(self.low, self.high, strict=True) if self.low else [(None, None)] * len(self.x)
+        return [Point(self.label, self.series, x, y, low, high) for x, y, (low, high) in zip(self.x, self.y, ends, strict=True)]
+
 
 def curves(comparison: Data) -> tuple[Axis, list[Curve], str]:
     """The validation metric over steps, of the best rows where they are many; and which rows are left out, in words."""
@@ -234,7 +235,8 @@ def _setting(comparison: Data, rows: Sequence[Data], key: str) -> Settings:
     x = Axis(title, log=dense or _wide([place(row["by"][key]) for row in have]))
     lines: dict[str, list[Point]] = {}
     for row in have:
-        others = [f"{k}={row['by'][k]}" for k in by if k != key and row["by"].get(k) is not None and str(row["by"][k]) != series(row, by)]
+        told = {k.removeprefix("method."): row["by"].get(k) for k in by if k != key}
+        others = [f"{k}={value}" for k, value in told.items() if value is not None and str(value) != series(row, by)]
         name = [series(row, by)] if series(row, by) != ROWS or not others else []
         lines.setdefault(" ".join([*name, *others]), []).append(_point(row, by, place(row["by"][key]), y))
     for points in lines.values():

@@ -268,6 +268,31 @@ def test_a_telephone_shows_all_without_scrolling_the_page(page: Any) -> None:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+def test_titles_beside_axes_are_whole_above_a_long_legend(opened: Any, tmp_path: Path) -> None:
+    comparison = example["comparison"]()
+    comparison["metric"] |= {"name": "retention.accuracy", "words": "retention accuracy"}
+    comparison["by"] = ["method", "sparsity", "method.rank"]
+    for place, row in enumerate(comparison["rows"]):  # many lines, so a long legend
+        row["by"]["method.rank"] = 4 << place % 3
+    html.write(comparison, tmp_path / "report.html")
+    first = opened.current_window_handle
+    opened.switch_to.new_window("tab")
+    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    try:
+        opened.get((tmp_path / "report.html").as_uri())
+        wait(opened, "return document.documentElement.dataset.drawn !== undefined")
+        clipped = opened.execute_script(
+            "return [...document.querySelectorAll('.plot .infolayer .ytitle')].filter(title => {"
+            " const a = title.getBoundingClientRect(), b = title.closest('svg').getBoundingClientRect();"
+            " return Math.max(b.top - a.top, a.bottom - b.bottom, b.left - a.left) > 1"
+            "}).map(title => title.textContent)"
+        )
+        assert clipped == []
+    finally:
+        opened.close()
+        opened.switch_to.window(first)
+
+
 def test_it_prints(page: Any) -> None:
     pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})["data"]
     assert len(pdf) > 50_000

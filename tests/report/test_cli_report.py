@@ -60,7 +60,7 @@ def test_html_and_plots(say: Callable[..., Said], sweep: str, tmp_path: Path) ->
     assert code == 0, err
     assert "lora" in (tmp_path / "r.html").read_text()
     assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".pdf"}
-    assert "finetune train method=lora" in (tmp_path / "r.html").read_text()
+    assert "finetune sweep method=lora" in (tmp_path / "r.html").read_text()
     assert say("compare", sweep, "--out", "r.html")[0] == 0
 
 

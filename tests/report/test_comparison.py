@@ -8,6 +8,7 @@ import math
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from finetune.config import load, tree
 from finetune.errors import ConfigError
 from finetune.report import statistics
 from finetune.report.comparison import compare
-from finetune.train.files import write_yaml
+from finetune.sweep.grid import points
+from finetune.train.files import write_json_atomic, write_yaml
 
 Make = Callable[..., Path]
 
@@ -265,6 +267,40 @@ def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
     assert found["fairness"] == []
 
 
+@pytest.mark.parametrize("into", ["sweep", "other"])
+def test_a_configuration_tuned_twice_makes_a_row_for_each_value(made: Make, tmp_path: Path, into: str) -> None:
+    """In one folder or in two; for ``--by`` it is pooled, and every run counts."""
+    for method, rate, folder in (("lora", 0.01, "sweep"), ("head", 0.1, "sweep"), ("head", 0.2, into)):
+        for seed in (0, 1):
+            made(
+                method, seed, answers(rate + 0.6), optimizer__lr=rate, into=folder, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
+            )
+    found = data(tmp_path, tmp_path / "outputs")
+    assert found["by"] == ["method", "optimizer.lr"]
+    told = {r["label"]: (r["seeds"], r["missing"], len(set(r["values"]))) for r in found["rows"]}
+    assert told == {name: ([0, 1], 0, 1) for name in ("lora optimizer.lr=0.01", "head optimizer.lr=0.1", "head optimizer.lr=0.2")}
+    pooled = data(tmp_path, tmp_path / "outputs", by=["method"])
+    head = row(pooled, "head")
+    assert (head["finished"], head["missing"], len(head["values"])) == (4, 0, 4)
+    assert any("Rows pool runs that differ in optimizer.lr" in note for note in pooled["notes"])
+
+
+def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(made: Make, tmp_path: Path) -> None:
+    made("lora", 0, answers(0.9), optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1})
+    made("lora", 0, answers(0.8))
+    assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {"optimizer.lr=0.1": 0, "optimizer.lr=0.001": 0}
+
+
+def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(made: Make, tmp_path: Path) -> None:
+    for method, sparsity, rate in (("snell", 0.9, 0.1), ("snell", 0.99, 0.2), ("spiel", 0.9, 0.3), ("spiel", 0.99, 0.4)):
+        for seed in (0, 1):
+            tuning = {"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
+            made(method, seed, answers(sparsity - rate, seed), method__sparsity=sparsity, optimizer__lr=rate, tuning=tuning)
+    found = data(tmp_path, by=["method"])
+    assert [r["versus"]["test"] for r in found["rows"] if r["versus"]] == ["seeds and examples"]
+    assert not any("lr" in note for note in found["notes"])
+
+
 def test_trials_of_tuning_are_no_rows(made: Make, tmp_path: Path) -> None:
     made("lora", 0, answers(0.9))
     made("head", 0, answers(0.9), into="sweep/trials")
@@ -378,3 +414,31 @@ def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
         assert load(words[2:]).hash() == config.hash()
     assert "train.steps=7" in words
     assert "train.batch_size=16" not in words
+
+
+@pytest.mark.parametrize("repeated", [["seed=0,1,2"], ["seed=4", "dataset.split_seed=0,1", "dataset.fold=0,1"], ["method.rank=2,3", "seed=0,1"]])
+@pytest.mark.parametrize("skipped", [0, 1])
+def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipped: int) -> None:
+    """Each of its runs and no others, with as many threads as they had."""
+    words = ["method=lora", "dataset=csv", "dataset.path=a.csv", "dataset.test_share=0.5", "dataset.val_share=0.1", "train.steps=7", *repeated]
+    for point in points(words)[skipped:]:
+        folder = tmp_path / point.folder.path.name
+        folder.mkdir()
+        write_yaml(folder / "config.yaml", point.config.as_dict())
+        told = {"status": "finished", "threads": 3, "processes": 1, "seed": point.config.seed, "config_hash": point.config.hash()}
+        write_json_atomic(folder / "result.json", told)
+    (only,) = compare([tmp_path], by=["method"]).as_dict()["rows"]
+    found = [point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])]
+    assert {config.train.threads for config in found} == {3}
+    assert sorted(replace(config, train=replace(config.train, threads=None)).hash() for config in found) == sorted(
+        point.config.hash() for point in points(words)[skipped:]
+    )
+    if not skipped:
+        assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
+
+
+@pytest.mark.parametrize("told", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
+def test_the_command_gives_no_threads_where_the_runs_do_not_agree(made: Make, tmp_path: Path, told: dict[str, Any]) -> None:
+    made("lora", 0, answers(0.9), told={"threads": 3, "processes": 1})
+    made("lora", 1, answers(0.9), told=told)
+    assert "train.threads=null" in row(data(tmp_path), "lora")["command"]

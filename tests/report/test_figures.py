@@ -131,6 +131,16 @@ def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: d
     assert figure.layout["xaxis"]["type"] == "log"
 
 
+def test_levels_of_one_colour_have_dashes_of_their_own(comparison: dict[str, Any]) -> None:
+    for row in comparison["rows"]:
+        row["by"]["sparsity"] = None if row["by"]["method"] == "spiel" else row["by"]["sparsity"]
+    figure = drawn(comparison)["by_sparsity"]
+    levels = [trace for trace in figure.data if trace["mode"] == "lines"]
+    assert len(levels) == 4
+    assert len({(level["line"]["color"], level["line"]["dash"]) for level in levels}) == 4
+    assert figure.layout["showlegend"]
+
+
 def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
     comparison["by"] = ["method", "rank", "optimizer.name"]
     for place, row in enumerate(comparison["rows"]):
@@ -176,6 +186,25 @@ def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> 
     assert band["y"][count:] == pytest.approx([100 * point["low"] for point in row["curve"]][::-1])
     looks = [(trace["line"]["color"], trace["line"]["dash"]) for trace in lines]
     assert len(set(looks)) == len(looks)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: int) -> None:
+    for row in comparison["rows"]:
+        row["curve"] = row["curve"][:count]
+    lines = [trace for trace in drawn(comparison)["curves"].data if "fill" not in trace]
+    assert {trace["mode"] for trace in lines} == {"lines+markers"}
+    assert len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in lines}) == len(lines) == 12
+    bars = [trace["error_y"]["array"] for trace in lines if "error_y" in trace]
+    assert bars == ([[pytest.approx(100 * (row["high"] - row["mean"]))] for row in comparison["rows"][:12] if row["high"]] if count == 1 else [])
+
+
+def test_axes_of_shares_end_at_0_and_100(comparison: dict[str, Any]) -> None:
+    clip = {"clipmin": -1.5, "clipmax": 101.5}
+    told = {key: figure.layout["yaxis"].get("autorangeoptions") for key, figure in drawn(comparison).items()}
+    assert {key for key, found in told.items() if found == clip} == {key for key in told if key.startswith(("pareto", "by_", "curves"))}
+    comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
+    assert "autorangeoptions" not in drawn(comparison)["pareto_trained"].layout["yaxis"]
 
 
 def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import zlib
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -78,6 +79,63 @@ def test_points_and_intervals_are_the_rows() -> None:
     assert axes.get_ylabel() == "test accuracy in %,\nhigher is better"
     legend = {text.get_text() for text in figure.legends[0].get_texts()}
     assert legend == {"lora", "snell", "spiel", "shira", "sara"}
+
+
+def with_levels() -> dict[str, Any]:
+    """Three rows of spiel have no sparsity; two rows differ only in the middle of their long names."""
+    comparison = example()
+    for number, row in enumerate(row for row in comparison["rows"] if row["by"]["method"] == "spiel"):
+        row["label"], row["by"]["sparsity"] = f"spiel optimizer.lr=0.00{number + 1}000 schedule=linear", None
+    return comparison
+
+
+def test_every_legend_lies_inside_its_figure_and_tells_all_lines_apart() -> None:
+    with matplotlib.rc_context(plots.STYLE):
+        found = dict(plots.figures(with_levels()))
+        for figure in found.values():
+            figure.canvas.draw()
+            for legend in figure.legends:
+                box = legend.get_window_extent()
+                assert box.x0 >= 0
+                assert box.y0 >= 0
+                assert box.x1 <= figure.bbox.x1
+                assert box.y1 < figure.axes[0].get_window_extent().y0
+                names = [text.get_text() for text in legend.get_texts()]
+                assert len(set(names)) == len(names)
+    (axes,) = found["by_sparsity"].axes
+    assert axes.get_window_extent().height > 1.2 * found["by_sparsity"].dpi
+    levels = [line for line in axes.lines if line.get_transform() == axes.get_yaxis_transform()]
+    assert len(levels) == 4
+    assert len({(line.get_color(), str(line._unscaled_dash_pattern)) for line in levels}) == 4
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_curves_of_few_points_have_markers(count: int) -> None:
+    comparison = example()
+    for row in comparison["rows"]:
+        row["curve"] = row["curve"][:count]
+    figure = dict(plots.figures(comparison))["curves"]
+    (axes,) = figure.axes
+    rows = [row for row in comparison["rows"] if row["curve"]][: views.MOST_CURVES]
+    looks = {(to_hex(bar[0].get_color()), bar[0].get_marker()) for bar in axes.containers}
+    assert (len(axes.containers), len(looks)) == (count * len(rows), len(rows))
+    if count == 1:
+        assert [bool(bar[2]) for bar in axes.containers] == [row["finished"] > 1 for row in rows]
+    assert {line.get_marker() for line in axes.lines} >= {look for _, look in looks}
+
+
+def test_axes_of_shares_end_at_0_and_100() -> None:
+    comparison = example()
+    wide, *others = comparison["rows"]
+    ends = {"low": -0.25, "high": 1.25}
+    wide |= ends | {"curve": [point | ends for point in wide["curve"]]}
+    found = dict(plots.figures(comparison))
+    for key in ("pareto_trained", "by_sparsity", "curves"):
+        assert found[key].axes[0].get_ylim() == figures.SHARE
+    comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
+    assert dict(plots.figures(comparison))["pareto_trained"].axes[0].get_ylim()[1] > 1.25
+    narrow = dict(plots.figures(example() | {"rows": others}))["pareto_trained"].axes[0].get_ylim()
+    assert narrow[0] > 50
 
 
 def test_differences_and_ranks_read_from_the_top() -> None:

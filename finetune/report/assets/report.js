@@ -98,7 +98,7 @@
     const layout = {
       ...figure.layout,
       xaxis: axis(fitted(figure.layout.xaxis, width ?? div.clientWidth)),
-      yaxis: axis(named(figure.layout.yaxis)),
+      yaxis: axis(named(fitted(figure.layout.yaxis, 280))), // a legend leaves the plot little more
       shapes: (figure.layout.shapes ?? []).map((shape) => ({ ...shape, line: { ...shape.line, color: colour("soft") } })),
       font: { family: style.getPropertyValue("--sans").trim(), size: 13, color: colour("ink") },
       hoverlabel: { bgcolor: colour("card"), bordercolor: colour("soft"), font: { color: colour("ink") }, align: "left" },
