@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .errors import ConfigError
+from .errors import ConfigError, near
 
 if TYPE_CHECKING:
     from .sweep import Point
@@ -37,6 +37,7 @@ Watch = Annotated[Path | None, typer.Option("--watch", metavar="DIR", help="Show
 Search = Annotated[str | None, typer.Option("--search", metavar="optuna", help="Search interval(...) and choice(...) instead of running a grid.")]
 Trials = Annotated[int | None, typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+OF_SEARCH = ("--search", "--trials", "--sweep", "--name", "--config-dir", "--config", "--jobs", "--attempts", "--fail-fast", "--json")
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,7 @@ class Asked:
 
 
 def sweep(
+    context: typer.Context,
     overrides: Overrides = None, preset: SweepName = None, name: Name = None, config_dir: ConfigDir = None, config_file: ConfigFile = None,
     jobs: Jobs = None, launcher: LauncherName = "local", retry: Retry = False, attempts: Attempts = 1, fail_fast: FailFast = False,
     dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, as_json: AsJson = False,
@@ -57,14 +59,22 @@ def sweep(
     asked = _asked(overrides or [], preset, name)
     if watch:
         raise typer.Exit(_watch(watch, asked))
+    if search or (trials and not asked.tune):
+        _check_search(_typed(context), asked, search, trials)
     from .sweep import launch, points
     from .sweep.watch import Board
 
     where = launch.launcher(launcher, asked.launcher, config_dir)
     with Board() as board:
         try:
-            if search or (trials and not asked.tune):
-                raise typer.Exit(_search(asked, search, trials, jobs, config_dir, config_file, board, as_json))
+            if search and trials:
+                from .sweep import search as searching
+
+                tried = searching.run(
+                    asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, say=board.say, look=board.look,
+                    attempts=attempts, fail_fast=fail_fast,
+                )  # fmt: skip
+                raise typer.Exit(_report_search(tried, as_json))
             runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
             if dry_run:
                 from .sweep.forecast import forecast
@@ -127,16 +137,37 @@ def _watch(folder: Path, asked: Asked) -> int:
         return 0
 
 
-def _search(
-    asked: Asked, search: str | None, trials: int | None, jobs: int | None, config_dir: Path | None, config_file: Path | None,
-    board: Any, as_json: bool,
-) -> int:  # fmt: skip
-    """Search, and print the trials; the exit code."""
-    if search != "optuna" or not trials:
-        raise ConfigError("A search is asked for by --search optuna --trials N; --trials alone belongs to tune=KEY.")
-    from .sweep import search as searching
+def _typed(context: typer.Context) -> dict[str, str]:
+    """The options that were typed, each as it can be typed again."""
+    given = {p.opts[0]: context.params[p.name] for p in context.command.params if p.name and _from_command_line(context, p.name)}
+    return {option: option if value is True else f"{option} {value}" for option, value in given.items() if option.startswith("--")}
 
-    results = searching.run(asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, say=board.say, look=board.look)
+
+def _from_command_line(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _check_search(typed: dict[str, str], asked: Asked, search: str | None, trials: int | None) -> None:
+    """Raises ``ConfigError`` with all that is wrong with what a search is asked for."""
+    if search is None:
+        raise ConfigError(f"--trials {trials} belongs to tune=KEY or to --search optuna; give one of them.")
+    faults = [] if search == "optuna" else [f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna."]
+    if not trials:
+        faults.append(f"--search {search} needs to know how many trials it makes: --trials 20, for example.")
+    foreign = [text for option, text in typed.items() if option not in OF_SEARCH and text != "--launcher local"]
+    foreign += [*asked.launcher, *(f"tune={text}" for text in asked.tune)]
+    if foreign:
+        faults.append(
+            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another by what the earlier ones found, on this "
+            "machine, and runs none again. Leave it out, or --search."
+        )
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _report_search(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> int:
+    """Print the trials; the exit code."""
     if as_json:
         _show(results, as_json)
     else:

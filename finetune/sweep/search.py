@@ -32,11 +32,12 @@ Result = dict[str, Any]
 
 def run(
     overrides: list[str], trials: int, name: str | None = None, jobs: int | None = 1, *, config_dir: Path | None = None,
-    config_file: Path | None = None, say: Say = print, look: Callable[[Any], None] = lambda pool: None,
+    config_file: Path | None = None, say: Say = print, look: Callable[[Any], None] = lambda pool: None, attempts: int = 1, fail_fast: bool = False,
 ) -> list[tuple[Point, Result]]:  # fmt: skip
     """Search until there are ``trials`` in all, those of earlier calls included, and return runs and results: finished ones first, the best first.
 
-    A pruned trial has the status "pruned". Raises ``ConfigError`` with all faults before anything runs.
+    A pruned trial has the status "pruned"; ``attempts`` and ``fail_fast`` are those of ``Pool``. Raises ``ConfigError`` with all faults before
+    anything runs.
     """
     _check_installed()
     default, words = grid.with_preset(overrides, config_dir)
@@ -48,7 +49,7 @@ def run(
     from .pool import Pool
 
     first = search.point([d.ends()[0] for d in dimensions])
-    pool = Pool(jobs, say, look=look, gpus=[] if first.config.train.device == "cpu" else None)
+    pool = Pool(jobs, say, look=look, attempts=attempts, fail_fast=fail_fast, gpus=[] if first.config.train.device == "cpu" else None)
     with search.alone(first.folder.path.parent):
         search.open(words, first.config.seed, pool.places > 1)
         pool.run(search.offered(trials), search.ended, search.verdict)

@@ -19,6 +19,7 @@ from finetune.sweep import forecast, process
 from .conftest import stubbed
 
 SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+SEARCHED = ["--search", "optuna", "--trials", "3", "method=head", "optimizer.lr=interval(1e-3,1e-2)"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 
 
@@ -78,8 +79,11 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--watch", "nowhere"], "there is no such folder"),
         (["--watch", "."], "no sweep was run there"),
         (["--watch", ".", "seed=1"], "takes no settings"),
-        (["--search", "grid", "--trials", "3"], "--search optuna"),
-        (["--trials", "3"], "--search optuna"),
+        (["--search", "optun", "--trials", "3"], "--search optun is not a search. Did you mean 'optuna'?"),
+        (["--search", "optuna"], "--search optuna needs to know how many trials"),
+        (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),
+        ([*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"], "--retry, --dry-run, --max-runs 500: without meaning for --search"),
+        ([*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"], "--launcher slurm, launcher.qos=x, tune=a: without meaning"),
         (["tune=a", "tune=b"], "one parameter"),
     ],
 )
@@ -89,6 +93,16 @@ def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, 
     assert said in err
     assert "Traceback" not in err
     assert not Path("outputs").exists()
+
+
+def test_a_search_is_ended_by_its_first_failure_and_tries_again(typed: Callable[..., tuple[int, str, str]]) -> None:
+    pytest.importorskip("optuna")
+    words = [*SEARCHED, *SMALL[1:], "name=a"]
+    code, _, err = typed(*words, "seed=104", "--attempts", "2", "--fail-fast")
+    assert code == 1
+    assert err.count("tried again") == 1
+    assert err.count("failed (ValueError: odd) after") == 1
+    assert "Stopped at the first failure" in err
 
 
 def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, str]]) -> None:
