@@ -162,9 +162,9 @@ class Pool:
     def _settle(self, point: Point, ended: Callable[[Point, Result], None]) -> bool:
         """Take the result that is there already, or start the run; whether either could be done."""
         folder = point.folder.path
-        if point.folder.result.is_file() and folder not in self._tries:
+        if point.folder.result.is_file():
             result = point.folder.read_result()
-            if result["status"] == "finished" or not (self._retry or again(result)):
+            if result["status"] == "finished" or not (folder in self._tries or self._retry or again(result)):
                 kept = "finished before, skipped" if result["status"] == "finished" else f"failed before ({result['error']}), kept: see --retry"
                 self._tell(point, kept)
                 self.results[folder] = result
