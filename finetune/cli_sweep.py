@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -70,27 +71,35 @@ def sweep(
             if search and trials:
                 from .sweep import search as searching
 
-                tried = searching.run(
+                searched = searching.run(
                     asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, say=board.say, look=board.look,
                     attempts=attempts, fail_fast=fail_fast,
                 )  # fmt: skip
-                raise typer.Exit(_report_search(tried, as_json))
+                raise typer.Exit(_report_search(searched, as_json))
             runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
             if dry_run:
                 from .sweep.forecast import forecast
 
                 _show_forecast(forecast(runs, jobs or 1, retry, board.say), as_json)
                 return
+            work = _Work(where, jobs, board, retry, attempts, fail_fast)
+            tried: list[Point] = []
+            found: dict[Path, dict[str, Any]] = {}
             if asked.tune:
                 from .sweep import tune
 
-                runs = tune.run(runs, asked.tune[0], trials or 5, jobs=jobs, say=board.say)
-            found = _run(runs, asked.settings, where, jobs, board, retry=retry, attempts=attempts, fail_fast=fail_fast)
+                tuning = tune.plan(runs, asked.tune[0], trials or 5)
+                tried = tuning.tried
+                board.say(f"Tuning {tuning.asked.key} of {len(tuning.groups)} configurations by {trials or 5} trials each, on validation.")
+                found = work.run(tried)
+                runs = [] if work.over(tried, found) else tuning.settled(found, board.say)
+            if runs:
+                found |= work.run(runs, asked.settings)
         except KeyboardInterrupt as error:
             by = f" by {error}" if str(error) else ""
             print(f"Interrupted{by}. What is finished is kept; to go on: {_command()}", file=sys.stderr)
             raise typer.Exit(130) from None
-    raise typer.Exit(_report(runs, found, as_json))
+    raise typer.Exit(_report(runs, tried, found, as_json))
 
 
 def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
@@ -107,23 +116,44 @@ def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
     return Asked(settings, [word for word in words if word.startswith("launcher.")], tune)
 
 
-def _run(
-    runs: Sequence[Point], settings: Sequence[str], where: Any, jobs: int | None, board: Any, *, retry: bool, attempts: int, fail_fast: bool
-) -> dict[Path, dict[str, Any]]:
-    """Freeze the points and run them; their results by folder."""
-    from .sweep import freeze, launch
-    from .sweep.pool import Pool, interruptible
-    from .sweep.status import announced
+@dataclass
+class _Work:
+    """How points are run, trials of ``tune=`` like others."""
 
-    freeze(runs)
-    gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
-    pool = Pool(jobs, board.say, retry=retry, attempts=attempts, fail_fast=fail_fast, look=board.look, gpus=gpus)
-    with announced(runs, settings, pool.places, _command()):
-        board.show(runs[0].folder.path.parent)
-        if where is None:
-            return pool.run(runs)
-        with interruptible():
-            return launch.run_all(runs, where, jobs, retry, board.say)
+    where: Any
+    jobs: int | None
+    board: Any
+    retry: bool
+    attempts: int
+    fail_fast: bool
+    failed: bool = False
+
+    def run(self, runs: Sequence[Point], settings: Sequence[str] | None = None) -> dict[Path, dict[str, Any]]:
+        """Freeze the points and run them; their results by folder."""
+        from .sweep import freeze, launch
+        from .sweep.pool import Pool, interruptible
+        from .sweep.status import announced
+
+        freeze(runs)
+        gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
+        pool = Pool(
+            self.jobs, self.board.say, retry=self.retry, attempts=self.attempts, fail_fast=self.fail_fast, look=self.board.look, gpus=gpus
+        )  # fmt: skip
+        with ExitStack() as stack:
+            if settings is not None:
+                stack.enter_context(announced(runs, settings, pool.places, _command()))
+                self.board.show(runs[0].folder.path.parent)
+            if self.where is None:
+                found = pool.run(runs)
+            else:
+                with interruptible():
+                    found = launch.run_all(runs, self.where, self.jobs, self.retry, self.board.say)
+        self.failed = pool.failed
+        return found
+
+    def over(self, runs: Sequence[Point], found: Mapping[Path, Any]) -> bool:
+        """Whether nothing may follow these runs: at the first failure, or since some have no result, which a cluster may leave."""
+        return (self.fail_fast and self.failed) or any(point.folder.path not in found for point in runs)
 
 
 def _watch(folder: Path, asked: Asked) -> int:
@@ -180,11 +210,11 @@ def _command() -> str:
     return shlex.join(["finetune", *sys.argv[1:]])
 
 
-def _report(runs: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool) -> int:
-    """Print all results, and what went wrong; the exit code."""
+def _report(runs: Sequence[Point], tried: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool) -> int:
+    """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
     _show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
-    wrong = [(point, found.get(point.folder.path, {"status": "not finished", "error": "the same command goes on with it"})) for point in runs]
-    wrong = [(point, result) for point, result in wrong if result["status"] != "finished"]
+    left = {"status": "not finished", "error": "the same command goes on with it"}
+    wrong = [(point, result) for point in [*tried, *runs] if (result := found.get(point.folder.path, left))["status"] != "finished"]
     for point, result in wrong:
         print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
     return 1 if wrong else 0

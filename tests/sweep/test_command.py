@@ -15,6 +15,7 @@ import pytest
 
 from finetune import cli
 from finetune.sweep import forecast, process
+from finetune.sweep.grid import Point
 
 from .conftest import stubbed
 
@@ -113,6 +114,40 @@ def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, s
     assert code == 1
     assert "No space left on device. Whatever finished is kept" in err
     assert Path("outputs/b").is_dir()
+
+
+TUNED = [*SMALL, "tune=optimizer.lr", "--trials", "2", "name=t"]
+
+
+def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = typed(*TUNED, "seed=104")
+    assert (code, err.count("Error: outputs/t/trials/")) == (1, 2)
+    code, out, err = typed(*TUNED, "seed=104", "--retry", "--attempts", "2")
+    assert (code, err.count("tried again"), err.count("kept: see --retry")) == (1, 3, 0)
+    code, out, err = typed(*TUNED, "seed=104,1", "--retry", "--fail-fast", "--json")
+    assert (code, out) == (1, "[]\n")
+    assert err.count("not finished: the same command goes on with it") == 1
+    assert "-s1-" not in err  # no run follows
+
+
+def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.sweep import launch, pool
+
+    given = list[list[str]]()
+
+    def run_all(runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None]) -> dict[Path, dict[str, object]]:
+        given.append([str(point.folder.path.parent) for point in runs])
+        return pool.Pool(1, say, gpus=[]).run(runs if len(given) > 1 else runs[1:])
+
+    monkeypatch.setattr(launch, "run_all", run_all)
+    monkeypatch.setattr(launch, "_absent", lambda name: [])
+    code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
+    assert (code, given) == (1, [["outputs/t/trials"] * 2])
+    assert err.count("not finished: the same command goes on with it") == 1
+    code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
+    assert (code, given[1:]) == (0, [["outputs/t/trials"] * 2, ["outputs/t"]])
 
 
 def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
