@@ -30,8 +30,8 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", hel
 Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="How many runs at once; by default one, or one per GPU.", show_default=False)]
 LauncherName = Annotated[str, typer.Option("--launcher", metavar="NAME", help="local, joblib, slurm or ray, with launcher.KEY=VALUE.")]
 Retry = Annotated[bool, typer.Option("--retry", help="Run again what had failed before.")]
-Attempts = Annotated[int, typer.Option("--attempts", min=1, help="How often a run may be started before it counts as failed.")]
-FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first failure.")]
+Attempts = Annotated[int, typer.Option("--attempts", min=1, help="How often a run may be started before it counts as failed; --launcher local only.")]
+FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first failure; --launcher local only.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs with the time and memory they should take; run nothing.")]
 MaxRuns = Annotated[int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")]
 Watch = Annotated[Path | None, typer.Option("--watch", metavar="DIR", help="Show the sweep in DIR, which another shell runs, until it ends.")]
@@ -62,6 +62,8 @@ def sweep(
         raise typer.Exit(_watch(watch, asked))
     if search or (trials and not asked.tune):
         _check_search(_typed(context), asked, search, trials)
+    elif launcher != "local":
+        _check_launcher(_typed(context), launcher)
     from .sweep import launch, points
     from .sweep.watch import Board
 
@@ -192,6 +194,17 @@ def _check_search(typed: dict[str, str], asked: Asked, search: str | None, trial
             f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another by what the earlier ones found, on this "
             "machine, and runs none again. Leave it out, or --search."
         )
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _check_launcher(typed: dict[str, str], launcher: str) -> None:
+    """Raises ``ConfigError`` with the options that a cluster cannot obey."""
+    faults = []
+    if foreign := [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]:
+        faults.append(f"{', '.join(foreign)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. Leave it out.")
+    if "--jobs" in typed and (cure := {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}.get(launcher)):
+        faults.append(f"{typed['--jobs']} is nothing that --launcher {launcher} takes. {cure}")
     if faults:
         raise ConfigError(*faults)
 

@@ -76,6 +76,8 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--name", "a", "name=b"], "the same setting"),
         (["--launcher", "ray"], "pip install 'finetune-bench[ray]'"),
         (["--launcher", "cluster"], "--launcher cluster is not a launcher"),
+        (["--launcher", "joblib", "--fail-fast", "--attempts", "2"], "--attempts 2, --fail-fast: only --launcher local has that"),
+        (["--launcher", "slurm", "--jobs", "3"], "--jobs 3 is nothing that --launcher slurm takes. Write launcher.array_parallelism=N"),
         (["launcher.partition=x"], "local has --jobs"),
         (["--watch", "nowhere"], "there is no such folder"),
         (["--watch", "."], "no sweep was run there"),
