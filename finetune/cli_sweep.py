@@ -64,7 +64,7 @@ def sweep(
         _check_search(_typed(context), asked, search, trials)
     elif launcher != "local":
         _check_launcher(_typed(context), launcher)
-    from .sweep import launch, points
+    from .sweep import launch, points, tune
     from .sweep.watch import Board
 
     where = launch.launcher(launcher, asked.launcher, config_dir)
@@ -79,18 +79,16 @@ def sweep(
                 )  # fmt: skip
                 raise typer.Exit(_report_search(searched, as_json))
             runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
+            tuning = tune.plan(runs, asked.tune[0], trials or 5) if asked.tune else None
             if dry_run:
                 from .sweep.forecast import forecast
 
-                _show_forecast(forecast(runs, jobs or 1, retry, board.say), as_json)
+                _show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning), as_json)
                 return
             work = _Work(where, jobs, board, retry, attempts, fail_fast)
             tried: list[Point] = []
             found: dict[Path, dict[str, Any]] = {}
-            if asked.tune:
-                from .sweep import tune
-
-                tuning = tune.plan(runs, asked.tune[0], trials or 5)
+            if tuning:
                 tried = tuning.tried
                 board.say(f"Tuning {tuning.asked.key} of {len(tuning.groups)} configurations by {trials or 5} trials each, on validation.")
                 found = work.run(tried)
@@ -283,8 +281,10 @@ def _show_forecast(told: dict[str, Any], as_json: bool) -> None:
     for row in told["runs"]:
         used = "?" if row["memory_bytes"] is None else f"{show_bytes(row['memory_bytes'])}, {fits[row['fits']]}"
         costs = {"time": show_seconds(row["seconds"]), "memory": used} if not row["would"].startswith("be ") else {"time": "", "memory": ""}
-        rows.append({key: row[key] for key in ("run", "settings", "seed", "would")} | costs)
+        rows.append({key: "?" if row[key] is None else row[key] for key in ("run", "settings", "seed", "would")} | costs)
     total = {key: value for key, value in told["total"].items() if value is not None} | {"seconds": show_seconds(told["total"]["seconds"])}
     show_tree({"folder": told["folder"], "runs": rows, "total": total}, as_json)
+    if any(row["run"] is None for row in told["runs"]):
+        print("Runs named ? take the value that their trials choose; which of them are finished is known when the trials are.", file=sys.stderr)
     for fault, settings in faults.items():
         print(f"Warning: {settings} could not be measured: {fault}", file=sys.stderr)

@@ -93,16 +93,34 @@ class Tuning:
         """
         final: dict[int, Point] = {}
         for group in self.groups:
-            rows = [_row(value, results.get(trial.folder.path, {})) for value, trial in group.trials]
-            found = best(rows)
-            chosen = _value(group.points[0].config, self.asked.key) if found is None else found
-            told = {"format": FORMAT, "parameter": self.asked.key, "trials": len(rows), "tried": rows, "chosen": chosen}
-            say(f"{group.points[0].label}: {self.asked.key}={chosen!r}{' (its own: all trials failed)' if found is None else ''}")
+            told = self._told(group, results)
+            value = told["chosen"]
+            say(f"{group.points[0].label}: {self.asked.key}={value!r}{' (its own: all trials failed)' if best(told['tried']) is None else ''}")
             for point in group.points:
-                final[id(point)] = _moved(point, _changed(point.config, self.asked.key, chosen))
+                final[id(point)] = self._with(point, value)
                 freeze([final[id(point)]])
                 write_json_atomic(final[id(point)].folder.path / "tuning.json", told)
         return [final[id(point)] for point in self.points]
+
+    def foreseen(self, results: Mapping[Path, Result]) -> tuple[list[Point], list[Point]]:
+        """The points whose value is known, since all their trials have results, with that value; and the others, as they are."""
+        known: dict[int, Point] = {}
+        for group in self.groups:
+            if all(trial.folder.path in results for _, trial in group.trials):
+                value = self._told(group, results)["chosen"]
+                known |= {id(point): self._with(point, value) for point in group.points}
+        return [known[id(point)] for point in self.points if id(point) in known], [point for point in self.points if id(point) not in known]
+
+    def _told(self, group: _Group, results: Mapping[Path, Result]) -> dict[str, Any]:
+        """What ``tuning.json`` says of a configuration."""
+        rows = [_row(value, results.get(trial.folder.path, {})) for value, trial in group.trials]
+        chosen = best(rows)
+        own = _value(group.points[0].config, self.asked.key)
+        told = {"format": FORMAT, "parameter": self.asked.key, "trials": len(rows), "tried": rows}
+        return told | {"chosen": own if chosen is None else chosen}
+
+    def _with(self, point: Point, value: Any) -> Point:
+        return _moved(point, _changed(point.config, self.asked.key, value))
 
 
 def plan(points: Sequence[Point], parameter: str, trials: int) -> Tuning:

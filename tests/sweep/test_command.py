@@ -201,6 +201,26 @@ def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]
     assert "could not be measured: no way" in err
 
 
+def test_a_dry_run_counts_the_trials_of_tune_and_knows_what_they_chose(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(forecast, "_measure", lambda config, say: {"step": 1.0, "evaluation": 0.0, "fixed": 0.0, "memory_bytes": 1, "fault": None})
+    typed(*SMALL, "seed=1", "name=t")  # with its own value, which tells nothing of the tuned run
+    _, out, err = typed(*TUNED, "seed=1,2", "--dry-run", "--json")
+    told = json.loads(out)
+    assert [row["would"] for row in told["runs"]] == ["start", "start", "follow its trials", "follow its trials"]
+    assert [row["run"] is None for row in told["runs"]] == [False, False, True, True]
+    total = {key: told["total"][key] for key in ("runs", "finished", "to_run", "seconds", "trials", "trials_to_run")}
+    assert total == {"runs": 4, "finished": 0, "to_run": 4, "seconds": 8.0, "trials": 2, "trials_to_run": 2}
+    _, out, err = typed(*TUNED, "seed=1,2", "--dry-run")
+    assert "known when the trials are" in err
+    typed(*TUNED, "seed=1")
+    _, out, err = typed(*TUNED, "seed=1,2", "--dry-run", "--json")
+    told = json.loads(out)
+    assert [row["would"] for row in told["runs"]] == [*["be skipped: finished"] * 3, "start"]
+    assert (told["total"]["to_run"], told["total"]["trials_to_run"], err) == (1, 0, "")
+
+
 @pytest.mark.slow
 def test_a_real_measurement(tmp_path: Path) -> None:
     """Four steps of the built-in task, and a run that cannot be measured."""
