@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -66,40 +64,37 @@ def sweep(
         _check_launcher(_typed(context), launcher)
     from .sweep import launch, points, tune
     from .sweep.watch import Board
+    from .sweep.work import Work
 
     where = launch.launcher(launcher, asked.launcher, config_dir)
+    searched, tuning = None, None
     with Board() as board:
         try:
             if search and trials:
                 from .sweep import search as searching
 
                 searched = searching.run(
-                    asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, say=board.say, look=board.look,
-                    attempts=attempts, fail_fast=fail_fast,
+                    asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, attempts=attempts, fail_fast=fail_fast,
+                    board=board, command=_command(),
                 )  # fmt: skip
-                raise typer.Exit(_report_search(searched, as_json))
-            runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
-            tuning = tune.plan(runs, asked.tune[0], trials or 5) if asked.tune else None
-            if dry_run:
-                from .sweep.forecast import forecast
+            else:
+                runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
+                tuning = tune.plan(runs, asked.tune[0], trials or 5) if asked.tune else None
+                if dry_run:
+                    from .sweep.forecast import forecast
+                    from .sweep.shown import show_forecast
 
-                _show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning), as_json)
-                return
-            work = _Work(where, jobs, board, retry, attempts, fail_fast)
-            tried: list[Point] = []
-            found: dict[Path, dict[str, Any]] = {}
-            if tuning:
-                tried = tuning.tried
-                board.say(f"Tuning {tuning.asked.key} of {len(tuning.groups)} configurations by {trials or 5} trials each, on validation.")
-                found = work.run(tried)
-                runs = [] if work.over(tried, found) else tuning.settled(found, board.say)
-            if runs:
-                found |= work.run(runs, asked.settings)
+                    show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning), as_json)
+                    return
+                work = Work(where, jobs, board, [*asked.settings, *(f"tune={text}" for text in asked.tune)], _command(), retry, attempts, fail_fast)
+                runs, found = work.run(runs, tuning)
         except KeyboardInterrupt as error:
             by = f" by {error}" if str(error) else ""
             print(f"Interrupted{by}. What is finished is kept; to go on: {_command()}", file=sys.stderr)
             raise typer.Exit(130) from None
-    raise typer.Exit(_report(runs, tried, found, as_json))
+    if searched is not None:
+        raise typer.Exit(_report_search(searched, as_json))
+    raise typer.Exit(_report(runs, tuning.tried if tuning else [], found, as_json))
 
 
 def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
@@ -114,46 +109,6 @@ def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
     if len(tune) > 1:
         raise ConfigError(f"tune={tune[0]} and tune={tune[1]}: one parameter can be tuned; keep one of them.")
     return Asked(settings, [word for word in words if word.startswith("launcher.")], tune)
-
-
-@dataclass
-class _Work:
-    """How points are run, trials of ``tune=`` like others."""
-
-    where: Any
-    jobs: int | None
-    board: Any
-    retry: bool
-    attempts: int
-    fail_fast: bool
-    failed: bool = False
-
-    def run(self, runs: Sequence[Point], settings: Sequence[str] | None = None) -> dict[Path, dict[str, Any]]:
-        """Freeze the points and run them; their results by folder."""
-        from .sweep import freeze, launch
-        from .sweep.pool import Pool, interruptible
-        from .sweep.status import announced
-
-        freeze(runs)
-        gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
-        pool = Pool(
-            self.jobs, self.board.say, retry=self.retry, attempts=self.attempts, fail_fast=self.fail_fast, look=self.board.look, gpus=gpus
-        )  # fmt: skip
-        with ExitStack() as stack:
-            if settings is not None:
-                stack.enter_context(announced(runs, settings, pool.places, _command()))
-                self.board.show(runs[0].folder.path.parent)
-            if self.where is None:
-                found = pool.run(runs)
-            else:
-                with interruptible():
-                    found = launch.run_all(runs, self.where, self.jobs, self.retry, self.board.say)
-        self.failed = pool.failed
-        return found
-
-    def over(self, runs: Sequence[Point], found: Mapping[Path, Any]) -> bool:
-        """Whether nothing may follow these runs: at the first failure, or since some have no result, which a cluster may leave."""
-        return (self.fail_fast and self.failed) or any(point.folder.path not in found for point in runs)
 
 
 def _watch(folder: Path, asked: Asked) -> int:
@@ -209,10 +164,12 @@ def _check_launcher(typed: dict[str, str], launcher: str) -> None:
 
 def _report_search(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> int:
     """Print the trials; the exit code."""
+    from .sweep.shown import show, show_search
+
     if as_json:
-        _show(results, as_json)
+        show(results, as_json)
     else:
-        _show_search(results)
+        show_search(results)
     return 1 if any(result["status"] == "failed" for _, result in results) else 0
 
 
@@ -223,68 +180,11 @@ def _command() -> str:
 
 def _report(runs: Sequence[Point], tried: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool) -> int:
     """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
-    _show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
+    from .sweep.shown import show
+
+    show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
     left = {"status": "not finished", "error": "the same command goes on with it"}
     wrong = [(point, result) for point in [*tried, *runs] if (result := found.get(point.folder.path, left))["status"] != "finished"]
     for point, result in wrong:
         print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
     return 1 if wrong else 0
-
-
-def _show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None:
-    if as_json:
-        print(json.dumps([{"run": str(point.folder.path), **result} for point, result in results], indent=2))
-    elif results:
-        from rich.console import Console
-
-        from .report.comparison import compare
-        from .report.formats import terminal
-        from .train.files import plain
-
-        console, folders = Console(), dict[Any, list[Path]]()
-        for point, _ in results:  # a table compares runs of one data set
-            which = tuple(getattr(point.config.dataset, key, None) for key in ("name", "path", "config"))
-            folders.setdefault(which, []).append(point.folder.path)
-        for of_one in folders.values():
-            for part in terminal(plain(compare(of_one).as_dict(curves=False)), console.width):
-                console.print(part)
-        print(f"Everything lies in {results[0][0].folder.path.parent}")
-
-
-def _show_search(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
-    """The trials, best on validation first; the test set has no say in a search."""
-    from .display import show_table
-    from .report.metric import main_metric
-
-    rows = []
-    for point, result in results:
-        found = (result.get("metrics") or {}).get("val") or {}
-        metric = main_metric(found)
-        rows.append({"settings": point.label, "validation": metric.show(found[metric.key]) if metric else None, "status": result["status"],
-                     "run": point.folder.path.name})  # fmt: skip
-    if rows:
-        show_table(rows)
-        print(f"Everything lies in {results[0][0].folder.path.parent}")
-
-
-def _show_forecast(told: dict[str, Any], as_json: bool) -> None:
-    from .display import show_tree
-    from .report.metric import show_bytes
-    from .sweep.status import show_seconds
-
-    if as_json:
-        show_tree(told, as_json)
-        return
-    faults = {row["fault"]: row["settings"] for row in told["runs"] if row["fault"]}
-    fits = {True: "fits", False: "does not fit", None: "?"}
-    rows = []
-    for row in told["runs"]:
-        used = "?" if row["memory_bytes"] is None else f"{show_bytes(row['memory_bytes'])}, {fits[row['fits']]}"
-        costs = {"time": show_seconds(row["seconds"]), "memory": used} if not row["would"].startswith("be ") else {"time": "", "memory": ""}
-        rows.append({key: "?" if row[key] is None else row[key] for key in ("run", "settings", "seed", "would")} | costs)
-    total = {key: value for key, value in told["total"].items() if value is not None} | {"seconds": show_seconds(told["total"]["seconds"])}
-    show_tree({"folder": told["folder"], "runs": rows, "total": total}, as_json)
-    if any(row["run"] is None for row in told["runs"]):
-        print("Runs named ? take the value that their trials choose; which of them are finished is known when the trials are.", file=sys.stderr)
-    for fault, settings in faults.items():
-        print(f"Warning: {settings} could not be measured: {fault}", file=sys.stderr)

@@ -80,7 +80,9 @@ def line(status: Status, rows: Sequence[Row]) -> str:
     """The counts in one line."""
     told = status.summary(rows)
     rest = f", about {show_seconds(told['seconds_left'])} left" if told["running"] + told["waiting"] else ""
-    counts = ", ".join(f"{told[state]} {state}" for state in ("finished", "running", "failed", "waiting") if told[state] or state == "finished")
+    counts = ", ".join(
+        f"{told[state]} {state}" for state in ("finished", "running", "failed", "pruned", "waiting") if told[state] or state == "finished"
+    )
     return f"{status.folder}: {counts} of {len(rows)}{rest} (for {show_seconds(elapsed(status.about))})"
 
 

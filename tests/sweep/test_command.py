@@ -130,6 +130,11 @@ def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str,
     assert (code, out) == (1, "[]\n")
     assert err.count("not finished: the same command goes on with it") == 1
     assert "-s1-" not in err  # no run follows
+    code, out, _ = typed("--watch", "outputs/t")
+    assert (code, "2 failed, 2 waiting of 4" in out) == (1, True)
+    typed(*TUNED, "seed=1")
+    code, out, _ = typed("--watch", "outputs/t")
+    assert (code, "3 finished of 3" in out) == (0, True)
 
 
 def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
