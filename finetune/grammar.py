@@ -6,7 +6,7 @@ import re
 from itertools import accumulate
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString, RangeSweep
 from hydra.errors import HydraException
 
 from .errors import ConfigError
@@ -14,6 +14,7 @@ from .errors import ConfigError
 ALIASES = {"sparsity": "method.sparsity"}
 PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
+FUNCTION = re.compile(r"(range|choice|interval|glob|tag|sort|shuffle)\(")
 LONGEST, NESTED = 4096, 20  # characters and brackets within brackets of a value: Hydra's parser takes 2 s for a list of 2,000
 
 
@@ -47,6 +48,11 @@ def override(text: str) -> Override:
     try:
         found = parser.parse_override(text)
     except HydraException:
+        if FUNCTION.match(value) and value.count("(") != value.count(")"):
+            less = value.count(")") < value.count("(")
+            raise ConfigError(
+                f"{text}: a bracket {'is missing' if less else 'is too many'}, as range(0,5) shows. Text is quoted: '{key}=\"...\"'."
+            ) from None
         try:
             found = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
         except HydraException as error:
@@ -63,8 +69,12 @@ def _full(key: str) -> str:
 
 
 def unlisted(item: Override, most: int) -> str | None:
-    """Why the values of a range cannot be listed, where Hydra would fail or not end."""
+    """Why the values of a sweep cannot be listed, where Hydra does not say it or would not end."""
     value, key = item.value(), item.key_or_group
+    if isinstance(value, IntervalSweep):
+        return (
+            f"{item.input_line}: only a search chooses from an interval: --search optuna --trials 20. For a grid write {key}=1,2 or {key}=range(0,5)."
+        )
     if not isinstance(value, RangeSweep) or value.start is None or value.stop is None:
         return None
     if not value.step or not all(abs(number) < 1e300 for number in (value.start, value.stop, value.step)):
