@@ -55,9 +55,9 @@ def sweep(
     dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the cross product of all values: method=lora,snell seed=0,1. The same command again goes on: finished runs are skipped."""
-    asked = _asked(overrides or [], preset, name)
     if watch:
-        raise typer.Exit(_watch(watch, asked))
+        raise typer.Exit(_watch(watch, [text for option, text in _typed(context).items() if option != "--watch"] + (overrides or [])))
+    asked = _asked(overrides or [], preset, name)
     if search or (trials and not asked.tune):
         _check_search(_typed(context), asked, search, trials)
     elif launcher != "local":
@@ -111,11 +111,11 @@ def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
     return Asked(settings, [word for word in words if word.startswith("launcher.")], tune)
 
 
-def _watch(folder: Path, asked: Asked) -> int:
+def _watch(folder: Path, others: Sequence[str]) -> int:
     from .sweep.watch import watch
 
-    if asked.settings:
-        raise ConfigError(f"{asked.settings[0]}: --watch {folder} only shows a sweep that another shell runs; it takes no settings.")
+    if others:
+        raise ConfigError(f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings and no options.")
     try:
         return watch(folder)
     except KeyboardInterrupt:

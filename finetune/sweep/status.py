@@ -117,6 +117,16 @@ class Status:
         """Whether a sweep works on the folder now."""
         return held(self.folder / LOCK, fcntl.LOCK_EX)
 
+    @property
+    def seconds(self) -> float:
+        """From the last start of the sweep to now, or, where none works on the folder any more, to the last sign of its runs."""
+        end = time.time() if self.alive else max(map(self._last, self.about["points"]), default=0.0)
+        return max(0.0, end - datetime.datetime.fromisoformat(str(self.about["started"])).timestamp())
+
+    def _last(self, point: Mapping[str, Any]) -> float:
+        folder = RunFolder(self.folder / str(point["run"]))
+        return max((file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()), default=0.0)
+
     def rows(self) -> list[Row]:
         """One for each point: run, label, seed, state ("finished", "failed", "pruned", "running" or "waiting"), step, steps, seconds_left, seconds,
         error."""
@@ -191,8 +201,3 @@ def show_seconds(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def elapsed(about: Mapping[str, Any]) -> float:
-    """Seconds since the sweep was last started."""
-    return time.time() - datetime.datetime.fromisoformat(str(about["started"])).timestamp()

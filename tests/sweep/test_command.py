@@ -67,6 +67,7 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--watch", "nowhere"], "there is no such folder"),
         (["--watch", "."], "no sweep was run there"),
         (["--watch", ".", "seed=1"], "takes no settings"),
+        (["--watch", ".", "--dry-run", "--json", "--jobs", "2", "tune=a"], "--jobs 2, --dry-run, --json, tune=a: --watch . only shows"),
         (["--search", "optun", "--trials", "3"], "--search optun is not a search. Did you mean 'optuna'?"),
         (["--search", "optuna"], "--search optuna needs to know how many trials"),
         (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),

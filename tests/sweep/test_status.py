@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +95,22 @@ def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
     assert code == 1  # one failed
     assert "3 finished, 1 failed of 4" in said[-1]
     assert any("running" in line and "waiting" in line for line in said)
+
+
+def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
+    points = stub(1, 2)
+    with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
+        Pool(2, lambda line: None, gpus=[]).run(points)
+    file = Path("outputs/s/sweep.json")
+    began = time.time() - 3600
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"started": datetime.datetime.fromtimestamp(began).astimezone().isoformat()}))
+    for run in points:
+        os.utime(run.folder.metrics, (began, began))
+        os.utime(run.folder.result, (began + 40, began + 40))
+    os.utime(points[1].folder.result, (began + 146, began + 146))
+    said = list[str]()
+    watch(Path("outputs/s"), said.append)
+    assert said == ["outputs/s: 2 finished of 2 (for 2 min)"]
 
 
 def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
