@@ -1,4 +1,4 @@
-"""From YAML groups and ``key=value`` overrides to one checked ``Config``; the only module that knows Hydra and OmegaConf.
+"""From YAML groups and ``key=value`` overrides to one checked ``Config``; with ``grammar`` the only module that knows Hydra and OmegaConf.
 
 An override either chooses an option of a group (a folder of YAML files) or sets a value. Hydra composes the chosen files; the values
 are laid on top; ``strict`` checks the whole. Every fault found on the way is raised together.
@@ -7,10 +7,9 @@ are laid on top; ``strict`` checks the whole. Every fault found on the way is ra
 from __future__ import annotations
 
 import io
-import re
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
-from itertools import accumulate, islice, product
+from itertools import islice, product
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override, OverrideType, Quote, QuotedString, Sweep
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -31,16 +30,13 @@ from omegaconf.errors import OmegaConfBaseException
 from . import groups, references, safe, strict
 from .errors import ConfigError, near
 from .explain import flat, leaves, yaml_origins
+from .grammar import ALIASES, PLACED, parsed, unlisted
 from .groups import conf_dir as conf_dir  # part of what this module offers
 from .settings import Config
 from .strict import Composed
 
 COMMAND_LINE = "command line"
 OF_SWEEPS = ("sweep", "launcher")  # folders of files that say nothing of one run
-ALIASES = {"sparsity": "method.sparsity"}
-PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
-KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
-LONGEST, NESTED = 4096, 20  # characters and brackets within brackets of a value: Hydra's parser takes 2 s for a list of 2,000
 
 
 def load(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> Config:
@@ -60,13 +56,19 @@ def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path
 
 def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100_000) -> list[list[str]]:
     """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written: 1 to ``most`` points."""
-    (parsed, faults), choices = _parse(overrides), list[list[str]]()
-    for item in parsed:
+    (items, faults), choices = parsed(overrides), list[list[str]]()
+    for item in items:
         try:
             item.config_loader = _loader(config_dir)
+            if fault := unlisted(item, most):
+                faults.append(fault)
+                continue
             values = list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
             choices.append([str(item.input_line)] if values is None else [f"{item.key_or_group}={value}" for value in values])
-            faults += [] if choices[-1] else [f"{item.input_line} names no value at all, so the grid is empty."]
+            if not choices[-1]:
+                faults.append(
+                    f"{item.input_line} names no value at all, so the grid is empty. Write key=a,b or range(0,5); range(5,0,-1) counts down."
+                )
         except (HydraException, OmegaConfBaseException) as error:
             faults.append(f"{item.input_line}: {error}. A sweep takes key=a,b or key=range(START,STOP,STEP).")
     if prod(map(len, choices)) > most:
@@ -102,54 +104,10 @@ class _Request:
     spoiled: set[str] = field(default_factory=set)
 
 
-def _parse(overrides: list[str]) -> tuple[list[Override], list[str]]:
-    parsed, faults = list[Override](), list[str]()
-    for text in overrides:
-        try:
-            parsed.append(_override(text))
-        except ConfigError as error:
-            faults += error.faults
-    return parsed, faults
-
-
-def _override(text: str) -> Override:
-    """One ``key=value``, its value quoted where Hydra's grammar cannot read it (a path with ``=``, an address)."""
-    key, sign, value = text.partition("=")
-    if text.startswith("-"):
-        raise ConfigError(f"{text} is not an option here (see --help). Settings are written key=value, for example train.steps=100.")
-    if text.startswith(("+", "~")):
-        raise ConfigError(
-            f"{text}: settings are neither added nor removed, so '{text[0]}' means nothing here. Write key=value for a setting that exists."
-        )
-    if not sign or not KEY.fullmatch(key):
-        raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
-    if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ConfigError(f"{text} is no UTF-8, which the files of a run are written in. Rename what it names.")
-    if len(text) > LONGEST or max(accumulate((c in "[{(") - (c in "]})") for c in value), default=0) > NESTED:
-        raise ConfigError(f"{text}: a value has at most {LONGEST:,} characters and {NESTED} brackets within brackets. Put it into a YAML file.")
-    parser = OverridesParser.create()
-    try:
-        override = parser.parse_override(text)
-    except HydraException:
-        try:
-            override = parser.parse_override(f"{key}={QuotedString(value, Quote.double).with_quotes()}")
-        except HydraException as error:
-            raise ConfigError(f"{text} cannot be read: {error}. Put the value into a YAML file.") from None
-    override.key_or_group, override.input_line = _full(key), text
-    assert override.type is OverrideType.CHANGE
-    return override
-
-
-def _full(key: str) -> str:
-    """``method.schedule.every`` for ``schedule.every``."""
-    head, dot, rest = key.partition(".")
-    return f"{PLACED[head]}.{rest}" if dot and head in PLACED else ALIASES.get(key, key)
-
-
 def _request(overrides: list[str], options: dict[str, set[str]], config_file: Path | None) -> _Request:
-    parsed, faults = _parse(overrides)
+    items, faults = parsed(overrides)
     request, seen = _Request(faults=faults), dict[str, str]()
-    for item in parsed:
+    for item in items:
         key, text = item.key_or_group, str(item.input_line)
         fault = f"{seen[key]} and {text} set the same thing; keep one of them." if key in seen else None
         fault = fault or _fault_of(item, options, config_file)

@@ -21,6 +21,7 @@ from annotated_types import Ge, Gt, MultipleOf
 
 from .. import config as configuration
 from ..errors import ConfigError
+from ..grammar import ALIASES
 from ..settings import Config
 
 TOLERANCE = 0.02  # of the budget
@@ -102,7 +103,7 @@ def solve(budget: str, overrides: list[str], config_dir: Path | None = None, con
 
 def _key(text: str) -> str:
     key = text.partition("=")[0]
-    return configuration.ALIASES.get(key, key)
+    return ALIASES.get(key, key)
 
 
 def _text(value: float) -> str:

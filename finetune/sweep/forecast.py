@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .. import safe
 from ..config import load
@@ -25,22 +25,32 @@ from .grid import Point
 from .process import again, environment
 from .status import duration
 
+if TYPE_CHECKING:
+    from .tune import Tuning
+
 STEPS = 4  # how many a measurement makes
 Row = dict[str, Any]
 
 
-def forecast(runs: Sequence[Point], jobs: int, retry: bool = False, say: Callable[[str], None] = lambda line: None, room: int | None = None) -> Row:
+def forecast(
+    runs: Sequence[Point], jobs: int, retry: bool = False, say: Callable[[str], None] = lambda line: None, room: int | None = None,
+    tuning: Tuning | None = None,
+) -> Row:  # fmt: skip
     """The folder, every run with what would become of it, and totals; writes nothing.
 
     A run has ``seconds`` and ``memory_bytes`` (``None`` where nothing tells), ``fits`` (in ``room`` bytes, by default this machine's share for one of
-    ``jobs`` runs at once), and ``fault`` where a measurement failed. The total of seconds is for ``jobs`` at once.
+    ``jobs`` runs at once), and ``fault`` where a measurement failed. The total of seconds is for ``jobs`` at once. With ``tuning`` the trials come
+    first; a run of which they have still to choose the value has no name yet.
     """
+    tried = tuning.tried if tuning else []
+    runs, later = tuning.foreseen(_there(tried, retry)) if tuning else (runs, [])
     room = room or memory(jobs)
     known, measured = _known(), dict[str, Row]()
     rows = []
-    for point in runs:
-        would = _would(point, retry)
-        row: Row = {"run": point.folder.path.name, "settings": point.label, "seed": point.config.seed, "would": would}
+    for i, point in enumerate([*tried, *runs, *later]):
+        follows = i >= len(tried) + len(runs)
+        would = "follow its trials" if follows else _would(point, retry)
+        row: Row = {"run": None if follows else point.folder.path.name, "settings": point.label, "seed": point.config.seed, "would": would}
         rows.append(row | {"seconds": None, "memory_bytes": None, "fits": None, "fault": None})
         if would.startswith("be "):
             continue
@@ -55,7 +65,17 @@ def forecast(runs: Sequence[Point], jobs: int, retry: bool = False, say: Callabl
             rows[-1] |= _from(measured[kind], point.config)
         used = rows[-1]["memory_bytes"]
         rows[-1]["fits"] = None if used is None else used <= room
-    return {"folder": str(runs[0].folder.path.parent), "runs": rows, "total": _total(rows, jobs, room)}
+    total = _total(rows, jobs, room) | ({"trials": len(tried), "trials_to_run": sum(_new(row) for row in rows[: len(tried)])} if tuning else {})
+    return {"folder": str([*runs, *later][0].folder.path.parent), "runs": rows, "total": total}
+
+
+def _there(points: Sequence[Point], retry: bool) -> dict[Path, Row]:
+    """The results of the points that would not be run."""
+    return {point.folder.path: point.folder.read_result() for point in points if _would(point, retry).startswith("be ")}
+
+
+def _new(row: Row) -> bool:
+    return not str(row["would"]).startswith("be ")
 
 
 def _would(point: Point, retry: bool) -> str:
@@ -70,7 +90,7 @@ def _would(point: Point, retry: bool) -> str:
 
 
 def _total(rows: Sequence[Row], jobs: int, room: int) -> Row:
-    new = [row for row in rows if not row["would"].startswith("be ")]
+    new = [row for row in rows if _new(row)]
     seconds = [row["seconds"] for row in new]
     return {
         "runs": len(rows),

@@ -47,7 +47,7 @@ def points(
         raise ConfigError(f"{fixed[0]}: a sweep names its runs by their content. Use name= for the folder that holds them.")
     expanded = _without_foreign(configuration.expand(overrides, config_dir), overrides, config_dir, say)
     if budgets:
-        expanded = _sized(expanded, budgets, config_dir, config_file, say)
+        expanded = _sized(expanded, budgets, overrides, config_dir, config_file, say)
     if len(expanded) > max_runs:
         raise ConfigError(
             f"The grid has {len(expanded):,} runs, more than {max_runs:,}. Sweep fewer values, or allow it: --max-runs {len(expanded)}."
@@ -106,22 +106,27 @@ def _taken(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
     return values, [text for text in overrides if text not in given]
 
 
-def _sized(expanded: list[list[str]], budgets: list[str], config_dir: Path | None, config_file: Path | None, say: Say) -> list[list[str]]:
+def _sized(
+    expanded: list[list[str]], budgets: list[str], overrides: list[str], config_dir: Path | None, config_file: Path | None, say: Say
+) -> list[list[str]]:
     """The points with the setting that makes each meet each budget; those whose method has a fixed size are left out, unless all have."""
     from .budget import FixedSize, solve
 
     found: list[list[str]] = []
     left_out: dict[str, FixedSize] = {}
-    faults: dict[str, None] = {}
+    faults: dict[str, list[str]] = {}
     for words, budget in product(expanded, budgets):
         try:
             found.append(solve(budget, words, config_dir, config_file))
         except FixedSize as error:
             left_out[error.words] = error
         except ConfigError as error:
-            faults |= dict.fromkeys(error.faults)
+            swept = [word for word in words if word not in overrides] + ([f"budget={budget}"] if len(budgets) > 1 else [])
+            for fault in error.faults:
+                faults.setdefault(fault, []).append(" ".join(swept))
     if faults or not found:
-        raise ConfigError(*faults, *(left_out if not found else ()))
+        told = [fault + _where(at, len(expanded) * len(budgets)) for fault, at in faults.items()]
+        raise ConfigError(*told, *(left_out if not found else ()))
     for line in left_out:
         say(f"Left out: {line}")
     return [list(words) for words in dict.fromkeys(map(tuple, found))]

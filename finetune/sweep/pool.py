@@ -65,6 +65,7 @@ class Pool:
     ``say`` takes one line for every start and end. ``retry``: run again what had failed before; what a signal ended always is.
     ``attempts``: how often a run may be started before it counts as failed. ``fail_fast``: start nothing more after a failure, and end what runs.
     ``look`` is called about every 0.05 s with the pool, whose ``running`` lists the processes and whose ``places`` is how many there can be.
+    ``failed`` tells whether a run did.
     ``gpus``: names for CUDA_VISIBLE_DEVICES, by default all there are; an empty list for runs on the CPU.
     """
 
@@ -84,7 +85,7 @@ class Pool:
         self._numbers: dict[Path, int] = {}
         self._busy: dict[Path, float] = {}
         self._total = ""
-        self._failed = False
+        self.failed = False
 
     def run(
         self,
@@ -106,7 +107,7 @@ class Pool:
             with interruptible():
                 while more or self._queue or self.running:
                     self._collect(ended, verdict)
-                    if self._fail_fast and self._failed:
+                    if self._fail_fast and self.failed:
                         self._say("Stopped at the first failure, as --fail-fast says.")
                         break
                     self._queue = [point for point in self._queue if not self._settle(point, ended)]
@@ -140,7 +141,7 @@ class Pool:
             self._tell(point, f"failed{why}, tried again")
             self._queue.append(point)
             return
-        self._failed |= result["status"] == "failed"
+        self.failed |= result["status"] == "failed"
         self._tell(point, f"{result['status']}{why} after {time.monotonic() - process.began:.0f} s")
         self.results[point.folder.path] = result
         ended(point, result)
@@ -162,9 +163,9 @@ class Pool:
     def _settle(self, point: Point, ended: Callable[[Point, Result], None]) -> bool:
         """Take the result that is there already, or start the run; whether either could be done."""
         folder = point.folder.path
-        if point.folder.result.is_file() and folder not in self._tries:
+        if point.folder.result.is_file():
             result = point.folder.read_result()
-            if result["status"] == "finished" or not (self._retry or again(result)):
+            if result["status"] == "finished" or not (folder in self._tries or self._retry or again(result)):
                 kept = "finished before, skipped" if result["status"] == "finished" else f"failed before ({result['error']}), kept: see --retry"
                 self._tell(point, kept)
                 self.results[folder] = result

@@ -9,7 +9,7 @@ from __future__ import annotations
 import fcntl
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,35 +23,41 @@ from . import grid
 from .grid import Point
 from .lines import Lines
 from .space import Dimension, fitting, space
+from .status import announced, entry
+from .watch import Board
 
 FORMAT = 1
 SILENT = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}
-Say = Callable[[str], None]
 Result = dict[str, Any]
 
 
 def run(
     overrides: list[str], trials: int, name: str | None = None, jobs: int | None = 1, *, config_dir: Path | None = None,
-    config_file: Path | None = None, say: Say = print, look: Callable[[Any], None] = lambda pool: None,
+    config_file: Path | None = None, attempts: int = 1, fail_fast: bool = False, board: Board | None = None, command: str = "",
 ) -> list[tuple[Point, Result]]:  # fmt: skip
     """Search until there are ``trials`` in all, those of earlier calls included, and return runs and results: finished ones first, the best first.
 
-    A pruned trial has the status "pruned". Raises ``ConfigError`` with all faults before anything runs.
+    A pruned trial has the status "pruned"; ``attempts`` and ``fail_fast`` are those of ``Pool``. Raises ``ConfigError`` with all faults before
+    anything runs.
     """
     _check_installed()
+    board = board or Board()
     default, words = grid.with_preset(overrides, config_dir)
     words = [*words, *([f"name={name}"] if name else [])]
     fixed, dimensions = space(words, config_dir, config_file)
     if not any(text.startswith("name=") for text in fixed):
         fixed.append(f"name={default.replace('sweep-', 'search-')}")
-    search = Search(fixed, dimensions, config_dir, config_file, say)
+    search = Search(fixed, dimensions, config_dir, config_file)
     from .pool import Pool
 
     first = search.point([d.ends()[0] for d in dimensions])
-    pool = Pool(jobs, say, look=look, gpus=[] if first.config.train.device == "cpu" else None)
-    with search.alone(first.folder.path.parent):
-        search.open(words, first.config.seed, pool.places > 1)
-        pool.run(search.offered(trials), search.ended, search.verdict)
+    pool = Pool(jobs, board.say, look=board.look, attempts=attempts, fail_fast=fail_fast, gpus=[] if first.config.train.device == "cpu" else None)
+    folder = first.folder.path.parent
+    with search.alone(folder):
+        search.open(words, first.config.seed, pool.places > 1, trials)
+        with announced(folder, search.entries(), words, pool.places, command) as search.announce:
+            board.show(folder)
+            pool.run(search.offered(), search.ended, search.verdict)
         return search.told()
 
 
@@ -78,9 +84,10 @@ class Search:
 
     folder: Path
     study: Any
+    announce: Callable[[Sequence[Result]], None]
 
-    def __init__(self, fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None, say: Say) -> None:
-        self.fixed, self.dimensions, self._place, self._say = fixed, dimensions, (config_dir, config_file), say
+    def __init__(self, fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None) -> None:
+        self.fixed, self.dimensions, self._place = fixed, dimensions, (config_dir, config_file)
         self._running: dict[int, _Trial] = {}  # by id of the point: two trials may be of one run
 
     @contextmanager
@@ -101,11 +108,11 @@ class Search:
         finally:
             os.close(handle)
 
-    def open(self, words: list[str], seed: int, parallel: bool) -> None:
+    def open(self, words: list[str], seed: int, parallel: bool, trials: int) -> None:
         """Begin the study of the folder, or take it up. Raises ``ConfigError`` where it is another one."""
         import optuna
 
-        self._seed, self._parallel = seed, parallel
+        self._seed, self._parallel, self._trials = seed, parallel, trials
         asked = sorted(text for text in words if not text.startswith("name="))
         file, pruner = self.folder / "search.db", optuna.pruners.MedianPruner()
         try:
@@ -127,12 +134,22 @@ class Search:
             raise ConfigError("its method cannot meet the budget")
         return replace(found[0], label=" ".join(words))
 
-    def offered(self, trials: int) -> Iterator[Point]:
+    def entries(self) -> list[Result]:
+        """What ``sweep.json`` says of the trials: those that have a run, and those that are still to be made."""
+        there = self.study.get_trials(deepcopy=False)
+        made = {
+            about["point"]["run"]: about["point"] | {"pruned": trial.state.name == "PRUNED"}
+            for trial in there
+            if "point" in (about := trial.user_attrs)
+        }
+        return [*made.values(), *[{"run": "", "label": "", "seed": self._seed, "steps": 0}] * max(0, self._trials - len(there))]
+
+    def offered(self) -> Iterator[Point]:
         """The runs of trials that an earlier process left unfinished, then those of new ones."""
         from optuna.trial import Trial, TrialState
 
         left = [Trial(self.study, frozen._trial_id) for frozen in self.study.get_trials(states=(TrialState.RUNNING,))]
-        while left or len(self.study.trials) < trials:
+        while left or len(self.study.trials) < self._trials:
             own = left.pop(0) if left else self._asked()
             self._reseed(own.number)
             words = [dimension.suggest(own) for dimension in self.dimensions]
@@ -143,6 +160,8 @@ class Search:
                 self._tell(own, "FAIL", error=" ".join(error.faults))
                 continue
             own.set_user_attr("run", point.folder.path.name)
+            own.set_user_attr("point", entry(point, self.folder))
+            self.announce(self.entries())
             self._running[id(point)] = _Trial(own, point)
             yield point
 
@@ -197,6 +216,7 @@ class Search:
             own.set_user_attr(key, item)
         self.study.tell(own, value, TrialState[state])
         self._write()
+        self.announce(self.entries())
 
     def _write(self) -> None:
         """``search.json``."""

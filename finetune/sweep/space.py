@@ -8,6 +8,7 @@ from typing import Any, cast
 
 from .. import config as configuration
 from ..errors import ConfigError
+from ..grammar import override
 from . import grid
 
 
@@ -60,7 +61,7 @@ def space(overrides: list[str], config_dir: Path | None, config_file: Path | Non
 
 def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
     """What ``text`` searches; ``None`` for one value."""
-    item = configuration._override(text)
+    item = override(text)
     key, value = str(item.key_or_group), cast(Any, item.value())
     if not item.is_sweep_override():
         return None

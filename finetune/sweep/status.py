@@ -12,7 +12,7 @@ import socket
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 from .. import safe
 from ..errors import ConfigError
-from ..train.files import RunFolder, write_json_atomic
+from ..train.files import TRIALS, RunFolder, write_json_atomic
 from .grid import Point
 from .process import last_step, tail
 
@@ -30,11 +30,19 @@ TAIL = 50  # steps whose median time tells the rest
 Row = dict[str, Any]
 
 
+def entry(point: Point, folder: Path) -> Row:
+    """What ``sweep.json`` says of a run of the sweep in ``folder``; of one that is not chosen yet ``run`` is empty there."""
+    run = point.folder.path.relative_to(folder).as_posix()
+    return {"run": run, "label": point.label, "seed": point.config.seed, "steps": point.config.train.steps}
+
+
 @contextmanager
-def announced(runs: Sequence[Point], overrides: Sequence[str], jobs: int, command: str) -> Iterator[None]:
-    """Write ``sweep.json`` and, for the length of the block, hold a shared lock that tells others that the sweep goes on."""
-    folder = runs[0].folder.path.parent
-    told = {
+def announced(folder: Path, points: Sequence[Row], overrides: Sequence[str], jobs: int, command: str) -> Iterator[Callable[[Sequence[Row]], None]]:
+    """Write ``sweep.json`` and, for the length of the block, hold a shared lock that tells others that the sweep goes on.
+
+    ``points`` are entries; gives a function that takes others in their place.
+    """
+    about = {
         "format": 1,
         "overrides": list(overrides),
         "command": command,
@@ -42,13 +50,16 @@ def announced(runs: Sequence[Point], overrides: Sequence[str], jobs: int, comman
         "pid": os.getpid(),
         "host": socket.gethostname(),
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "points": [{"run": p.folder.path.name, "label": p.label, "seed": p.config.seed, "steps": p.config.train.steps} for p in runs],
     }
+
+    def announce(points: Sequence[Row]) -> None:
+        write_json_atomic(folder / FILE, about | {"points": list(points)})
+
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        write_json_atomic(folder / FILE, told)
-        yield
+        announce(points)
+        yield announce
     finally:
         os.close(handle)
 
@@ -78,14 +89,23 @@ class Status:
     folder: Path
     about: Mapping[str, Any] = field(init=False)
     _ended: dict[str, Row] = field(default_factory=dict)
+    _read: tuple[int, int] = (0, 0)
 
     def __post_init__(self) -> None:
+        self._refresh()
+
+    def _refresh(self) -> None:
+        """Read ``sweep.json`` if it was written since: a search adds its trials one by one."""
         file = self.folder / FILE
         try:
-            self.about = safe.read_json(file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str})
-            if any(Path(point["run"]).name != point["run"] for point in self.about["points"]):
+            there = file.stat()
+            if (there.st_ino, there.st_mtime_ns) == self._read:
+                return
+            about = safe.read_json(file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str})
+            if not all(_inside(point["run"]) for point in about["points"]):
                 raise ValueError("a run outside the folder")
-            datetime.datetime.fromisoformat(self.about["started"])
+            datetime.datetime.fromisoformat(about["started"])
+            self.about, self._read = about, (there.st_ino, there.st_mtime_ns)
         except OSError:
             what = "there is no such folder" if not self.folder.is_dir() else f"no sweep was run there (it has no {FILE})"
             raise ConfigError(f"{self.folder}: {what}. Give the folder of a sweep, outputs/NAME.") from None
@@ -97,8 +117,20 @@ class Status:
         """Whether a sweep works on the folder now."""
         return held(self.folder / LOCK, fcntl.LOCK_EX)
 
+    @property
+    def seconds(self) -> float:
+        """From the last start of the sweep to now, or, where none works on the folder any more, to the last sign of its runs."""
+        end = time.time() if self.alive else max(map(self._last, self.about["points"]), default=0.0)
+        return max(0.0, end - datetime.datetime.fromisoformat(str(self.about["started"])).timestamp())
+
+    def _last(self, point: Mapping[str, Any]) -> float:
+        folder = RunFolder(self.folder / str(point["run"]))
+        return max((file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()), default=0.0)
+
     def rows(self) -> list[Row]:
-        """One for each point: run, label, seed, state ("finished", "failed", "running" or "waiting"), step, steps, seconds_left, seconds, error."""
+        """One for each point: run, label, seed, state ("finished", "failed", "pruned", "running" or "waiting"), step, steps, seconds_left, seconds,
+        error."""
+        self._refresh()
         return [self._row(point) for point in self.about["points"]]
 
     def _row(self, point: Mapping[str, Any]) -> Row:
@@ -117,7 +149,7 @@ class Status:
             row |= {"state": result["status"], "step": result.get("steps", 0), "error": result.get("error"), "seconds": duration(folder)}
             self._ended[name] = row
         else:
-            row["step"] = last_step(folder)
+            row |= {"state": "pruned" if point.get("pruned") else "waiting", "step": last_step(folder)}
         return row
 
     def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
@@ -129,7 +161,13 @@ class Status:
         known = all(left is not None for left in lefts) and (each is not None or not counts["waiting"])
         total = sum(left or 0.0 for left in lefts) + counts["waiting"] * (each or 0.0)
         seconds = total / min(int(self.about["jobs"]), max(1, counts["running"] + counts["waiting"])) if known else None
-        return {**{state: counts[state] for state in ("finished", "running", "failed", "waiting")}, "seconds_left": seconds}
+        return {**{state: counts[state] for state in ("finished", "running", "failed", "pruned", "waiting")}, "seconds_left": seconds}
+
+
+def _inside(run: str) -> bool:
+    """Whether ``run`` is a folder of a sweep, or one of its trials, or empty."""
+    *before, name = Path(run).parts or [""]
+    return before in ([], [TRIALS]) and name not in ("..", "/")
 
 
 def _progress(folder: RunFolder, steps: int) -> Row:
@@ -163,8 +201,3 @@ def show_seconds(seconds: float | None) -> str:
     if seconds < 90:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
-
-
-def elapsed(about: Mapping[str, Any]) -> float:
-    """Seconds since the sweep was last started."""
-    return time.time() - datetime.datetime.fromisoformat(str(about["started"])).timestamp()

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from .. import strict
@@ -72,35 +73,60 @@ class _Group:
     trials: list[tuple[float, Point]]
 
 
-def run(points: Sequence[Point], parameter: str, trials: int, *, jobs: int | None = None, say: Say = print, pool: Any = None) -> list[Point]:
-    """Tune ``parameter`` (as in ``tune=``) by so many ``trials`` for each configuration of ``points``.
+@dataclass(frozen=True)
+class Tuning:
+    """What is tuned, by which trials; ``settled`` takes what became of them."""
 
-    Returns the points with the value that did best on validation, frozen, each with its ``tuning.json``. Trials that are finished are not run again.
-    Where all trials of a configuration failed it keeps its own value. Raises ``ConfigError`` before any trial starts.
-    """
-    asked = parse(parameter)
-    groups = _groups(points, asked, trials)
-    tried = [trial for group in groups for _, trial in group.trials]
-    freeze(tried)
-    if pool is None:
-        from .pool import Pool
+    points: list[Point]
+    asked: Asked
+    groups: list[_Group]
 
-        pool = Pool(jobs, say, gpus=[] if all(point.config.train.device == "cpu" for point in tried) else None)
-    say(f"Tuning {asked.key} of {len(groups)} configurations by {trials} trials each, on validation.")
-    results = pool.run(tried)
-    final: dict[int, Point] = {}
-    for group in groups:
+    @property
+    def tried(self) -> list[Point]:
+        """All trials, which are runs like others."""
+        return [trial for group in self.groups for _, trial in group.trials]
+
+    def settled(self, results: Mapping[Path, Result], say: Say) -> list[Point]:
+        """The points with the value that did best on validation, frozen, each with its ``tuning.json``.
+
+        Where all trials of a configuration failed it keeps its own value.
+        """
+        final: dict[int, Point] = {}
+        for group in self.groups:
+            told = self._told(group, results)
+            value = told["chosen"]
+            say(f"{group.points[0].label}: {self.asked.key}={value!r}{' (its own: all trials failed)' if best(told['tried']) is None else ''}")
+            for point in group.points:
+                final[id(point)] = self._with(point, value)
+                freeze([final[id(point)]])
+                write_json_atomic(final[id(point)].folder.path / "tuning.json", told)
+        return [final[id(point)] for point in self.points]
+
+    def foreseen(self, results: Mapping[Path, Result]) -> tuple[list[Point], list[Point]]:
+        """The points whose value is known, since all their trials have results, with that value; and the others, as they are."""
+        known: dict[int, Point] = {}
+        for group in self.groups:
+            if all(trial.folder.path in results for _, trial in group.trials):
+                value = self._told(group, results)["chosen"]
+                known |= {id(point): self._with(point, value) for point in group.points}
+        return [known[id(point)] for point in self.points if id(point) in known], [point for point in self.points if id(point) not in known]
+
+    def _told(self, group: _Group, results: Mapping[Path, Result]) -> dict[str, Any]:
+        """What ``tuning.json`` says of a configuration."""
         rows = [_row(value, results.get(trial.folder.path, {})) for value, trial in group.trials]
         chosen = best(rows)
-        told = {"format": FORMAT, "parameter": asked.key, "trials": trials, "tried": rows, "chosen": chosen}
-        if chosen is None:
-            told["chosen"] = _value(group.points[0].config, asked.key)
-        say(f"{group.points[0].label}: {asked.key}={told['chosen']!r}{' (its own: all trials failed)' if chosen is None else ''}")
-        for point in group.points:
-            final[id(point)] = _moved(point, _changed(point.config, asked.key, told["chosen"]))
-            freeze([final[id(point)]])
-            write_json_atomic(final[id(point)].folder.path / "tuning.json", told)
-    return [final[id(point)] for point in points]
+        own = _value(group.points[0].config, self.asked.key)
+        told = {"format": FORMAT, "parameter": self.asked.key, "trials": len(rows), "tried": rows}
+        return told | {"chosen": own if chosen is None else chosen}
+
+    def _with(self, point: Point, value: Any) -> Point:
+        return _moved(point, _changed(point.config, self.asked.key, value))
+
+
+def plan(points: Sequence[Point], parameter: str, trials: int) -> Tuning:
+    """The tuning of ``parameter`` (as in ``tune=``) by so many ``trials`` for each configuration of ``points``. Raises ``ConfigError``."""
+    asked = parse(parameter)
+    return Tuning(list(points), asked, _groups(points, asked, trials))
 
 
 def best(rows: Sequence[dict[str, Any]]) -> Any:

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import visible
-from .status import Row, Status, elapsed, show_seconds
+from .status import Row, Status, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import Group
@@ -80,8 +80,10 @@ def line(status: Status, rows: Sequence[Row]) -> str:
     """The counts in one line."""
     told = status.summary(rows)
     rest = f", about {show_seconds(told['seconds_left'])} left" if told["running"] + told["waiting"] else ""
-    counts = ", ".join(f"{told[state]} {state}" for state in ("finished", "running", "failed", "waiting") if told[state] or state == "finished")
-    return f"{status.folder}: {counts} of {len(rows)}{rest} (for {show_seconds(elapsed(status.about))})"
+    counts = ", ".join(
+        f"{told[state]} {state}" for state in ("finished", "running", "failed", "pruned", "waiting") if told[state] or state == "finished"
+    )
+    return f"{status.folder}: {counts} of {len(rows)}{rest} (for {show_seconds(status.seconds)})"
 
 
 def watch(folder: Path, say: Callable[[str], None] = print) -> int:

@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from finetune import cli
 from finetune.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
 from finetune.sweep import process
 from finetune.sweep.grid import Point, freeze
 from finetune.train.files import RunFolder
 
 STUB = Path(__file__).with_name("stub.py")
+SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+TUNED = [*SMALL, "tune=optimizer.lr", "--trials", "2", "name=t"]
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,26 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
         return made
 
     return make
+
+
+@pytest.fixture
+def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the command here, with children that train nothing; gives exit code, output and errors."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setattr(process, "FORKS", False)
+    monkeypatch.setenv("COLUMNS", "160")
+
+    def run(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["finetune", "sweep", *words])
+        code: object = 0
+        try:
+            cli.main()
+        except SystemExit as ended:
+            code = ended.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return run
 
 
 def starts(of: Point) -> int:

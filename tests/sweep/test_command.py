@@ -13,33 +13,12 @@ from pathlib import Path
 
 import pytest
 
-from finetune import cli
-from finetune.sweep import forecast, process
+from finetune.sweep.grid import Point
 
-from .conftest import stubbed
+from .conftest import SMALL, TUNED
 
-SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+SEARCHED = ["--search", "optuna", "--trials", "3", "method=head", "optimizer.lr=interval(1e-3,1e-2)"]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
-
-
-@pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command here, with children that train nothing; gives exit code, output and errors."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "command", stubbed)
-    monkeypatch.setattr(process, "FORKS", False)
-    monkeypatch.setenv("COLUMNS", "160")
-
-    def run(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["finetune", "sweep", *words])
-        code: object = 0
-        try:
-            cli.main()
-        except SystemExit as ended:
-            code = ended.code
-        return (code if isinstance(code, int) else 0, *capsys.readouterr())
-
-    return run
 
 
 def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None:
@@ -68,18 +47,32 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["seed=range(0,600)"], "--max-runs 600"),
         (["seed=0,1,2", "--max-runs", "2"], "--max-runs 3"),
         (["seed=range(2,2)"], "the grid is empty"),
+        (["optimizer.lr=tag(log,interval(1e-4,1e-2))"], "interval(1e-4,1e-2)): only a search chooses from an interval: --search optuna --trials"),
+        (["seed=range(0,5"], "seed=range(0,5: a bracket is missing"),
+        (["seed=range(0,5))"], "seed=range(0,5)): a bracket is too many"),
+        (["seed=range(5,0)"], "range(5,0,-1) counts down"),
+        (["seed=range(0,5,0)"], "seed=range(0,5,0): a range takes numbers, and a step other than 0"),
+        (["seed=sort(range(0,1,0.0))"], "a step other than 0"),
+        (["seed=range(0,nan)"], "seed=range(0,nan): a range takes numbers"),
+        (["seed=shuffle(range(0,1000000000000))"], "more than 100,000 points"),
         (["seed=0,,1"], "seed"),
         (["sweep=none_such"], "sweep=none_such is not a sweep"),
         (["--sweep", "a", "sweep=b"], "the same setting"),
         (["--name", "a", "name=b"], "the same setting"),
         (["--launcher", "ray"], "pip install 'finetune-bench[ray]'"),
         (["--launcher", "cluster"], "--launcher cluster is not a launcher"),
+        (["--launcher", "joblib", "--fail-fast", "--attempts", "2"], "--attempts 2, --fail-fast: only --launcher local has that"),
+        (["--launcher", "slurm", "--jobs", "3"], "--jobs 3 is nothing that --launcher slurm takes. Write launcher.array_parallelism=N"),
         (["launcher.partition=x"], "local has --jobs"),
         (["--watch", "nowhere"], "there is no such folder"),
         (["--watch", "."], "no sweep was run there"),
         (["--watch", ".", "seed=1"], "takes no settings"),
-        (["--search", "grid", "--trials", "3"], "--search optuna"),
-        (["--trials", "3"], "--search optuna"),
+        (["--watch", ".", "--dry-run", "--json", "--jobs", "2", "tune=a"], "--jobs 2, --dry-run, --json, tune=a: --watch . only shows"),
+        (["--search", "optun", "--trials", "3"], "--search optun is not a search. Did you mean 'optuna'?"),
+        (["--search", "optuna"], "--search optuna needs to know how many trials"),
+        (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),
+        ([*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"], "--retry, --dry-run, --max-runs 500: without meaning for --search"),
+        ([*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"], "--launcher slurm, launcher.qos=x, tune=a: without meaning"),
         (["tune=a", "tune=b"], "one parameter"),
     ],
 )
@@ -89,6 +82,16 @@ def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, 
     assert said in err
     assert "Traceback" not in err
     assert not Path("outputs").exists()
+
+
+def test_a_search_is_ended_by_its_first_failure_and_tries_again(typed: Callable[..., tuple[int, str, str]]) -> None:
+    pytest.importorskip("optuna")
+    words = [*SEARCHED, *SMALL[1:], "name=a"]
+    code, _, err = typed(*words, "seed=104", "--attempts", "2", "--fail-fast")
+    assert code == 1
+    assert err.count("tried again") == 1
+    assert err.count("failed (ValueError: odd) after") == 1
+    assert "Stopped at the first failure" in err
 
 
 def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, str]]) -> None:
@@ -101,66 +104,40 @@ def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, s
     assert Path("outputs/b").is_dir()
 
 
-def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = list[str]()
-
-    def measure(config: object, say: object) -> dict[str, object]:
-        asked.append(config.method.name)  # type: ignore[attr-defined]
-        return {"step": 0.5, "evaluation": 3.0, "fixed": 10.0, "memory_bytes": 2**30, "fault": None}
-
-    monkeypatch.setattr(forecast, "_measure", measure)
-    monkeypatch.setattr(forecast, "memory", lambda jobs: 3 * 2**29)
-    words = ["method=bitfit,head", "seed=0,1", "train.steps=100", "train.eval_every=30", "name=d", "--dry-run"]
-    _, out, _ = typed(*words, "--json", "--jobs", "2")
-    told = json.loads(out)
-    assert asked == ["bitfit", "head"]  # one measurement of each kind
-    assert [run["seconds"] for run in told["runs"]] == [10 + 50 + 4 * 3] * 4  # validations after 30, 60, 90 and 100 steps
-    assert told["total"] == {
-        "runs": 4, "finished": 0, "to_run": 4, "seconds": 144.0, "peak_memory_bytes": 2**30, "room_bytes": 3 * 2**29, "cannot_fit": 0,
-    }  # fmt: skip
-    assert not Path("outputs").exists()
-    monkeypatch.setattr(forecast, "memory", lambda jobs: 2**29)
-    _, out, _ = typed(*words)
-    assert "1.0 GiB, does not fit" in out
-    assert "72 s" in out
-    assert "seconds: 5 min" in out  # four, one after the other
+def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str, str]]) -> None:
+    code, out, err = typed(*TUNED, "seed=104")
+    assert (code, err.count("Error: outputs/t/trials/")) == (1, 2)
+    code, out, err = typed(*TUNED, "seed=104", "--retry", "--attempts", "2")
+    assert (code, err.count("tried again"), err.count("kept: see --retry")) == (1, 3, 0)
+    code, out, err = typed(*TUNED, "seed=104,1", "--retry", "--fail-fast", "--json")
+    assert (code, out) == (1, "[]\n")
+    assert err.count("not finished: the same command goes on with it") == 1
+    assert "-s1-" not in err  # no run follows
+    code, out, _ = typed("--watch", "outputs/t")
+    assert (code, "2 failed, 2 waiting of 4" in out) == (1, True)
+    typed(*TUNED, "seed=1")
+    code, out, _ = typed("--watch", "outputs/t")
+    assert (code, "3 finished of 3" in out) == (0, True)
 
 
-def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_measure", lambda config, say: {"step": None, "memory_bytes": None, "fault": "no way"})
-    typed(*SMALL, "seed=1,101", "name=d")
-    _, out, err = typed(*SMALL, "seed=1,101,2", "name=d", "--dry-run", "--json")
-    rows = json.loads(out)["runs"]
-    assert [row["would"] for row in rows] == ["be skipped: finished", "be kept: failed", "start"]
-    _, out, _ = typed(*SMALL, "seed=1,101,2", "name=d", "--dry-run", "--json", "--retry")
-    assert json.loads(out)["runs"][1]["would"] == "start"
-    file = next(Path("outputs/d").glob("*-s1-*/result.json"))
-    from finetune.config import load
-    from finetune.train.result import group_hash
+def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from finetune.sweep import launch, pool
 
-    known = json.loads(file.read_text()) | {"group_hash": group_hash(load([], config_file=file.with_name("config.yaml")))}
-    file.write_text(json.dumps(known))
-    lock = file.with_name(".lock")
-    lock.write_text(json.dumps({"started": file.stat().st_mtime - 40}))
-    _, out, _ = typed(*SMALL, "seed=1,2", "name=d", "--dry-run", "--json")
-    row = json.loads(out)["runs"][1]
-    assert (round(row["seconds"]), row["memory_bytes"], row["fits"]) == (40, 10**8, True)
-    words = [word.replace("batch_size=8", "batch_size=4") for word in SMALL]
-    _, out, err = typed(*words, "seed=3", "name=d", "--dry-run")
-    assert "could not be measured: no way" in err
+    given = list[list[str]]()
 
+    def run_all(runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None]) -> dict[Path, dict[str, object]]:
+        given.append([str(point.folder.path.parent) for point in runs])
+        return pool.Pool(1, say, gpus=[]).run(runs if len(given) > 1 else runs[1:])
 
-@pytest.mark.slow
-def test_a_real_measurement(tmp_path: Path) -> None:
-    """Four steps of the built-in task, and a run that cannot be measured."""
-    words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.precision=fp32,fp16", "name=s", "--dry-run", "--json"]
-    done = subprocess.run(words, env=ENV, capture_output=True, text=True, cwd=tmp_path)
-    good, bad = json.loads(done.stdout)["runs"]
-    assert good["fits"] is True
-    assert 10**8 < good["memory_bytes"] < 10**10
-    assert 1 < good["seconds"] < 600
-    assert "needs a GPU" in bad["fault"]
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(launch, "run_all", run_all)
+    monkeypatch.setattr(launch, "_absent", lambda name: [])
+    code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
+    assert (code, given) == (1, [["outputs/t/trials"] * 2])
+    assert err.count("not finished: the same command goes on with it") == 1
+    code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
+    assert (code, given[1:]) == (0, [["outputs/t/trials"] * 2, ["outputs/t"]])
 
 
 @pytest.mark.slow

@@ -56,6 +56,13 @@ def test_all_faults_of_all_points_before_any_starts() -> None:
     assert not list(Path().iterdir())
 
 
+def test_a_fault_of_one_point_with_a_budget_says_which() -> None:
+    with pytest.raises(ConfigError) as caught:
+        sweep.points(["method=lora,spiel", "budget=30k,60k", "schedule=static"])
+    *_, fault = caught.value.faults
+    assert fault.endswith("(at method=spiel budget=30k and 1 more)")
+
+
 def test_run_is_refused() -> None:
     with pytest.raises(ConfigError, match="run=x: a sweep names its runs by their content"):
         sweep.points(["run=x", "seed=0,1"])

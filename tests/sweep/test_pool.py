@@ -221,3 +221,12 @@ def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
     taken = lock(slow.folder.path)
     assert taken is not None
     os.close(taken)
+
+
+def test_a_run_that_is_offered_twice_is_run_once(stub: Make) -> None:
+    """As a search does that draws the same settings again."""
+    (point,) = stub(1)
+    ended = list[Point]()
+    Pool(1, lambda line: None, gpus=[]).run([point, point], lambda run, result: ended.append(run))
+    assert ended == [point, point]
+    assert starts(point) == 1

@@ -18,7 +18,9 @@ import pytest
 
 from finetune.config import load
 from finetune.errors import ConfigError
-from finetune.sweep import lines, search, space
+from finetune.sweep import search, space
+from finetune.sweep.status import Status
+from finetune.sweep.watch import line, watch
 
 from . import fake_training
 from .fake_training import FakePool, accuracy
@@ -46,26 +48,6 @@ def told(name: str = "s") -> list[dict[str, Any]]:
     return trials
 
 
-def test_dimensions() -> None:
-    words = ["method=lora", LR, "method.rank=interval(2,16)", "method.dropout=interval(0,0.5)", "method.alpha=choice(1,2.5)", "train.batch_size=8,16"]
-    fixed, found = space.space([*words, "train.steps=range(10,40,10)"], None)
-    assert fixed == ["method=lora"]
-    lr, rank, dropout, alpha, batch, steps = found
-    assert (lr.low, lr.high, lr.log, lr.whole) == (1e-4, 1e-1, True, False)
-    assert (rank.key, rank.low, rank.high, rank.whole) == ("method.rank", 2, 16, True)
-    assert (dropout.whole, dropout.options) == (False, ())
-    assert [d.options for d in (alpha, batch, steps)] == [("1", "2.5"), ("8", "16"), ("10", "20", "30")]
-    assert all(not d.whole for d in (lr, dropout))
-
-
-def test_whole_numbers_where_the_setting_takes_no_others() -> None:
-    found = {
-        d.key: d
-        for d in space.space(["method=shira", "sparsity=interval(0,0.9)", "optimizer.lr=interval(1,2)", "train.steps=interval(2,4)"], None)[1]
-    }
-    assert {key: d.whole for key, d in found.items()} == {"method.sparsity": False, "optimizer.lr": False, "train.steps": True}
-
-
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
@@ -88,7 +70,7 @@ def test_faults_come_before_the_first_trial(words: list[str], fault: str, fake: 
 
 
 def test_the_best_is_found_and_comes_first(fake: None) -> None:
-    results = search.run(ASKED, 20, say=lambda line: None)
+    results = search.run(ASKED, 20)
     finished = [(point, result) for point, result in results if result["status"] == "finished"]
     best, result = finished[0]
     assert result["metrics"]["val"]["accuracy"] == max(accuracy(lr, 8, 8) for _, lr in fake_training.started)
@@ -103,7 +85,7 @@ def test_the_best_is_found_and_comes_first(fake: None) -> None:
 
 def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
     """The rule worked by hand: at a step, the best so far is worse than the median of the finished trials, once they are five."""
-    search.run(ASKED, 16, say=lambda line: None)
+    search.run(ASKED, 16)
     reached: dict[int, list[float]] = {step: [] for step in (2, 4, 6, 8)}
     finished = 0
     for trial in told():
@@ -125,6 +107,26 @@ def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
     assert 5 <= finished < 16
 
 
+def test_others_can_watch_it(fake: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, seen = FakePool.train, list[tuple[bool, int, int]]()
+
+    def watched(self: FakePool, *args: Any) -> dict[str, Any]:
+        status = Status(Path("outputs/s"))
+        rows = status.rows()
+        seen.append((status.alive, sum(row["run"] != "" for row in rows), len(rows)))
+        return train(self, *args)
+
+    monkeypatch.setattr(FakePool, "train", watched)
+    search.run(ASKED, 16)
+    assert seen == [(True, number, 16) for number in range(1, 17)]
+    status = Status(Path("outputs/s"))
+    states = [row["state"] for row in status.rows()]
+    assert sorted(states) == sorted(trial["status"] for trial in told())
+    assert "pruned" in states
+    assert f"{states.count('pruned')} pruned of 16" in line(status, status.rows())
+    assert watch(Path("outputs/s")) == 0
+
+
 def test_a_run_that_is_done_is_not_pruned() -> None:
     """By a pruner that always would."""
     own = SimpleNamespace(report=lambda value, step: None, should_prune=lambda: True)
@@ -136,26 +138,26 @@ def test_a_run_that_is_done_is_not_pruned() -> None:
 
 def test_the_same_seed_gives_the_same_trials_and_another_others(fake: None) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        search.run([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6, say=lambda line: None)
+        search.run([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6)
     a, b, c = ([t["settings"] for t in told(name)] for name in "abc")
     assert a == b
     assert a != c
 
 
 def test_more_trials_continue_a_search(fake: None) -> None:
-    search.run(ASKED, 9, say=lambda line: None)
+    search.run(ASKED, 9)
     whole = told()
     assert len(fake_training.started) == 9
     for trials in (4, 4, 9):
-        search.run([*ASKED[:-1], "name=parts"], trials, say=lambda line: None)
+        search.run([*ASKED[:-1], "name=parts"], trials)
     assert len(fake_training.started) == 18
     assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [(t["settings"], t["status"], t["steps"]) for t in whole]
-    assert search.run(ASKED, 3, say=lambda line: None)
+    assert search.run(ASKED, 3)
     assert len(fake_training.started) == 18
 
 
 def test_failures_are_trials(fake: None) -> None:
-    search.run(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8, say=lambda line: None)
+    search.run(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8)
     states = {t["settings"]["optimizer.lr"]: (t["status"], t["error"]) for t in told()}
     assert states == {"0.01": ("finished", None), "5": ("failed", "the loss is nan")}
     assert len(told()) == 8
@@ -164,7 +166,7 @@ def test_failures_are_trials(fake: None) -> None:
 
 def test_contradictions_between_settings_fail_alone(fake: None) -> None:
     words = ["method=hft", "method.rounds=choice(1,2)", "sparsity=choice(0.5,0.0)", "train.steps=4", "name=s"]
-    search.run(words, 12, say=lambda line: None)
+    search.run(words, 12)
     failed = [t for t in told() if t["status"] == "failed"]
     assert failed
     assert all(t["settings"] == {"method.rounds": "2", "method.sparsity": "0.0"} for t in failed)
@@ -172,12 +174,12 @@ def test_contradictions_between_settings_fail_alone(fake: None) -> None:
 
 
 def test_settings_that_a_method_lacks_are_left_out_for_it(fake: None) -> None:
-    results = search.run(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10, say=lambda line: None)
+    results = search.run(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10)
     assert {point.label for point, _ in results} == {"method=head", "method=shira method.sparsity=0.5", "method=shira method.sparsity=0.9"}
 
 
 def test_another_search_in_the_folder_is_refused(fake: None) -> None:
-    search.run(ASKED, 1, say=lambda line: None)
+    search.run(ASKED, 1)
     with pytest.raises(ConfigError, match=r"outputs/s holds another search: .*tag\(log"):
         search.run(["method=head", "optimizer.lr=interval(1e-3,1e-2)", "train.steps=8", "name=s"], 1)
     assert len(told()) == 1
@@ -191,12 +193,12 @@ def test_a_damaged_storage_is_said(fake: None) -> None:
 
 
 def test_one_search_at_a_time(fake: None) -> None:
-    search.run(ASKED, 1, say=lambda line: None)
+    search.run(ASKED, 1)
     with Path("outputs/s/.search.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="outputs/s is being searched by another process"):
             search.run(ASKED, 2)
-    assert len(search.run(ASKED, 2, say=lambda line: None)) == 2
+    assert len(search.run(ASKED, 2)) == 2
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +210,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.slow
 def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
     """A search in a process of its own, killed with -9 again and again, against one that was left alone."""
-    search.run([*ASKED[:-1], "name=whole"], 9, say=lambda line: None)
+    search.run([*ASKED[:-1], "name=whole"], 9)
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
@@ -217,7 +219,7 @@ def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
         from tests.sweep import fake_training
         fake_training.FakePool.pause = 0.02
         finetune.sweep.pool.Pool = fake_training.FakePool
-        search.run({ASKED!r}, 9, say=lambda line: None)
+        search.run({ASKED!r}, 9)
     """
     kills = 0
     for wait in (0.1, 0.4, 60):
@@ -244,40 +246,26 @@ def search_rows() -> int:
         return 0
 
 
-def test_lines_of_a_growing_file(tmp_path: Path) -> None:
-    file = tmp_path / "f"
-    read = lines.Lines(file)
-    assert read.new() == []
-    with file.open("a") as out:
-        for text, found in (('{"a": 1}\n{"a"', [{"a": 1}]), (": 2}", []), ("\n", [{"a": 2}]), ("", [])):
-            out.write(text)
-            out.flush()
-            assert read.new() == found
-    (tmp_path / "g").write_text('{"a": 3}\n')
-    (tmp_path / "g").replace(file)
-    assert read.new() == [{"a": 3}]
-
-
 @pytest.mark.slow
-def test_pruning_stops_the_process() -> None:
+def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
     """A real run of many steps beside five trials that were perfect from the start."""
     words = [*QUICK, LR, "train.steps=5000", "train.eval_every=5", "name=s"]
-    one = search.Search([w for w in words if w != LR], space.space(words, None)[1], None, None, print)
+    one = search.Search([w for w in words if w != LR], space.space(words, None)[1], None, None)
     with one.alone(Path("outputs/s")):
-        one.open(words, 0, False)
+        one.open(words, 0, False, 6)
         for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3):
             distribution = {"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
             perfect = {5: 1.0, 10: 1.0}
             made = optuna.trial.create_trial(value=1.0, params={"optimizer.lr": lr}, distributions=distribution, intermediate_values=perfect)
             one.study.add_trial(made)
-    said: list[str] = []
-    results = search.run(words, 6, say=said.append)
+    results = search.run(words, 6)
+    said = capsys.readouterr().err
     *_, trial = told()
     assert (trial["status"], trial["steps"]) == ("pruned", 5)
     run = Path("outputs/s", trial["run"])
     assert not (run / "result.json").exists()
     assert 5 <= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 5000
-    assert any("stopped (pruned at step 5" in line for line in said)
+    assert "stopped (pruned at step 5" in said
     with (run / ".lock").open() as free:
         fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more
     assert [result["status"] for point, result in results if point.folder.path.name == run.name] == ["pruned"]

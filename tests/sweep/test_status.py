@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+import datetime
 import io
 import json
+import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from finetune.errors import ConfigError
-from finetune.sweep.grid import Point
+from finetune.sweep.grid import Point, freeze
 from finetune.sweep.pool import Pool
 from finetune.sweep.process import last_step, lock, tail
-from finetune.sweep.status import Status, announced, duration, show_seconds
+from finetune.sweep.status import Status, announced, duration, entry, show_seconds
 from finetune.sweep.watch import Board, table, watch
 
+from .conftest import point
+
 Make = Callable[..., list[Point]]
+
+
+def listed(points: list[Point]) -> list[dict[str, Any]]:
+    return [entry(point, Path("outputs/s")) for point in points]
 
 
 def test_each_state_is_read_from_the_files(stub: Make) -> None:
@@ -30,7 +40,7 @@ def test_each_state_is_read_from_the_files(stub: Make) -> None:
     going.folder.metrics.write_text(lines + '{"step": 5, "sec')
     begun.folder.metrics.write_text(lines)
     held = lock(going.folder.path)
-    with announced(points, ["seed=1,2"], 2, "finetune sweep seed=1,2"):
+    with announced(Path("outputs/s"), listed(points), ["seed=1,2"], 2, "finetune sweep seed=1,2"):
         status = Status(Path("outputs/s"))
         rows = status.rows()
         assert status.alive
@@ -73,7 +83,7 @@ def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
     begun = threading.Event()
 
     def work() -> None:
-        with announced(points, [], 1, "finetune sweep x"):
+        with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
             begun.set()
             Pool(1, lambda line: None, gpus=[]).run(points)
 
@@ -87,9 +97,25 @@ def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
     assert any("running" in line and "waiting" in line for line in said)
 
 
+def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
+    points = stub(1, 2)
+    with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
+        Pool(2, lambda line: None, gpus=[]).run(points)
+    file = Path("outputs/s/sweep.json")
+    began = time.time() - 3600
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"started": datetime.datetime.fromtimestamp(began).astimezone().isoformat()}))
+    for run in points:
+        os.utime(run.folder.metrics, (began, began))
+        os.utime(run.folder.result, (began + 40, began + 40))
+    os.utime(points[1].folder.result, (began + 146, began + 146))
+    said = list[str]()
+    watch(Path("outputs/s"), said.append)
+    assert said == ["outputs/s: 2 finished of 2 (for 2 min)"]
+
+
 def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
     points = stub(1, 2)
-    with announced(points, [], 1, "finetune sweep seed=1,2"):
+    with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep seed=1,2"):
         pass
     said = list[str]()
     assert watch(Path("outputs/s"), said.append) == 1
@@ -98,12 +124,33 @@ def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
     assert watch(Path("outputs/s"), said.append) == 0
 
 
+def test_trials_and_runs_that_are_still_to_be_chosen(stub: Make) -> None:
+    points = stub(1, 2)
+    trial = point(3, "s/trials")
+    freeze([trial])
+    listed = [entry(trial, Path("outputs/s")), *(entry(run, Path("outputs/s")) | {"run": ""} for run in points)]
+    with announced(Path("outputs/s"), listed, [], 1, "finetune sweep x") as announce:
+        status = Status(Path("outputs/s"))
+        Pool(1, lambda line: None, gpus=[]).run([trial])
+        assert [row["state"] for row in status.rows()] == ["finished", "waiting", "waiting"]
+        announce([listed[0], *(entry(run, Path("outputs/s")) for run in points)])
+        Pool(1, lambda line: None, gpus=[]).run(points)
+        assert [row["state"] for row in status.rows()] == ["finished"] * 3
+
+
+@pytest.mark.parametrize("run", ["..", "/", "../s", "trials/..", "trials/../x", "/etc", "a/b"])
+def test_a_run_outside_the_folder_is_refused(stub: Make, run: str) -> None:
+    (inside,) = stub(1)
+    with announced(Path("outputs/s"), [entry(inside, Path("outputs/s")) | {"run": run}], [], 1, "x"), pytest.raises(ConfigError, match="is not what"):
+        Status(Path("outputs/s"))
+
+
 def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
     points = stub(1, 101, 2)
     Pool(1, lambda line: None, gpus=[]).run(points[:2])
     points[2].folder.metrics.write_text('{"step": 4, "seconds": 20.0}\n')
     held = lock(points[2].folder.path)
-    with announced(points, [], 1, "finetune sweep x"):
+    with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
         status = Status(Path("outputs/s"))
         shown = Console(width=120, file=io.StringIO())
         shown.print(table(status, status.rows()))
@@ -119,7 +166,7 @@ def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(stub: Make, monkeypa
     points = stub(1, 101)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda on=terminal: on)
-        with announced(points, [], 1, "finetune sweep x"), Board() as board:
+        with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"), Board() as board:
             board.show(Path("outputs/s"))
             Pool(1, board.say, gpus=[], look=board.look, retry=True).run(points)
         said = capsys.readouterr().err
@@ -131,7 +178,7 @@ def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(stub: Make, monkeypa
 def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     points = stub(*range(20))
     Pool(2, lambda line: None, gpus=[]).run(points)
-    with announced(points, [], 1, "finetune sweep x"):
+    with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
         status = Status(Path("outputs/s"))
         first = status.rows()
         monkeypatch.setattr(type(points[0].folder), "read_result", None)  # a second reading needs no result again
@@ -154,7 +201,7 @@ def test_durations(seconds: float | None, words: str) -> None:
 
 def test_the_ends_of_sweeps_do_not_hide_each_other(stub: Make) -> None:
     points = stub(1)
-    with announced(points, [], 1, "a"):
-        with announced(points, [], 1, "b"):
+    with announced(Path("outputs/s"), listed(points), [], 1, "a"):
+        with announced(Path("outputs/s"), listed(points), [], 1, "b"):
             pass
         assert Status(Path("outputs/s")).alive

@@ -34,7 +34,9 @@ def quiet(line: str) -> None:
 
 
 def tuned(points: list[Point], parameter: str = "optimizer.lr", trials: int = 5) -> list[Point]:
-    return tune.run(points, parameter, trials, say=quiet, pool=FakePool(1, quiet))
+    tuning = tune.plan(points, parameter, trials)
+    grid.freeze(tuning.tried)
+    return tuning.settled(FakePool(1, quiet).run(tuning.tried), quiet)
 
 
 def told(point: Point) -> dict[str, Any]:
