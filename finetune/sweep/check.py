@@ -15,11 +15,14 @@ from .process import environment
 from .warm import context
 
 
-def check(runs: Sequence[Point]) -> None:
-    """Raise ``ConfigError`` with every such fault of ``runs`` that have not finished. Each data set and model is read once, in another process."""
+def check(runs: Sequence[Point], retry: bool = False) -> None:
+    """Raise ``ConfigError`` with every such fault of the ``runs`` that are to be made, those that failed before only with ``retry``.
+
+    Each data set and model is read once, in another process.
+    """
     kinds: dict[str, list[Point]] = {}
     for point in runs:
-        if not point.folder.finished:
+        if not (point.folder.result.is_file() and (point.folder.finished or not retry)):
             config = point.config
             what = (config.model, config.dataset, config.method, config.selector, config.train.device, config.train.precision)
             kinds.setdefault(repr(what), []).append(point)

@@ -125,7 +125,7 @@ def _sized(
             for fault in error.faults:
                 faults.setdefault(fault, []).append(" ".join(swept))
     if faults or not found:
-        told = [fault + _where(at, len(expanded) * len(budgets)) for fault, at in faults.items()]
+        told = [fault + where(at, len(expanded) * len(budgets)) for fault, at in faults.items()]
         raise ConfigError(*told, *(left_out if not found else ()))
     for line in left_out:
         say(f"Left out: {line}")

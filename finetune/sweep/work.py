@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from . import launch
+from .check import check
 from .grid import Point, freeze
 from .pool import Pool, interruptible
 from .status import announced, entry
@@ -33,6 +34,8 @@ class Work:
     def run(self, runs: Sequence[Point], tuning: Tuning | None = None) -> tuple[list[Point], dict[Path, Result]]:
         """The runs, with ``tuning`` those with the values that it chose, and all results by folder. No run follows trials that did not all end."""
         tried, folder = tuning.tried if tuning else [], runs[0].folder.path.parent
+        if self.where is None:  # a cluster's machines may see what this one does not
+            check(tried or runs, self.retry)
         freeze(tried or runs)
         if tuning:
             self.board.say(f"Tuning {tuning.asked.key} by {len(tried)} trials of {len(tuning.groups)} configurations, on validation.")

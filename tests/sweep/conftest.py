@@ -12,7 +12,7 @@ import pytest
 
 from finetune import cli
 from finetune.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
-from finetune.sweep import process
+from finetune.sweep import process, work
 from finetune.sweep.grid import Point, freeze
 from finetune.train.files import RunFolder
 
@@ -61,6 +61,7 @@ def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.Captur
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "command", stubbed)
     monkeypatch.setattr(process, "FORKS", False)
+    monkeypatch.setattr(work, "check", lambda runs, retry: None)
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*words: str) -> tuple[int, str, str]:

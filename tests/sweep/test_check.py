@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from finetune import sweep
 from finetune.errors import ConfigError
-from finetune.sweep import check
+from finetune.sweep import check, work
 from finetune.train import run
 
 CPU = ["train.device=cpu", "train.steps=8"]
@@ -61,6 +62,15 @@ def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
     assert [bool(faults) for faults in check.faults_of([bad.config, good[0].config, worse.config])] == [True, False, True]
 
 
+@pytest.mark.usefixtures("here")
+def test_a_sweep_does_so_before_it_writes_anything(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "check", check.check)
+    for more in ([], ["tune=optimizer.lr", "--trials", "2"]):
+        code, _, err = typed("method=lora,shira", "method.targets=[foo]", "seed=0,1", *CPU, *more)
+        assert (code, err.count("Error: method.targets: 'foo'")) == (2, 1), err
+        assert not list(Path().iterdir())
+
+
 @pytest.mark.slow
 def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     runs = sweep.points(["method=lora,shira", "method.targets=[foo]", *CPU])
@@ -69,5 +79,9 @@ def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: 
     for point in runs:
         point.folder.path.mkdir(parents=True)
         point.folder.result.write_text('{"format": 1, "status": "finished"}')
+    failed = runs[1].folder.result
+    failed.write_text('{"format": 1, "status": "failed"}')
+    with pytest.raises(ConfigError, match=r"foo.*shira"):
+        check.check(runs, retry=True)
     monkeypatch.setattr(check, "_elsewhere", pytest.fail)
     check.check(runs)
