@@ -48,7 +48,7 @@ class ProgressBar:
             self._bar.console.print(line, markup=False, highlight=False)
         else:
             with suppress(OSError):  # a terminal that is gone is no reason to stop
-                print(line, file=sys.stderr, flush=True)
+                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever signal comes
 
     def _draw(self, done: int, total: int, words: str) -> None:
         if self._bar is None:

@@ -45,6 +45,7 @@ def test_adalora_goes_on_with_what_it_chooses_ranks_by() -> None:
     assert [int((value != 0).sum()) for value in values.values()] == left
 
 
+@pytest.mark.slow
 def test_adalora_is_as_peft_alone_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run with peft's own dictionaries only."""
     ours = contract.finish(contract.begin(Peft(type="ADALORA", config=dict(ADALORA))))

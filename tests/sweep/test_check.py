@@ -34,7 +34,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", FAULTS)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "task")) for name in FAULTS])  # a language model
 def test_every_point_that_train_refuses_is_named(name: str) -> None:
     runs = sweep.points([*FAULTS[name], *CPU])
     told: dict[str, list[str]] = {}

@@ -84,6 +84,7 @@ def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, 
     assert not Path("outputs").exists()
 
 
+@pytest.mark.slow
 def test_a_search_is_ended_by_its_first_failure_and_tries_again(typed: Callable[..., tuple[int, str, str]]) -> None:
     pytest.importorskip("optuna")
     words = [*SEARCHED, *SMALL[1:], "name=a"]
@@ -104,6 +105,7 @@ def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, s
     assert Path("outputs/b").is_dir()
 
 
+@pytest.mark.slow
 def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = typed(*TUNED, "seed=104")
     assert (code, err.count("Error: outputs/t/trials/")) == (1, 2)

@@ -50,4 +50,5 @@ def _checkpoints(left: Path, right: Path) -> list[str]:
     for state in states:
         assert len(state["extra"].pop("seconds")) == state["number"]
         state["extra"] = {key: value for key, value in state["extra"].items() if key not in TIMES}
+        state["extra"]["config"].pop("train")  # workers and when it is saved
     return found + ([] if states[0] == states[1] else [f"checkpoints/{last}/state.json"])

@@ -71,7 +71,7 @@ def test_the_fixture_is_of_the_first_format() -> None:
         assert "keep_last" not in (FIXTURES / name / "config.yaml").read_text()
 
 
-@pytest.mark.parametrize(("was", "then"), [("alpha: 16.0", "alpha: 8.0"), ("seed: 3", "seed: 4"), ("precision: fp32", "precision: bf16")])
+@pytest.mark.parametrize(("was", "then"), [("alpha: 16.0", "alpha: 8.0"), ("seed: 3", "seed: 4")])
 def test_an_altered_configuration_is_named_and_not_used(old: Path, was: str, then: str) -> None:
     config = RunFolder(old / "lora").config
     assert was in config.read_text()
