@@ -151,7 +151,7 @@ def test_two_signals_harm_nothing(begin: Nursery, words: list[str], whole: Path,
     while child.alive:
         child.kill(signal.SIGTERM)
         time.sleep(0.02)
-    assert child.wait() == 130
+    assert child.wait() in (130, -signal.SIGTERM)  # the last one may come when it has ended, but for the interpreter
     again = begin.run("train", "--resume", str(RUN), folder=tmp_path)
     assert again.wait() == 0, again.said
     assert differences(whole, tmp_path / RUN) == []
