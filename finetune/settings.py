@@ -13,9 +13,8 @@ from typing import Annotated, Any, Literal
 from annotated_types import Ge, Gt, Le, Lt
 
 Share = Annotated[float, Ge(0), Lt(1)]
-LATER = {
-    "train.patience": None
-}  # settings newer than some runs, with what stands for their absence; at it they leave a configuration's hash as it was
+# Settings newer than some runs, with what stands for their absence; at it they leave a configuration's hash as it was.
+LATER = {"train.patience": None}
 NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")  # settings that cannot change a run's result
 
 

@@ -190,8 +190,8 @@ class Training:
                 if settings.save_every and step.number % settings.save_every == 0:
                     self.save_checkpoint()
                 if self.progress["over"]:
-                    stale = f"train.patience={settings.patience}, the best validation was at step {self.progress['best_step']}"
-                    why = f"train.max_seconds={settings.max_seconds} is spent" if late else stale
+                    best = f"train.patience={settings.patience}, the best validation was at step {self.progress['best_step']}"
+                    why = f"train.max_seconds={settings.max_seconds} is spent" if late else best
                     self.say(f"Stopped after {step.number} of {settings.steps} steps: {why}.")
                     return
 

@@ -152,6 +152,7 @@ def test_two_signals_harm_nothing(begin: Nursery, words: list[str], whole: Path,
         child.kill(signal.SIGTERM)
         time.sleep(0.02)
     assert child.wait() in (130, -signal.SIGTERM)  # the last one may come when it has ended, but for the interpreter
+    assert "SIGTERM: saving the run" in child.said or "again SIGTERM: ended at once" in child.said
     again = begin.run("train", "--resume", str(RUN), folder=tmp_path)
     assert again.wait() == 0, again.said
     assert differences(whole, tmp_path / RUN) == []
