@@ -1,4 +1,4 @@
-"""Any tuner of the installed huggingface/peft, as a baseline inside our loop, evaluation and result files."""
+"""Tuners of the installed huggingface/peft, as baselines inside our loop, evaluation and result files."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ class Adapters(Part):
 @register("peft")
 @dataclass(frozen=True)
 class Peft(Method):
-    """Any tuner of huggingface/peft by its own ``type`` and ``config``; without target modules of its own it gets ``targets``."""
+    """A tuner of huggingface/peft for layers, by its own ``type`` and ``config``; without target modules of its own it gets ``targets``."""
 
     type: str = "LORA"
     config: dict[str, Any] = field(default_factory=dict)
