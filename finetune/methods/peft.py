@@ -16,6 +16,9 @@ from ..errors import ConfigError, near
 from ..registry import register
 
 
+UNFIT = ("POLY", "SHADOW", "TRAINABLE_TOKENS")  # they ask for the number of a task, a second model, or tokens instead of layers
+
+
 class Ranks(nn.Module):
     """What AdaLoRA chooses its ranks by, as buffers, so that a checkpoint holds it: peft keeps it in dictionaries. No change on disk needs it.
 
@@ -134,7 +137,8 @@ class Peft(Method):
             from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
         except ImportError:
             raise ConfigError("method=peft needs the peft package: pip install 'finetune-bench[peft]'.") from None
-        tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in PeftType if getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None)}
+        layered = (t for t in PeftType if t.value not in UNFIT and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None))
+        tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in layered}
         if self.type not in tuners:
             raise ConfigError(
                 f"method.type={self.type} is no tuner of the installed peft for layers.{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}."

@@ -58,6 +58,7 @@ def test_adalora_is_as_peft_alone_makes_it(monkeypatch: pytest.MonkeyPatch) -> N
     ("method", "said"),
     [
         (Peft(type="LORAA"), "Did you mean 'LORA'"),
+        (Peft(type="POLY"), "no tuner of the installed peft for layers"),
         (Peft(type="PREFIX_TUNING"), "no tuner of the installed peft for layers"),
         (Peft(config={"rnak": 4}), "method.config.rnak is no option of peft's LoraConfig"),
         (Peft(config={"target_modules": ["nothing"]}), "peft's LORA refuses"),
