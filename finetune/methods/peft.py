@@ -15,7 +15,6 @@ from ..core.site import find_sites
 from ..errors import ConfigError, near
 from ..registry import register
 
-
 UNFIT = ("POLY", "SHADOW", "TRAINABLE_TOKENS")  # they ask for the number of a task, a second model, or tokens instead of layers
 
 
