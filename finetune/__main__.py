@@ -1,5 +1,5 @@
 """``python -m finetune``."""
 
-from .cli import main
+from .cli.app import main
 
 main()

@@ -17,6 +17,7 @@ from .errors import ConfigError, near
 
 Kind = Literal["method", "dataset", "schedule", "selector"]
 PACKAGES: dict[Kind, str] = {"method": "methods", "dataset": "data", "schedule": "schedules", "selector": "selectors"}
+ROOT = Path(__file__).parent
 C = TypeVar("C", bound=type)
 
 
@@ -61,12 +62,12 @@ def _facts(node: ast.ClassDef) -> dict[str, Any]:
 def catalog(kind: Kind) -> dict[str, Entry]:
     """Every registered class of a kind by name, sorted. Raises ``ValueError`` when two share a name."""
     entries: dict[str, Entry] = {}
-    for path in sorted((Path(__file__).parent / PACKAGES[kind]).glob("*.py")):
+    for path in sorted((ROOT / PACKAGES[kind]).rglob("*.py")):
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and (name := _registered(node)):
                 if name in entries:
                     raise ValueError(f"{kind} {name!r} is registered in {entries[name].module} and in {path.stem}")
-                module = f"{__package__}.{PACKAGES[kind]}.{path.stem}"
+                module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
                 entries[name] = Entry(name, module, (ast.get_docstring(node) or "").split("\n")[0], {"class": node.name, **_facts(node)})
     return dict(sorted(entries.items()))
 

@@ -87,10 +87,10 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
     """The seconds of each step of this package's own loop."""
     import torch
 
-    from finetune.settings import OptimizerConfig, TrainConfig
-    from finetune.train.batches import Batches
-    from finetune.train.loop import Session
-    from finetune.train.setup import make_accelerator
+    from finetune.config.settings import OptimizerConfig, TrainConfig
+    from finetune.training.batches import Batches
+    from finetune.training.prepare import make_accelerator
+    from finetune.training.session import Session
 
     class Noise(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
@@ -155,12 +155,12 @@ def peft_model(kind: str, **settings: Any) -> Any:
 
 
 def contestant(name: str, steps: int) -> Iterator[float]:
-    from finetune.methods.full import Full
-    from finetune.methods.lora import LoRA
-    from finetune.methods.s2ft import S2FT
-    from finetune.methods.snell import SNELL
-    from finetune.methods.sparse import Crossing
-    from finetune.methods.super_tuning import SuperTuning
+    from finetune.methods.baseline.full import Full
+    from finetune.methods.reparam.lora import LoRA
+    from finetune.methods.reparam.snell import SNELL
+    from finetune.methods.sparse.s2ft import S2FT
+    from finetune.methods.sparse.sparse import Crossing
+    from finetune.methods.sparse.super_tuning import SuperTuning
 
     if name.startswith("curve"):
         return our_steps(Crossing(sparsity=float(name.removeprefix("curve"))), steps)

@@ -25,7 +25,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from finetune.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig, _plain
+from finetune.config.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig, _plain
 
 METHODS = ("lora", "snell", "spiel", "shira", "sara", "lift", "spt", "s2ft", "id3", "hft")
 SEEDS = 5

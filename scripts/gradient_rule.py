@@ -1,4 +1,4 @@
-"""The measurements behind finetune/core/gradient.py: time of each way to the gradient of a few entries, and which one the rule takes.
+"""The measurements behind finetune/core/sparse/gradient.py: time of each way to the gradient of a few entries, and which one the rule takes.
 
     python scripts/gradient_rule.py                 # Markdown tables on standard output; some minutes
 
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.core.gradient import CHUNK, Layout, _inside, _transposed, dense, entries_gradient, read, sampled, sampled_pays, write_
+from finetune.core.sparse.gradient import CHUNK, Layout, _inside, _transposed, dense, entries_gradient, read, sampled, sampled_pays, write_
 
 LAYERS = [(768, 768, 1576), (3072, 768, 1576), (768, 3072, 1576), (3072, 768, 197), (2048, 2048, 2048), (2048, 8192, 2048)]
 DENSITIES = [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2]

@@ -56,8 +56,8 @@ def points() -> list[Point]:
 
 def matched(task: list[str], row: str, sparsity: float) -> list[str]:
     """The setting that gives this row the count of the sparsity."""
-    from finetune.config import load
-    from finetune.train.plan import plan
+    from finetune.config.load import load
+    from finetune.training.plan import plan
 
     if row not in ("lora, same count", "s2ft"):
         return [f"sparsity={sparsity}"]
@@ -71,7 +71,7 @@ def matched(task: list[str], row: str, sparsity: float) -> list[str]:
 
 
 def config_of(point: Point) -> Any:
-    from finetune.config import load
+    from finetune.config.load import load
 
     task, row, sparsity, seed = point
     common = [*TASKS[task][0], f"seed={seed}", "train.threads=1", "name=results", "logger=none"]
@@ -82,8 +82,8 @@ def config_of(point: Point) -> Any:
 def work(part: int, of: int, only_read: bool) -> None:
     """Run every ``of``-th point from ``part`` on, in this process, or only read what is finished."""
     from finetune.errors import FinetuneError
-    from finetune.train import run
-    from finetune.train.files import RunFolder, run_folder
+    from finetune.storage.run_folder import RunFolder, run_folder
+    from finetune.training import run
 
     for point in points()[part::of]:
         try:

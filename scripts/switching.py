@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from finetune.core.site import Site, find_sites
-from finetune.core.switch import Change, Switch
+from finetune.core.sparse.switch import Change, Switch
 
 SHARES, RANKS, SCALE = (0.01, 0.02), (8, 16, 32), 2.0
 MODELS = {"vit_base": "ViT-B/16, float32", "vit_large": "ViT-L/16, float32", "llama": "Llama 3.2 1B, 4 of its 16 blocks, bfloat16"}

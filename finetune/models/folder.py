@@ -8,9 +8,9 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from .. import safe
+from ..config.settings import ModelConfig
 from ..errors import ConfigError
-from ..settings import ModelConfig
+from ..system import safe
 
 BUILTIN = Path(__file__).parent
 WANTED = ["*.json", "*.safetensors", "*.txt", "*.model"]

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.settings import ModelConfig
 from ..core.roles import in_head, is_recognised
 from ..errors import ConfigError
-from ..settings import ModelConfig
 from .folder import check_fits, check_weights, find
 from .processor import read_processor
 

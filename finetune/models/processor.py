@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from ..config.settings import ModelConfig
 from ..errors import ConfigError
-from ..settings import ModelConfig
 
 PROCESSORS = ("preprocessor_config.json", "processor_config.json")
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert"}  # their positions start after the padding index

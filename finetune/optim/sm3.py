@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.bank import Bank
+from ..core.sparse.bank import Bank
 
 
 class SM3(torch.optim.Optimizer):

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import safe
+from ..system import safe
 from .runs import Run
 
 COLUMNS = {"accuracy": ("label", "prediction"), "bits_per_byte": ("loss", "bytes")}

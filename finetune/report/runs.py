@@ -12,10 +12,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from .. import safe
+from ..config.settings import LATER
+from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
-from ..settings import LATER
-from ..settings import NOT_THE_RUN as WITHOUT_EFFECT
+from ..system import safe
 
 LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no result; a search prunes
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two

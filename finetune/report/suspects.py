@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 
-from .. import safe
+from ..system import safe
 from .rows import plain
 from .runs import Run
 

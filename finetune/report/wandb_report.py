@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import safe
+from ..system import safe
 from .runs import LOST
 
 INIT_SECONDS, FINISH_SECONDS = 20, 60

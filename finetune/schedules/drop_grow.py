@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from ..core.schedule import Dropped, Move, Schedule, Share, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, Share, never
 from ..registry import register
 
 

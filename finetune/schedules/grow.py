@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ..core.schedule import Move, Schedule, Share, never
+from ..core.sparse.schedule import Move, Schedule, Share, never
 from ..registry import register
 
 

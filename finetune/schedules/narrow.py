@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Lt
 
-from ..core.schedule import Dropped, Move, Schedule
+from ..core.sparse.schedule import Dropped, Move, Schedule
 from ..registry import register
 
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from ..core.schedule import Dropped, Move, Schedule, Share, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, Share, never
 from ..registry import register
 
 

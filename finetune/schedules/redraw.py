@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ..core.schedule import Dropped, Move, Schedule, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, never
 from ..registry import register
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..core.schedule import Schedule
+from ..core.sparse.schedule import Schedule
 from ..registry import register
 
 

@@ -25,13 +25,13 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
-from ..core.bank import Bank, SparseDelta
 from ..core.inplace import InPlace
 from ..core.method import Run
 from ..core.part import Delta, Part, patched
 from ..core.roles import block_of
 from ..core.selector import Selector
-from ..core.sparse import moments
+from ..core.sparse.bank import Bank, SparseDelta
+from ..core.sparse.engine import moments
 from ..errors import ConfigError
 from ..registry import register
 

@@ -19,10 +19,10 @@ from typing import Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, MultipleOf
 
-from .. import config as configuration
+from ..config import load as configuration
+from ..config.grammar import ALIASES
+from ..config.settings import Config
 from ..errors import ConfigError
-from ..grammar import ALIASES
-from ..settings import Config
 
 TOLERANCE = 0.02  # of the budget
 ENOUGH = 0.001  # below this no more digits are tried

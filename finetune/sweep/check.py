@@ -8,11 +8,11 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..config.settings import Config
 from ..errors import ConfigError
-from ..settings import Config
+from ..launch.forkserver import context
 from .grid import Point, where
 from .process import environment
-from .warm import context
 
 
 def check(runs: Sequence[Point], retry: bool = False) -> None:
@@ -82,7 +82,7 @@ def _try(config: Config, known: dict[str, Any]) -> None:
     from ..core.part import detach
     from ..data.encode import encode
     from ..models.load import load, pristine
-    from ..train.setup import check_machine
+    from ..training.prepare import check_machine
 
     check_machine(config)
     what = repr((config.dataset, config.model))

@@ -16,11 +16,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .. import safe
-from ..config import load
-from ..settings import Config
-from ..train.files import RunFolder
-from ..train.result import group_hash
+from ..config.load import load
+from ..config.settings import Config
+from ..storage.result import group_hash
+from ..storage.run_folder import RunFolder
+from ..system import safe
 from .grid import Point
 from .process import again, environment
 from .status import duration
@@ -151,8 +151,8 @@ def probe(file: Path, room: int) -> Row:
     import psutil
 
     from ..errors import FinetuneError
-    from ..train import run
-    from ..train.plan import plan
+    from ..training import run
+    from ..training.plan import plan
 
     began = time.time()
     start = began - psutil.Process().create_time()

@@ -15,11 +15,12 @@ from pathlib import Path
 
 import yaml
 
-from .. import config as configuration
-from .. import registry, safe
+from .. import registry
+from ..config import load as configuration
+from ..config.settings import Config
 from ..errors import ConfigError, near
-from ..settings import Config
-from ..train.files import RunFolder, run_folder
+from ..storage.run_folder import RunFolder, run_folder
+from ..system import safe
 
 MAX_RUNS = 500
 Say = Callable[[str], None]

@@ -14,7 +14,7 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from .child import end_with
+from ..launch.child import end_with
 from .launch import job
 
 

@@ -21,11 +21,11 @@ from typing import Any
 
 import yaml
 
-from .. import safe
-from ..config import conf_dir, load
+from ..config.load import conf_dir, load
 from ..errors import ConfigError, near
-from ..train.files import RunFolder, write_json_atomic
-from ..train.processes import cores
+from ..launch.ranks import cores
+from ..storage.run_folder import RunFolder, write_json_atomic
+from ..system import safe
 from .grid import Point
 from .pool import devices
 from .process import again, run_to_end

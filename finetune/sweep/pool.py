@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..train.lock import holder
-from ..train.processes import cores
+from ..launch.ranks import cores
+from ..storage.lock import holder
 from .grid import Point
 from .process import GRACE, DiskFull, Process, again
 

@@ -18,12 +18,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import FinetuneError
-from ..train import lock as locks
-from ..train.files import RunFolder, write_json_atomic
-from ..train.result import make_result
-from ..train.signals import CODE
+from ..launch.forkserver import Forked
+from ..storage import lock as locks
+from ..storage.result import make_result
+from ..storage.run_folder import RunFolder, write_json_atomic
+from ..system.signals import CODE
 from .grid import Point
-from .warm import Forked
 
 GRACE = 10.0  # seconds between asking a process to end and ending it
 FORKS = sys.platform == "linux"  # whether runs on the CPU are forked from a warm process
@@ -70,7 +70,7 @@ def words(point: Point) -> list[str]:
 
 def command(point: Point) -> list[str]:
     """The same in a new process, which ends with this one."""
-    return [sys.executable, "-m", f"{__package__}.child", str(os.getpid()), *words(point)]
+    return [sys.executable, "-m", "finetune.launch.child", str(os.getpid()), *words(point)]
 
 
 class Process:

@@ -17,8 +17,8 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..report.metric import main_metric
-from ..train.files import write_json_atomic
-from ..train.result import make_result
+from ..storage.result import make_result
+from ..storage.run_folder import write_json_atomic
 from . import grid
 from .grid import Point
 from .lines import Lines

@@ -14,15 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.bank import Bank
+from ..config.settings import Config
 from ..core.inplace import InPlace
 from ..core.method import Method
-from ..core.mixed import Mixed
+from ..core.sparse.bank import Bank
+from ..core.sparse.mixed import Mixed
 from ..errors import ConfigError
 from ..models.load import load as load_model
-from ..settings import Config
-from ..train import manifest
-from ..train.files import plain, run_folder
+from ..storage import manifest
+from ..storage.run_folder import plain, run_folder
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip

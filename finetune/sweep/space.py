@@ -6,9 +6,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from .. import config as configuration
+from ..config import load as configuration
+from ..config.grammar import override
 from ..errors import ConfigError
-from ..grammar import override
 from . import grid
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from .. import safe
 from ..errors import ConfigError
-from ..train.files import TRIALS, RunFolder, write_json_atomic
+from ..storage.run_folder import TRIALS, RunFolder, write_json_atomic
+from ..system import safe
 from .grid import Point
 from .process import last_step, tail
 

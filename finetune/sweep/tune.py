@@ -13,11 +13,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from .. import strict
+from ..config import strict
+from ..config.settings import Config
 from ..errors import ConfigError
 from ..report.metric import main_metric
-from ..settings import Config
-from ..train.files import TRIALS, RunFolder, run_folder, write_json_atomic
+from ..storage.run_folder import TRIALS, RunFolder, run_folder, write_json_atomic
 from .grid import Point, freeze
 
 FORMAT = 1

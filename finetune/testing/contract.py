@@ -17,15 +17,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from ..config.settings import OptimizerConfig, TrainConfig
 from ..core.method import Method
 from ..core.part import base, detach, merge, patched
 from ..core.selector import Selector
 from ..data.encode import collate
-from ..settings import OptimizerConfig, TrainConfig
-from ..train import checkpoint, rng, stored
-from ..train.batches import Batches
-from ..train.loop import Session, Step
-from ..train.setup import make_accelerator
+from ..storage import checkpoint
+from ..storage import delta as stored
+from ..system import random_state as rng
+from ..training.batches import Batches
+from ..training.prepare import make_accelerator
+from ..training.session import Session, Step
 
 Make = Callable[[], Method]
 Kind = Literal["vit", "gpt2", "llama"]

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.core.bank import Bank, SparseDelta
 from finetune.core.part import Delta, Edit, Patched, attach, base, changed_linear, detach, merge, patched, unpatch
 from finetune.core.site import Site
+from finetune.core.sparse.bank import Bank, SparseDelta
 
 
 class Shift(Delta):

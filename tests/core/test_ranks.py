@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.methods.sparse import Crossing
+from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
 from finetune.testing import contract, ranks
-from finetune.train.batches import Batches
+from finetune.training.batches import Batches
 
 CASES = {
     # one pass that tells all; every third batch has five examples, three here and two there

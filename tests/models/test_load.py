@@ -5,10 +5,10 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from finetune.config.settings import ModelConfig
 from finetune.core.part import Delta, attach
 from finetune.errors import ConfigError
 from finetune.models.load import fingerprint, load, pristine, save
-from finetune.settings import ModelConfig
 
 LABELS = ("a", "b", "c")
 

@@ -10,14 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.core.bank import Bank
+from finetune.config.settings import OptimizerConfig
 from finetune.core.site import Site
-from finetune.methods.shira import SHiRA
+from finetune.core.sparse.bank import Bank
+from finetune.methods.sparse.shira import SHiRA
 from finetune.optim.adamw import AdamW
 from finetune.optim.sm3 import SM3
-from finetune.settings import OptimizerConfig
 from finetune.testing import contract
-from finetune.train.loop import make_optimizer
+from finetune.training.session import make_optimizer
 
 Place = tuple[int, ...]
 

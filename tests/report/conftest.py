@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from finetune.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
-from finetune.train.files import write_json_atomic, write_predictions, write_yaml
+from finetune.config.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.storage.run_folder import write_json_atomic, write_predictions, write_yaml
 
 
 @pytest.fixture

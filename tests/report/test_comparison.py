@@ -18,12 +18,12 @@ import scipy.stats
 from statsmodels.stats.contingency_tables import cochrans_q, mcnemar
 from statsmodels.stats.multitest import multipletests
 
-from finetune.config import load, tree
+from finetune.config.load import load, tree
 from finetune.errors import ConfigError
 from finetune.report import statistics
 from finetune.report.comparison import compare
+from finetune.storage.run_folder import write_json_atomic, write_yaml
 from finetune.sweep.grid import points
-from finetune.train.files import write_json_atomic, write_yaml
 
 Make = Callable[..., Path]
 

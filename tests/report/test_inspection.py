@@ -90,7 +90,7 @@ def test_plots_are_pngs_and_nothing_else_is_touched(found: dict[str, Any], tmp_p
 
 
 def test_matplotlib_and_torch_stay_out_until_there_is_something_to_plot() -> None:
-    code = "import sys, finetune.cli, finetune.report.inspection; print(sorted({'torch', 'matplotlib', 'rich'} & set(sys.modules)))"
+    code = "import sys, finetune.cli.app, finetune.report.inspection; print(sorted({'torch', 'matplotlib', 'rich'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "torch" not in done.stdout
     assert "matplotlib" not in done.stdout

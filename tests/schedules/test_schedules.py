@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from finetune import registry
-from finetune.core.schedule import Move, Schedule
+from finetune.core.sparse.schedule import Move, Schedule
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
 from finetune.schedules.narrow import Narrow

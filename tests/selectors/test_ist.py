@@ -17,26 +17,27 @@ import transformers
 from torch import Tensor, nn
 
 from finetune import registry
-from finetune.core.bank import SparseDelta
 from finetune.core.method import Method
 from finetune.core.part import patched
 from finetune.core.selector import Selector
+from finetune.core.sparse.bank import SparseDelta
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
-from finetune.methods.bitfit import BitFit
-from finetune.methods.full import Full
-from finetune.methods.head import Head
-from finetune.methods.lora import LoRA
-from finetune.methods.peft import Peft
-from finetune.methods.shira import SHiRA
-from finetune.methods.snell import SNELL
+from finetune.methods.baseline.bitfit import BitFit
+from finetune.methods.baseline.full import Full
+from finetune.methods.baseline.head import Head
+from finetune.methods.reparam.lora import LoRA
+from finetune.methods.reparam.peft import Peft
+from finetune.methods.reparam.snell import SNELL
+from finetune.methods.sparse.shira import SHiRA
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST, Blocks
 from finetune.selectors.none import Nothing
+from finetune.storage import checkpoint
+from finetune.storage import delta as stored
 from finetune.testing import contract
-from finetune.train import checkpoint, stored
-from finetune.train.loop import Session
+from finetune.training.session import Session
 
 LAYERS = 4
 FEW = ("q", "down")  # two matrices a block are enough, and fast

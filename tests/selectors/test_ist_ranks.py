@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune.methods.lora import LoRA
-from finetune.methods.shira import SHiRA
+from finetune.methods.reparam.lora import LoRA
+from finetune.methods.sparse.shira import SHiRA
 from finetune.selectors.ist import IST
 from finetune.testing import contract, ranks
-from finetune.train.batches import Batches
+from finetune.training.batches import Batches
 
 
 def train() -> dict[str, Tensor]:

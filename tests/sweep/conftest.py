@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from finetune import cli
-from finetune.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.cli import app as cli
+from finetune.config.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.storage.run_folder import RunFolder
 from finetune.sweep import process, work
 from finetune.sweep.grid import Point, freeze
-from finetune.train.files import RunFolder
 
 STUB = Path(__file__).with_name("stub.py")
 SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]

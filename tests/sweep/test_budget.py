@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from finetune import registry
-from finetune.config import load
+from finetune.config.load import load
 from finetune.data import digits
 from finetune.errors import ConfigError
+from finetune.storage.run_folder import run_folder
 from finetune.sweep import budget, size
-from finetune.train import run
-from finetune.train.files import run_folder
+from finetune.training import run
 
 ENTRIES = "49k"  # near what low ranks reach, so that all methods can
 SHORT = ["train.steps=4", "train.eval_every=null", "train.batch_size=8", "train.eval_batch_size=500", "train.threads=1", "dataset.retention_images=0"]

@@ -10,7 +10,7 @@ import pytest
 from finetune import sweep
 from finetune.errors import ConfigError
 from finetune.sweep import check, work
-from finetune.train import run
+from finetune.training import run
 
 CPU = ["train.device=cpu", "train.steps=8"]
 FAULTS = {

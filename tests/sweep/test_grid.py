@@ -144,7 +144,7 @@ def test_an_unknown_sweep_names_the_near_one(tmp_path: Path) -> None:
 
 
 def test_the_folders_of_sweeps_are_no_settings_of_a_run(tmp_path: Path) -> None:
-    from finetune.config import load
+    from finetune.config.load import load
 
     with pytest.raises(ConfigError, match=r"sweep='small'.* is not a setting"):
         load(["sweep=small"], preset(tmp_path / "user", "- seed=0\n"))

@@ -36,7 +36,7 @@ except Interrupted as error:
 """
 STUBBED = "process.command, process.FORKS = stubbed, False"
 BOUND = "process.FORKS = False\nprocess.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; " + (
-    "from finetune.sweep.child import end_with; end_with(int(sys.argv.pop(1))); "
+    "from finetune.launch.child import end_with; end_with(int(sys.argv.pop(1))); "
     "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
 )
 ROOT = Path(__file__).parents[2]

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from finetune.config import load
+from finetune.config.load import load
 from finetune.errors import ConfigError
 from finetune.sweep import search, space
 from finetune.sweep.status import Status

@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from finetune.registry import catalog
-from finetune.train import manifest
+from finetune.storage import manifest
 
 from .world import RUN, Said, call, listing
 
@@ -36,8 +36,10 @@ COUNTS: Counter[tuple[str, int]] = Counter()
 @pytest.fixture(scope="module")
 def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """A copy of the user's place in which nothing is trained or measured, and the model and the data are read once."""
+    from finetune.artifacts import reopen as finished
     from finetune.data.files import Csv
-    from finetune.train import finished, plan, setup
+    from finetune.training import plan
+    from finetune.training import prepare as setup
 
     folder = tmp_path_factory.mktemp("fuzz") / "place"
     shutil.copytree(original, folder)
@@ -364,7 +366,7 @@ def test_data(place: Path, slow: bool) -> None:
     import pyarrow.parquet as pq
 
     from finetune.data import files
-    from finetune.train import plan
+    from finetune.training import plan
 
     rows = [{"text": f"a {'cat' if i % 2 else 'dog'} sat {i}", "label": i % 2} for i in range(30)]
     pq.write_table(pa.Table.from_pylist(rows), place / "good.parquet")

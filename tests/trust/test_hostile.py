@@ -27,7 +27,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune.train import manifest
+from finetune.storage import manifest
 
 from .world import RUN, Said, call, listing
 

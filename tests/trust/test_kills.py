@@ -17,9 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from ..train import task
-from ..train.same_run import differences
-from .nursery import Child, Nursery, nursery
+from ..support import task
+from ..support.nursery import Child, Nursery, nursery
+from ..support.same_run import differences
 
 pytestmark = pytest.mark.slow
 KILLS, SEED, STEPS = int(os.environ.get("FINETUNE_KILLS", "50")), int(os.environ.get("FINETUNE_SEED", "0")), 12

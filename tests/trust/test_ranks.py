@@ -17,9 +17,9 @@ from typing import Any
 import psutil
 import pytest
 
-from ..train import task
-from ..train.same_run import differences
-from .nursery import nursery
+from ..support import task
+from ..support.nursery import nursery
+from ..support.same_run import differences
 
 RUN = Path("outputs", "t", "r")
 LIMIT = 30.0  # seconds in which the others end after one has died
@@ -203,7 +203,7 @@ WHEN_IMPORTED = """
 import sys
 class Finder:
     def find_spec(self, name, path=None, target=None):
-        if name == "finetune.train.run":
+        if name == "finetune.training.run":
             sys.meta_path.remove(self)
             import fails
         return None

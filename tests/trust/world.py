@@ -33,7 +33,7 @@ def _hang(*_: Any) -> None:
 
 def call(*words: object, folder: Path) -> Said:
     """``finetune WORDS`` in ``folder``, in this process. Raises ``Hang``."""
-    from finetune import cli
+    from finetune.cli import app as cli
 
     out, err, argv, before = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
     code, handlers = 0, [(number, signal.signal(number, _hang)) for number in (signal.SIGPROF, signal.SIGALRM)]

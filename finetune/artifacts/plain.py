@@ -1,0 +1,54 @@
+"""Plain Hugging Face folders: made whole or not at all, and read with everything in its place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..config.settings import ModelConfig
+from ..errors import ConfigError
+from ..models.folder import check_fits, check_weights
+from ..models.load import AUTO, quiet
+from ..storage.run_folder import replacing
+from ..system.disk import writing
+
+
+def check_free(out: Path) -> None:
+    """Raise ``ConfigError`` unless ``out`` can become a new folder."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out} exists and is not empty. Choose a new folder.")
+
+
+@contextmanager
+def making(out: Path) -> Iterator[Path]:
+    """A temporary name, which becomes ``out`` when the block ends without an error. Raises ``ConfigError`` where nothing can be written."""
+    try:
+        with replacing(out) as temporary, writing(out):
+            yield temporary
+    except OSError as error:
+        raise ConfigError(f"out={out} cannot be written: {error.strerror or error}. Choose a place with room that you may write to.") from error
+
+
+def read(folder: Path, task: str, dtype: str) -> Any:
+    """The model of a folder that ``finetune merge`` wrote, all of it. Raises ``ConfigError`` where weights are missing, damaged or do not fit."""
+    import transformers
+
+    config = ModelConfig("merged", str(folder))
+    check_fits(folder, config, task)
+    check_weights(folder, config)
+    try:
+        with quiet():
+            model, info = getattr(transformers, AUTO[task]).from_pretrained(
+                folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
+            )
+    except Exception as error:  # a config.json that contradicts itself raises whatever the architecture happens to
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise ConfigError(f"{folder} holds no model that can be built ({type(error).__name__}: {reason}). Merge again.") from error
+    wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
+    if wrong:
+        raise ConfigError(f"{folder} does not hold the whole model: {len(wrong)} weights are missing or of another shape (first: {wrong[0]}).")
+    return model.eval().requires_grad_(False)

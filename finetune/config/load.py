@@ -1,0 +1,254 @@
+"""From YAML groups and ``key=value`` overrides to one checked ``Config``; with ``grammar`` the only module that knows Hydra and OmegaConf.
+
+An override either chooses an option of a group (a folder of YAML files) or sets a value. Hydra composes the chosen files; the values
+are laid on top; ``strict`` checks the whole. Every fault found on the way is raised together.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field, replace
+from functools import cache, lru_cache
+from itertools import islice, product
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra import version
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import CachingConfigRepository
+from hydra._internal.defaults_list import create_defaults_list
+from hydra._internal.utils import create_config_search_path
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override, Quote, QuotedString, Sweep
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ..errors import ConfigError, near
+from ..system import safe
+from . import groups, references, strict
+from .grammar import ALIASES, PLACED, parsed, unlisted
+from .groups import conf_dir as conf_dir  # part of what this module offers
+from .origins import flat, leaves, yaml_origins
+from .settings import Config
+from .strict import Composed
+
+COMMAND_LINE = "command line"
+OF_SWEEPS = ("sweep", "launcher")  # folders of files that say nothing of one run
+
+
+def load(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> Config:
+    """The checked configuration of one run.
+
+    ``config_dir``: the user's own groups, which win over the built-in options of the same name.
+    ``config_file``: a run's frozen configuration, on which only values can be changed. Raises ``ConfigError`` with all faults.
+    """
+    return _resolve(overrides, config_dir, config_file)[0]
+
+
+def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> dict[str, tuple[Any, str]]:
+    """Every resolved value by dotted key, with where it came from; arguments and faults as in ``load``."""
+    config, composed = _resolve(overrides, config_dir, config_file)
+    return leaves(config, composed.origins)
+
+
+def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100_000) -> list[list[str]]:
+    """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written: 1 to ``most`` points."""
+    (items, faults), choices = parsed(overrides), list[list[str]]()
+    for item in items:
+        try:
+            item.config_loader = _loader(config_dir)
+            if fault := unlisted(item, most):
+                faults.append(fault)
+                continue
+            values = list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
+            choices.append([str(item.input_line)] if values is None else [f"{item.key_or_group}={value}" for value in values])
+            if not choices[-1]:
+                faults.append(
+                    f"{item.input_line} names no value at all, so the grid is empty. Write key=a,b or range(0,5); range(5,0,-1) counts down."
+                )
+        except (HydraException, OmegaConfBaseException) as error:
+            faults.append(f"{item.input_line}: {error}. A sweep takes key=a,b or key=range(START,STOP,STEP).")
+    if prod(map(len, choices)) > most:
+        faults += [f"The grid has more than {most:,} points, more than can be listed. Sweep fewer values."]
+    if faults:
+        raise ConfigError(*faults)
+    return [list(point) for point in product(*choices)]
+
+
+def _resolve(overrides: list[str], config_dir: Path | None, config_file: Path | None) -> tuple[Config, Composed]:
+    options = _options(config_dir)
+    if config_file and config_dir:
+        raise ConfigError("--config and --config-dir do not go together: a frozen configuration is complete and reads no groups.")
+    request = _request(overrides, options, config_file)
+    try:
+        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir, groups.stamps(config_dir))
+        composed = _lay_on(base, request)
+        config = strict.build(composed, skip=request.spoiled)
+    except ConfigError as error:
+        raise ConfigError(*request.faults, *error.faults) from None
+    if request.faults:
+        raise ConfigError(*request.faults)
+    return config, composed
+
+
+@dataclass
+class _Request:
+    """What the overrides ask for; ``spoiled`` are sections that need no look: mostly since their choice is itself wrong."""
+
+    chosen: dict[str, str] = field(default_factory=dict)
+    values: dict[str, Override] = field(default_factory=dict)
+    faults: list[str] = field(default_factory=list)
+    spoiled: set[str] = field(default_factory=set)
+
+
+def _request(overrides: list[str], options: dict[str, set[str]], config_file: Path | None) -> _Request:
+    items, faults = parsed(overrides)
+    request, seen = _Request(faults=faults), dict[str, str]()
+    for item in items:
+        key, text = item.key_or_group, str(item.input_line)
+        fault = f"{seen[key]} and {text} set the same thing; keep one of them." if key in seen else None
+        fault = fault or _fault_of(item, options, config_file)
+        seen[key] = text
+        if fault:
+            request.faults.append(fault)
+            request.spoiled |= {PLACED.get(key, key)} if key in options else set()
+        elif key in options:
+            request.chosen[key] = str(item.value())
+        else:
+            request.values[key] = item
+    if request.faults and not any(key.startswith("method.") for key in request.values):
+        request.spoiled.add("method")  # nothing was asked of it, and looking at it imports torch
+    return request
+
+
+def _fault_of(item: Override, options: dict[str, set[str]], config_file: Path | None) -> str | None:
+    key, text, value = item.key_or_group, item.input_line, item.value()
+    if isinstance(value, Sweep):
+        cure = "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
+        return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
+    if key in {f"{place}.name" for place in (*strict.CHOSEN, *PLACED.values())}:
+        return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
+    if key not in options:
+        return None
+    if config_file:
+        return f"{text} cannot be combined with --config: a frozen configuration is complete, and only values in it can be changed."
+    if isinstance(value, dict | list) or value is None:
+        return f"{text}: {key} takes exactly one option (`finetune sweep {key}=A,B` runs several). Options: {', '.join(sorted(options[key]))}."
+    if str(value) not in options[key]:
+        return f"{text} is not an option ({COMMAND_LINE}).{near(str(value), options[key])} Options: {', '.join(sorted(options[key]))}."
+    return None
+
+
+def _options(config_dir: Path | None) -> dict[str, set[str]]:
+    """Group name -> options, of the built-in folder and of the user's."""
+    if config_dir and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
+    found: dict[str, set[str]] = {}
+    for file in groups.yaml_files(config_dir):
+        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES, *OF_SWEEPS):
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return found
+
+
+@cache
+def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
+    """Hydra's composer over the user's folder, then ours. Made directly: ``hydra.initialize`` lets built-in files win and is global."""
+    version.setbase("1.3")
+    search_path = create_config_search_path(f"file://{conf_dir()}")
+    if config_dir:
+        search_path.prepend("user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None))
+    return ConfigLoaderImpl(config_search_path=search_path)
+
+
+@lru_cache(maxsize=64)  # the points of a sweep differ mostly in values
+def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamps: tuple[tuple[str, int], ...]) -> Composed:
+    """The chosen files merged in the order of the defaults list, with the line that set each key. ``stamps`` only tell cached results apart."""
+    groups.check(config_dir)
+    loader = _loader(config_dir)
+    # a group of the user's that the defaults list does not know is appended to it
+    picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]
+    overrides, repository = OverridesParser.create().parse_overrides(picks), CachingConfigRepository(loader.repository)
+    origins: dict[str, str] = {}
+    try:
+        # ``compose`` would merge Hydra's own configuration too, which costs five times as much and is of no use here
+        defaults = create_defaults_list(repository, "config", overrides, prepend_hydra=False, skip_missing=False).defaults
+        config = loader._compose_config_from_defaults_list(defaults, repository)
+        for default in defaults:
+            found = repository.load_config(default.config_path or "")
+            if found:
+                file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
+                origins |= yaml_origins(file.read_text(), groups.label(file, config_dir), default.package or "")
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_composing_fault(error)) from None
+    composed = Composed(_plain(config, resolve=False), origins)
+    for group, place in PLACED.items():
+        composed = _placed(composed, group, place)
+    return composed
+
+
+def _placed(composed: Composed, group: str, place: str) -> Composed:
+    """The values of ``group`` moved to their ``place``; where they name a choice, nothing of what was there remains."""
+    section, _, name = place.partition(".")
+    around, part = composed.values.get(section), composed.values.get(group)
+    if not isinstance(around, dict) or not isinstance(part, dict):
+        return composed
+    old = around.get(name) if "name" not in part else None
+    values = {key: value for key, value in composed.values.items() if key != group}
+    values[section] = {**around, name: {**(old if isinstance(old, dict) else {}), **part}}
+    gone = (group, *([place] if old is None else []))
+    origins = {key: line for key, line in composed.origins.items() if not f"{key}.".startswith(tuple(f"{start}." for start in gone))}
+    moved = {place + key.removeprefix(group): line for key, line in composed.origins.items() if f"{key}.".startswith(f"{group}.")}
+    return replace(composed, values=values, origins=origins | moved)
+
+
+def _composing_fault(error: Exception) -> str:
+    """Hydra's words on one line, with the reason that it keeps in the cause."""
+    said = [str(e) for e in (error, error.__cause__) if e]
+    return f"The YAML files do not fit together: {' '.join(' '.join(said).split())}"
+
+
+def _read(file: Path) -> Composed:
+    """A frozen configuration."""
+    if file.is_dir():
+        raise ConfigError(f"--config {file} is a folder; a run's frozen configuration is the file {file / 'config.yaml'}.")
+    if not file.is_file():
+        raise ConfigError(f"--config {file}: there is no such file.")
+    if newer := safe.too_new(file, safe.first_line(file)):
+        raise ConfigError(f"{newer}.")
+    try:
+        text = safe.yaml_text(file)
+        config = OmegaConf.load(io.StringIO(text))
+        if not OmegaConf.is_dict(config):
+            raise ConfigError(f"--config {file} is not a mapping of settings.")
+        return Composed(_plain(config, resolve=False), yaml_origins(text, str(file)))
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
+        raise ConfigError(f"--config {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def _plain(config: Any, resolve: bool) -> dict[str, Any]:
+    """The values as plain Python; ``${...}`` stays as text unless ``resolve``."""
+    try:
+        return dict(OmegaConf.to_container(config, resolve=resolve, throw_on_missing=False))  # type: ignore[arg-type]  # a mapping
+    except OmegaConfBaseException as error:
+        raise ConfigError(_composing_fault(error)) from None
+
+
+def _lay_on(base: Composed, request: _Request) -> Composed:
+    """``base`` with the values of the command line on top; those of spoiled sections are left out."""
+    config, origins = OmegaConf.create(base.values), dict(base.origins)
+    for key, item in request.values.items():
+        if any(key == spoiled or key.startswith(f"{spoiled}.") for spoiled in request.spoiled):
+            continue
+        try:
+            OmegaConf.update(config, key, item.value(), merge=True, force_add=True)
+        except (OmegaConfBaseException, ValueError, TypeError) as error:
+            request.faults.append(f"{item.input_line} cannot be set: {' '.join(str(error).split())}")
+        origins |= {name: COMMAND_LINE for name, _ in flat(item.value(), key)}
+    if faults := references.faults(_plain(config, resolve=False), origins):
+        raise ConfigError(*faults)
+    texts = {key: item.get_value_string() for key, item in request.values.items()}
+    return replace(base, values=_plain(config, resolve=True), origins=origins, texts=texts)

@@ -1,0 +1,69 @@
+"""Sorted indices as bytes: each gap to the index before in LEB128, seven bits a byte, low bits first, the high bit set on all but the last."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError
+
+LONGEST = 9  # bytes of a gap: 63 bits, what a non-negative int64 holds
+
+
+def encode_sorted(index: Tensor) -> Tensor:
+    """The uint8 code of ``index`` [count], any integer dtype, ascending and non-negative; one byte for each gap below 128.
+
+    Raises ``ValueError`` for another shape, dtype or order.
+    """
+    if index.dim() != 1 or index.is_floating_point() or index.is_complex():
+        raise ValueError(f"indices must be a vector of integers, not {index.dtype} of shape {tuple(index.shape)}")
+    values = index.detach().cpu().numpy().astype(np.int64, copy=False)
+    gaps = np.diff(values, prepend=np.int64(0)).astype(np.int64, copy=False)
+    if (gaps < 0).any():
+        raise ValueError("indices must ascend and must not be negative")
+    size = np.ones(len(gaps), np.int64)
+    longest = max(1, -(-int(gaps.max(initial=0)).bit_length() // 7))
+    for more in range(1, longest):
+        size += gaps >> (7 * more) > 0
+    start = np.cumsum(size) - size
+    code = np.empty(int(size.sum()), np.uint8)
+    for place in range(longest):
+        here = size > place
+        code[start[here] + place] = (gaps[here] >> (7 * place) & 127) | np.where(size[here] > place + 1, 128, 0)
+    return torch.from_numpy(code)
+
+
+def decode_sorted(code: Tensor, count: int) -> Tensor:
+    """The ``count`` indices as int64 that ``encode_sorted`` made ``code`` from.
+
+    Raises ``ConfigError`` for bytes that it cannot have made: cut short, too many or few, or beyond int64.
+    """
+    data = code.detach().cpu().numpy()
+    if data.ndim != 1 or data.dtype != np.uint8:
+        raise _damaged(f"the code is {data.dtype} of shape {data.shape}, not a vector of bytes")
+    stop = np.flatnonzero(data < 128) + 1
+    if len(stop) != count or (len(data) and data[-1] >= 128):
+        raise _damaged(f"{len(data)} bytes hold {len(stop)} whole indices and not {count}")
+    size = np.diff(stop, prepend=0)
+    if (size > LONGEST).any() or ((size > 1) & (data[stop - 1] == 0)).any():
+        raise _damaged("a gap is written with too many bytes")
+    index = np.cumsum(_gaps(data, stop - size, size))
+    if (index < 0).any():
+        raise _damaged("an index is beyond 63 bits")
+    return torch.from_numpy(index)
+
+
+def _gaps(data: np.ndarray[Any, np.dtype[np.uint8]], start: Any, size: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+    """The numbers that begin at ``start`` in ``data`` and are ``size`` bytes long."""
+    gaps = np.zeros(len(size), np.int64)
+    for place in range(int(size.max(initial=0))):
+        here = size > place
+        gaps[here] |= (data[start[here] + place].astype(np.int64) & 127) << (7 * place)
+    return gaps
+
+
+def _damaged(what: str) -> ConfigError:
+    return ConfigError(f"The stored indices are damaged: {what}. Copy the delta again from where it was trained, or train it again.")

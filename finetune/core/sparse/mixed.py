@@ -1,0 +1,89 @@
+"""A sparse store in which a site may have a low-rank branch instead of entries. Which ones is state: the room for values is one."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...errors import ConfigError
+from ..part import Delta, Kept
+from ..site import Site
+from .bank import Bank, SparseDelta
+
+
+class Mixed(Bank):
+    """A bank in which some sites hold, instead of entries, the factors of a branch: A [rank, in], then B [out, rank], in the site's slice."""
+
+    structured: Tensor  # [sites] bool: which
+
+    def __init__(self, sites: list[Site], capacity: int, rank: int) -> None:
+        super().__init__(sites, capacity)
+        self.branches = [rank * sum(s.shape) for s in sites]  # how many values a branch has
+        self.register_buffer("structured", torch.zeros(len(sites), dtype=torch.bool))
+
+    def is_branch(self, i: int) -> bool:
+        """Whether site ``i`` has a branch."""
+        return bool(self.bounds("structured")[i])
+
+    def where(self, i: int) -> Tensor:
+        return super().where(i)[:0] if self.is_branch(i) else super().where(i)
+
+    def mix(self, index: list[Tensor], structured: Tensor) -> None:
+        """Train these entries of each site, or a branch, all 0."""
+        slots = [torch.arange(n, dtype=torch.int32) for n in self.branches]
+        self.place([slots[i] if branch else where for i, (where, branch) in enumerate(zip(index, structured.tolist(), strict=True))])
+        self.structured.copy_(structured)
+        self.changes += 1
+
+    @torch.no_grad()
+    def pack(self) -> dict[str, Tensor]:
+        factors = [self.slice(i) for i in self.structured.nonzero().view(-1).tolist()]
+        return {**super().pack(), "structured": self.structured, "factors": torch.cat([self.values[:0], *factors])}
+
+    @torch.no_grad()
+    def unpack(self, stored: dict[str, Tensor]) -> None:
+        structured, branches = stored["structured"], torch.tensor(self.branches)
+        if structured.dtype != torch.bool or structured.shape != branches.shape or len(stored["factors"]) != int(branches[structured].sum()):
+            raise ConfigError("the stored branches do not fit this model's layers; method.rank must be the run's own.")
+        self.structured.zero_()
+        super().unpack({k: t for k, t in stored.items() if k not in ("structured", "factors")})
+        entries = [(self.slice(i), self.where(i)) for i in range(len(branches))]
+        room = len(stored["values"]) + len(stored["factors"])
+        self.values, self.index = nn.Parameter(self.values.new_zeros(room)), self.index.new_zeros(room)
+        self.mix([where for _, where in entries], structured)
+        factors = iter(stored["factors"].split(branches[structured].tolist()))
+        self.values.copy_(torch.cat([next(factors).to(v) if self.is_branch(i) else v for i, (v, _) in enumerate(entries)]))
+
+
+class MixedDelta(SparseDelta):
+    """One site's view of a mixed bank: entries, or B A."""
+
+    bank: Mixed
+
+    @property
+    def additive(self) -> bool:
+        return self.bank.is_branch(self.i)
+
+    @property
+    def acts(self) -> bool:
+        return self.additive or super().acts
+
+    def factors(self) -> tuple[Tensor, Tensor]:
+        """A [rank, in] and B [out, rank]."""
+        (out, in_), values = self.site.shape, self.bank.slice(self.i)
+        rank = len(values) // (out + in_)
+        return values[: rank * in_].view(rank, in_), values[rank * in_ :].view(out, rank)
+
+    def forward(self, weight: Tensor) -> Tensor:
+        if not self.additive:
+            return super().forward(weight)
+        a, b = self.factors()
+        return b @ a
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        a, b = self.factors()
+        return F.linear(F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a), b)
+
+    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
+        return Delta.add_(self, weight, original, kept) if self.additive else super().add_(weight, original, kept)

@@ -1,0 +1,125 @@
+"""What ``result.json`` says, with what it records of the machine and the software. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, TypedDict
+
+from .. import __version__
+from ..config.settings import Config
+from ..system import safe
+from .run_folder import plain
+
+RECORDED = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "safetensors", "tokenizers", "wandb")
+
+
+class Params(TypedDict):
+    """Counts of entries: what the optimizer updates, what of the pretrained weights that reaches, and the whole model."""
+
+    trained: int
+    adapted: int
+    total: int
+
+
+class Cost(TypedDict):
+    """What training took, in seconds and bytes."""
+
+    step_seconds_median: float | None
+    train_seconds: float
+    peak_memory_bytes: int
+    peak_memory_kind: str
+
+
+def group_hash(config: Config) -> str:
+    """Ten hex digits that runs share which differ in nothing but the seed."""
+    return dataclasses.replace(config, seed=0).hash()
+
+
+def make_result(
+    config: Config,
+    *,
+    status: Literal["finished", "failed"],
+    error: str | None = None,
+    metrics: Mapping[str, Mapping[str, float]] | None = None,
+    params: Params | None = None,
+    stored_bytes: int | None = None,
+    cost: Cost | None = None,
+    steps: int = 0,
+    best_step: int | None = None,
+    device: str | None = None,
+    suspect: Sequence[str] = (),
+    warnings: Sequence[str] = (),
+    batch: Mapping[str, Any] | None = None,
+    processes: int | None = None,
+    threads: int | None = None,
+) -> dict[str, Any]:
+    """The content of ``result.json``: what the run found, with what identifies it."""
+    return {
+        "format": safe.FORMAT,
+        "status": status,
+        "error": error,
+        "method": config.method.name,
+        "model": config.model.name,
+        "model_path": config.model.path,
+        "dataset": config.dataset.name,
+        "seed": config.seed,
+        "metrics": plain(metrics or {}),
+        "params": params,
+        "stored_bytes": stored_bytes,
+        "cost": cost,
+        "steps": steps,
+        "best_step": best_step,
+        "device": device,
+        "suspect": list(suspect),
+        "warnings": list(warnings),
+        "batch": batch,
+        "processes": processes,
+        "threads": threads,
+        "versions": versions(),
+        "git_commit": git_commit(),
+        "config_hash": config.hash(),
+        "group_hash": group_hash(config),
+    }
+
+
+def peak_memory(cuda_bytes: int | None = None) -> tuple[int, str]:
+    """Bytes and kind of the peak: ``cuda_allocated`` if the caller measured that, else ``process_rss`` of this process since it started."""
+    if cuda_bytes is not None:
+        return cuda_bytes, "cuda_allocated"
+    status = Path("/proc/self/status")
+    # getrusage's peak starts, on Linux, at that of the process which launched this one; VmHWM is this process's own
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024, "process_rss"
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "process_rss"
+
+
+def versions() -> dict[str, str]:
+    """Versions of this package, of Python and of the packages that decide numbers; those not installed are left out."""
+    found = {"finetune": __version__, "python": platform.python_version()}
+    for name in RECORDED:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """The commit of the checkout that this package runs from, ``-dirty`` if tracked files differ; ``None`` when installed from a wheel."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return None
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,40 @@
+"""The optimizer over the trained tensors, and its rate."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ..config.settings import OptimizerConfig
+from ..core.part import Part
+from ..core.sparse.bank import Bank
+from ..optim.adamw import AdamW
+from ..optim.sm3 import SM3
+
+
+def rate(settings: OptimizerConfig, step: int, steps: int) -> float:
+    """The share of ``lr`` at ``step`` (from 0): linear warm-up, then cosine or linear to zero, or constant."""
+    warm = round(settings.warmup * steps)
+    if step < warm:
+        return (step + 1) / warm
+    if settings.schedule == "constant":
+        return 1.0
+    done = (step - warm) / max(1, steps - warm)
+    return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
+
+
+def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+    """Over the trained tensors. Vectors (biases, norms) and some parts do not decay; a bank's values do: towards the pretrained weight."""
+    banks = [m for m in states.modules() if isinstance(m, Bank)]
+    banked = {id(bank.values) for bank in banks}
+    trained = [p for p in states.parameters() if p.requires_grad]
+    spared = {id(p) for m in states.modules() if isinstance(m, Part) and not m.decays for p in m.parameters()}
+    decays = [p for p in trained if (p.ndim > 1 or id(p) in banked) and id(p) not in spared]
+    rest = [p for p in trained if all(p is not d for d in decays)]
+    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [g for g in groups if g["params"]]
+    if settings.name == "sm3":
+        return SM3(groups, settings.lr, settings.eps, banks)
+    return AdamW(groups, [bank.values for bank in banks if bank.ages], lr=settings.lr, betas=settings.betas, eps=settings.eps)

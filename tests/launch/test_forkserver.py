@@ -1,0 +1,87 @@
+"""Children forked from a warm process: they are processes of their own, end with the sweep, and train to the same bits as fresh ones."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from finetune import sweep
+from finetune.launch import forkserver as warm
+from finetune.sweep.process import Process, environment
+
+from ..sweep.conftest import alive
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked on Linux only")
+
+
+@pytest.fixture
+def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+    """An open file, as the lock of a run is; the server imports next to nothing."""
+    monkeypatch.setattr(warm, "LOADS", "finetune.launch.child")
+    handle = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
+    yield handle
+    os.close(handle)
+
+
+def ended(child: warm.Forked) -> tuple[int | None, str]:
+    said = child.stderr.read().decode()  # to the end: nobody else holds the pipe
+    child._process.join(60)
+    child.stderr.close()
+    return child.poll(), said
+
+
+def test_the_command_line_runs_in_the_child_with_its_environment(held: int, tmp_path: Path) -> None:
+    child = warm.Forked(["show", "method=nope"], environment(1, None) | {"COLUMNS": "80"}, held)
+    code, said = ended(child)
+    assert code == 2
+    assert said.startswith("Error: method=nope is not an option")
+    assert child.pid != os.getpid()
+
+
+def test_a_killed_child_says_by_which_signal(held: int) -> None:
+    child = warm.Forked(["train"], environment(1, None), held)
+    os.kill(child.pid, signal.SIGKILL)
+    assert ended(child)[0] == -signal.SIGKILL
+
+
+def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from finetune.sweep import warm; warm.LOADS = 'finetune.launch.child'\n"
+        "child = warm.Forked(['train', 'train.steps=100000'], dict(os.environ), 0); print(child.pid, flush=True); time.sleep(600)"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
+    assert parent.stdout
+    pid = int(parent.stdout.readline())
+    assert alive(pid)
+    parent.kill()
+    parent.wait()
+    with parent.stdout:
+        assert parent.stdout.read() == ""
+    end = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < end:
+        time.sleep(0.05)
+    assert not alive(pid)
+
+
+@pytest.mark.slow
+def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    changes = []
+    for name, how in (("warm", True), ("fresh", False)):
+        (point,) = sweep.points(["method=snell", "train.steps=3", "train.device=cpu", "dataset.retention_images=0", f"name={name}"])
+        sweep.freeze([point])
+        process = Process.start(point, threads=1, warm=how)
+        assert process
+        assert isinstance(process._process, warm.Forked) is how
+        while (result := process.poll()) is None:
+            time.sleep(0.05)
+        assert result["status"] == "finished", result["error"]
+        changes.append(((point.folder.delta / "delta.safetensors").read_bytes(), result["metrics"], point.folder.predictions.read_bytes()))
+    assert changes[0] == changes[1]

@@ -1,0 +1,111 @@
+"""ID3 step by step: which entries come in, and what they begin with."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.core.part import patched
+from finetune.methods.sparse.id3 import ID3
+from finetune.methods.sparse.sparse import Crossing
+from finetune.schedules.grow import Grow
+from finetune.testing import contract
+from finetune.training.loss import count, example_losses
+
+SITES: dict[str, Any] = {"targets": ("q", "down"), "sparsity": 0.9}
+
+
+def chosen(session: Any) -> set[tuple[int, int]]:
+    bank = session.states["method"]["bank"]
+    return {(i, at) for i in range(len(bank.sizes)) for at in bank.where(i).tolist()}
+
+
+def gradients(session: Any) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer the weight as it is now and the gradient of the coming step's batch, by autograd on a plain model."""
+    twin = contract.tiny()
+    with torch.no_grad():
+        for name, p in session.states["head"].trained().items():
+            twin.get_parameter(name).copy_(p)
+        for name, layer in patched(session.model).items():
+            twin.get_submodule(name).weight.copy_(layer.weight)
+    weights = [twin.get_submodule(name).weight for name in patched(session.model)]
+    (batch,) = session.run.upcoming(1)[0]
+    (example_losses(twin(**batch.inputs).logits, batch.labels).sum() / count(batch)).backward()
+    return [(w.detach(), w.grad) for w in weights]
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0])
+def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
+    """Invariants 1, 2, 3 and 4."""
+    method = ID3(power=power, eps=1e-3, **SITES)
+    session = contract.begin(method)
+    original = [layer.original.clone() for layer in patched(session.model).values()]
+    whole = sum(w.numel() for w in original)
+    k, before = whole - round(0.9 * whole), set[tuple[int, int]]()
+    steps, number = session.steps(), 0
+    while number < contract.STEPS:
+        scores = [(g.abs() / (w.abs() + 1e-3) ** power).reshape(-1) for w, g in gradients(session)]
+        next(steps)
+        number += 1
+        now = chosen(session)
+        assert before < now
+        assert len(now) == round(k * number / contract.STEPS)
+        new = now - before
+        outside = [scores[i][[at for at in range(len(s)) if (i, at) not in now]].max() for i, s in enumerate(scores)]
+        assert min(float(scores[i][at]) for i, at in new) >= float(max(outside)) * (1 - 1e-4)
+        for i, layer in enumerate(patched(session.model).values()):
+            kept = torch.ones(layer.original.numel(), dtype=torch.bool)
+            kept[[at for j, at in now if j == i]] = False
+            assert torch.equal(layer.weight.reshape(-1)[kept], original[i].reshape(-1)[kept])
+        before = now
+    assert len(before) == k
+
+
+def test_power_zero_does_not_see_the_weight() -> None:
+    """Invariant 5, by the score itself: with a power the smaller of two weights goes first."""
+    from finetune.core.sparse.scores import SCORES, Look
+
+    g = torch.tensor([[1.0, 1.0]])
+
+    def score(power: float) -> Tensor:
+        w = torch.tensor([[3.0, 0.5]])
+        layer: Any = type("Layer", (), {"weight": w, "original": w})()
+        return SCORES["d3"].of(Look(layer, torch.Generator(), g.clone()), ID3(power=power))
+
+    assert torch.equal(score(0.0), g)
+    torch.testing.assert_close(score(1.0), torch.tensor([[1 / 3.001, 1 / 0.501]]))
+
+
+def test_all_at_once_is_a_one_shot_gradient_mask() -> None:
+    """Invariant 6: with one part before the first step it is the run of the fixed mask, to the bit."""
+    growing = contract.finish(contract.begin(ID3(schedule=Grow(every=5, end=0.9), **SITES)))
+    fixed = contract.finish(contract.begin(Crossing(score="d3", scope="model", **SITES)))
+    contract.same_values(growing.states, fixed.states)
+
+
+def test_an_entry_has_no_moments_before_it_is_chosen() -> None:
+    """Invariant 8: its first update uses the global bias correction."""
+    session = contract.begin(ID3(**SITES), train=replace(contract.TRAIN, steps=3, clip=None))
+    bank: Any = session.states["method"]["bank"]
+    steps = session.steps()
+    next(steps), next(steps)
+    before = chosen(session)
+    lr, (b1, b2), eps = 1e-2, (0.9, 0.999), 1e-8
+    step = next(steps)
+    state = session.optimizer.state[bank.values]
+    assert float(state["step"]) == 3
+    new = 0
+    for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
+        for slot, at in zip(range(a, b), bank.where(i).tolist(), strict=True):
+            if (i, at) not in before:
+                g = float(state["exp_avg"][slot]) / (1 - b1)
+                root = (float(state["exp_avg_sq"][slot]) / (1 - b2**3)) ** 0.5
+                assert float(bank.values.detach()[slot]) == pytest.approx(-step.lr * (1 - b1) * g / (1 - b1**3) / (root + eps), rel=1e-3)
+                assert float(state["exp_avg_sq"][slot]) == pytest.approx((1 - b2) * g * g, rel=1e-3)
+                new += 1
+    assert new > 10
+    assert step.lr <= lr

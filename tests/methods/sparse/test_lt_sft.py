@@ -1,0 +1,82 @@
+"""LT-SFT's two phases, against a dense run by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from finetune.core.part import patched
+from finetune.core.sparse.engine import Dense
+from finetune.methods.sparse.lt_sft import LTSFT
+from finetune.schedules.one_shot import OneShot
+from finetune.testing import contract
+
+SITES: dict[str, Any] = {"targets": ("v", "up")}
+
+
+def second_phase(method: LTSFT) -> Any:
+    """A session whose first step of the second phase is yet to come, as its model is then, and the dense changes of the first."""
+    session = contract.begin(method)
+    steps = session.steps()
+    first = round(0.5 * contract.STEPS)
+    for _ in range(first):
+        next(steps)
+    dense = {n: p.detach().clone() for n, p in session.states["method"].trained().items()}
+    previous = session.states["method"]
+    session.enter(1)
+    session.start(previous)
+    return session, dense
+
+
+def test_chosen_are_the_largest_changes_of_the_model_and_all_is_rewound() -> None:
+    """Invariants 3 and 4."""
+    session, dense = second_phase(LTSFT(sparsity=0.9, schedule=OneShot(dense=0.5), **SITES))
+    assert torch.equal(contract.logits(session.tuned), contract.logits(contract.tiny()))
+    bank = session.states["method"]["bank"]
+    layers = patched(session.model)
+    changes = [(dense[f"{name}.weight"] - layer.original).abs().reshape(-1) for name, layer in layers.items()]
+    whole = torch.cat(changes)
+    wanted = whole.sort(descending=True, stable=True).indices[: len(whole) - round(0.9 * len(whole))]
+    offsets = [0, *torch.tensor([len(c) for c in changes]).cumsum(0).tolist()]
+    found = torch.cat([bank.where(i).long() + offsets[i] for i in range(len(changes))])
+    assert set(found.tolist()) == set(wanted.tolist())
+    densities = [len(bank.where(i)) / len(c) for i, c in enumerate(changes)]
+    assert max(densities) > min(densities)
+
+
+def test_only_the_freed_entries_differ_afterwards() -> None:
+    """Invariants 1 and 2."""
+    session = contract.finish(contract.begin(LTSFT(sparsity=0.95, **SITES)))
+    bank = session.states["method"]["bank"]
+    changed = 0
+    for i, layer in enumerate(patched(session.model).values()):
+        differs = (layer.weight != layer.original).reshape(-1).nonzero().view(-1)
+        assert set(differs.tolist()) <= set(bank.where(i).tolist())
+        changed += len(differs)
+    assert 0 < changed <= len(bank.values)
+
+
+def test_with_all_entries_the_second_phase_is_dense_training_from_the_start() -> None:
+    """Invariant 8."""
+    session, _ = second_phase(LTSFT(sparsity=0.0, schedule=OneShot(dense=0.5), **SITES))
+    plain = contract.begin(Dense(**SITES))
+    for p, q in zip(plain.states["head"].parameters(), session.states["head"].parameters(), strict=True):
+        assert torch.equal(p, q)
+    plain.number = session.number
+    losses = [[step.loss for step in s.steps()] for s in (session, plain)]
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-5)
+    trained = plain.states["method"].trained()
+    for name, layer in patched(session.model).items():
+        torch.testing.assert_close(layer.weight, trained[f"{name}.weight"].detach(), rtol=1e-3, atol=2e-4)
+
+
+def test_l1_pulls_by_its_weight_over_the_size_of_the_model() -> None:
+    session, _ = second_phase(LTSFT(sparsity=0.9, l1=0.5, schedule=OneShot(dense=0.5), **SITES))
+    bank = session.states["method"]["bank"]
+    bank.values.data.fill_(-0.25)
+    loss = session.current.loss(session.run, session.states["method"], None)
+    (grad,) = torch.autograd.grad(loss, bank.values)
+    size = sum(p.numel() for p in session.model.parameters())
+    torch.testing.assert_close(loss.detach(), torch.tensor(0.5 * 0.25 * len(bank.values) / size))
+    torch.testing.assert_close(grad, torch.full_like(grad, -0.5 / size))

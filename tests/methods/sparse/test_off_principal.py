@@ -1,0 +1,76 @@
+"""The masks of the off-principal study, against their definitions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.core.part import patched
+from finetune.methods.sparse.off_principal import OffPrincipal
+from finetune.testing import contract
+
+HALF: dict[str, Any] = {"targets": ("k", "down"), "rank": 3}
+
+
+def masks(method: OffPrincipal) -> list[tuple[Tensor, Tensor]]:
+    """Of each layer the weight and the mask."""
+    session = contract.begin(method)
+    session.start()
+    bank, found = session.states["method"]["bank"], []
+    for i, layer in enumerate(patched(session.model).values()):
+        mask = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill(0, bank.where(i).long(), True)
+        found.append((layer.original, mask.view(layer.original.shape)))
+    return found
+
+
+def near(w: Tensor) -> Tensor:
+    u, s, v = torch.linalg.svd(w.double(), full_matrices=False)
+    return ((u[:, :3] * s[:3]) @ v[:3]).abs()
+
+
+def test_principal_and_complement_are_halves() -> None:
+    """Invariant 3, first part."""
+    on, off = (masks(OffPrincipal(score="principal", direction=d, **HALF)) for d in ("largest", "smallest"))  # type: ignore[arg-type]
+    for (w, a), (_, b) in zip(on, off, strict=True):
+        assert torch.equal(a, ~b)
+        assert near(w)[a].min() >= near(w)[b].max() * (1 - 1e-6)
+
+
+def test_at_full_rank_the_principal_mask_is_that_of_large_weights() -> None:
+    """Invariant 3, second part."""
+    full = masks(OffPrincipal(score="principal", sparsity=0.7, targets=("k",), rank=32))
+    low = masks(OffPrincipal(score="magnitude", direction="smallest", sparsity=0.7, targets=("k",)))
+    for (w, large), (_, small) in zip(full, low, strict=True):
+        assert not (large & small).any()
+        assert w.abs()[large].min() >= w.abs()[~large].max()
+
+
+def test_safe_is_the_union_of_low_and_complement_with_k_entries() -> None:
+    """Invariant 5: some a of the smallest by |w| and by |W_R| together, and |low u complement| = |low| + |complement| - |both|."""
+    for w, safe in masks(OffPrincipal(sparsity=0.4, **HALF)):
+        k = w.numel() - round(0.4 * w.numel())
+        assert int(safe.sum()) == k
+        orders = [x.reshape(-1).argsort(stable=True) for x in (w.abs(), near(w))]
+        unions = []
+        for a in range(w.numel()):
+            low, off = ({*order[:a].tolist()} for order in orders)
+            assert len(low | off) == len(low) + len(off) - len(low & off)
+            unions.append(low | off)
+            if len(low | off) >= k:
+                break
+        chosen = set(safe.reshape(-1).nonzero().view(-1).tolist())
+        assert unions[-2] <= chosen <= unions[-1] | unions[-2]
+
+
+def test_what_is_outside_the_mask_stays_to_the_bit() -> None:
+    """Invariant 9."""
+    session = contract.begin(OffPrincipal(**HALF))
+    session.start()
+    bank = session.states["method"]["bank"]
+    contract.finish(session)
+    for i, layer in enumerate(patched(session.model).values()):
+        trained = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill(0, bank.where(i).long(), True).view(layer.original.shape)
+        assert torch.equal(layer.weight[~trained], layer.original[~trained])
+        assert not torch.equal(layer.weight[trained], layer.original[trained])
