@@ -38,8 +38,12 @@ class RunFailed(FinetuneError):
 def visible(text: str) -> str:
     """``text`` as one line that a terminal or a log shows as it is: control characters escaped, passwords in addresses gone, the middle of a long one
     left out."""
-    text = PASSWORD.sub("***@", text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}")
-    return "".join(c if c.isprintable() else " " if c in "\t\n\r" else c.encode("unicode_escape").decode() for c in text)
+    text = PASSWORD.sub(
+        "***@", text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
+    )
+    return "".join(
+        c if c.isprintable() else " " if c in "\t\n\r" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def near(word: str, options: Iterable[str]) -> str:

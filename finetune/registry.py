@@ -16,7 +16,12 @@ from typing import Any, Literal, TypeVar
 from .errors import ConfigError, near
 
 Kind = Literal["method", "dataset", "schedule", "selector"]
-PACKAGES: dict[Kind, str] = {"method": "methods", "dataset": "data", "schedule": "schedules", "selector": "selectors"}
+PACKAGES: dict[Kind, str] = {
+    "method": "methods",
+    "dataset": "data",
+    "schedule": "schedules",
+    "selector": "selectors",
+}
 ROOT = Path(__file__).parent
 C = TypeVar("C", bound=type)
 
@@ -44,7 +49,11 @@ def register(name: str) -> Callable[[C], C]:
 def _registered(node: ast.stmt) -> str | None:
     """The name in a class's ``@register("name")``, if it has one."""
     for call in node.decorator_list if isinstance(node, ast.ClassDef) else []:
-        if isinstance(call, ast.Call) and getattr(call.func, "id", None) == "register" and isinstance(call.args[0], ast.Constant):
+        if (
+            isinstance(call, ast.Call)
+            and getattr(call.func, "id", None) == "register"
+            and isinstance(call.args[0], ast.Constant)
+        ):
             return str(call.args[0].value)
     return None
 
@@ -53,7 +62,12 @@ def _facts(node: ast.ClassDef) -> dict[str, Any]:
     """Literal ``ClassVar`` assignments of a class body."""
     found = {}
     for line in node.body:
-        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and "ClassVar" in ast.unparse(line.annotation) and line.value:
+        if (
+            isinstance(line, ast.AnnAssign)
+            and isinstance(line.target, ast.Name)
+            and "ClassVar" in ast.unparse(line.annotation)
+            and line.value
+        ):
             found[line.target.id] = ast.literal_eval(line.value)
     return found
 
@@ -66,9 +80,16 @@ def catalog(kind: Kind) -> dict[str, Entry]:
         for node in ast.parse(path.read_text()).body:
             if isinstance(node, ast.ClassDef) and (name := _registered(node)):
                 if name in entries:
-                    raise ValueError(f"{kind} {name!r} is registered in {entries[name].module} and in {path.stem}")
+                    raise ValueError(
+                        f"{kind} {name!r} is registered in {entries[name].module} and in {path.stem}"
+                    )
                 module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-                entries[name] = Entry(name, module, (ast.get_docstring(node) or "").split("\n")[0], {"class": node.name, **_facts(node)})
+                entries[name] = Entry(
+                    name,
+                    module,
+                    (ast.get_docstring(node) or "").split("\n")[0],
+                    {"class": node.name, **_facts(node)},
+                )
     return dict(sorted(entries.items()))
 
 

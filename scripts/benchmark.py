@@ -102,7 +102,14 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
     train = TrainConfig(steps=steps, batch_size=BATCH, clip=None, device="cpu")
     batches = Batches(Noise(), BATCH, None, 0)
     session = Session(
-        vit_base(), method, ("classifier.weight", "classifier.bias"), batches, OptimizerConfig(lr=1e-4), train, 0, make_accelerator(train)
+        vit_base(),
+        method,
+        ("classifier.weight", "classifier.bias"),
+        batches,
+        OptimizerConfig(lr=1e-4),
+        train,
+        0,
+        make_accelerator(train),
     )
     for step in session.steps():
         yield step.seconds
@@ -202,7 +209,9 @@ def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, l
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--steps", str(steps), "--threads", str(threads)]
         pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
-        running[name] = subprocess.Popen(command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, **pipes)
+        running[name] = subprocess.Popen(
+            command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, **pipes
+        )
         _answer(running[name])
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "mib": []} for name in names}
     for turn in range(steps):
@@ -211,7 +220,12 @@ def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, l
             process.stdin.flush()
             for key, value in _answer(process).items():
                 found[name][key].append(value)
-        print(f"turn {turn + 1}:", *(f"{name} {f['seconds'][-1]:.2f}" for name, f in found.items()), file=sys.stderr, flush=True)
+        print(
+            f"turn {turn + 1}:",
+            *(f"{name} {f['seconds'][-1]:.2f}" for name, f in found.items()),
+            file=sys.stderr,
+            flush=True,
+        )
     for process in running.values():
         process.communicate()
     return found
@@ -237,7 +251,10 @@ def answers(arguments: list[str], runs: int = 7) -> float:
 
 def table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
     lines = ["| what | s/step | peak MiB |", "|---|---|---|"]
-    lines += [f"| {LABELS[name]} | {statistics.median(f['seconds']):.2f} | {f['mib'][-1]:.0f} |" for name, f in found.items()]
+    lines += [
+        f"| {LABELS[name]} | {statistics.median(f['seconds']):.2f} | {f['mib'][-1]:.0f} |"
+        for name, f in found.items()
+    ]
     figures = [
         (f"| {what} | {target} |", found[ours][key], found[theirs][key])
         for what, target, key, ours, theirs in FIGURES
@@ -252,7 +269,10 @@ def table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
     import torch
 
     turns = len(next(iter(found.values()))["seconds"])
-    return "\n".join(lines) + f"\n\n{turns} turns of one step each, {threads} threads, {platform.machine()}, torch {torch.__version__}."
+    return (
+        "\n".join(lines)
+        + f"\n\n{turns} turns of one step each, {threads} threads, {platform.machine()}, torch {torch.__version__}."
+    )
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
@@ -263,9 +283,16 @@ def ratio(ours: list[float], theirs: list[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--one", choices=LABELS, help=argparse.SUPPRESS)
-    parser.add_argument("--table", choices=TABLES, default="snell", help="which contestants, and which table of the file --write names")
+    parser.add_argument(
+        "--table",
+        choices=TABLES,
+        default="snell",
+        help="which contestants, and which table of the file --write names",
+    )
     parser.add_argument("--only", nargs="+", choices=LABELS, help="only these of them")
     parser.add_argument("--steps", type=int, default=9, help="how many turns there are")
     parser.add_argument("--threads", type=int, default=2)

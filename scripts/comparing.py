@@ -29,12 +29,21 @@ from finetune.config.settings import LoggerConfig, ModelConfig, OptimizerConfig,
 
 METHODS = ("lora", "snell", "spiel", "shira", "sara", "lift", "spt", "s2ft", "id3", "hft")
 SEEDS = 5
-VERSIONS = {"finetune": "0.1.0", "python": "3.11.7", "torch": "2.13.0", "transformers": "5.23.0", "accelerate": "1.15.0", "datasets": "5.2.0"}
+VERSIONS = {
+    "finetune": "0.1.0",
+    "python": "3.11.7",
+    "torch": "2.13.0",
+    "transformers": "5.23.0",
+    "accelerate": "1.15.0",
+    "datasets": "5.2.0",
+}
 
 
 def main() -> None:
     """Make the runs, measure, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--examples", type=int, default=500)
     parser.add_argument("--rounds", type=int, default=5)
@@ -43,18 +52,27 @@ def main() -> None:
         sweep = Path(folder) / "outputs" / "sweep"
         make(sweep, given.runs, given.examples)
         print(f"{given.runs:,} runs of {given.examples} test examples, {os.cpu_count()} cores\n")
-        print("| command | least, s | median, s | of the CPU, s | peak memory, MiB |\n|---|---:|---:|---:|---:|")
+        print(
+            "| command | least, s | median, s | of the CPU, s | peak memory, MiB |\n|---|---:|---:|---:|---:|"
+        )
         for words in ([], ["--json"], ["--out", str(Path(folder) / "table.csv")]):
             found = [measure(["compare", str(sweep), *words]) for _ in range(given.rounds)]
             seconds, cpu, peak = ([each[i] for each in found] for i in range(3))
-            shown = " ".join(["finetune compare outputs/sweep", *words[:1], *(["table.csv"] * (len(words) - 1))])
-            print(f"| `{shown}` | {min(seconds):.2f} | {statistics.median(seconds):.2f} | {min(cpu):.2f} | {max(peak) / 2**20:.0f} |", flush=True)
+            shown = " ".join(
+                ["finetune compare outputs/sweep", *words[:1], *(["table.csv"] * (len(words) - 1))]
+            )
+            print(
+                f"| `{shown}` | {min(seconds):.2f} | {statistics.median(seconds):.2f} | {min(cpu):.2f} | {max(peak) / 2**20:.0f} |",
+                flush=True,
+            )
 
 
 def measure(words: list[str]) -> tuple[float, float, int]:
     """Seconds, seconds of the CPU, and the most bytes resident at once, of one command."""
     start = time.perf_counter()
-    process = subprocess.Popen([sys.executable, "-m", "finetune", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "finetune", *words], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     _, status, used = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
@@ -72,7 +90,13 @@ def make(sweep: Path, runs: int, examples: int) -> None:
     for method, level, seed in points[:runs]:
         strength = 2 + 0.1 * METHODS.index(method) - 1.5 * level / levels + random.normal(0, 0.1)
         right = difficulty + random.normal(0, 1, examples) < strength
-        write(sweep / f"{method}-tiny_vit-digits-s{seed}-{level:010x}", method, level / levels, seed, (ids, labels, right))
+        write(
+            sweep / f"{method}-tiny_vit-digits-s{seed}-{level:010x}",
+            method,
+            level / levels,
+            seed,
+            (ids, labels, right),
+        )
 
 
 def write(folder: Path, method: str, sparsity: float, seed: int, predicted: tuple[Any, Any, Any]) -> None:
@@ -97,12 +121,23 @@ def write(folder: Path, method: str, sparsity: float, seed: int, predicted: tupl
         "group_hash": group,
     }  # fmt: skip
     (folder / "result.json").write_text(json.dumps(result, indent=2))
-    lines = [json.dumps({"step": step, "loss": 2.0 / step, "lr": 0.001, "seconds": 0.16}) for step in range(1, 201)]
-    lines += [json.dumps({"step": step, "val_accuracy": 0.9, "val_loss": 0.4}) for step in (50, 100, 150, 200)]
+    lines = [
+        json.dumps({"step": step, "loss": 2.0 / step, "lr": 0.001, "seconds": 0.16}) for step in range(1, 201)
+    ]
+    lines += [
+        json.dumps({"step": step, "val_accuracy": 0.9, "val_loss": 0.4}) for step in (50, 100, 150, 200)
+    ]
     (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     (folder / "delta").mkdir()
-    (folder / "delta" / "delta.json").write_text(json.dumps({"format": 1, "method": method, "config": plain, "base_fingerprint": "0" * 64}))
-    table = {"id": ids, "label": labels, "prediction": np.where(right, labels, (labels + 1) % 10), "score": np.full(len(labels), 0.9)}
+    (folder / "delta" / "delta.json").write_text(
+        json.dumps({"format": 1, "method": method, "config": plain, "base_fingerprint": "0" * 64})
+    )
+    table = {
+        "id": ids,
+        "label": labels,
+        "prediction": np.where(right, labels, (labels + 1) % 10),
+        "score": np.full(len(labels), 0.9),
+    }
     pq.write_table(pa.table(table), folder / "predictions.parquet")
 
 

@@ -20,9 +20,27 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from finetune.core.sparse.gradient import CHUNK, Layout, _inside, _transposed, dense, entries_gradient, read, sampled, sampled_pays, write_
+from finetune.core.sparse.gradient import (
+    CHUNK,
+    Layout,
+    _inside,
+    _transposed,
+    dense,
+    entries_gradient,
+    read,
+    sampled,
+    sampled_pays,
+    write_,
+)
 
-LAYERS = [(768, 768, 1576), (3072, 768, 1576), (768, 3072, 1576), (3072, 768, 197), (2048, 2048, 2048), (2048, 8192, 2048)]
+LAYERS = [
+    (768, 768, 1576),
+    (3072, 768, 1576),
+    (768, 3072, 1576),
+    (3072, 768, 197),
+    (2048, 2048, 2048),
+    (2048, 8192, 2048),
+]
 DENSITIES = [0.001, 0.003, 0.01, 0.03, 0.05, 0.1, 0.2]
 Way = Callable[[], Tensor | None]
 
@@ -66,8 +84,12 @@ def scattered(out: int, in_: int, density: float) -> Tensor:
     return torch.randperm(out * in_)[: int(out * in_ * density)].sort().values.to(torch.int32)
 
 
-def gradients(layers: list[tuple[int, int, int]], densities: list[float], rounds: int, dtype: torch.dtype) -> None:
-    print("| weight, tokens | density | whole | dense | sampled | its transposes | rule | loss | peak MiB whole | dense | sampled |")
+def gradients(
+    layers: list[tuple[int, int, int]], densities: list[float], rounds: int, dtype: torch.dtype
+) -> None:
+    print(
+        "| weight, tokens | density | whole | dense | sampled | its transposes | rule | loss | peak MiB whole | dense | sampled |"
+    )
     print("|---|---|---|---|---|---|---|---|---|---|---|")
     for out, in_, tokens in layers:
         y, x = torch.randn(tokens, out).to(dtype), torch.randn(tokens, in_).to(dtype)
@@ -85,7 +107,14 @@ def gradients(layers: list[tuple[int, int, int]], densities: list[float], rounds
             ms = least({**ways, "transposes": lambda y=y, x=x: transposes(y, x)}, rounds)
             rule = "sampled" if sampled_pays(*inner, len(index)) else "dense"
             loss = ms[rule] / min(ms["dense"], ms["sampled"]) - 1
-            cells = [f"{out}x{in_}, {tokens}", f"{density:.1%}", *(f"{v:.1f}" for v in ms.values()), rule, f"{loss:.0%}", *(f"{m:.1f}" for m in mib)]
+            cells = [
+                f"{out}x{in_}, {tokens}",
+                f"{density:.1%}",
+                *(f"{v:.1f}" for v in ms.values()),
+                rule,
+                f"{loss:.0%}",
+                *(f"{m:.1f}" for m in mib),
+            ]
             print("|", " | ".join(cells), "|", flush=True)
 
 
@@ -119,16 +148,25 @@ def grains(rounds: int) -> None:
             "set": lambda index=index, values=values: flat.index_put_((index.long(),), values),
             "write": lambda index=index, layout=layout, values=values: write_(weight, index, layout, values),
         }
-        print(f"| {name} |", " | ".join(f"{v:.2f}" for v in least(ways, 3 * rounds).values()), "|", flush=True)
+        print(
+            f"| {name} |", " | ".join(f"{v:.2f}" for v in least(ways, 3 * rounds).values()), "|", flush=True
+        )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
     parser.add_argument("--layers", type=int, default=len(LAYERS), help="only the first so many")
-    parser.add_argument("--clock", choices=CLOCKS, default="wall", help="cpu: processor time; with --threads 1 it is right on a busy machine too")
+    parser.add_argument(
+        "--clock",
+        choices=CLOCKS,
+        default="wall",
+        help="cpu: processor time; with --threads 1 it is right on a busy machine too",
+    )
     given = parser.parse_args()
     global clock
     clock = CLOCKS[given.clock]
@@ -138,7 +176,9 @@ def main() -> None:
     gradients(LAYERS[: given.layers], DENSITIES, given.rounds, getattr(torch, given.dtype))
     print()
     grains(given.rounds)
-    print(f"\n{given.rounds} rounds, {given.threads} threads, {given.clock} time, {platform.machine()}, {given.dtype}, torch {torch.__version__}.")
+    print(
+        f"\n{given.rounds} rounds, {given.threads} threads, {given.clock} time, {platform.machine()}, {given.dtype}, torch {torch.__version__}."
+    )
 
 
 if __name__ == "__main__":

@@ -35,7 +35,9 @@ def sinusoid(side: int, dim: int) -> Tensor:
     rates = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim / 4))
     angles = torch.arange(side)[:, None] * rates
     wave = torch.cat([angles.sin(), angles.cos()], 1)  # [side, dim / 2]
-    return torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).reshape(side * side, dim)
+    return torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).reshape(
+        side * side, dim
+    )
 
 
 @torch.no_grad()
@@ -57,7 +59,11 @@ def mimetic_(layer: nn.Module, heads: int) -> None:
 @torch.no_grad()
 def whiten_(projection: nn.Conv2d, images: Tensor) -> None:
     """Start with the principal directions of image patches, each at unit variance and in both signs, in as many filters as there are."""
-    patches = F.unfold(images / 127.5 - 1, projection.kernel_size, stride=projection.stride).transpose(1, 2).flatten(0, 1)
+    patches = (
+        F.unfold(images / 127.5 - 1, projection.kernel_size, stride=projection.stride)
+        .transpose(1, 2)
+        .flatten(0, 1)
+    )
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     filters = vectors.T / (values + 1e-2).sqrt()[:, None]
     both = torch.cat([filters, -filters]).view(-1, *projection.weight.shape[1:])
@@ -80,7 +86,9 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                updates = torch.stack([p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in same])
+                updates = torch.stack(
+                    [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in same]
+                )
                 for p, update in zip(same, orthogonal(updates), strict=True):
                     p.sub_(update, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
@@ -89,9 +97,15 @@ def optimizers(model: nn.Module, blocks: nn.Module, steps: int) -> list[Any]:
     """Muon for the matrices of the blocks, AdamW for the rest, and their schedules: a short warm-up, then linearly to zero. Step each once a step."""
     matrices = [p for p in blocks.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    both: list[torch.optim.Optimizer] = [torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01), Muon(matrices, 1e-2)]
+    both: list[torch.optim.Optimizer] = [
+        torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01),
+        Muon(matrices, 1e-2),
+    ]
     warm = min(300, steps // 10)
-    return both + [torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / warm, 1 - step / steps)) for o in both]
+    return both + [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / warm, 1 - step / steps))
+        for o in both
+    ]
 
 
 def orthogonal(x: Tensor) -> Tensor:
@@ -112,7 +126,9 @@ def read_images(path: Path) -> tuple[Tensor, Tensor]:
     from PIL import Image
 
     table = pq.read_table(path).to_pydict()
-    pixels = np.stack([np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]])
+    pixels = np.stack(
+        [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]]
+    )
     return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
 
 
@@ -123,7 +139,11 @@ def augment(x: Tensor) -> Tensor:
     columns = torch.arange(32).expand(n, 32)
     columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns) + left[:, None]
     rows = torch.arange(32) + top[:, None]
-    return padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2) / 127.5 - 1
+    return (
+        padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+        / 127.5
+        - 1
+    )
 
 
 def logits_of(model: nn.Module, x: Tensor, keep: float) -> Tensor:
@@ -141,7 +161,10 @@ def logits_of(model: nn.Module, x: Tensor, keep: float) -> Tensor:
 @torch.no_grad()
 def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     model.eval()
-    hits = sum((logits_of(model, a / 127.5 - 1, 1.0).argmax(1) == b).sum().item() for a, b in zip(x.split(500), y.split(500), strict=True))
+    hits = sum(
+        (logits_of(model, a / 127.5 - 1, 1.0).argmax(1) == b).sum().item()
+        for a, b in zip(x.split(500), y.split(500), strict=True)
+    )
     model.train()
     return hits / len(y)
 
@@ -176,19 +199,40 @@ def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128) -> None:
                 turn.step()
             total += loss.item()
         tested, minutes = accuracy(model, x_test[:2000], y_test[:2000]), (time.time() - started) / 60
-        print(f"epoch {epoch + 1}/{epochs} keep {keep} loss {total / per_epoch:.3f} test {tested:.3f} {minutes:.0f} min", flush=True)
+        print(
+            f"epoch {epoch + 1}/{epochs} keep {keep} loss {total / per_epoch:.3f} test {tested:.3f} {minutes:.0f} min",
+            flush=True,
+        )
         folder = MODELS / "tiny_vit"
-        copy.deepcopy(model).half().save_pretrained(folder)  # float16 halves the file; reading it as float32 is exact
-    ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3).save_pretrained(folder)
+        copy.deepcopy(model).half().save_pretrained(
+            folder
+        )  # float16 halves the file; reading it as float32 is exact
+    ViTImageProcessorPil(
+        size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    ).save_pretrained(folder)
     reached = f"test accuracy {accuracy(model, x_test, y_test):.4f} on CIFAR-10's 10,000 test images"
     what = "ViT, 6 blocks of width 128, patches of 4, for 32x32 images"
-    write_card(folder, what, "CIFAR-10's 50,000 training images", reached, f"vit --data DATA/cifar10 --epochs {epochs} --seed {seed}", started)
+    write_card(
+        folder,
+        what,
+        "CIFAR-10's 50,000 training images",
+        reached,
+        f"vit --data DATA/cifar10 --epochs {epochs} --seed {seed}",
+        started,
+    )
 
 
 def read_prose(data: Path) -> tuple[str, str]:
     """Training and held-out English prose."""
-    gsm8k = "\n".join(f"{row['question']}\n{row['answer']}" for row in map(json.loads, (data / "gsm8k" / "train.jsonl").open()))
-    train = [(data / "wikitext2" / "valid.txt").read_text(), (data / "tinyshakespeare" / "input.txt").read_text(), gsm8k]
+    gsm8k = "\n".join(
+        f"{row['question']}\n{row['answer']}"
+        for row in map(json.loads, (data / "gsm8k" / "train.jsonl").open())
+    )
+    train = [
+        (data / "wikitext2" / "valid.txt").read_text(),
+        (data / "tinyshakespeare" / "input.txt").read_text(),
+        gsm8k,
+    ]
     return "\n".join(train), (data / "wikitext2" / "test.txt").read_text()
 
 
@@ -214,11 +258,16 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=1024, special_tokens=["<|end|>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+        vocab_size=1024,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
     )
     tokenizer.train_from_iterator(train.splitlines(keepends=True), trainer)
     folder = MODELS / "tiny_lm"
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=length).save_pretrained(folder)
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=length
+    ).save_pretrained(folder)
     ids, ids_test = torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
     config = LlamaConfig(
         vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
@@ -229,20 +278,30 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
     turns = optimizers(model, model.model.layers, steps)
     for step in range(steps):
         starts = torch.randint(0, len(ids) - length + 1, (batch, 1))
-        window = F.pad(ids[starts + torch.arange(length - 1)], (1, 0))  # every window is led by the start token
+        window = F.pad(
+            ids[starts + torch.arange(length - 1)], (1, 0)
+        )  # every window is led by the start token
         loss = model(window, labels=window).loss
         model.zero_grad()
         loss.backward()
         for turn in turns:
             turn.step()
         if step % 100 == 99 or step == steps - 1:
-            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.time() - started) / 60:.1f} min", flush=True)
+            print(
+                f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.time() - started) / 60:.1f} min",
+                flush=True,
+            )
     model.half().save_pretrained(folder)
     reached = bits_per_byte(model.float(), ids_test, held_out, length)
     what = "Llama, 5 blocks of width 128, 1,024 byte-level BPE tokens, context 256"
     prose = "WikiText-2's validation text, Tiny Shakespeare and GSM8K's training problems"
     write_card(
-        folder, what, prose, f"{reached:.3f} bits per byte on WikiText-2's test text", f"lm --data DATA --epochs {epochs} --seed {seed}", started
+        folder,
+        what,
+        prose,
+        f"{reached:.3f} bits per byte on WikiText-2's test text",
+        f"lm --data DATA --epochs {epochs} --seed {seed}",
+        started,
     )
 
 
@@ -263,7 +322,9 @@ def write_card(folder: Path, what: str, data: str, reached: str, command: str, s
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model", choices=["vit", "lm"])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int)

@@ -31,7 +31,12 @@ def row(method: str, results: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    done = subprocess.run([sys.executable, "-m", "finetune", "sweep", "--json", *SWEEP], stdout=subprocess.PIPE, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", "sweep", "--json", *SWEEP],
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
     results = json.loads(done.stdout)
     methods = list(dict.fromkeys(r["method"] for r in results))
     base = [r["metrics"]["base"]["accuracy"] * 100 for r in results if r["method"] == methods[0]]
@@ -40,7 +45,9 @@ def main() -> None:
     lines += [row(m, [r for r in results if r["method"] == m]) for m in methods]
     before, _, rest = README.read_text().partition("<!-- table -->\n")
     text = "\n".join(lines)
-    README.write_text(f"{before}<!-- table -->\n{text}\n<!-- /table -->{rest.partition('<!-- /table -->')[2]}")
+    README.write_text(
+        f"{before}<!-- table -->\n{text}\n<!-- /table -->{rest.partition('<!-- /table -->')[2]}"
+    )
     print(text)
 
 

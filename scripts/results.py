@@ -21,10 +21,18 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 SPARSITIES, SEEDS = (0.9, 0.99, 0.999), (0, 1, 2)
-SMALL = ["dataset.train_bytes=200000", "dataset.val_bytes=5000", "dataset.test_bytes=15000", "dataset.retention_bytes=15000"]
+SMALL = [
+    "dataset.train_bytes=200000",
+    "dataset.val_bytes=5000",
+    "dataset.test_bytes=15000",
+    "dataset.retention_bytes=15000",
+]
 TASKS = {
     "image": (["train.steps=40"], "accuracy"),
-    "language": (["model=tiny_lm", "dataset=stdlib", *SMALL, "train.steps=30", "train.batch_size=4"], "bits_per_byte"),
+    "language": (
+        ["model=tiny_lm", "dataset=stdlib", *SMALL, "train.steps=30", "train.batch_size=4"],
+        "bits_per_byte",
+    ),
 }
 OFTEN = "schedule.every=10"
 AT_SPARSITY: dict[str, list[str]] = {
@@ -51,7 +59,10 @@ Point = tuple[str, str, float | None, int]  # task, row, sparsity, seed
 def points() -> list[Point]:
     """All of them; those that are worth most, if time runs out, first."""
     alone = [(t, row, None, seed) for t, row, seed in product(TASKS, ALONE, SEEDS)]
-    return sorted([*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)], key=lambda p: (p[2] not in (None, 0.99), p[3]))
+    return sorted(
+        [*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)],
+        key=lambda p: (p[2] not in (None, 0.99), p[3]),
+    )
 
 
 def matched(task: list[str], row: str, sparsity: float) -> list[str]:
@@ -101,7 +112,11 @@ def work(part: int, of: int, only_read: bool) -> None:
 
 def spread(values: list[float], scale: float) -> str:
     shown = [v * scale for v in values]
-    return f"{statistics.mean(shown):.2f} ± {statistics.stdev(shown):.2f}" if len(shown) > 1 else f"{shown[0]:.2f}"
+    return (
+        f"{statistics.mean(shown):.2f} ± {statistics.stdev(shown):.2f}"
+        if len(shown) > 1
+        else f"{shown[0]:.2f}"
+    )
 
 
 def cells(results: list[dict[str, Any]], metric: str) -> str:
@@ -120,18 +135,28 @@ def claim(found: dict[Point, dict[str, Any]], task: str, a: str, b: str, split: 
     metric, lines = TASKS[task][1], []
     for sparsity in SPARSITIES:
         pairs = [(found.get((task, a, sparsity, s)), found.get((task, b, sparsity, s))) for s in SEEDS]
-        whole = [(x["metrics"], y["metrics"]) for x, y in pairs if x and y and x["status"] == y["status"] == "finished"]
+        whole = [
+            (x["metrics"], y["metrics"])
+            for x, y in pairs
+            if x and y and x["status"] == y["status"] == "finished"
+        ]
         gaps = [x[split][metric] - y[split][metric] for x, y in whole if x.get(split) and y.get(split)]
         better = sum(g > 0 if metric == "accuracy" else g < 0 for g in gaps)
         if gaps:
-            lines.append(f"| {task} | {a} against {b} | {sparsity:g} | {split} | {statistics.mean(gaps):+.4f} | {better} of {len(gaps)} |")
+            lines.append(
+                f"| {task} | {a} against {b} | {sparsity:g} | {split} | {statistics.mean(gaps):+.4f} | {better} of {len(gaps)} |"
+            )
     return lines
 
 
 def report(found: dict[Point, dict[str, Any]]) -> str:
     lines = []
     for task, (settings, metric) in TASKS.items():
-        lines += [f"### {task}: {metric} ({' '.join(settings)})", "", f"| method | sparsity | test {metric} | retention {metric} | trained |"]
+        lines += [
+            f"### {task}: {metric} ({' '.join(settings)})",
+            "",
+            f"| method | sparsity | test {metric} | retention {metric} | trained |",
+        ]
         lines.append("|---|---|---|---|---|")
         bases = [r["metrics"] for p, r in found.items() if p[0] == task and r["status"] == "finished"][:1]
         for b in bases:
@@ -140,11 +165,20 @@ def report(found: dict[Point, dict[str, Any]]) -> str:
             shown = "" if kept is None else f"{kept * scale:.2f}"
             lines.append(f"| base, untrained | | {b['base'][metric] * scale:.2f} | {shown} | 0 |")
         for row in ALONE:
-            lines.append(f"| {row} | | {cells([found[p] for p in found if p[:3] == (task, row, None)], metric)}")
+            lines.append(
+                f"| {row} | | {cells([found[p] for p in found if p[:3] == (task, row, None)], metric)}"
+            )
         for sparsity, row in product(SPARSITIES, AT_SPARSITY):
-            lines.append(f"| {row} | {sparsity:g} | {cells([found[p] for p in found if p[:3] == (task, row, sparsity)], metric)}")
+            lines.append(
+                f"| {row} | {sparsity:g} | {cells([found[p] for p in found if p[:3] == (task, row, sparsity)], metric)}"
+            )
         lines.append("")
-    lines += ["### The two claims", "", "| task | what | sparsity | split | mean difference | better in |", "|---|---|---|---|---|---|"]
+    lines += [
+        "### The two claims",
+        "",
+        "| task | what | sparsity | split | mean difference | better in |",
+        "|---|---|---|---|---|---|",
+    ]
     for task in TASKS:
         for a, b in [("smallest magnitude", "super_tuning"), ("smallest magnitude", "shira, random")]:
             lines += claim(found, task, a, b, "retention")
@@ -154,7 +188,9 @@ def report(found: dict[Point, dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--read", action="store_true", help="run nothing: only tabulate what is finished")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
@@ -165,18 +201,34 @@ def main() -> None:
     import os
 
     quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [sys.executable, __file__, *(["--read"] if given.read else []), "--jobs", str(given.jobs), "--part"]
-    workers = [subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=quiet) for i in range(given.jobs)]
+    command = [
+        sys.executable,
+        __file__,
+        *(["--read"] if given.read else []),
+        "--jobs",
+        str(given.jobs),
+        "--part",
+    ]
+    workers = [
+        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=quiet)
+        for i in range(given.jobs)
+    ]
     found: dict[Point, dict[str, Any]] = {}
     for worker in workers:
         assert worker.stdout
         for line in worker.stdout:
             entry = json.loads(line)
             found[tuple(entry["point"])] = entry["result"]
-            print(f"{len(found)}/{len(points())} {entry['point']} {entry['result']['status']}", file=sys.stderr, flush=True)
+            print(
+                f"{len(found)}/{len(points())} {entry['point']} {entry['result']['status']}",
+                file=sys.stderr,
+                flush=True,
+            )
     file = ROOT / "docs" / "results.md"
     before, _, rest = file.read_text().partition("<!-- results -->\n")
-    file.write_text(f"{before}<!-- results -->\n{report(found)}\n<!-- /results -->{rest.partition('<!-- /results -->')[2]}")
+    file.write_text(
+        f"{before}<!-- results -->\n{report(found)}\n<!-- /results -->{rest.partition('<!-- /results -->')[2]}"
+    )
 
 
 if __name__ == "__main__":

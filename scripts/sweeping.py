@@ -51,7 +51,9 @@ def minutes(jobs: int, runs: int, steps: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=4, help="how many runs each sweep has")
     parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each")
     args = parser.parse_args()

@@ -24,7 +24,11 @@ from finetune.core.site import Site, find_sites
 from finetune.core.sparse.switch import Change, Switch
 
 SHARES, RANKS, SCALE = (0.01, 0.02), (8, 16, 32), 2.0
-MODELS = {"vit_base": "ViT-B/16, float32", "vit_large": "ViT-L/16, float32", "llama": "Llama 3.2 1B, 4 of its 16 blocks, bfloat16"}
+MODELS = {
+    "vit_base": "ViT-B/16, float32",
+    "vit_large": "ViT-L/16, float32",
+    "llama": "Llama 3.2 1B, 4 of its 16 blocks, bfloat16",
+}
 Act = Callable[[], object]
 
 
@@ -34,10 +38,21 @@ def make(name: str) -> Any:
 
     with torch.device("meta"):
         if name == "llama":
-            sizes = {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 4, "num_attention_heads": 32, "num_key_value_heads": 8}
+            sizes = {
+                "hidden_size": 2048,
+                "intermediate_size": 8192,
+                "num_hidden_layers": 4,
+                "num_attention_heads": 32,
+                "num_key_value_heads": 8,
+            }
             model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(torch.bfloat16)
         elif name == "vit_large":
-            sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+            sizes = {
+                "hidden_size": 1024,
+                "intermediate_size": 4096,
+                "num_hidden_layers": 24,
+                "num_attention_heads": 16,
+            }
             model = ViTForImageClassification(ViTConfig(**sizes))
         else:
             model = ViTForImageClassification(ViTConfig())
@@ -64,7 +79,13 @@ def sparse(model: Any, sites: list[Site], share: float) -> Callable[[], tuple[Ac
 
 def lora(sites: list[Site], rank: int, lean: bool) -> Callable[[], tuple[Act, Act]]:
     weights: list[Any] = [site.module.weight for site in sites]
-    factors = [(0.01 * torch.randn(w.shape[0], rank, dtype=w.dtype), 0.1 * torch.randn(rank, w.shape[1], dtype=w.dtype)) for w in weights]
+    factors = [
+        (
+            0.01 * torch.randn(w.shape[0], rank, dtype=w.dtype),
+            0.1 * torch.randn(rank, w.shape[1], dtype=w.dtype),
+        )
+        for w in weights
+    ]
 
     def act(sign: float) -> None:
         for weight, (b, a) in zip(weights, factors, strict=True):
@@ -92,7 +113,10 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
     base = [w.clone() for w in weights]  # to compare with in the first round, which is not timed
     contestants = {f"sparse, {share:.0%} of the entries": sparse(model, sites, share) for share in SHARES}
     for rank in RANKS:
-        contestants |= {f"LoRA r={rank}, `{'W.addmm_' if lean else 'W += s * (B @ A)'}`": lora(sites, rank, lean) for lean in (False, True)}
+        contestants |= {
+            f"LoRA r={rank}, `{'W.addmm_' if lean else 'W += s * (B @ A)'}`": lora(sites, rank, lean)
+            for lean in (False, True)
+        }
     times: dict[str, list[tuple[float, float]]] = {what: [] for what in contestants}
     errors = dict.fromkeys(contestants, 0.0)
     for turn in range(rounds + 1):
@@ -103,8 +127,13 @@ def measure(name: str, rounds: int) -> list[dict[str, Any]]:
             for w, b in zip(weights, base, strict=True) if not turn else ():
                 errors[what] = max(errors[what], float((w - b).abs().max()))
                 w.copy_(b)
-    medians = {what: [1000 * statistics.median(t[i] for t in taken) for i in (0, 1)] for what, taken in times.items()}
-    return [{"what": what, "enter": m[0], "leave": m[1], "both": sum(m), "error": errors[what]} for what, m in medians.items()]
+    medians = {
+        what: [1000 * statistics.median(t[i] for t in taken) for i in (0, 1)] for what, taken in times.items()
+    }
+    return [
+        {"what": what, "enter": m[0], "leave": m[1], "both": sum(m), "error": errors[what]}
+        for what, m in medians.items()
+    ]
 
 
 def table(name: str, rows: list[dict[str, Any]]) -> str:
@@ -116,12 +145,16 @@ def table(name: str, rows: list[dict[str, Any]]) -> str:
     for row in rows:
         ratios = [f"{row['both'] / rows[i]['both']:.1f}" for i in range(len(SHARES))]
         left = "none" if row["error"] == 0 else f"{row['error']:.1g}"
-        lines.append(f"| {row['what']} | {row['enter']:.1f} | {row['leave']:.1f} | {row['both']:.1f} | {' | '.join(ratios)} | {left} |")
+        lines.append(
+            f"| {row['what']} | {row['enter']:.1f} | {row['leave']:.1f} | {row['both']:.1f} | {' | '.join(ratios)} | {left} |"
+        )
     return "\n".join(lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", choices=MODELS, default=["vit_base", "llama"])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=1)
@@ -136,7 +169,9 @@ def main() -> None:
         before, mark, rest = given.write.read_text().partition("<!-- switching -->\n")
         if not mark:
             raise SystemExit(f"{given.write} has no line <!-- switching -->.")
-        given.write.write_text(f"{before}{mark}{text}\n<!-- /switching -->{rest.partition('<!-- /switching -->')[2]}")
+        given.write.write_text(
+            f"{before}{mark}{text}\n<!-- /switching -->{rest.partition('<!-- /switching -->')[2]}"
+        )
 
 
 if __name__ == "__main__":

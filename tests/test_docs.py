@@ -36,7 +36,11 @@ def test_worked_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_every_promise_names_its_test() -> None:
-    rows = [line for line in PAGE.with_name("guarantees.md").read_text().splitlines() if line.startswith("| ") and not line.startswith("| promise")]
+    rows = [
+        line
+        for line in PAGE.with_name("guarantees.md").read_text().splitlines()
+        if line.startswith("| ") and not line.startswith("| promise")
+    ]
     assert len(rows) > 30
     for row in rows:
         named = re.findall(r"`([\w/]+\.py)(?:::(test_\w+))?`", row.split(" | ")[1])

@@ -24,13 +24,24 @@ def test_the_wheel_runs_the_main_job(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
 
     def python(*arguments: str) -> str:
-        done = subprocess.run([sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout
 
-    assert Path(python("-c", "import finetune; print(finetune.__file__)").strip()).is_relative_to(tmp_path / "site")
-    result = json.loads(python("-m", "finetune", "train", "--json", "method=snell", "sparsity=0.1", "train.steps=2", "name=wheel"))
+    assert Path(python("-c", "import finetune; print(finetune.__file__)").strip()).is_relative_to(
+        tmp_path / "site"
+    )
+    result = json.loads(
+        python(
+            "-m", "finetune", "train", "--json", "method=snell", "sparsity=0.1", "train.steps=2", "name=wheel"
+        )
+    )
     assert result["status"] == "finished"
     (run,) = (tmp_path / "outputs" / "wheel").iterdir()
-    assert json.loads(python("-m", "finetune", "eval", "--json", f"ckpt={run}"))["metrics"]["test"] == result["metrics"]["test"]
+    assert (
+        json.loads(python("-m", "finetune", "eval", "--json", f"ckpt={run}"))["metrics"]["test"]
+        == result["metrics"]["test"]
+    )
     assert "tiny_lm" in {path.name for path in (tmp_path / "site" / "finetune" / "models").iterdir()}

@@ -36,7 +36,9 @@ def sparse_changes(setup: Setup) -> dict[str, Change]:
     name = setup.config.method.name
     layers = patched(setup.session.model)
     parts = [p for p in setup.session.states["method"].modules() if isinstance(p, Part)]
-    other = sorted({type(p).__name__ for p in parts if not isinstance(p, SparseDelta) or p.additive})  # additive: a branch beside the weight
+    other = sorted(
+        {type(p).__name__ for p in parts if not isinstance(p, SparseDelta) or p.additive}
+    )  # additive: a branch beside the weight
     if other or not layers:
         what = f"it stores {' and '.join(other)}" if other else "it trains the head only"
         raise ConfigError(
@@ -69,7 +71,9 @@ def conflicts(changes: Sequence[Change]) -> tuple[int, int]:
     return int((count > 1).sum()), int(((up > 0) & (down > 0)).sum())
 
 
-def compose(runs: Sequence[Path], out: Path, weights: Sequence[float] | None = None, head: Path | None = None) -> dict[str, Any]:
+def compose(
+    runs: Sequence[Path], out: Path, weights: Sequence[float] | None = None, head: Path | None = None
+) -> dict[str, Any]:
     """Write the sum of the runs' changes, each times its weight (1 by default), with the head of ``head`` (by default the last run named) to ``out``.
 
     Returns what was added and where the runs disagree. Raises ``ConfigError``, with nothing written, for runs that do not fit each other.
@@ -83,7 +87,12 @@ def compose(runs: Sequence[Path], out: Path, weights: Sequence[float] | None = N
         rebuilt = rebuild(run)
         methods.append(rebuilt.config.method.name)
         try:
-            parts.append({n: _without_zeros(Change(c.index, weights[i] * c.values)) for n, c in sparse_changes(rebuilt).items()})
+            parts.append(
+                {
+                    n: _without_zeros(Change(c.index, weights[i] * c.values))
+                    for n, c in sparse_changes(rebuilt).items()
+                }
+            )
         except ConfigError as error:
             raise ConfigError(*(f"{run}: {fault}" for fault in error.faults)) from None
         if i == chosen:
@@ -94,7 +103,12 @@ def compose(runs: Sequence[Path], out: Path, weights: Sequence[float] | None = N
     entries = sum(len(c.index) for c in total.values())
     told = {
         "runs": [
-            {"run": str(run), "method": method, "weight": weight, "entries": sum(len(c.index) for c in part.values())}
+            {
+                "run": str(run),
+                "method": method,
+                "weight": weight,
+                "entries": sum(len(c.index) for c in part.values()),
+            }
             for run, method, weight, part in zip(runs, methods, weights, parts, strict=True)
         ],
         "head": str(runs[chosen]) if values else None,
@@ -120,9 +134,13 @@ def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path
     """Raise ``ConfigError`` with all that shows before a model is read."""
     faults = []
     if len(runs) < 2:
-        faults.append(f"compose adds two runs or more, and {len(runs)} is named: finetune compose RUN1 RUN2 out=DIR.")
+        faults.append(
+            f"compose adds two runs or more, and {len(runs)} is named: finetune compose RUN1 RUN2 out=DIR."
+        )
     if len(weights) != len(runs):
-        faults.append(f"weights={','.join(f'{w:g}' for w in weights)} has {len(weights)} numbers for {len(runs)} runs; give one for each.")
+        faults.append(
+            f"weights={','.join(f'{w:g}' for w in weights)} has {len(weights)} numbers for {len(runs)} runs; give one for each."
+        )
     faults += [f"weights: {w} is not a finite number." for w in weights if not math.isfinite(w)]
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         faults.append(f"out={out} exists and is not empty. Choose a new folder.")
@@ -152,7 +170,9 @@ def _head(setup: Setup) -> nn.Module:
     return states["head"] if "head" in states else nn.Module()
 
 
-def _added(setup: Setup, parts: Sequence[Mapping[str, Change]]) -> tuple[list[dict[str, Any]], dict[str, Change]]:
+def _added(
+    setup: Setup, parts: Sequence[Mapping[str, Change]]
+) -> tuple[list[dict[str, Any]], dict[str, Change]]:
     """A row for each layer that any run changes, in the model's order, and the sum of its changes."""
     rows, total = [], {}
     nothing = Change(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
@@ -162,16 +182,28 @@ def _added(setup: Setup, parts: Sequence[Mapping[str, Change]]) -> tuple[list[di
             total[site.name] = _without_zeros(add(mine))
             twice, opposite = conflicts(mine)
             entries = len(total[site.name].index)
-            rows.append({"layer": site.name, "size": site.size, "entries": entries, "conflicts": twice, "opposite_signs": opposite})
+            rows.append(
+                {
+                    "layer": site.name,
+                    "size": site.size,
+                    "entries": entries,
+                    "conflicts": twice,
+                    "opposite_signs": opposite,
+                }
+            )
     return rows, total
 
 
-def _as_run(setup: Setup, rows: Sequence[Mapping[str, Any]], total: Mapping[str, Change], head: Mapping[str, Tensor]) -> Setup:
+def _as_run(
+    setup: Setup, rows: Sequence[Mapping[str, Any]], total: Mapping[str, Change], head: Mapping[str, Tensor]
+) -> Setup:
     """The sum as the state of a sparse method on exactly these layers, in the setting of ``setup``."""
     sizes = [row["size"] for row in rows]
     kept = max(1, sum(len(c.index) for c in total.values()))
     method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - kept / sum(sizes), 9))
-    composed = prepare(replace(setup.config, name=None, run=None, method=method, selector=get("selector", "none")()))
+    composed = prepare(
+        replace(setup.config, name=None, run=None, method=method, selector=get("selector", "none")())
+    )
     state: Any = composed.session.states["method"]
     state["bank"].unpack(pack(list(total.values()), sizes))
     if head:
@@ -183,7 +215,11 @@ def _notes(runs: Sequence[Path], chosen: int, has_head: bool) -> list[str]:
     """What a user should be told beside the numbers."""
     places = [run.resolve() for run in runs]
     twice = [run for i, run in enumerate(runs) if places[i] in places[:i]]
-    head = "The head, which is trained in place and cannot be added, the data set" if has_head else "There is no new head; the data set"
+    head = (
+        "The head, which is trained in place and cannot be added, the data set"
+        if has_head
+        else "There is no new head; the data set"
+    )
     return [
         *(f"{run} is named more than once: its change counts each time." for run in twice),
         f"{head} and the settings are those of {runs[chosen]}.",

@@ -38,12 +38,16 @@ PREFIX = "base_model.model."  # before every name in a file of peft's
 def export(path: Path, form: str, out: Path) -> dict[str, Any]:
     """Write the change of a run to ``out``, after comparing logits. Raises ``ConfigError``, with nothing written, for what the format cannot hold."""
     if form != "peft":
-        raise ConfigError(f"format={form}: no such format; there is peft. Nearest is a plain folder: finetune merge ckpt={path} out={out}.")
+        raise ConfigError(
+            f"format={form}: no such format; there is peft. Nearest is a plain folder: finetune merge ckpt={path} out={out}."
+        )
     check_free(out)
     try:
         import peft
     except ImportError:
-        raise ConfigError("export format=peft reads back what it has written, and needs peft: pip install 'finetune-bench[peft]'.") from None
+        raise ConfigError(
+            "export format=peft reads back what it has written, and needs peft: pip install 'finetune-bench[peft]'."
+        ) from None
     setup = rebuild(path)
     config, tensors = _as_peft(setup, path)
     config.base_model_name_or_path, config.inference_mode = setup.config.model.path, True
@@ -52,17 +56,40 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
         parameters = dict(setup.session.model.named_parameters())
         tensors |= {PREFIX + name: parameters[name] for name in setup.base.head}
     live = merge.live_logits(setup)
-    tolerance = max(merge.TOLERANCE[setup.config.model.dtype], merge.TOLERANCE[merge.PRECISION[setup.config.train.precision]])
+    tolerance = max(
+        merge.TOLERANCE[setup.config.model.dtype],
+        merge.TOLERANCE[merge.PRECISION[setup.config.train.precision]],
+    )
     with making(out) as temporary:
         config.save_pretrained(temporary)
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, temporary / "adapter_model.safetensors")
+        save_file(
+            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+            temporary / "adapter_model.safetensors",
+        )
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = peft.PeftModel.from_pretrained(_base(setup), str(temporary)).to(setup.session.accelerator.device).eval()
-            found = merge.compare(live, merge.logits(lambda **inputs: again(**inputs).logits, setup, setup.session.accelerator.autocast()))
+            again = (
+                peft.PeftModel.from_pretrained(_base(setup), str(temporary))
+                .to(setup.session.accelerator.device)
+                .eval()
+            )
+            found = merge.compare(
+                live,
+                merge.logits(
+                    lambda **inputs: again(**inputs).logits, setup, setup.session.accelerator.autocast()
+                ),
+            )
         merge.check_equal("exported", found, tolerance)
     kept = {"modules_to_save": config.modules_to_save} if setup.base.head else {}
-    return {"out": str(out), "format": form, "type": config.peft_type.value, "base": setup.config.model.path, **kept, **found, "tolerance": tolerance}
+    return {
+        "out": str(out),
+        "format": form,
+        "type": config.peft_type.value,
+        "base": setup.config.model.path,
+        **kept,
+        **found,
+        "tolerance": tolerance,
+    }
 
 
 def _base(setup: Setup) -> Any:
@@ -75,13 +102,27 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
     """A configuration of peft's, and the tensors by their names in its file."""
     state = setup.session.states["method"]
     parts = [m for m in state.modules() if isinstance(m, Part)]
-    layers = {name: layer for name, layer in patched(setup.session.model).items() if any(d.acts for d in layer.deltas)}
+    layers = {
+        name: layer
+        for name, layer in patched(setup.session.model).items()
+        if any(d.acts for d in layer.deltas)
+    }
     if hasattr(state, "tuner"):
         return _adapters(state.tuner)
     deltas = [d for layer in layers.values() for d in layer.deltas]
     in_place = [name for part in parts if isinstance(part, InPlace) for name in part.names]
-    fault = f"it trains parameters in place, such as {in_place[0]}" if in_place else "" if deltas else "it changes no layer but the head"
-    if not fault and all(map(_is_branch, deltas)) and all(len(layer.deltas) == 1 for layer in layers.values()):
+    fault = (
+        f"it trains parameters in place, such as {in_place[0]}"
+        if in_place
+        else ""
+        if deltas
+        else "it changes no layer but the head"
+    )
+    if (
+        not fault
+        and all(map(_is_branch, deltas))
+        and all(len(layer.deltas) == 1 for layer in layers.values())
+    ):
         return _lora(layers)
     if not fault and all(isinstance(d, SparseDelta) and not d.additive for d in deltas):
         changes = sparse_changes(setup)
@@ -109,7 +150,10 @@ def _lora(layers: dict[str, Patched]) -> tuple[Any, dict[str, Tensor]]:
         delta: Any = layer.deltas[0]
         a, b = (delta.a, delta.b) if isinstance(delta, LowRank) else delta.factors()
         tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
-        ranks[name], alphas[name] = len(a), len(a) * delta.gate * (delta.scale if isinstance(delta, LowRank) else 1.0)
+        ranks[name], alphas[name] = (
+            len(a),
+            len(a) * delta.gate * (delta.scale if isinstance(delta, LowRank) else 1.0),
+        )
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     config = LoraConfig(
         r=int(rank),
@@ -124,7 +168,9 @@ def _lora(layers: dict[str, Patched]) -> tuple[Any, dict[str, Tensor]]:
 
 def _rank(layers: dict[str, Patched], changes: dict[str, Change]) -> int:
     """The smallest r whose ``r * (in + out)`` entries suffice in every layer."""
-    return max(1, *(-(-len(change.index) // sum(layers[name].original.shape)) for name, change in changes.items()))
+    return max(
+        1, *(-(-len(change.index) // sum(layers[name].original.shape)) for name, change in changes.items())
+    )
 
 
 def _misfit(layers: dict[str, Patched], changes: dict[str, Change]) -> str:
@@ -159,4 +205,6 @@ def _adapters(tuner: Any) -> tuple[Any, dict[str, Tensor]]:
 
     whole: Any = nn.Module()  # as a PeftModel holds it
     whole.base_model, whole.peft_config = tuner, tuner.peft_config
-    return copy.deepcopy(tuner.peft_config["default"]), get_peft_model_state_dict(whole, save_embedding_layers=False)
+    return copy.deepcopy(tuner.peft_config["default"]), get_peft_model_state_dict(
+        whole, save_embedding_layers=False
+    )

@@ -69,7 +69,9 @@ def spectrum(w: Tensor, k: int) -> Spectrum:
     tall = w.shape[0] >= w.shape[1]
     values, vectors = torch.linalg.eigh(_gram(w))
     short = vectors.flip(1)[:, :k]
-    long = torch.linalg.qr((w.double() if tall else w.double().T) @ short).Q  # orthonormal where the rank is below k, too
+    long = torch.linalg.qr(
+        (w.double() if tall else w.double().T) @ short
+    ).Q  # orthonormal where the rank is below k, too
     return Spectrum(values.clamp(min=0).sqrt().flip(0), *((long, short) if tall else (short, long)))
 
 
@@ -96,7 +98,9 @@ def effective_rank(sigma: Tensor) -> float:
 def masks(w0: Tensor, basis: Spectrum, alpha: float) -> dict[str, Tensor]:
     """The paper's masks of a pretrained weight: the ``alpha`` largest entries of its rank-k approximation, the ``alpha`` smallest of the weight."""
     count, rank = round(alpha * w0.numel()), basis.left.shape[1]
-    approximation = ((basis.left @ (basis.left.T @ w0.double())).float() if rank < min(w0.shape) else w0).abs()
+    approximation = (
+        (basis.left @ (basis.left.T @ w0.double())).float() if rank < min(w0.shape) else w0
+    ).abs()
     principal, low = largest(approximation, count), ~largest(w0.abs(), w0.numel() - count)
     return {"principal": principal, "low": low, "principal_not_low": principal & ~low}
 
@@ -138,9 +142,24 @@ def _spectral(old: Spectrum, w1: Tensor, change: Tensor, k: int) -> dict[str, fl
         return dict.fromkeys(names, 0.0)
     new, sigma = spectrum(w1, k), singular_values(change)
     after_k = float(old.sigma[k]) if k < len(old.sigma) else 0.0
-    stable, nss = float(sigma.square().sum() / sigma[0].square()), float((new.sigma - old.sigma).norm() / old.sigma.norm())
+    stable, nss = (
+        float(sigma.square().sum() / sigma[0].square()),
+        float((new.sigma - old.sigma).norm() / old.sigma.norm()),
+    )
     angles = largest_angle(old.left, new.left), largest_angle(old.right, new.right)
-    return dict(zip(names, (effective_rank(sigma), stable, nss, *angles, (float(old.sigma[k - 1]) - after_k) / largest_value), strict=True))
+    return dict(
+        zip(
+            names,
+            (
+                effective_rank(sigma),
+                stable,
+                nss,
+                *angles,
+                (float(old.sigma[k - 1]) - after_k) / largest_value,
+            ),
+            strict=True,
+        )
+    )
 
 
 def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
@@ -159,7 +178,9 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
         for site in sites:
             if (name := f"{site.name}.weight") in trained and site.name not in layers:
                 before = _matrix(site, site.module.get_parameter("weight"))
-                yield Update(site, before, _matrix(site, trained[name]).to(before.dtype), grads.get(site.name))
+                yield Update(
+                    site, before, _matrix(site, trained[name]).to(before.dtype), grads.get(site.name)
+                )
 
 
 def _matrix(site: Site, weight: Tensor) -> Tensor:
@@ -171,7 +192,12 @@ def others(setup: Setup) -> list[dict[str, Any]]:
     """What else was trained in place: embeddings, norms, biases; the new head left out."""
     session, matrices = setup.session, {f"{s.name}.weight" for s in all_sites(setup.session.model)}
     skip = matrices | set(setup.base.head)
-    found = {n.replace(".base.", "."): p.detach() for m in session.states.modules() if isinstance(m, InPlace) for n, p in m.trained().items()}
+    found = {
+        n.replace(".base.", "."): p.detach()
+        for m in session.states.modules()
+        if isinstance(m, InPlace)
+        for n, p in m.trained().items()
+    }
     trained = {name: p for name, p in found.items() if name not in skip}
     rows = []
     with base(session.states):
@@ -180,7 +206,14 @@ def others(setup: Setup) -> list[dict[str, Any]]:
                 after = trained[plain].to(before.dtype)
                 change, weight = (after.double() - before.double()).norm(), before.double().norm()
                 relative = float(change / weight) if weight else None
-                rows.append({"parameter": plain, "entries": before.numel(), "changed": int((after != before).sum()), "relative_norm": relative})
+                rows.append(
+                    {
+                        "parameter": plain,
+                        "entries": before.numel(),
+                        "changed": int((after != before).sum()),
+                        "relative_norm": relative,
+                    }
+                )
     return rows
 
 
@@ -189,7 +222,11 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
     """The gradient of the untrained model's loss over the first ``steps`` training batches, by layer, [out, in]: what a gradient mask is made of."""
     session = setup.session
     with base(session.states):
-        weights = {s.name: s.module.get_parameter("weight") for s in all_sites(session.model) if not s.module.get_parameter("weight").requires_grad}
+        weights = {
+            s.name: s.module.get_parameter("weight")
+            for s in all_sites(session.model)
+            if not s.module.get_parameter("weight").requires_grad
+        }
         sites = {s.name: s for s in all_sites(session.model)}
         session.tuned.eval()
         for weight in weights.values():
@@ -198,7 +235,9 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
             with session.accelerator.autocast():
                 logits = session.tuned(**session.on_device(batch.inputs))
             (example_losses(logits, batch.labels.to(logits.device)).sum() / count(batch)).backward()
-        found = {name: _matrix(sites[name], w.grad).float() for name, w in weights.items() if w.grad is not None}
+        found = {
+            name: _matrix(sites[name], w.grad).float() for name, w in weights.items() if w.grad is not None
+        }
         for weight in weights.values():
             weight.requires_grad_(False)
             weight.grad = None
@@ -227,13 +266,24 @@ def shared(row: Mapping[str, Any]) -> dict[str, Any]:
     """The row with its counts as shares, too."""
     density, density_bf16 = (row[key] / row["entries"] for key in ("changed", "changed_bf16"))
     relative = row["change_norm"] / row["weight_norm"] if row["weight_norm"] else 0.0
-    overlap = {name: {**o, "share": o["hits"] / o["of"] if o["of"] else None} for name, o in row["overlap"].items()}
-    return {**row, "density": density, "density_bf16": density_bf16, "relative_norm": relative, "overlap": overlap}
+    overlap = {
+        name: {**o, "share": o["hits"] / o["of"] if o["of"] else None} for name, o in row["overlap"].items()
+    }
+    return {
+        **row,
+        "density": density,
+        "density_bf16": density_bf16,
+        "relative_norm": relative,
+        "overlap": overlap,
+    }
 
 
 def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
     """A row for each role or block."""
-    return [{key: value, **summed([r for r in rows if r[key] == value])} for value in dict.fromkeys(r[key] for r in rows)]
+    return [
+        {key: value, **summed([r for r in rows if r[key] == value])}
+        for value in dict.fromkeys(r[key] for r in rows)
+    ]
 
 
 def churn(files: RunFolder) -> list[dict[str, float]]:
@@ -259,7 +309,9 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
     name, rest = setup.config.method.name, others(setup)
     counts = [(int((u.after != u.before).sum()), u.before.numel()) for u in updates(setup)]
     if not counts and not rest:
-        raise ConfigError(f"method={name} changed no weight of the base that can be read, so there is nothing to inspect in {path}.")
+        raise ConfigError(
+            f"method={name} changed no weight of the base that can be read, so there is nothing to inspect in {path}."
+        )
     sparse = sum(c for c, _ in counts) <= DENSE * sum(n for _, n in counts)
     rows = [shared(measure(u, rank, alpha, sparse)) for u in updates(setup, gradient)]
     step = int(state.name.removeprefix("step-")) if state else stored.about(files.delta)["step"]

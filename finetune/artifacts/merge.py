@@ -26,7 +26,11 @@ from . import unmerge
 from .plain import check_free, making, read
 from .reopen import rebuild
 
-TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.02}  # of logits, by the type that weights or products are rounded to
+TOLERANCE = {
+    "float32": 1e-3,
+    "bfloat16": 0.2,
+    "float16": 0.02,
+}  # of logits, by the type that weights or products are rounded to
 PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ABOUT = f"{unmerge.FOLDER}/{unmerge.ABOUT}"
 BATCHES, EXAMPLES = 4, 16  # the test data that logits are compared on
@@ -44,7 +48,11 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
     if not config.method.mergeable:
         raise ConfigError(f"method={config.method.name} cannot be merged: it changes more than weights.")
     dtype = dtype or config.model.dtype
-    tolerance = max(TOLERANCE[dtype], TOLERANCE[PRECISION[config.train.precision]]) if tolerance is None else tolerance
+    tolerance = (
+        max(TOLERANCE[dtype], TOLERANCE[PRECISION[config.train.precision]])
+        if tolerance is None
+        else tolerance
+    )
     live = live_logits(setup)
     layers = fold(setup, getattr(torch, dtype))
     if hasattr(model.config, "use_cache"):
@@ -53,13 +61,35 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
         save(model, setup.base.processor, temporary)
         stored = unmerge.store(setup, temporary / unmerge.FOLDER)
         again = read(temporary, setup.base.task, dtype)
-        lost = [name for name, tensor in model.state_dict().items() if not _same(tensor, again.state_dict().get(name))]
+        lost = [
+            name
+            for name, tensor in model.state_dict().items()
+            if not _same(tensor, again.state_dict().get(name))
+        ]
         if lost:
-            raise ConfigError(f"The merged folder gives other weights when it is read again (first: {lost[0]}); nothing was written.")
-        found = compare(live, plain_logits(again.to(setup.session.accelerator.device), setup, getattr(torch, dtype)))
+            raise ConfigError(
+                f"The merged folder gives other weights when it is read again (first: {lost[0]}); nothing was written."
+            )
+        found = compare(
+            live, plain_logits(again.to(setup.session.accelerator.device), setup, getattr(torch, dtype))
+        )
         check_equal("merged", found, tolerance)
-        told = {"method": config.method.name, "dtype": dtype, **found, "tolerance": tolerance, "unmerge": stored["unmerge"], "layers": layers}
-        about = {**manifest.HEADER, "run": str(path), "task": setup.base.task, "head": list(setup.base.head), **stored, **told}
+        told = {
+            "method": config.method.name,
+            "dtype": dtype,
+            **found,
+            "tolerance": tolerance,
+            "unmerge": stored["unmerge"],
+            "layers": layers,
+        }
+        about = {
+            **manifest.HEADER,
+            "run": str(path),
+            "task": setup.base.task,
+            "head": list(setup.base.head),
+            **stored,
+            **told,
+        }
         write_json_atomic(temporary / ABOUT, about)
         manifest.write(temporary / unmerge.FOLDER)
     return {"out": str(out), **told}
@@ -97,7 +127,11 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _row(name: str, rounded: Tensor, exact: Tensor, change: Tensor | None) -> dict[str, Any]:
-    error, size, moved = rounded.double() - exact, float(exact.norm()), float(change.norm()) if change is not None else 0.0
+    error, size, moved = (
+        rounded.double() - exact,
+        float(exact.norm()),
+        float(change.norm()) if change is not None else 0.0,
+    )
     norm = float(error.norm())
     return {
         "layer": name,
@@ -119,12 +153,16 @@ def live_logits(setup: Setup) -> list[Tensor]:
 def plain_logits(model: nn.Module, setup: Setup, dtype: torch.dtype) -> list[Tensor]:
     """Of the same examples by a model whose weights are of ``dtype``."""
     narrow = dtype != torch.float32
-    autocast = torch.autocast(setup.session.accelerator.device.type, dtype if narrow else None, enabled=narrow)
+    autocast = torch.autocast(
+        setup.session.accelerator.device.type, dtype if narrow else None, enabled=narrow
+    )
     return logits(lambda **inputs: model(**inputs).logits, setup, autocast)
 
 
 @torch.no_grad()
-def logits(answer: Callable[..., Tensor], setup: Setup, autocast: AbstractContextManager[Any]) -> list[Tensor]:
+def logits(
+    answer: Callable[..., Tensor], setup: Setup, autocast: AbstractContextManager[Any]
+) -> list[Tensor]:
     """Of the first test examples, float32 on the CPU."""
     setup.session.tuned.eval()
     with autocast:
@@ -141,7 +179,10 @@ def compare(live: list[Tensor], other: list[Tensor]) -> dict[str, float]:
     """The largest difference of a logit (NaN where one is not a number), and the share of equal predictions."""
     difference = torch.stack([(a - b).abs().max() for a, b in zip(live, other, strict=True)]).max()
     same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(live, other, strict=True))
-    return {"largest_logit_difference": float(difference), "same_predictions": same / sum(a[..., 0].numel() for a in live)}
+    return {
+        "largest_logit_difference": float(difference),
+        "same_predictions": same / sum(a[..., 0].numel() for a in live),
+    }
 
 
 def check_equal(what: str, found: dict[str, float], tolerance: float) -> None:

@@ -30,7 +30,9 @@ def making(out: Path) -> Iterator[Path]:
         with replacing(out) as temporary, writing(out):
             yield temporary
     except OSError as error:
-        raise ConfigError(f"out={out} cannot be written: {error.strerror or error}. Choose a place with room that you may write to.") from error
+        raise ConfigError(
+            f"out={out} cannot be written: {error.strerror or error}. Choose a place with room that you may write to."
+        ) from error
 
 
 def read(folder: Path, task: str, dtype: str) -> Any:
@@ -43,12 +45,23 @@ def read(folder: Path, task: str, dtype: str) -> Any:
     try:
         with quiet():
             model, info = getattr(transformers, AUTO[task]).from_pretrained(
-                folder, dtype=getattr(torch, dtype), use_safetensors=True, trust_remote_code=False, local_files_only=True, output_loading_info=True
+                folder,
+                dtype=getattr(torch, dtype),
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
             )
-    except Exception as error:  # a config.json that contradicts itself raises whatever the architecture happens to
+    except (
+        Exception
+    ) as error:  # a config.json that contradicts itself raises whatever the architecture happens to
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"{folder} holds no model that can be built ({type(error).__name__}: {reason}). Merge again.") from error
+        raise ConfigError(
+            f"{folder} holds no model that can be built ({type(error).__name__}: {reason}). Merge again."
+        ) from error
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
-        raise ConfigError(f"{folder} does not hold the whole model: {len(wrong)} weights are missing or of another shape (first: {wrong[0]}).")
+        raise ConfigError(
+            f"{folder} does not hold the whole model: {len(wrong)} weights are missing or of another shape (first: {wrong[0]})."
+        )
     return model.eval().requires_grad_(False)

@@ -21,7 +21,9 @@ def run_of(path: Path) -> tuple[RunFolder, Path | None]:
         if (root / "config.yaml").is_file() and path.is_dir():
             safe.check_links(root)
             return RunFolder(root), state if state and (state / "state.json").is_file() else None
-    raise ConfigError(f"ckpt={path} is not the folder of a run (it has no config.yaml). Give outputs/<name>/<run>, as `finetune train` prints it.")
+    raise ConfigError(
+        f"ckpt={path} is not the folder of a run (it has no config.yaml). Give outputs/<name>/<run>, as `finetune train` prints it."
+    )
 
 
 def rebuild(path: Path, dataset: Any = None) -> Setup:
@@ -47,10 +49,14 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
         )
     if state:
         extra = checkpoint.load(state, setup.session)
-        files.check_unaltered(checkpoint.progress(state, extra).get("config") or known["config"], state, MOVABLE)
+        files.check_unaltered(
+            checkpoint.progress(state, extra).get("config") or known["config"], state, MOVABLE
+        )
     else:
         if not 0 <= (phase := known.get("phase", 0)) < len(setup.session.phases):
-            raise ConfigError(f"{files.delta} is of phase {phase}, and method={config.method.name} has {len(setup.session.phases)}. Train it again.")
+            raise ConfigError(
+                f"{files.delta} is of phase {phase}, and method={config.method.name} has {len(setup.session.phases)}. Train it again."
+            )
         setup.session.enter(phase)
         stored.load(files.delta, setup.session.states)
     return setup
@@ -59,5 +65,9 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
 def evaluate(path: Path, dataset: Any = None) -> dict[str, Any]:
     """The metrics of a run's stored change on the test split (and validation and retention, where there are), computed anew."""
     setup = rebuild(path, dataset)
-    found = {split: setup.evaluate(split).metrics for split in ("val", "test", "retention") if split in setup.splits}
+    found = {
+        split: setup.evaluate(split).metrics
+        for split in ("val", "test", "retention")
+        if split in setup.splits
+    }
     return {"run": str(path), "dataset": setup.config.dataset.name, "metrics": found}

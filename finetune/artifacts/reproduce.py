@@ -47,7 +47,9 @@ def _finished(path: Path) -> dict[str, Any]:
     safe.check_links(path)
     result = RunFolder(path).read_result()
     if result.get("status") != "finished":
-        raise ConfigError(f"{path} has not finished ({result.get('status')}: {result.get('error')}), so there is nothing to reproduce.")
+        raise ConfigError(
+            f"{path} has not finished ({result.get('status')}: {result.get('error')}), so there is nothing to reproduce."
+        )
     return result
 
 
@@ -66,7 +68,9 @@ def _again(path: Path, folder: Path) -> dict[str, Any]:
     started = outputs.parent if outputs.name == "outputs" else Path.cwd()
     command = [sys.executable, "-m", __name__, str(RunFolder(path.resolve()).config), str(folder.resolve())]
     threads = RunFolder(path).read_result().get("threads")
-    same = {"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {}  # another number adds up in another order
+    same = (
+        {"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {}
+    )  # another number adds up in another order
     done = subprocess.run(command, cwd=started, stdout=subprocess.DEVNULL, env={**os.environ, **same})
     if done.returncode:
         how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
@@ -74,9 +78,14 @@ def _again(path: Path, folder: Path) -> dict[str, Any]:
     return RunFolder(folder).read_result()
 
 
-def _judge(path: Path, before: Mapping[str, Any], again: RunFolder, after: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(
+    path: Path, before: Mapping[str, Any], again: RunFolder, after: Mapping[str, Any]
+) -> dict[str, Any]:
     tests = [(result.get("metrics") or {}).get("test") or {} for result in (before, after)]
-    metrics = {key: {"before": tests[0].get(key), "after": tests[1].get(key)} for key in dict.fromkeys([*tests[0], *tests[1]])}
+    metrics = {
+        key: {"before": tests[0].get(key), "after": tests[1].get(key)}
+        for key in dict.fromkeys([*tests[0], *tests[1]])
+    }
     change = _changed(path / "delta" / "delta.safetensors", again.delta / "delta.safetensors")
     same = change == [] and all(pair["before"] == pair["after"] for pair in metrics.values())
     key = next((name for name in MAIN if name in metrics), "loss")
@@ -108,19 +117,30 @@ def _seeds(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float]
         metrics = other.get("metrics")
         test = metrics.get("test") if isinstance(metrics, dict) else None
         value = test.get(key) if isinstance(test, dict) else None
-        if other.get("status") == "finished" and other.get("group_hash") == result.get("group_hash") and value is not None:
+        if (
+            other.get("status") == "finished"
+            and other.get("group_hash") == result.get("group_hash")
+            and value is not None
+        ):
             values.append(float(value))
     if len(values) < 2:
         return values, None
     from scipy.special import stdtrit
 
-    reach = float(stdtrit(len(values) - 1, (1 + LEVEL) / 2)) * statistics.stdev(values) * math.sqrt(1 + 1 / len(values))
+    reach = (
+        float(stdtrit(len(values) - 1, (1 + LEVEL) / 2))
+        * statistics.stdev(values)
+        * math.sqrt(1 + 1 / len(values))
+    )
     return values, [statistics.fmean(values) - reach, statistics.fmean(values) + reach]
 
 
 def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
     """Versions, commit and device that are not as they were: before and now."""
-    pairs = {name: [(result.get("versions") or {}).get(name) for result in (before, after)] for name in _names(before, after)}
+    pairs = {
+        name: [(result.get("versions") or {}).get(name) for result in (before, after)]
+        for name in _names(before, after)
+    }
     pairs |= {key: [before.get(key), after.get(key)] for key in ("git_commit", "device")}
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
@@ -145,7 +165,11 @@ def _tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
     start = 8 + int.from_bytes(data[:8], "little")
     header = json.loads(data[8:start])
     return {
-        name: (about["dtype"], about["shape"], data[start + about["data_offsets"][0] : start + about["data_offsets"][1]])
+        name: (
+            about["dtype"],
+            about["shape"],
+            data[start + about["data_offsets"][0] : start + about["data_offsets"][1]],
+        )
         for name, about in header.items()
         if name != "__metadata__"
     }
@@ -154,11 +178,21 @@ def _tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
 def words(found: Mapping[str, Any]) -> str:
     """The verdict in a sentence or two."""
     key, pair = found["metric"], found["test"].get(found["metric"], {"before": None, "after": None})
-    was = f"{key} {pair['before']:.6g} before, {pair['after']:.6g} now" if None not in pair.values() else f"{key} is missing"
+    was = (
+        f"{key} {pair['before']:.6g} before, {pair['after']:.6g} now"
+        if None not in pair.values()
+        else f"{key} is missing"
+    )
     if found["verdict"] == "identical":
         return f"Identical: test metrics and stored change agree to the bit ({was})."
     tensors = found["changed_tensors"]
-    change = f"{len(tensors)} stored tensors differ" if tensors else "the change cannot be compared" if tensors is None else "the change is the same"
+    change = (
+        f"{len(tensors)} stored tensors differ"
+        if tensors
+        else "the change cannot be compared"
+        if tensors is None
+        else "the change is the same"
+    )
     if found["interval"] is None:
         return f"Not identical ({was}; {change}), and there are no other seeds of this setting beside it to judge by."
     low, high = found["interval"]
@@ -170,7 +204,9 @@ def _train(config_file: Path, folder: Path, to: IO[str]) -> None:
     """What the process does. Nothing is sent to W&B a second time."""
     from ..training import run
 
-    config = replace(load([], config_file=config_file), name="reproduce", run=folder.name, logger=LoggerConfig())
+    config = replace(
+        load([], config_file=config_file), name="reproduce", run=folder.name, logger=LoggerConfig()
+    )
     steps = max(1, config.train.steps // 10)
 
     def progress(done: int, total: int, what: str) -> None:

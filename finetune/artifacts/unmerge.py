@@ -26,7 +26,15 @@ from ..training.prepare import Setup
 from .plain import check_free, making, read
 
 DTYPES = {"float32", "bfloat16", "float16"}
-LIKE = {"task": str, "dtype": str, "head": [str], "unmerge": str, "base": str, "base_dtype": str, "base_fingerprint": str}
+LIKE = {
+    "task": str,
+    "dtype": str,
+    "head": [str],
+    "unmerge": str,
+    "base": str,
+    "base_dtype": str,
+    "base_fingerprint": str,
+}
 FOLDER, ABOUT, ORIGINALS = "finetune", "merge.json", "originals.safetensors"
 SHARE = 0.5  # of the base's bytes: with more, a copy of the base is the better way back
 
@@ -40,7 +48,11 @@ def store(setup: Setup, folder: Path) -> dict[str, Any]:
     folder.mkdir()
     model, config = setup.session.model, setup.config.model
     merged = dict(model.named_parameters())
-    tensors, size, room = dict[str, Tensor](), 0, SHARE * sum(p.numel() for p in merged.values()) * torch.finfo(getattr(torch, config.dtype)).bits / 8
+    tensors, size, room = (
+        dict[str, Tensor](),
+        0,
+        SHARE * sum(p.numel() for p in merged.values()) * torch.finfo(getattr(torch, config.dtype)).bits / 8,
+    )
     for name, original in pristine(setup.base):
         new = _originals(name, original, merged[name].detach().cpu())
         size += sum(t.nbytes for t in new.values())
@@ -50,7 +62,10 @@ def store(setup: Setup, folder: Path) -> dict[str, Any]:
         tensors |= new
     told = {"base": config.path, "base_dtype": config.dtype, "base_fingerprint": setup.fingerprint}
     if size > room:
-        return {**told, "unmerge": f"not possible: nearly every entry differs from the base; the base itself is {config.path}"}
+        return {
+            **told,
+            "unmerge": f"not possible: nearly every entry differs from the base; the base itself is {config.path}",
+        }
     save_file(tensors, folder / ORIGINALS)
     return {**told, "unmerge": "possible"}
 
@@ -62,7 +77,11 @@ def _originals(name: str, original: Tensor, merged: Tensor) -> dict[str, Tensor]
     if not len(where):
         return {}
     sparse = {f"gaps/{name}": encode_sorted(where), f"values/{name}": original.reshape(-1)[where]}
-    return sparse if sum(t.nbytes for t in sparse.values()) < original.nbytes else {f"all/{name}": original.contiguous()}
+    return (
+        sparse
+        if sum(t.nbytes for t in sparse.values()) < original.nbytes
+        else {f"all/{name}": original.contiguous()}
+    )
 
 
 @torch.no_grad()
@@ -80,11 +99,18 @@ def unmerge(path: Path, out: Path) -> dict[str, Any]:
         parameter.data = parameter.data.to(getattr(torch, about["base_dtype"]))
     entries = _put_back(model, path / FOLDER / ORIGINALS)
     if fingerprint(model, about["head"]) != about["base_fingerprint"]:
-        raise ConfigError(f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the base, {about['base']}.")
+        raise ConfigError(
+            f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the base, {about['base']}."
+        )
     processor, _ = read_processor(path, ModelConfig("merged", str(path)), about["task"], model)
     with making(out) as temporary:
         save(model, processor, temporary)
-    return {"out": str(out), "base": about["base"], "base_fingerprint": about["base_fingerprint"], "entries_put_back": entries}
+    return {
+        "out": str(out),
+        "base": about["base"],
+        "base_fingerprint": about["base_fingerprint"],
+        "entries_put_back": entries,
+    }
 
 
 def _about(path: Path) -> dict[str, Any]:
@@ -92,11 +118,15 @@ def _about(path: Path) -> dict[str, Any]:
     try:
         about: Any = safe.read_json(file, LIKE)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Give the folder that finetune merge wrote.") from error
+        raise ConfigError(
+            f"{file} cannot be read ({error}). Give the folder that finetune merge wrote."
+        ) from error
     if newer := safe.too_new(file, about):
         raise ConfigError(f"{newer}.")
     if about["task"] not in AUTO or not {about["dtype"], about["base_dtype"]} <= DTYPES:
-        raise ConfigError(f"{file} names a task or a type of weights that there is not. Give the folder that finetune merge wrote.")
+        raise ConfigError(
+            f"{file} names a task or a type of weights that there is not. Give the folder that finetune merge wrote."
+        )
     manifest.check(path / FOLDER)
     found: dict[str, Any] = about
     return found
@@ -109,13 +139,25 @@ def _put_back(model: nn.Module, file: Path) -> int:
     for key, values in content.items():
         kind, _, name = key.partition("/")
         parameter = parameters.get(name)
-        where = decode_sorted(content[f"gaps/{name}"], len(values)) if kind == "values" and f"gaps/{name}" in content else None
+        where = (
+            decode_sorted(content[f"gaps/{name}"], len(values))
+            if kind == "values" and f"gaps/{name}" in content
+            else None
+        )
         if kind == "gaps":
             continue
-        if parameter is None or parameter.dtype != values.dtype or (where is None and (kind != "all" or parameter.shape != values.shape)):
-            raise ConfigError(f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made.")
+        if (
+            parameter is None
+            or parameter.dtype != values.dtype
+            or (where is None and (kind != "all" or parameter.shape != values.shape))
+        ):
+            raise ConfigError(
+                f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made."
+            )
         if where is not None and (values.ndim != 1 or (len(where) and int(where[-1]) >= parameter.numel())):
-            raise ConfigError(f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made.")
+            raise ConfigError(
+                f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made."
+            )
         if where is None:
             parameter.copy_(values)
         else:

@@ -26,7 +26,16 @@ from ..system import safe
 from .reopen import evaluate, run_of
 
 Say = Callable[[str], None]
-KEPT = ("status", "metrics", "params", "steps", "best_step", "suspect", "warnings", "batch")  # of result.json, what a repetition has to give again
+KEPT = (
+    "status",
+    "metrics",
+    "params",
+    "steps",
+    "best_step",
+    "suspect",
+    "warnings",
+    "batch",
+)  # of result.json, what a repetition has to give again
 
 
 class _Skipped(Exception):
@@ -44,7 +53,13 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     points, threads = [], torch.get_num_threads()
     torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order
     try:
-        for name, test in (("files", _files), ("predictions", _predictions), ("evaluation", _evaluation), ("resume", _resume), ("merge", _merge)):
+        for name, test in (
+            ("files", _files),
+            ("predictions", _predictions),
+            ("evaluation", _evaluation),
+            ("resume", _resume),
+            ("merge", _merge),
+        ):
             say(f"Checking {name} ...")
             try:
                 verdict, words = "pass", test(files, say)
@@ -56,7 +71,11 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     finally:
         torch.set_num_threads(threads)
     failed = any(point["verdict"] == "fail" for point in points)
-    return {"run": str(path), "verdict": "fail" if failed else "pass" if files.finished else "unfinished", "points": points}
+    return {
+        "run": str(path),
+        "verdict": "fail" if failed else "pass" if files.finished else "unfinished",
+        "points": points,
+    }
 
 
 def _threads(files: RunFolder) -> int | None:
@@ -106,18 +125,27 @@ def _lines(file: Path, steps: int) -> list[str]:
         falls = any(before["step"] > after["step"] for before, after in itertools.pairwise(rows))
     except (ValueError, KeyError, TypeError) as error:
         return [f"{file} has a line that is damaged ({error})"]
-    return [] if seen == list(range(1, steps + 1)) and not falls else [f"{file} does not have one loss for each of {steps} steps, in order"]
+    return (
+        []
+        if seen == list(range(1, steps + 1)) and not falls
+        else [f"{file} does not have one loss for each of {steps} steps, in order"]
+    )
 
 
 def _predictions(files: RunFolder, say: Say) -> str:
     """The stored answers give the test metrics of ``result.json``."""
     told, rows = _result(files)["metrics"]["test"], _rows(files)
     if "bits_per_byte" in told:
-        key, found = "bits_per_byte", math.fsum(row["loss"] for row in rows) / math.log(2) / sum(row["bytes"] for row in rows)
+        key, found = (
+            "bits_per_byte",
+            math.fsum(row["loss"] for row in rows) / math.log(2) / sum(row["bytes"] for row in rows),
+        )
     else:
         key, found = "accuracy", sum(row["label"] == row["prediction"] for row in rows) / len(rows)
     if not math.isclose(found, told[key], rel_tol=1e-12):
-        raise ConfigError(f"{files.predictions} gives a test {key} of {found:.9g}, and result.json says {told[key]:.9g}.")
+        raise ConfigError(
+            f"{files.predictions} gives a test {key} of {found:.9g}, and result.json says {told[key]:.9g}."
+        )
     return f"{len(rows)} rows give the test {key} {found:.6g} of result.json"
 
 
@@ -136,20 +164,32 @@ def _evaluation(files: RunFolder, say: Say) -> str:
     """The stored change, evaluated again, gives the metrics of ``result.json``."""
     result = _result(files)
     told, found = result["metrics"], evaluate(files.path)["metrics"]
-    if wrong := [f"{split}: {_pair(told.get(split), metrics)}" for split, metrics in found.items() if metrics != told.get(split)]:
-        raise RunFailed(f"evaluated again, the stored change gives other numbers ({'; '.join(wrong)}){_since(result)}")
+    if wrong := [
+        f"{split}: {_pair(told.get(split), metrics)}"
+        for split, metrics in found.items()
+        if metrics != told.get(split)
+    ]:
+        raise RunFailed(
+            f"evaluated again, the stored change gives other numbers ({'; '.join(wrong)}){_since(result)}"
+        )
     return f"the stored change gives the metrics of {', '.join(found)} again, to the bit"
 
 
 def _pair(before: Any, after: Mapping[str, float]) -> str:
     told = before if isinstance(before, Mapping) else {}
-    return ", ".join(f"{key} {told.get(key)} before, {value} now" for key, value in after.items() if told.get(key) != value)
+    return ", ".join(
+        f"{key} {told.get(key)} before, {value} now" for key, value in after.items() if told.get(key) != value
+    )
 
 
 def _since(result: Mapping[str, Any]) -> str:
     """Versions that are not those of the run."""
     before, now = result.get("versions") or {}, versions()
-    changed = [f"{name} {before.get(name)} then and {version} now" for name, version in now.items() if before.get(name) != version]
+    changed = [
+        f"{name} {before.get(name)} then and {version} now"
+        for name, version in now.items()
+        if before.get(name) != version
+    ]
     return f"; {', '.join(changed)}" if changed else ""
 
 
@@ -157,12 +197,18 @@ def _resume(files: RunFolder, say: Say) -> str:
     """Going on from a checkpoint in the middle ends like the run itself."""
     result, config = _result(files), _config(files)
     if result["steps"] < config.train.steps and config.train.max_seconds:
-        raise _Skipped(f"train.max_seconds={config.train.max_seconds} ended the run after {result['steps']} steps, which no repetition would meet")
+        raise _Skipped(
+            f"train.max_seconds={config.train.max_seconds} ended the run after {result['steps']} steps, which no repetition would meet"
+        )
     if result.get("processes", 1) > 1:
         raise _Skipped(f"the run had {result['processes']} processes, and this is one")
     from ..training.run import train
 
-    whole = [step for step in files.steps() if 0 < step < result["steps"] and not manifest.faults(files.checkpoint(step))]
+    whole = [
+        step
+        for step in files.steps()
+        if 0 < step < result["steps"] and not manifest.faults(files.checkpoint(step))
+    ]
     start = min(whole, key=lambda step: abs(2 * step - result["steps"]), default=None)
     where = f"from step {start}" if start else "from the beginning, as no checkpoint of its middle is kept,"
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as scratch:
@@ -175,7 +221,9 @@ def _resume(files: RunFolder, say: Say) -> str:
         quiet = replace(config, logger=LoggerConfig()) if config.logger.name == "wandb" else config
         train(quiet, again.path, lambda line: None, lambda done, steps, words: None)
         if wrong := _unlike(files, again):
-            raise RunFailed(f"the run {where} to step {result['steps']} did not end the same: {'; '.join(wrong)}{_since(result)}")
+            raise RunFailed(
+                f"the run {where} to step {result['steps']} did not end the same: {'; '.join(wrong)}{_since(result)}"
+            )
     return f"the run {where} to step {result['steps']} ends with the same change, metrics, predictions and result, to the bit"
 
 
@@ -191,10 +239,14 @@ def _unlike(files: RunFolder, again: RunFolder) -> list[str]:
     """In what two finished runs differ."""
     before, after = files.read_result(), again.read_result()
     changed = [key for key in KEPT if key in before and before[key] != after.get(key)]
-    found = [f"{key} of result.json was {_short(before[key])} and is {_short(after.get(key))}" for key in changed]
+    found = [
+        f"{key} of result.json was {_short(before[key])} and is {_short(after.get(key))}" for key in changed
+    ]
     first, second = (stored.read(folder.delta / "delta.safetensors") for folder in (files, again))
     changed = [name for name in sorted({*first, *second}) if not _equal(first.get(name), second.get(name))]
-    found += [f"{len(changed)} of {len(first)} stored tensors differ (first: {changed[0]})"] if changed else []
+    found += (
+        [f"{len(changed)} of {len(first)} stored tensors differ (first: {changed[0]})"] if changed else []
+    )
     found += [] if _numbers(files) == _numbers(again) else ["metrics.jsonl differs"]
     return found + ([] if _rows(files) == _rows(again) else ["the predictions differ"])
 
@@ -207,7 +259,11 @@ def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 def _numbers(files: RunFolder) -> list[dict[str, Any]]:
     """The lines of metrics but for what took time."""
-    lines = map(json.loads, files.metrics.read_text(encoding="utf-8").splitlines()) if files.metrics.exists() else ()
+    lines = (
+        map(json.loads, files.metrics.read_text(encoding="utf-8").splitlines())
+        if files.metrics.exists()
+        else ()
+    )
     return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
 
 

@@ -25,16 +25,35 @@ if TYPE_CHECKING:
     from ..config.settings import Config
     from ..system.signals import Signals
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
-LENIENT = {"ignore_unknown_options": True}  # stray --flags reach the overrides, where one message with a cure refuses them
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
+)
+LENIENT = {
+    "ignore_unknown_options": True
+}  # stray --flags reach the overrides, where one message with a cure refuses them
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings, for example method=lora method.rank=16 seed=1.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="Settings, for example method=lora method.rank=16 seed=1.",
+        show_default=False,
+    ),
 ]
 ConfigDir = Annotated[
-    Path | None, typer.Option("--config-dir", metavar="DIR", help="Your own YAML groups; they win over built-in ones of the same name.")
+    Path | None,
+    typer.Option(
+        "--config-dir",
+        metavar="DIR",
+        help="Your own YAML groups; they win over built-in ones of the same name.",
+    ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top."
+    ),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
@@ -49,7 +68,12 @@ app.command(context_settings=LENIENT)(cli_finished.verify)
 
 @app.callback()
 def finetune(
-    version: Annotated[bool, typer.Option("--version", is_eager=True, help="Print the version and exit.", callback=lambda on: _version(on))] = False,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", is_eager=True, help="Print the version and exit.", callback=lambda on: _version(on)
+        ),
+    ] = False,
 ) -> None:
     """The lab bench for sparse and parameter-efficient fine-tuning."""
 
@@ -65,14 +89,20 @@ def train(
     overrides: Overrides = None,
     config_dir: ConfigDir = None,
     config_file: ConfigFile = None,
-    resume: Annotated[Path | None, typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder, as it was started.")] = None,
+    resume: Annotated[
+        Path | None,
+        typer.Option("--resume", metavar="RUN", help="Go on with the run in this folder, as it was started."),
+    ] = None,
     processes: Annotated[
         int | None,
         typer.Option(
-            min=1, help="How many processes of this machine train together, each on a GPU of its own; by default one, or as many as before."
+            min=1,
+            help="How many processes of this machine train together, each on a GPU of its own; by default one, or as many as before.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show what would be trained and stored; train nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show what would be trained and stored; train nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Train one method on one model and one data set. Without settings: SNELL on the built-in model and digits.
@@ -100,7 +130,9 @@ def train(
         raise typer.Exit(CODE) from None
 
 
-def _asked(overrides: list[str], config_dir: Path | None, config_file: Path | None, resume: Path | None) -> tuple[Config, Path]:
+def _asked(
+    overrides: list[str], config_dir: Path | None, config_file: Path | None, resume: Path | None
+) -> tuple[Config, Path]:
     """The configuration to train, and where its run lies."""
     if resume is None:
         from ..config.load import load
@@ -109,7 +141,9 @@ def _asked(overrides: list[str], config_dir: Path | None, config_file: Path | No
         config = load(overrides, config_dir, config_file)
         return config, run_folder(config)
     if config_dir or config_file:
-        raise ConfigError(f"--resume {resume} goes with neither --config nor --config-dir: the run's own config.yaml is complete.")
+        raise ConfigError(
+            f"--resume {resume} goes with neither --config nor --config-dir: the run's own config.yaml is complete."
+        )
     from ..launch.resume import frozen
 
     return frozen(resume, overrides), resume
@@ -126,9 +160,10 @@ def _as_before(folder: Path) -> int:
 
 
 def _train(config: Config, folder: Path, signals: Signals, processes: int, as_json: bool) -> None:
-    from ..launch.ranks import launch, rank, work
+    from ..launch.ranks import launch, work
     from ..report.summary import summary
     from ..storage.run_folder import RunFolder
+    from ..system.environment import rank
 
     files = RunFolder(folder)
     if files.finished:
@@ -143,7 +178,7 @@ def _train(config: Config, folder: Path, signals: Signals, processes: int, as_js
 
 def _tell(line: str, always: bool = False) -> None:
     """A line on standard error. Of several processes that a launcher started the first one speaks, and another only what the first cannot know."""
-    from ..launch.ranks import rank
+    from ..system.environment import rank
 
     if always or not rank():
         print(f"Process {rank()}: {line}" if rank() else line, file=sys.stderr, flush=True)
@@ -155,7 +190,11 @@ def methods(as_json: AsJson = False) -> None:
     from ..registry import catalog
 
     rows = [
-        {"name": e.name, **{fact: e.facts.get(fact, "") for fact in ("family", "trains", "paper")}, "about": e.doc}
+        {
+            "name": e.name,
+            **{fact: e.facts.get(fact, "") for fact in ("family", "trains", "paper")},
+            "about": e.doc,
+        }
         for e in catalog("method").values()
     ]
     if as_json:
@@ -165,13 +204,22 @@ def methods(as_json: AsJson = False) -> None:
 
 
 @app.command(context_settings=LENIENT)
-def show(overrides: Overrides = None, config_dir: ConfigDir = None, config_file: ConfigFile = None, as_json: AsJson = False) -> None:
+def show(
+    overrides: Overrides = None,
+    config_dir: ConfigDir = None,
+    config_file: ConfigFile = None,
+    as_json: AsJson = False,
+) -> None:
     """Show the resolved settings, each with where it came from."""
     from ..config.load import tree
 
     leaves = tree(overrides or [], config_dir, config_file)
     if as_json:
-        print(json.dumps({key: {"value": value, "from": origin} for key, (value, origin) in leaves.items()}, indent=2))
+        print(
+            json.dumps(
+                {key: {"value": value, "from": origin} for key, (value, origin) in leaves.items()}, indent=2
+            )
+        )
     else:
         lines = {f"{key}: {json.dumps(value)}": origin for key, (value, origin) in leaves.items()}
         width = min(max(map(len, lines)), 60)
@@ -193,10 +241,15 @@ def main() -> None:
         if os.environ.get("FINETUNE_DEBUG") == "1":
             raise
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _tell(f"Error: {visible(str(error.filename))[:60]}... is too long for the name of a file or folder. Give a shorter one.")
+            _tell(
+                f"Error: {visible(str(error.filename))[:60]}... is too long for the name of a file or folder. Give a shorter one."
+            )
             sys.exit(ConfigError.exit_code)
         with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
             log.write(traceback.format_exc())
         what = visible(f"{type(error).__name__}: {error}")
-        _tell(f"Error: finetune failed unexpectedly: {what} (details in {log.name}; FINETUNE_DEBUG=1 shows them)", always=True)
+        _tell(
+            f"Error: finetune failed unexpectedly: {what} (details in {log.name}; FINETUNE_DEBUG=1 shows them)",
+            always=True,
+        )
         sys.exit(1)

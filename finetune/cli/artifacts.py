@@ -14,19 +14,38 @@ from ..errors import ConfigError
 from .display import show_tree
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="ckpt=RUN, and what else the command takes, as in the example.", show_default=False)
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="ckpt=RUN, and what else the command takes, as in the example.",
+        show_default=False,
+    ),
 ]
-ConfigDir = Annotated[Path | None, typer.Option("--config-dir", metavar="DIR", help="Your own YAML groups, as for train.")]
+ConfigDir = Annotated[
+    Path | None, typer.Option("--config-dir", metavar="DIR", help="Your own YAML groups, as for train.")
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Checkpoint = Annotated[Path | None, typer.Option("--ckpt", metavar="PATH", help="The run folder; the same as ckpt=PATH.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option("--ckpt", metavar="PATH", help="The run folder; the same as ckpt=PATH.")
+]
 
 
-def evaluate(overrides: Overrides = None, ckpt: Checkpoint = None, config_dir: ConfigDir = None, as_json: AsJson = False) -> None:
+def evaluate(
+    overrides: Overrides = None,
+    ckpt: Checkpoint = None,
+    config_dir: ConfigDir = None,
+    as_json: AsJson = False,
+) -> None:
     """Evaluate a run again from its stored change: ckpt=RUN, on another data set with dataset=..."""
     run_path, rest = _checkpoint(overrides or [], ckpt)
     wrong = [text for text in rest if not text.startswith(("dataset=", "dataset."))]
     if wrong:
-        raise ConfigError(*(f"{text}: eval takes ckpt=RUN and settings of the data set; all else is as in the run." for text in wrong))
+        raise ConfigError(
+            *(
+                f"{text}: eval takes ckpt=RUN and settings of the data set; all else is as in the run."
+                for text in wrong
+            )
+        )
     dataset = _dataset(rest, run_path, config_dir) if rest else None
     from ..artifacts import reopen as finished
 
@@ -48,7 +67,9 @@ def merge(
             show_default=False,
         ),
     ] = None,
-    unmerge: Annotated[bool, typer.Option("--unmerge", help="ckpt is a merged folder: write its base, to the bit, to out.")] = False,
+    unmerge: Annotated[
+        bool, typer.Option("--unmerge", help="ckpt is a merged folder: write its base, to the bit, to out.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Write base and change as one plain Hugging Face folder, after comparing both on test data: ckpt=RUN out=DIR."""
@@ -58,7 +79,12 @@ def merge(
         options = {"--dtype": dtype, "--tolerance": tolerance}
         wrong = [name for name, value in options.items() if value is not None]
         if wrong:
-            raise ConfigError(*(f"{name}={options[name]} means nothing to merge --unmerge, which gives the base back to the bit." for name in wrong))
+            raise ConfigError(
+                *(
+                    f"{name}={options[name]} means nothing to merge --unmerge, which gives the base back to the bit."
+                    for name in wrong
+                )
+            )
         from ..artifacts.unmerge import unmerge as take_out
 
         show_tree(take_out(path, out), as_json)
@@ -90,16 +116,29 @@ def verify(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print(*(f"{point['verdict']:<8}{point['point']:<12}{point['words']}" for point in found["points"]), sep="\n")
+        print(
+            *(f"{point['verdict']:<8}{point['point']:<12}{point['words']}" for point in found["points"]),
+            sep="\n",
+        )
     if found["verdict"] != "pass":
         raise typer.Exit(1)
 
 
 def inspect(
-    words: Annotated[list[str] | None, typer.Argument(metavar="RUN", help="The run folder, or ckpt=RUN.", show_default=False)] = None,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RUN", help="The run folder, or ckpt=RUN.", show_default=False),
+    ] = None,
     rank: Annotated[int, typer.Option(min=1, help="How many singular directions count as principal.")] = 32,
-    alpha: Annotated[float, typer.Option(min=0.001, max=0.999, help="The share of the entries that the principal and the low mask have.")] = 0.5,
-    gradient: Annotated[int, typer.Option(min=0, help="Compare with the largest gradients of so many training batches, too.")] = 0,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            min=0.001, max=0.999, help="The share of the entries that the principal and the low mask have."
+        ),
+    ] = 0.5,
+    gradient: Annotated[
+        int, typer.Option(min=0, help="Compare with the largest gradients of so many training batches, too.")
+    ] = 0,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run changed: how much, in which roles and depths, along which directions. Plots go to RUN/inspect/."""
@@ -107,7 +146,9 @@ def inspect(
 
     from ..report import inspection
 
-    run_path, _ = _checkpoint([word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []], None)
+    run_path, _ = _checkpoint(
+        [word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []], None
+    )
     from ..artifacts.inspect import inspect as look
 
     result = look(run_path, rank, alpha, gradient)
@@ -126,7 +167,12 @@ def inspect(
 
 def compose(
     words: Annotated[
-        list[str] | None, typer.Argument(metavar="RUN... out=DIR", help="The runs; weights=1,0.5 and head=RUN if wanted.", show_default=False)
+        list[str] | None,
+        typer.Argument(
+            metavar="RUN... out=DIR",
+            help="The runs; weights=1,0.5 and head=RUN if wanted.",
+            show_default=False,
+        ),
     ] = None,
     as_json: AsJson = False,
 ) -> None:
@@ -159,10 +205,14 @@ def compose(
     show_tree(told, as_json)
 
 
-def _given(command: str, words: list[str], ckpt: Path | None, keys: Mapping[str, str]) -> tuple[Path, dict[str, str]]:
+def _given(
+    command: str, words: list[str], ckpt: Path | None, keys: Mapping[str, str]
+) -> tuple[Path, dict[str, str]]:
     """The run, and the value of each of ``keys``, all of which must be given, once."""
     path, rest = _checkpoint(words, ckpt)
-    usage = " ".join(["ckpt=RUN", *(f"{key}={'DIR' if key == 'out' else what}" for key, what in keys.items())])
+    usage = " ".join(
+        ["ckpt=RUN", *(f"{key}={'DIR' if key == 'out' else what}" for key, what in keys.items())]
+    )
     found: dict[str, str] = {}
     faults = []
     for word in rest:
@@ -184,9 +234,13 @@ def _given(command: str, words: list[str], ckpt: Path | None, keys: Mapping[str,
 
 def _checkpoint(words: list[str], ckpt: Path | None) -> tuple[Path, list[str]]:
     """The one run that is named, and the other words. Its path is taken as typed: Hydra's grammar would refuse ``epoch=3.pt``."""
-    given = [word.removeprefix("ckpt=") for word in words if word.startswith("ckpt=")] + ([str(ckpt)] if ckpt else [])
+    given = [word.removeprefix("ckpt=") for word in words if word.startswith("ckpt=")] + (
+        [str(ckpt)] if ckpt else []
+    )
     if len(given) != 1:
-        raise ConfigError(f"Name one run by ckpt=RUN or --ckpt PATH{f', not {len(given)}' if given else ''}; for example ckpt=outputs/NAME/RUN.")
+        raise ConfigError(
+            f"Name one run by ckpt=RUN or --ckpt PATH{f', not {len(given)}' if given else ''}; for example ckpt=outputs/NAME/RUN."
+        )
     if not given[0] or not Path(given[0]).exists():
         raise ConfigError(f"ckpt={given[0]}: there is no such folder. Give a run folder, outputs/NAME/RUN.")
     return Path(given[0]), [word for word in words if not word.startswith("ckpt=")]
@@ -199,4 +253,6 @@ def _dataset(overrides: list[str], run_path: Path, config_dir: Path | None) -> A
     if any(text.startswith("dataset=") for text in overrides):
         return load(overrides, config_dir).dataset
     frozen = (folder / "config.yaml" for folder in (run_path, *run_path.parents))
-    return load(overrides, config_dir, next((file for file in frozen if file.is_file()), run_path / "config.yaml")).dataset
+    return load(
+        overrides, config_dir, next((file for file in frozen if file.is_file()), run_path / "config.yaml")
+    ).dataset

@@ -40,7 +40,11 @@ def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
     table = Table()
     for key in rows[0]:
-        table.add_column(key, justify="right" if any(isinstance(row[key], int | float) for row in rows) else "left", overflow="fold")
+        table.add_column(
+            key,
+            justify="right" if any(isinstance(row[key], int | float) for row in rows) else "left",
+            overflow="fold",
+        )
     for row in rows:
         table.add_row(*(Text(_text(value)) for value in row.values()))
     Console().print(table)

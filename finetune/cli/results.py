@@ -16,17 +16,46 @@ from ..errors import ConfigError
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 UNFAIR = 3  # exit code of compare --strict with findings
 SUFFIXES = (".csv", ".md", ".tex", ".json", ".html")
-OURS = {"result.json", "tuning.json", "failure.json", "compose.json", "search.json", "sweep.json", "delta.json", "state.json", "manifest.json"}
+OURS = {
+    "result.json",
+    "tuning.json",
+    "failure.json",
+    "compose.json",
+    "search.json",
+    "sweep.json",
+    "delta.json",
+    "state.json",
+    "manifest.json",
+}
 
 
 def compare(
-    folders: Annotated[list[Path], typer.Argument(metavar="DIR...", help="Folders of sweeps or of runs.", show_default=False)],
-    by: Annotated[list[str] | None, typer.Option(help="The settings that make rows: method,sparsity. By default, all that differ.")] = None,
-    metric: Annotated[str | None, typer.Option(help="Another number than test.accuracy or test.bits_per_byte: val.loss, retention.accuracy.")] = None,
-    baseline: Annotated[str | None, typer.Option(help="The row to test the others against; by default, the best.")] = None,
-    strict: Annotated[bool, typer.Option("--strict", help="Exit with 3 if rows differ in more than what is compared.")] = False,
-    out: Annotated[list[Path] | None, typer.Option(metavar="FILE", help="Also write FILE.csv, .md, .tex, .json or .html.")] = None,
-    plots: Annotated[Path | None, typer.Option(metavar="DIR", help="Also write plots as PNG and PDF.")] = None,
+    folders: Annotated[
+        list[Path], typer.Argument(metavar="DIR...", help="Folders of sweeps or of runs.", show_default=False)
+    ],
+    by: Annotated[
+        list[str] | None,
+        typer.Option(help="The settings that make rows: method,sparsity. By default, all that differ."),
+    ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            help="Another number than test.accuracy or test.bits_per_byte: val.loss, retention.accuracy."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="The row to test the others against; by default, the best.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Exit with 3 if rows differ in more than what is compared.")
+    ] = False,
+    out: Annotated[
+        list[Path] | None,
+        typer.Option(metavar="FILE", help="Also write FILE.csv, .md, .tex, .json or .html."),
+    ] = None,
+    plots: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Also write plots as PNG and PDF.")
+    ] = None,
     wandb: Annotated[bool, typer.Option("--wandb", help="Also log the table and plots to W&B.")] = False,
     project: Annotated[str, typer.Option(help="The project in W&B.")] = "finetune",
     as_json: AsJson = False,
@@ -37,9 +66,19 @@ def compare(
 
     files = out or []
     _check_files(files)
-    found = find(folders, [word.strip() for text in by or [] for word in text.split(",") if word.strip()], metric, baseline)
+    found = find(
+        folders,
+        [word.strip() for text in by or [] for word in text.split(",") if word.strip()],
+        metric,
+        baseline,
+    )
     drawn = wandb or plots is not None or any(file.suffix == ".html" for file in files)
-    data = plain(found.as_dict(curves=drawn or as_json or any(file.suffix == ".json" for file in files), defaults=_defaults if drawn else None))
+    data = plain(
+        found.as_dict(
+            curves=drawn or as_json or any(file.suffix == ".json" for file in files),
+            defaults=_defaults if drawn else None,
+        )
+    )
     for written in _write(data, files, plots):
         print(f"Written: {written}", file=sys.stderr)
     if as_json:
@@ -80,19 +119,29 @@ def _check_files(files: Sequence[Path]) -> None:
         elif file.is_dir():
             faults.append(f"--out {file} is a folder. Give a file in it, such as {file / 'table.csv'}.")
         elif file.name in OURS or (file.is_file() and not _ours(file)):
-            faults.append(f"--out {file} holds something else than an earlier comparison. Give another name, or remove it.")
+            faults.append(
+                f"--out {file} holds something else than an earlier comparison. Give another name, or remove it."
+            )
     if faults:
         raise ConfigError(*faults)
 
 
-MARKS = {".csv": "row,", ".md": "<!-- finetune compare", ".tex": "% finetune compare", ".json": '{\n  "format"', ".html": "<!doctype html"}
+MARKS = {
+    ".csv": "row,",
+    ".md": "<!-- finetune compare",
+    ".tex": "% finetune compare",
+    ".json": '{\n  "format"',
+    ".html": "<!doctype html",
+}
 
 
 def _ours(file: Path) -> bool:
     """Whether an earlier comparison wrote ``file``, which may then be replaced."""
     with file.open(encoding="utf-8", errors="replace") as text:
         start = text.read(4000)
-    return (start.lower().startswith(MARKS[file.suffix]) and (file.suffix != ".html" or "finetune" in start)) or not start
+    return (
+        start.lower().startswith(MARKS[file.suffix]) and (file.suffix != ".html" or "finetune" in start)
+    ) or not start
 
 
 def _write(data: dict[str, Any], files: Sequence[Path], folder: Path | None) -> list[Path]:
@@ -100,7 +149,11 @@ def _write(data: dict[str, Any], files: Sequence[Path], folder: Path | None) -> 
     from ..report import formats
     from ..storage.run_folder import replacing, write_json_atomic
 
-    texts: dict[str, Callable[[dict[str, Any]], str]] = {".csv": formats.csv, ".md": formats.markdown, ".tex": formats.latex}
+    texts: dict[str, Callable[[dict[str, Any]], str]] = {
+        ".csv": formats.csv,
+        ".md": formats.markdown,
+        ".tex": formats.latex,
+    }
     heads = {".md": "<!-- finetune compare -->\n", ".tex": "% finetune compare\n", ".csv": ""}
     made = []
     try:
@@ -120,13 +173,19 @@ def _write(data: dict[str, Any], files: Sequence[Path], folder: Path | None) -> 
 
             made += plots.write(data, folder)
     except OSError as error:
-        raise ConfigError(f"{error.filename or file} cannot be written: {error.strerror}. Give a place that you may write to.") from error
+        raise ConfigError(
+            f"{error.filename or file} cannot be written: {error.strerror}. Give a place that you may write to."
+        ) from error
     return made
 
 
 def reproduce(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)],
-    keep: Annotated[Path | None, typer.Option(metavar="DIR", help="Keep the repetition there; by default it is removed.")] = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
+    ],
+    keep: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Keep the repetition there; by default it is removed.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Run a finished run again, and say whether the result is identical, inside the interval of its seeds, or neither (exit 1)."""

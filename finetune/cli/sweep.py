@@ -17,26 +17,93 @@ if TYPE_CHECKING:
     from ..sweep import Point
 
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings; those with several values are swept: method=lora,snell seed=0,1.")
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE", help="Settings; those with several values are swept: method=lora,snell seed=0,1."
+    ),
 ]
-SweepName = Annotated[str | None, typer.Option("--sweep", metavar="NAME", help="The settings of conf/sweep/NAME.yaml; the same as sweep=NAME.")]
-Name = Annotated[str | None, typer.Option("--name", metavar="NAME", help="The folder, outputs/NAME; the same as name=NAME.")]
+SweepName = Annotated[
+    str | None,
+    typer.Option(
+        "--sweep", metavar="NAME", help="The settings of conf/sweep/NAME.yaml; the same as sweep=NAME."
+    ),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", metavar="NAME", help="The folder, outputs/NAME; the same as name=NAME."),
+]
 ConfigDir = Annotated[
-    Path | None, typer.Option("--config-dir", metavar="DIR", help="Your own YAML groups; they win over built-in ones of the same name.")
+    Path | None,
+    typer.Option(
+        "--config-dir",
+        metavar="DIR",
+        help="Your own YAML groups; they win over built-in ones of the same name.",
+    ),
 ]
-ConfigFile = Annotated[Path | None, typer.Option("--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top.")]
-Jobs = Annotated[int | None, typer.Option("--jobs", min=1, help="How many runs at once; by default one, or one per GPU.", show_default=False)]
-LauncherName = Annotated[str, typer.Option("--launcher", metavar="NAME", help="local, joblib, slurm or ray, with launcher.KEY=VALUE.")]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top."
+    ),
+]
+Jobs = Annotated[
+    int | None,
+    typer.Option(
+        "--jobs", min=1, help="How many runs at once; by default one, or one per GPU.", show_default=False
+    ),
+]
+LauncherName = Annotated[
+    str,
+    typer.Option("--launcher", metavar="NAME", help="local, joblib, slurm or ray, with launcher.KEY=VALUE."),
+]
 Retry = Annotated[bool, typer.Option("--retry", help="Run again what had failed before.")]
-Attempts = Annotated[int, typer.Option("--attempts", min=1, help="How often a run may be started before it counts as failed; --launcher local only.")]
-FailFast = Annotated[bool, typer.Option("--fail-fast", help="End at the first failure; --launcher local only.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="List the runs with the time and memory they should take; run nothing.")]
-MaxRuns = Annotated[int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")]
-Watch = Annotated[Path | None, typer.Option("--watch", metavar="DIR", help="Show the sweep in DIR, which another shell runs, until it ends.")]
-Search = Annotated[str | None, typer.Option("--search", metavar="optuna", help="Search interval(...) and choice(...) instead of running a grid.")]
-Trials = Annotated[int | None, typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting.")]
+Attempts = Annotated[
+    int,
+    typer.Option(
+        "--attempts",
+        min=1,
+        help="How often a run may be started before it counts as failed; --launcher local only.",
+    ),
+]
+FailFast = Annotated[
+    bool, typer.Option("--fail-fast", help="End at the first failure; --launcher local only.")
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="List the runs with the time and memory they should take; run nothing."),
+]
+MaxRuns = Annotated[
+    int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")
+]
+Watch = Annotated[
+    Path | None,
+    typer.Option(
+        "--watch", metavar="DIR", help="Show the sweep in DIR, which another shell runs, until it ends."
+    ),
+]
+Search = Annotated[
+    str | None,
+    typer.Option(
+        "--search", metavar="optuna", help="Search interval(...) and choice(...) instead of running a grid."
+    ),
+]
+Trials = Annotated[
+    int | None,
+    typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-OF_SEARCH = ("--search", "--trials", "--sweep", "--name", "--config-dir", "--config", "--jobs", "--attempts", "--fail-fast", "--json")
+OF_SEARCH = (
+    "--search",
+    "--trials",
+    "--sweep",
+    "--name",
+    "--config-dir",
+    "--config",
+    "--jobs",
+    "--attempts",
+    "--fail-fast",
+    "--json",
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +123,12 @@ def sweep(
 ) -> None:  # fmt: skip
     """Run the cross product of all values: method=lora,snell seed=0,1. The same command again goes on: finished runs are skipped."""
     if watch:
-        raise typer.Exit(_watch(watch, [text for option, text in _typed(context).items() if option != "--watch"] + (overrides or [])))
+        raise typer.Exit(
+            _watch(
+                watch,
+                [text for option, text in _typed(context).items() if option != "--watch"] + (overrides or []),
+            )
+        )
     asked = _asked(overrides or [], preset, name)
     if search or (trials and not asked.tune):
         _check_search(_typed(context), asked, search, trials)
@@ -86,7 +158,16 @@ def sweep(
 
                     show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning), as_json)
                     return
-                work = Work(where, jobs, board, [*asked.settings, *(f"tune={text}" for text in asked.tune)], _command(), retry, attempts, fail_fast)
+                work = Work(
+                    where,
+                    jobs,
+                    board,
+                    [*asked.settings, *(f"tune={text}" for text in asked.tune)],
+                    _command(),
+                    retry,
+                    attempts,
+                    fail_fast,
+                )
                 runs, found = work.run(runs, tuning)
         except KeyboardInterrupt as error:
             by = f" by {error}" if str(error) else ""
@@ -115,7 +196,9 @@ def _watch(folder: Path, others: Sequence[str]) -> int:
     from ..sweep.watch import watch
 
     if others:
-        raise ConfigError(f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings and no options.")
+        raise ConfigError(
+            f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings and no options."
+        )
     try:
         return watch(folder)
     except KeyboardInterrupt:
@@ -124,8 +207,16 @@ def _watch(folder: Path, others: Sequence[str]) -> int:
 
 def _typed(context: typer.Context) -> dict[str, str]:
     """The options that were typed, each as it can be typed again."""
-    given = {p.opts[0]: context.params[p.name] for p in context.command.params if p.name and _from_command_line(context, p.name)}
-    return {option: option if value is True else f"{option} {value}" for option, value in given.items() if option.startswith("--")}
+    given = {
+        p.opts[0]: context.params[p.name]
+        for p in context.command.params
+        if p.name and _from_command_line(context, p.name)
+    }
+    return {
+        option: option if value is True else f"{option} {value}"
+        for option, value in given.items()
+        if option.startswith("--")
+    }
 
 
 def _from_command_line(context: typer.Context, name: str) -> bool:
@@ -137,10 +228,16 @@ def _check_search(typed: dict[str, str], asked: Asked, search: str | None, trial
     """Raises ``ConfigError`` with all that is wrong with what a search is asked for."""
     if search is None:
         raise ConfigError(f"--trials {trials} belongs to tune=KEY or to --search optuna; give one of them.")
-    faults = [] if search == "optuna" else [f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna."]
+    faults = (
+        []
+        if search == "optuna"
+        else [f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna."]
+    )
     if not trials:
         faults.append(f"--search {search} needs to know how many trials it makes: --trials 20, for example.")
-    foreign = [text for option, text in typed.items() if option not in OF_SEARCH and text != "--launcher local"]
+    foreign = [
+        text for option, text in typed.items() if option not in OF_SEARCH and text != "--launcher local"
+    ]
     foreign += [*asked.launcher, *(f"tune={text}" for text in asked.tune)]
     if foreign:
         faults.append(
@@ -155,8 +252,14 @@ def _check_launcher(typed: dict[str, str], launcher: str) -> None:
     """Raises ``ConfigError`` with the options that a cluster cannot obey."""
     faults = []
     if foreign := [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]:
-        faults.append(f"{', '.join(foreign)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. Leave it out.")
-    if "--jobs" in typed and (cure := {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}.get(launcher)):
+        faults.append(
+            f"{', '.join(foreign)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. Leave it out."
+        )
+    if "--jobs" in typed and (
+        cure := {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}.get(
+            launcher
+        )
+    ):
         faults.append(f"{typed['--jobs']} is nothing that --launcher {launcher} takes. {cure}")
     if faults:
         raise ConfigError(*faults)
@@ -178,13 +281,19 @@ def _command() -> str:
     return shlex.join(["finetune", *sys.argv[1:]])
 
 
-def _report(runs: Sequence[Point], tried: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool) -> int:
+def _report(
+    runs: Sequence[Point], tried: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool
+) -> int:
     """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
     from .sweep_tables import show
 
     show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
     left = {"status": "not finished", "error": "the same command goes on with it"}
-    wrong = [(point, result) for point in [*tried, *runs] if (result := found.get(point.folder.path, left))["status"] != "finished"]
+    wrong = [
+        (point, result)
+        for point in [*tried, *runs]
+        if (result := found.get(point.folder.path, left))["status"] != "finished"
+    ]
     for point, result in wrong:
         print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
     return 1 if wrong else 0

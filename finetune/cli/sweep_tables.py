@@ -59,12 +59,26 @@ def show_forecast(told: dict[str, Any], as_json: bool) -> None:
     fits = {True: "fits", False: "does not fit", None: "?"}
     rows = []
     for row in told["runs"]:
-        used = "?" if row["memory_bytes"] is None else f"{show_bytes(row['memory_bytes'])}, {fits[row['fits']]}"
-        costs = {"time": show_seconds(row["seconds"]), "memory": used} if not row["would"].startswith("be ") else {"time": "", "memory": ""}
-        rows.append({key: "?" if row[key] is None else row[key] for key in ("run", "settings", "seed", "would")} | costs)
-    total = {key: value for key, value in told["total"].items() if value is not None} | {"seconds": show_seconds(told["total"]["seconds"])}
+        used = (
+            "?" if row["memory_bytes"] is None else f"{show_bytes(row['memory_bytes'])}, {fits[row['fits']]}"
+        )
+        costs = (
+            {"time": show_seconds(row["seconds"]), "memory": used}
+            if not row["would"].startswith("be ")
+            else {"time": "", "memory": ""}
+        )
+        rows.append(
+            {key: "?" if row[key] is None else row[key] for key in ("run", "settings", "seed", "would")}
+            | costs
+        )
+    total = {key: value for key, value in told["total"].items() if value is not None} | {
+        "seconds": show_seconds(told["total"]["seconds"])
+    }
     show_tree({"folder": told["folder"], "runs": rows, "total": total}, as_json)
     if any(row["run"] is None for row in told["runs"]):
-        print("Runs named ? take the value that their trials choose; which of them are finished is known when the trials are.", file=sys.stderr)
+        print(
+            "Runs named ? take the value that their trials choose; which of them are finished is known when the trials are.",
+            file=sys.stderr,
+        )
     for fault, settings in faults.items():
         print(f"Warning: {settings} could not be measured: {fault}", file=sys.stderr)

@@ -6,16 +6,28 @@ import re
 from itertools import accumulate
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, OverrideType, Quote, QuotedString, RangeSweep
+from hydra.core.override_parser.types import (
+    IntervalSweep,
+    Override,
+    OverrideType,
+    Quote,
+    QuotedString,
+    RangeSweep,
+)
 from hydra.errors import HydraException
 
 from ..errors import ConfigError
 
 ALIASES = {"sparsity": "method.sparsity"}
-PLACED = {"schedule": "method.schedule"}  # groups whose file becomes a value inside a section; their settings may be written without it
+PLACED = {
+    "schedule": "method.schedule"
+}  # groups whose file becomes a value inside a section; their settings may be written without it
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 FUNCTION = re.compile(r"(range|choice|interval|glob|tag|sort|shuffle)\(")
-LONGEST, NESTED = 4096, 20  # characters and brackets within brackets of a value: Hydra's parser takes 2 s for a list of 2,000
+LONGEST, NESTED = (
+    4096,
+    20,
+)  # characters and brackets within brackets of a value: Hydra's parser takes 2 s for a list of 2,000
 
 
 def parsed(overrides: list[str]) -> tuple[list[Override], list[str]]:
@@ -33,7 +45,9 @@ def override(text: str) -> Override:
     """One ``key=value``, its value quoted where Hydra's grammar cannot read it (a path with ``=``, an address)."""
     key, sign, value = text.partition("=")
     if text.startswith("-"):
-        raise ConfigError(f"{text} is not an option here (see --help). Settings are written key=value, for example train.steps=100.")
+        raise ConfigError(
+            f"{text} is not an option here (see --help). Settings are written key=value, for example train.steps=100."
+        )
     if text.startswith(("+", "~")):
         raise ConfigError(
             f"{text}: settings are neither added nor removed, so '{text[0]}' means nothing here. Write key=value for a setting that exists."
@@ -41,9 +55,13 @@ def override(text: str) -> Override:
     if not sign or not KEY.fullmatch(key):
         raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
     if any("\ud800" <= c <= "\udfff" for c in text):
-        raise ConfigError(f"{text} is no UTF-8, which the files of a run are written in. Rename what it names.")
+        raise ConfigError(
+            f"{text} is no UTF-8, which the files of a run are written in. Rename what it names."
+        )
     if len(text) > LONGEST or max(accumulate((c in "[{(") - (c in "]})") for c in value), default=0) > NESTED:
-        raise ConfigError(f"{text}: a value has at most {LONGEST:,} characters and {NESTED} brackets within brackets. Put it into a YAML file.")
+        raise ConfigError(
+            f"{text}: a value has at most {LONGEST:,} characters and {NESTED} brackets within brackets. Put it into a YAML file."
+        )
     parser = OverridesParser.create()
     try:
         found = parser.parse_override(text)
@@ -72,9 +90,7 @@ def unlisted(item: Override, most: int) -> str | None:
     """Why the values of a sweep cannot be listed, where Hydra does not say it or would not end."""
     value, key = item.value(), item.key_or_group
     if isinstance(value, IntervalSweep):
-        return (
-            f"{item.input_line}: only a search chooses from an interval: --search optuna --trials 20. For a grid write {key}=1,2 or {key}=range(0,5)."
-        )
+        return f"{item.input_line}: only a search chooses from an interval: --search optuna --trials 20. For a grid write {key}=1,2 or {key}=range(0,5)."
     if not isinstance(value, RangeSweep) or value.start is None or value.stop is None:
         return None
     if not value.step or not all(abs(number) < 1e300 for number in (value.start, value.stop, value.step)):

@@ -11,7 +11,9 @@ from ..errors import ConfigError
 from ..system import safe
 from .origins import PACKAGE
 
-CALL = re.compile(r"\$\{[^{}]*:[^{}]*\}")  # of a resolver, which Hydra would call while it reads a list of defaults
+CALL = re.compile(
+    r"\$\{[^{}]*:[^{}]*\}"
+)  # of a resolver, which Hydra would call while it reads a list of defaults
 
 
 def conf_dir() -> Path:
@@ -22,7 +24,12 @@ def conf_dir() -> Path:
 
 def yaml_files(config_dir: Path | None) -> list[Path]:
     """The files of both folders."""
-    return [file for root in (conf_dir(), config_dir) if root for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml"))]
+    return [
+        file
+        for root in (conf_dir(), config_dir)
+        if root
+        for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml"))
+    ]
 
 
 def stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
@@ -49,6 +56,8 @@ def check(config_dir: Path | None) -> None:
         except (OSError, ValueError, yaml.YAMLError):
             continue  # a fault of its own, which counts where the file is chosen
         if called:
-            faults.append(f"{file}: {called[0]} is not resolved: a value can refer to another setting by ${{key}}, and to nothing else.")
+            faults.append(
+                f"{file}: {called[0]} is not resolved: a value can refer to another setting by ${{key}}, and to nothing else."
+            )
     if faults:
         raise ConfigError(*faults)

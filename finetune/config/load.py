@@ -49,7 +49,9 @@ def load(overrides: list[str], config_dir: Path | None = None, config_file: Path
     return _resolve(overrides, config_dir, config_file)[0]
 
 
-def tree(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> dict[str, tuple[Any, str]]:
+def tree(
+    overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None
+) -> dict[str, tuple[Any, str]]:
     """Every resolved value by dotted key, with where it came from; arguments and faults as in ``load``."""
     config, composed = _resolve(overrides, config_dir, config_file)
     return leaves(config, composed.origins)
@@ -64,8 +66,14 @@ def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100
             if fault := unlisted(item, most):
                 faults.append(fault)
                 continue
-            values = list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
-            choices.append([str(item.input_line)] if values is None else [f"{item.key_or_group}={value}" for value in values])
+            values = (
+                list(islice(item.sweep_string_iterator(), most + 1)) if item.is_sweep_override() else None
+            )
+            choices.append(
+                [str(item.input_line)]
+                if values is None
+                else [f"{item.key_or_group}={value}" for value in values]
+            )
             if not choices[-1]:
                 faults.append(
                     f"{item.input_line} names no value at all, so the grid is empty. Write key=a,b or range(0,5); range(5,0,-1) counts down."
@@ -79,13 +87,21 @@ def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100
     return [list(point) for point in product(*choices)]
 
 
-def _resolve(overrides: list[str], config_dir: Path | None, config_file: Path | None) -> tuple[Config, Composed]:
+def _resolve(
+    overrides: list[str], config_dir: Path | None, config_file: Path | None
+) -> tuple[Config, Composed]:
     options = _options(config_dir)
     if config_file and config_dir:
-        raise ConfigError("--config and --config-dir do not go together: a frozen configuration is complete and reads no groups.")
+        raise ConfigError(
+            "--config and --config-dir do not go together: a frozen configuration is complete and reads no groups."
+        )
     request = _request(overrides, options, config_file)
     try:
-        base = _read(config_file) if config_file else _compose(tuple(sorted(request.chosen.items())), config_dir, groups.stamps(config_dir))
+        base = (
+            _read(config_file)
+            if config_file
+            else _compose(tuple(sorted(request.chosen.items())), config_dir, groups.stamps(config_dir))
+        )
         composed = _lay_on(base, request)
         config = strict.build(composed, skip=request.spoiled)
     except ConfigError as error:
@@ -128,7 +144,9 @@ def _request(overrides: list[str], options: dict[str, set[str]], config_file: Pa
 def _fault_of(item: Override, options: dict[str, set[str]], config_file: Path | None) -> str | None:
     key, text, value = item.key_or_group, item.input_line, item.value()
     if isinstance(value, Sweep):
-        cure = "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
+        cure = (
+            "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
+        )
         return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
     if key in {f"{place}.name" for place in (*strict.CHOSEN, *PLACED.values())}:
         return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
@@ -149,7 +167,11 @@ def _options(config_dir: Path | None) -> dict[str, set[str]]:
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
     found: dict[str, set[str]] = {}
     for file in groups.yaml_files(config_dir):
-        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (*strict.ROOT, *ALIASES, *OF_SWEEPS):
+        if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (
+            *strict.ROOT,
+            *ALIASES,
+            *OF_SWEEPS,
+        ):
             found.setdefault(file.parent.name, set()).add(file.stem)
     return found
 
@@ -160,28 +182,42 @@ def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
     version.setbase("1.3")
     search_path = create_config_search_path(f"file://{conf_dir()}")
     if config_dir:
-        search_path.prepend("user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None))
+        search_path.prepend(
+            "user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None)
+        )
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
 @lru_cache(maxsize=64)  # the points of a sweep differ mostly in values
-def _compose(chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamps: tuple[tuple[str, int], ...]) -> Composed:
+def _compose(
+    chosen: tuple[tuple[str, str], ...], config_dir: Path | None, stamps: tuple[tuple[str, int], ...]
+) -> Composed:
     """The chosen files merged in the order of the defaults list, with the line that set each key. ``stamps`` only tell cached results apart."""
     groups.check(config_dir)
     loader = _loader(config_dir)
     # a group of the user's that the defaults list does not know is appended to it
-    picks = [f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}" for g, o in chosen]
-    overrides, repository = OverridesParser.create().parse_overrides(picks), CachingConfigRepository(loader.repository)
+    picks = [
+        f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}"
+        for g, o in chosen
+    ]
+    overrides, repository = (
+        OverridesParser.create().parse_overrides(picks),
+        CachingConfigRepository(loader.repository),
+    )
     origins: dict[str, str] = {}
     try:
         # ``compose`` would merge Hydra's own configuration too, which costs five times as much and is of no use here
-        defaults = create_defaults_list(repository, "config", overrides, prepend_hydra=False, skip_missing=False).defaults
+        defaults = create_defaults_list(
+            repository, "config", overrides, prepend_hydra=False, skip_missing=False
+        ).defaults
         config = loader._compose_config_from_defaults_list(defaults, repository)
         for default in defaults:
             found = repository.load_config(default.config_path or "")
             if found:
                 file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
-                origins |= yaml_origins(file.read_text(), groups.label(file, config_dir), default.package or "")
+                origins |= yaml_origins(
+                    file.read_text(), groups.label(file, config_dir), default.package or ""
+                )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_composing_fault(error)) from None
     composed = Composed(_plain(config, resolve=False), origins)
@@ -200,8 +236,16 @@ def _placed(composed: Composed, group: str, place: str) -> Composed:
     values = {key: value for key, value in composed.values.items() if key != group}
     values[section] = {**around, name: {**(old if isinstance(old, dict) else {}), **part}}
     gone = (group, *([place] if old is None else []))
-    origins = {key: line for key, line in composed.origins.items() if not f"{key}.".startswith(tuple(f"{start}." for start in gone))}
-    moved = {place + key.removeprefix(group): line for key, line in composed.origins.items() if f"{key}.".startswith(f"{group}.")}
+    origins = {
+        key: line
+        for key, line in composed.origins.items()
+        if not f"{key}.".startswith(tuple(f"{start}." for start in gone))
+    }
+    moved = {
+        place + key.removeprefix(group): line
+        for key, line in composed.origins.items()
+        if f"{key}.".startswith(f"{group}.")
+    }
     return replace(composed, values=values, origins=origins | moved)
 
 
@@ -214,7 +258,9 @@ def _composing_fault(error: Exception) -> str:
 def _read(file: Path) -> Composed:
     """A frozen configuration."""
     if file.is_dir():
-        raise ConfigError(f"--config {file} is a folder; a run's frozen configuration is the file {file / 'config.yaml'}.")
+        raise ConfigError(
+            f"--config {file} is a folder; a run's frozen configuration is the file {file / 'config.yaml'}."
+        )
     if not file.is_file():
         raise ConfigError(f"--config {file}: there is no such file.")
     if newer := safe.too_new(file, safe.first_line(file)):

@@ -45,8 +45,19 @@ def origin_of(key: str, origins: dict[str, str]) -> str | None:
 def _field_lines(cls: type) -> dict[str, int]:
     """The line of each annotated name in the body of ``cls``."""
     tree = ast.parse(Path(inspect.getfile(cls)).read_text())
-    body = next((node.body for node in ast.walk(tree) if isinstance(node, ast.ClassDef) and node.name == cls.__name__), [])
-    return {line.target.id: line.lineno for line in body if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)}
+    body = next(
+        (
+            node.body
+            for node in ast.walk(tree)
+            if isinstance(node, ast.ClassDef) and node.name == cls.__name__
+        ),
+        [],
+    )
+    return {
+        line.target.id: line.lineno
+        for line in body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name)
+    }
 
 
 def default_origin(cls: type, name: str) -> str:
@@ -75,9 +86,14 @@ def leaves(config: Config, origins: dict[str, str]) -> dict[str, tuple[Any, str]
     for key, leaf in ((k, v) for section, value in config.as_dict().items() for k, v in flat(value, section)):
         section, *names = key.split(".")
         held = getattr(config, section)
-        nested = len(names) > 1 and is_dataclass(getattr(held, names[0], None))  # a default of its own beats the origin of the mapping around it
+        nested = len(names) > 1 and is_dataclass(
+            getattr(held, names[0], None)
+        )  # a default of its own beats the origin of the mapping around it
         origin = origins.get(key) if nested else origin_of(key, origins)
-        found[key] = (leaf, origin or (_default_of(held, names) if names else default_origin(Config, section)))
+        found[key] = (
+            leaf,
+            origin or (_default_of(held, names) if names else default_origin(Config, section)),
+        )
     return found
 
 

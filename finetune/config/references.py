@@ -34,7 +34,9 @@ def faults(values: Mapping[str, Any], origins: dict[str, str]) -> list[str]:
             continue
         found.append(f"{key}={text!r}{_from(key, origins)}: {why}. Write the value itself.")
     if count > MOST:
-        found.append(f"The settings hold {count} references by ${{key}}, and at most {MOST} are resolved. Write the values themselves.")
+        found.append(
+            f"The settings hold {count} references by ${{key}}, and at most {MOST} are resolved. Write the values themselves."
+        )
     return found
 
 

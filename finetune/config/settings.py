@@ -15,7 +15,13 @@ from annotated_types import Ge, Gt, Le, Lt
 Share = Annotated[float, Ge(0), Lt(1)]
 # Settings newer than some runs, with what stands for their absence; at it they leave a configuration's hash as it was.
 LATER = {"train.patience": None}
-NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")  # settings that cannot change a run's result
+NOT_THE_RUN = (
+    "name",
+    "run",
+    "logger",
+    "train.save_every",
+    "train.keep_last",
+)  # settings that cannot change a run's result
 
 
 @dataclass(frozen=True)
@@ -43,7 +49,9 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         if self.name == "sm3" and self.betas != OptimizerConfig.betas:
-            raise ValueError(f"optimizer.betas={list(self.betas)} means nothing to optimizer=sm3, which has no moving averages; leave it out.")
+            raise ValueError(
+                f"optimizer.betas={list(self.betas)} means nothing to optimizer=sm3, which has no moving averages; leave it out."
+            )
 
 
 @dataclass(frozen=True)
@@ -71,10 +79,18 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         if self.batch_size == "auto" and self.micro_batch_size:
-            raise ValueError(f"train.micro_batch_size={self.micro_batch_size} means nothing to train.batch_size=auto, which takes all in one pass.")
+            raise ValueError(
+                f"train.micro_batch_size={self.micro_batch_size} means nothing to train.batch_size=auto, which takes all in one pass."
+            )
         if self.patience and (not self.eval_every or self.select == "last"):
-            other = f"train.select={self.select}, which knows no best" if self.eval_every else "train.eval_every=null, which never validates"
-            raise ValueError(f"train.patience={self.patience} means nothing to {other}; leave one of them out.")
+            other = (
+                f"train.select={self.select}, which knows no best"
+                if self.eval_every
+                else "train.eval_every=null, which never validates"
+            )
+            raise ValueError(
+                f"train.patience={self.patience} means nothing to {other}; leave one of them out."
+            )
 
 
 @dataclass(frozen=True)
@@ -124,7 +140,11 @@ def decides(key: str) -> bool:
 def _deciding(key: str, part: Any) -> Any:
     if not isinstance(part, dict):
         return part
-    return {name: value for name, value in part.items() if decides(f"{key}.{name}") and LATER.get(f"{key}.{name}", ...) != value}
+    return {
+        name: value
+        for name, value in part.items()
+        if decides(f"{key}.{name}") and LATER.get(f"{key}.{name}", ...) != value
+    }
 
 
 def _plain(value: Any) -> Any:

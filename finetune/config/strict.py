@@ -23,10 +23,19 @@ from ..errors import ConfigError
 from .origins import flat, origin_of
 from .settings import Config
 
-CHOSEN: tuple[registry.Kind, ...] = ("method", "dataset", "selector")  # sections whose class the registry knows by the value of ``name``
+CHOSEN: tuple[registry.Kind, ...] = (
+    "method",
+    "dataset",
+    "selector",
+)  # sections whose class the registry knows by the value of ``name``
 NESTED: dict[type, registry.Kind] = {Schedule: "schedule"}  # likewise fields of these types, inside a section
 ABSENT = {"selector": {"name": "none"}}  # sections that frozen configurations of earlier versions lack
-WORDS = {"a valid array": "a list, written [a,b]", "an object": "a mapping", "a valid boolean": "true or false", "Field required": "too few entries"}
+WORDS = {
+    "a valid array": "a list, written [a,b]",
+    "an object": "a mapping",
+    "a valid boolean": "true or false",
+    "Field required": "too few entries",
+}
 MOST = 50  # wrong settings of a section that are told of one by one
 ROOT = tuple(f.name for f in fields(Config) if f.name in ("name", "run", "seed"))
 SECTIONS = tuple(f.name for f in fields(Config) if f.name not in ROOT)
@@ -73,14 +82,20 @@ def _section(section: str, composed: Composed) -> tuple[Any, list[str]]:
     return _instance(cls, cls, given, section, composed)
 
 
-def _instance(cls: type, make: Callable[..., Any], given: dict[str, Any], section: str, composed: Composed) -> tuple[Any, list[str]]:
+def _instance(
+    cls: type, make: Callable[..., Any], given: dict[str, Any], section: str, composed: Composed
+) -> tuple[Any, list[str]]:
     """What ``make`` makes of the checked values for ``cls``, or None and the faults: of fields, nested ones too, or of the values together."""
     nested = _nested(cls)
     wanted = tuple(f.name for f in fields(cls) if f.init and f.name not in nested)
-    parts, faults = _check(cls, wanted, {key: value for key, value in given.items() if key not in nested}, section, composed)
+    parts, faults = _check(
+        cls, wanted, {key: value for key, value in given.items() if key not in nested}, section, composed
+    )
     for name, (item, kind) in nested.items():
         try:
-            parts[name], found = _instance(*_inner(item, kind, f"{section}.{name}", composed), f"{section}.{name}", composed)
+            parts[name], found = _instance(
+                *_inner(item, kind, f"{section}.{name}", composed), f"{section}.{name}", composed
+            )
             faults += found
         except ConfigError as error:
             faults += error.faults
@@ -98,7 +113,9 @@ def _nested(cls: type) -> dict[str, tuple[Field[Any], registry.Kind]]:
     return {f.name: (f, kind) for f in fields(cls) for base, kind in NESTED.items() if hints[f.name] is base}
 
 
-def _inner(item: Field[Any], kind: registry.Kind, key: str, composed: Composed) -> tuple[type, Callable[..., Any], dict[str, Any]]:
+def _inner(
+    item: Field[Any], kind: registry.Kind, key: str, composed: Composed
+) -> tuple[type, Callable[..., Any], dict[str, Any]]:
     """The class in a nested field, what makes its instance, and the values for it: without a ``name`` they change the field's default."""
     values = _value(key.rpartition(".")[0], composed).get(item.name, "???" if _is_required(item) else {})
     if values == "???":
@@ -120,14 +137,22 @@ def _no_mapping(key: str, choice: str, value: Any, composed: Composed) -> str:
 def _class_of(section: str, values: dict[str, Any], composed: Composed) -> tuple[type, dict[str, Any]]:
     """The dataclass of a section, and its values without the name that chose the class."""
     kind = next((k for k in CHOSEN if k == section), None)
-    return (get_type_hints(Config)[section], values) if kind is None else _chosen(kind, values, section, composed)
+    return (
+        (get_type_hints(Config)[section], values)
+        if kind is None
+        else _chosen(kind, values, section, composed)
+    )
 
 
-def _chosen(kind: registry.Kind, values: dict[str, Any], key: str, composed: Composed) -> tuple[type, dict[str, Any]]:
+def _chosen(
+    kind: registry.Kind, values: dict[str, Any], key: str, composed: Composed
+) -> tuple[type, dict[str, Any]]:
     """The registered class that ``values`` name, and the other values. Raises ``ConfigError`` where there is none."""
     name = values.get("name")
     if not isinstance(name, str):
-        raise ConfigError(f"{key}.name is not set. Its file must say which {kind} it is, one of: {', '.join(registry.catalog(kind))}.")
+        raise ConfigError(
+            f"{key}.name is not set. Its file must say which {kind} it is, one of: {', '.join(registry.catalog(kind))}."
+        )
     try:
         return registry.get(kind, name), {key: value for key, value in values.items() if key != "name"}
     except ConfigError as error:
@@ -145,8 +170,13 @@ def _schema(cls: type, wanted: tuple[str, ...]) -> type[pydantic.BaseModel]:
     """A strict model of the ``wanted`` fields of a dataclass; field names are aliased, since some clash with pydantic's own."""
     hints = get_type_hints(cls, include_extras=True)
     required = {f.name: f for f in fields(cls) if f.name in wanted}
-    made: dict[str, Any] = {f"x_{n}": (hints[n], pydantic.Field(... if _is_required(f) else None, alias=n)) for n, f in required.items()}
-    config = pydantic.ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    made: dict[str, Any] = {
+        f"x_{n}": (hints[n], pydantic.Field(... if _is_required(f) else None, alias=n))
+        for n, f in required.items()
+    }
+    config = pydantic.ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False, arbitrary_types_allowed=True
+    )
     return pydantic.create_model(cls.__name__, __config__=config, **made)
 
 
@@ -154,7 +184,9 @@ def _is_required(item: Field[Any]) -> bool:
     return item.default is MISSING and item.default_factory is MISSING
 
 
-def _check(cls: type, wanted: tuple[str, ...], values: dict[str, Any], section: str, composed: Composed) -> tuple[dict[str, Any], list[str]]:
+def _check(
+    cls: type, wanted: tuple[str, ...], values: dict[str, Any], section: str, composed: Composed
+) -> tuple[dict[str, Any], list[str]]:
     """The values that were given, in the types of ``cls``, and the faults."""
     given = {key: value for key, value in values.items() if value != "???"}
     try:
@@ -170,7 +202,9 @@ def _check(cls: type, wanted: tuple[str, ...], values: dict[str, Any], section: 
 
 def _text_of(error: Any, section: str, composed: Composed) -> str | None:
     """What was typed, where a text field got a bare number on the command line: ``run=7``."""
-    bare = error["type"] == "string_type" and len(error["loc"]) == 1 and isinstance(error["input"], int | float)
+    bare = (
+        error["type"] == "string_type" and len(error["loc"]) == 1 and isinstance(error["input"], int | float)
+    )
     return composed.texts.get(_dotted(section, error["loc"])) if bare else None
 
 
@@ -180,14 +214,26 @@ def _faults(errors: list[Any], cls: type, section: str, composed: Composed) -> l
     for error in errors:
         inside = _inside(error["loc"], _value(section, composed))
         by_key.setdefault(_dotted(section, inside), []).append(error)
-    said = [fault for key, found in islice(by_key.items(), MOST) for fault in _fault(key, found, cls, section, composed)]
-    return said + ([f"{len(by_key) - MOST:,} more settings of {section or 'the run'} are wrong."] if len(by_key) > MOST else [])
+    said = [
+        fault
+        for key, found in islice(by_key.items(), MOST)
+        for fault in _fault(key, found, cls, section, composed)
+    ]
+    return said + (
+        [f"{len(by_key) - MOST:,} more settings of {section or 'the run'} are wrong."]
+        if len(by_key) > MOST
+        else []
+    )
 
 
 def _inside(loc: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
     """The part of pydantic's location that names something in the input; the rest are branches of unions."""
     for depth, step in enumerate(loc):
-        known = step in value if isinstance(value, dict) else isinstance(value, list) and isinstance(step, int) and step < len(value)
+        known = (
+            step in value
+            if isinstance(value, dict)
+            else isinstance(value, list) and isinstance(step, int) and step < len(value)
+        )
         if depth and not known:
             return loc[:depth]
         value = value[step] if known else None
@@ -206,12 +252,26 @@ def _fault(key: str, errors: list[Any], cls: type, section: str, composed: Compo
         of = f" of {_what(section, cls)}" if section else ""
         if section in CHOSEN and (nested := key.rpartition(".")[2]) in NESTED.values():
             choice = value.get("name") if isinstance(value, dict) else None
-            whats = [f"{nested}={choice}"] if choice else [_given(*item, composed) for item in flat(value, key)]
-            return [f"{what} is not a setting{of}, which has no {nested}. Leave it out, or choose a {section} that has one." for what in whats]
-        return [f"{_given(full, leaf, composed)} is not a setting{of}.{_suggestion(full, composed)}" for full, leaf in flat(value, key)]
+            whats = (
+                [f"{nested}={choice}"] if choice else [_given(*item, composed) for item in flat(value, key)]
+            )
+            return [
+                f"{what} is not a setting{of}, which has no {nested}. Leave it out, or choose a {section} that has one."
+                for what in whats
+            ]
+        return [
+            f"{_given(full, leaf, composed)} is not a setting{of}.{_suggestion(full, composed)}"
+            for full, leaf in flat(value, key)
+        ]
     whys = dict.fromkeys(error["msg"].removeprefix("Input should be ") for error in errors)
-    should = "" if any(why.startswith(("Tuple", "List", "Field", "Dict", "Value")) for why in whys) else " should be"
-    return [f"{_given(key, _value(key, composed), composed)}{should or ':'} {' or '.join(WORDS.get(why, why) for why in whys)}."]
+    should = (
+        ""
+        if any(why.startswith(("Tuple", "List", "Field", "Dict", "Value")) for why in whys)
+        else " should be"
+    )
+    return [
+        f"{_given(key, _value(key, composed), composed)}{should or ':'} {' or '.join(WORDS.get(why, why) for why in whys)}."
+    ]
 
 
 def _value(key: str, composed: Composed) -> Any:
@@ -242,7 +302,9 @@ def _suggestion(key: str, composed: Composed) -> str:
     for pool in (beside, known):
         names = difflib.get_close_matches(leaf, [full.rpartition(".")[2] for full in pool], n=1, cutoff=0.6)
         if names:
-            best = difflib.get_close_matches(key, [full for full in pool if full.rpartition(".")[2] == names[0]], n=1, cutoff=0)
+            best = difflib.get_close_matches(
+                key, [full for full in pool if full.rpartition(".")[2] == names[0]], n=1, cutoff=0
+            )
             return f" Did you mean {best[0]!r}?"
     return f" There is: {', '.join(beside or [*ROOT, *SECTIONS])}."
 

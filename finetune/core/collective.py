@@ -95,7 +95,10 @@ def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
     """Consecutive ones of one type and device, at most ``BUCKET`` entries together unless one has more."""
     bucket: list[Tensor] = []
     for p in parameters:
-        if bucket and (sum(q.numel() for q in bucket) + p.numel() > BUCKET or (p.dtype, p.device) != (bucket[0].dtype, bucket[0].device)):
+        if bucket and (
+            sum(q.numel() for q in bucket) + p.numel() > BUCKET
+            or (p.dtype, p.device) != (bucket[0].dtype, bucket[0].device)
+        ):
             yield bucket
             bucket = []
         bucket.append(p)

@@ -54,12 +54,21 @@ class InPlace(Part):
         self._hooks: list[RemovableHandle] = []
         for name in names:
             old = parameters[name]
-            self._places[name] = [(model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, p in uses if p is old]
-            self.register_parameter(self._key(name), nn.Parameter(old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=keep)))
+            self._places[name] = [
+                (model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, p in uses if p is old
+            ]
+            self.register_parameter(
+                self._key(name),
+                nn.Parameter(old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=keep)),
+            )
             if keep:
                 self.register_buffer(self._key(name) + ":original", old.detach(), persistent=False)
             if old.dtype != self.get_parameter(self._key(name)).dtype:
-                self._hooks += [hook for owner, leaf in self._places[name] for hook in _cast_while_running(owner, leaf, old.dtype)]
+                self._hooks += [
+                    hook
+                    for owner, leaf in self._places[name]
+                    for hook in _cast_while_running(owner, leaf, old.dtype)
+                ]
         self._install(self.trained())
 
     @staticmethod
@@ -75,7 +84,9 @@ class InPlace(Part):
         if self.keep:
             tensors = {n: self.get_buffer(self._key(n) + ":original") for n in self.names}
         elif self.source is None:
-            raise RuntimeError("the base's own tensors can only be read again where the model came from a file")
+            raise RuntimeError(
+                "the base's own tensors can only be read again where the model came from a file"
+            )
         else:
             device = next(self.parameters()).device
             tensors = {n: t.to(device) for n, t in self.source() if n in self._places}

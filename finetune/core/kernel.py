@@ -123,7 +123,11 @@ class Kernel(Delta):
 
     def _add_block(self, weight: Tensor, kernel: Tensor, gate: float, cut: float) -> None:
         factor = kernel.abs()
-        factor = factor.sub_(cut).relu_() if self.method.sparsifier == "paper" else F.threshold(factor, cut, 0.0, inplace=True)
+        factor = (
+            factor.sub_(cut).relu_()
+            if self.method.sparsifier == "paper"
+            else F.threshold(factor, cut, 0.0, inplace=True)
+        )
         weight.addcmul_(kernel, factor, value=gate)
 
     @torch.no_grad()

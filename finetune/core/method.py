@@ -35,9 +35,15 @@ class Run:
     total: int
     generator: torch.Generator
     evaluate: Callable[[Any], Tensor]
-    upcoming: Callable[[int], list[list[Any]]]  # the micro-batches of the next so many steps; None where this process has no example
-    backward: Callable[[Any, list[Any], bool], None]  # one of a step's micro-batches, outside training: only a bank's ``watch`` sees the gradients
-    logits: Callable[[Any], Tensor]  # of a micro-batch in eval mode, at the places that the loss is averaged over: [places, classes]; not exchanged
+    upcoming: Callable[
+        [int], list[list[Any]]
+    ]  # the micro-batches of the next so many steps; None where this process has no example
+    backward: Callable[
+        [Any, list[Any], bool], None
+    ]  # one of a step's micro-batches, outside training: only a bank's ``watch`` sees the gradients
+    logits: Callable[
+        [Any], Tensor
+    ]  # of a micro-batch in eval mode, at the places that the loss is averaged over: [places, classes]; not exchanged
     step: int = 0
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)

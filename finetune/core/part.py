@@ -45,7 +45,9 @@ class Edit(Part):
 
     def on(self, module: nn.Module) -> Edit:
         """Add ``gate * self(y)`` to every output of ``module``; ``detach`` ends it."""
-        self._hook = module.register_forward_hook(lambda _module, _args, y: y + self.gate * self(y) if self.gate else y)
+        self._hook = module.register_forward_hook(
+            lambda _module, _args, y: y + self.gate * self(y) if self.gate else y
+        )
         return self
 
     def detach(self) -> None:
@@ -130,7 +132,9 @@ class Restorable(Delta):
 
 
 @contextmanager
-def changed(weight: Tensor, deltas: Sequence[Delta], kept: Sequence[Kept] | None = None) -> Iterator[tuple[Tensor, list[Kept]]]:
+def changed(
+    weight: Tensor, deltas: Sequence[Delta], kept: Sequence[Kept] | None = None
+) -> Iterator[tuple[Tensor, list[Kept]]]:
     """The weight with the changes of ``deltas`` in it, float32 or wider unless lent, and what the deltas kept, for as long as the block lasts.
 
     Deltas that can restore what they overwrite are lent the weight itself and no copy is made; ``.data`` because autograd's version counter must not
@@ -151,7 +155,9 @@ class _ChangedLinear(torch.autograd.Function):
     """``F.linear(x, weight + changes, bias)``; keeps what the deltas need of the input for backward, never a matrix of the weight's size."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta], *trained: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta], *trained: Tensor
+    ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
@@ -175,7 +181,9 @@ class _ChangedLinear(torch.autograd.Function):
         grads: dict[int, WeightGrad] = {}
         pulled: list[Tensor | None] = []
         for delta, kept, x in zip(ctx.deltas, ctx.kept, ctx.saved_tensors, strict=bool(ctx.saved_tensors)):
-            grad = grads.setdefault(id(x), WeightGrad(flat_y, x.flatten(0, -2), len(grad_y)))  # one product serves all that kept the same
+            grad = grads.setdefault(
+                id(x), WeightGrad(flat_y, x.flatten(0, -2), len(grad_y))
+            )  # one product serves all that kept the same
             pulled += delta.pull(grad, ctx.weight, kept)
         return grad_x, None, grad_bias, None, *(pulled or [None] * len(ctx.needs_input_grad[4:]))
 

@@ -12,7 +12,14 @@ from torch import nn
 
 Table = dict[str, str]  # the end of a module's name -> role; the first match counts
 
-VIT: Table = {"attention.q_proj": "q", "attention.k_proj": "k", "attention.v_proj": "v", "attention.o_proj": "o", "mlp.fc1": "up", "mlp.fc2": "down"}
+VIT: Table = {
+    "attention.q_proj": "q",
+    "attention.k_proj": "k",
+    "attention.v_proj": "v",
+    "attention.o_proj": "o",
+    "mlp.fc1": "up",
+    "mlp.fc2": "down",
+}
 BERT: Table = {
     "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v", "attention.output.dense": "o",
     "intermediate.dense": "up", "output.dense": "down",
@@ -32,7 +39,13 @@ TABLES: dict[str, Table] = {
     "gpt2": GPT2,
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma"], LLAMA),
 }
-HEADS = ("classifier", "pre_classifier", "score", "lm_head", "head")  # of models that do not say where their body is
+HEADS = (
+    "classifier",
+    "pre_classifier",
+    "score",
+    "lm_head",
+    "head",
+)  # of models that do not say where their body is
 
 
 def _table(model: nn.Module) -> Table | None:

@@ -48,7 +48,15 @@ def all_sites(model: nn.Module) -> list[Site]:
         layer: Any = module.base if isinstance(module, Patched) else module
         if is_matrix(layer) and name in role_of:
             shape = tuple(layer.weight.shape)
-            found.append(Site(name, layer, block_of(name), role_of[name], shape[::-1] if type(layer).__name__ == "Conv1D" else shape))
+            found.append(
+                Site(
+                    name,
+                    layer,
+                    block_of(name),
+                    role_of[name],
+                    shape[::-1] if type(layer).__name__ == "Conv1D" else shape,
+                )
+            )
     return found
 
 
@@ -62,18 +70,30 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
     faults: list[str] = []
     for target in targets:
         wanted = GROUPS.get(target, (target,))
-        hits = [s for s in sites if (s.role in wanted and s.role != "head") or fnmatchcase(s.name, target) or fnmatchcase(s.name, f"*.{target}")]
+        hits = [
+            s
+            for s in sites
+            if (s.role in wanted and s.role != "head")
+            or fnmatchcase(s.name, target)
+            or fnmatchcase(s.name, f"*.{target}")
+        ]
         if not hits:
             here = sorted({s.role for s in sites})
             known = [*here, *GROUPS, *sorted({s.name.rsplit(".", 1)[-1] for s in sites})]
-            faults.append(f"method.targets: {target!r} matches no linear layer of this model.{near(target, known)} Roles here: {', '.join(here)}.")
+            faults.append(
+                f"method.targets: {target!r} matches no linear layer of this model.{near(target, known)} Roles here: {', '.join(here)}."
+            )
         chosen |= {s.name: s for s in hits}
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for site in chosen.values():
         if uses[id(site.module.weight)] > 1:
-            faults.append(f"method.targets: {site.name} shares its weight with another layer, so a change here would act there too; leave it out.")
+            faults.append(
+                f"method.targets: {site.name} shares its weight with another layer, so a change here would act there too; leave it out."
+            )
         elif site.role == "head" and site.module.weight.requires_grad:
-            faults.append(f"method.targets: {site.name} is trained already, in place, as the task's head; leave it out.")
+            faults.append(
+                f"method.targets: {site.name} is trained already, in place, as the task's head; leave it out."
+            )
     if faults:
         raise ConfigError(*faults)
     return [s for s in sites if s.name in chosen]

@@ -34,30 +34,50 @@ def is_text(feature: Any) -> bool:
 def is_image(feature: Any) -> bool:
     import datasets
 
-    encoded = isinstance(feature, dict) and "bytes" in feature  # a Parquet struct that nobody marked as an image
+    encoded = (
+        isinstance(feature, dict) and "bytes" in feature
+    )  # a Parquet struct that nobody marked as an image
     return encoded or isinstance(feature, datasets.Image)
 
 
-def choose(table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None) -> Columns:
+def choose(
+    table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None
+) -> Columns:
     """Every named column is checked and every other one guessed; raises ``ConfigError`` with all faults."""
     features, faults = dict(table.features), []
     for option, column in {"text_column": text, "image_column": image, "label_column": label}.items():
         if column is not None and column not in features:
-            faults.append(f"dataset.{option}={column} is not a column.{near(column, features)} The columns are: {', '.join(features)}.")
+            faults.append(
+                f"dataset.{option}={column} is not a column.{near(column, features)} The columns are: {', '.join(features)}."
+            )
     if text and image:
-        faults.append("dataset.text_column and dataset.image_column are both set. A data set has the one or the other.")
-    for option, column, idle in (("text_column", text, "image_classification"), ("label_column", label, "causal_lm")):
+        faults.append(
+            "dataset.text_column and dataset.image_column are both set. A data set has the one or the other."
+        )
+    for option, column, idle in (
+        ("text_column", text, "image_classification"),
+        ("label_column", label, "causal_lm"),
+    ):
         if column and task == idle:
-            faults.append(f"dataset.{option}={column} would not be used by dataset.task={task}. Remove one of the two.")
-    for option, column, kind, fits in (("text_column", text, "text", is_text), ("image_column", image, "images", is_image)):
+            faults.append(
+                f"dataset.{option}={column} would not be used by dataset.task={task}. Remove one of the two."
+            )
+    for option, column, kind, fits in (
+        ("text_column", text, "text", is_text),
+        ("image_column", image, "images", is_image),
+    ):
         if column in features and not fits(features[column]):
-            faults.append(f"dataset.{option}={column} does not hold {kind}. Name another of: {', '.join(features)}.")
+            faults.append(
+                f"dataset.{option}={column} does not hold {kind}. Name another of: {', '.join(features)}."
+            )
     if faults:
         raise ConfigError(*faults)
     return _complete(table, text, image, label, task)
 
 
-def _complete(table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None) -> Columns:
+def _complete(
+    table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None
+) -> Columns:
     features = dict(table.features)
     images = [image] if image else [c for c in features if is_image(features[c]) and c != label]
     if task is None and images and not text:
@@ -71,16 +91,22 @@ def _complete(table: datasets.Dataset, text: str | None, image: str | None, labe
             raise ConfigError(_no_label(table, task))
     if not content:
         texts = [c for c in features if is_text(features[c]) and c != label]
-        content = _one(texts, PROSE_NAMES if task == "causal_lm" else TEXT_NAMES) or _ambiguous(table, "text", texts)
+        content = _one(texts, PROSE_NAMES if task == "causal_lm" else TEXT_NAMES) or _ambiguous(
+            table, "text", texts
+        )
     task = task or "sequence_classification"
     if task == "causal_lm":
         return Columns(task, content, None, [f"Text: column {content}."])
-    return Columns(task, content, label, [f"{'Image' if images else 'Text'}: column {content}. Label: column {label}."])
+    return Columns(
+        task, content, label, [f"{'Image' if images else 'Text'}: column {content}. Label: column {label}."]
+    )
 
 
 def _one(found: list[str], names: tuple[str, ...]) -> str | None:
     """The only column, or the first that has one of the usual names."""
-    return found[0] if len(found) == 1 else next((c for name in names for c in found if c.lower() == name), None)
+    return (
+        found[0] if len(found) == 1 else next((c for name in names for c in found if c.lower() == name), None)
+    )
 
 
 def _labels(table: datasets.Dataset, content: str) -> list[str]:
@@ -110,7 +136,10 @@ def _no_label(table: datasets.Dataset, task: Task | None) -> str:
 
 
 def _ambiguous(table: datasets.Dataset, kind: str, found: list[str]) -> str:
-    several, none = f"Several columns could be the {kind}: {', '.join(found)}", f"No column holds the {kind} among: {', '.join(table.column_names)}"
+    several, none = (
+        f"Several columns could be the {kind}: {', '.join(found)}",
+        f"No column holds the {kind} among: {', '.join(table.column_names)}",
+    )
     raise ConfigError(f"{several if found else none}. Name it by dataset.{kind}_column.")
 
 
@@ -121,7 +150,10 @@ def names_of(table: datasets.Dataset, column: str) -> list[str]:
     feature, values = table.features[column], table.data.column(column).to_pylist()
     if isinstance(feature, datasets.ClassLabel):
         return ["" if v is None or v < 0 else feature.names[v] for v in values]
-    return ["" if v is None else str(int(v)) if isinstance(v, float) and v.is_integer() else str(v) for v in values]
+    return [
+        "" if v is None else str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
+        for v in values
+    ]
 
 
 def missing(table: datasets.Dataset, name: str, columns: Columns) -> list[str]:
@@ -129,12 +161,20 @@ def missing(table: datasets.Dataset, name: str, columns: Columns) -> list[str]:
     faults = []
     for column in filter(None, (columns.content, columns.label)):
         if column not in table.column_names:
-            faults.append(f"{name} has no column {column}, which the training data has. Its columns are: {', '.join(table.column_names)}.")
+            faults.append(
+                f"{name} has no column {column}, which the training data has. Its columns are: {', '.join(table.column_names)}."
+            )
             continue
-        absent = [i for i, v in enumerate(names_of(table, column)) if not v] if column == columns.label else _nulls(table, column)
+        absent = (
+            [i for i, v in enumerate(names_of(table, column)) if not v]
+            if column == columns.label
+            else _nulls(table, column)
+        )
         if absent:
             where = f"first: row {absent[0]}, counted from 0"
-            faults.append(f"{name}: {len(absent)} rows have nothing in column {column} ({where}). Fill or remove them.")
+            faults.append(
+                f"{name}: {len(absent)} rows have nothing in column {column} ({where}). Fill or remove them."
+            )
     return faults
 
 

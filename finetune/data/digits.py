@@ -16,8 +16,16 @@ from .dataset import Dataset, Raw, Row
 from .splits import cut, spread
 
 SIZES = {"train": 1000, "val": 200, "test": 597}
-SIDE, HEIGHT, WIDTH = 107, 427, 640  # of a piece and of a photograph, in pixels; neighbouring pieces overlap by half
-PIECES = [(top, left) for top in range(0, HEIGHT - SIDE + 1, SIDE // 2) for left in range(0, WIDTH - SIDE + 1, SIDE // 2)]
+SIDE, HEIGHT, WIDTH = (
+    107,
+    427,
+    640,
+)  # of a piece and of a photograph, in pixels; neighbouring pieces overlap by half
+PIECES = [
+    (top, left)
+    for top in range(0, HEIGHT - SIDE + 1, SIDE // 2)
+    for left in range(0, WIDTH - SIDE + 1, SIDE // 2)
+]
 
 
 @register("digits")
@@ -37,7 +45,11 @@ class Digits(Dataset):
         pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0..16
 
         def row(i: int) -> Row:
-            return {"id": f"digit-{i:04d}", "image": Image.fromarray(pixels[i]).convert("RGB"), "label": labels[i]}
+            return {
+                "id": f"digit-{i:04d}",
+                "image": Image.fromarray(pixels[i]).convert("RGB"),
+                "label": labels[i],
+            }
 
         parts = cut(spread(labels, seed=0), *SIZES.values())
         splits = {split: [row(i) for i in part] for split, part in zip(SIZES, parts, strict=True)}
@@ -61,6 +73,10 @@ def _pieces(count: int) -> list[Row]:
     random.Random(0).shuffle(places)
     photos = {name: Image.open(_shipped(f"images/{name}.jpg")).convert("RGB") for name in ("china", "flower")}
     return [
-        {"id": f"{name}-{top}-{left}", "image": photos[name].crop((left, top, left + SIDE, top + SIDE)), "label": 0}
+        {
+            "id": f"{name}-{top}-{left}",
+            "image": photos[name].crop((left, top, left + SIDE, top + SIDE)),
+            "label": 0,
+        }
         for name, top, left in places[:count]
     ]

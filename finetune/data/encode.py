@@ -48,7 +48,9 @@ class Images(Dataset[Item]):
         if i in self.kept:
             return self.kept[i]
         row = self.rows[i]
-        pixels: Tensor = self.processor(images=row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
+        pixels: Tensor = self.processor(images=row["image"].convert("RGB"), return_tensors="pt")[
+            "pixel_values"
+        ][0]
         item = {"id": row["id"], "pixel_values": pixels, "label": row["label"]}
         if pixels.numel() * 4 * len(self) <= KEPT_BYTES:
             self.kept[i] = item
@@ -71,9 +73,16 @@ class Tokens(Dataset[Item]):
 def texts(rows: Sequence[Row], tokenizer: Any, length: int) -> list[Item]:
     """One item a row, cut to ``length`` tokens; padding is left to ``collate``."""
     rows = list(rows)
-    ids = tokenizer([row["text"] for row in rows], truncation=True, max_length=length)["input_ids"] if rows else []
+    ids = (
+        tokenizer([row["text"] for row in rows], truncation=True, max_length=length)["input_ids"]
+        if rows
+        else []
+    )
     pad = tokenizer.pad_token_id
-    return [{"id": row["id"], "input_ids": tokens, "label": row["label"], "pad": pad} for row, tokens in zip(rows, ids, strict=True)]
+    return [
+        {"id": row["id"], "input_ids": tokens, "label": row["label"], "pad": pad}
+        for row, tokens in zip(rows, ids, strict=True)
+    ]
 
 
 def windows(row: Row, tokenizer: Any, length: int) -> list[Item]:
@@ -82,7 +91,13 @@ def windows(row: Row, tokenizer: Any, length: int) -> list[Item]:
     A window's bytes reach from its first token to the next window's first token: together they are the bytes of the text.
     """
     text, start = row["text"], start_token(tokenizer)
-    coded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, verbose=False)
+    coded = tokenizer(
+        text,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        verbose=False,
+    )
     ids, firsts = coded["input_ids"], [first for first, _ in coded["offset_mapping"]]
     before = [0, *accumulate(len(char.encode()) for char in text)]  # UTF-8 bytes before each character
     items = []
@@ -90,7 +105,14 @@ def windows(row: Row, tokenizer: Any, length: int) -> list[Item]:
         right = left + length - 1
         begin = 0 if n == 0 else before[firsts[left]]
         end = before[firsts[right]] if right < len(ids) else before[-1]
-        items.append({"id": f"{row['id']}#{n}", "input_ids": [start, *ids[left:right]], "bytes": end - begin, "pad": start})
+        items.append(
+            {
+                "id": f"{row['id']}#{n}",
+                "input_ids": [start, *ids[left:right]],
+                "bytes": end - begin,
+                "pad": start,
+            }
+        )
     return items
 
 
@@ -99,7 +121,9 @@ def start_token(tokenizer: Any) -> int:
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
-    raise ConfigError("The tokenizer has neither a bos nor an eos token, and a window of text must start with one. Set one in tokenizer_config.json.")
+    raise ConfigError(
+        "The tokenizer has neither a bos nor an eos token, and a window of text must start with one. Set one in tokenizer_config.json."
+    )
 
 
 def fitting_length(asked: int | None, tokenizer: Any) -> int:
@@ -108,7 +132,9 @@ def fitting_length(asked: int | None, tokenizer: Any) -> int:
     if asked is None:
         return min(limit, LONGEST)
     if asked > limit:
-        raise ConfigError(f"dataset.length={asked} is more than the {limit} tokens that the model's tokenizer allows. Lower it to at most {limit}.")
+        raise ConfigError(
+            f"dataset.length={asked} is more than the {limit} tokens that the model's tokenizer allows. Lower it to at most {limit}."
+        )
     return asked
 
 
@@ -119,16 +145,25 @@ def encode(raw: Raw, processor: Any, length: int | None = None) -> dict[str, Dat
     size = fitting_length(length or raw.length, processor)
     if raw.task == "sequence_classification":
         return {split: Tokens(texts(rows, processor, size)) for split, rows in raw.splits.items()}
-    found = {split: [item for row in rows for item in windows(row, processor, size)] for split, rows in raw.splits.items()}
+    found = {
+        split: [item for row in rows for item in windows(row, processor, size)]
+        for split, rows in raw.splits.items()
+    }
     if empty := [split for split, items in found.items() if not items]:
-        raise ConfigError(*(f"The {split} split of the data set holds no text. Give one that does." for split in empty))
+        raise ConfigError(
+            *(f"The {split} split of the data set holds no text. Give one that does." for split in empty)
+        )
     return {split: Tokens(items) for split, items in found.items()}
 
 
 def collate(items: Sequence[Item]) -> Batch:
     """A batch of items; token rows are padded on the right to the longest."""
     ids = [item["id"] for item in items]
-    inputs = padded(items) if "input_ids" in items[0] else {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+    inputs = (
+        padded(items)
+        if "input_ids" in items[0]
+        else {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
+    )
     if "label" in items[0]:
         return Batch(ids, inputs, torch.tensor([item["label"] for item in items]), None)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
@@ -139,6 +174,10 @@ def collate(items: Sequence[Item]) -> Batch:
 def padded(items: Sequence[Item]) -> dict[str, Tensor]:
     """input_ids and attention_mask, int64 ``[n, longest]``."""
     width = max(len(item["input_ids"]) for item in items)
-    ids = torch.tensor([item["input_ids"] + [item["pad"]] * (width - len(item["input_ids"])) for item in items])
-    mask = torch.tensor([[1] * len(item["input_ids"]) + [0] * (width - len(item["input_ids"])) for item in items])
+    ids = torch.tensor(
+        [item["input_ids"] + [item["pad"]] * (width - len(item["input_ids"])) for item in items]
+    )
+    mask = torch.tensor(
+        [[1] * len(item["input_ids"]) + [0] * (width - len(item["input_ids"])) for item in items]
+    )
     return {"input_ids": ids, "attention_mask": mask}

@@ -28,15 +28,21 @@ class Hub(Table):
         import datasets
 
         if Path(self.path).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
-            raise ConfigError(f"dataset.path={self.path} is not the id of a data set on the hub. For files here use dataset=csv, jsonl or parquet.")
+            raise ConfigError(
+                f"dataset.path={self.path} is not the id of a data set on the hub. For files here use dataset=csv, jsonl or parquet."
+            )
         try:
             with hushed(), nullcontext() if self.download else offline():
                 found = datasets.load_dataset(self.path, self.config, revision=self.revision)
-        except Exception as error:  # missing, private, gated, of an unknown format, no network: each has its own exception
+        except (
+            Exception
+        ) as error:  # missing, private, gated, of an unknown format, no network: each has its own exception
             raise ConfigError(self.fault(error)) from error
         splits = {split: name for name in reversed(list(found)) if (split := split_of(name))}
         if "train" not in splits:
-            raise ConfigError(f"dataset.path={self.path} has no train split. Its splits are: {', '.join(found)}.")
+            raise ConfigError(
+                f"dataset.path={self.path} has no train split. Its splits are: {', '.join(found)}."
+            )
         notes = [f"Left out: the split {name}." for name in found if name not in splits.values()]
         return [Source(split, name, encoded_images(found[name])) for split, name in by_split(splits)], notes
 

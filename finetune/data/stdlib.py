@@ -17,7 +17,11 @@ from ..registry import register
 from .dataset import Dataset, Raw, Row
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
-TENTHS = {"val": range(1), "test": range(1, 3), "train": range(3, 10)}  # of all files, by the hash of their path
+TENTHS = {
+    "val": range(1),
+    "test": range(1, 3),
+    "train": range(3, 10),
+}  # of all files, by the hash of their path
 Bytes = Annotated[int, Ge(1)]
 
 
@@ -36,14 +40,31 @@ class Stdlib(Dataset):
         from pydoc_data.topics import topics
 
         root = Path(sysconfig.get_paths()["stdlib"])
-        names = {split: [name for name in sources(root) if share_of(name) in tenths] for split, tenths in TENTHS.items()}
+        names = {
+            split: [name for name in sources(root) if share_of(name) in tenths]
+            for split, tenths in TENTHS.items()
+        }
         if not all(names.values()):
             cure = "Use a Python that was installed with its library's sources"
-            raise ConfigError(f"dataset=stdlib found {sum(map(len, names.values()))} sources under {root}. {cure}.")
-        splits = {split: take(documents(root, names[split]), getattr(self, f"{split}_bytes")) for split in ("train", "val", "test")}
-        splits["retention"] = take(((f"topics/{name}", text) for name, text in sorted(topics.items())), self.retention_bytes)
-        short = [split for split, rows in splits.items() if sum(len(row["text"].encode()) for row in rows) < getattr(self, f"{split}_bytes")]
-        notes = [f"The standard library has less {split} text than dataset.{split}_bytes asks for; all of it is used." for split in short]
+            raise ConfigError(
+                f"dataset=stdlib found {sum(map(len, names.values()))} sources under {root}. {cure}."
+            )
+        splits = {
+            split: take(documents(root, names[split]), getattr(self, f"{split}_bytes"))
+            for split in ("train", "val", "test")
+        }
+        splits["retention"] = take(
+            ((f"topics/{name}", text) for name, text in sorted(topics.items())), self.retention_bytes
+        )
+        short = [
+            split
+            for split, rows in splits.items()
+            if sum(len(row["text"].encode()) for row in rows) < getattr(self, f"{split}_bytes")
+        ]
+        notes = [
+            f"The standard library has less {split} text than dataset.{split}_bytes asks for; all of it is used."
+            for split in short
+        ]
         return Raw("causal_lm", (), splits, notes, self.length)
 
 
@@ -52,7 +73,9 @@ def sources(root: Path) -> list[str]:
     found = []
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if name not in SKIPPED]
-        found += [(Path(folder) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")]
+        found += [
+            (Path(folder) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")
+        ]
     return sorted(found, key=_digest)
 
 

@@ -57,7 +57,12 @@ class Table(Dataset):
     def read(self) -> Raw:
         sources, notes = self.sources()
         if empty := [source for source in sources if not len(source.table)]:
-            raise ConfigError(*(f"The data set's {source.split} split ({source.name}) has no rows. Give one that has." for source in empty))
+            raise ConfigError(
+                *(
+                    f"The data set's {source.split} split ({source.name}) has no rows. Give one that has."
+                    for source in empty
+                )
+            )
         columns = choose(sources[0].table, self.text_column, self.image_column, self.label_column, self.task)
         sources, dropped = unlabelled(sources, columns)
         if faults := [fault for source in sources for fault in missing(source.table, source.name, columns)]:
@@ -66,21 +71,33 @@ class Table(Dataset):
         splits, drawn = self.divide(sources, columns, numbers)
         return Raw(columns.task, labels, splits, [*notes, *columns.notes, *dropped, *drawn], self.length)
 
-    def divide(self, sources: list[Source], columns: Columns, numbers: dict[str, list[int]]) -> tuple[dict[str, Sequence[Row]], list[str]]:
+    def divide(
+        self, sources: list[Source], columns: Columns, numbers: dict[str, list[int]]
+    ) -> tuple[dict[str, Sequence[Row]], list[str]]:
         """Rows by split; val and test are drawn from train where they were not given."""
         given = {source.split: Rows(source, columns, numbers.get(source.split)) for source in sources}
         train = given["train"]
-        shares = {split: share for split, share in (("val", self.val_share), ("test", self.test_share)) if split not in given}
+        shares = {
+            split: share
+            for split, share in (("val", self.val_share), ("test", self.test_share))
+            if split not in given
+        }
         sizes = {split: max(1, round(share * len(train))) for split, share in shares.items()}
         rest = len(train) - sum(sizes.values())
         if rest < max(1, len(set(train.labels))):
             taken = " and ".join(sizes)
-            raise ConfigError(f"Of {len(train)} rows, {taken} leave {max(0, rest)} to train on. Lower dataset.val_share and dataset.test_share.")
+            raise ConfigError(
+                f"Of {len(train)} rows, {taken} leave {max(0, rest)} to train on. Lower dataset.val_share and dataset.test_share."
+            )
         order = self._turned(spread(train.labels, self.split_seed), sizes.get("test"))
         parts = dict(zip(["train", *sizes], cut(order, rest, *sizes.values()), strict=True))
-        splits: dict[str, Sequence[Row]] = {**given, **{split: train.pick(part) for split, part in parts.items()}}
-        drawn = f"of the {len(train)} rows of {train.name}, drawn with dataset.split_seed={self.split_seed}" + (
-            f" fold={self.fold}" if self.fold else ""
+        splits: dict[str, Sequence[Row]] = {
+            **given,
+            **{split: train.pick(part) for split, part in parts.items()},
+        }
+        drawn = (
+            f"of the {len(train)} rows of {train.name}, drawn with dataset.split_seed={self.split_seed}"
+            + (f" fold={self.fold}" if self.fold else "")
         )
         notes = [f"{split}: {size} {drawn}." for split, size in sizes.items()]
         return {split: splits[split] for split in ("train", "val", "test")}, notes
@@ -89,15 +106,24 @@ class Table(Dataset):
         """``order`` with the fold's stretch of ``size`` at its end. Raises ``ConfigError`` where there is no such fold."""
         folds = len(order) // size if size else 1
         if self.fold >= folds:
-            why = f"a test split of {size} of {len(order)} rows has the folds 0 to {folds - 1}" if size else "the test split is given"
+            why = (
+                f"a test split of {size} of {len(order)} rows has the folds 0 to {folds - 1}"
+                if size
+                else "the test split is given"
+            )
             raise ConfigError(f"dataset.fold={self.fold}: {why}. Choose one of them, or leave it out.")
-        return [*order[len(order) - self.fold * (size or 0) :], *order[: len(order) - self.fold * (size or 0)]]
+        return [
+            *order[len(order) - self.fold * (size or 0) :],
+            *order[: len(order) - self.fold * (size or 0)],
+        ]
 
 
 class Rows(Sequence[Row]):
     """Rows of a table, read when asked for."""
 
-    def __init__(self, source: Source, columns: Columns, labels: list[int] | None, chosen: Sequence[int] | None = None) -> None:
+    def __init__(
+        self, source: Source, columns: Columns, labels: list[int] | None, chosen: Sequence[int] | None = None
+    ) -> None:
         self.source, self.columns, self.name = source, columns, source.name
         self.table = source.table.select_columns([columns.content])
         self.numbers = labels
@@ -137,15 +163,25 @@ def decoded(value: dict[str, Any], name: str) -> Any:
         content = value["bytes"] or Path(value["path"]).read_bytes()
         return datasets.Image().decode_example({"bytes": content, "path": None})
     except Exception as error:  # PIL's decoders raise many kinds for damaged files, and one of its own for images of absurd size
-        raise ConfigError(f"The image {name} of the data set cannot be read ({error}). Replace or remove it.") from error
+        raise ConfigError(
+            f"The image {name} of the data set cannot be read ({error}). Replace or remove it."
+        ) from error
 
 
 def unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Source], list[str]]:
     """Without the given val or test splits that have no label at all, as benchmarks with hidden labels publish them."""
     if columns.label is None:
         return sources, []
-    bare = [s for s in sources if s.split != "train" and columns.label in s.table.column_names and not any(names_of(s.table, columns.label))]
-    return [s for s in sources if s not in bare], [f"The given {s.split} split ({s.name}) has no labels and is left out." for s in bare]
+    bare = [
+        s
+        for s in sources
+        if s.split != "train"
+        and columns.label in s.table.column_names
+        and not any(names_of(s.table, columns.label))
+    ]
+    return [s for s in sources if s not in bare], [
+        f"The given {s.split} split ({s.name}) has no labels and is left out." for s in bare
+    ]
 
 
 def number(sources: list[Source], columns: Columns) -> tuple[tuple[str, ...], dict[str, list[int]]]:
@@ -156,14 +192,22 @@ def number(sources: list[Source], columns: Columns) -> tuple[tuple[str, ...], di
         return (), {}
     names = {source.split: names_of(source.table, columns.label) for source in sources}
     declared = sources[0].table.features[columns.label]
-    labels = list(declared.names) if isinstance(declared, datasets.ClassLabel) else sorted(set(names["train"]), key=_natural)
+    labels = (
+        list(declared.names)
+        if isinstance(declared, datasets.ClassLabel)
+        else sorted(set(names["train"]), key=_natural)
+    )
     faults = []
     if len(set(names["train"])) < 2:
-        faults.append(f"Column {columns.label} has only the label {names['train'][0]!r} in {sources[0].name}. Classification needs at least two.")
+        faults.append(
+            f"Column {columns.label} has only the label {names['train'][0]!r} in {sources[0].name}. Classification needs at least two."
+        )
     for source in sources[1:]:
         if unseen := sorted(set(names[source.split]) - set(labels), key=_natural):
             known = f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
-            faults.append(f"The {source.split} split ({source.name}) has labels that train has not: {known}. Make the splits' labels agree.")
+            faults.append(
+                f"The {source.split} split ({source.name}) has labels that train has not: {known}. Make the splits' labels agree."
+            )
     if faults:
         raise ConfigError(*faults)
     of = {label: i for i, label in enumerate(labels)}

@@ -17,7 +17,9 @@ from typing import Any
 from ..storage.lock import INHERITED
 
 LOADS = "finetune.launch.preload"  # what the server imports
-LOADED_BY = os.getpid()  # in a child, the server, which has loaded this module, too: it may have ended before the child can look
+LOADED_BY = (
+    os.getpid()
+)  # in a child, the server, which has loaded this module, too: it may have ended before the child can look
 
 
 class _Inherited:
@@ -41,7 +43,9 @@ class Forked:
         read, write = os.pipe()
         self.stderr = os.fdopen(read, "rb", buffering=0)
         try:
-            self._process = context(environment).Process(target=_enter, args=(words, environment, _Inherited(write), _Inherited(held)))
+            self._process = context(environment).Process(
+                target=_enter, args=(words, environment, _Inherited(write), _Inherited(held))
+            )
             self._process.start()
         except BaseException:
             self.stderr.close()

@@ -4,7 +4,6 @@ import importlib
 
 import datasets  # noqa: F401
 import pydantic.type_adapter  # noqa: F401
-from transformers import AutoImageProcessor, AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer  # noqa: F401
 from transformers.models.vit import image_processing_pil_vit, modeling_vit  # noqa: F401
 
 from ..registry import PACKAGES, catalog

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from ..config.settings import Config
 from ..errors import ConfigError, FinetuneError, RunFailed, visible
 from ..storage.run_folder import RunFolder
+from ..system.environment import cores, rank
 from ..system.progress import ProgressBar
 from ..system.signals import CODE, Interrupted, Signals
 from .resume import command
@@ -29,10 +30,6 @@ THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 QUIET = "ignore:resource_tracker:UserWarning"  # locks of libraries whose process is ended at once are given back by Python's tracker, which says so
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SEVERED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
-SHARDED = {
-    "ACCELERATE_USE_FSDP": "FSDP", "ACCELERATE_USE_DEEPSPEED": "DeepSpeed", "ACCELERATE_USE_MEGATRON_LM": "Megatron-LM",
-    "ACCELERATE_USE_PARALLELISM_CONFIG": "a parallelism_config",
-}  # fmt: skip
 
 
 class Severed(RunFailed):
@@ -41,26 +38,6 @@ class Severed(RunFailed):
 
 class ProcessFailed(Exception):
     """What another process raised, and nobody expected; its cause is that process's traceback."""
-
-
-def cores() -> int:
-    """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def rank() -> int:
-    """The number of this process, 0 where there is no other."""
-    return int(os.environ.get("RANK", "0"))
-
-
-def sharding(environ: Mapping[str, str]) -> list[str]:
-    """Why the launcher's settings cannot be followed."""
-    return [
-        f"{name}={environ[name]}: {what} splits the base's weights, and changes are chosen in, written into and merged with whole ones. "
-        "Launch with plain data parallelism: `finetune train --processes N`, or `accelerate launch` with a configuration without it."
-        for name, what in SHARDED.items()
-        if environ.get(name, "").lower() in ("1", "true", "yes", "y", "on", "t")
-    ]
 
 
 def severed(error: BaseException) -> bool:
@@ -90,7 +67,9 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
     except RuntimeError as error:
         if not severed(error):
             raise
-        raise Severed(f"Another process of this run has ended, and no other can go on without it. {_whole(folder)}") from error
+        raise Severed(
+            f"Another process of this run has ended, and no other can go on without it. {_whole(folder)}"
+        ) from error
 
 
 def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
@@ -106,7 +85,12 @@ def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(count)]
     with _threads(count):
-        started = start_processes(_work, (count, store.port, os.getpid(), config, folder, [writer for _, writer in pipes]), count, join=False)
+        started = start_processes(
+            _work,
+            (count, store.port, os.getpid(), config, folder, [writer for _, writer in pipes]),
+            count,
+            join=False,
+        )
     assert started is not None
     try:
         killed = _supervise(started.processes)
@@ -114,26 +98,36 @@ def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
         for process in started.processes:
             process.kill()
     words = [reader.recv() for reader, _ in pipes if reader.poll()]
-    _judge([0 if i in killed else process.exitcode for i, process in enumerate(started.processes)], words, folder)
+    _judge(
+        [0 if i in killed else process.exitcode for i, process in enumerate(started.processes)], words, folder
+    )
     return RunFolder(folder).read_result()
 
 
 def _misfits(config: Config, count: int) -> list[str]:
     """Why ``count`` processes cannot be had."""
     if "LOCAL_RANK" in os.environ:
-        return [f"--processes {count} inside of `accelerate launch` or torchrun, which have started processes already; leave one of them out."]
+        return [
+            f"--processes {count} inside of `accelerate launch` or torchrun, which have started processes already; leave one of them out."
+        ]
     if config.train.device == "cpu":
         return []
     import torch
 
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else count
-    return [] if count <= gpus else [f"--processes {count}, but there are {gpus} GPUs here. Take fewer, or train.device=cpu."]
+    return (
+        []
+        if count <= gpus
+        else [f"--processes {count}, but there are {gpus} GPUs here. Take fewer, or train.device=cpu."]
+    )
 
 
 @contextmanager
 def _threads(count: int) -> Iterator[None]:
     """Whoever is started inside gets its share of the cores, unless the user has said how many threads each gets."""
-    ours = {name: str(max(1, cores() // count)) for name in THREADS if name not in os.environ} | {"TORCH_MP_PARALLEL_START": "0"}
+    ours = {name: str(max(1, cores() // count)) for name in THREADS if name not in os.environ} | {
+        "TORCH_MP_PARALLEL_START": "0"
+    }
     ours |= {"PYTHONWARNINGS": QUIET} if "PYTHONWARNINGS" not in os.environ else {}
     os.environ |= ours
     try:
@@ -183,7 +177,9 @@ def _judge(codes: list[int], words: list[dict[str, Any]], folder: Path) -> None:
         if code < 0:
             name = signal.Signals(-code).name
             why = " (out of memory?)" if code == -signal.SIGKILL else ""
-            raise RunFailed(f"Process {i} of {len(codes)} was ended by {name}{why}, and the others with it. {_whole(folder)}")
+            raise RunFailed(
+                f"Process {i} of {len(codes)} was ended by {name}{why}, and the others with it. {_whole(folder)}"
+            )
     words.sort(key=lambda said: (said["severed"], said["at"]))  # causes before what followed from them
     silent = {"code": 1, "lines": [f"The processes ended with the exit codes {codes}."], "trace": ""}
     first: dict[str, Any] = words[0] if words else silent
@@ -194,16 +190,30 @@ def _judge(codes: list[int], words: list[dict[str, Any]], folder: Path) -> None:
     if first["code"] == 2:
         raise ConfigError(*first["lines"])
     if first["trace"]:
-        raise ProcessFailed(f"process {first['rank']} of {len(codes)}: {first['lines'][0]}") from ProcessFailed(first["trace"])
+        raise ProcessFailed(
+            f"process {first['rank']} of {len(codes)}: {first['lines'][0]}"
+        ) from ProcessFailed(first["trace"])
     raise RunFailed(first["lines"][0])
 
 
-def _work(number: int, count: int, port: int, parent: int, config: Config, folder: Path, said: Sequence[Any]) -> None:
+def _work(
+    number: int, count: int, port: int, parent: int, config: Config, folder: Path, said: Sequence[Any]
+) -> None:
     """One of the processes; ``said`` has a pipe for the last words of each."""
     end_with(parent)
     os.setpgid(0, 0)  # a terminal's Ctrl-C is passed on by the launching process, and does not come twice
-    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
+    os.environ |= {
+        "RANK": str(number),
+        "LOCAL_RANK": str(number),
+        "WORLD_SIZE": str(count),
+        "LOCAL_WORLD_SIZE": str(count),
+    }
+    os.environ |= {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": "0",
+    }
     words: dict[str, Any] = {"rank": number, "severed": False, "trace": ""}
     try:
         with Signals() as signals:
@@ -215,7 +225,11 @@ def _work(number: int, count: int, port: int, parent: int, config: Config, folde
         lines = list(error.faults) if isinstance(error, ConfigError) else [visible(str(error))]
         words |= {"code": error.exit_code, "lines": lines, "severed": isinstance(error, Severed)}
     except Exception as error:
-        words |= {"code": 1, "lines": [visible(f"{type(error).__name__}: {error}")], "trace": traceback.format_exc()[-8000:]}
+        words |= {
+            "code": 1,
+            "lines": [visible(f"{type(error).__name__}: {error}")],
+            "trace": traceback.format_exc()[-8000:],
+        }
     said[number].send(words | {"at": time.monotonic()})
     sys.stderr.flush()
     os._exit(words["code"])  # not by way of destructors, which would wait for the others

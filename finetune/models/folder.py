@@ -27,12 +27,18 @@ def find(config: ModelConfig) -> tuple[Path, str]:
     folder = Path(config.path).expanduser()
     if config.path.startswith("builtin:") or folder.is_dir():
         if config.revision is not None:
-            raise ConfigError(f"model.revision={config.revision} means nothing for model.path={config.path}, which is not on the hub. Remove it.")
+            raise ConfigError(
+                f"model.revision={config.revision} means nothing for model.path={config.path}, which is not on the hub. Remove it."
+            )
         return (folder, config.path) if folder.is_dir() else (_builtin(config.path), config.path)
     if folder.exists():
-        raise ConfigError(f"model.path={config.path} is a file. Give the folder that holds config.json and model.safetensors.")
+        raise ConfigError(
+            f"model.path={config.path} is a file. Give the folder that holds config.json and model.safetensors."
+        )
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", config.path):
-        raise ConfigError(f"model.path={config.path}: there is no such folder. Give a folder, a hub id, or builtin:tiny_vit.")
+        raise ConfigError(
+            f"model.path={config.path}: there is no such folder. Give a folder, a hub id, or builtin:tiny_vit."
+        )
     return _hub(config)
 
 
@@ -51,13 +57,19 @@ def _hub(config: ModelConfig) -> tuple[Path, str]:
 
     disable_progress_bars()
     try:
-        found = snapshot_download(config.path, revision=config.revision, allow_patterns=WANTED, local_files_only=not config.download)
+        found = snapshot_download(
+            config.path, revision=config.revision, allow_patterns=WANTED, local_files_only=not config.download
+        )
     except Exception as error:
         if config.download:
             reason = type(error).__name__
-            raise ConfigError(f"model.path={config.path} could not be fetched from the hub ({reason}). Check the id and the network.") from error
+            raise ConfigError(
+                f"model.path={config.path} could not be fetched from the hub ({reason}). Check the id and the network."
+            ) from error
         cure = "Check the path, or set model.download=true to fetch it"
-        raise ConfigError(f"model.path={config.path} is neither a folder here nor in the local hub cache. {cure}.") from error
+        raise ConfigError(
+            f"model.path={config.path} is neither a folder here nor in the local hub cache. {cure}."
+        ) from error
     return Path(found), f"{config.path}@{Path(found).name}"
 
 
@@ -72,27 +84,46 @@ def check_fits(folder: Path, config: ModelConfig, task: str) -> None:
         raise ConfigError(*faults)
     fits = [t for t in TASKS if kind in known[t]]
     if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and not settings.get("is_decoder"):
-        fits = [t for t in fits if t != "causal_lm"]  # bidirectional attention would see the token it must predict
+        fits = [
+            t for t in fits if t != "causal_lm"
+        ]  # bidirectional attention would see the token it must predict
     if task not in fits:
         able = f"It can do {' and '.join(fits)}" if fits else "It can do none of the tasks here"
         cure = "choose another model or dataset"
-        raise ConfigError(f"model.path={config.path} is a {kind}, which does not fit the data set's task {task}. {able}: {cure}.")
+        raise ConfigError(
+            f"model.path={config.path} is a {kind}, which does not fit the data set's task {task}. {able}: {cure}."
+        )
 
 
 def _code(folder: Path, config: ModelConfig, settings: dict[str, Any], known: dict[str, Any]) -> list[str]:
     """What a model's folder asks to be run or read from elsewhere."""
     named, faults = f"model.path={config.path}", []
-    if settings.get("auto_map") and not any(str(settings.get("model_type")) in names for names in known.values()):
+    if settings.get("auto_map") and not any(
+        str(settings.get("model_type")) in names for names in known.values()
+    ):
         cure = "choose a model that the installed transformers knows"
-        faults.append(f"{named} needs Python code of its own (auto_map in its config.json), and such code is never run here; {cure}.")
-    for key, value in ((k, v) for part in (settings, *_inner(settings)) for k, v in part.items() if k.strip("_").endswith("_implementation")):
+        faults.append(
+            f"{named} needs Python code of its own (auto_map in its config.json), and such code is never run here; {cure}."
+        )
+    for key, value in (
+        (k, v)
+        for part in (settings, *_inner(settings))
+        for k, v in part.items()
+        if k.strip("_").endswith("_implementation")
+    ):
         if "/" in str(value):
-            faults.append(f"{named}: its config.json asks for {key}={value!r}, a kernel that would be fetched and run. Remove that line.")
+            faults.append(
+                f"{named}: its config.json asks for {key}={value!r}, a kernel that would be fetched and run. Remove that line."
+            )
     if settings.get("quantization_config"):
-        faults.append(f"{named} is quantized (quantization_config in its config.json), which is not supported. Choose its unquantized form.")
+        faults.append(
+            f"{named} is quantized (quantization_config in its config.json), which is not supported. Choose its unquantized form."
+        )
     if (folder / "adapter_config.json").exists():
         cure = "Merge it first, or remove its files"
-        faults.append(f"{named} holds a peft adapter (adapter_config.json), which may name a base of its own. {cure}.")
+        faults.append(
+            f"{named} holds a peft adapter (adapter_config.json), which may name a base of its own. {cure}."
+        )
     return faults
 
 
@@ -106,7 +137,9 @@ def check_weights(folder: Path, config: ModelConfig) -> int:
         try:
             sizes += [prod(shape) for _, shape in safe.tensors_of(file).values()]
         except (OSError, ValueError) as error:
-            faults.append(f"model.path={config.path}: {file.name} is damaged or cut short ({error}). Copy or download it again.")
+            faults.append(
+                f"model.path={config.path}: {file.name} is damaged or cut short ({error}). Copy or download it again."
+            )
     faults = faults or _too_deep(read_json(folder / "config.json", config), len(sizes), config)
     if faults:
         raise ConfigError(*faults)
@@ -139,7 +172,9 @@ def weight_files(folder: Path, config: ModelConfig) -> list[Path]:
     wrong = [name for name in names if Path(name).name != name or not name.endswith(".safetensors")]
     if fault or wrong:
         what = fault or f"it names {wrong[0]!r}, which is no safetensors file of this folder"
-        raise ConfigError(f"model.path={config.path}: {index.name} cannot be used ({what}). Save the model again with save_pretrained.")
+        raise ConfigError(
+            f"model.path={config.path}: {index.name} cannot be used ({what}). Save the model again with save_pretrained."
+        )
     return [folder / name for name in names]
 
 
@@ -154,11 +189,17 @@ def _absent(folder: Path, file: Path, config: ModelConfig) -> str:
 def read_json(file: Path, config: ModelConfig) -> dict[str, Any]:
     """The object in a JSON file of the model's folder."""
     if not file.is_file():
-        raise ConfigError(f"model.path={config.path} has no {file.name}. Give a folder written by transformers' save_pretrained.")
+        raise ConfigError(
+            f"model.path={config.path} has no {file.name}. Give a folder written by transformers' save_pretrained."
+        )
     try:
         content = json.loads(safe.read(file, safe.JSON_BYTES))  # models write Infinity, too
     except (OSError, ValueError, RecursionError) as error:
-        raise ConfigError(f"model.path={config.path}: {file.name} is not valid JSON ({error}). Copy or download it again.") from error
+        raise ConfigError(
+            f"model.path={config.path}: {file.name} is not valid JSON ({error}). Copy or download it again."
+        ) from error
     if not isinstance(content, dict):
-        raise ConfigError(f"model.path={config.path}: {file.name} holds no JSON object. Copy or download it again.")
+        raise ConfigError(
+            f"model.path={config.path}: {file.name} holds no JSON object. Copy or download it again."
+        )
     return content

@@ -39,7 +39,9 @@ class Base:
     head: tuple[str, ...]
     source: str
     notes: list[str] = field(default_factory=list)
-    again: tuple[ModelConfig, tuple[str, ...], int] | None = field(default=None, repr=False)  # what pristine() reads it by
+    again: tuple[ModelConfig, tuple[str, ...], int] | None = field(
+        default=None, repr=False
+    )  # what pristine() reads it by
 
 
 def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> Base:
@@ -52,17 +54,25 @@ def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> 
         model, head, notes = read_model(folder, config, task, labels, seed)
         processor, said = read_processor(folder, config, task, model)
     if not is_recognised(model):
-        notes.append(f"The layers of a {model.config.model_type} have no names here: every linear layer but the head has the role 'linear'.")
+        notes.append(
+            f"The layers of a {model.config.model_type} have no names here: every linear layer but the head has the role 'linear'."
+        )
     return Base(model, processor, task, head, source, notes + said, (config, labels, seed))
 
 
-def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> tuple[Any, tuple[str, ...], list[str]]:
+def read_model(
+    folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int
+) -> tuple[Any, tuple[str, ...], list[str]]:
     """The frozen model, the names of its head's parameters, and notes."""
     import transformers
 
     named: dict[str, Any] = {}
     if labels:
-        named = {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: i for i, label in enumerate(labels)}}
+        named = {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+        }
     check_fits(folder, config, task)
     try:
         _check_size(folder, config, task, check_weights(folder, config))
@@ -74,17 +84,29 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
             )  # fmt: skip
     except ConfigError:
         raise
-    except Exception as error:  # a config.json that contradicts itself raises whatever the architecture happens to
+    except (
+        Exception
+    ) as error:  # a config.json that contradicts itself raises whatever the architecture happens to
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). Check its config.json.") from error
+        raise ConfigError(
+            f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). Check its config.json."
+        ) from error
     absent = {*info["missing_keys"], *(key for key, *_ in info["mismatched_keys"])}
     names = [name for name, _ in model.named_parameters()]
-    new = [name for name in names if (named and in_head(model, name)) or (name in absent and "pooler" in name)]
+    new = [
+        name for name in names if (named and in_head(model, name)) or (name in absent and "pooler" in name)
+    ]
     if lost := [name for name in names if name in absent and name not in new]:
         what = f"{len(lost)} weights of a {type(model).__name__} are missing or of another shape (first: {lost[0]})"
-        raise ConfigError(f"model.path={config.path}: {what}. Choose a checkpoint that is complete and belongs to its config.json.")
+        raise ConfigError(
+            f"model.path={config.path}: {what}. Choose a checkpoint that is complete and belongs to its config.json."
+        )
     start_head_(model, new, seed)
-    notes = [f"The checkpoint has no {name}: it starts anew and is trained with the head." for name in new if "pooler" in name]
+    notes = [
+        f"The checkpoint has no {name}: it starts anew and is trained with the head."
+        for name in new
+        if "pooler" in name
+    ]
     return model.eval().requires_grad_(False), tuple(new), notes
 
 
@@ -98,7 +120,9 @@ def _check_size(folder: Path, config: ModelConfig, task: str, stored: int) -> No
     described = sum(t.numel() for t in (*model.parameters(), *model.buffers()))
     if described > 2 * stored + SPARE:
         cure = "Choose a checkpoint that is complete and belongs to its config.json"
-        raise ConfigError(f"model.path={config.path}: its config.json describes {described:,} entries, and its weights are {stored:,}. {cure}.")
+        raise ConfigError(
+            f"model.path={config.path}: its config.json describes {described:,} entries, and its weights are {stored:,}. {cure}."
+        )
 
 
 @torch.no_grad()

@@ -26,15 +26,25 @@ def image_processor(folder: Path, config: ModelConfig, model: Any) -> tuple[Any,
     auto: Any = transformers.AutoImageProcessor
     if any((folder / name).is_file() for name in PROCESSORS):
         try:
-            return auto.from_pretrained(folder, backend="pil", local_files_only=True, trust_remote_code=False), []
+            return auto.from_pretrained(
+                folder, backend="pil", local_files_only=True, trust_remote_code=False
+            ), []
         except Exception as error:  # a file that contradicts itself raises whatever the processor happens to
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(f"model.path={config.path}: its image processor cannot be read ({reason}). Repair preprocessor_config.json.") from error
+            raise ConfigError(
+                f"model.path={config.path}: its image processor cannot be read ({reason}). Repair preprocessor_config.json."
+            ) from error
     side = getattr(model.config, "image_size", None)
     if not isinstance(side, int):
-        raise ConfigError(f"model.path={config.path} has no preprocessor_config.json, so its image size is unknown. Add that file.")
-    processor = transformers.ViTImageProcessorPil(size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3)
-    return processor, [f"The model has no preprocessor_config.json: images are resized to {side}x{side} and scaled to [-1, 1]."]
+        raise ConfigError(
+            f"model.path={config.path} has no preprocessor_config.json, so its image size is unknown. Add that file."
+        )
+    processor = transformers.ViTImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.5] * 3, image_std=[0.5] * 3
+    )
+    return processor, [
+        f"The model has no preprocessor_config.json: images are resized to {side}x{side} and scaled to [-1, 1]."
+    ]
 
 
 def tokenizer(folder: Path, config: ModelConfig, model: Any) -> Any:
@@ -46,17 +56,25 @@ def tokenizer(folder: Path, config: ModelConfig, model: Any) -> Any:
     except Exception as error:  # transformers and tokenizers raise many kinds, bare Exception among them
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = "Add tokenizer.json and tokenizer_config.json"
-        raise ConfigError(f"model.path={config.path} has no tokenizer that can be read ({reason}). {cure}.") from error
+        raise ConfigError(
+            f"model.path={config.path} has no tokenizer that can be read ({reason}). {cure}."
+        ) from error
     if not found.is_fast or len(found) == 0:
-        raise ConfigError(f"model.path={config.path} has no tokenizer.json, which is needed to count bytes. Save it again with a fast tokenizer.")
+        raise ConfigError(
+            f"model.path={config.path} has no tokenizer.json, which is needed to count bytes. Save it again with a fast tokenizer."
+        )
     if found.pad_token_id is None:
         if found.eos_token is None:
-            raise ConfigError(f"model.path={config.path}: its tokenizer has neither a padding nor an end token. Set one in tokenizer_config.json.")
+            raise ConfigError(
+                f"model.path={config.path}: its tokenizer has neither a padding nor an end token. Set one in tokenizer_config.json."
+            )
         found.pad_token = found.eos_token
     rows = model.get_input_embeddings().num_embeddings
     if len(found) > rows:
         cure = "They belong to different models: give the model its own tokenizer"
-        raise ConfigError(f"model.path={config.path}: its tokenizer has {len(found)} tokens, but the model embeds {rows}. {cure}.")
+        raise ConfigError(
+            f"model.path={config.path}: its tokenizer has {len(found)} tokens, but the model embeds {rows}. {cure}."
+        )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = found.pad_token_id
     positions = getattr(model.config, "max_position_embeddings", None)

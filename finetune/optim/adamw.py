@@ -43,7 +43,9 @@ class AdamW(torch.optim.AdamW):
         for name in ("step", "exp_avg", "exp_avg_sq") if not state else ():
             state[name] = torch.zeros_like(p)
         size = CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
-        views = (t.view(-1).split(size) for t in (p, grad, state["step"], state["exp_avg"], state["exp_avg_sq"]))
+        views = (
+            t.view(-1).split(size) for t in (p, grad, state["step"], state["exp_avg"], state["exp_avg_sq"])
+        )
         for parts in zip(*views, strict=True):
             _move_(*parts, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
 

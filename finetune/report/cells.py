@@ -17,7 +17,10 @@ from .views import Data, Style
 
 DASH, MINUS = "\u2013", "\u2212"
 NONE = f'<span class="none">{DASH}</span>'
-RANKS = {"best": ("best", "better than every other row"), "tie": ("top", "no difference to the best mean was shown")}
+RANKS = {
+    "best": ("best", "better than every other row"),
+    "tie": ("top", "no difference to the best mean was shown"),
+}
 
 
 @dataclass(frozen=True)
@@ -55,30 +58,75 @@ def show_p(p: float | None) -> str:
 
 
 def _cost(key: str, head: str, words: str, text: Callable[[Any], str]) -> Column:
-    return Column(head, words, lambda row: row.get(key), lambda row: NONE if row.get(key) is None else escape(text(row[key])))
+    return Column(
+        head,
+        words,
+        lambda row: row.get(key),
+        lambda row: NONE if row.get(key) is None else escape(text(row[key])),
+    )
 
 
 def columns(comparison: Data) -> list[Column]:
     """All columns but the row's name, which stands in front of them."""
     metric = comparison["metric"]
-    settings = [key for key in comparison["by"] if any(not row["label"].startswith(show_setting(row["by"].get(key))) for row in comparison["rows"])]
-    made = [Column(key, f"the setting {key}", _setting_of(key), _setting_cell(key), False) for key in settings]
+    settings = [
+        key
+        for key in comparison["by"]
+        if any(not row["label"].startswith(show_setting(row["by"].get(key))) for row in comparison["rows"])
+    ]
+    made = [
+        Column(key, f"the setting {key}", _setting_of(key), _setting_cell(key), False) for key in settings
+    ]
     unit = ", %" if metric["percent"] else ""
     interval = "mean over seeds, with its 95 % interval (t) over seeds; the bars of all rows share one scale"
-    made.append(Column(f"{views.metric_words(metric)}{unit}", interval, lambda row: row["mean"], _interval_cell(comparison)))
-    made.append(Column("seeds", "finished runs of those that were started, and what became of the others", _lost, _seeds_cell))
+    made.append(
+        Column(
+            f"{views.metric_words(metric)}{unit}",
+            interval,
+            lambda row: row["mean"],
+            _interval_cell(comparison),
+        )
+    )
+    made.append(
+        Column(
+            "seeds",
+            "finished runs of those that were started, and what became of the others",
+            _lost,
+            _seeds_cell,
+        )
+    )
     if any(row["versus"] for row in comparison["rows"]):
-        against = ", ".join(dict.fromkeys(row["versus"]["against"] for row in comparison["rows"] if row["versus"]))
+        against = ", ".join(
+            dict.fromkeys(row["versus"]["against"] for row in comparison["rows"] if row["versus"])
+        )
         head, words = (
             f"to {against}",
             f"difference to {against} with its 95 % interval, and p after Holm's correction; a tie is not told apart from it",
         )
-        made.append(Column(head, words, lambda row: (row["versus"] or {}).get("difference"), lambda row: _versus_cell(metric, row)))
+        made.append(
+            Column(
+                head,
+                words,
+                lambda row: (row["versus"] or {}).get("difference"),
+                lambda row: _versus_cell(metric, row),
+            )
+        )
     if any(row["retention"] for row in comparison["rows"]):
         words = "the metric on data that the model should not forget"
-        kept = {"name": "retention.accuracy" if comparison["task"] == "classification" else "retention.bits_per_byte"}
+        kept = {
+            "name": "retention.accuracy"
+            if comparison["task"] == "classification"
+            else "retention.bits_per_byte"
+        }
         head = f"retention{', %' if comparison['task'] == 'classification' else ', bits per byte'}"
-        made.append(Column(head, words, lambda row: (row["retention"] or {}).get("mean"), lambda row: _retention_cell(kept, row)))
+        made.append(
+            Column(
+                head,
+                words,
+                lambda row: (row["retention"] or {}).get("mean"),
+                lambda row: _retention_cell(kept, row),
+            )
+        )
     made += [
         _cost("trained", "trained", "parameters that the optimizer updates", lambda value: f"{value:,}"),
         _cost("stored_bytes", "stored", "size of the files of the trained change", show_bytes),
@@ -86,7 +134,14 @@ def columns(comparison: Data) -> list[Column]:
         _cost("peak_memory_bytes", "peak memory", "the most that any seed had in use at once", show_bytes),
     ]
     if any(row["trials"] is not None for row in comparison["rows"]):
-        made.append(_cost("trials", "tuning trials", "how many values of the tuned setting were tried on validation", str))
+        made.append(
+            _cost(
+                "trials",
+                "tuning trials",
+                "how many values of the tuned setting were tried on validation",
+                str,
+            )
+        )
     return made
 
 
@@ -101,7 +156,12 @@ def _setting_cell(key: str) -> Callable[[Data], str]:
 def _interval_cell(comparison: Data) -> Callable[[Data], str]:
     """Mean and interval in numbers, and as a bar on a scale that all rows share."""
     metric, looks = comparison["metric"], views.styles(comparison)
-    ends = [value for row in comparison["rows"] for value in (row["mean"], row["low"], row["high"]) if value is not None]
+    ends = [
+        value
+        for row in comparison["rows"]
+        for value in (row["mean"], row["low"], row["high"])
+        if value is not None
+    ]
     low, span = min(ends, default=0.0), (max(ends, default=1.0) - min(ends, default=0.0)) or 1.0
 
     def cell(row: Data) -> str:
@@ -109,11 +169,17 @@ def _interval_cell(comparison: Data) -> Callable[[Data], str]:
             return NONE
         colour = looks[views.series(row, comparison["by"])].colour
         x = {key: 5 + 90 * (row[key] - low) / span for key in ("mean", "low", "high") if row[key] is not None}
-        bar = f'<line x1="{x["low"]:.1f}" x2="{x["high"]:.1f}" y1="6" y2="6"/>' if "low" in x and "high" in x else ""
+        bar = (
+            f'<line x1="{x["low"]:.1f}" x2="{x["high"]:.1f}" y1="6" y2="6"/>'
+            if "low" in x and "high" in x
+            else ""
+        )
         fill = colour if bar else "none"
         dot = f'<circle cx="{x["mean"]:.1f}" cy="6" r="3.2" fill="{fill}"/>'
         words = f"{show(metric, row['low'])} to {show(metric, row['high'])}" if bar else "one seed"
-        picture = f'<svg class="range" viewBox="0 0 100 12" aria-hidden="true" stroke="{colour}">{bar}{dot}</svg>'
+        picture = (
+            f'<svg class="range" viewBox="0 0 100 12" aria-hidden="true" stroke="{colour}">{bar}{dot}</svg>'
+        )
         return f'<b>{show(metric, row["mean"])}</b>{picture}<span class="interval">{words}</span>'
 
     return cell
@@ -123,7 +189,11 @@ def _versus_cell(metric: Data, row: Data) -> str:
     versus = row["versus"]
     if not versus or versus["difference"] is None:
         return NONE
-    ends = "" if versus["low"] is None else f"{show(metric, versus['low'], sign=True)} to {show(metric, versus['high'], sign=True)}"
+    ends = (
+        ""
+        if versus["low"] is None
+        else f"{show(metric, versus['low'], sign=True)} to {show(metric, versus['high'], sign=True)}"
+    )
     chance = "" if versus["p_holm"] is None else f'<span class="p">p {show_p(versus["p_holm"])}</span>'
     verdict = f'<span class="badge {escape(versus["verdict"])}" title="{escape(versus["test"])}">{escape(versus["verdict"])}</span>'
     return f'{verdict}<b>{show(metric, versus["difference"], sign=True)}</b><span class="interval">{ends} {chance}</span>'
@@ -133,7 +203,11 @@ def _retention_cell(metric: Data, row: Data) -> str:
     found = row["retention"]
     if not found or found["mean"] is None:
         return NONE
-    before = "" if found.get("base") is None else f'<span class="interval">{show(metric, found["base"])} before</span>'
+    before = (
+        ""
+        if found.get("base") is None
+        else f'<span class="interval">{show(metric, found["base"])} before</span>'
+    )
     return f"{show(metric, found['mean'])}{before}"
 
 
@@ -153,9 +227,20 @@ def table(comparison: Data) -> str:
     """The whole table; each row is a body of its own, so that what lies behind it moves with it."""
     shown, looks = columns(comparison), views.styles(comparison)
     order = "descending" if comparison["metric"]["higher_is_better"] else "ascending"
-    heads = [_head(0, "row", "the row's name; a mark stands at the best mean and at those not told apart from it", "none", False)]
+    heads = [
+        _head(
+            0,
+            "row",
+            "the row's name; a mark stands at the best mean and at those not told apart from it",
+            "none",
+            False,
+        )
+    ]
     main = next(i for i, column in enumerate(shown, 1) if column.numeric)
-    heads += [_head(i, column.head, column.words, order if i == main else "none", column.numeric) for i, column in enumerate(shown, 1)]
+    heads += [
+        _head(i, column.head, column.words, order if i == main else "none", column.numeric)
+        for i, column in enumerate(shown, 1)
+    ]
     bodies = [_body(number, row, comparison, shown, looks) for number, row in enumerate(comparison["rows"])]
     return f'<table id="rows"><thead><tr>{"".join(heads)}</tr></thead>{"".join(bodies)}</table>'
 
@@ -166,7 +251,9 @@ def _head(number: int, head: str, words: str, order: str, numeric: bool) -> str:
     return f'<th scope="col"{kind} aria-sort="{order}" title="{escape(words)}">{button}</th>'
 
 
-def _body(number: int, row: Data, comparison: Data, shown: Sequence[Column], looks: Mapping[str, Style]) -> str:
+def _body(
+    number: int, row: Data, comparison: Data, shown: Sequence[Column], looks: Mapping[str, Style]
+) -> str:
     colour = looks[views.series(row, comparison["by"])].colour
     by = {key: show_setting(row["by"].get(key)) for key in comparison["by"]}
     words = escape(" ".join([row["label"], *by.values(), *row["errors"]]).lower())
@@ -185,7 +272,9 @@ def _body(number: int, row: Data, comparison: Data, shown: Sequence[Column], loo
 
 def _cell(column: Column, row: Data) -> str:
     value = column.value(row)
-    known = "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else escape(str(value))
+    known = (
+        "" if value is None or (isinstance(value, float) and not math.isfinite(value)) else escape(str(value))
+    )
     return f'<td{" class=number" if column.numeric else ""} data-value="{known}">{column.cell(row)}</td>'
 
 
@@ -193,7 +282,9 @@ def _details(row: Data, metric: Data) -> str:
     """The exact command, the value of every seed, what failed, and where the runs lie."""
     parts = [f"<dt class=command>command</dt><dd class=command><code>{escape(row['command'])}</code></dd>"]
     if row["values"]:
-        parts.append(f"<dt>every seed</dt><dd>{', '.join(show(metric, value) for value in row['values'])}</dd>")
+        parts.append(
+            f"<dt>every seed</dt><dd>{', '.join(show(metric, value) for value in row['values'])}</dd>"
+        )
     if row.get("examples"):
         low, high = (show(metric, row["examples"][key]) for key in ("low", "high"))
         parts.append(
@@ -205,5 +296,7 @@ def _details(row: Data, metric: Data) -> str:
         parts.append(f"<dt>training</dt><dd>{show_seconds(row['train_seconds'])} in all</dd>")
     if row["errors"]:
         parts.append("<dt>failed with</dt>" + "".join(f"<dd>{escape(error)}</dd>" for error in row["errors"]))
-    parts.append("<dt>runs</dt>" + "".join(f"<dd><code>{escape(str(run))}</code></dd>" for run in row["runs"]))
+    parts.append(
+        "<dt>runs</dt>" + "".join(f"<dd><code>{escape(str(run))}</code></dd>" for run in row["runs"])
+    )
     return f"<dl>{''.join(parts)}</dl>"

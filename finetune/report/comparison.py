@@ -50,7 +50,12 @@ class Comparison:
         score = self.score
         return {
             "format": FORMAT,
-            "metric": {"name": score.name, "words": score.words, "higher_is_better": score.higher_is_better, "percent": score.percent},
+            "metric": {
+                "name": score.name,
+                "words": score.words,
+                "higher_is_better": score.higher_is_better,
+                "percent": score.percent,
+            },
             "task": self.task,
             "by": [name(key) for key in self.keys],
             "baseline": self.baseline,
@@ -95,13 +100,19 @@ class Comparison:
 
     def _of_examples(self, row: Row) -> dict[str, Any] | None:
         """Wilson's interval over the test examples of a single seed's accuracy, and how many they are."""
-        if len(row.finished) != 1 or self.score.name != "test.accuracy" or (found := self.judge.predictions.of(row.finished[0])) is None:
+        if (
+            len(row.finished) != 1
+            or self.score.name != "test.accuracy"
+            or (found := self.judge.predictions.of(row.finished[0])) is None
+        ):
             return None
         low, high = statistics.wilson(int(found.above.sum()), len(found.above))
         return {"count": len(found.above), "low": low, "high": high}
 
 
-def compare(folders: Sequence[Path], by: Sequence[str] = (), metric: str | None = None, baseline: str | None = None) -> Comparison:
+def compare(
+    folders: Sequence[Path], by: Sequence[str] = (), metric: str | None = None, baseline: str | None = None
+) -> Comparison:
     """Compare the runs in ``folders``. Raises ``ConfigError`` where they cannot be: no runs, several tasks, an unknown field, metric or baseline."""
     runs = read(find(folders))
     _one_task(runs)
@@ -109,7 +120,9 @@ def compare(folders: Sequence[Path], by: Sequence[str] = (), metric: str | None 
     keys = axes(runs, by)
     judge = Judge(score)
     rows = group(runs, keys)
-    means = {row.label: plain_statistics.fmean(values.values()) for row in rows if (values := judge.values(row))}
+    means = {
+        row.label: plain_statistics.fmean(values.values()) for row in rows if (values := judge.values(row))
+    }
     sign = -1 if score.higher_is_better else 1
     rows.sort(key=lambda row: (row.label not in means, sign * means.get(row.label, 0.0), row.label))
     against = _baseline(rows, baseline)
@@ -121,7 +134,9 @@ def compare(folders: Sequence[Path], by: Sequence[str] = (), metric: str | None 
     relabelled = judge.relabelled(ranked)
     if relabelled:
         changed = {label: f"{count:,} other labels" for label, count in relabelled.items()}
-        words = f"Test examples of the same id have other labels, so the data differ: {fairness.listed(changed)}."
+        words = (
+            f"Test examples of the same id have other labels, so the data differ: {fairness.listed(changed)}."
+        )
         found.findings.append(fairness.finding("setting", "test labels", changed, words))
     found.notes = notes.of(found, runs)
     return found
@@ -135,8 +150,13 @@ def _one_task(runs: Sequence[Run]) -> None:
             if (value := of(run)) is not None:
                 groups.setdefault(value, []).append(run)
         if len(groups) > 1:
-            told = "; ".join(f"{value}: {len(members)} run{'s' * (len(members) > 1)}, such as {members[0].path}" for value, members in groups.items())
-            raise ConfigError(f"These runs are of {len(groups)} {what}, which one table cannot compare ({told}). Give the folders of one at a time.")
+            told = "; ".join(
+                f"{value}: {len(members)} run{'s' * (len(members) > 1)}, such as {members[0].path}"
+                for value, members in groups.items()
+            )
+            raise ConfigError(
+                f"These runs are of {len(groups)} {what}, which one table cannot compare ({told}). Give the folders of one at a time."
+            )
 
 
 def _data(run: Run) -> str | None:
@@ -155,7 +175,9 @@ def main_key(runs: Sequence[Run]) -> str | None:
     """The key of the task's main metric, of the first run that has it."""
     metrics = (run.result.get("metrics") for run in runs if run.status == "finished")
     tests = (found.get("test") for found in metrics if isinstance(found, dict))
-    return next((metric.key for test in tests if isinstance(test, dict) and (metric := main_metric(test))), None)
+    return next(
+        (metric.key for test in tests if isinstance(test, dict) and (metric := main_metric(test))), None
+    )
 
 
 def _score(runs: Sequence[Run], wanted: str | None) -> Score:
@@ -169,13 +191,23 @@ def _score(runs: Sequence[Run], wanted: str | None) -> Score:
     if not done:
         return Score(wanted)
     options = sorted(set(_numbers(done[0].result)))
-    raise ConfigError(f"--metric {wanted}: no run has it.{near(wanted, options)} The first run has: {', '.join(options)}.")
+    raise ConfigError(
+        f"--metric {wanted}: no run has it.{near(wanted, options)} The first run has: {', '.join(options)}."
+    )
 
 
 def _numbers(tree: Any, prefix: str = "") -> list[str]:
     if isinstance(tree, dict):
-        return [found for key, value in tree.items() for found in _numbers(value, f"{prefix}.{key}" if prefix else str(key))]
-    return [prefix.removeprefix("metrics.")] if isinstance(tree, int | float) and prefix not in ("format", "seed") else []
+        return [
+            found
+            for key, value in tree.items()
+            for found in _numbers(value, f"{prefix}.{key}" if prefix else str(key))
+        ]
+    return (
+        [prefix.removeprefix("metrics.")]
+        if isinstance(tree, int | float) and prefix not in ("format", "seed")
+        else []
+    )
 
 
 def _baseline(rows: Sequence[Row], wanted: str | None) -> Row | None:
@@ -185,11 +217,19 @@ def _baseline(rows: Sequence[Row], wanted: str | None) -> Row | None:
     words = set(wanted.replace(",", " ").split())
     exact = [row for row in rows if row.label == wanted or set(row.label.split()) == words]
     told = [(row, {*row.label.split(), *(shown(value) for value in row.by.values())}) for row in rows]
-    found = exact or [row for row, has in told if words and words <= has | {f"{key}={shown(value)}" for key, value in row.by.items()}]
+    found = exact or [
+        row
+        for row, has in told
+        if words and words <= has | {f"{key}={shown(value)}" for key, value in row.by.items()}
+    ]
     if len(found) == 1:
         return found[0]
     labels = [row.label for row in rows]
-    what = f"could be {', '.join(row.label for row in found)}" if found else f"is no row.{near(wanted, labels)} Rows: {', '.join(labels)}"
+    what = (
+        f"could be {', '.join(row.label for row in found)}"
+        if found
+        else f"is no row.{near(wanted, labels)} Rows: {', '.join(labels)}"
+    )
     raise ConfigError(f"--baseline {wanted} {what}. Give one row as the table names it.")
 
 
@@ -202,16 +242,32 @@ def _judge(found: Comparison, rows: Sequence[Row], baseline: Row | None) -> None
     correct(list(top.values()), better)
     said = {verdict["verdict"] for verdict in top.values()}
     ties = [label for label, verdict in top.items() if verdict["verdict"] == "tie"]
-    found.ranks = dict.fromkeys([rows[0].label, *ties], "tie") if ties else {rows[0].label: "best"} if said == {"worse"} else {}
+    found.ranks = (
+        dict.fromkeys([rows[0].label, *ties], "tie")
+        if ties
+        else {rows[0].label: "best"}
+        if said == {"worse"}
+        else {}
+    )
     found.versus = top
     if baseline is not None:
-        found.versus = {row.label: judge.versus(row, baseline) for row in rows if row is not baseline} if baseline in rows else {}
+        found.versus = (
+            {row.label: judge.versus(row, baseline) for row in rows if row is not baseline}
+            if baseline in rows
+            else {}
+        )
         correct(list(found.versus.values()), better)
     if len(rows) <= ALL_PAIRS:
-        found.tests = [{"a": a.label, "b": b.label, **judge.versus(a, b)} for at, a in enumerate(rows) for b in rows[at + 1 :]]
+        found.tests = [
+            {"a": a.label, "b": b.label, **judge.versus(a, b)}
+            for at, a in enumerate(rows)
+            for b in rows[at + 1 :]
+        ]
         correct(found.tests, better)
     else:
-        found.tests = [{"a": label, "b": verdict["against"], **verdict} for label, verdict in found.versus.items()]
+        found.tests = [
+            {"a": label, "b": verdict["against"], **verdict} for label, verdict in found.versus.items()
+        ]
     for test in found.tests:
         test.pop("against")
 
@@ -227,13 +283,27 @@ def _omnibus(judge: Judge, rows: Sequence[Row]) -> tuple[dict[str, Any] | None, 
         if matrix is None:
             return None, None
         q, df, p = statistics.cochran_q(matrix)
-        return {"test": "cochran q", "statistic": q, "df": df, "p": p, "examples": len(matrix), "rows": len(rows)}, None
+        return {
+            "test": "cochran q",
+            "statistic": q,
+            "df": df,
+            "p": p,
+            "examples": len(matrix),
+            "rows": len(rows),
+        }, None
     sign = -1 if judge.score.higher_is_better else 1
     chi2, p, ranks = statistics.friedman([[sign * found[block] for found in values] for block in blocks])
     cd = statistics.critical_difference(len(rows), len(blocks))
     groups = [[rows[i].label for i in clique] for clique in statistics.cliques(ranks.tolist(), cd)]
     told = {row.label: float(rank) for row, rank in zip(rows, ranks, strict=True)}
-    omnibus = {"test": "friedman", "statistic": chi2, "df": len(rows) - 1, "p": p, "blocks": len(blocks), "rows": len(rows)}
+    omnibus = {
+        "test": "friedman",
+        "statistic": chi2,
+        "df": len(rows) - 1,
+        "p": p,
+        "blocks": len(blocks),
+        "rows": len(rows),
+    }
     return omnibus, {"ranks": told, "cd": cd, "cliques": groups, "blocks": len(blocks)}
 
 
@@ -247,18 +317,33 @@ def _retention(runs: Sequence[Run], key: str) -> dict[str, Any] | None:
     if not found:
         return None
     low, high = statistics.t_interval(found) or (None, None)
-    return {"mean": plain_statistics.fmean(found), "low": low, "high": high, "base": _mean(runs, f"base_retention.{key}")}
+    return {
+        "mean": plain_statistics.fmean(found),
+        "low": low,
+        "high": high,
+        "base": _mean(runs, f"base_retention.{key}"),
+    }
 
 
 def _costs(row: Row) -> dict[str, Any]:
     """Medians over the finished runs; memory and tuning trials at their most."""
-    names = {"trained": "params.trained", "stored_bytes": "stored_bytes", "step_seconds": "cost.step_seconds_median"}
+    names = {
+        "trained": "params.trained",
+        "stored_bytes": "stored_bytes",
+        "step_seconds": "cost.step_seconds_median",
+    }
     names |= {"peak_memory_bytes": "cost.peak_memory_bytes", "train_seconds": "cost.train_seconds"}
     costs: dict[str, Any] = {}
     for short, key in names.items():
         found = [value for run in row.finished if (value := run.number(key)) is not None]
         whole = all(isinstance(value, int) for value in found)
-        middle = max if short == "peak_memory_bytes" else plain_statistics.median_low if whole else plain_statistics.median
+        middle = (
+            max
+            if short == "peak_memory_bytes"
+            else plain_statistics.median_low
+            if whole
+            else plain_statistics.median
+        )
         costs[short] = middle(found) if found else None
     trials = [count for run in row.runs if run.tuning and isinstance(count := run.tuning.get("trials"), int)]
     return {**costs, "trials": max(trials, default=None)}
@@ -275,5 +360,7 @@ def _curve(runs: Sequence[Run], key: str) -> list[dict[str, Any]]:
         values, losses = [value for value, _ in found], [loss for _, loss in found if loss is not None]
         low, high = statistics.t_interval(values) or (None, None)
         loss = plain_statistics.fmean(losses) if losses else None
-        curve.append({"step": step, "mean": plain_statistics.fmean(values), "low": low, "high": high, "loss": loss})
+        curve.append(
+            {"step": step, "mean": plain_statistics.fmean(values), "low": low, "high": high, "loss": loss}
+        )
     return curve

@@ -23,7 +23,14 @@ def check(rows: Sequence[Row], keys: Sequence[str]) -> list[Finding]:
     done = [row for row in rows if row.finished]
     if len(rows) < 2:
         return list(_failures(rows))
-    findings = [*_settings(rows, keys), *_weights(done, keys), *_trained(done), *_trials(rows), *_steps(done), *_seeds(done)]
+    findings = [
+        *_settings(rows, keys),
+        *_weights(done, keys),
+        *_trained(done),
+        *_trials(rows),
+        *_steps(done),
+        *_seeds(done),
+    ]
     return [*findings, *_software(done), *_hardware(done), *_failures(rows)]
 
 
@@ -39,10 +46,16 @@ def _settings(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Finding]:
     for key in varying(run.settings for row in rows for run in row.runs if run.known):
         if key in keys or key in fair or key.startswith(parts):
             continue
-        values = {row.label: ", ".join(shown(value) for value in row.values(key)) for row in rows if any(run.known for run in row.runs)}
+        values = {
+            row.label: ", ".join(shown(value) for value in row.values(key))
+            for row in rows
+            if any(run.known for run in row.runs)
+        }
         if len(set(values.values())) > 1:
             kind = KINDS.get(key, "setting")
-            effect = ", so equal seeds see other batches" if kind == "data order" and key not in REPEATS else ""
+            effect = (
+                ", so equal seeds see other batches" if kind == "data order" and key not in REPEATS else ""
+            )
             yield finding(kind, key, values, f"{name(key)} differs{effect}: {listed(values)}.")
 
 
@@ -83,18 +96,28 @@ def _weights(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Finding]:
 
 
 def _trained(rows: Sequence[Row]) -> Iterator[Finding]:
-    counts = {row.label: [n for run in row.finished if (n := run.number("params.trained")) is not None] for row in rows}
+    counts = {
+        row.label: [n for run in row.finished if (n := run.number("params.trained")) is not None]
+        for row in rows
+    }
     low = min((min(found) for found in counts.values() if found), default=0)
     high = max((max(found) for found in counts.values() if found), default=0)
     if high > TOLERANCE * low:
-        values = {row: " to ".join(f"{n:,.0f}" for n in sorted({min(found), max(found)})) if found else "unknown" for row, found in counts.items()}
+        values = {
+            row: " to ".join(f"{n:,.0f}" for n in sorted({min(found), max(found)})) if found else "unknown"
+            for row, found in counts.items()
+        }
         factor = f"by a factor of {high / low:.3g}" if low else "from none"
         words = f"Trained parameters differ {factor}, from {low:,.0f} to {high:,.0f}; `finetune sweep budget=...` gives every method as many."
         yield finding("trained", "trained parameters", values, words)
 
 
 def _trials(rows: Sequence[Row]) -> Iterator[Finding]:
-    values = {row.label: ", ".join(sorted({_trial(run.tuning) for run in row.runs if run.status == "finished"})) for row in rows if row.finished}
+    values = {
+        row.label: ", ".join(sorted({_trial(run.tuning) for run in row.runs if run.status == "finished"}))
+        for row in rows
+        if row.finished
+    }
     yield from _differ("trials", "tuning trials", values, "Settings were not tuned with as many trials")
 
 
@@ -116,7 +139,10 @@ def _steps(rows: Sequence[Row]) -> Iterator[Finding]:
 
 
 def _seeds(rows: Sequence[Row]) -> Iterator[Finding]:
-    values = {row.label: ", ".join(shown(seed) for seed in dict.fromkeys(run.seed for run in row.finished)) for row in rows}
+    values = {
+        row.label: ", ".join(shown(seed) for seed in dict.fromkeys(run.seed for run in row.finished))
+        for row in rows
+    }
     yield from _differ("seeds", "seeds", values, "Rows were repeated with different seeds")
 
 
@@ -129,18 +155,32 @@ def _software(rows: Sequence[Row]) -> Iterator[Finding]:
     for package in names:
         values = {row.label: _version(row, package) for row in rows}
         yield from _differ("versions", package, values, f"Runs used different versions of {package}")
-    commits = {row.label: re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", _told(row, "git_commit")) for row in rows}
+    commits = {
+        row.label: re.sub(r"\b([0-9a-f]{10})[0-9a-f]{30}\b", r"\1", _told(row, "git_commit")) for row in rows
+    }
     yield from _differ("versions", "commit", commits, "Runs used different commits of finetune")
 
 
 def _version(row: Row, package: str) -> str:
     found = (run.result.get("versions") for run in row.finished)
-    return ", ".join(sorted({str(versions.get(package, "absent")) if isinstance(versions, dict) else "unknown" for versions in found}))
+    return ", ".join(
+        sorted(
+            {
+                str(versions.get(package, "absent")) if isinstance(versions, dict) else "unknown"
+                for versions in found
+            }
+        )
+    )
 
 
 def _hardware(rows: Sequence[Row]) -> Iterator[Finding]:
-    yield from _differ("hardware", "device", {row.label: _told(row, "device") for row in rows}, "Runs used different devices")
-    threads = {row.label: ", ".join(sorted({f"{run.number('threads') or 'unknown'}" for run in row.finished})) for row in rows}
+    yield from _differ(
+        "hardware", "device", {row.label: _told(row, "device") for row in rows}, "Runs used different devices"
+    )
+    threads = {
+        row.label: ", ".join(sorted({f"{run.number('threads') or 'unknown'}" for run in row.finished}))
+        for row in rows
+    }
     yield from _differ("hardware", "threads", threads, "Runs used different numbers of threads")
     kinds = {row.label: _told(row, "cost.peak_memory_kind") for row in rows}
     yield from _differ("hardware", "memory measured as", kinds, "Peak memory was not measured alike")

@@ -26,7 +26,13 @@ CSV_KEYS = (
     "step_seconds", "train_seconds", "peak_memory_bytes", "trials",
 )  # fmt: skip
 VERSUS_KEYS = ("against", "difference", "low", "high", "p", "p_holm", "test", "verdict")
-LATEX = {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "<": r"\textless{}", ">": r"\textgreater{}"}
+LATEX = {
+    "\\": r"\textbackslash{}",
+    "~": r"\textasciitilde{}",
+    "^": r"\textasciicircum{}",
+    "<": r"\textless{}",
+    ">": r"\textgreater{}",
+}
 LATEX |= {mark: f"\\{mark}" for mark in "&%$#_{}"} | {"\n": " ", "[": "{[}"}
 
 
@@ -42,25 +48,51 @@ def columns(data: Data) -> list[Column]:
     """What a table for people shows; columns that would be empty throughout are left out."""
     score, rows = Score(data["metric"]["name"]), data["rows"]
     unit = " %" if score.percent else ""
-    found = [Column(f"{score.words}{unit}", lambda row: score.show(row["mean"])), Column("95 % interval", lambda row: _interval(score, row))]
+    found = [
+        Column(f"{score.words}{unit}", lambda row: score.show(row["mean"])),
+        Column("95 % interval", lambda row: _interval(score, row)),
+    ]
     if any(row["versus"] for row in rows):
         found.append(Column("difference", lambda row: _versus(score, row["versus"])))
         found.append(Column("p", lambda row: _p(row["versus"])))
     if any(row["retention"] for row in rows):
         key = {"classification": "accuracy"}.get(data["task"], "bits_per_byte")
         kept = Score(f"retention.{key}")
-        found.append(Column(f"{kept.words}{' %' * kept.percent}", lambda row: kept.show(row["retention"] and row["retention"]["mean"])))
+        found.append(
+            Column(
+                f"{kept.words}{' %' * kept.percent}",
+                lambda row: kept.show(row["retention"] and row["retention"]["mean"]),
+            )
+        )
     found.append(Column("seeds", _seeds, result=False))
     if any(row["base"] is not None for row in rows):
         found.append(Column("untrained", lambda row: score.show(row["base"]), result=False))
     if any(row["trials"] is not None for row in rows):
-        found.append(Column("tuning trials", lambda row: "none" if row["trials"] is None else str(row["trials"]), result=False))
+        found.append(
+            Column(
+                "tuning trials",
+                lambda row: "none" if row["trials"] is None else str(row["trials"]),
+                result=False,
+            )
+        )
     return [
         *found,
         Column("trained", lambda row: "-" if row["trained"] is None else f"{row['trained']:,}", result=False),
-        Column("stored", lambda row: "-" if row["stored_bytes"] is None else show_bytes(row["stored_bytes"]), result=False),
-        Column("s/step", lambda row: "-" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}", result=False),
-        Column("peak memory", lambda row: "-" if row["peak_memory_bytes"] is None else show_bytes(row["peak_memory_bytes"]), result=False),
+        Column(
+            "stored",
+            lambda row: "-" if row["stored_bytes"] is None else show_bytes(row["stored_bytes"]),
+            result=False,
+        ),
+        Column(
+            "s/step",
+            lambda row: "-" if row["step_seconds"] is None else f"{row['step_seconds']:.3g}",
+            result=False,
+        ),
+        Column(
+            "peak memory",
+            lambda row: "-" if row["peak_memory_bytes"] is None else show_bytes(row["peak_memory_bytes"]),
+            result=False,
+        ),
     ]
 
 
@@ -99,13 +131,21 @@ def terminal(data: Data, width: int) -> list[RenderableType]:
     halves = (
         [_table(data, shown, width)]
         if width >= WIDE
-        else [_table(data, [c for c in shown if c.result], width), _table(data, [c for c in shown if not c.result], width)]
+        else [
+            _table(data, [c for c in shown if c.result], width),
+            _table(data, [c for c in shown if not c.result], width),
+        ]
     )
     ranks = {row["rank"] for row in data["rows"]}
     legend = [words for rank, words in LEGEND.items() if rank in ranks]
     after = [*(["; ".join(legend) + "."] if legend else []), *errors(data), *data["notes"]]
     blank = Text()
-    return [*lines, *(part for half in halves for part in (blank, half)), blank, *(Text(visible(line)) for line in after)]
+    return [
+        *lines,
+        *(part for half in halves for part in (blank, half)),
+        blank,
+        *(Text(visible(line)) for line in after),
+    ]
 
 
 def _table(data: Data, shown: Sequence[Column], width: int) -> Table:
@@ -138,7 +178,10 @@ def fairness(data: Data) -> list[str]:
         return [f"- {finding['words']}" for finding in data["fairness"]]
     if not data["fairness"]:
         return ["Fairness check: the rows differ in nothing but what is compared."]
-    return ["Fairness check: the rows differ in more than what is compared.", *(f"- {finding['words']}" for finding in data["fairness"])]
+    return [
+        "Fairness check: the rows differ in more than what is compared.",
+        *(f"- {finding['words']}" for finding in data["fairness"]),
+    ]
 
 
 def errors(data: Data) -> list[str]:
@@ -158,12 +201,20 @@ def csv(data: Data) -> str:
     out = io.StringIO()
     writer = csv_module.writer(out, lineterminator="\n")
     versus = [f"versus_{key}" for key in VERSUS_KEYS]
-    writer.writerow(["row", *data["by"], "metric", *CSV_KEYS, "retention", "seeds", "values", *versus, "command"])
+    writer.writerow(
+        ["row", *data["by"], "metric", *CSV_KEYS, "retention", "seeds", "values", *versus, "command"]
+    )
     for row in data["rows"]:
         kept, test = row["retention"] or {}, row["versus"] or {}
         lists = [" ".join(str(value) for value in row[key]) for key in ("seeds", "values")]
         plain = [row["by"][key] for key in data["by"]]
-        cells = [*(row[key] for key in CSV_KEYS), kept.get("mean"), *lists, *(test.get(key) for key in VERSUS_KEYS), row["command"]]
+        cells = [
+            *(row[key] for key in CSV_KEYS),
+            kept.get("mean"),
+            *lists,
+            *(test.get(key) for key in VERSUS_KEYS),
+            row["command"],
+        ]
         writer.writerow([_cell(cell) for cell in (row["label"], *plain, data["metric"]["name"], *cells)])
     return out.getvalue()
 
@@ -172,16 +223,24 @@ def _cell(value: Any) -> Any:
     """A text that a spreadsheet would calculate is led by an apostrophe; numbers stay numbers."""
     if not isinstance(value, str):
         return value
-    return f"'{visible(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else visible(value)
+    return (
+        f"'{visible(value)}" if value.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else visible(value)
+    )
 
 
 def markdown(data: Data) -> str:
     """A table with the fairness check above it and the notes below."""
     shown = columns(data)
     lines = [*(line if line.startswith("- ") else f"{line}\n" for line in map(_marked, fairness(data))), ""]
-    lines += [f"| row | {' | '.join(_marked(column.name) for column in shown)} |", f"|---|{'---:|' * len(shown)}"]
+    lines += [
+        f"| row | {' | '.join(_marked(column.name) for column in shown)} |",
+        f"|---|{'---:|' * len(shown)}",
+    ]
     for row in data["rows"]:
-        cells = [_marked(row["label"] + MARKS.get(row["rank"], "")), *(_marked(column.cell(row)) for column in shown)]
+        cells = [
+            _marked(row["label"] + MARKS.get(row["rank"], "")),
+            *(_marked(column.cell(row)) for column in shown),
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     ranks = {row["rank"] for row in data["rows"]}
     after = [words for rank, words in LEGEND.items() if rank in ranks] + errors(data) + list(data["notes"])

@@ -48,15 +48,22 @@ def write(comparison: Data, file: Path) -> None:
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
-        raise ConfigError(f"The report {file} cannot be written: {error.strerror}. Name a file in a folder that you may write to.") from error
+        raise ConfigError(
+            f"The report {file} cannot be written: {error.strerror}. Name a file in a folder that you may write to."
+        ) from error
 
 
 def document(comparison: Data) -> str:
     """The report's HTML, scripts and styles included."""
     drawn = figures(comparison)
     plotly, own = _plotly(), _asset("report.js")
-    sources = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'" for script in (plotly, own))
-    title = views.metric_words(comparison["metric"]) + (f": {TASKS.get(comparison['task'], str(comparison['task']))}" if comparison["task"] else "")
+    sources = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in (plotly, own)
+    )
+    title = views.metric_words(comparison["metric"]) + (
+        f": {TASKS.get(comparison['task'], str(comparison['task']))}" if comparison["task"] else ""
+    )
     return Template(_asset("report.html")).substitute(
         scripts=sources, style=_asset("report.css"), title=escape(title), counts=_counts(comparison), verdict=_verdict(comparison),
         fairness=_fairness(comparison["fairness"]), selects=_selects(comparison), rows=len(comparison["rows"]), table=table(comparison),
@@ -74,7 +81,9 @@ def _plotly() -> str:
     try:
         return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     except (ModuleNotFoundError, FileNotFoundError) as error:
-        raise ConfigError("An HTML report needs the package plotly, which is not installed: pip install plotly") from error
+        raise ConfigError(
+            "An HTML report needs the package plotly, which is not installed: pip install plotly"
+        ) from error
 
 
 def _data(drawn: Sequence[Figure]) -> str:
@@ -92,7 +101,11 @@ def _counts(comparison: Data) -> str:
     finished, lost = sum(row["finished"] for row in rows), sum(row[key] for row in rows for key in LOST)
     by = f" by {' and '.join(comparison['by'])}" if comparison["by"] else ""
     held = f", held against {comparison['baseline']}" if comparison["baseline"] else ""
-    return escape(f"{_many(len(rows), 'row')}{by}, {_many(finished, 'finished run')}" + (f", {lost} that did not finish" if lost else "") + held)
+    return escape(
+        f"{_many(len(rows), 'row')}{by}, {_many(finished, 'finished run')}"
+        + (f", {lost} that did not finish" if lost else "")
+        + held
+    )
 
 
 def _verdict(comparison: Data) -> str:
@@ -103,11 +116,17 @@ def _verdict(comparison: Data) -> str:
         return "No run has finished with this metric, so there is nothing to compare yet."
     unit = " %" if metric["percent"] else ""
     known = best["low"] is not None and best["high"] is not None
-    interval = f"95 % interval {show(metric, best['low'])} to {show(metric, best['high'])}" if known else "one seed, so no interval"
+    interval = (
+        f"95 % interval {show(metric, best['low'])} to {show(metric, best['high'])}"
+        if known
+        else "one seed, so no interval"
+    )
     said = f"Best mean: <b>{escape(best['label'])}</b> with {show(metric, best['mean'])}{unit} ({interval})."
     ties = [row["label"] for row in rows if row["rank"] == "tie" and row is not best]
     if ties:
-        names = ", ".join(f"<b>{escape(name)}</b>" for name in ties[:5]) + (f" and {len(ties) - 5} more" if len(ties) > 5 else "")
+        names = ", ".join(f"<b>{escape(name)}</b>" for name in ties[:5]) + (
+            f" and {len(ties) - 5} more" if len(ties) > 5 else ""
+        )
         said += f" These runs do not tell it apart from {names}."
     if best["rank"] == "best" and len(rows) > 1:
         said += " It is better than every other row that was tested."
@@ -122,8 +141,15 @@ def _fairness(findings: Sequence[Data]) -> str:
 
 
 def _finding(finding: Data) -> str:
-    values = "".join(f'<tr><th scope="row">{escape(str(row))}</th><td>{escape(str(value))}</td></tr>' for row, value in finding["values"].items())
-    shown = f"<details><summary>{escape(str(finding['what']))}, row by row</summary><table>{values}</table></details>" if values else ""
+    values = "".join(
+        f'<tr><th scope="row">{escape(str(row))}</th><td>{escape(str(value))}</td></tr>'
+        for row, value in finding["values"].items()
+    )
+    shown = (
+        f"<details><summary>{escape(str(finding['what']))}, row by row</summary><table>{values}</table></details>"
+        if values
+        else ""
+    )
     return f'<li><span class="kind">{escape(KINDS.get(finding["kind"], str(finding["kind"])))}</span> {escape(finding["words"])}{shown}</li>'
 
 
@@ -132,10 +158,19 @@ def _selects(comparison: Data) -> str:
     made = []
     for number, key in enumerate(comparison["by"]):
         values = list(dict.fromkeys(row["by"].get(key) for row in comparison["rows"]))
-        values.sort(key=lambda value: (value is None, isinstance(value, str), value if isinstance(value, int | float) else 0, str(value)))
+        values.sort(
+            key=lambda value: (
+                value is None,
+                isinstance(value, str),
+                value if isinstance(value, int | float) else 0,
+                str(value),
+            )
+        )
         options = "".join(f"<option>{escape(show_setting(value))}</option>" for value in values)
         if len(values) > 1:
-            made.append(f'<label>{escape(key)} <select data-by="{number}"><option value="*">all</option>{options}</select></label>')
+            made.append(
+                f'<label>{escape(key)} <select data-by="{number}"><option value="*">all</option>{options}</select></label>'
+            )
     return "".join(made)
 
 
@@ -143,13 +178,21 @@ def _chips(comparison: Data) -> str:
     """The legend of all figures: each button hides and shows a series everywhere."""
     made = []
     for name, look in views.styles(comparison).items():
-        picture = f'<svg viewBox="0 0 16 16" fill="{look.colour}" aria-hidden="true">{SHAPES[look.symbol]}</svg>'
-        made.append(f'<button type="button" class="chip" aria-pressed="true" data-series="{escape(name)}">{picture}{escape(name)}</button>')
+        picture = (
+            f'<svg viewBox="0 0 16 16" fill="{look.colour}" aria-hidden="true">{SHAPES[look.symbol]}</svg>'
+        )
+        made.append(
+            f'<button type="button" class="chip" aria-pressed="true" data-series="{escape(name)}">{picture}{escape(name)}</button>'
+        )
     return "".join(made) if len(made) > 1 else ""
 
 
 def _figure(figure: Figure) -> str:
-    wide = " wide" if figure.key in ("curves", "differences", "critical_difference") or figure.key.startswith("by_") else ""
+    wide = (
+        " wide"
+        if figure.key in ("curves", "differences", "critical_difference") or figure.key.startswith("by_")
+        else ""
+    )
     title, height = escape(figure.title), figure.layout["height"]
     plot = f'<div class="plot" id="plot-{escape(figure.key)}" role="img" aria-label="{title}" style="min-height:{height}px"></div>'
     return f'<figure class="card{wide}"><h3>{title}</h3>{plot}<figcaption>{escape(figure.caption)}</figcaption></figure>'
@@ -165,21 +208,46 @@ def _tests(comparison: Data) -> str:
         made.append(f"<p>{escape(f'All rows together, {name}: p {show_p(chance)}; {says}.')}</p>")
     if comparison["tests"]:
         heads = "".join(
-            f'<th scope="col">{head}</th>' for head in ("row", "against", "difference", "95 % interval", "p", "p, Holm", "verdict", "test")
+            f'<th scope="col">{head}</th>'
+            for head in ("row", "against", "difference", "95 % interval", "p", "p, Holm", "verdict", "test")
         )
         lines = "".join(_pair(metric, test) for test in comparison["tests"])
-        inner = f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        made.append(f"<details><summary>{_many(len(comparison['tests']), 'pair')} of rows, tested</summary>{inner}</details>")
-    return f'<section aria-labelledby="h-tests"><h2 id="h-tests">Tests</h2>{"".join(made)}</section>' if made else ""
+        inner = (
+            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
+        )
+        made.append(
+            f"<details><summary>{_many(len(comparison['tests']), 'pair')} of rows, tested</summary>{inner}</details>"
+        )
+    return (
+        f'<section aria-labelledby="h-tests"><h2 id="h-tests">Tests</h2>{"".join(made)}</section>'
+        if made
+        else ""
+    )
 
 
 def _pair(metric: Data, test: Data) -> str:
-    interval = DASH if test["low"] is None else f"{show(metric, test['low'], sign=True)} to {show(metric, test['high'], sign=True)}"
+    interval = (
+        DASH
+        if test["low"] is None
+        else f"{show(metric, test['low'], sign=True)} to {show(metric, test['high'], sign=True)}"
+    )
     chances = [DASH if test[key] is None else f"{test[key]:.2g}" for key in ("p", "p_holm")]
-    cells = [test["a"], test["b"], show(metric, test["difference"], sign=True), interval, *chances, test["verdict"], test["test"]]
+    cells = [
+        test["a"],
+        test["b"],
+        show(metric, test["difference"], sign=True),
+        interval,
+        *chances,
+        test["verdict"],
+        test["test"],
+    ]
     return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
 
 
 def _notes(notes: Sequence[str]) -> str:
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return f'<section aria-labelledby="h-notes"><h2 id="h-notes">Notes</h2><ul>{items}</ul></section>' if items else ""
+    return (
+        f'<section aria-labelledby="h-notes"><h2 id="h-notes">Notes</h2><ul>{items}</ul></section>'
+        if items
+        else ""
+    )

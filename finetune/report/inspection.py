@@ -30,9 +30,15 @@ class InspectionTable:
         heads = ["changed", "bf16", "norm", "rank", "NSS", "angle", *(OVERLAPS[name] for name in overlaps)]
         columns = [Column("", no_wrap=True), *(Column(head, justify="right", no_wrap=True) for head in heads)]
         table = Table(*columns, box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for kind, rows in (("role", self.result["roles"]), ("block", self.result["blocks"]), ("total", [self.result["total"]])):
+        for kind, rows in (
+            ("role", self.result["roles"]),
+            ("block", self.result["blocks"]),
+            ("total", [self.result["total"]]),
+        ):
             for row in rows:
-                table.add_row(_name(kind, row), *_cells(row), *(_multiple(row["overlap"][name]) for name in overlaps))
+                table.add_row(
+                    _name(kind, row), *_cells(row), *(_multiple(row["overlap"][name]) for name in overlaps)
+                )
             table.add_section()
         table.caption = caption(self.result)
         table.caption_justify = "left"
@@ -48,12 +54,22 @@ def _name(kind: str, row: Row) -> str:
 def _cells(row: Row) -> list[str]:
     shares = [f"{100 * row[key]:.3g}%" for key in ("density", "density_bf16")]
     angle = f"{max(row['angle_left'], row['angle_right']):.1f}°"
-    return [*shares, f"{row['relative_norm']:.2g}", f"{row['effective_rank']:.1f}", f"{row['nss']:.2g}", angle]
+    return [
+        *shares,
+        f"{row['relative_norm']:.2g}",
+        f"{row['effective_rank']:.1f}",
+        f"{row['nss']:.2g}",
+        angle,
+    ]
 
 
 def _multiple(overlap: Row) -> str:
     """An overlap as a multiple of chance."""
-    return "-" if overlap["share"] is None or not overlap["chance"] else f"x{overlap['share'] / overlap['chance']:.3g}"
+    return (
+        "-"
+        if overlap["share"] is None or not overlap["chance"]
+        else f"x{overlap['share'] / overlap['chance']:.3g}"
+    )
 
 
 def caption(result: Row) -> str:
@@ -71,10 +87,14 @@ def summary(result: Row) -> list[str]:
     lines = [f"{result['method']}, step {result['step']}, weights in {result['dtype']}"]
     rest = [row for row in result["others"] if row["changed"]]
     if rest:
-        lines.append(f"changed beside the layers: {sum(r['changed'] for r in rest):,} entries of {len(rest)} embeddings, norms, biases and the like")
+        lines.append(
+            f"changed beside the layers: {sum(r['changed'] for r in rest):,} entries of {len(rest)} embeddings, norms, biases and the like"
+        )
     if result["churn"]:
         values = [line["churn"] for line in result["churn"]]
-        lines.append(f"churn: {len(values)} moves, share of new entries {values[0]:.3g} at first, {values[-1]:.3g} at last")
+        lines.append(
+            f"churn: {len(values)} moves, share of new entries {values[0]:.3g} at first, {values[-1]:.3g} at last"
+        )
     return lines
 
 
@@ -83,7 +103,14 @@ def plots(result: Row, folder: Path) -> list[Path]:
     made = []
     folder.mkdir(parents=True, exist_ok=True)
     if result["layers"]:
-        made.append(_heat_map(folder / "density.png", f"share of {MASKS[result['mask']]}", result, lambda rows: _density(rows, result["mask"])))
+        made.append(
+            _heat_map(
+                folder / "density.png",
+                f"share of {MASKS[result['mask']]}",
+                result,
+                lambda rows: _density(rows, result["mask"]),
+            )
+        )
         made.append(_heat_map(folder / "relative_norm.png", "|dW| / |W|", result, _relative))
     if result["churn"]:
         made.append(_curve(folder / "churn.png", result))
@@ -99,10 +126,15 @@ def _relative(rows: Sequence[Row]) -> float:
     return change / weight if weight else 0.0
 
 
-def grid(layers: Sequence[Row], value: Callable[[Sequence[Row]], float]) -> tuple[list[int], list[str], list[list[float]]]:
+def grid(
+    layers: Sequence[Row], value: Callable[[Sequence[Row]], float]
+) -> tuple[list[int], list[str], list[list[float]]]:
     """Blocks, roles, and a value for each pair, NaN where there is no such layer."""
     blocks, roles = sorted({r["block"] for r in layers}), list(dict.fromkeys(r["role"] for r in layers))
-    cells = [[[r for r in layers if (r["block"], r["role"]) == (block, role)] for role in roles] for block in blocks]
+    cells = [
+        [[r for r in layers if (r["block"], r["role"]) == (block, role)] for role in roles]
+        for block in blocks
+    ]
     return blocks, roles, [[value(cell) if cell else math.nan for cell in row] for row in cells]
 
 
@@ -132,7 +164,9 @@ def _heat_map(file: Path, title: str, result: Row, value: Callable[[Sequence[Row
 
 def _curve(file: Path, result: Row) -> Path:
     figure, axes = _figure(5.5, 3.2)
-    axes.plot([line["step"] for line in result["churn"]], [line["churn"] for line in result["churn"]], marker=".")
+    axes.plot(
+        [line["step"] for line in result["churn"]], [line["churn"] for line in result["churn"]], marker="."
+    )
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("share of trained entries that are new")

@@ -47,24 +47,44 @@ class Judge:
         common = [block for block in first if block in second]
         name, found = self._test(a, b, common) if first and second else ("none", None)
         if found is None:
-            difference = float(np.mean(list(first.values())) - np.mean(list(second.values()))) if first and second else None
-            return {"against": b.label, "difference": difference, "low": None, "high": None, "p": None, "test": "none"}
+            difference = (
+                float(np.mean(list(first.values())) - np.mean(list(second.values())))
+                if first and second
+                else None
+            )
+            return {
+                "against": b.label,
+                "difference": difference,
+                "low": None,
+                "high": None,
+                "p": None,
+                "test": "none",
+            }
         return {"against": b.label, **found._asdict(), "test": name}
 
     def _test(self, a: Row, b: Row, common: list[Block]) -> tuple[str, statistics.Estimate | None]:
         first, second = self.values(a), self.values(b)
         splits = sorted({block[1:3] for block in common})  # dataset.split_seed and dataset.fold
         if len(splits) > 1 and (ratio := _ratio(a)) is not None:
-            by_split = [float(np.mean([first[block] - second[block] for block in common if block[1:3] == split])) for split in splits]
+            by_split = [
+                float(np.mean([first[block] - second[block] for block in common if block[1:3] == split]))
+                for split in splits
+            ]
             if a.finished[0].settings.get("dataset.test_share") == 0.5 and _five_by_two(splits):
                 return "5x2cv F", _halvings(np.reshape(by_split, (5, 2)))
             return "corrected resampled t", statistics.corrected_t(by_split, ratio)
         if len(common) > 1:
-            found = self._examples([a.blocks[block] for block in common] + [b.blocks[block] for block in common])
+            found = self._examples(
+                [a.blocks[block] for block in common] + [b.blocks[block] for block in common]
+            )
             if found is not None:
                 values = [self._each(above, below) for above, below in found]
-                return "seeds and examples", statistics.crossed(np.stack(values[: len(common)]) - np.stack(values[len(common) :]))
-            return "paired t over seeds", statistics.corrected_t([first[block] - second[block] for block in common], 0.0)
+                return "seeds and examples", statistics.crossed(
+                    np.stack(values[: len(common)]) - np.stack(values[len(common) :])
+                )
+            return "paired t over seeds", statistics.corrected_t(
+                [first[block] - second[block] for block in common], 0.0
+            )
         if len(first) > 1 and len(second) > 1 and not common:
             return "welch t over seeds", statistics.welch(list(first.values()), list(second.values()))
         pair = (common[0], common[0]) if common else (next(iter(first)), next(iter(second)))
@@ -77,10 +97,16 @@ class Judge:
             return "paired bootstrap", statistics.paired_bootstrap(found[0], found[1])
         right, other = (np.asarray(above, dtype=bool) for above, _ in found)
         b, c = int((right & ~other).sum()), int((~right & other).sum())
-        return "mcnemar mid-p", statistics.bootstrap_counts(b, c, len(right))._replace(p=statistics.mcnemar_midp(b, c))
+        return "mcnemar mid-p", statistics.bootstrap_counts(b, c, len(right))._replace(
+            p=statistics.mcnemar_midp(b, c)
+        )
 
     def _each(self, above: Any, below: Any) -> Any:
-        return np.asarray(above, dtype=float) if self.score.key == "accuracy" else statistics.linearised(above, below)
+        return (
+            np.asarray(above, dtype=float)
+            if self.score.key == "accuracy"
+            else statistics.linearised(above, below)
+        )
 
     def _examples(self, runs: Sequence[Any]) -> list[tuple[Any, Any]] | None:
         """Sums above and below of the examples that all ``runs`` predicted; ``None`` where that is fewer than two."""
@@ -101,12 +127,20 @@ class Judge:
     def matrix(self, rows: Sequence[Row]) -> Any:
         """Right or wrong [examples, rows], of the first block that all rows have; ``None`` where there is none or it is no accuracy."""
         shared = [block for block in rows[0].blocks if all(block in row.blocks for row in rows)]
-        found = self._examples([row.blocks[shared[0]] for row in rows]) if shared and self.score.key == "accuracy" else None
+        found = (
+            self._examples([row.blocks[shared[0]] for row in rows])
+            if shared and self.score.key == "accuracy"
+            else None
+        )
         return None if found is None else np.stack([above for above, _ in found], axis=1)
 
     def relabelled(self, rows: Sequence[Row]) -> dict[str, int]:
         """By row, how many test examples have another true class than in the first one."""
-        firsts = [(row.label, found) for row in rows if self.by_example and row.finished and (found := self.predictions.of(row.finished[0]))]
+        firsts = [
+            (row.label, found)
+            for row in rows
+            if self.by_example and row.finished and (found := self.predictions.of(row.finished[0]))
+        ]
         counts = {label: self.predictions.relabelled(firsts[0][1], found) for label, found in firsts}
         return counts if any(counts.values()) else {}
 

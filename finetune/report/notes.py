@@ -25,14 +25,24 @@ CLAIMS = {
 
 def of(found: Comparison, runs: Sequence[Run]) -> list[str]:
     """One sentence or two a note."""
-    return [*suspects.of(runs), *_seeds(found), *_tests(found), *_data(found), *dict.fromkeys(note for run in runs for note in run.notes)]
+    return [
+        *suspects.of(runs),
+        *_seeds(found),
+        *_tests(found),
+        *_data(found),
+        *dict.fromkeys(note for run in runs for note in run.notes),
+    ]
 
 
 def _seeds(found: Comparison) -> Iterator[str]:
     values = {row.label: len(found.judge.values(row)) for row in found.rows}
     single = [label for label, count in values.items() if count == 1]
     if single:
-        which = "Every row has" if len(single) == len(values) else f"{_few(single)} {'has' if len(single) == 1 else 'have'}"
+        which = (
+            "Every row has"
+            if len(single) == len(values)
+            else f"{_few(single)} {'has' if len(single) == 1 else 'have'}"
+        )
         yield f"{which} a single seed, so nothing is known of how another would do."
     if two := [label for label, count in values.items() if count == 2]:
         yield f"{_few(two)}: two seeds say very little of how seeds vary; three or more find differences that two cannot."

@@ -42,18 +42,24 @@ def write(comparison: Data, folder: Path, kinds: Sequence[str] = ("png", "pdf"))
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script that the font lacks is drawn as boxes
+            warnings.filterwarnings(
+                "ignore", "Glyph .* missing"
+            )  # a name in a script that the font lacks is drawn as boxes
             for key, figure in figures(comparison):
                 made += [_save(figure, folder / f"{key}.{kind}", kind) for kind in kinds]
     except OSError as error:
-        raise ConfigError(f"Plots cannot be written to {folder}: {error.strerror}. Name a folder that you may write to.") from error
+        raise ConfigError(
+            f"Plots cannot be written to {folder}: {error.strerror}. Name a folder that you may write to."
+        ) from error
     return made
 
 
 def _save(figure: Any, file: Path, kind: str) -> Path:
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(temporary, format=kind, dpi=300, metadata={"CreationDate": None} if kind == "pdf" else None)
+        figure.savefig(
+            temporary, format=kind, dpi=300, metadata={"CreationDate": None} if kind == "pdf" else None
+        )
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -114,8 +120,22 @@ def _arms(point: Point, value: float) -> list[list[float]] | None:
 def _draw(axes: Any, point: Point, look: Style, hollow: bool, across: bool = False, **more: Any) -> None:
     """A point with its interval, upright or across."""
     arms = {"xerr": _arms(point, point.x)} if across else {"yerr": _arms(point, point.y)}
-    fill = {"markerfacecolor": "white" if hollow else look.colour, "markeredgecolor": look.colour, "markeredgewidth": 0.8}
-    axes.errorbar(point.x, point.y, **arms, color=look.colour, fmt=MARKERS[look.symbol], elinewidth=0.7, capsize=1.5, **fill, **more)
+    fill = {
+        "markerfacecolor": "white" if hollow else look.colour,
+        "markeredgecolor": look.colour,
+        "markeredgewidth": 0.8,
+    }
+    axes.errorbar(
+        point.x,
+        point.y,
+        **arms,
+        color=look.colour,
+        fmt=MARKERS[look.symbol],
+        elinewidth=0.7,
+        capsize=1.5,
+        **fill,
+        **more,
+    )
 
 
 def _legend(figure: Any, handles: Handles) -> None:
@@ -125,7 +145,12 @@ def _legend(figure: Any, handles: Handles) -> None:
     names = _distinct([name for name, _ in handles])
     for columns in (4, 3, 2, 1):
         legend = figure.legend(
-            [handle for _, handle in handles], names, loc="outside lower center", ncols=columns, handlelength=2.2, columnspacing=1.2
+            [handle for _, handle in handles],
+            names,
+            loc="outside lower center",
+            ncols=columns,
+            handlelength=2.2,
+            columnspacing=1.2,
         )
         box = legend.get_window_extent()
         if box.width <= figure.bbox.width or columns == 1:
@@ -143,19 +168,30 @@ def _distinct(names: Sequence[str]) -> list[str]:
 def _handle(look: Style, line: Any = "none", marked: bool = True) -> Any:
     from matplotlib.lines import Line2D
 
-    return Line2D([], [], color=look.colour, marker=MARKERS[look.symbol] if marked else "none", linestyle=line)
+    return Line2D(
+        [], [], color=look.colour, marker=MARKERS[look.symbol] if marked else "none", linestyle=line
+    )
 
 
 def _pareto(view: views.View, looks: Looks) -> Any:
     figure, axes = _figure(2.2)
-    axes.step([x for x, _ in view.line], [y for _, y in view.line], where="post", color="#888888", linewidth=0.9, zorder=1)
+    axes.step(
+        [x for x, _ in view.line],
+        [y for _, y in view.line],
+        where="post",
+        color="#888888",
+        linewidth=0.9,
+        zorder=1,
+    )
     for point in view.points:
         _draw(axes, point, looks[point.series], point.low is None, alpha=1.0 if point.emphasis else 0.5)
     if view.x.log:
         xs = [point.x for point in view.points]
         _log(axes, views.ticks(min(xs), max(xs)))
     _label(axes, view.x, view.y)
-    _legend(figure, [(name, _handle(looks[name])) for name in sorted({point.series for point in view.points})])
+    _legend(
+        figure, [(name, _handle(looks[name])) for name in sorted({point.series for point in view.points})]
+    )
     return figure
 
 
@@ -165,7 +201,9 @@ def _settings(found: views.Settings, looks: Looks) -> Any:
     for name, points in found.lines.items():
         look = looks[points[0].series]
         dash = DASHES[views.place(found, name) % len(DASHES)]
-        axes.plot([point.x for point in points], [point.y for point in points], color=look.colour, linestyle=dash)
+        axes.plot(
+            [point.x for point in points], [point.y for point in points], color=look.colour, linestyle=dash
+        )
         for point in points:
             _draw(axes, point, look, point.low is None)
         handles.append((name, _handle(look, dash)))
@@ -192,7 +230,12 @@ def _curves(axis: Axis, found: Sequence[views.Curve], looks: Looks) -> Any:
             axes.fill_between(curve.x, curve.low, curve.high, color=look.colour, alpha=0.12, linewidth=0)
         axes.plot(curve.x, curve.y, color=look.colour, linestyle=dash)
         for point in curve.points:
-            _draw(axes, point if len(curve.x) == 1 else replace(point, low=None, high=None), look, hollow=not curve.low)
+            _draw(
+                axes,
+                point if len(curve.x) == 1 else replace(point, low=None, high=None),
+                look,
+                hollow=not curve.low,
+            )
         handles.append((curve.label, _handle(look, dash, marked=bool(curve.points))))
     _label(axes, Axis("optimizer step"), axis)
     _legend(figure, handles)
@@ -225,7 +268,13 @@ def _ranks(found: views.Ranks, looks: Looks) -> Any:
     axes.annotate(f" {found.difference:.3g}", (1 + found.difference, -1), va="center")
     right = max(1 + found.difference, *(point.x for point in found.points))
     for lane, first, last in found.cliques:
-        axes.plot([right + (lane + 2) * (right - 1) / 26] * 2, [first - 0.2, last + 0.2], color="black", linewidth=2.2, solid_capstyle="butt")
+        axes.plot(
+            [right + (lane + 2) * (right - 1) / 26] * 2,
+            [first - 0.2, last + 0.2],
+            color="black",
+            linewidth=2.2,
+            solid_capstyle="butt",
+        )
     _names(axes, found.points, -1.7)
     step = max(1, round(right / 8))
     axes.set_xticks(range(1, int(right) + 1, step))

@@ -62,7 +62,9 @@ class Predictions:
             raise ValueError("it has no rows")
         first, second = (_numbers(table.column(name)) for name in columns)
         if self.key == "accuracy":
-            found = Examples(self._intern(table), (first == second).astype(np.int8), np.ones(1, np.int8), first)
+            found = Examples(
+                self._intern(table), (first == second).astype(np.int8), np.ones(1, np.int8), first
+            )
             value = float(found.above.mean())
         else:
             found = Examples(self._intern(table), first / math.log(2), second.astype(float), None)
@@ -107,7 +109,9 @@ class Predictions:
         if one.ids is other.ids:
             return int((one.labels != other.labels).sum())
         here, there = self.places(one.ids), self.places(other.ids)
-        return sum(bool(one.labels[here[name]] != other.labels[there[name]]) for name in here.keys() & there.keys())
+        return sum(
+            bool(one.labels[here[name]] != other.labels[there[name]]) for name in here.keys() & there.keys()
+        )
 
 
 def _numbers(column: Any) -> Array:

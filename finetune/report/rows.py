@@ -12,7 +12,14 @@ from ..errors import ConfigError, near, visible
 from .runs import Run
 
 REPEATS = ("dataset.split_seed", "dataset.fold")  # like the seed, repetitions and no settings
-FIRST = ("method.name", "selector.name", "model.name", "optimizer.name", "method.schedule.name", "method.sparsity")
+FIRST = (
+    "method.name",
+    "selector.name",
+    "model.name",
+    "optimizer.name",
+    "method.schedule.name",
+    "method.sparsity",
+)
 Block = tuple[Any, ...]
 
 
@@ -35,7 +42,10 @@ class Row:
     @cached_property
     def blocks(self) -> dict[Block, Run]:
         """The seed, the seed of the split, and whatever else differs inside the row."""
-        return {(run.seed, *(plain(run.settings.get(key)) for key in (*REPEATS, *self.inside))): run for run in self.finished}
+        return {
+            (run.seed, *(plain(run.settings.get(key)) for key in (*REPEATS, *self.inside))): run
+            for run in self.finished
+        }
 
     def values(self, key: str) -> list[Any]:
         """The different values of a setting in this row, in order."""
@@ -68,10 +78,20 @@ def axes(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
     """
     known = [run.settings for run in runs if run.known] or [run.settings for run in runs]
     if wanted:
-        return _wanted(wanted, list(dict.fromkeys(key for one in {id(one): one for one in known}.values() for key in one)))
+        return _wanted(
+            wanted,
+            list(dict.fromkeys(key for one in {id(one): one for one in known}.values() for key in one)),
+        )
     differ = [key for key in varying(known) if key not in REPEATS and key not in tuned(runs)]
     chosen: list[str] = []
-    for key in sorted(differ, key=lambda key: (FIRST.index(key) if key in FIRST else len(FIRST), not key.endswith(".name"), key.split(".")[0])):
+    for key in sorted(
+        differ,
+        key=lambda key: (
+            FIRST.index(key) if key in FIRST else len(FIRST),
+            not key.endswith(".name"),
+            key.split(".")[0],
+        ),
+    ):
         if not _follows(key, chosen, known):
             chosen.append(key)
     return [*chosen, *retuned(runs, chosen)] or ["method.name"]
@@ -87,18 +107,27 @@ def _follows(key: str, chosen: Sequence[str], settings: Iterable[Mapping[str, An
     """Whether the values of ``chosen`` determine that of ``key``."""
     seen: dict[Any, str] = {}
     distinct = {id(one): one for one in settings}.values()
-    return all(seen.setdefault(tuple(plain(one.get(c)) for c in chosen), plain(one.get(key))) == plain(one.get(key)) for one in distinct)
+    return all(
+        seen.setdefault(tuple(plain(one.get(c)) for c in chosen), plain(one.get(key))) == plain(one.get(key))
+        for one in distinct
+    )
 
 
 def _wanted(words: Sequence[str], keys: Sequence[str]) -> list[str]:
     found, faults = dict[str, None](), []
     for word in words:
-        options = [key for key in (word, f"{word}.name", f"method.{word}") if key in keys] or [key for key in keys if key.endswith(f".{word}")]
+        options = [key for key in (word, f"{word}.name", f"method.{word}") if key in keys] or [
+            key for key in keys if key.endswith(f".{word}")
+        ]
         if word == "seed" or word in REPEATS:
-            faults.append(f"--by {word}: rows are means over it. Give settings, such as --by method,sparsity.")
+            faults.append(
+                f"--by {word}: rows are means over it. Give settings, such as --by method,sparsity."
+            )
         elif len(options) != 1 and word not in options:
             what = f"could be {', '.join(options)}" if options else "is no setting of these runs."
-            faults.append(f"--by {word} {what}{near(word, [name(key) for key in keys])} Settings: {', '.join(name(key) for key in keys)}.")
+            faults.append(
+                f"--by {word} {what}{near(word, [name(key) for key in keys])} Settings: {', '.join(name(key) for key in keys)}."
+            )
         else:
             found[options[0]] = None
     if faults:
@@ -119,7 +148,10 @@ def shown(value: Any) -> str:
 def label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
     """``lora rank=8``: choices by their name, values with theirs; what a method lacks is left out."""
     told = {key: shown(by[name(key)]) for key in keys if by[name(key)] is not None}
-    words = [value if key.endswith(".name") else f"{name(key).removeprefix('method.')}={value}" for key, value in told.items()]
+    words = [
+        value if key.endswith(".name") else f"{name(key).removeprefix('method.')}={value}"
+        for key, value in told.items()
+    ]
     return " ".join(words) or " ".join(f"no {name(key)}" for key in keys)
 
 
@@ -131,7 +163,12 @@ def labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
         alike.setdefault(plain([by[name(key)] for key in choices]), []).append(by)
     told = {
         which: [
-            k for k in keys if k in choices or not k.startswith("method.") or k == "method.sparsity" or len({plain(by[name(k)]) for by in of}) > 1
+            k
+            for k in keys
+            if k in choices
+            or not k.startswith("method.")
+            or k == "method.sparsity"
+            or len({plain(by[name(k)]) for by in of}) > 1
         ]
         for which, of in alike.items()
     }
@@ -143,11 +180,15 @@ def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
     rows: dict[tuple[str, ...], Row] = {}
     for run in runs:
         values = {name(key): run.settings.get(key) for key in keys}
-        rows.setdefault(tuple(plain(value) for value in values.values()), Row("", values, [])).runs.append(run)
+        rows.setdefault(tuple(plain(value) for value in values.values()), Row("", values, [])).runs.append(
+            run
+        )
     for row, words in zip(rows.values(), labels([row.by for row in rows.values()], keys), strict=True):
         row.label = words
     left_out = {*keys, *REPEATS, *tuned(runs)}
-    inside = {key for row in rows.values() for key in varying(run.settings for run in row.runs if run.known)} - left_out
+    inside = {
+        key for row in rows.values() for key in varying(run.settings for run in row.runs if run.known)
+    } - left_out
     inside |= set(retuned(runs, [*keys, *inside]))
     for row in rows.values():
         row.inside = tuple(sorted(inside))

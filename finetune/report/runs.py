@@ -21,7 +21,15 @@ LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no r
 DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
 NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
 NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that make no other experiment
-OF_A_RUN = ("result.json", "config.yaml", "delta", "delta/delta.json", "metrics.jsonl", "predictions.parquet", "tuning.json")
+OF_A_RUN = (
+    "result.json",
+    "config.yaml",
+    "delta",
+    "delta/delta.json",
+    "metrics.jsonl",
+    "predictions.parquet",
+    "tuning.json",
+)
 LOSS = re.compile(r'"loss": (-?[\d.]+(?:e[-+]?\d+)?)\b')
 Settings = dict[str, Any]
 
@@ -88,11 +96,15 @@ def find(folders: Iterable[Path]) -> list[Path]:
     faults = []
     for folder in folders:
         if not folder.is_dir():
-            faults.append(f"{folder}: there is no such folder. Give a run, a sweep's folder (outputs/NAME), or several of them.")
+            faults.append(
+                f"{folder}: there is no such folder. Give a run, a sweep's folder (outputs/NAME), or several of them."
+            )
             continue
         runs = sorted(_below(folder, 0))
         if not runs:
-            faults.append(f"{folder} holds no run: no folder in it has a config.yaml or result.json. Give outputs/NAME of a sweep.")
+            faults.append(
+                f"{folder} holds no run: no folder in it has a config.yaml or result.json. Give outputs/NAME of a sweep."
+            )
         for path in runs:
             found.setdefault(path.resolve(), path)
     if faults:
@@ -110,7 +122,9 @@ def _below(folder: Path, depth: int) -> Iterator[Path]:
     elif depth < DEPTH:
         for name, is_folder in inside.items():
             if is_folder and name not in NO_ROWS and not name.startswith("."):
-                yield from _below(folder / name, DEPTH if (folder / name).is_symlink() else depth + 1)  # a link to a run, but not to a whole disk
+                yield from _below(
+                    folder / name, DEPTH if (folder / name).is_symlink() else depth + 1
+                )  # a link to a run, but not to a whole disk
 
 
 def _entries(folder: Path) -> list[Any]:
@@ -130,7 +144,9 @@ def read(paths: Sequence[Path]) -> list[Run]:
         key = run.text("config_hash") or json.dumps([run.seed, run.settings], sort_keys=True, default=str)
         other = runs.setdefault(key, run)
         if other is not run:
-            kept, left = (other, run) if other.status == "finished" or run.status != "finished" else (run, other)
+            kept, left = (
+                (other, run) if other.status == "finished" or run.status != "finished" else (run, other)
+            )
             kept.notes = [*other.notes, f"{left.path} repeats {kept.path} and is left out."]
             runs[key] = kept
     return list(runs.values())
@@ -164,7 +180,9 @@ def _read(path: Path, shared: dict[str, Settings]) -> Run:
     settings, seed = whole if whole is not None else (shared.get(str(group)), None)
     if settings is None:
         error = error or f"{path / 'config.yaml'} cannot be read"
-        settings = {f"{key}.name": str(result[key]) for key in ("method", "model", "dataset") if key in result}
+        settings = {
+            f"{key}.name": str(result[key]) for key in ("method", "model", "dataset") if key in result
+        }
         known = False
     told = result.get("seed", seed)
     status: Any = "failed" if error else result.get("status", "unfinished")
@@ -191,7 +209,11 @@ def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
 
 def _tuning(file: Path) -> Mapping[str, Any] | None:
     found = _json(file)
-    good = isinstance(found, dict) and isinstance(found.get("parameter"), str) and isinstance(found.get("trials"), int)
+    good = (
+        isinstance(found, dict)
+        and isinstance(found.get("parameter"), str)
+        and isinstance(found.get("trials"), int)
+    )
     return found if good else None
 
 

@@ -6,7 +6,13 @@ from dataclasses import dataclass
 
 from .metric import show_bytes
 
-SPLITS = {"test": "", "val": "validation ", "base": "untrained ", "retention": "retention ", "base_retention": "untrained retention "}
+SPLITS = {
+    "test": "",
+    "val": "validation ",
+    "base": "untrained ",
+    "retention": "retention ",
+    "base_retention": "untrained retention ",
+}
 
 
 @dataclass(frozen=True)
@@ -48,4 +54,10 @@ class Score:
             return f"{100 * value:.2f}"
         if self.key.endswith("bytes"):
             return show_bytes(value)
-        return f"{value:,.0f}" if float(value).is_integer() and abs(value) >= 1000 else f"{value:.4g}" if "seconds" in self.key else f"{value:.4f}"
+        return (
+            f"{value:,.0f}"
+            if float(value).is_integer() and abs(value) >= 1000
+            else f"{value:.4g}"
+            if "seconds" in self.key
+            else f"{value:.4f}"
+        )

@@ -146,7 +146,9 @@ def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
     """Of the means of two independent groups with variances of their own; two or more values each."""
     parts = [float(np.var(x, ddof=1)) / len(x) for x in (a, b)]
     below = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-    return _of_t(float(np.mean(a) - np.mean(b)), math.sqrt(sum(parts)), sum(parts) ** 2 / below if below else math.inf)
+    return _of_t(
+        float(np.mean(a) - np.mean(b)), math.sqrt(sum(parts)), sum(parts) ** 2 / below if below else math.inf
+    )
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
@@ -191,7 +193,9 @@ def paired_bootstrap(first: Sums, second: Sums, draws: int | None = None, seed: 
     """
     columns = np.stack([np.asarray(x, dtype=float) for x in (*first, *second)], axis=1)
     n = len(columns)
-    sums = np.concatenate([counts @ columns for counts in _counts(n, draws or min(10_000, max(1000, 100_000_000 // n)), seed)])
+    sums = np.concatenate(
+        [counts @ columns for counts in _counts(n, draws or min(10_000, max(1000, 100_000_000 // n)), seed)]
+    )
     with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no bytes at all
         found = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
     a, b, c, d = columns.sum(0)
@@ -266,7 +270,11 @@ def friedman(values: ArrayLike) -> tuple[float, float, Array]:
 
 def critical_difference(treatments: int, blocks: int, level: float = 0.95) -> float:
     """Nemenyi's: mean ranks that lie further apart than this differ."""
-    return studentized_range(treatments, level) / math.sqrt(2) * math.sqrt(treatments * (treatments + 1) / (6 * blocks))
+    return (
+        studentized_range(treatments, level)
+        / math.sqrt(2)
+        * math.sqrt(treatments * (treatments + 1) / (6 * blocks))
+    )
 
 
 def studentized_range(groups: int, level: float = 0.95) -> float:

@@ -14,9 +14,15 @@ def of(runs: Sequence[Run]) -> Iterator[str]:
     """One sentence a note."""
     for run in runs:
         told = run.result.get("suspect")
-        yield from (f"{run.path} is suspect: {reason}." for reason in told if isinstance(reason, str)) if isinstance(told, list) else ()
+        yield from (
+            (f"{run.path} is suspect: {reason}." for reason in told if isinstance(reason, str))
+            if isinstance(told, list)
+            else ()
+        )
     for same in _identical(runs):
-        names = ", ".join(str(run.path) for run in same[:4]) + (f" and {len(same) - 4} more" if len(same) > 4 else "")
+        names = ", ".join(str(run.path) for run in same[:4]) + (
+            f" and {len(same) - 4} more" if len(same) > 4 else ""
+        )
         yield f"{names}: settings of the method differ and every prediction is the same to the bit, so one of them may have had no effect."
 
 
@@ -30,7 +36,9 @@ def _identical(runs: Sequence[Run]) -> list[list[Run]]:
 
 
 def _method(run: Run) -> str:
-    return plain({key: value for key, value in run.settings.items() if key.partition(".")[0] in ("method", "selector")})
+    return plain(
+        {key: value for key, value in run.settings.items() if key.partition(".")[0] in ("method", "selector")}
+    )
 
 
 def _mark(run: Run) -> str:

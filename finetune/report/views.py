@@ -15,7 +15,10 @@ ROWS = "rows"  # the one series of rows that only numbers tell apart
 MOST_CURVES = 12
 FEW = 5  # points of a curve up to which each has a marker
 TOLD = ("better", "worse")  # verdicts that tell two rows apart
-VALIDATED = {"classification": ("accuracy", True), "causal_lm": ("bits per byte", False)}  # by task: what is validated, and whether it is a share
+VALIDATED = {
+    "classification": ("accuracy", True),
+    "causal_lm": ("bits per byte", False),
+}  # by task: what is validated, and whether it is a share
 SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 
 
@@ -30,7 +33,9 @@ class Cost:
 
 COSTS = (
     Cost("peak_memory_bytes", "peak memory", SIZES),
-    Cost("trained", "trained parameters", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, ""))),
+    Cost(
+        "trained", "trained parameters", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, ""))
+    ),
     Cost("step_seconds", "time per step", ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))),
     Cost("stored_bytes", "stored change", SIZES),
 )
@@ -80,7 +85,9 @@ class View:
 
 def series(row: Data, by: Sequence[str]) -> str:
     """What gives a row its colour: its method, or else the first compared setting that is no number."""
-    keys = [key for key in by if key == "method"] or [key for key in by if row["by"].get(key) is not None and not _number(row["by"][key])]
+    keys = [key for key in by if key == "method"] or [
+        key for key in by if row["by"].get(key) is not None and not _number(row["by"][key])
+    ]
     value = row["by"].get(keys[0]) if keys else None
     return ROWS if value is None else str(value)
 
@@ -95,7 +102,10 @@ def metric_axis(comparison: Data) -> Axis:
     """The metric's name with its unit and the better direction."""
     metric = comparison["metric"]
     better = "higher is better" if metric["higher_is_better"] else "lower is better"
-    return Axis(f"{metric_words(metric)}{' in %' if metric['percent'] else ''}, {better}", 0.01 if metric["percent"] else 1.0)
+    return Axis(
+        f"{metric_words(metric)}{' in %' if metric['percent'] else ''}, {better}",
+        0.01 if metric["percent"] else 1.0,
+    )
 
 
 def metric_words(metric: Data) -> str:
@@ -125,7 +135,11 @@ def ticks(low: float, high: float) -> list[float]:
 
 def _left_out(rows: Sequence[Data], shown: int, why: str) -> str:
     missing = len(rows) - shown
-    return f"{missing} of {len(rows)} rows {'is' if missing == 1 else 'are'} not drawn ({why})." if missing else ""
+    return (
+        f"{missing} of {len(rows)} rows {'is' if missing == 1 else 'are'} not drawn ({why})."
+        if missing
+        else ""
+    )
 
 
 def cost_axis(cost: Cost, values: Sequence[float]) -> Axis:
@@ -142,7 +156,11 @@ def front(costs: Sequence[float], values: Sequence[float], higher_is_better: boo
     found: list[int] = []
     for i in sorted(range(len(costs)), key=lambda i: (costs[i], -sign * values[i])):
         last = found[-1] if found else None
-        if last is None or sign * values[i] > sign * values[last] or (costs[i], values[i]) == (costs[last], values[last]):
+        if (
+            last is None
+            or sign * values[i] > sign * values[last]
+            or (costs[i], values[i]) == (costs[last], values[last])
+        ):
             found.append(i)
     return found
 
@@ -153,15 +171,36 @@ def pareto(comparison: Data, cost: Cost) -> View | None:
     if not rows:
         return None
     x, y = cost_axis(cost, [row[cost.key] for row in rows]), metric_axis(comparison)
-    best = front([row[cost.key] for row in rows], [row["mean"] for row in rows], comparison["metric"]["higher_is_better"])
-    points = [_point(row, comparison["by"], row[cost.key] / x.scale, y, i in best) for i, row in enumerate(rows)]
+    best = front(
+        [row[cost.key] for row in rows],
+        [row["mean"] for row in rows],
+        comparison["metric"]["higher_is_better"],
+    )
+    points = [
+        _point(row, comparison["by"], row[cost.key] / x.scale, y, i in best) for i, row in enumerate(rows)
+    ]
     line = [(points[i].x, points[i].y) for i in best]
     line.append((max(point.x for point in points), line[-1][1]))
-    return View(cost.key, x, y, points, line, _left_out(comparison["rows"], len(rows), "no finished run or no such cost"))
+    return View(
+        cost.key,
+        x,
+        y,
+        points,
+        line,
+        _left_out(comparison["rows"], len(rows), "no finished run or no such cost"),
+    )
 
 
 def _point(row: Data, by: Sequence[str], x: float, y: Axis, emphasis: bool = False) -> Point:
-    return Point(row["label"], series(row, by), x, row["mean"] / y.scale, _scaled(row["low"], y), _scaled(row["high"], y), emphasis)
+    return Point(
+        row["label"],
+        series(row, by),
+        x,
+        row["mean"] / y.scale,
+        _scaled(row["low"], y),
+        _scaled(row["high"], y),
+        emphasis,
+    )
 
 
 @dataclass(frozen=True)
@@ -182,7 +221,10 @@ class Curve:
         if len(self.x) > FEW:
             return []
         ends = zip(self.low, self.high, strict=True) if self.low else [(None, None)] * len(self.x)
-        return [Point(self.label, self.series, x, y, low, high) for x, y, (low, high) in zip(self.x, self.y, ends, strict=True)]
+        return [
+            Point(self.label, self.series, x, y, low, high)
+            for x, y, (low, high) in zip(self.x, self.y, ends, strict=True)
+        ]
 
 
 def curves(comparison: Data) -> tuple[Axis, list[Curve], str]:
@@ -196,10 +238,23 @@ def curves(comparison: Data) -> tuple[Axis, list[Curve], str]:
         points = [point for point in row["curve"] if point["mean"] is not None]
         name = series(row, comparison["by"])
         band = all(point["low"] is not None and point["high"] is not None for point in points)
-        columns = {key: [point[key] / axis.scale for point in points] for key in ("mean", *(("low", "high") if band else ()))}
+        columns = {
+            key: [point[key] / axis.scale for point in points]
+            for key in ("mean", *(("low", "high") if band else ()))
+        }
         steps = [point["step"] for point in points]
         dash = sum(curve.series == name for curve in made)
-        made.append(Curve(row["label"], name, steps, columns["mean"], columns.get("low", []), columns.get("high", []), dash))
+        made.append(
+            Curve(
+                row["label"],
+                name,
+                steps,
+                columns["mean"],
+                columns.get("low", []),
+                columns.get("high", []),
+                dash,
+            )
+        )
     why = f"only the best {MOST_CURVES} are" if len(rows) > MOST_CURVES else "no validation"
     return axis, made, _left_out(comparison["rows"], len(made), why)
 
@@ -223,7 +278,11 @@ def _number(value: Any) -> bool:
 def settings(comparison: Data) -> list[Settings]:
     """A figure for each compared setting of which at least two numbers occur; sparsity becomes density on a logarithmic axis."""
     rows = [row for row in comparison["rows"] if row["mean"] is not None]
-    found = [_setting(comparison, rows, key) for key in comparison["by"] if len({v for row in rows if _number(v := row["by"].get(key))}) > 1]
+    found = [
+        _setting(comparison, rows, key)
+        for key in comparison["by"]
+        if len({v for row in rows if _number(v := row["by"].get(key))}) > 1
+    ]
     return [setting for setting in found if setting.lines]
 
 
@@ -236,7 +295,9 @@ def _setting(comparison: Data, rows: Sequence[Data], key: str) -> Settings:
     lines: dict[str, list[Point]] = {}
     for row in have:
         told = {k.removeprefix("method."): row["by"].get(k) for k in by if k != key}
-        others = [f"{k}={value}" for k, value in told.items() if value is not None and str(value) != series(row, by)]
+        others = [
+            f"{k}={value}" for k, value in told.items() if value is not None and str(value) != series(row, by)
+        ]
         name = [series(row, by)] if series(row, by) != ROWS or not others else []
         lines.setdefault(" ".join([*name, *others]), []).append(_point(row, by, place(row["by"][key]), y))
     for points in lines.values():
@@ -248,13 +309,19 @@ def _setting(comparison: Data, rows: Sequence[Data], key: str) -> Settings:
 
 def place(found: Settings, name: str) -> int:
     """How many lines of the same series stand before the line ``name``: by this, lines of one colour are told apart."""
-    names = [other for other, points in found.lines.items() if points[0].series == found.lines[name][0].series]
+    names = [
+        other for other, points in found.lines.items() if points[0].series == found.lines[name][0].series
+    ]
     return names.index(name)
 
 
 def differences(comparison: Data) -> View | None:
     """Differences to what the rows are held against, in the order of the table; ``None`` if there is none."""
-    rows = [row for row in comparison["rows"] if row["versus"] and row["versus"]["difference"] is not None and row["mean"] is not None]
+    rows = [
+        row
+        for row in comparison["rows"]
+        if row["versus"] and row["versus"]["difference"] is not None and row["mean"] is not None
+    ]
     if not rows:
         return None
     metric, scale = comparison["metric"], metric_axis(comparison).scale
@@ -264,7 +331,17 @@ def differences(comparison: Data) -> View | None:
     x, points = Axis(f"difference in {metric_words(metric)}{unit}, {better}", scale), []
     for place, row in enumerate(rows):
         low, difference, high = (_scaled(row["versus"][key], x) for key in ("low", "difference", "high"))
-        points.append(Point(row["label"], series(row, comparison["by"]), difference or 0.0, place, low, high, row["versus"]["verdict"] in TOLD))
+        points.append(
+            Point(
+                row["label"],
+                series(row, comparison["by"]),
+                difference or 0.0,
+                place,
+                low,
+                high,
+                row["versus"]["verdict"] in TOLD,
+            )
+        )
     shown = {row["label"] for row in rows} | set(against)
     others = [row for row in comparison["rows"] if row["label"] not in shown]
     left_out = _left_out(comparison["rows"], len(comparison["rows"]) - len(others), "no such test")
@@ -288,8 +365,17 @@ def ranks(comparison: Data) -> Ranks | None:
         return None
     colours = {row["label"]: series(row, comparison["by"]) for row in comparison["rows"]}
     ordered = sorted(found["ranks"], key=lambda label: (found["ranks"][label], label))
-    points = [Point(label, colours.get(label, label), found["ranks"][label], place) for place, label in enumerate(ordered)]
-    spans = sorted({(min(s), max(s)) for c in found["cliques"] if len(s := [ordered.index(label) for label in c if label in ordered]) > 1})
+    points = [
+        Point(label, colours.get(label, label), found["ranks"][label], place)
+        for place, label in enumerate(ordered)
+    ]
+    spans = sorted(
+        {
+            (min(s), max(s))
+            for c in found["cliques"]
+            if len(s := [ordered.index(label) for label in c if label in ordered]) > 1
+        }
+    )
     lanes: list[int] = []  # the last place that each lane's bars reach
     cliques = []
     for first, last in spans:

@@ -36,8 +36,12 @@ def _log(data: Mapping[str, Any], folder: Path, project: str) -> None:
     import wandb
 
     wandb.setup(wandb.Settings(silent=True, host=""))
-    mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
-    settings = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
+    mode: Any = os.environ.get("WANDB_MODE") or (
+        "online" if wandb.login(prompt=False, verify=False) else "offline"
+    )
+    settings = wandb.Settings(
+        silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE
+    )
     about = {key: data[key] for key in ("metric", "task", "by", "baseline")}
     run = wandb.init(
         mode=mode, project=project, group=folder.name, job_type="comparison", name=f"comparison of {folder.name}", dir=str(folder.absolute()),
@@ -60,13 +64,23 @@ def table(data: Mapping[str, Any]) -> tuple[list[Any], list[list[Any]]]:
     for row in data["rows"]:
         fields = [None if row["by"][key] is None else str(row["by"][key]) for key in data["by"]]
         versus = row["versus"] or {}
-        rows.append([row["label"], *fields, *(row[key] for key in KEYS), *(versus.get(key) for key in tests), row["command"]])
+        rows.append(
+            [
+                row["label"],
+                *fields,
+                *(row[key] for key in KEYS),
+                *(versus.get(key) for key in tests),
+                row["command"],
+            ]
+        )
     return columns, rows
 
 
 def numbers(data: Mapping[str, Any]) -> dict[str, Any]:
     """One summary value a number, as ``lora/mean``, and the findings of the fairness check."""
-    found = {f"{row['label']}/{key}": row[key] for row in data["rows"] for key in KEYS if row[key] is not None}
+    found = {
+        f"{row['label']}/{key}": row[key] for row in data["rows"] for key in KEYS if row[key] is not None
+    }
     return {**found, "fairness": [finding["words"] for finding in data["fairness"]]}
 
 

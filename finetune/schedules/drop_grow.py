@@ -25,7 +25,12 @@ class DropGrow(Schedule):
     def replaced(self, step: int, total: int) -> float:
         """The share that is replaced at ``step``."""
         done = step / total
-        return self.rate * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[self.decay]
+        return (
+            self.rate
+            * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
+                self.decay
+            ]
+        )
 
     def move(self, step: int, total: int) -> Move | None:
         return Move(drop=self.replaced(step, total)) if step % self.every == 0 else None

@@ -28,7 +28,11 @@ class Grow(Schedule):
 
     def move(self, step: int, total: int) -> Move | None:
         done = step // self.every + 1
-        return Move(density=done / self.parts(total)) if step % self.every == 0 and done <= self.parts(total) else None
+        return (
+            Move(density=done / self.parts(total))
+            if step % self.every == 0 and done <= self.parts(total)
+            else None
+        )
 
     def faults(self, total: int) -> list[str]:
         found = never(self.every, total)

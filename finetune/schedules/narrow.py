@@ -26,4 +26,6 @@ class Narrow(Schedule):
     def faults(self, total: int) -> list[str]:
         if 0 < round(self.at * total) < total:
             return []
-        return [f"schedule.at={self.at:g} of the run's {total} steps is no step between the first and the last; choose another share."]
+        return [
+            f"schedule.at={self.at:g} of the run's {total} steps is no step between the first and the last; choose another share."
+        ]

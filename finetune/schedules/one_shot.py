@@ -21,4 +21,6 @@ class OneShot(Schedule):
     def faults(self, total: int) -> list[str]:
         if 0 < round(self.dense * total) < total:
             return []
-        return [f"schedule.dense={self.dense:g} of the run's {total} steps leaves no step for one of the two phases; choose another share."]
+        return [
+            f"schedule.dense={self.dense:g} of the run's {total} steps leaves no step for one of the two phases; choose another share."
+        ]

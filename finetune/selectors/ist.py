@@ -66,7 +66,10 @@ class Blocks(nn.Module):
         blocks = list(self.deltas)
         if count >= len(blocks):
             return blocks
-        return sorted(blocks[i] for i in torch.multinomial(weights.cpu().clamp(min=1e-30), count, generator=generator).tolist())
+        return sorted(
+            blocks[i]
+            for i in torch.multinomial(weights.cpu().clamp(min=1e-30), count, generator=generator).tolist()
+        )
 
 
 @register("ist")
@@ -89,14 +92,24 @@ class IST(Selector):
             return [
                 f"selector.every={self.every} does not end before the run's {steps} steps do, so no block is ever scored; take less, or probes=0."
             ]
-        return [f"selector.probes={self.probes}: a single probe has none to be compared with; take 2 or more, or 0."] if self.probes == 1 else []
+        return (
+            [
+                f"selector.probes={self.probes}: a single probe has none to be compared with; take 2 or more, or 0."
+            ]
+            if self.probes == 1
+            else []
+        )
 
     def build(self, model: nn.Module, states: nn.Module) -> Blocks:
         deltas: dict[int, list[Delta]] = {}
         for name, layer in patched(model).items():
             deltas.setdefault(block_of(name), []).extend(layer.deltas)
         placed = {id(delta) for found in deltas.values() for delta in found}
-        faults = [why for part in states.modules() if isinstance(part, Part) and id(part) not in placed and (why := _unfit(part))]
+        faults = [
+            why
+            for part in states.modules()
+            if isinstance(part, Part) and id(part) not in placed and (why := _unfit(part))
+        ]
         deltas.pop(-1, None)
         if not faults and not deltas:
             faults = ["chooses among numbered blocks, and this method changes no linear layer in one."]
@@ -112,15 +125,23 @@ class IST(Selector):
     def before_step(self, run: Run, state: Blocks) -> None:
         if self.probes and run.step and run.step % self.every == 0:
             self._score(run, state)
-        state.chosen = state.draw(torch.sigmoid(-state.scores), self.count(self.trained, state), run.generator)
+        state.chosen = state.draw(
+            torch.sigmoid(-state.scores), self.count(self.trained, state), run.generator
+        )
         used = {id(p) for block in state.chosen for delta in state.deltas[block] for p in delta.parameters()}
-        for parameter in (p for found in state.deltas.values() for delta in found for p in delta.parameters()):
+        for parameter in (
+            p for found in state.deltas.values() for delta in found for p in delta.parameters()
+        ):
             if parameter.requires_grad and id(parameter) not in used:
                 state.rested.append(parameter)
                 parameter.requires_grad_(False)
         for bank, blocks in state.banks.items():
             bank.frozen = [i in blocks and blocks[i] not in state.chosen for i in range(len(bank.sizes))]
-            state.held += [(t, part, t[part].clone()) for t in (bank.values.data, *moments(run, bank).values()) for part in _resting(bank)]
+            state.held += [
+                (t, part, t[part].clone())
+                for t in (bank.values.data, *moments(run, bank).values())
+                for part in _resting(bank)
+            ]
 
     @torch.no_grad()
     def after_step(self, run: Run, state: Blocks) -> None:
@@ -129,7 +150,12 @@ class IST(Selector):
             parameter.requires_grad_(True)
         known = {id(t) for t, _, _ in state.held}
         for bank in state.banks:
-            fresh = [(t, part, torch.zeros_like(t[part])) for t in moments(run, bank).values() if id(t) not in known for part in _resting(bank)]
+            fresh = [
+                (t, part, torch.zeros_like(t[part]))
+                for t in moments(run, bank).values()
+                if id(t) not in known
+                for part in _resting(bank)
+            ]
             for t, part, before in state.held + fresh:
                 t[part] = before
             bank.frozen = [False] * len(bank.sizes)
@@ -149,8 +175,15 @@ class IST(Selector):
                 for delta, gate in zip(deltas, gates, strict=True):
                     delta.gate = gate
         if losses and all(map(math.isfinite, losses)):
-            state.scores += self.change(state.scores, [[list(state.deltas).index(b) for b in damped] for damped in sets], losses)
-            run.log(**{f"score_{block}": score for block, score in zip(state.deltas, state.scores.tolist(), strict=True)})
+            state.scores += self.change(
+                state.scores, [[list(state.deltas).index(b) for b in damped] for damped in sets], losses
+            )
+            run.log(
+                **{
+                    f"score_{block}": score
+                    for block, score in zip(state.deltas, state.scores.tolist(), strict=True)
+                }
+            )
 
     def _sets(self, run: Run, state: Blocks) -> list[list[int]]:
         """Distinct sets of blocks to damp: ``probes`` of them, or as many as there are and as chance gives in so many tries."""
@@ -178,12 +211,21 @@ class IST(Selector):
 def _unfit(part: Part) -> str | None:
     """Why a part that sits on no patched layer cannot be selected by block; None where it lies outside all blocks."""
     if not isinstance(part, InPlace):
-        return f"freezes and damps what sits on a block's layers, and {type(part).__name__} is not tied to one."
+        return (
+            f"freezes and damps what sits on a block's layers, and {type(part).__name__} is not tied to one."
+        )
     inside = [name for name in part.names if block_of(name) >= 0]
-    return f"damps the changes in a block, and {inside[0]} is trained in place, where a change is all there or gone." if inside else None
+    return (
+        f"damps the changes in a block, and {inside[0]} is trained in place, where a change is all there or gone."
+        if inside
+        else None
+    )
 
 
 def _resting(bank: Bank) -> list[slice]:
     """Where the values of the frozen sites are; neighbours as one."""
-    bounds, runs = bank.bounds(), [(frozen, [*sites]) for frozen, sites in groupby(range(len(bank.sizes)), bank.frozen.__getitem__)]
+    bounds, runs = (
+        bank.bounds(),
+        [(frozen, [*sites]) for frozen, sites in groupby(range(len(bank.sizes)), bank.frozen.__getitem__)],
+    )
     return [slice(bounds[sites[0]], bounds[sites[-1] + 1]) for frozen, sites in runs if frozen]

@@ -13,7 +13,6 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..system import safe
 from ..system.disk import writing
-from ..training.session import Session
 from . import manifest
 from .delta import read
 from .run_folder import RunFolder, write_json_atomic
@@ -25,7 +24,11 @@ WATCH = {
     "phase": int | None, "seen": int, "first": float | None, "losses": [float], "norms": [float], "dead": int, "still": ({str: int}, NONE),
     "said": [str], "warnings": [str],
 }  # fmt: skip
-MEMORY = {"batch_size": int, "micro_batch_size": int | None, "out_of_memory": [{"step": int, "from": int, "to": int}]}
+MEMORY = {
+    "batch_size": int,
+    "micro_batch_size": int | None,
+    "out_of_memory": [{"step": int, "from": int, "to": int}],
+}
 EXTRA = {  # what a run keeps beside its session
     "best": ([str | float], NONE), "best_step": int | None, "best_stage": ([int], NONE), "val": METRICS, "base": METRICS, "base_retention": METRICS,
     "seconds": [float], "spent?": float, "over?": bool, "watch?": WATCH, "memory?": (MEMORY, NONE), "threads?": int,
@@ -39,6 +42,12 @@ class Saved(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
 
+class Loadable(Protocol):
+    """A session that can go on from a saved state."""
+
+    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+
+
 def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None = None) -> None:
     """Write ``state.safetensors``, ``state.json`` and their manifest; the folder appears whole or not at all.
 
@@ -50,18 +59,25 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
     with manifest.sealing(folder) as temporary:
         with writing(temporary / "state.safetensors"):
             save_file(tensors(saved), temporary / "state.safetensors")
-        write_json_atomic(temporary / "state.json", {**manifest.HEADER, **rest, "groups": saved["optimizer"]["param_groups"], "extra": extra})
+        write_json_atomic(
+            temporary / "state.json",
+            {**manifest.HEADER, **rest, "groups": saved["optimizer"]["param_groups"], "extra": extra},
+        )
         _along(best, temporary)
 
 
 def tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
     """The tensors of a session's state by name, on the CPU."""
-    found: dict[str, Tensor] = {f"states/{k}": v for k, v in saved["states"].items()} | {f"rng/{k}": v for k, v in saved["rng"].items()}
-    found |= {f"optimizer/{i}/{k}": v for i, entry in saved["optimizer"]["state"].items() for k, v in entry.items()}
+    found: dict[str, Tensor] = {f"states/{k}": v for k, v in saved["states"].items()} | {
+        f"rng/{k}": v for k, v in saved["rng"].items()
+    }
+    found |= {
+        f"optimizer/{i}/{k}": v for i, entry in saved["optimizer"]["state"].items() for k, v in entry.items()
+    }
     return {k: v.detach().cpu().contiguous() for k, v in found.items()}
 
 
-def load(folder: Path, session: Session) -> dict[str, Any]:
+def load(folder: Path, session: Loadable) -> dict[str, Any]:
     """Put a saved state into ``session``; returns the ``extra`` it was saved with. Raises ``ConfigError`` for a damaged file or a later format."""
     content = _about(folder)
     manifest.check(folder)
@@ -76,10 +92,14 @@ def load(folder: Path, session: Session) -> dict[str, Any]:
             place, _, key = name.partition("/")
             entries.setdefault(int(place), {})[key] = tensor
         optimizer = {"state": entries, "param_groups": content["groups"]}
-        session.load_state_dict({**content, "states": parts["states"], "rng": parts["rng"], "optimizer": optimizer})
+        session.load_state_dict(
+            {**content, "states": parts["states"], "rng": parts["rng"], "optimizer": optimizer}
+        )
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"{folder} is no state of this method and model ({why}). Go on from another checkpoint, or train again.") from error
+        raise ConfigError(
+            f"{folder} is no state of this method and model ({why}). Go on from another checkpoint, or train again."
+        ) from error
     extra: dict[str, Any] = content["extra"]
     return extra
 
@@ -91,20 +111,29 @@ def progress(folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
         if fault := safe.differs(extra, EXTRA):
             raise safe.Unsafe(fault)
         counts = {**extra, **memory}
-        for key, most in (("threads", 1024), ("processes", 2**20), ("batch_size", 2**31), ("micro_batch_size", 2**31)):
+        for key, most in (
+            ("threads", 1024),
+            ("processes", 2**20),
+            ("batch_size", 2**31),
+            ("micro_batch_size", 2**31),
+        ):
             if not 1 <= (counts.get(key) or 1) <= most:
                 raise safe.Unsafe(f"{key} is {counts[key]}")
         if len({extra[key] is None for key in ("best", "best_step", "best_stage")}) > 1:
             raise safe.Unsafe("it has a best step and has none")
         best = extra["best"] and [float(number) for number in extra["best"]]
     except ValueError as error:
-        raise ConfigError(f"{folder / 'state.json'} is no state of a run ({error}). Go on from another checkpoint, or train again.") from error
+        raise ConfigError(
+            f"{folder / 'state.json'} is no state of a run ({error}). Go on from another checkpoint, or train again."
+        ) from error
     return {**extra, "best": best}
 
 
 def put_back(folder: Path, delta: Path) -> None:
     """Make the best change that went along with a checkpoint the stored one again."""
-    if (folder / "delta.json").is_file():  # older checkpoints have none, nor those before the first validation
+    if (
+        folder / "delta.json"
+    ).is_file():  # older checkpoints have none, nor those before the first validation
         with manifest.sealing(delta) as temporary:
             _along(folder, temporary)
 
@@ -121,10 +150,14 @@ def _about(folder: Path) -> dict[str, Any]:
         content: dict[str, Any] = safe.read_json(file)
         if newer := safe.too_new(file, content):
             raise ConfigError(f"{newer}.")
-        if fault := safe.differs(content, {"phase": int, "number": int, "groups": [{}], "scaler": object, "extra": {}}):
+        if fault := safe.differs(
+            content, {"phase": int, "number": int, "groups": [{}], "scaler": object, "extra": {}}
+        ):
             raise safe.Unsafe(fault)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Go on from another checkpoint, or train again.") from error
+        raise ConfigError(
+            f"{file} cannot be read ({error}). Go on from another checkpoint, or train again."
+        ) from error
     return content
 
 

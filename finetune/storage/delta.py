@@ -30,7 +30,11 @@ class Packed(Protocol):
 
 
 def _packed(states: nn.Module) -> dict[str, Packed]:
-    return {f"{name}.": cast(Packed, module) for name, module in states.named_modules() if hasattr(module, "unpack")}
+    return {
+        f"{name}.": cast(Packed, module)
+        for name, module in states.named_modules()
+        if hasattr(module, "unpack")
+    }
 
 
 def tensors(states: nn.Module) -> dict[str, Tensor]:
@@ -49,7 +53,9 @@ def save(folder: Path, states: nn.Module, about: dict[str, Any]) -> None:
     """Write the change, what it belongs to, and their manifest; the folder appears whole or not at all."""
     with manifest.sealing(folder) as temporary:
         with writing(temporary / "delta.safetensors"):
-            save_file({k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors")
+            save_file(
+                {k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors"
+            )
         write_json_atomic(temporary / "delta.json", {**manifest.HEADER, **about})
 
 
@@ -59,11 +65,15 @@ def about(folder: Path) -> dict[str, Any]:
     try:
         content: Any = safe.read_json(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{file} cannot be read ({error}). Give the folder of a run that has stored its change.") from error
+        raise ConfigError(
+            f"{file} cannot be read ({error}). Give the folder of a run that has stored its change."
+        ) from error
     if newer := safe.too_new(file, content):
         raise ConfigError(f"{newer}.")
     if fault := safe.differs(content, ABOUT):
-        raise ConfigError(f"{file} does not say what a change belongs to ({fault}). Give the folder of a run that has stored its change.")
+        raise ConfigError(
+            f"{file} does not say what a change belongs to ({fault}). Give the folder of a run that has stored its change."
+        )
     found: dict[str, Any] = content
     return found
 
@@ -74,7 +84,9 @@ def read(file: Path) -> dict[str, Tensor]:
         safe.tensors_of(file)
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
-        raise ConfigError(f"{file} is missing, damaged or cut short ({error}). Copy it again from where it was made, or train again.") from error
+        raise ConfigError(
+            f"{file} is missing, damaged or cut short ({error}). Copy it again from where it was made, or train again."
+        ) from error
 
 
 @torch.no_grad()
@@ -86,17 +98,31 @@ def load(folder: Path, states: nn.Module) -> None:
     packed = _packed(states)
     names = {prefix: list(module.pack()) for prefix, module in packed.items()}
     own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
-    wanted = {k: tuple(v.shape) for k, v in own.items()} | {f"{prefix}{k}": None for prefix in packed for k in names[prefix]}
-    wrong = sorted(wanted.keys() ^ stored.keys()) or [k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)]
+    wanted = {k: tuple(v.shape) for k, v in own.items()} | {
+        f"{prefix}{k}": None for prefix in packed for k in names[prefix]
+    }
+    wrong = sorted(wanted.keys() ^ stored.keys()) or [
+        k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)
+    ]
     if wrong:
         raise ConfigError(
             f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml."
         )
     if wild := [k for k, t in stored.items() if not t.isfinite().all()]:
-        raise ConfigError(f"{file} holds numbers that are not finite (first: {wild[0]}). Copy it again from where it was made, or train again.")
+        raise ConfigError(
+            f"{file} holds numbers that are not finite (first: {wild[0]}). Copy it again from where it was made, or train again."
+        )
     try:
         for prefix, module in packed.items():
             module.unpack({k: stored.pop(prefix + k) for k in names[prefix]})
         states.load_state_dict(stored, strict=False)
-    except (ConfigError, ValueError, TypeError, RuntimeError, IndexError) as error:  # of tensors of another kind than ``pack`` gives
-        raise ConfigError(f"{file} does not belong to this method and model ({error}). Use the run's own config.yaml.") from error
+    except (
+        ConfigError,
+        ValueError,
+        TypeError,
+        RuntimeError,
+        IndexError,
+    ) as error:  # of tensors of another kind than ``pack`` gives
+        raise ConfigError(
+            f"{file} does not belong to this method and model ({error}). Use the run's own config.yaml."
+        ) from error

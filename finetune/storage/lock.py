@@ -23,9 +23,26 @@ from ..errors import ConfigError
 from ..system import safe
 
 NAME = ".lock"
-TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<end>tmp|old)")  # what ``files.replacing`` makes
+TEMPORARY = re.compile(
+    r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<end>tmp|old)"
+)  # what ``files.replacing`` makes
 INHERITED = "FINETUNE_LOCK_FD"  # the number of the open file by which the parent of this process holds the lock of its run
-SHARED = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "9p", "virtiofs", "fuse", "afs", "pvfs", "orangefs")
+SHARED = (
+    "nfs",
+    "cifs",
+    "smb",
+    "lustre",
+    "gpfs",
+    "beegfs",
+    "ceph",
+    "gluster",
+    "9p",
+    "virtiofs",
+    "fuse",
+    "afs",
+    "pvfs",
+    "orangefs",
+)
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _held: set[int] = set()
 
@@ -49,7 +66,9 @@ def lock(folder: Path) -> int | None:
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if _is(handle, folder) or not left:  # there are file systems that number a file anew at every look
+            if (
+                _is(handle, folder) or not left
+            ):  # there are file systems that number a file anew at every look
                 return handle  # else it was removed between the two, and keeps nobody out
         except BlockingIOError:
             os.close(handle)
@@ -71,7 +90,9 @@ def sign(handle: int, pid: int) -> None:
     """Write into a held lock who has it."""
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"pid": pid, "host": socket.gethostname(), "started": time.time()}).encode(), 0)
+        os.pwrite(
+            handle, json.dumps({"pid": pid, "host": socket.gethostname(), "started": time.time()}).encode(), 0
+        )
     except OSError:
         pass  # a full disk; the lock holds all the same
 
@@ -128,7 +149,9 @@ def held(folder: Path) -> Iterator[None]:
         for place in (folder, folder / "checkpoints"):
             recover(place)
         yield
-        if not any((folder / name).exists() for name in (NAME, "config.yaml")):  # the lock alone may have been removed by hand
+        if not any(
+            (folder / name).exists() for name in (NAME, "config.yaml")
+        ):  # the lock alone may have been removed by hand
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / NAME))
     finally:
         _held.discard(handle)
@@ -138,7 +161,11 @@ def held(folder: Path) -> Iterator[None]:
 
 def recover(folder: Path) -> None:
     """Put back what a killed process had moved away, and remove what it left half written. For whoever holds the lock."""
-    found = [(file, match) for file in (folder.iterdir() if folder.is_dir() else ()) if (match := TEMPORARY.fullmatch(file.name))]
+    found = [
+        (file, match)
+        for file in (folder.iterdir() if folder.is_dir() else ())
+        if (match := TEMPORARY.fullmatch(file.name))
+    ]
     for file, match in found:
         place, writer = file.with_name(match["name"]), int(match["pid"])
         if match["end"] == "old" and not place.exists():

@@ -15,13 +15,20 @@ from ..system import safe
 from .run_folder import STAMP, replacing, write_json_atomic
 
 NAME = "manifest.json"
-HEADER = {**STAMP, "manifest": NAME}  # in front of the JSON file beside it; folders made before there were manifests lack both
+HEADER = {
+    **STAMP,
+    "manifest": NAME,
+}  # in front of the JSON file beside it; folders made before there were manifests lack both
 KINDS = (".json", ".safetensors")
 
 
 def write(folder: Path) -> None:
     """Record the files that lie in ``folder`` now. To be called last, before the folder gets its name."""
-    files = {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in sorted(folder.iterdir()) if file.name != NAME}
+    files = {
+        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
+        for file in sorted(folder.iterdir())
+        if file.name != NAME
+    }
     write_json_atomic(folder / NAME, {**STAMP, "files": files})
 
 
@@ -54,13 +61,17 @@ def faults(folder: Path) -> list[str]:
     there = {file.name for file in folder.iterdir() if file.suffix in KINDS} - {NAME}
     extra = [f"{folder / name} is not in {NAME}" for name in sorted(there - content["files"].keys())]
     found = [_fault(folder, name, entry) for name, entry in content["files"].items()]
-    return [words for words in found if words] + extra or ([] if content["files"] else [f"{folder / NAME} names no file"])
+    return [words for words in found if words] + extra or (
+        [] if content["files"] else [f"{folder / NAME} names no file"]
+    )
 
 
 def check(folder: Path) -> None:
     """Raise ``ConfigError``, naming each file, unless ``folder`` is whole."""
     if found := faults(folder):
-        raise ConfigError(*(f"{words}. Copy the folder again from where it was made, or train again." for words in found))
+        raise ConfigError(
+            *(f"{words}. Copy the folder again from where it was made, or train again." for words in found)
+        )
 
 
 def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
@@ -70,8 +81,14 @@ def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:
-            return f"{file} is damaged or cut short: it has {size:,} bytes, and {NAME} says {entry['bytes']:,}"
-        return "" if _sha256(file) == entry["sha256"] else f"{file} is damaged: its SHA-256 is not that of {NAME}"
+            return (
+                f"{file} is damaged or cut short: it has {size:,} bytes, and {NAME} says {entry['bytes']:,}"
+            )
+        return (
+            ""
+            if _sha256(file) == entry["sha256"]
+            else f"{file} is damaged: its SHA-256 is not that of {NAME}"
+        )
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:
@@ -87,7 +104,9 @@ def _without(folder: Path) -> list[str]:
     """Faults of a folder without a manifest. In one made before there were any, JSON and the layout of the tensors are all that can be checked."""
     files = sorted(file for file in folder.iterdir() if file.suffix in KINDS) if folder.is_dir() else []
     if {file.suffix for file in files} != {*KINDS}:
-        return [f"{folder} has lost files: {', '.join(file.name for file in files) or 'none'} is all that lies there"]
+        return [
+            f"{folder} has lost files: {', '.join(file.name for file in files) or 'none'} is all that lies there"
+        ]
     found = []
     for file in files:
         try:

@@ -16,7 +16,17 @@ from ..config.settings import Config
 from ..system import safe
 from .run_folder import plain
 
-RECORDED = ("torch", "transformers", "accelerate", "datasets", "peft", "numpy", "safetensors", "tokenizers", "wandb")
+RECORDED = (
+    "torch",
+    "transformers",
+    "accelerate",
+    "datasets",
+    "peft",
+    "numpy",
+    "safetensors",
+    "tokenizers",
+    "wandb",
+)
 
 
 class Params(TypedDict):
@@ -99,7 +109,9 @@ def peak_memory(cuda_bytes: int | None = None) -> tuple[int, str]:
             return int(line.split()[1]) * 1024, "process_rss"
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024), "process_rss"
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    ), "process_rss"
 
 
 def versions() -> dict[str, str]:

@@ -83,7 +83,9 @@ def replacing(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         for written in (temporary, *temporary.rglob("*")):
-            if written.is_file() and stat.S_IMODE(written.stat().st_mode) == 0o600:  # as safetensors makes them, whatever the user's umask
+            if (
+                written.is_file() and stat.S_IMODE(written.stat().st_mode) == 0o600
+            ):  # as safetensors makes them, whatever the user's umask
                 written.chmod(0o666 & ~UMASK)
             _sync(written)
         if path.is_dir():  # nothing can be renamed over a folder that holds files; whoever is killed here leaves it to lock.py
@@ -100,7 +102,9 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json_atomic(path: Path, value: Any) -> None:
     """Write strict, indented JSON atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
 
 
 def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
@@ -121,8 +125,13 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     known = {**CLASSIFICATION, **LANGUAGE}
     columns = [name for name in known if rows and name in rows[0]]
     if not columns or any(set(row) != set(columns) for row in rows):
-        raise ValueError(f"predictions need at least one row, and every row the same of the columns {', '.join(known)}")
-    table = pa.table({name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns}, metadata={"format": str(safe.FORMAT)})
+        raise ValueError(
+            f"predictions need at least one row, and every row the same of the columns {', '.join(known)}"
+        )
+    table = pa.table(
+        {name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns},
+        metadata={"format": str(safe.FORMAT)},
+    )
     with replacing(path) as temporary:
         pq.write_table(table, temporary)
 
@@ -135,7 +144,9 @@ class MetricsFile:
 
     def __init__(self, path: Path, start: int = 0) -> None:
         self.path = path
-        there = path.read_text(encoding="utf-8", errors="replace").splitlines() if start and path.exists() else []
+        there = (
+            path.read_text(encoding="utf-8", errors="replace").splitlines() if start and path.exists() else []
+        )
         kept = [line for line in there if _step(line) <= start]
         with replacing(path) as temporary:
             temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
@@ -157,15 +168,26 @@ def _step(line: str) -> float:
 
 def _folder_name(key: str, value: str) -> str:
     """``value`` if it can be one folder's name; raises ``ConfigError`` otherwise."""
-    if not value or value.startswith(".") or set(value) & set("/\\") or not value.isprintable() or len(value.encode()) > 200:
-        raise ConfigError(f"{key}={value!r} cannot name a folder. Use a shorter one without '/' or '\\' and without a dot in front.")
+    if (
+        not value
+        or value.startswith(".")
+        or set(value) & set("/\\")
+        or not value.isprintable()
+        or len(value.encode()) > 200
+    ):
+        raise ConfigError(
+            f"{key}={value!r} cannot name a folder. Use a shorter one without '/' or '\\' and without a dot in front."
+        )
     return value
 
 
 def run_folder(config: Config) -> Path:
     """``outputs/<name>/<run>``, relative to the working directory; by default today's date and a name made of the content."""
     name = config.name or datetime.date.today().isoformat()
-    run = config.run or f"{config.method.name}-{config.model.name}-{config.dataset.name}-s{config.seed}-{config.hash()}"
+    run = (
+        config.run
+        or f"{config.method.name}-{config.model.name}-{config.dataset.name}-s{config.seed}-{config.hash()}"
+    )
     sweep = name.removesuffix(f"/{TRIALS}")
     place = Path("outputs") / _folder_name("name", sweep)
     return (place / TRIALS if sweep != name else place) / _folder_name("run", run)
@@ -175,7 +197,11 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys and values of a nested mapping."""
     if not isinstance(tree, dict) or not tree:
         return {prefix: tree}
-    return {key: value for name, item in tree.items() for key, value in _leaves(item, f"{prefix}.{name}" if prefix else str(name)).items()}
+    return {
+        key: value
+        for name, item in tree.items()
+        for key, value in _leaves(item, f"{prefix}.{name}" if prefix else str(name)).items()
+    }
 
 
 @dataclasses.dataclass(frozen=True)
@@ -228,24 +254,37 @@ class RunFolder:
         try:
             result: dict[str, Any] = safe.read_json(self.result)
         except (OSError, ValueError) as error:
-            raise ConfigError(f"{self.result} cannot be read ({error}). Give the folder of a run that ended.") from error
+            raise ConfigError(
+                f"{self.result} cannot be read ({error}). Give the folder of a run that ended."
+            ) from error
         if not isinstance(result, dict):
-            raise ConfigError(f"{self.result} does not hold a run's result. Give the folder of a run that ended.")
+            raise ConfigError(
+                f"{self.result} does not hold a run's result. Give the folder of a run that ended."
+            )
         if newer := safe.too_new(self.result, result):
             raise ConfigError(f"{newer}.")
         if fault := safe.differs(result, RESULT):
-            raise ConfigError(f"{self.result} is not as a run wrote it: {fault}. Train again in another folder.")
+            raise ConfigError(
+                f"{self.result} is not as a run wrote it: {fault}. Train again in another folder."
+            )
         return result
 
     def steps(self) -> list[int]:
         """The steps that a checkpoint is named by, in ascending order, whole or not."""
-        found = (re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name) for path in (self.path / "checkpoints").glob("step-*"))
+        found = (
+            re.fullmatch(r"step-(0|[1-9]\d{0,17})", path.name)
+            for path in (self.path / "checkpoints").glob("step-*")
+        )
         return sorted(int(match[1]) for match in found if match)
 
     def failed_at(self) -> int | None:
         """The step whose checkpoint ``failure.json`` names."""
         try:
-            return int(safe.read_json(self.path / "failure.json", {"checkpoint": str})["checkpoint"].removeprefix("step-"))
+            return int(
+                safe.read_json(self.path / "failure.json", {"checkpoint": str})["checkpoint"].removeprefix(
+                    "step-"
+                )
+            )
         except (OSError, ValueError):
             return None
 
@@ -279,7 +318,9 @@ class RunFolder:
             differ = self.differences(config.as_dict())
             if differ:
                 raise ConfigError(f"The run folder {self.path} holds another run: {differ}. {cure}")
-        elif self.path.exists() and any(not file.name.startswith(".") and file != self.log for file in self.path.iterdir()):
+        elif self.path.exists() and any(
+            not file.name.startswith(".") and file != self.log for file in self.path.iterdir()
+        ):
             raise ConfigError(f"The folder {self.path} holds files but no config.yaml of a run. {cure}")
 
     def check_unaltered(self, kept: dict[str, Any], beside: Path, free: tuple[str, ...] = ()) -> None:
@@ -295,7 +336,13 @@ class RunFolder:
             theirs = safe.read_yaml(self.config)
         except (OSError, ValueError, yaml.YAMLError):
             return "its config.yaml cannot be read"
-        there, here = ({k: v for k, v in (LATER | _leaves(tree)).items() if decides(k) and k not in free} for tree in (theirs, ours))
+        there, here = (
+            {k: v for k, v in (LATER | _leaves(tree)).items() if decides(k) and k not in free}
+            for tree in (theirs, ours)
+        )
         keys = [key for key in {**there, **here} if there.get(key, "absent") != here.get(key, "absent")]
-        shown = [f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here" for key in keys[:5]]
+        shown = [
+            f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"
+            for key in keys[:5]
+        ]
         return ", ".join(shown) + (f" and {len(keys) - 5} more" if len(keys) > 5 else "")

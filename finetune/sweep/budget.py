@@ -61,7 +61,9 @@ class Budget:
         """An amount of what this budget counts."""
         if self.kind == "stored":
             return f"{round(amount):,} bytes stored"
-        return f"{round(amount):,} trained" + (f" ({100 * amount / total:.3g}%)" if self.kind == "share" else "")
+        return f"{round(amount):,} trained" + (
+            f" ({100 * amount / total:.3g}%)" if self.kind == "share" else ""
+        )
 
 
 def parse(text: str) -> Budget:
@@ -83,18 +85,29 @@ def parse(text: str) -> Budget:
     return Budget(text, number * (COUNTS.get(unit) or BYTES[unit]), "trained" if unit in COUNTS else "stored")
 
 
-def solve(budget: str, overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> list[str]:
+def solve(
+    budget: str, overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None
+) -> list[str]:
     """``overrides`` of one run, with the setting that makes it meet ``budget`` (without ``budget=``) within 2 %.
 
     Raises ``FixedSize`` where there is no such setting, and ``ConfigError`` with the nearest sizes where none is near enough.
     """
-    wanted, config = parse(budget), replace(configuration.load(overrides, config_dir, config_file), seed=0)  # all seeds get the same
+    wanted, config = (
+        parse(budget),
+        replace(configuration.load(overrides, config_dir, config_file), seed=0),
+    )  # all seeds get the same
     knob = config.method.size
     if knob and (given := [text for text in overrides if _key(text) == f"method.{knob}"]):
-        raise ConfigError(f"{given[0]} and budget={budget} both say how much method={config.method.name} trains; keep one of them.")
+        raise ConfigError(
+            f"{given[0]} and budget={budget} both say how much method={config.method.name} trains; keep one of them."
+        )
     if not knob:
         raise FixedSize(_fixed(config, wanted))
-    tree = {name: part for name, part in config.as_dict().items() if name in ("model", "dataset", "method", "train")}
+    tree = {
+        name: part
+        for name, part in config.as_dict().items()
+        if name in ("model", "dataset", "method", "train")
+    }
     key = json.dumps([budget, tree], sort_keys=True)
     if key not in _known:
         _known[key] = _solved(config, wanted)
@@ -114,9 +127,7 @@ def _fixed(config: Config, wanted: Budget) -> str:
     from . import size
 
     amount, total = _amount(size.measure(config), wanted), size.frame(config).total
-    return (
-        f"method={config.method.name} has no setting for its size, which is fixed: {wanted.show(amount, total)}; it cannot meet budget={wanted.text}."
-    )
+    return f"method={config.method.name} has no setting for its size, which is fixed: {wanted.show(amount, total)}; it cannot meet budget={wanted.text}."
 
 
 def _amount(found: Any, wanted: Budget) -> int:
@@ -188,7 +199,9 @@ class _Scale:
             size.check(self.config, method)
             found = size.measure(self.config, method)
         except (ConfigError, ValueError) as error:
-            self.whys.append(error if isinstance(error, ConfigError) else ConfigError(f"method={name}: {error}"))
+            self.whys.append(
+                error if isinstance(error, ConfigError) else ConfigError(f"method={name}: {error}")
+            )
             return None
         if self.wanted.kind == "stored" and not found.stored:
             raise ConfigError(
@@ -204,11 +217,16 @@ def _solved(config: Config, wanted: Budget) -> float:
 
     total = size.frame(config).total
     scale, rungs, target = _Scale(config, wanted), ladder(config), wanted.target(total)
-    options = [_shortest(rungs, i, scale, target) for i in _around(config, rungs, scale, target) if i is not None]
+    options = [
+        _shortest(rungs, i, scale, target) for i in _around(config, rungs, scale, target) if i is not None
+    ]
     best = min(options, key=lambda value: scale.off(value, target))
     if scale.off(best, target) <= TOLERANCE * target:
         return best
-    reach = " and ".join(f"method.{config.method.size}={_text(v)} with {wanted.show(scale(v) or 0, total)}" for v in dict.fromkeys(options))
+    reach = " and ".join(
+        f"method.{config.method.size}={_text(v)} with {wanted.show(scale(v) or 0, total)}"
+        for v in dict.fromkeys(options)
+    )
     raise ConfigError(
         f"method={config.method.name} cannot meet budget={wanted.text}, {wanted.show(target, total)}, within 2 %. The nearest it reaches: {reach}. "
         "Take a budget near one of these, or change its other settings."
@@ -230,17 +248,26 @@ def _around(config: Config, rungs: Ladder, scale: _Scale, target: float) -> tupl
     if not rungs.digits:  # there is no largest size to begin with
         if scale(rungs.value(anchor)) == scale(rungs.value(2 * anchor)):
             name, knob = config.method.name, config.method.size
-            raise FixedSize(f"method={name}: method.{knob} does not change how much it trains here, so no budget can be met by it.")
+            raise FixedSize(
+                f"method={name}: method.{knob} does not change how much it trains here, so no budget can be met by it."
+            )
         high = anchor
         while not reaches(high) and high < rungs.last:
             high = min(2 * high, rungs.last)
     middle = _guess(rungs, scale, target)
     while high - low > 1:
         middle = middle if low < middle < high else (low + high) // 2
-        if rungs.digits and scale(rungs.value(middle)) is not None and scale.off(rungs.value(middle), target) <= ENOUGH * target:
+        if (
+            rungs.digits
+            and scale(rungs.value(middle)) is not None
+            and scale.off(rungs.value(middle), target) <= ENOUGH * target
+        ):
             return middle, None
         low, high = (low, middle) if reaches(middle) else (middle, high)
-    below, above = (i if rungs.first <= i <= rungs.last and scale(rungs.value(i)) is not None else None for i in (low, high))
+    below, above = (
+        i if rungs.first <= i <= rungs.last and scale(rungs.value(i)) is not None else None
+        for i in (low, high)
+    )
     return below, above
 
 
@@ -255,7 +282,10 @@ def _anchor(config: Config, rungs: Ladder, scale: _Scale) -> int:
     now = _current(config)
     tries = [rungs.rung(now)] if isinstance(now, int | float) else []
     ends = [rungs.first, rungs.last] if rungs.digits else [rungs.first]
-    found = next((i for i in [*tries, *ends] if rungs.first <= i <= rungs.last and scale(rungs.value(i)) is not None), None)
+    found = next(
+        (i for i in [*tries, *ends] if rungs.first <= i <= rungs.last and scale(rungs.value(i)) is not None),
+        None,
+    )
     if found is None:
         raise scale.whys[0]
     return found

@@ -24,16 +24,30 @@ def check(runs: Sequence[Point], retry: bool = False) -> None:
     for point in runs:
         if not (point.folder.result.is_file() and (point.folder.finished or not retry)):
             config = point.config
-            what = (config.model, config.dataset, config.method, config.selector, config.train.device, config.train.precision)
+            what = (
+                config.model,
+                config.dataset,
+                config.method,
+                config.selector,
+                config.train.device,
+                config.train.precision,
+            )
             kinds.setdefault(repr(what), []).append(point)
-    together = sorted(kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model)))
+    together = sorted(
+        kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model))
+    )
     found = _elsewhere([points[0].config for points in together]) if together else []
     told: dict[str, list[Point]] = {}
     for points, faults in zip(together, found, strict=True):
         for fault in faults:
             told.setdefault(fault, []).extend(points)
     if told:
-        raise ConfigError(*(f"{fault}{where([point.label for point in points], len(runs))}" for fault, points in told.items()))
+        raise ConfigError(
+            *(
+                f"{fault}{where([point.label for point in points], len(runs))}"
+                for fault, points in told.items()
+            )
+        )
 
 
 def _elsewhere(configs: list[Config]) -> list[tuple[str, ...]]:

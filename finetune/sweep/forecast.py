@@ -50,14 +50,22 @@ def forecast(
     for i, point in enumerate([*tried, *runs, *later]):
         follows = i >= len(tried) + len(runs)
         would = "follow its trials" if follows else _would(point, retry)
-        row: Row = {"run": None if follows else point.folder.path.name, "settings": point.label, "seed": point.config.seed, "would": would}
+        row: Row = {
+            "run": None if follows else point.folder.path.name,
+            "settings": point.label,
+            "seed": point.config.seed,
+            "would": would,
+        }
         rows.append(row | {"seconds": None, "memory_bytes": None, "fits": None, "fault": None})
         if would.startswith("be "):
             continue
         siblings = known.get(group_hash(point.config))
         if siblings:
             seconds = [s for s, _ in siblings if s is not None]
-            rows[-1] |= {"seconds": statistics.median(seconds) if seconds else None, "memory_bytes": max(m for _, m in siblings)}
+            rows[-1] |= {
+                "seconds": statistics.median(seconds) if seconds else None,
+                "memory_bytes": max(m for _, m in siblings),
+            }
         else:
             kind = _kind(point.config)
             if kind not in measured:
@@ -65,13 +73,21 @@ def forecast(
             rows[-1] |= _from(measured[kind], point.config)
         used = rows[-1]["memory_bytes"]
         rows[-1]["fits"] = None if used is None else used <= room
-    total = _total(rows, jobs, room) | ({"trials": len(tried), "trials_to_run": sum(_new(row) for row in rows[: len(tried)])} if tuning else {})
+    total = _total(rows, jobs, room) | (
+        {"trials": len(tried), "trials_to_run": sum(_new(row) for row in rows[: len(tried)])}
+        if tuning
+        else {}
+    )
     return {"folder": str([*runs, *later][0].folder.path.parent), "runs": rows, "total": total}
 
 
 def _there(points: Sequence[Point], retry: bool) -> dict[Path, Row]:
     """The results of the points that would not be run."""
-    return {point.folder.path: point.folder.read_result() for point in points if _would(point, retry).startswith("be ")}
+    return {
+        point.folder.path: point.folder.read_result()
+        for point in points
+        if _would(point, retry).startswith("be ")
+    }
 
 
 def _new(row: Row) -> bool:
@@ -109,8 +125,12 @@ def _known() -> dict[str, list[tuple[float | None, int]]]:
     for file in Path("outputs").glob("*/*/result.json"):
         try:
             result = safe.read_json(file, {"status": str, "cost": object})
-            if result["status"] == "finished" and not safe.differs(result, {"cost": {"peak_memory_bytes": int}, "group_hash": str}):
-                found.setdefault(result["group_hash"], []).append((duration(RunFolder(file.parent)), result["cost"]["peak_memory_bytes"]))
+            if result["status"] == "finished" and not safe.differs(
+                result, {"cost": {"peak_memory_bytes": int}, "group_hash": str}
+            ):
+                found.setdefault(result["group_hash"], []).append(
+                    (duration(RunFolder(file.parent)), result["cost"]["peak_memory_bytes"])
+                )
         except (OSError, ValueError):
             continue
     return found
@@ -118,7 +138,13 @@ def _known() -> dict[str, list[tuple[float | None, int]]]:
 
 def _kind(config: Config) -> str:
     """What decides the time of a step, roughly: runs of one kind are measured once."""
-    about = (config.method.name, config.selector.name, config.model, config.dataset, replace(config.train, steps=1))
+    about = (
+        config.method.name,
+        config.selector.name,
+        config.model,
+        config.dataset,
+        replace(config.train, steps=1),
+    )
     return repr(about)
 
 
@@ -127,7 +153,10 @@ def _from(probe: Row, config: Config) -> Row:
         return {"memory_bytes": probe.get("memory_bytes"), "fault": probe.get("fault")}
     steps, every = config.train.steps, config.train.eval_every
     validations = 1 + ((steps - 1) // every if every else 0)
-    return {"seconds": probe["fixed"] + steps * probe["step"] + validations * probe["evaluation"], "memory_bytes": probe["memory_bytes"]}
+    return {
+        "seconds": probe["fixed"] + steps * probe["step"] + validations * probe["evaluation"],
+        "memory_bytes": probe["memory_bytes"],
+    }
 
 
 def _measure(config: Config, say: Callable[[str], None]) -> Row:
@@ -136,13 +165,24 @@ def _measure(config: Config, say: Callable[[str], None]) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(json.dumps(config.as_dict()), encoding="utf-8")  # JSON is YAML
-        done = subprocess.run([sys.executable, "-m", __name__, str(file)], env=environment(None, None), capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-m", __name__, str(file)],
+            env=environment(None, None),
+            capture_output=True,
+            text=True,
+        )
     try:
         probe: Row = json.loads(done.stdout.splitlines()[-1])
         return probe
     except (IndexError, ValueError):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = f"ended by signal {-done.returncode}" if done.returncode < 0 else lines[-1] if lines else f"exit code {done.returncode}"
+        why = (
+            f"ended by signal {-done.returncode}"
+            if done.returncode < 0
+            else lines[-1]
+            if lines
+            else f"exit code {done.returncode}"
+        )
         return {"step": None, "memory_bytes": None, "fault": why}
 
 
@@ -161,7 +201,14 @@ def probe(file: Path, room: int) -> Row:
         expected = int(plan(config)["expected_peak_memory_bytes"])
         if expected > room:
             return {"step": None, "memory_bytes": expected, "fault": None}
-        train = replace(config.train, steps=min(STEPS, config.train.steps), eval_every=None, save_every=None, max_seconds=None, patience=None)
+        train = replace(
+            config.train,
+            steps=min(STEPS, config.train.steps),
+            eval_every=None,
+            save_every=None,
+            max_seconds=None,
+            patience=None,
+        )
         short = replace(config, train=train, logger=replace(config.logger, name="jsonl"))
         folder, began = RunFolder(file.parent / "run"), time.time()
         result = run.train(short, folder.path, lambda line: None, lambda done, total, words: None)
@@ -170,7 +217,12 @@ def probe(file: Path, room: int) -> Row:
     cost, whole = result["cost"], time.time() - began
     evaluation = max(0.0, folder.predictions.stat().st_mtime - folder.metrics.stat().st_mtime)
     fixed = max(0.0, start + whole - cost["train_seconds"] - evaluation)
-    return {"step": cost["step_seconds_median"], "evaluation": evaluation, "fixed": fixed, "memory_bytes": cost["peak_memory_bytes"]}
+    return {
+        "step": cost["step_seconds_median"],
+        "evaluation": evaluation,
+        "fixed": fixed,
+        "memory_bytes": cost["peak_memory_bytes"],
+    }
 
 
 def memory(jobs: int) -> int:

@@ -36,7 +36,12 @@ class Point:
 
 
 def points(
-    overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None, *, max_runs: int = MAX_RUNS, say: Say = lambda line: None
+    overrides: list[str],
+    config_dir: Path | None = None,
+    config_file: Path | None = None,
+    *,
+    max_runs: int = MAX_RUNS,
+    say: Say = lambda line: None,
 ) -> list[Point]:
     """Every point of the sweep, checked; points of the same content are one. Raises ``ConfigError`` with the faults of all points.
 
@@ -45,7 +50,9 @@ def points(
     name, overrides = with_preset(overrides, config_dir)
     budgets, overrides = _taken("budget", overrides)
     if fixed := [text for text in overrides if text.startswith("run=")]:
-        raise ConfigError(f"{fixed[0]}: a sweep names its runs by their content. Use name= for the folder that holds them.")
+        raise ConfigError(
+            f"{fixed[0]}: a sweep names its runs by their content. Use name= for the folder that holds them."
+        )
     expanded = _without_foreign(configuration.expand(overrides, config_dir), overrides, config_dir, say)
     if budgets:
         expanded = _sized(expanded, budgets, overrides, config_dir, config_file, say)
@@ -83,7 +90,9 @@ def with_preset(overrides: list[str], config_dir: Path | None) -> tuple[str, lis
 def preset(name: str, config_dir: Path | None = None) -> list[str]:
     """The overrides that ``sweep/NAME.yaml`` lists, in the user's folder or else in ours. Raises ``ConfigError``."""
     folders = [folder / "sweep" for folder in (config_dir, configuration.conf_dir()) if folder]
-    file = next((folder / f"{name}.yaml" for folder in folders if name and (folder / f"{name}.yaml").is_file()), None)
+    file = next(
+        (folder / f"{name}.yaml" for folder in folders if name and (folder / f"{name}.yaml").is_file()), None
+    )
     if file is None:
         known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
         raise ConfigError(
@@ -92,9 +101,17 @@ def preset(name: str, config_dir: Path | None = None) -> list[str]:
     try:
         stated = safe.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"sweep={name}: {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
-    if not isinstance(stated, list) or not stated or not all(isinstance(text, str) and "=" in text for text in stated):
-        raise ConfigError(f"sweep={name}: {file} should be a list of key=value, a line each, for example '- method=lora,snell'.")
+        raise ConfigError(
+            f"sweep={name}: {file} cannot be read as YAML: {' '.join(str(error).split())}"
+        ) from None
+    if (
+        not isinstance(stated, list)
+        or not stated
+        or not all(isinstance(text, str) and "=" in text for text in stated)
+    ):
+        raise ConfigError(
+            f"sweep={name}: {file} should be a list of key=value, a line each, for example '- method=lora,snell'."
+        )
     return stated
 
 
@@ -108,7 +125,12 @@ def _taken(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _sized(
-    expanded: list[list[str]], budgets: list[str], overrides: list[str], config_dir: Path | None, config_file: Path | None, say: Say
+    expanded: list[list[str]],
+    budgets: list[str],
+    overrides: list[str],
+    config_dir: Path | None,
+    config_file: Path | None,
+    say: Say,
 ) -> list[list[str]]:
     """The points with the setting that makes each meet each budget; those whose method has a fixed size are left out, unless all have."""
     from .budget import FixedSize, solve
@@ -122,7 +144,9 @@ def _sized(
         except FixedSize as error:
             left_out[error.words] = error
         except ConfigError as error:
-            swept = [word for word in words if word not in overrides] + ([f"budget={budget}"] if len(budgets) > 1 else [])
+            swept = [word for word in words if word not in overrides] + (
+                [f"budget={budget}"] if len(budgets) > 1 else []
+            )
             for fault in error.faults:
                 faults.setdefault(fault, []).append(" ".join(swept))
     if faults or not found:
@@ -133,18 +157,34 @@ def _sized(
     return [list(words) for words in dict.fromkeys(map(tuple, found))]
 
 
-def _without_foreign(expanded: list[list[str]], overrides: list[str], config_dir: Path | None, say: Say) -> list[list[str]]:
+def _without_foreign(
+    expanded: list[list[str]], overrides: list[str], config_dir: Path | None, say: Say
+) -> list[list[str]]:
     """The points without swept settings that their method lacks and another of the sweep has; those that become equal are one."""
-    names = dict.fromkeys(word.partition("=")[2] for words in expanded for word in words if word.startswith("method="))
+    names = dict.fromkeys(
+        word.partition("=")[2] for words in expanded for word in words if word.startswith("method=")
+    )
     if len(names) > 1:
         swept = {word.partition("=")[0] for words in expanded for word in words if word not in overrides}
         of_methods = {key: field for key in swept if (field := field_of(key))}
-        lacks = {name: {key for key, field in of_methods.items() if not has_field(name, field, config_dir)} for name in names}
+        lacks = {
+            name: {key for key, field in of_methods.items() if not has_field(name, field, config_dir)}
+            for name in names
+        }
         foreign = set.intersection(*lacks.values())
         for name, keys in lacks.items():
             for key in sorted(keys - foreign):
-                say(f"method={name} has no {key.removeprefix('method.')}, so it is run once per other setting; budget= matches sizes.")
-        expanded = [[word for word in words if word.partition("=")[0] not in lacks.get(method_of(words), set()) - foreign] for words in expanded]
+                say(
+                    f"method={name} has no {key.removeprefix('method.')}, so it is run once per other setting; budget= matches sizes."
+                )
+        expanded = [
+            [
+                word
+                for word in words
+                if word.partition("=")[0] not in lacks.get(method_of(words), set()) - foreign
+            ]
+            for words in expanded
+        ]
     return [list(words) for words in dict.fromkeys(map(tuple, expanded))]
 
 

@@ -21,13 +21,30 @@ from .launch import job
 def multirun(told: dict[str, Any]) -> None:
     """One Hydra job for each of ``files``. ``hydra.main`` would read the command line and change folders; this is what it calls."""
     version.setbase("1.3")
-    ConfigStore.instance().store(name="finetune_job", node={"file": None, **{key: told[key] for key in ("threads", "gpus", "home")}})
-    quiet = ["hydra/job_logging=disabled", "hydra/hydra_logging=disabled", "hydra.output_subdir=null", "hydra.job.chdir=false"]
-    place = [f"hydra.sweep.dir={_written(told['home'])}", "hydra.sweep.subdir=${hydra.job.num}", f"hydra/launcher={told['launcher']}"]
-    changes = [f"++hydra.launcher.{key}={_written(value)}" for key, value in told["settings"].items() if value is not None]
+    ConfigStore.instance().store(
+        name="finetune_job", node={"file": None, **{key: told[key] for key in ("threads", "gpus", "home")}}
+    )
+    quiet = [
+        "hydra/job_logging=disabled",
+        "hydra/hydra_logging=disabled",
+        "hydra.output_subdir=null",
+        "hydra.job.chdir=false",
+    ]
+    place = [
+        f"hydra.sweep.dir={_written(told['home'])}",
+        "hydra.sweep.subdir=${hydra.job.num}",
+        f"hydra/launcher={told['launcher']}",
+    ]
+    changes = [
+        f"++hydra.launcher.{key}={_written(value)}"
+        for key, value in told["settings"].items()
+        if value is not None
+    ]
     hydra = Hydra.create_main_hydra2("finetune", create_config_search_path(None))
     files = ",".join(_written(file) for file in told["files"])
-    hydra.multirun("finetune_job", job, [f"file={files}", *place, *quiet, *changes], with_log_configuration=False)
+    hydra.multirun(
+        "finetune_job", job, [f"file={files}", *place, *quiet, *changes], with_log_configuration=False
+    )
 
 
 def _written(value: Any) -> str:

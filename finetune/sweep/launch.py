@@ -23,9 +23,9 @@ import yaml
 
 from ..config.load import conf_dir, load
 from ..errors import ConfigError, near
-from ..launch.ranks import cores
 from ..storage.run_folder import RunFolder, write_json_atomic
 from ..system import safe
+from ..system.environment import cores
 from .grid import Point
 from .pool import devices
 from .process import again, run_to_end
@@ -36,7 +36,9 @@ PLUGINS = {
     "ray": ("hydra_ray_launcher", "ray"),
 }
 ANSWER = 10.0  # seconds that Slurm has to answer
-SETTLE = 20.0  # seconds for a network file system to show what a job wrote, and for Slurm to queue a job again
+SETTLE = (
+    20.0  # seconds for a network file system to show what a job wrote, and for Slurm to queue a job again
+)
 LOOK = 2.0  # seconds between two questions to Slurm
 Say = Callable[[str], None]
 
@@ -52,14 +54,22 @@ class Launcher:
 def launcher(name: str, words: Sequence[str], config_dir: Path | None = None) -> Launcher | None:
     """The launcher ``name`` with settings ``launcher.KEY=VALUE``; ``None`` for local. Raises ``ConfigError``, also when it cannot work here."""
     if name not in ("local", *PLUGINS):
-        raise ConfigError(f"--launcher {name} is not a launcher.{near(name, PLUGINS)} There is: local, {', '.join(PLUGINS)}.")
+        raise ConfigError(
+            f"--launcher {name} is not a launcher.{near(name, PLUGINS)} There is: local, {', '.join(PLUGINS)}."
+        )
     given = dict(word.removeprefix("launcher.").split("=", 1) for word in words)
     if name == "local":
         if given:
-            raise ConfigError(f"{words[0]}: only --launcher {', '.join(PLUGINS)} have settings; local has --jobs.")
+            raise ConfigError(
+                f"{words[0]}: only --launcher {', '.join(PLUGINS)} have settings; local has --jobs."
+            )
         return None
     settings = _settings(name, config_dir)
-    unknown = [f"launcher.{key} is not a setting of --launcher {name}.{near(key, settings)}" for key in given if key not in settings]
+    unknown = [
+        f"launcher.{key} is not a setting of --launcher {name}.{near(key, settings)}"
+        for key in given
+        if key not in settings
+    ]
     if faults := [*unknown, *_absent(name)]:
         raise ConfigError(*faults)
     return Launcher(name, settings | {key: yaml.safe_load(value) for key, value in given.items()})
@@ -79,13 +89,20 @@ def _settings(name: str, config_dir: Path | None) -> dict[str, Any]:
 
 def _absent(name: str) -> list[str]:
     """Why a launcher cannot work here; empty if it can."""
-    if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(f"hydra_plugins.{PLUGINS[name][0]}") is None:
-        return [f"--launcher {name} needs a package that is not installed: pip install 'finetune-bench[{name}]'"]
+    if (
+        importlib.util.find_spec("hydra_plugins") is None
+        or importlib.util.find_spec(f"hydra_plugins.{PLUGINS[name][0]}") is None
+    ):
+        return [
+            f"--launcher {name} needs a package that is not installed: pip install 'finetune-bench[{name}]'"
+        ]
     if name != "slurm":
         return []
     missing = [tool for tool in ("sbatch", "sinfo", "squeue") if shutil.which(tool) is None]
     if missing:
-        return [f"--launcher slurm needs Slurm's {', '.join(missing)}, not found here. Start from a login node, or use --launcher local."]
+        return [
+            f"--launcher slurm needs Slurm's {', '.join(missing)}, not found here. Start from a login node, or use --launcher local."
+        ]
     cure = "See `sinfo`, or use --launcher local."
     try:
         done = subprocess.run(["sinfo", "-h"], capture_output=True, text=True, timeout=ANSWER)
@@ -95,7 +112,9 @@ def _absent(name: str) -> list[str]:
     return [f"--launcher slurm: `sinfo` fails: {said}. {cure}"] if done.returncode else []
 
 
-def run_all(runs: Sequence[Point], where: Launcher, jobs: int | None, retry: bool, say: Say) -> dict[Path, dict[str, Any]]:
+def run_all(
+    runs: Sequence[Point], where: Launcher, jobs: int | None, retry: bool, say: Say
+) -> dict[Path, dict[str, Any]]:
     """Run by ``where`` what is not finished, wait for all of it, and return the results that there are by folder. A job's death is no error here."""
     todo = [point for point in runs if not _kept(point, retry)]
     say(f"{len(runs) - len(todo)} of {len(runs)} runs are there already; {len(todo)} go to {where.name}.")
@@ -116,10 +135,19 @@ def _kept(point: Point, retry: bool) -> bool:
 
 def _submit(todo: Sequence[Point], where: Launcher, jobs: int | None, home: Path, say: Say) -> None:
     """Start Hydra's launcher in a process of its own, whose words go to a file, and wait until every job has ended."""
-    parallel, settings, threads = jobs or cores(), dict(where.settings), where.settings.get("cpus_per_task") or 0
+    parallel, settings, threads = (
+        jobs or cores(),
+        dict(where.settings),
+        where.settings.get("cpus_per_task") or 0,
+    )
     if where.name == "joblib":
         settings, threads = settings | {"n_jobs": parallel}, max(1, cores() // parallel)
-    about = {"launcher": PLUGINS[where.name][1], "settings": settings, "threads": threads, "gpus": where.name == "joblib"}
+    about = {
+        "launcher": PLUGINS[where.name][1],
+        "settings": settings,
+        "threads": threads,
+        "gpus": where.name == "joblib",
+    }
     told = about | {"home": str(home), "files": [str(point.folder.config) for point in todo]}
     write_json_atomic(home / "jobs.json", told)
     with (home / "log.txt").open("wb") as log:
@@ -136,8 +164,14 @@ def _submit(todo: Sequence[Point], where: Launcher, jobs: int | None, home: Path
             os.killpg(process.pid, signal.SIGTERM)
             process.wait()
     if any(not point.folder.result.is_file() for point in todo):
-        lines = [line for line in (home / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
-        say(f"Warning: not all jobs of {where.name} ended with a result; {home / 'log.txt'} ends with: {lines[-1][:300] if lines else 'nothing'}")
+        lines = [
+            line
+            for line in (home / "log.txt").read_text(encoding="utf-8", errors="replace").splitlines()
+            if line.strip()
+        ]
+        say(
+            f"Warning: not all jobs of {where.name} ended with a result; {home / 'log.txt'} ends with: {lines[-1][:300] if lines else 'nothing'}"
+        )
 
 
 def _wait(process: subprocess.Popen[bytes], todo: Sequence[Point], home: Path | None) -> None:
@@ -157,12 +191,20 @@ def _wait(process: subprocess.Popen[bytes], todo: Sequence[Point], home: Path | 
 
 def _numbers(home: Path) -> list[str]:
     """The numbers of Slurm's jobs whose files submitit keeps in ``home``."""
-    return sorted({folder.name.split("_")[0] for folder in (home / ".submitit").glob("*") if folder.name.split("_")[0].isdigit()})
+    return sorted(
+        {
+            folder.name.split("_")[0]
+            for folder in (home / ".submitit").glob("*")
+            if folder.name.split("_")[0].isdigit()
+        }
+    )
 
 
 def _queued(numbers: Sequence[str]) -> bool:
     """Whether Slurm has any of the jobs, waiting or running; also when it does not say."""
-    done = subprocess.run(["squeue", "-h", "-o", "%A", "-j", ",".join(numbers)], capture_output=True, text=True)
+    done = subprocess.run(
+        ["squeue", "-h", "-o", "%A", "-j", ",".join(numbers)], capture_output=True, text=True
+    )
     return bool(done.stdout.strip()) or (done.returncode != 0 and "Invalid job id" not in done.stderr)
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ..launch.ranks import cores
 from ..storage.lock import holder
+from ..system.environment import cores
 from .grid import Point
 from .process import GRACE, DiskFull, Process, again
 
@@ -38,7 +38,11 @@ def devices() -> list[str]:
         done = subprocess.run(command, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.SubprocessError):
         return []
-    return [line.strip() for line in done.stdout.splitlines() if line.strip().isdigit()] if done.returncode == 0 else []
+    return (
+        [line.strip() for line in done.stdout.splitlines() if line.strip().isdigit()]
+        if done.returncode == 0
+        else []
+    )
 
 
 @contextmanager
@@ -77,7 +81,13 @@ class Pool:
         self.places = min(jobs or len(self._free), len(self._free)) if self._free else jobs or 1
         self._threads = max(1, cores() // self.places)
         self._without = "" if gpus is not None and not gpus else None
-        self._say, self._retry, self._attempts, self._fail_fast, self._look = say, retry, attempts, fail_fast, look
+        self._say, self._retry, self._attempts, self._fail_fast, self._look = (
+            say,
+            retry,
+            attempts,
+            fail_fast,
+            look,
+        )
         self.running: list[Process] = []
         self.results: dict[Path, Result] = {}
         self._queue: list[Point] = []  # begun by another process, or to be tried again
@@ -118,7 +128,9 @@ class Pool:
             self._end_all()
         return self.results
 
-    def _collect(self, ended: Callable[[Point, Result], None], verdict: Callable[[Point], str | None]) -> None:
+    def _collect(
+        self, ended: Callable[[Point, Result], None], verdict: Callable[[Point], str | None]
+    ) -> None:
         """Take the results of the processes that have ended, and stop those that are to be."""
         for process in list(self.running):
             try:
@@ -137,7 +149,11 @@ class Pool:
         """Record what became of a process, or have it tried again."""
         point, code = process.point, result.pop("exit_code", 0)
         why = f" ({result['error']})" if result["status"] != "finished" else ""
-        if result["status"] == "failed" and code != MISTAKE and self._tries[point.folder.path] < self._attempts:
+        if (
+            result["status"] == "failed"
+            and code != MISTAKE
+            and self._tries[point.folder.path] < self._attempts
+        ):
             self._tell(point, f"failed{why}, tried again")
             self._queue.append(point)
             return
@@ -166,7 +182,11 @@ class Pool:
         if point.folder.result.is_file():
             result = point.folder.read_result()
             if result["status"] == "finished" or not (folder in self._tries or self._retry or again(result)):
-                kept = "finished before, skipped" if result["status"] == "finished" else f"failed before ({result['error']}), kept: see --retry"
+                kept = (
+                    "finished before, skipped"
+                    if result["status"] == "finished"
+                    else f"failed before ({result['error']}), kept: see --retry"
+                )
                 self._tell(point, kept)
                 self.results[folder] = result
                 ended(point, result)
@@ -193,7 +213,9 @@ class Pool:
             self._tell(point, f"is being run by {holder(folder) or 'another process'}; waiting for it")
 
     def _tell(self, point: Point, words: str) -> None:
-        self._say(f"[{self._numbers.get(point.folder.path, 0)}{self._total}] {point.folder.path.name}: {words}")
+        self._say(
+            f"[{self._numbers.get(point.folder.path, 0)}{self._total}] {point.folder.path.name}: {words}"
+        )
 
     def _end_all(self) -> None:
         """End the processes: by SIGTERM, then, or at once when interrupted again, by SIGKILL."""

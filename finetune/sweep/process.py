@@ -36,7 +36,9 @@ class DiskFull(FinetuneError):
     """A run could not be written. Nothing that was finished is touched, and the run itself counts as unfinished."""
 
     def __init__(self, folder: Path, why: str) -> None:
-        super().__init__(f"{folder} cannot be written: {why}. Whatever finished is kept; make room, and the same command goes on.")
+        super().__init__(
+            f"{folder} cannot be written: {why}. Whatever finished is kept; make room, and the same command goes on."
+        )
 
 
 def lock(folder: Path) -> int | None:
@@ -59,7 +61,9 @@ def environment(threads: int | None, device: str | None) -> dict[str, str]:
         given = made.get(name, "")
         made[name] = str(min(threads or 1, int(given)) if given.isdigit() and int(given) else threads)
     if threads:
-        made.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # two processes that spin on the same cores slow each other tenfold
+        made.setdefault(
+            "OMP_WAIT_POLICY", "PASSIVE"
+        )  # two processes that spin on the same cores slow each other tenfold
     return made if device is None else {**made, "CUDA_VISIBLE_DEVICES": device}
 
 
@@ -98,7 +102,9 @@ class Process:
         locks.sign(self._lock, self._process.pid)
 
     @classmethod
-    def start(cls, point: Point, threads: int | None = None, device: str | None = None, warm: bool = False) -> Process | None:
+    def start(
+        cls, point: Point, threads: int | None = None, device: str | None = None, warm: bool = False
+    ) -> Process | None:
         """Start ``point``, whose configuration is frozen in its folder; ``None`` if another process is running it, or has
         just finished it. Raises ``DiskFull``.
 
@@ -192,7 +198,11 @@ class Process:
         there = folder.log.read_text(encoding="utf-8", errors="replace") if folder.log.exists() else ""
         lines = [line.rstrip() for line in self._said.decode(errors="replace").splitlines() if line.strip()]
         with folder.log.open("a", encoding="utf-8") as file:
-            file.writelines(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n" for line in lines[-KEPT:] if line not in there)
+            file.writelines(
+                f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n"
+                for line in lines[-KEPT:]
+                if line not in there
+            )
 
 
 def tail(file: Path) -> list[dict[str, Any]]:
@@ -214,7 +224,9 @@ def tail(file: Path) -> list[dict[str, Any]]:
 
 def last_step(folder: RunFolder) -> int:
     """The last step in ``metrics.jsonl``, 0 if there is none."""
-    return next((int(line["step"]) for line in reversed(tail(folder.metrics)) if isinstance(line.get("step"), int)), 0)
+    return next(
+        (int(line["step"]) for line in reversed(tail(folder.metrics)) if isinstance(line.get("step"), int)), 0
+    )
 
 
 def run_to_end(point: Point, threads: int | None = None, device: str | None = None) -> dict[str, Any]:
@@ -238,5 +250,7 @@ def _reason(code: int, said: str) -> str:
         return "the process was asked to end, and saved its state"
     faults = [line.removeprefix("Error: ") for line in lines if line.startswith("Error: ")]
     if code < 0:
-        return f"the process was ended by signal {-code} ({signal.Signals(-code).name})" + (" (out of memory?)" if code == -9 else "")
+        return f"the process was ended by signal {-code} ({signal.Signals(-code).name})" + (
+            " (out of memory?)" if code == -9 else ""
+        )
     return " ".join(faults) or (lines[-1] if lines else f"exit code {code}")

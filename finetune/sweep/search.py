@@ -51,7 +51,14 @@ def run(
     from .pool import Pool
 
     first = search.point([d.ends()[0] for d in dimensions])
-    pool = Pool(jobs, board.say, look=board.look, attempts=attempts, fail_fast=fail_fast, gpus=[] if first.config.train.device == "cpu" else None)
+    pool = Pool(
+        jobs,
+        board.say,
+        look=board.look,
+        attempts=attempts,
+        fail_fast=fail_fast,
+        gpus=[] if first.config.train.device == "cpu" else None,
+    )
     folder = first.folder.path.parent
     with search.alone(folder):
         search.open(words, first.config.seed, pool.places > 1, trials)
@@ -65,7 +72,9 @@ def _check_installed() -> None:
     try:
         import optuna
     except ImportError:
-        raise ConfigError("--search optuna needs a package that is not installed: pip install 'finetune-bench[search]'.") from None
+        raise ConfigError(
+            "--search optuna needs a package that is not installed: pip install 'finetune-bench[search]'."
+        ) from None
     optuna.logging.set_verbosity(optuna.logging.WARNING)
 
 
@@ -75,7 +84,9 @@ class _Trial:
     def __init__(self, own: Any, point: Point) -> None:
         self.own, self.point, self.pruned = own, point, ""
         self.lines = Lines(point.folder.metrics)
-        self.seen = max(own.storage.get_trial(own._trial_id).intermediate_values, default=0)  # of an earlier process, which may not have judged it
+        self.seen = max(
+            own.storage.get_trial(own._trial_id).intermediate_values, default=0
+        )  # of an earlier process, which may not have judged it
         self.judged = not self.seen
 
 
@@ -86,7 +97,9 @@ class Search:
     study: Any
     announce: Callable[[Sequence[Result]], None]
 
-    def __init__(self, fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None) -> None:
+    def __init__(
+        self, fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None
+    ) -> None:
         self.fixed, self.dimensions, self._place = fixed, dimensions, (config_dir, config_file)
         self._running: dict[int, _Trial] = {}  # by id of the point: two trials may be of one run
 
@@ -98,12 +111,16 @@ class Search:
             folder.mkdir(parents=True, exist_ok=True)
             handle = os.open(folder / ".search.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
-            raise ConfigError(f"{folder} cannot be written: {error.strerror}. Start from a folder that you may write to.") from None
+            raise ConfigError(
+                f"{folder} cannot be written: {error.strerror}. Start from a folder that you may write to."
+            ) from None
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise ConfigError(f"{folder} is being searched by another process. Wait for it, or choose another name=.") from None
+                raise ConfigError(
+                    f"{folder} is being searched by another process. Wait for it, or choose another name=."
+                ) from None
             yield
         finally:
             os.close(handle)
@@ -117,13 +134,19 @@ class Search:
         file, pruner = self.folder / "search.db", optuna.pruners.MedianPruner()
         try:
             storage = optuna.storages.RDBStorage(f"sqlite:///{file}")
-            self.study = optuna.create_study(study_name="search", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True)
+            self.study = optuna.create_study(
+                study_name="search", storage=storage, pruner=pruner, direction="maximize", load_if_exists=True
+            )
             there = self.study.user_attrs.get("asked") if self.study.trials else None
         except Exception as error:  # of Optuna, SQLAlchemy or SQLite
             why = " ".join(str(error).split())[:200]
-            raise ConfigError(f"{file} cannot be read as the storage of a search ({why}). Choose another name=, or remove it.") from None
+            raise ConfigError(
+                f"{file} cannot be read as the storage of a search ({why}). Choose another name=, or remove it."
+            ) from None
         if there and there != asked:
-            raise ConfigError(f"{self.folder} holds another search: {' '.join(there)}. Choose another name=, or give the same settings.")
+            raise ConfigError(
+                f"{self.folder} holds another search: {' '.join(there)}. Choose another name=, or give the same settings."
+            )
         self.study.set_user_attr("asked", asked)
 
     def point(self, words: list[str]) -> Point:
@@ -142,13 +165,19 @@ class Search:
             for trial in there
             if "point" in (about := trial.user_attrs)
         }
-        return [*made.values(), *[{"run": "", "label": "", "seed": self._seed, "steps": 0}] * max(0, self._trials - len(there))]
+        return [
+            *made.values(),
+            *[{"run": "", "label": "", "seed": self._seed, "steps": 0}] * max(0, self._trials - len(there)),
+        ]
 
     def offered(self) -> Iterator[Point]:
         """The runs of trials that an earlier process left unfinished, then those of new ones."""
         from optuna.trial import Trial, TrialState
 
-        left = [Trial(self.study, frozen._trial_id) for frozen in self.study.get_trials(states=(TrialState.RUNNING,))]
+        left = [
+            Trial(self.study, frozen._trial_id)
+            for frozen in self.study.get_trials(states=(TrialState.RUNNING,))
+        ]
         while left or len(self.study.trials) < self._trials:
             own = left.pop(0) if left else self._asked()
             self._reseed(own.number)
@@ -175,7 +204,9 @@ class Search:
 
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)  # of constant_liar
-            self.study.sampler = optuna.samplers.TPESampler(seed=(self._seed * 1_000_003 + number) % 2**32, constant_liar=self._parallel)
+            self.study.sampler = optuna.samplers.TPESampler(
+                seed=(self._seed * 1_000_003 + number) % 2**32, constant_liar=self._parallel
+            )
 
     def verdict(self, point: Point) -> str | None:
         """Why the run is to be stopped now, if it is: the median of the earlier trials at one of its validations was better."""
@@ -207,7 +238,12 @@ class Search:
         elif result["status"] == "finished" and metric:
             self._tell(trial.own, "COMPLETE", _gain(metric, val), val=val, steps=result["steps"])
         else:
-            self._tell(trial.own, "FAIL", error=result.get("error") or "it has no validation metric", steps=result.get("steps", 0))
+            self._tell(
+                trial.own,
+                "FAIL",
+                error=result.get("error") or "it has no validation metric",
+                steps=result.get("steps", 0),
+            )
 
     def _tell(self, own: Any, state: str, value: float | None = None, **about: Any) -> None:
         from optuna.trial import TrialState
@@ -223,7 +259,10 @@ class Search:
         rows = [self._row(frozen) for frozen in self.study.get_trials(deepcopy=False)]
         best = next((row["number"] for row in sorted(rows, key=_order) if row["status"] == "finished"), None)
         searched = [d.key for d in self.dimensions]
-        write_json_atomic(self.folder / "search.json", {"format": FORMAT, "settings": self.fixed, "searched": searched, "best": best, "trials": rows})
+        write_json_atomic(
+            self.folder / "search.json",
+            {"format": FORMAT, "settings": self.fixed, "searched": searched, "best": best, "trials": rows},
+        )
 
     def _row(self, frozen: Any) -> dict[str, Any]:
         about = frozen.user_attrs
@@ -237,15 +276,22 @@ class Search:
         found: dict[Path, tuple[Point, Result]] = {}
         for row in sorted(map(self._row, self.study.get_trials(deepcopy=False)), key=_order):
             with suppress(ConfigError, KeyError):
-                point = self.point([dimension.word(row["settings"][dimension.key]) for dimension in self.dimensions])
+                point = self.point(
+                    [dimension.word(row["settings"][dimension.key]) for dimension in self.dimensions]
+                )
                 if point.folder.path not in found:
-                    found[point.folder.path] = point, point.folder.read_result() if point.folder.finished else _unfinished(point, row)
+                    found[point.folder.path] = (
+                        point,
+                        point.folder.read_result() if point.folder.finished else _unfinished(point, row),
+                    )
         return list(found.values())
 
 
 def _unfinished(point: Point, row: dict[str, Any]) -> Result:
     """What stands for the ``result.json`` of a pruned or failed trial."""
-    return make_result(point.config, status="failed", error=row["error"], steps=row["steps"] or 0) | {"status": row["status"]}
+    return make_result(point.config, status="failed", error=row["error"], steps=row["steps"] or 0) | {
+        "status": row["status"]
+    }
 
 
 def _gain(metric: Any, values: dict[str, float]) -> float:

@@ -93,7 +93,9 @@ def measure(config: Config, method: Method | None = None) -> Size:
     return Size(trained, 0 if shapes is None else _file(shapes) + _about(config, method, at), head)
 
 
-def _counted(at: Frame, method: Method, seed: int, steps: int, device: str) -> tuple[nn.ModuleDict, Shapes | None]:
+def _counted(
+    at: Frame, method: Method, seed: int, steps: int, device: str
+) -> tuple[nn.ModuleDict, Shapes | None]:
     """The states as a session builds them, on a copy of the model, and what is stored of them."""
     model, states = copy.deepcopy(at.model), nn.ModuleDict()
     with torch.random.fork_rng(devices=[]), torch.device(device):
@@ -111,7 +113,11 @@ def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
     for prefix, module in packed.items():
         if isinstance(module, Mixed) or (isinstance(module, Bank) and _gathers(method, steps)):
             return None
-        inner = _bank(module, method) if isinstance(module, Bank) else {k: _shape(t) for k, t in module.pack().items()}
+        inner = (
+            _bank(module, method)
+            if isinstance(module, Bank)
+            else {k: _shape(t) for k, t in module.pack().items()}
+        )
         found |= {prefix + k: s for k, s in inner.items()}
     return found
 
@@ -133,7 +139,11 @@ def _bank(bank: Bank, method: Any) -> Shapes:
     """What ``pack`` will give: values, starts, and the code of the gaps."""
     count = round(len(bank.values) / (method.schedule.peak if hasattr(method, "schedule") else 1))
     gaps = _gap_bytes(count, sum(bank.sizes), _run(bank, method))
-    return {"values": (torch.float32, (count,)), "starts": (torch.int64, (len(bank.sizes) + 1,)), "gaps": (torch.uint8, (gaps,))}
+    return {
+        "values": (torch.float32, (count,)),
+        "starts": (torch.int64, (len(bank.sizes) + 1,)),
+        "gaps": (torch.uint8, (gaps,)),
+    }
 
 
 def _run(bank: Bank, method: Any) -> int:

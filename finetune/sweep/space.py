@@ -37,11 +37,15 @@ class Dimension:
 
     def ends(self) -> list[str]:
         """Every option, or both ends of the interval."""
-        values = self.options or [f"{end:.0f}" if float(end).is_integer() else repr(end) for end in (self.low, self.high)]
+        values = self.options or [
+            f"{end:.0f}" if float(end).is_integer() else repr(end) for end in (self.low, self.high)
+        ]
         return [f"{self.key}={value}" for value in values]
 
 
-def space(overrides: list[str], config_dir: Path | None, config_file: Path | None = None) -> tuple[list[str], list[Dimension]]:
+def space(
+    overrides: list[str], config_dir: Path | None, config_file: Path | None = None
+) -> tuple[list[str], list[Dimension]]:
     """The settings that stay, and those that are searched. Raises ``ConfigError`` for whatever none of the trials could take."""
     fixed, found, faults = list[str](), list[Dimension](), list[str]()
     for text in overrides:
@@ -66,25 +70,42 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
     if not item.is_sweep_override():
         return None
     if key == "seed":
-        raise ConfigError(f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with several.")
+        raise ConfigError(
+            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with several."
+        )
     if not hasattr(value, "end"):  # only an interval has that
         words = configuration.expand([text], config_dir)
         return Dimension(key, tuple(dict.fromkeys(word.partition("=")[2] for [word] in words)))
     low, high, log = float(value.start), float(value.end), "log" in value.tags
     if not low < high or (log and low <= 0):
-        what = "needs a first value above 0" if low < high else "is empty: the first value must be below the second"
+        what = (
+            "needs a first value above 0"
+            if low < high
+            else "is empty: the first value must be below the second"
+        )
         raise ConfigError(f"{text} {what}, as in {key}=tag(log,interval(1e-4,1e-2)).")
-    return Dimension(key, low=low, high=high, log=log, whole=isinstance(value.start, int) and isinstance(value.end, int))
+    return Dimension(
+        key, low=low, high=high, log=log, whole=isinstance(value.start, int) and isinstance(value.end, int)
+    )
 
 
-def _checked(fixed: list[str], found: list[Dimension], config_dir: Path | None, config_file: Path | None) -> list[Dimension]:
+def _checked(
+    fixed: list[str], found: list[Dimension], config_dir: Path | None, config_file: Path | None
+) -> list[Dimension]:
     """The dimensions, those of whole settings marked as such, once each of their ends was tried beside the first ones of the others."""
     faults: dict[str, None] = {}
     methods = next((d.ends() for d in found if d.key == "method"), [""])
     for i, dimension in enumerate(found):
-        fits = [m for m in methods if dimension.key == "method" or _taken(dimension.ends()[0], [m, *fixed], config_dir)]
+        fits = [
+            m
+            for m in methods
+            if dimension.key == "method" or _taken(dimension.ends()[0], [m, *fixed], config_dir)
+        ]
         for method in fits or methods[:1]:  # what no method has is refused as ever
-            others = [*([method] if method else []), *(d.ends()[0] for d in found if d.key not in ("method", dimension.key))]
+            others = [
+                *([method] if method else []),
+                *(d.ends()[0] for d in found if d.key not in ("method", dimension.key)),
+            ]
             others = fitting(others, fixed, config_dir)
             try:
                 found[i] = dimension = _typed(dimension, [*fixed, *others], config_dir, config_file)
@@ -97,12 +118,20 @@ def _checked(fixed: list[str], found: list[Dimension], config_dir: Path | None, 
     return found
 
 
-def _typed(dimension: Dimension, words: list[str], config_dir: Path | None, config_file: Path | None) -> Dimension:
+def _typed(
+    dimension: Dimension, words: list[str], config_dir: Path | None, config_file: Path | None
+) -> Dimension:
     """An interval from one whole number to another is one of whole numbers where the setting takes no others."""
-    if dimension.options or dimension.whole or not (dimension.low.is_integer() and dimension.high.is_integer()):
+    if (
+        dimension.options
+        or dimension.whole
+        or not (dimension.low.is_integer() and dimension.high.is_integer())
+    ):
         return dimension
     plain = [word for word in words if not word.startswith(("budget=", "sweep="))]
-    value = configuration.tree([*plain, f"{dimension.key}={dimension.low:.0f}"], config_dir, config_file)[dimension.key][0]
+    value = configuration.tree([*plain, f"{dimension.key}={dimension.low:.0f}"], config_dir, config_file)[
+        dimension.key
+    ][0]
     return replace(dimension, whole=isinstance(value, int))
 
 

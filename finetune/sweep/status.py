@@ -37,7 +37,9 @@ def entry(point: Point, folder: Path) -> Row:
 
 
 @contextmanager
-def announced(folder: Path, points: Sequence[Row], overrides: Sequence[str], jobs: int, command: str) -> Iterator[Callable[[Sequence[Row]], None]]:
+def announced(
+    folder: Path, points: Sequence[Row], overrides: Sequence[str], jobs: int, command: str
+) -> Iterator[Callable[[Sequence[Row]], None]]:
     """Write ``sweep.json`` and, for the length of the block, hold a shared lock that tells others that the sweep goes on.
 
     ``points`` are entries; gives a function that takes others in their place.
@@ -101,16 +103,24 @@ class Status:
             there = file.stat()
             if (there.st_ino, there.st_mtime_ns) == self._read:
                 return
-            about = safe.read_json(file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str})
+            about = safe.read_json(
+                file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str}
+            )
             if not all(_inside(point["run"]) for point in about["points"]):
                 raise ValueError("a run outside the folder")
             datetime.datetime.fromisoformat(about["started"])
             self.about, self._read = about, (there.st_ino, there.st_mtime_ns)
         except OSError:
-            what = "there is no such folder" if not self.folder.is_dir() else f"no sweep was run there (it has no {FILE})"
+            what = (
+                "there is no such folder"
+                if not self.folder.is_dir()
+                else f"no sweep was run there (it has no {FILE})"
+            )
             raise ConfigError(f"{self.folder}: {what}. Give the folder of a sweep, outputs/NAME.") from None
         except ValueError:
-            raise ConfigError(f"{file} is not what a sweep wrote. Give the command of the sweep again: it writes it anew.") from None
+            raise ConfigError(
+                f"{file} is not what a sweep wrote. Give the command of the sweep again: it writes it anew."
+            ) from None
 
     @property
     def alive(self) -> bool:
@@ -125,7 +135,9 @@ class Status:
 
     def _last(self, point: Mapping[str, Any]) -> float:
         folder = RunFolder(self.folder / str(point["run"]))
-        return max((file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()), default=0.0)
+        return max(
+            (file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()), default=0.0
+        )
 
     def rows(self) -> list[Row]:
         """One for each point: run, label, seed, state ("finished", "failed", "pruned", "running" or "waiting"), step, steps, seconds_left, seconds,
@@ -146,7 +158,12 @@ class Status:
                 result = folder.read_result()
             except ConfigError as error:
                 return row | {"state": "failed", "error": str(error)}
-            row |= {"state": result["status"], "step": result.get("steps", 0), "error": result.get("error"), "seconds": duration(folder)}
+            row |= {
+                "state": result["status"],
+                "step": result.get("steps", 0),
+                "error": result.get("error"),
+                "seconds": duration(folder),
+            }
             self._ended[name] = row
         else:
             row |= {"state": "pruned" if point.get("pruned") else "waiting", "step": last_step(folder)}
@@ -160,8 +177,15 @@ class Status:
         each = statistics.mean(took) if took else None
         known = all(left is not None for left in lefts) and (each is not None or not counts["waiting"])
         total = sum(left or 0.0 for left in lefts) + counts["waiting"] * (each or 0.0)
-        seconds = total / min(int(self.about["jobs"]), max(1, counts["running"] + counts["waiting"])) if known else None
-        return {**{state: counts[state] for state in ("finished", "running", "failed", "pruned", "waiting")}, "seconds_left": seconds}
+        seconds = (
+            total / min(int(self.about["jobs"]), max(1, counts["running"] + counts["waiting"]))
+            if known
+            else None
+        )
+        return {
+            **{state: counts[state] for state in ("finished", "running", "failed", "pruned", "waiting")},
+            "seconds_left": seconds,
+        }
 
 
 def _inside(run: str) -> bool:
@@ -172,7 +196,9 @@ def _inside(run: str) -> bool:
 
 def _progress(folder: RunFolder, steps: int) -> Row:
     """Of a run that goes on: its step, and the seconds left by the median of the last steps."""
-    seconds = [line["seconds"] for line in tail(folder.metrics) if isinstance(line.get("seconds"), float)][-TAIL:]
+    seconds = [line["seconds"] for line in tail(folder.metrics) if isinstance(line.get("seconds"), float)][
+        -TAIL:
+    ]
     step = last_step(folder)
     return {"step": step, "seconds_left": statistics.median(seconds) * (steps - step) if seconds else None}
 

@@ -42,11 +42,15 @@ class Asked:
             found = [self.low * (self.high / self.low) ** step for step in steps]
         else:
             if not isinstance(center, int | float) or isinstance(center, bool) or center <= 0:
-                raise ConfigError(f"tune={self.key}: its value is {center}, which has no logarithm. Give limits: tune={self.key}:1e-4:1e-2.")
+                raise ConfigError(
+                    f"tune={self.key}: its value is {center}, which has no logarithm. Give limits: tune={self.key}:1e-4:1e-2."
+                )
             found = [center * STEP ** (i - trials // 2) for i in range(trials)]
         rounded: list[float] = [max(1, round(value)) if whole else float(f"{value:.3g}") for value in found]
         if len(set(rounded)) < trials:
-            raise ConfigError(f"tune={self.key} takes whole numbers only, too few for {trials} trials here. Give wider limits, or fewer --trials.")
+            raise ConfigError(
+                f"tune={self.key} takes whole numbers only, too few for {trials} trials here. Give wider limits, or fewer --trials."
+            )
         return rounded
 
 
@@ -95,7 +99,9 @@ class Tuning:
         for group in self.groups:
             told = self._told(group, results)
             value = told["chosen"]
-            say(f"{group.points[0].label}: {self.asked.key}={value!r}{' (its own: all trials failed)' if best(told['tried']) is None else ''}")
+            say(
+                f"{group.points[0].label}: {self.asked.key}={value!r}{' (its own: all trials failed)' if best(told['tried']) is None else ''}"
+            )
             for point in group.points:
                 final[id(point)] = self._with(point, value)
                 freeze([final[id(point)]])
@@ -109,7 +115,9 @@ class Tuning:
             if all(trial.folder.path in results for _, trial in group.trials):
                 value = self._told(group, results)["chosen"]
                 known |= {id(point): self._with(point, value) for point in group.points}
-        return [known[id(point)] for point in self.points if id(point) in known], [point for point in self.points if id(point) not in known]
+        return [known[id(point)] for point in self.points if id(point) in known], [
+            point for point in self.points if id(point) not in known
+        ]
 
     def _told(self, group: _Group, results: Mapping[Path, Result]) -> dict[str, Any]:
         """What ``tuning.json`` says of a configuration."""
@@ -144,7 +152,11 @@ def best(rows: Sequence[dict[str, Any]]) -> Any:
 
 def _row(value: float, result: Result) -> dict[str, Any]:
     """What is told of a trial; of its metrics only those on validation."""
-    return {"value": value, "val": (result.get("metrics") or {}).get("val"), "status": result.get("status", "unfinished")}
+    return {
+        "value": value,
+        "val": (result.get("metrics") or {}).get("val"),
+        "status": result.get("status", "unfinished"),
+    }
 
 
 def _groups(points: Sequence[Point], asked: Asked, trials: int) -> list[_Group]:
@@ -154,7 +166,9 @@ def _groups(points: Sequence[Point], asked: Asked, trials: int) -> list[_Group]:
         value = _value(point.config, asked.key)
         by_rest.setdefault(_rest(point.config, asked.key), {}).setdefault(repr(value), []).append(point)
     if twice := next((values for values in by_rest.values() if len(values) > 1), None):
-        raise ConfigError(f"tune={asked.key}: the grid has {asked.key}={', '.join(twice)}, too. Leave one of the two out.")
+        raise ConfigError(
+            f"tune={asked.key}: the grid has {asked.key}={', '.join(twice)}, too. Leave one of the two out."
+        )
     faults: dict[str, None] = {}
     groups = []
     for [(_, members)] in (values.items() for values in by_rest.values()):
@@ -188,7 +202,9 @@ def _value(config: Config, key: str) -> Any:
     value: Any = config.as_dict()
     for step in key.split("."):
         if not isinstance(value, dict) or step not in value:
-            raise ConfigError(f"tune={key}: method={config.method.name} has no such setting. Write tune=optimizer.lr, for example.")
+            raise ConfigError(
+                f"tune={key}: method={config.method.name} has no such setting. Write tune=optimizer.lr, for example."
+            )
         value = value[step]
     return value
 

@@ -31,7 +31,9 @@ class Board:
     def __enter__(self) -> Board:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live and self._status:
             self._live.update(table(self._status, self._status.rows()))
             self._live.stop()
@@ -72,7 +74,12 @@ def table(status: Status, rows: Sequence[Row]) -> Group:
     for row in [*failed, *(row for row in rows if row["state"] == "running")]:
         words = f"failed: {row['error']}" if row["state"] == "failed" else "running"
         left = "" if row["state"] == "failed" else show_seconds(row["seconds_left"])
-        made.add_row(*(Text(visible(text)) for text in (row["label"], str(row["seed"]), words, f"{row['step']}/{row['steps']}", left)))
+        made.add_row(
+            *(
+                Text(visible(text))
+                for text in (row["label"], str(row["seed"]), words, f"{row['step']}/{row['steps']}", left)
+            )
+        )
     return Group(*([made] if made.row_count else []), Text(line(status, rows)))
 
 
@@ -81,7 +88,9 @@ def line(status: Status, rows: Sequence[Row]) -> str:
     told = status.summary(rows)
     rest = f", about {show_seconds(told['seconds_left'])} left" if told["running"] + told["waiting"] else ""
     counts = ", ".join(
-        f"{told[state]} {state}" for state in ("finished", "running", "failed", "pruned", "waiting") if told[state] or state == "finished"
+        f"{told[state]} {state}"
+        for state in ("finished", "running", "failed", "pruned", "waiting")
+        if told[state] or state == "finished"
     )
     return f"{status.folder}: {counts} of {len(rows)}{rest} (for {show_seconds(status.seconds)})"
 

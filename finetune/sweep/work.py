@@ -31,22 +31,30 @@ class Work:
     attempts: int = 1
     fail_fast: bool = False
 
-    def run(self, runs: Sequence[Point], tuning: Tuning | None = None) -> tuple[list[Point], dict[Path, Result]]:
+    def run(
+        self, runs: Sequence[Point], tuning: Tuning | None = None
+    ) -> tuple[list[Point], dict[Path, Result]]:
         """The runs, with ``tuning`` those with the values that it chose, and all results by folder. No run follows trials that did not all end."""
         tried, folder = tuning.tried if tuning else [], runs[0].folder.path.parent
         if self.where is None:  # a cluster's machines may see what this one does not
             check(tried or runs, self.retry)
         freeze(tried or runs)
         if tuning:
-            self.board.say(f"Tuning {tuning.asked.key} by {len(tried)} trials of {len(tuning.groups)} configurations, on validation.")
+            self.board.say(
+                f"Tuning {tuning.asked.key} by {len(tried)} trials of {len(tuning.groups)} configurations, on validation."
+            )
         trials = [entry(point, folder) for point in tried]
         listed = [entry(point, folder) | ({"run": ""} if tuning else {}) for point in runs]
-        with announced(folder, [*trials, *listed], self.settings, self._pool(runs).places, self.command) as announce:
+        with announced(
+            folder, [*trials, *listed], self.settings, self._pool(runs).places, self.command
+        ) as announce:
             self.board.show(folder)
             if not tuning:
                 return list(runs), self._run(runs)[0]
             found, failed = self._run(tried)
-            if (self.fail_fast and failed) or any(point.folder.path not in found for point in tried):  # a cluster may leave some
+            if (self.fail_fast and failed) or any(
+                point.folder.path not in found for point in tried
+            ):  # a cluster may leave some
                 return [], found
             runs = tuning.settled(found, self.board.say)
             announce([*trials, *(entry(point, folder) for point in runs)])
@@ -54,7 +62,11 @@ class Work:
 
     def _pool(self, runs: Sequence[Point]) -> Pool:
         gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
-        about: Mapping[str, Any] = {"retry": self.retry, "attempts": self.attempts, "fail_fast": self.fail_fast}
+        about: Mapping[str, Any] = {
+            "retry": self.retry,
+            "attempts": self.attempts,
+            "fail_fast": self.fail_fast,
+        }
         return Pool(self.jobs, self.board.say, look=self.board.look, gpus=gpus, **about)
 
     def _run(self, runs: Sequence[Point]) -> tuple[dict[Path, Result], bool]:

@@ -29,7 +29,9 @@ def words(folder: Path, error: OSError) -> str:
     why = error.strerror or str(error) or type(error).__name__
     cure = f"`finetune train --resume {folder}` goes on"
     if error.errno == errno.ENOENT and not (folder / "config.yaml").exists():
-        return f"{folder} has vanished while its run went on ({why}). Put it back, and {cure}; or start again."
+        return (
+            f"{folder} has vanished while its run went on ({why}). Put it back, and {cure}; or start again."
+        )
     ours = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
     if ours or error.errno in WRITING:
         return f"{folder} cannot be written: {why}. What was saved before is whole; make room or make it writable, and {cure}."

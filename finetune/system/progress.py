@@ -31,7 +31,9 @@ class ProgressBar:
     def __enter__(self) -> ProgressBar:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._bar:
             self._bar.stop()
 
@@ -53,10 +55,26 @@ class ProgressBar:
     def _draw(self, done: int, total: int, words: str) -> None:
         if self._bar is None:
             from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+            from rich.progress import (
+                BarColumn,
+                MofNCompleteColumn,
+                Progress,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
 
-            columns = (TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-            self._bar = Progress(*columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True))
+            columns = (
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(),
+                TimeElapsedColumn(),
+                TextColumn("left"),
+                TimeRemainingColumn(),
+            )
+            self._bar = Progress(
+                *columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)
+            )
             self._bar.add_task("", total=total, completed=done)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=words)
@@ -69,5 +87,9 @@ class ProgressBar:
             return
         self._shown = part
         began, first = self._start
-        left = f", about {(now - began) / (done - first) * (total - done):.0f} s left" if done > first and done < total else ""
+        left = (
+            f", about {(now - began) / (done - first) * (total - done):.0f} s left"
+            if done > first and done < total
+            else ""
+        )
         self.say(f"step {done}/{total}{left}{words and f', {words}'}")

@@ -28,7 +28,9 @@ ROWS_PER_BYTE = 50  # of a Parquet file: a row takes a byte or more, but for col
 LINES_BYTES = 2**28
 DEPTH = 64
 NODES = 10_000  # of a YAML text, aliases counted as what they stand for
-HOLE = 2**26  # bytes above which a tensor file must have a tenth of what it claims on disk: file systems that compress keep less than all
+HOLE = (
+    2**26
+)  # bytes above which a tensor file must have a tenth of what it claims on disk: file systems that compress keep less than all
 SIZES = {
     "BOOL": 1, "U8": 1, "I8": 1, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "I16": 2, "U16": 2, "F16": 2, "BF16": 2, "I32": 4, "U32": 4,
     "F32": 4, "F64": 8, "I64": 8, "U64": 8, "C64": 8,
@@ -50,8 +52,15 @@ def too_new(file: Path, content: Any) -> str:
     version = known.get("format", FORMAT)
     if type(version) is int and version <= FORMAT:
         return ""
-    maker = known.get("finetune", (known.get("versions") or {}).get("finetune") if isinstance(known.get("versions"), Mapping) else None)
-    need = f"finetune-bench>={maker}" if isinstance(maker, str) and re.fullmatch(r"[\w.+]{1,40}", maker) else "a newer finetune-bench"
+    maker = known.get(
+        "finetune",
+        (known.get("versions") or {}).get("finetune") if isinstance(known.get("versions"), Mapping) else None,
+    )
+    need = (
+        f"finetune-bench>={maker}"
+        if isinstance(maker, str) and re.fullmatch(r"[\w.+]{1,40}", maker)
+        else "a newer finetune-bench"
+    )
     return f"{file} has format {str(version)[:20]}, and this version of finetune ({__version__}) reads up to {FORMAT}; install {need}"
 
 
@@ -66,7 +75,9 @@ def first_line(file: Path) -> dict[str, Any]:
 
 def read(file: Path, most: int) -> bytes:
     """The content of a regular file of at most ``most`` bytes. Raises ``Unsafe`` for anything else, and ``OSError``."""
-    with os.fdopen(os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as opened:  # a pipe would wait for its writer
+    with os.fdopen(
+        os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb"
+    ) as opened:  # a pipe would wait for its writer
         about = os.fstat(opened.fileno())
         if not stat.S_ISREG(about.st_mode):
             raise Unsafe("it is no regular file")
@@ -90,7 +101,12 @@ def parse_json(text: str | bytes) -> Any:
     except RecursionError:
         raise Unsafe(_too_deep()) from None
     level, depth = [found], 0
-    while level := [inner for item in level if isinstance(item, dict | list) for inner in (item.values() if isinstance(item, dict) else item)]:
+    while level := [
+        inner
+        for item in level
+        if isinstance(item, dict | list)
+        for inner in (item.values() if isinstance(item, dict) else item)
+    ]:
         depth += 1
         if depth > DEPTH:
             raise Unsafe(_too_deep())
@@ -131,7 +147,11 @@ def differs(value: Any, like: Any, name: str = "it") -> str:
         faults = [differs(value, one, name) for one in like]
         return "" if "" in faults else max(faults, key=len)
     if isinstance(like, list):
-        return _first((item, like[0], f"{name}[{i}]") for i, item in enumerate(value)) if isinstance(value, list) else _is_no(name, value, "list")
+        return (
+            _first((item, like[0], f"{name}[{i}]") for i, item in enumerate(value))
+            if isinstance(value, list)
+            else _is_no(name, value, "list")
+        )
     if isinstance(like, dict):
         if not isinstance(value, dict):
             return _is_no(name, value, "mapping")
@@ -139,12 +159,19 @@ def differs(value: Any, like: Any, name: str = "it") -> str:
             return _first((item, like[str], f"{name}.{key}") for key, item in value.items())
         if lacking := [key for key in like if not key.endswith("?") and key not in value]:
             return f"{name} has no {lacking[0]}"
-        return _first((value[key.rstrip("?")], inner, f"{name}.{key.rstrip('?')}") for key, inner in like.items() if key.rstrip("?") in value)
+        return _first(
+            (value[key.rstrip("?")], inner, f"{name}.{key.rstrip('?')}")
+            for key, inner in like.items()
+            if key.rstrip("?") in value
+        )
     return "" if _fits(value, like) else _is_no(name, value, getattr(like, "__name__", str(like)))
 
 
 def _first(items: Iterator[tuple[Any, Any, str]]) -> str:
-    return next((fault for value, like, name in items if (fault := differs(value, like, name.removeprefix("it.")))), "")
+    return next(
+        (fault for value, like, name in items if (fault := differs(value, like, name.removeprefix("it.")))),
+        "",
+    )
 
 
 def _fits(value: Any, like: Any) -> bool:
@@ -238,15 +265,27 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _checked(header: Any, room: int) -> Header:
     """The tensors of a header that lie one behind the other and fill ``room`` bytes."""
     like = {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}
-    tensors = {name: entry for name, entry in header.items() if name != "__metadata__"} if isinstance(header, dict) else header
+    tensors = (
+        {name: entry for name, entry in header.items() if name != "__metadata__"}
+        if isinstance(header, dict)
+        else header
+    )
     if fault := differs(tensors, like, "its header"):
         raise Unsafe(fault)
     end = 0
     for name, entry in sorted(tensors.items(), key=lambda item: item[1]["data_offsets"]):
         shape, places = entry["shape"], entry["data_offsets"]
         size = SIZES.get(entry["dtype"], 0) * math.prod(shape[:8])
-        if entry["dtype"] not in SIZES or len(shape) > 8 or min(shape, default=0) < 0 or places != [end, end + size] or not name.isprintable():
-            raise Unsafe(f"its tensor {name[:80]!r} of type {entry['dtype'][:20]!r} and shape {str(shape)[:80]} does not fit its place")
+        if (
+            entry["dtype"] not in SIZES
+            or len(shape) > 8
+            or min(shape, default=0) < 0
+            or places != [end, end + size]
+            or not name.isprintable()
+        ):
+            raise Unsafe(
+                f"its tensor {name[:80]!r} of type {entry['dtype'][:20]!r} and shape {str(shape)[:80]} does not fit its place"
+            )
         end += size
     if end != room:
         raise Unsafe(f"its tensors have {end:,} bytes, and it holds {room:,}")
@@ -264,6 +303,8 @@ def check_links(root: Path) -> None:
         names[:] = [name for name in names if name != "wandb"]
         for path in (Path(folder) / name for name in (*names, *files)):
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
-                faults.append(f"{path} is a link out of the run's folder, which is not followed. Put what it points to in its place.")
+                faults.append(
+                    f"{path} is a link out of the run's folder, which is not followed. Put what it points to in its place."
+                )
     if faults:
         raise ConfigError(*faults[:5])

@@ -45,7 +45,9 @@ class Signals:
             self._before = {number: signal.signal(number, self._came) for number in ours}
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
@@ -68,7 +70,9 @@ class Signals:
         if os.getpid() != self._owner:  # a process that was forked to load data
             return
         if self.name and time.monotonic() - self._at > SAME:
-            _tell(f"{self.name}, and again {signal.Signals(number).name}: ended at once; what was saved before is whole.")
+            _tell(
+                f"{self.name}, and again {signal.Signals(number).name}: ended at once; what was saved before is whole."
+            )
             os._exit(CODE)
         if self.name:
             return

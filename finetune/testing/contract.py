@@ -43,12 +43,29 @@ def tiny(kind: Kind = "vit") -> Any:
     t: Any = transformers
     torch.manual_seed(7)
     if kind == "vit":
-        sizes = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "image_size": 16, "patch_size": 8}
+        sizes = {
+            "hidden_size": 32,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 48,
+            "image_size": 16,
+            "patch_size": 8,
+        }
         return t.ViTForImageClassification(t.ViTConfig(**sizes, num_labels=3)).eval()
     if kind == "gpt2":
-        return t.GPT2LMHeadModel(t.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, use_cache=False)).eval()
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
-    return t.LlamaForCausalLM(t.LlamaConfig(vocab_size=40, max_position_embeddings=16, use_cache=False, **shape)).eval()
+        return t.GPT2LMHeadModel(
+            t.GPT2Config(vocab_size=40, n_positions=16, n_embd=32, n_layer=2, n_head=2, use_cache=False)
+        ).eval()
+    shape = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    return t.LlamaForCausalLM(
+        t.LlamaConfig(vocab_size=40, max_position_embeddings=16, use_cache=False, **shape)
+    ).eval()
 
 
 def examples(kind: Kind = "vit", n: int = 21) -> list[dict[str, Any]]:
@@ -58,7 +75,13 @@ def examples(kind: Kind = "vit", n: int = 21) -> list[dict[str, Any]]:
     for i in range(n):
         if kind == "vit":
             pixels = torch.randn(3, 16, 16, generator=generator)
-            items.append({"id": str(i), "pixel_values": pixels, "label": int(pixels.mean() * 16 > 0) + int(pixels[0].mean() > 0)})
+            items.append(
+                {
+                    "id": str(i),
+                    "pixel_values": pixels,
+                    "label": int(pixels.mean() * 16 > 0) + int(pixels[0].mean() > 0),
+                }
+            )
         else:
             ids = torch.randint(1, 40, (5 + i % 7,), generator=generator).tolist()
             items.append({"id": str(i), "input_ids": ids, "bytes": len(ids), "pad": 0})
@@ -76,7 +99,16 @@ def begin(
     accelerator = make_accelerator(train)
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
     return Session(
-        model, method, head, batches, OPTIMIZER, train, seed, accelerator, lambda: iter(copy.deepcopy(original).named_parameters()), selector
+        model,
+        method,
+        head,
+        batches,
+        OPTIMIZER,
+        train,
+        seed,
+        accelerator,
+        lambda: iter(copy.deepcopy(original).named_parameters()),
+        selector,
     )
 
 
@@ -113,7 +145,9 @@ def check_base_untouched(make: Make, kind: Kind = "vit") -> None:
     session = finish(begin(make(), kind))
     assert not torch.equal(logits(session.tuned, kind), logits(original, kind)), "training changed nothing"
     with base(session.states):
-        assert torch.equal(logits(session.tuned, kind), logits(original, kind)), "inside base() the output differs from the base's"
+        assert torch.equal(logits(session.tuned, kind), logits(original, kind)), (
+            "inside base() the output differs from the base's"
+        )
     detach(session.model, session.states)
     same_values(session.model, original)
 
@@ -124,7 +158,9 @@ def check_step_zero(make: Make, kind: Kind = "vit") -> None:
     session.start()
     close = torch.allclose(logits(session.tuned, kind), logits(tiny(kind), kind), atol=1e-6)
     exact = torch.equal(logits(session.tuned, kind), logits(tiny(kind), kind))
-    assert close if session.method.neutral_start else not exact, f"neutral_start={session.method.neutral_start} is not so"
+    assert close if session.method.neutral_start else not exact, (
+        f"neutral_start={session.method.neutral_start} is not so"
+    )
 
 
 def check_merge(make: Make, kind: Kind = "vit") -> None:
@@ -134,7 +170,9 @@ def check_merge(make: Make, kind: Kind = "vit") -> None:
     merge(session.model, session.states)
     assert not patched(session.model), "a patched layer is left"
     assert type(session.model) is type(tiny(kind))
-    assert {n for n, _ in session.model.named_parameters()} == {n for n, _ in tiny(kind).named_parameters()}, "the merged model is not plain"
+    assert {n for n, _ in session.model.named_parameters()} == {
+        n for n, _ in tiny(kind).named_parameters()
+    }, "the merged model is not plain"
     torch.testing.assert_close(logits(session.model, kind), live, atol=2e-5, rtol=1e-4)
 
 
@@ -145,11 +183,15 @@ def same_session(a: Session, b: Session) -> None:
     for name, tensor in left.items():
         bits = (t.reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
         assert torch.equal(next(bits), next(bits)), f"{name} differs"
-    groups = (json.dumps(session.optimizer.state_dict()["param_groups"]) for session in (a, b))  # in which tuples are lists
+    groups = (
+        json.dumps(session.optimizer.state_dict()["param_groups"]) for session in (a, b)
+    )  # in which tuples are lists
     assert next(groups) == next(groups), "the optimizer's settings differ"
 
 
-def check_resume(make: Make, kind: Kind = "vit", train: TrainConfig = TRAIN, choose: Callable[[], Selector] = Selector) -> None:
+def check_resume(
+    make: Make, kind: Kind = "vit", train: TrainConfig = TRAIN, choose: Callable[[], Selector] = Selector
+) -> None:
     """Saved to disk at several steps and gone on from in a new session, the run ends with the same bits as without a break."""
     whole, saved, steps = begin(make(), kind, train, selector=choose()), (1, STEPS // 2, STEPS - 1, STEPS), []
     with tempfile.TemporaryDirectory() as folder:
@@ -161,9 +203,13 @@ def check_resume(make: Make, kind: Kind = "vit", train: TrainConfig = TRAIN, cho
             resumed = begin(make(), kind, train, selector=choose())
             rng.seed(at)  # a new process stands anywhere
             assert checkpoint.load(Path(folder) / str(at), resumed) == {"at": at}
-            assert [_said(step) for step in resumed.steps()] == steps[at:], f"what is said of the steps after {at} differs"
+            assert [_said(step) for step in resumed.steps()] == steps[at:], (
+                f"what is said of the steps after {at} differs"
+            )
             same_session(resumed, whole)
-            assert (resumed.run.step, resumed.stage) == (whole.run.step, whole.stage), "they do not stand at the same place"
+            assert (resumed.run.step, resumed.stage) == (whole.run.step, whole.stage), (
+                "they do not stand at the same place"
+            )
 
 
 def _said(step: Step) -> str:
@@ -219,7 +265,9 @@ def check_bf16(make: Make, kind: Kind = "vit") -> None:
         if p.requires_grad:
             assert p.dtype == torch.float32, f"{name} is {p.dtype}"
             assert p.isfinite().all(), f"{name} is not finite"
-            moved += int(not torch.equal(p, before.get(name, torch.zeros_like(p))))  # a later phase's parameters are new; banks start at 0
+            moved += int(
+                not torch.equal(p, before.get(name, torch.zeros_like(p)))
+            )  # a later phase's parameters are new; banks start at 0
     assert moved, "nothing moved"
     detach(session.model, session.states)
     same_values(session.model, original)

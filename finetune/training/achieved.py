@@ -24,8 +24,15 @@ def sparsity(session: Session, delta: Path | None = None, step: int | None = Non
     """
     method: Any = session.current
     if isinstance(method, Sparse) and getattr(method, "threshold", None) is None:
-        return [*_trained(session, method), *(_stored(session, method, delta, step) if delta and step else [])]
-    if isinstance(method, Kernelized) and method.sparsity and session.current.ready(session.run.step, session.run.total):
+        return [
+            *_trained(session, method),
+            *(_stored(session, method, delta, step) if delta and step else []),
+        ]
+    if (
+        isinstance(method, Kernelized)
+        and method.sparsity
+        and session.current.ready(session.run.step, session.run.total)
+    ):
         return list(_kernels(session, method.sparsity))
     return []
 
@@ -67,7 +74,8 @@ def _stored(session: Session, method: Sparse, delta: Path, step: int) -> Iterato
         return
     asked, slack = _asked(session, method, step - start - 1)
     with safe_open(delta / "delta.safetensors", "pt") as file:
-        found = sum(file.get_slice(name).get_shape()[0] for name in file.keys() if name == "method.bank.values")  # noqa: SIM118
+        names = file.keys()  # safetensors' handle is no mapping
+        found = sum(file.get_slice(name).get_shape()[0] for name in names if name == "method.bank.values")
     if asked - found > slack or (found - asked > slack and method.schedule.dropped == "base"):
         yield f"{found} entries are stored and {asked:.0f} were asked for by method.sparsity={method.sparsity:g}"
 

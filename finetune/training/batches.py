@@ -20,7 +20,9 @@ def chosen(size: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Indices of the global batch of ``step``: each epoch is a new permutation, its last batch as small as it comes."""
     per_epoch = -(-size // batch_size)
     epoch, place = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)  # hashes of integers do not vary between processes
+    generator = torch.Generator().manual_seed(
+        hash((seed, epoch)) % 2**63
+    )  # hashes of integers do not vary between processes
     return torch.randperm(size, generator=generator)[place * batch_size : (place + 1) * batch_size]
 
 
@@ -77,7 +79,10 @@ class Batches:
 
     def _plan(self, start: int, end: int) -> list[list[list[int]]]:
         micro = self.micro_batch_size or self.batch_size
-        return [pieces(chosen(len(self), self.batch_size, self.seed, step), micro, self.rank, self.world) for step in range(start, end)]
+        return [
+            pieces(chosen(len(self), self.batch_size, self.seed, step), micro, self.rank, self.world)
+            for step in range(start, end)
+        ]
 
     def steps(self, start: int, end: int) -> Iterator[list[Batch | None]]:
         """One list of micro-batches a step."""
@@ -94,7 +99,12 @@ class Batches:
         plan = self._plan(start, end)
         wanted = [piece for step in plan for piece in step if piece]
         # a generator of its own: otherwise the loader draws from the global one, and a resumed run would go on with other numbers
-        options: Any = {"collate_fn": collate, "num_workers": self.workers, "worker_init_fn": outlive, "generator": torch.Generator()}
+        options: Any = {
+            "collate_fn": collate,
+            "num_workers": self.workers,
+            "worker_init_fn": outlive,
+            "generator": torch.Generator(),
+        }
         loader = iter(DataLoader(self.data, batch_sampler=wanted, **options))
         for step in plan:
             yield [next(loader) if piece else None for piece in step]

@@ -31,8 +31,15 @@ def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelera
     """Every example once, in order; ``tuned(**inputs)`` gives logits. The processes take turns at the batches, and all get all the numbers."""
     was_training, world = tuned.training, accelerator.num_processes
     tuned.eval()
-    parts = [list(range(start, min(start + batch_size, len(data)))) for start in range(0, len(data), batch_size)]
-    loader = DataLoader(data, batch_sampler=parts[accelerator.process_index :: world], collate_fn=collate, generator=torch.Generator())
+    parts = [
+        list(range(start, min(start + batch_size, len(data)))) for start in range(0, len(data), batch_size)
+    ]
+    loader = DataLoader(
+        data,
+        batch_sampler=parts[accelerator.process_index :: world],
+        collate_fn=collate,
+        generator=torch.Generator(),
+    )
     mine = [(_judged(tuned, batch, accelerator), count(batch)) for batch in loader]
     tuned.train(was_training)
     every = gather(mine)
@@ -55,17 +62,26 @@ def _judged(tuned: nn.Module, batch: Batch, accelerator: Accelerator) -> list[di
     half = len(batch.ids) // 2
     if not half:
         raise RunFailed(f"Memory ran out in the evaluation of a single example. {ADVICE}")
-    return [row for part in (slice(half), slice(half, None)) for row in _judged(tuned, _part(batch, part), accelerator)]
+    return [
+        row
+        for part in (slice(half), slice(half, None))
+        for row in _judged(tuned, _part(batch, part), accelerator)
+    ]
 
 
 def _part(batch: Batch, part: slice) -> Batch:
     inputs = {name: t[part] for name, t in batch.inputs.items()}
-    return Batch(batch.ids[part], inputs, batch.labels[part], None if batch.bytes is None else batch.bytes[part])
+    return Batch(
+        batch.ids[part], inputs, batch.labels[part], None if batch.bytes is None else batch.bytes[part]
+    )
 
 
 def _rows(batch: Batch, logits: torch.Tensor, losses: list[float]) -> list[dict[str, Any]]:
     if batch.bytes is not None:
-        return [{"id": i, "loss": loss, "bytes": n} for i, loss, n in zip(batch.ids, losses, batch.bytes.tolist(), strict=True)]
+        return [
+            {"id": i, "loss": loss, "bytes": n}
+            for i, loss, n in zip(batch.ids, losses, batch.bytes.tolist(), strict=True)
+        ]
     score, prediction = logits.softmax(-1).max(-1)
     columns = zip(batch.ids, batch.labels.tolist(), prediction.tolist(), score.tolist(), losses, strict=True)
     return [{"id": i, "label": y, "prediction": p, "score": s, "loss": loss} for i, y, p, s, loss in columns]

@@ -73,13 +73,21 @@ class Memory:
     def state(self) -> dict[str, Any]:
         """For checkpoints and results."""
         batches = self.session.batches
-        return {"batch_size": batches.batch_size, "micro_batch_size": batches.micro_batch_size, "out_of_memory": list(self.events)}
+        return {
+            "batch_size": batches.batch_size,
+            "micro_batch_size": batches.micro_batch_size,
+            "out_of_memory": list(self.events),
+        }
 
     def restore(self, saved: dict[str, Any] | None) -> None:
         """Go on as a checkpoint says; an older one says nothing."""
         if saved:
             batches = self.session.batches
-            batches.batch_size, batches.micro_batch_size, self.events = saved["batch_size"], saved["micro_batch_size"], list(saved["out_of_memory"])
+            batches.batch_size, batches.micro_batch_size, self.events = (
+                saved["batch_size"],
+                saved["micro_batch_size"],
+                list(saved["out_of_memory"]),
+            )
 
     def enough(self, work: Callable[[], T], again: Callable[[], None] = lambda: None) -> T:
         """What ``work`` returns. Where memory runs out on any process, all do it again in smaller pieces, after ``again``.
@@ -100,7 +108,9 @@ class Memory:
                 break_off()
             self.recover()  # outside of the clause: the error holds every tensor of the stack
             if self._entries() != entries:
-                raise RunFailed(f"Memory ran out at step {self.session.number + 1} as trained entries moved, which cannot be done twice. {ADVICE}")
+                raise RunFailed(
+                    f"Memory ran out at step {self.session.number + 1} as trained entries moved, which cannot be done twice. {ADVICE}"
+                )
             self._halve()
             redraw(self.session, start)
             again()
@@ -143,7 +153,9 @@ class Memory:
             if start == 1:
                 raise RunFailed(f"train.batch_size=auto: not even one example fits into memory. {ADVICE}")
         session.rebuild()
-        self.say(f"train.batch_size=auto: {batches.batch_size} examples, found in {time.monotonic() - began:.1f} s.")
+        self.say(
+            f"train.batch_size=auto: {batches.batch_size} examples, found in {time.monotonic() - began:.1f} s."
+        )
 
     def _fits(self, count: int) -> bool:
         """Whether forward and backward of the ``count`` longest examples, with the optimizer's two moments, fit on all processes."""
@@ -151,7 +163,9 @@ class Memory:
         try:
             if not session.begun:
                 session.start()
-            moments = [torch.empty_like(p) for p in session.states.parameters() if p.requires_grad for _ in range(2)]
+            moments = [
+                torch.empty_like(p) for p in session.states.parameters() if p.requires_grad for _ in range(2)
+            ]
             session.try_backward(session.batches.longest(count))
             del moments
             meet()
@@ -185,5 +199,7 @@ def _room() -> int:
 
     room, group = int(psutil.virtual_memory().available), Path("/sys/fs/cgroup")
     with suppress(OSError, ValueError):
-        room = min(room, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        room = min(
+            room, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text())
+        )
     return room

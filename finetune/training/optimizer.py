@@ -33,8 +33,17 @@ def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.
     spared = {id(p) for m in states.modules() if isinstance(m, Part) and not m.decays for p in m.parameters()}
     decays = [p for p in trained if (p.ndim > 1 or id(p) in banked) and id(p) not in spared]
     rest = [p for p in trained if all(p is not d for d in decays)]
-    groups = [{"params": decays, "weight_decay": settings.weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    groups = [
+        {"params": decays, "weight_decay": settings.weight_decay},
+        {"params": rest, "weight_decay": 0.0},
+    ]
     groups = [g for g in groups if g["params"]]
     if settings.name == "sm3":
         return SM3(groups, settings.lr, settings.eps, banks)
-    return AdamW(groups, [bank.values for bank in banks if bank.ages], lr=settings.lr, betas=settings.betas, eps=settings.eps)
+    return AdamW(
+        groups,
+        [bank.values for bank in banks if bank.ages],
+        lr=settings.lr,
+        betas=settings.betas,
+        eps=settings.eps,
+    )

@@ -31,11 +31,19 @@ def plan(config: Config) -> dict[str, Any]:
         peaks.append(_expected_peak(session, params(setup)["trained"]))
     open_yet = session.phase > 0  # what nothing has moved yet says nothing of where the entries will be
     layers = [
-        {"layer": name, "shape": list(m.original.shape), "trained": None if open_yet else sum(t.numel() for d in m.deltas for t in d.inputs())}
+        {
+            "layer": name,
+            "shape": list(m.original.shape),
+            "trained": None if open_yet else sum(t.numel() for d in m.deltas for t in d.inputs()),
+        }
         for name, m in patched(session.model).items()
     ]
     inplace = [m for m in session.states.modules() if isinstance(m, InPlace)]
-    layers += [{"layer": name, "shape": list(p.shape), "trained": p.numel()} for m in inplace for name, p in m.trained().items()]
+    layers += [
+        {"layer": name, "shape": list(p.shape), "trained": p.numel()}
+        for m in inplace
+        for name, p in m.trained().items()
+    ]
     notes = ["The phases before the last decide how many entries each layer gets."] if open_yet else []
     return {
         "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":

@@ -15,10 +15,10 @@ from ..config.settings import Config, TrainConfig
 from ..core.part import Part, base, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
-from ..launch.ranks import sharding
 from ..models.load import Base, fingerprint, pristine
 from ..models.load import load as load_model
 from ..storage.result import Params
+from ..system.environment import sharding
 from .batches import Batches
 from .evaluate import Evaluation
 from .evaluate import evaluate as measure
@@ -65,16 +65,24 @@ class Setup:
     def _answered(self) -> Images:
         """The retention images, labelled by the untrained model with its pretrained head."""
         images: Images = self.data["retention"]
-        with base(self.session.states), wearing(self.session.model, self._head or {}):  # base puts a head back, too: first
+        with (
+            base(self.session.states),
+            wearing(self.session.model, self._head or {}),
+        ):  # base puts a head back, too: first
             answers = [row["prediction"] for row in self._measure(images).rows]
-        return Images([{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)], self.base.processor)
+        return Images(
+            [{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)],
+            self.base.processor,
+        )
 
 
 def check_machine(config: Config) -> None:
     """Raise ``ConfigError`` where this machine, or its launcher, cannot compute as the configuration says."""
     settings, faults, cuda = config.train, sharding(os.environ), torch.cuda.is_available()
     if config.model.dtype != "float32" and settings.precision == "fp32":
-        faults.append(f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it.")
+        faults.append(
+            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
+        )
     if settings.device == "cuda" and not cuda:
         faults.append("train.device=cuda, but torch sees no CUDA device here. Use train.device=auto.")
     if settings.precision == "fp16" and (settings.device == "cpu" or not cuda):
@@ -88,14 +96,18 @@ def make_accelerator(settings: TrainConfig) -> Accelerator:
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision])
-    accelerator.gradient_accumulation_steps = 1  # whatever a launcher's configuration says: it would divide the loss, which is exact here
+    accelerator.gradient_accumulation_steps = (
+        1  # whatever a launcher's configuration says: it would divide the loss, which is exact here
+    )
     return accelerator
 
 
 def make_deterministic(settings: TrainConfig) -> None:
     """The same seed gives the same bits on one machine."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms does this and imports the compiler, for seconds
+    torch.set_deterministic_debug_mode(
+        "warn"
+    )  # use_deterministic_algorithms does this and imports the compiler, for seconds
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
     if settings.threads:
         torch.set_num_threads(max(1, settings.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
@@ -135,6 +147,8 @@ def prepare(config: Config) -> Setup:
 def params(setup: Setup) -> Params:
     """Counts of entries: trained ones, those of the model that they can change, and all of the model."""
     parts = [m for m in setup.session.states.modules() if isinstance(m, Part)]
-    adapted = sum(m.original.numel() for m in patched(setup.session.model).values()) + sum(p.adapted() for p in parts)
+    adapted = sum(m.original.numel() for m in patched(setup.session.model).values()) + sum(
+        p.adapted() for p in parts
+    )
     trained = sum(p.numel() for p in setup.session.states.parameters() if p.requires_grad)
     return {"trained": trained, "adapted": adapted, "total": setup.total}

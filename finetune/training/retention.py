@@ -25,14 +25,19 @@ def pretrained_head(base: Base) -> dict[str, Tensor] | None:
     config, found = base.again[0], dict[str, Tensor]()
     for file in weight_files(find(config)[0], config):
         with safe_open(file, "pt") as stored:
-            found |= {name: stored.get_tensor(name).to(base.model.dtype) for name in base.head if name in stored.keys()}  # noqa: SIM118
+            there = set(stored.keys())
+            for name in base.head:
+                if name in there:
+                    found[name] = stored.get_tensor(name).to(base.model.dtype)
     return found if set(found) == set(base.head) else None
 
 
 @contextmanager
 def wearing(model: nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
     """The model with these parameters in place of its own; their number of classes may differ."""
-    places = [(model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], t) for name, t in head.items()]
+    places = [
+        (model.get_submodule(name.rpartition(".")[0]), name.rpartition(".")[2], t) for name, t in head.items()
+    ]
     own = [owner._parameters[leaf] for owner, leaf, _ in places]
     device = next(model.parameters()).device
     for owner, leaf, tensor in places:

@@ -19,13 +19,13 @@ from ..config.settings import Config
 from ..core.collective import anyone, meet
 from ..core.part import base
 from ..errors import RunFailed, visible
-from ..launch.ranks import rank
 from ..storage import checkpoint
 from ..storage import delta as stored
 from ..storage.lock import held, look
 from ..storage.result import Cost, make_result, peak_memory
 from ..storage.run_folder import STAMP, RunFolder, write_json_atomic, write_predictions
 from ..system.disk import told
+from ..system.environment import rank
 from ..system.signals import Interrupted, Signals
 from . import tracker
 from . import watchdog as watch
@@ -71,7 +71,13 @@ class Training:
     """One run of ``train``: a session with its files, its best state so far and its clock."""
 
     def __init__(self, setup: Setup, files: RunFolder, say: Log, signals: Signals) -> None:
-        self.setup, self.session, self.files, self.say, self.signals = setup, setup.session, files, say, signals
+        self.setup, self.session, self.files, self.say, self.signals = (
+            setup,
+            setup.session,
+            files,
+            say,
+            signals,
+        )
         self.settings, self.main = setup.config.train, setup.session.accelerator.is_main_process
         self.saved = 0  # the step of the last checkpoint; at step 0 there is nothing to save
         self.last: Kept | None = None  # the state after the last step, once another one was loaded
@@ -105,7 +111,9 @@ class Training:
         found = checkpoint.newest(self.files, self.say)
         if found is None:
             if begun:
-                self.say("This run was broken off before its first checkpoint (or has no whole one), so it starts from the beginning.")
+                self.say(
+                    "This run was broken off before its first checkpoint (or has no whole one), so it starts from the beginning."
+                )
             return False
         before = checkpoint.progress(found, checkpoint.load(found, self.session))
         self.files.check_unaltered(before.pop("config", self.progress["config"]), found)
@@ -119,14 +127,18 @@ class Training:
         self.say(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
         if processes != self.progress["processes"]:
             changed = f"steps up to {self.session.number} were made by {processes} processes and later ones by {self.progress['processes']}"
-            self.progress["watch"]["warnings"].append(f"{changed}: the last bits, and what dropout draws, are not those of an undisturbed run")
+            self.progress["watch"]["warnings"].append(
+                f"{changed}: the last bits, and what dropout draws, are not those of an undisturbed run"
+            )
             self.say(f"Warning: {self.progress['watch']['warnings'][-1]}.")
         return True
 
     def _use_threads(self, count: int) -> None:
         """Another number of threads adds up in another order, which changes the last bits."""
         if count != torch.get_num_threads():
-            self.say(f"Using {count} thread{'s' * (count > 1)} instead of {torch.get_num_threads()}, as the steps before did.")
+            self.say(
+                f"Using {count} thread{'s' * (count > 1)} instead of {torch.get_num_threads()}, as the steps before did."
+            )
             torch.set_num_threads(count)
 
     def save_checkpoint(self) -> Path:
@@ -134,9 +146,16 @@ class Training:
         folder = self.files.checkpoint(self.session.number)
         if self.main and self.saved != self.session.number:
             self.files.sync()
-            best = self.progress["best"] and [repr(number) for number in self.progress["best"]]  # JSON knows no NaN
+            best = self.progress["best"] and [
+                repr(number) for number in self.progress["best"]
+            ]  # JSON knows no NaN
             delta = self.files.delta if best else None
-            checkpoint.save(folder, self.last or self.session, {**self.progress, "best": best, "memory": self.session.memory.state()}, delta)
+            checkpoint.save(
+                folder,
+                self.last or self.session,
+                {**self.progress, "best": best, "memory": self.session.memory.state()},
+                delta,
+            )
             checkpoint.prune(self.files, self.settings.keep_last, self.session.number)
         self.saved = self.session.number
         return folder
@@ -148,7 +167,12 @@ class Training:
         stage = self.session.stage  # what an earlier one reached was only a means
         later = self.progress["best_stage"] != stage
         if self.settings.select == "last" or later or key > self.progress["best"]:
-            self.progress |= {"best": key, "best_step": self.session.number, "best_stage": stage, "val": found}
+            self.progress |= {
+                "best": key,
+                "best_step": self.session.number,
+                "best_stage": stage,
+                "val": found,
+            }
             if self.main:
                 stored.save(self.files.delta, self.session.states, self.about())
         return found
@@ -164,7 +188,9 @@ class Training:
     def stale(self) -> bool:
         """Whether the last ``patience`` validations were no better. Before the asked sparsity is reached, no validation decides anything."""
         patience, every, at = self.settings.patience, self.settings.eval_every, self.session.stage
-        if not (patience and every and at == self.progress["best_stage"] == [len(self.session.phases) - 1, 1]):
+        if not (
+            patience and every and at == self.progress["best_stage"] == [len(self.session.phases) - 1, 1]
+        ):
             return False
         return bool(self.session.number // every - self.progress["best_step"] // every >= patience)
 
@@ -180,8 +206,14 @@ class Training:
                 for line in watch.see(self.progress["watch"], self.session, step):
                     self.say(f"Warning: {line}")
                 self.progress["spent"] = time.monotonic() - began
-                late = anyone(bool(settings.max_seconds) and self.progress["spent"] > (settings.max_seconds or 0))
-                if late or step.number == settings.steps or (settings.eval_every and step.number % settings.eval_every == 0):
+                late = anyone(
+                    bool(settings.max_seconds) and self.progress["spent"] > (settings.max_seconds or 0)
+                )
+                if (
+                    late
+                    or step.number == settings.steps
+                    or (settings.eval_every and step.number % settings.eval_every == 0)
+                ):
                     found = self.keep_if_best()
                     log.log(step.number, **{f"val_{k}": v for k, v in found.items()})
                     words = ", ".join(f"val {k} {v:.3f}" for k, v in found.items() if k != "loss")
@@ -202,8 +234,12 @@ class Training:
         """Evaluate the chosen state, and put together what ``result.json`` holds. Writes the test predictions."""
         cuda = torch.cuda.max_memory_allocated() if self.session.accelerator.device.type == "cuda" else None
         peak, kind = peak_memory(cuda)
-        counts = params(self.setup)  # before anything is loaded: what is stored may be less than what was trained
-        suspect = watch.suspicions(self.progress["watch"], self.setup, self.frozen, self.files.delta, self.progress["best_step"])
+        counts = params(
+            self.setup
+        )  # before anything is loaded: what is stored may be less than what was trained
+        suspect = watch.suspicions(
+            self.progress["watch"], self.setup, self.frozen, self.files.delta, self.progress["best_step"]
+        )
         for reason in suspect:
             self.say(f"Warning: this run is suspect: {reason}.")
         self.signals.check()
@@ -213,10 +249,16 @@ class Training:
         metrics = {"base": self.progress["base"], "val": self.progress["val"]}
         test = self.setup.evaluate("test")
         if self.main:
-            write_predictions(self.files.predictions, [{k: v for k, v in row.items() if k != "loss" or "bytes" in row} for row in test.rows])
+            write_predictions(
+                self.files.predictions,
+                [{k: v for k, v in row.items() if k != "loss" or "bytes" in row} for row in test.rows],
+            )
         metrics["test"] = test.metrics
         if "retention" in self.setup.splits:
-            metrics |= {"base_retention": self.progress["base_retention"], "retention": self.setup.evaluate("retention").metrics}
+            metrics |= {
+                "base_retention": self.progress["base_retention"],
+                "retention": self.setup.evaluate("retention").metrics,
+            }
         seconds = self.progress["seconds"]
         cost: Cost = {
             "step_seconds_median": statistics.median(seconds) if seconds else None, "train_seconds": sum(seconds),
@@ -236,9 +278,18 @@ class Training:
         shown = ", ".join(error.ids[:8]) + (f" and {len(error.ids) - 8} more" if len(error.ids) > 8 else "")
         message = f"{error} Examples of that step: {shown}. The state before it is in {folder}. Try a smaller optimizer.lr, or train.precision=fp32."
         if self.main:
-            write_json_atomic(self.files.path / "failure.json", {**STAMP, "step": error.step, "ids": error.ids, "checkpoint": folder.name})
+            write_json_atomic(
+                self.files.path / "failure.json",
+                {**STAMP, "step": error.step, "ids": error.ids, "checkpoint": folder.name},
+            )
             warnings = self.progress["watch"]["warnings"]
-            result = make_result(self.setup.config, status="failed", error=message, steps=self.session.number, warnings=warnings)
+            result = make_result(
+                self.setup.config,
+                status="failed",
+                error=message,
+                steps=self.session.number,
+                warnings=warnings,
+            )
             write_json_atomic(self.files.result, result)
         meet()  # who has nothing to write does not end before who has
         return RunFailed(message)
@@ -247,7 +298,9 @@ class Training:
         """Save what is not saved yet, and say so."""
         if self.session.number:
             folder = self.save_checkpoint()
-            error.saved = f" after step {self.session.number} of {self.settings.steps}, which is saved in {folder}"
+            error.saved = (
+                f" after step {self.session.number} of {self.settings.steps}, which is saved in {folder}"
+            )
         self.say.keep(f"Stopped by {error.name}{error.saved}.")
 
     def run(self, progress: Progress, begun: bool) -> dict[str, Any]:
@@ -256,7 +309,11 @@ class Training:
             if self.settings.batch_size == "auto":
                 self.session.memory.find()
             self.evaluate_base()
-        lines = tracker.make(self.setup.config, self.files, self.say, self.session.number) if self.main else tracker.Nowhere()
+        lines = (
+            tracker.make(self.setup.config, self.files, self.say, self.session.number)
+            if self.main
+            else tracker.Nowhere()
+        )
         try:
             self.loop(lines, progress)
             result = self.result()
@@ -275,7 +332,9 @@ class Training:
             raise
 
 
-def train(config: Config, folder: Path, say: Say, progress: Progress, signals: Signals | None = None) -> dict[str, Any]:
+def train(
+    config: Config, folder: Path, say: Say, progress: Progress, signals: Signals | None = None
+) -> dict[str, Any]:
     """Run ``config`` in ``folder`` and return the content of its ``result.json``.
 
     An unfinished run of the same configuration goes on from its newest whole checkpoint, a finished one is left as it is. Raises ``ConfigError``

@@ -69,8 +69,19 @@ class Session:
         accelerator: Accelerator, source: Source | None = None, selector: Selector | None = None,
     ) -> None:  # fmt: skip
         self.selector = selector or Selector()
-        self.model, self.method, self.head, self.batches = model.requires_grad_(False), method, list(head), batches
-        self.optimizer_settings, self.train, self.seed, self.accelerator, self.source = optimizer, train, seed, accelerator, source
+        self.model, self.method, self.head, self.batches = (
+            model.requires_grad_(False),
+            method,
+            list(head),
+            batches,
+        )
+        self.optimizer_settings, self.train, self.seed, self.accelerator, self.source = (
+            optimizer,
+            train,
+            seed,
+            accelerator,
+            source,
+        )
         phases = method.phases()
         ends = [round(train.steps * sum(p.share for p in phases[: i + 1])) for i in range(len(phases))]
         self.phases = list(zip([p.method for p in phases], [0, *ends], ends))  # noqa: B905  (the starts are one longer)
@@ -120,7 +131,9 @@ class Session:
         self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(states, self.optimizer_settings))
         generator = torch.Generator().manual_seed(self.seed + phase)
         given = (self._mean_loss, self._upcoming, self._probe, self._logits)
-        self.run = Run(self.model, states, self.optimizer, end - start, generator, *given, self.number - start)
+        self.run = Run(
+            self.model, states, self.optimizer, end - start, generator, *given, self.number - start
+        )
 
     @contextmanager
     def _evaluating(self, probing: bool = False) -> Iterator[Callable[[Batch], Tensor]]:
@@ -204,7 +217,9 @@ class Session:
         self.tuned.train()
         state, run, enough = self.states["method"], self.run, self.memory.enough
         run.batch, run.metrics = micro, {}
-        if self.accelerator.num_processes > 1:  # each draws numbers of its own, and what a checkpoint says of them serves all
+        if (
+            self.accelerator.num_processes > 1
+        ):  # each draws numbers of its own, and what a checkpoint says of them serves all
             torch.manual_seed(hash((self.seed, self.number, self.accelerator.process_index)) % 2**63)
         lr = self.optimizer_settings.lr * rate(self.optimizer_settings, self.number, self.train.steps)
         for group in self.optimizer.param_groups:
@@ -222,20 +237,32 @@ class Session:
         """Move the trained values once. Where gradients of fp16 overflow, all is done again at half the loss scale: no schedule has seen it."""
         start, scaler = draws(self), self.accelerator.scaler
         for _ in range(SCALES):
-            loss, scale = self.memory.enough(self._gradients, self._again), scaler.get_scale() if scaler else 0.0
+            loss, scale = (
+                self.memory.enough(self._gradients, self._again),
+                scaler.get_scale() if scaler else 0.0,
+            )
             self.run.log(grad_norm=self._clip())
             try:
                 self.optimizer.step()
             except RuntimeError as error:
                 if not ran_out(error):
                     raise
-                raise RunFailed(f"Memory ran out in the optimizer, at step {self.number + 1}. {ADVICE}") from None
-            if not scaler or scaler.get_scale() >= scale:  # not ``step_was_skipped``: fused optimizers leave a step out by themselves
+                raise RunFailed(
+                    f"Memory ran out in the optimizer, at step {self.number + 1}. {ADVICE}"
+                ) from None
+            if (
+                not scaler or scaler.get_scale() >= scale
+            ):  # not ``step_was_skipped``: fused optimizers leave a step out by themselves
                 return loss
             self.optimizer.zero_grad(set_to_none=True)
             redraw(self, start)
             self._again()
-        raise NotFinite(self.number + 1, math.inf, [i for b in self.run.batch if b for i in b.ids], "gradient at every loss scale")
+        raise NotFinite(
+            self.number + 1,
+            math.inf,
+            [i for b in self.run.batch if b for i in b.ids],
+            "gradient at every loss scale",
+        )
 
     def _clip(self) -> float:
         """The norm of all gradients together, before ``train.clip`` limits it."""
@@ -243,7 +270,9 @@ class Session:
         if self.train.clip:
             return float(self.accelerator.clip_grad_norm_(trained, self.train.clip))
         scaler = self.accelerator.scaler
-        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])) / (scaler.get_scale() if scaler else 1.0)
+        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])) / (
+            scaler.get_scale() if scaler else 1.0
+        )
 
     def _again(self) -> None:
         self.current.again(self.run, self.states["method"])
@@ -262,7 +291,9 @@ class Session:
                 logits = self.tuned(**self.on_device(share.inputs))
             task = self._losses(logits, share) * (batch is not None)
             added = self.current.loss(self.run, self.states["method"], share)  # counts once a step
-            self.accelerator.backward(task * (1 / counted) + added / (len(micro) * self.accelerator.num_processes))
+            self.accelerator.backward(
+                task * (1 / counted) + added / (len(micro) * self.accelerator.num_processes)
+            )
             loss_sum += task.detach()
         loss = float(total(loss_sum)) / counted
         if not math.isfinite(loss):
@@ -282,7 +313,14 @@ class Session:
         drawn = rng.state() | {"method": self.run.generator.get_state()}
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
         states, optimizer = self.states.state_dict(), self.optimizer.state_dict()
-        return {"phase": self.phase, "number": self.number, "states": states, "optimizer": optimizer, "scaler": scaler, "rng": drawn}
+        return {
+            "phase": self.phase,
+            "number": self.number,
+            "states": states,
+            "optimizer": optimizer,
+            "scaler": scaler,
+            "rng": drawn,
+        }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Go on from ``saved``. Raises ``RuntimeError`` where it belongs to another method or model, ``ValueError`` for a step that there is not."""

@@ -14,7 +14,10 @@ from ..storage.run_folder import STAMP, MetricsFile, RunFolder, write_json_atomi
 from ..system import safe
 
 INIT_SECONDS = 20.0  # how long a network that does not answer may hold up a run at its start
-EXIT_CODES = {"finished": 0, "interrupted": 255}  # which W&B shows as finished and as killed; all else has failed
+EXIT_CODES = {
+    "finished": 0,
+    "interrupted": 255,
+}  # which W&B shows as finished and as killed; all else has failed
 FINISH_SECONDS = 60.0  # and at its end; what was not sent stays on disk for `wandb sync`
 
 
@@ -64,9 +67,17 @@ class WeightsAndBiases:
     def _open(self, config: Config, folder: RunFolder) -> None:
         import wandb
 
-        quick = wandb.Settings(silent=True, console="off", init_timeout=INIT_SECONDS, finish_timeout=FINISH_SECONDS, **safe.PRIVATE)
+        quick = wandb.Settings(
+            silent=True,
+            console="off",
+            init_timeout=INIT_SECONDS,
+            finish_timeout=FINISH_SECONDS,
+            **safe.PRIVATE,
+        )
         wandb.setup(wandb.Settings(silent=True, host=""))
-        mode: Any = os.environ.get("WANDB_MODE") or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+        mode: Any = os.environ.get("WANDB_MODE") or (
+            "online" if wandb.login(prompt=False, verify=False) else "offline"
+        )
         about: dict[str, Any] = {
             "id": _id(folder),
             "resume": "allow",
@@ -87,14 +98,18 @@ class WeightsAndBiases:
             wandb.teardown()  # W&B's own process holds the id for the run that it could not start
             wandb.setup(wandb.Settings(silent=True, host=""))
             self._run = wandb.init(mode="offline", **about)
-            self._say(f"Warning: W&B cannot be reached ({_brief(error)}); this run is logged offline, for `wandb sync` later.")
+            self._say(
+                f"Warning: W&B cannot be reached ({_brief(error)}); this run is logged offline, for `wandb sync` later."
+            )
 
     def _try(self, what: str, act: Callable[[], None]) -> None:
         try:
             act()
         except Exception as error:  # no fault of a logger is worth a run
             self._run = None
-            self._say(f"Warning: W&B failed to {what} ({_brief(error)}); the run goes on with metrics.jsonl only.")
+            self._say(
+                f"Warning: W&B failed to {what} ({_brief(error)}); the run goes on with metrics.jsonl only."
+            )
 
     def log(self, step: int, **metrics: float) -> None:
         """Append one line and send it."""
@@ -108,7 +123,20 @@ class WeightsAndBiases:
             self._try("finish", lambda: self._close(summary))
 
     def _close(self, summary: Mapping[str, Any]) -> None:
-        found = {key: summary.get(key) for key in ("status", "error", "metrics", "params", "stored_bytes", "cost", "steps", "best_step", "device")}
+        found = {
+            key: summary.get(key)
+            for key in (
+                "status",
+                "error",
+                "metrics",
+                "params",
+                "stored_bytes",
+                "cost",
+                "steps",
+                "best_step",
+                "device",
+            )
+        }
         self._run.summary.update(_flat(found))
         self._run.finish(exit_code=EXIT_CODES.get(str(summary.get("status")), 1))
 
@@ -131,7 +159,11 @@ def _flat(tree: Mapping[str, Any]) -> dict[str, Any]:
     """Nested values under names such as ``test/accuracy`` and ``cost/train_seconds``: one column each in W&B's table."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
-        inner = {f"{key}/{name}": item for name, item in _flat(value).items()} if isinstance(value, Mapping) else {key: value}
+        inner = (
+            {f"{key}/{name}": item for name, item in _flat(value).items()}
+            if isinstance(value, Mapping)
+            else {key: value}
+        )
         flat |= {name.removeprefix("metrics/"): item for name, item in inner.items() if item is not None}
     return flat
 
@@ -144,4 +176,8 @@ def make(config: Config, folder: RunFolder, say: Callable[[str], None], start: i
     """The tracker that ``config.logger`` names. ``say`` takes its warnings; ``start`` is the step that a resumed run goes on from."""
     if config.logger.name == "none":
         return Nowhere()
-    return JsonLines(folder, start) if config.logger.name == "jsonl" else WeightsAndBiases(config, folder, say, start)
+    return (
+        JsonLines(folder, start)
+        if config.logger.name == "jsonl"
+        else WeightsAndBiases(config, folder, say, start)
+    )

@@ -33,7 +33,17 @@ FEW = 5  # steps in which every part should have moved
 
 def fresh() -> dict[str, Any]:
     """What is known before the first step."""
-    return {"phase": None, "seen": 0, "first": None, "losses": [], "norms": [], "dead": 0, "still": None, "said": [], "warnings": []}
+    return {
+        "phase": None,
+        "seen": 0,
+        "first": None,
+        "losses": [],
+        "norms": [],
+        "dead": 0,
+        "still": None,
+        "said": [],
+        "warnings": [],
+    }
 
 
 def see(state: dict[str, Any], session: Session, step: Step) -> list[str]:
@@ -60,7 +70,9 @@ def rises(window: Sequence[float], value: float, factor: float) -> bool:
     if len(window) < LEAST:
         return False
     rise = value - statistics.median(window)
-    return rise > math.log(factor) and rise > SIGMAS * 1.4826 * statistics.median(abs(b - a) for a, b in pairwise(window)) / math.sqrt(2)
+    return rise > math.log(factor) and rise > SIGMAS * 1.4826 * statistics.median(
+        abs(b - a) for a, b in pairwise(window)
+    ) / math.sqrt(2)
 
 
 def _keep(window: list[float], value: float) -> None:
@@ -89,12 +101,18 @@ def _loss(state: dict[str, Any], step: Step) -> Iterator[tuple[str, str]]:
 def _norm(state: dict[str, Any], step: Step) -> Iterator[tuple[str, str]]:
     norm, window = step.metrics.get("grad_norm", 0.0), state["norms"]
     if not math.isfinite(norm):
-        yield "norm", f"The gradient's norm is {norm} at step {step.number}. A smaller optimizer.lr, or train.precision=fp32, may help."
+        yield (
+            "norm",
+            f"The gradient's norm is {norm} at step {step.number}. A smaller optimizer.lr, or train.precision=fp32, may help.",
+        )
     elif norm:
         value = _log(norm)
         if rises(window, value, NORM):
             before = math.exp(statistics.median(window))
-            yield "norm", f"The gradient's norm rose to {norm:.3g} at step {step.number}, from about {before:.3g}. A smaller optimizer.lr may help."
+            yield (
+                "norm",
+                f"The gradient's norm rose to {norm:.3g} at step {step.number}, from about {before:.3g}. A smaller optimizer.lr may help.",
+            )
         _keep(window, value)
 
 
@@ -139,7 +157,9 @@ def units(states: nn.Module) -> dict[str, Tensor]:
     """What should move: every trained tensor, but a sparse store layer by layer."""
     views = [m for m in states.modules() if isinstance(m, SparseDelta)]
     banks = {id(view.bank.values) for view in views}
-    found: dict[str, Tensor] = {n: p for n, p in states.named_parameters() if p.requires_grad and id(p) not in banks}
+    found: dict[str, Tensor] = {
+        n: p for n, p in states.named_parameters() if p.requires_grad and id(p) not in banks
+    }
     slices = {f"entries of {view.site.name}": view.bank.slice(view.i) for view in views}
     return found | {name: t for name, t in slices.items() if len(t)}
 
@@ -164,12 +184,18 @@ class Frozen:
     @property
     def _recoverable(self) -> bool:
         parts = [m for m in self.setup.session.states.modules() if isinstance(m, Part)]
-        return not any((isinstance(part, InPlace) and not part.keep) or hasattr(part, "tuner") for part in parts)
+        return not any(
+            (isinstance(part, InPlace) and not part.keep) or hasattr(part, "tuner") for part in parts
+        )
 
     def _own(self) -> set[str]:
         """The model's names of what the parts brought or train."""
         parts = [m for m in self.setup.session.states.modules() if isinstance(m, Part)]
-        return {n.replace("/", ".") for part in parts for n, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))}
+        return {
+            n.replace("/", ".")
+            for part in parts
+            for n, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
+        }
 
     def _parameters(self) -> str:
         return fingerprint(self.setup.session.model, self._own())
@@ -177,24 +203,47 @@ class Frozen:
     def _buffers(self) -> dict[str, int]:
         """A mark of each of the model's own buffers; statistics of batches are such."""
         own = self._own()
-        buffers = {name.replace(".base.", "."): buffer for name, buffer in self.setup.session.model.named_buffers()}
-        return marks({name: buffer for name, buffer in buffers.items() if name not in own and buffer.element_size() in BITS})
+        buffers = {
+            name.replace(".base.", "."): buffer for name, buffer in self.setup.session.model.named_buffers()
+        }
+        return marks(
+            {
+                name: buffer
+                for name, buffer in buffers.items()
+                if name not in own and buffer.element_size() in BITS
+            }
+        )
 
     def changed(self) -> list[str]:
         """What did not stay as it was, in words."""
         session, found = self.setup.session, list[str]()
         now = self._buffers()
         if moved := [name for name, mark in self.buffers.items() if now.get(name) != mark]:
-            found.append(f"{len(moved)} buffers of the model changed in training (first: {moved[0]}), and the stored change does not hold them")
+            found.append(
+                f"{len(moved)} buffers of the model changed in training (first: {moved[0]}), and the stored change does not hold them"
+            )
         if self._recoverable:
             with base(session.states):
                 same = fingerprint(session.model, self.setup.base.head) == self.setup.fingerprint
         else:
             same = self.states is not session.states or self._parameters() == self.rest
-        return found if same else [*found, "frozen weights changed while it was trained: without its parts the model is not the pretrained one"]
+        return (
+            found
+            if same
+            else [
+                *found,
+                "frozen weights changed while it was trained: without its parts the model is not the pretrained one",
+            ]
+        )
 
 
-def suspicions(state: dict[str, Any], setup: Setup, frozen: Frozen, delta: Path | None = None, best_step: int | None = None) -> list[str]:
+def suspicions(
+    state: dict[str, Any],
+    setup: Setup,
+    frozen: Frozen,
+    delta: Path | None = None,
+    best_step: int | None = None,
+) -> list[str]:
     """Why the run, as it stands after its last step, should not be trusted; empty when all is well.
 
     ``delta``: the folder of its stored change, that of ``best_step``.

@@ -32,7 +32,15 @@ from finetune.storage.run_folder import run_folder
 from finetune.testing import contract
 from finetune.training import run
 
-SMALL = ["train.steps=3", "train.batch_size=8", "train.eval_every=null", "train.threads=1", "name=t", "model=hf", "optimizer.lr=0.05"]
+SMALL = [
+    "train.steps=3",
+    "train.batch_size=8",
+    "train.eval_every=null",
+    "train.threads=1",
+    "name=t",
+    "model=hf",
+    "optimizer.lr=0.05",
+]
 
 
 @pytest.fixture(scope="module")
@@ -61,7 +69,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         for name, words in wanted.items():
-            config = load([*small, f"run={name}", f"model.path={folder / ('other' if name == 'elsewhere' else 'base')}", *words])
+            config = load(
+                [
+                    *small,
+                    f"run={name}",
+                    f"model.path={folder / ('other' if name == 'elsewhere' else 'base')}",
+                    *words,
+                ]
+            )
             run.train(config, run_folder(config), lambda line: None, lambda done, total, text: None)
             made[name] = folder / run_folder(config)
     return made
@@ -70,7 +85,9 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def plain(folder: Path) -> Any:
     import transformers
 
-    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).requires_grad_(
+        False
+    )
 
 
 @functools.cache
@@ -79,14 +96,19 @@ def changes(path: Path) -> dict[str, Tensor]:
     setup = finished.rebuild(path)
     with torch.no_grad():
         layers = patched(setup.session.model)
-        return {n: torch.stack([d(layer.original).double() for d in layer.deltas]).sum(0) for n, layer in layers.items()}
+        return {
+            n: torch.stack([d(layer.original).double() for d in layer.deltas]).sum(0)
+            for n, layer in layers.items()
+        }
 
 
 def head(path: Path) -> dict[str, Tensor]:
     return {k: v for k, v in load_file(path / "delta" / "delta.safetensors").items() if k.startswith("head.")}
 
 
-def test_changes_add_with_their_weights_and_the_head_is_the_last_ones(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_changes_add_with_their_weights_and_the_head_is_the_last_ones(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     """Invariant 5: overlapping entries add up."""
     a, b = changes(runs["a"]), changes(runs["b"])
     out = tmp_path / "sum"
@@ -117,7 +139,10 @@ def test_eval_merge_and_a_second_sum_take_the_folder(runs: dict[str, Path], tmp_
     metrics = finished.evaluate(out)["metrics"]
     merged = merge.merge(out, tmp_path / "merged")
     assert merged["same_predictions"] == 1
-    base, sums = (dict(plain(folder).named_parameters()) for folder in (runs["a"].parents[2] / "base", tmp_path / "merged"))
+    base, sums = (
+        dict(plain(folder).named_parameters())
+        for folder in (runs["a"].parents[2] / "base", tmp_path / "merged")
+    )
     b, c = changes(runs["b"]), changes(runs["c"])
     assert not set(b) & set(c)
     for name, change in {**b, **c}.items():
@@ -132,7 +157,9 @@ def test_eval_merge_and_a_second_sum_take_the_folder(runs: dict[str, Path], tmp_
     compose([out, runs["a"]], again)
     three = tmp_path / "three"
     compose([runs["b"], runs["c"], runs["a"]], three)
-    assert (again / "delta" / "delta.safetensors").read_bytes() == (three / "delta" / "delta.safetensors").read_bytes()
+    assert (again / "delta" / "delta.safetensors").read_bytes() == (
+        three / "delta" / "delta.safetensors"
+    ).read_bytes()
 
 
 def test_the_order_does_not_matter_but_for_the_head(runs: dict[str, Path], tmp_path: Path) -> None:
@@ -174,14 +201,23 @@ def test_opposite_weights_cancel_to_the_base(runs: dict[str, Path], tmp_path: Pa
     assert all(not change.any() for change in changes(tmp_path / "sum").values())
 
 
-def test_what_does_not_fit_is_refused_all_at_once_and_nothing_is_written(runs: dict[str, Path], tmp_path: Path) -> None:
+def test_what_does_not_fit_is_refused_all_at_once_and_nothing_is_written(
+    runs: dict[str, Path], tmp_path: Path
+) -> None:
     full = tmp_path / "full"
     full.mkdir()
     (full / "mine.txt").write_text("mine")
     with pytest.raises(ConfigError) as caught:
         compose([runs["a"], runs["elsewhere"], tmp_path], full, [1.0, float("nan")], runs["b"])
     said = "\n".join(caught.value.faults)
-    for words in ("2 numbers for 3 runs", "nan is not a finite", "not empty", "different bases", "no config.yaml", "is not one of the runs"):
+    for words in (
+        "2 numbers for 3 runs",
+        "nan is not a finite",
+        "not empty",
+        "different bases",
+        "no config.yaml",
+        "is not one of the runs",
+    ):
         assert words in said
     assert len(caught.value.faults) == 6
     assert [p.name for p in full.iterdir()] == ["mine.txt"]
@@ -202,11 +238,18 @@ def test_a_damaged_change_is_refused(runs: dict[str, Path], tmp_path: Path) -> N
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command_takes_runs_and_settings_in_any_order(runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_takes_runs_and_settings_in_any_order(
+    runs: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = tmp_path / "sum"
-    cli.compose([f"out={out}", str(runs["b"]), f"head={runs['b']}", str(runs["c"]), "weights=2,-1"], as_json=True)
+    cli.compose(
+        [f"out={out}", str(runs["b"]), f"head={runs['b']}", str(runs["c"]), "weights=2,-1"], as_json=True
+    )
     told = json.loads(capsys.readouterr().out)
-    assert [(line["run"], line["weight"]) for line in told["runs"]] == [(str(runs["b"]), 2.0), (str(runs["c"]), -1.0)]
+    assert [(line["run"], line["weight"]) for line in told["runs"]] == [
+        (str(runs["b"]), 2.0),
+        (str(runs["c"]), -1.0),
+    ]
     assert told["head"] == str(runs["b"])
     assert len(told["layers"]) == len(changes(runs["b"])) + len(changes(runs["c"]))
     with pytest.raises(ConfigError) as caught:
@@ -217,9 +260,21 @@ def test_the_command_takes_runs_and_settings_in_any_order(runs: dict[str, Path],
 
 
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.dictionaries(st.integers(0, 9), st.sampled_from([-2.0, -1.0, 0.0, 1.0]), max_size=8), min_size=1, max_size=4))
+@given(
+    st.lists(
+        st.dictionaries(st.integers(0, 9), st.sampled_from([-2.0, -1.0, 0.0, 1.0]), max_size=8),
+        min_size=1,
+        max_size=4,
+    )
+)
 def test_conflicts_are_counted_entry_by_entry(parts: list[dict[int, float]]) -> None:
-    made = [Change(torch.tensor(sorted(p), dtype=torch.int64), torch.tensor([p[i] for i in sorted(p)])) for p in parts]
+    made = [
+        Change(torch.tensor(sorted(p), dtype=torch.int64), torch.tensor([p[i] for i in sorted(p)]))
+        for p in parts
+    ]
     meet = {i: [p[i] for p in parts if p.get(i)] for i in range(10)}
-    wanted = sum(len(v) > 1 for v in meet.values()), sum(any(x < 0 for x in v) and any(x > 0 for x in v) for v in meet.values())
+    wanted = (
+        sum(len(v) > 1 for v in meet.values()),
+        sum(any(x < 0 for x in v) and any(x > 0 for x in v) for v in meet.values()),
+    )
     assert conflicts(made) == wanted

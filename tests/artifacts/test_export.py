@@ -39,7 +39,9 @@ def loaded(base: Path, out: Path, **options: Any) -> Any:
     import transformers
 
     kind = getattr(transformers, json.loads((base / "config.json").read_text())["architectures"][0])
-    return adapted(kind.from_pretrained(base, dtype=torch.float32, ignore_mismatched_sizes=True, **options), out)
+    return adapted(
+        kind.from_pretrained(base, dtype=torch.float32, ignore_mismatched_sizes=True, **options), out
+    )
 
 
 def adapted(model: Any, out: Path) -> Any:
@@ -58,15 +60,34 @@ def difference(run: Path, again: Any) -> float:
     ("kind", "words", "type_"),
     [
         ("vit", ["method=lora", "method.rank=4"], "LORA"),
-        ("gpt2", ["method=lora", "method.alpha=3.5"], "LORA"),  # layers that are stored transposed, and alpha / rank no power of two
+        (
+            "gpt2",
+            ["method=lora", "method.alpha=3.5"],
+            "LORA",
+        ),  # layers that are stored transposed, and alpha / rank no power of two
         ("llama", ["method=lora", "method.targets=[q,up]"], "LORA"),
         ("vit", ["method=shira", "sparsity=0.9"], "SHIRA"),
-        ("llama", ["method=sparse", "sparsity=0.97", "method.scope=model", "method.score=magnitude"], "SHIRA"),  # unequal counts a layer
+        (
+            "llama",
+            ["method=sparse", "sparsity=0.97", "method.scope=model", "method.score=magnitude"],
+            "SHIRA",
+        ),  # unequal counts a layer
         ("llama", ["method=peft", "method.type=LOHA"], "LOHA"),
-        ("vit", ["method=peft", "method.type=VERA", "method.config={r: 4, d_initial: 0.1}", "method.targets=[q,k]"], "VERA"),
+        (
+            "vit",
+            [
+                "method=peft",
+                "method.type=VERA",
+                "method.config={r: 4, d_initial: 0.1}",
+                "method.targets=[q,k]",
+            ],
+            "VERA",
+        ),
     ],
 )
-def test_peft_loads_what_was_exported_with_equal_logits(runs: Runs, tmp_path: Path, kind: str, words: list[str], type_: str) -> None:
+def test_peft_loads_what_was_exported_with_equal_logits(
+    runs: Runs, tmp_path: Path, kind: str, words: list[str], type_: str
+) -> None:
     run, out = runs(kind, *words), tmp_path / "out"
     told = export(run, "peft", out)
     assert (told["type"], told["format"]) == (type_, "peft")
@@ -94,7 +115,9 @@ def test_ranks_and_scales_may_differ_by_layer(tmp_path: Path) -> None:
     assert set(config.rank_pattern.values()) | {config.r} == {1, 2, 3}
     assert config.alpha_pattern
     config.save_pretrained(tmp_path)
-    save_file({name: t.detach().contiguous() for name, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    save_file(
+        {name: t.detach().contiguous() for name, t in tensors.items()}, tmp_path / "adapter_model.safetensors"
+    )
     again = adapted(contract.tiny("gpt2"), tmp_path)
     live = contract.logits(model, "gpt2")
     assert not torch.allclose(live, contract.logits(contract.tiny("gpt2"), "gpt2"), atol=1e-2)
@@ -110,7 +133,11 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
     assert values == int((load_file(run / "delta" / "delta.safetensors")["method.bank.values"] != 0).sum())
     for name, index in tensors.items():
         if name.endswith("shira_indices"):
-            assert len({tuple(pair) for pair in index.T.tolist()}) == index.shape[1] == rank * (64 if "mlp" not in name else 80)
+            assert (
+                len({tuple(pair) for pair in index.T.tolist()})
+                == index.shape[1]
+                == rank * (64 if "mlp" not in name else 80)
+            )
 
 
 @pytest.mark.parametrize(
@@ -119,17 +146,32 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
         ("llama", ["method=snell"], "a Kernel change is neither two factors nor single entries a layer"),
         ("vit", ["method=snell"], "it trains parameters in place, such as vit.embeddings.cls_token"),
         ("vit", ["method=head"], "it changes no layer but the head"),
-        ("gpt2", ["method=shira", "sparsity=0.9"], "its SHiRA knows nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D"),
-        ("vit", ["method=shira", "sparsity=0.02"], "its SHiRA wants .* entries in every layer, and .* has 1024"),
+        (
+            "gpt2",
+            ["method=shira", "sparsity=0.9"],
+            "its SHiRA knows nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D",
+        ),
+        (
+            "vit",
+            ["method=shira", "sparsity=0.02"],
+            "its SHiRA wants .* entries in every layer, and .* has 1024",
+        ),
     ],
 )
-def test_what_peft_cannot_hold_is_refused_with_what_is_nearest(runs: Runs, tmp_path: Path, kind: str, words: list[str], why: str) -> None:
-    with pytest.raises(ConfigError, match=rf"peft has no such format: {why}.* Nearest is a plain Hugging Face folder: finetune merge ckpt="):
+def test_what_peft_cannot_hold_is_refused_with_what_is_nearest(
+    runs: Runs, tmp_path: Path, kind: str, words: list[str], why: str
+) -> None:
+    with pytest.raises(
+        ConfigError,
+        match=rf"peft has no such format: {why}.* Nearest is a plain Hugging Face folder: finetune merge ckpt=",
+    ):
         export(runs(kind, *words), "peft", tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 
-def test_what_peft_does_not_read_back_is_not_written(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_peft_does_not_read_back_is_not_written(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A writer that scales one factor of one layer."""
 
     def scaled(tensors: dict[str, Tensor], file: Path) -> None:
@@ -142,7 +184,9 @@ def test_what_peft_does_not_read_back_is_not_written(runs: Runs, tmp_path: Path,
     assert not list(tmp_path.iterdir())
 
 
-def test_the_command(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def say(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["finetune", "export", *words])
         try:
@@ -158,7 +202,10 @@ def test_the_command(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["format=peft", f"out={tmp_path / 'out'}"], "exists and is not empty"),
         (["format=gguf", f"out={tmp_path / 'x'}"], "format=gguf: no such format; there is peft. Nearest is"),
         ([f"out={tmp_path / 'x'}"], "export needs one format=peft"),
-        (["format=peft", f"out={tmp_path / 'x'}", "--force"], "--force: export takes ckpt=RUN format=peft out=DIR"),
+        (
+            ["format=peft", f"out={tmp_path / 'x'}", "--force"],
+            "--force: export takes ckpt=RUN format=peft out=DIR",
+        ),
     ):
         code, _, err = say(f"ckpt={run}", *words)
         assert (code, err.count("\n"), fault in err) == (2, 1, True), err

@@ -54,7 +54,14 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(some((n, n), seed).double()).Q
 
 
-def of(before: Tensor, after: Tensor, k: int = 6, alpha: float = 0.5, sparse: bool = True, grad: Tensor | None = None) -> dict[str, Any]:
+def of(
+    before: Tensor,
+    after: Tensor,
+    k: int = 6,
+    alpha: float = 0.5,
+    sparse: bool = True,
+    grad: Tensor | None = None,
+) -> dict[str, Any]:
     """The row of one layer."""
     site = Site("vit.layers.3.q", nn.Linear(1, 1), 3, "q", (before.shape[0], before.shape[1]))
     return shared(measure(Update(site, before, after, grad), k, alpha, sparse))
@@ -62,7 +69,9 @@ def of(before: Tensor, after: Tensor, k: int = 6, alpha: float = 0.5, sparse: bo
 
 def test_unchanged_means_equal_for_all_neighbours_in_bfloat16_and_zeros_of_both_signs() -> None:
     """Invariant 1. Neighbours are the closest pairs, so that others differ more."""
-    bits = torch.arange(0x0080, 0x7F80, dtype=torch.int32).to(torch.int16)  # all positive normal values, ascending
+    bits = torch.arange(0x0080, 0x7F80, dtype=torch.int32).to(
+        torch.int16
+    )  # all positive normal values, ascending
     values = bits.view(torch.bfloat16)
     for a in (values, -values):
         assert unchanged(a, a).all()
@@ -110,7 +119,9 @@ def test_masks_of_a_half_and_at_full_rank(shape: tuple[int, int]) -> None:
     assert int((~found["principal"]).sum()) == n - round(n / 2)
     u, s, vh = np.linalg.svd(w.double().numpy(), full_matrices=False)
     size = np.abs((u[:, :5] * s[:5]) @ vh[:5]).ravel()
-    assert set(found["principal"].view(-1).nonzero().view(-1).tolist()) == set(np.argsort(-size)[: round(n / 2)].tolist())
+    assert set(found["principal"].view(-1).nonzero().view(-1).tolist()) == set(
+        np.argsort(-size)[: round(n / 2)].tolist()
+    )
     for alpha in (0.05, 0.3, 0.5):
         full = masks(w, spectrum(w, min(shape)), alpha)["principal"]
         rest = masks(w, spectrum(w, min(shape)), 1 - alpha)["low"]
@@ -146,7 +157,11 @@ def test_known_overlaps() -> None:
     top = largest(w.abs(), 60)
     row = of(w, torch.where(top, w + 1, w), 4, 0.1, grad=-w)
     assert row["changed"] == 60
-    assert {name: row["overlap"][name]["share"] for name in ("magnitude", "gradient", "low")} == {"magnitude": 1, "gradient": 1, "low": 0}
+    assert {name: row["overlap"][name]["share"] for name in ("magnitude", "gradient", "low")} == {
+        "magnitude": 1,
+        "gradient": 1,
+        "low": 0,
+    }
     low = ~largest(w.abs(), 540)
     assert of(w, torch.where(low, w + 1, w), 4, 0.1)["overlap"]["low"]["share"] == 1
 
@@ -170,11 +185,17 @@ def test_spectrum_angles_and_bound(shape: tuple[int, int], seed: int, size: floa
     """Invariant 7, and the numbers themselves by numpy and scipy."""
     before, after = some(shape, seed), some(shape, seed) + size * some(shape, seed + 1000)
     row, k = of(before, after), 6
-    (u0, s0, v0), (u1, s1, v1) = (np.linalg.svd(w.double().numpy(), full_matrices=False) for w in (before, after))
+    (u0, s0, v0), (u1, s1, v1) = (
+        np.linalg.svd(w.double().numpy(), full_matrices=False) for w in (before, after)
+    )
     assert row["nss"] == pytest.approx(np.linalg.norm(s1 - s0) / np.linalg.norm(s0), rel=1e-6)
     assert row["nss"] <= row["relative_norm"] * (1 + 1e-6)
-    assert row["angle_left"] == pytest.approx(math.degrees(subspace_angles(u0[:, :k], u1[:, :k]).max()), rel=1e-5, abs=1e-4)
-    assert row["angle_right"] == pytest.approx(math.degrees(subspace_angles(v0[:k].T, v1[:k].T).max()), rel=1e-5, abs=1e-4)
+    assert row["angle_left"] == pytest.approx(
+        math.degrees(subspace_angles(u0[:, :k], u1[:, :k]).max()), rel=1e-5, abs=1e-4
+    )
+    assert row["angle_right"] == pytest.approx(
+        math.degrees(subspace_angles(v0[:k].T, v1[:k].T).max()), rel=1e-5, abs=1e-4
+    )
     change = np.linalg.svd((after - before).double().numpy(), compute_uv=False)
     p = change / change.sum()
     assert row["effective_rank"] == pytest.approx(np.exp(-(p * np.log(p)).sum()), rel=1e-5)
@@ -201,7 +222,9 @@ def test_no_change_and_weights_of_low_rank_give_numbers(w: Tensor) -> None:
 
 
 def test_layers_together_are_as_one() -> None:
-    pairs = [(some(shape, i), some(shape, i) + (some(shape, i + 50) > 1) * 0.1) for i, shape in enumerate(SHAPES)]
+    pairs = [
+        (some(shape, i), some(shape, i) + (some(shape, i + 50) > 1) * 0.1) for i, shape in enumerate(SHAPES)
+    ]
     rows = [of(a, b, 4, 0.2) for a, b in pairs]
     whole = summed(rows)
     before, after = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
@@ -240,7 +263,9 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def plain(folder: str | Path) -> Any:
     import transformers
 
-    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).requires_grad_(False)
+    return transformers.ViTForImageClassification.from_pretrained(folder, dtype=torch.float32).requires_grad_(
+        False
+    )
 
 
 def go(model: str, *more: str) -> RunFolder:
@@ -259,7 +284,10 @@ def go(model: str, *more: str) -> RunFolder:
     return RunFolder(run_folder(config))
 
 
-@pytest.mark.parametrize("words", [["method=shira", "sparsity=0.9"], ["method=full"], ["method=lora"], ["method=snell"], ["method=bitfit"]])
+@pytest.mark.parametrize(
+    "words",
+    [["method=shira", "sparsity=0.9"], ["method=full"], ["method=lora"], ["method=snell"], ["method=bitfit"]],
+)
 def test_a_run_is_what_its_merged_model_differs_in(model: str, here: Path, words: list[str]) -> None:
     """The oracle: two plain model folders, read from disk."""
     files = go(model, *words, "optimizer.lr=0.01")
@@ -268,7 +296,9 @@ def test_a_run_is_what_its_merged_model_differs_in(model: str, here: Path, words
     before, after = (dict(plain(folder).named_parameters()) for folder in (model, here / "merged"))
     body = [n for n in before if not n.startswith("classifier")]
     matrices = {n.removesuffix(".weight"): n for n in body if before[n].ndim == 2 and "layers" in n}
-    assert {row["layer"] for row in found["layers"]} == (set() if words == ["method=bitfit"] else set(matrices))
+    assert {row["layer"] for row in found["layers"]} == (
+        set() if words == ["method=bitfit"] else set(matrices)
+    )
     for row in found["layers"]:
         w0, w1 = before[matrices[row["layer"]]], after[matrices[row["layer"]]]
         assert row["changed"] == int((w0 != w1).sum())
@@ -278,14 +308,22 @@ def test_a_run_is_what_its_merged_model_differs_in(model: str, here: Path, words
     assert found["mask"] == ("changed_bf16" if words[0] in ("method=full", "method=lora") else "changed")
     rest = [n for n in body if n not in matrices.values() and not torch.equal(before[n], after[n])]
     assert {row["parameter"] for row in found["others"] if row["changed"]} == set(rest)
-    assert sum(row["changed"] for row in found["others"]) == sum(int((before[n] != after[n]).sum()) for n in rest)
+    assert sum(row["changed"] for row in found["others"]) == sum(
+        int((before[n] != after[n]).sum()) for n in rest
+    )
     assert json.loads(json.dumps(found, allow_nan=False)) == found
     if words[0] == "method=shira":
-        assert found["total"]["changed"] <= sum(s["entries"] - round(0.9 * s["entries"]) for s in found["layers"])
+        assert found["total"]["changed"] <= sum(
+            s["entries"] - round(0.9 * s["entries"]) for s in found["layers"]
+        )
     if found["layers"]:
         assert [row["role"] for row in found["roles"]] == ["q", "k", "v", "o", "up", "down"]
         assert [row["block"] for row in found["blocks"]] == [0, 1]
-        assert sum(row["changed"] for row in found["roles"]) == sum(row["changed"] for row in found["blocks"]) == found["total"]["changed"]
+        assert (
+            sum(row["changed"] for row in found["roles"])
+            == sum(row["changed"] for row in found["blocks"])
+            == found["total"]["changed"]
+        )
 
 
 @pytest.mark.parametrize("method", ["shira", "full"])
@@ -293,7 +331,17 @@ def test_the_gradient_mask_is_that_of_the_untrained_model(model: str, here: Path
     files = go(model, f"method={method}", "optimizer.lr=0.01")
     found = inspect(files.path, rank=5, gradient=2)
     setup = finished.rebuild(files.path)
-    start = load([*pictures(), "train.steps=4", "train.batch_size=8", "train.threads=1", "model=hf", f"model.path={model}", "method=head"])
+    start = load(
+        [
+            *pictures(),
+            "train.steps=4",
+            "train.batch_size=8",
+            "train.threads=1",
+            "model=hf",
+            f"model.path={model}",
+            "method=head",
+        ]
+    )
     from finetune.training.prepare import prepare
 
     bare = prepare(start)
@@ -310,7 +358,9 @@ def test_the_gradient_mask_is_that_of_the_untrained_model(model: str, here: Path
             changed = layer.weight != w0 if method == "shira" else ~unchanged(w0, layer.weight)
             grad: Any = w0.grad
             hits = largest(grad.abs(), int(changed.sum())) & changed
-        assert abs(row["overlap"]["gradient"]["hits"] - int(hits.sum())) <= 2  # nearly equal gradients, summed in another order
+        assert (
+            abs(row["overlap"]["gradient"]["hits"] - int(hits.sum())) <= 2
+        )  # nearly equal gradients, summed in another order
         assert row["overlap"]["gradient"]["of"] == int(changed.sum())
 
 
@@ -318,7 +368,12 @@ def test_churn_is_read_from_the_log_and_checkpoints_can_be_looked_at(model: str,
     files = go(model, "method=shira", "train.save_every=2")
     assert inspect(files.path)["churn"] == []
     with files.metrics.open("a") as log:
-        log.write(json.dumps({"step": 3, "churn": 0.25, "loss": 1.0}) + "\n" + json.dumps({"step": 4, "churn": 0.0}) + "\n")
+        log.write(
+            json.dumps({"step": 3, "churn": 0.25, "loss": 1.0})
+            + "\n"
+            + json.dumps({"step": 4, "churn": 0.0})
+            + "\n"
+        )
     found = inspect(files.path)
     assert found["churn"] == [{"step": 3, "churn": 0.25}, {"step": 4, "churn": 0.0}]
     assert (found["step"], found["folder"]) == (4, str(files.path / "inspect"))
@@ -327,7 +382,9 @@ def test_churn_is_read_from_the_log_and_checkpoints_can_be_looked_at(model: str,
     assert early["total"]["change_norm"] < found["total"]["change_norm"]
 
 
-def test_the_command_prints_a_table_or_json_and_writes_plots_only(model: str, here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_prints_a_table_or_json_and_writes_plots_only(
+    model: str, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     files = go(model, "method=shira")
     before = {file: file.read_bytes() for file in here.rglob("*") if file.is_file()}
     cli.inspect([str(files.path)], rank=4, alpha=0.3, gradient=1)

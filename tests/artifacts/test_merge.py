@@ -42,7 +42,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
     import transformers
 
     kind = getattr(transformers, json.loads((folder / "config.json").read_text())["architectures"][0])
-    return {name: parameter.detach() for name, parameter in kind.from_pretrained(folder, dtype="auto").named_parameters()}
+    return {
+        name: parameter.detach()
+        for name, parameter in kind.from_pretrained(folder, dtype="auto").named_parameters()
+    }
 
 
 def by_hand(run: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -50,7 +53,10 @@ def by_hand(run: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
     delta = load_file(run / "delta" / "delta.safetensors")
     if "method.bank.values" not in delta:
         layers = {key.split(".")[1] for key in delta if key.startswith("method.")}
-        changes = {layer.replace("/", "."): (2 * (delta[f"method.{layer}.b"] @ delta[f"method.{layer}.a"])).double() for layer in layers}
+        changes = {
+            layer.replace("/", "."): (2 * (delta[f"method.{layer}.b"] @ delta[f"method.{layer}.a"])).double()
+            for layer in layers
+        }
         return {layer: base[f"{layer}.weight"].double() + change for layer, change in changes.items()}
     code, place, shift, positions = delta["method.bank.gaps"].tolist(), 0, 0, list[int]()
     gap = 0
@@ -65,16 +71,28 @@ def by_hand(run: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
     flat = torch.cat([base[name].double().reshape(-1) for name in names])
     flat[torch.tensor(positions)] += delta["method.bank.values"].double()
     parts = flat.split([base[name].numel() for name in names])
-    return {name.removesuffix(".weight"): part.view(base[name].shape) for name, part in zip(names, parts, strict=True)}
+    return {
+        name.removesuffix(".weight"): part.view(base[name].shape)
+        for name, part in zip(names, parts, strict=True)
+    }
 
 
 ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
 
 
 @pytest.mark.parametrize(
-    ("method", "dtype"), [("lora", "float32"), ("lora", "bfloat16"), ("lora", "float16"), ("shira", "float32"), ("shira", "bfloat16")]
+    ("method", "dtype"),
+    [
+        ("lora", "float32"),
+        ("lora", "bfloat16"),
+        ("lora", "float16"),
+        ("shira", "float32"),
+        ("shira", "bfloat16"),
+    ],
 )
-def test_each_weight_is_the_exact_sum_rounded_once(runs: Runs, tmp_path: Path, method: str, dtype: str) -> None:
+def test_each_weight_is_the_exact_sum_rounded_once(
+    runs: Runs, tmp_path: Path, method: str, dtype: str
+) -> None:
     run, out = runs("vit", *WORDS[method]), tmp_path / "out"
     told = merge(run, out, dtype)
     merged, base = weights(out), weights(runs.base("vit"))
@@ -89,7 +107,9 @@ def test_each_weight_is_the_exact_sum_rounded_once(runs: Runs, tmp_path: Path, m
         error = rounded.double() - weight
         assert row["largest_error"] == float(error.abs().max())
         assert row["relative_error"] == pytest.approx(float(error.norm() / weight.norm()))
-        assert row["error_of_change"] == pytest.approx(float(error.norm() / (weight - base[f"{layer}.weight"].double()).norm()))
+        assert row["error_of_change"] == pytest.approx(
+            float(error.norm() / (weight - base[f"{layer}.weight"].double()).norm())
+        )
         assert row["relative_error"] < {"float32": 6e-8, "float16": 5e-4, "bfloat16": 4e-3}[dtype]
     assert torch.equal(merged["classifier.weight"], head["head.classifier/weight"].to(kind))
     rest = set(base) - {f"{layer}.weight" for layer in exact} - {"classifier.weight", "classifier.bias"}
@@ -98,9 +118,17 @@ def test_each_weight_is_the_exact_sum_rounded_once(runs: Runs, tmp_path: Path, m
 
 
 @pytest.mark.parametrize(
-    ("method", "limit", "dtype"), [("snell", 1e-6, "float32"), ("full", 0.0, "float32"), ("peft", 1e-6, "float32"), ("peft", 5e-3, "float16")]
+    ("method", "limit", "dtype"),
+    [
+        ("snell", 1e-6, "float32"),
+        ("full", 0.0, "float32"),
+        ("peft", 1e-6, "float32"),
+        ("peft", 5e-3, "float16"),
+    ],
 )
-def test_the_written_folder_answers_as_the_run_did(runs: Runs, tmp_path: Path, method: str, limit: float, dtype: str) -> None:
+def test_the_written_folder_answers_as_the_run_did(
+    runs: Runs, tmp_path: Path, method: str, limit: float, dtype: str
+) -> None:
     """The oracle: transformers reads the folder, and the run's own predictions.parquet."""
     import transformers
 
@@ -115,7 +143,9 @@ def test_the_written_folder_answers_as_the_run_did(runs: Runs, tmp_path: Path, m
     with torch.no_grad():
         logits = plain(pixel_values=pixels.to(plain.dtype)).logits.float()
     rows = pq.read_table(run / "predictions.parquet").to_pylist()
-    same = sum(int(a) == row["prediction"] for a, row in zip(logits.argmax(-1), rows, strict=True)) / len(rows)
+    same = sum(int(a) == row["prediction"] for a, row in zip(logits.argmax(-1), rows, strict=True)) / len(
+        rows
+    )
     assert told["same_predictions"] == same
     if dtype == "float32":
         scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
@@ -123,14 +153,19 @@ def test_the_written_folder_answers_as_the_run_did(runs: Runs, tmp_path: Path, m
 
 
 @pytest.mark.parametrize("method", [["method=full"], ["method=lora", "method.targets=[all]"]])
-def test_tied_embeddings_stay_one_tensor_that_both_ends_see(runs: Runs, tmp_path: Path, method: list[str]) -> None:
+def test_tied_embeddings_stay_one_tensor_that_both_ends_see(
+    runs: Runs, tmp_path: Path, method: list[str]
+) -> None:
     import transformers
 
     run, out = runs("gpt2", *method), tmp_path / "out"
     assert merge(run, out)["largest_logit_difference"] < 1e-5
     again = transformers.AutoModelForCausalLM.from_pretrained(out)
     assert again.lm_head.weight is again.transformer.wte.weight
-    moved = not torch.equal(again.lm_head.weight, transformers.AutoModelForCausalLM.from_pretrained(runs.base("gpt2")).lm_head.weight)
+    moved = not torch.equal(
+        again.lm_head.weight,
+        transformers.AutoModelForCausalLM.from_pretrained(runs.base("gpt2")).lm_head.weight,
+    )
     assert moved == (method == ["method=full"])
     assert again.config.tie_word_embeddings
     assert again.config.use_cache
@@ -148,7 +183,10 @@ def test_a_base_in_bfloat16_is_merged_wide_and_rounded_once(runs: Runs, tmp_path
 
 def test_nothing_is_written_above_the_tolerance(runs: Runs, tmp_path: Path) -> None:
     run = runs("vit", "method=lora")
-    with pytest.raises(ConfigError, match=r"differ from the unmerged one's by .*, more than --tolerance 1e-05; nothing was written. .*% of the"):
+    with pytest.raises(
+        ConfigError,
+        match=r"differ from the unmerged one's by .*, more than --tolerance 1e-05; nothing was written. .*% of the",
+    ):
         merge(run, tmp_path / "out", "bfloat16", 1e-5)
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match=r"out=.*file/out cannot be written: "):
@@ -156,7 +194,9 @@ def test_nothing_is_written_above_the_tolerance(runs: Runs, tmp_path: Path) -> N
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
 
-def test_the_written_file_itself_is_tested(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_written_file_itself_is_tested(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A writer that loses one entry of one weight, and one that leaves a tensor out."""
     write = module.save
 
@@ -170,7 +210,10 @@ def test_the_written_file_itself_is_tested(runs: Runs, tmp_path: Path, monkeypat
             del tensors[name]
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
-    for entry, words in ((True, "gives other weights when it is read again .first: vit.layers"), (False, "not hold the whole model")):
+    for entry, words in (
+        (True, "gives other weights when it is read again .first: vit.layers"),
+        (False, "not hold the whole model"),
+    ):
         monkeypatch.setattr(module, "save", lambda *args, entry=entry: loses(entry, *args))
         with pytest.raises(ConfigError, match=words):
             merge(runs("vit", "method=lora"), tmp_path / "out")
@@ -195,23 +238,42 @@ def test_unmerged_is_the_base_to_the_byte(
     run, (base_dtype, dtype) = runs(kind, *words, dtype=dtypes[0]), dtypes
     base = stored(runs.base(kind, base_dtype))
     assert merge(run, tmp_path / "merged", dtype)["unmerge"] == "possible"
-    assert not all(torch.equal(t, stored(tmp_path / "merged")[name].to(t.dtype)) for name, t in base.items() if not name.startswith("classifier"))
+    assert not all(
+        torch.equal(t, stored(tmp_path / "merged")[name].to(t.dtype))
+        for name, t in base.items()
+        if not name.startswith("classifier")
+    )
     unmerge(tmp_path / "merged", tmp_path / "back")
     back = stored(tmp_path / "back")
     assert back.keys() == base.keys()
     for name, tensor in base.items():
         if not name.startswith("classifier"):  # the run's head was new
             assert back[name].dtype == tensor.dtype
-            assert back[name].view(torch.uint8).numpy().tobytes() == tensor.view(torch.uint8).numpy().tobytes(), name
+            assert (
+                back[name].view(torch.uint8).numpy().tobytes() == tensor.view(torch.uint8).numpy().tobytes()
+            ), name
     if kind != "vit":
-        assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (runs.base(kind, base_dtype) / "tokenizer.json").read_bytes()
+        assert (tmp_path / "back" / "tokenizer.json").read_bytes() == (
+            runs.base(kind, base_dtype) / "tokenizer.json"
+        ).read_bytes()
 
 
-@pytest.mark.parametrize(("words", "dtype"), [(["method=lora"], None), (["method=full"], None), (["method=shira", "sparsity=0.9"], "bfloat16")])
-def test_where_the_originals_would_be_the_base_unmerging_says_so(runs: Runs, tmp_path: Path, words: list[str], dtype: str | None) -> None:
+@pytest.mark.parametrize(
+    ("words", "dtype"),
+    [(["method=lora"], None), (["method=full"], None), (["method=shira", "sparsity=0.9"], "bfloat16")],
+)
+def test_where_the_originals_would_be_the_base_unmerging_says_so(
+    runs: Runs, tmp_path: Path, words: list[str], dtype: str | None
+) -> None:
     merge(runs("vit", *words), tmp_path / "merged", dtype)
-    assert sorted(p.name for p in (tmp_path / "merged" / "finetune").iterdir()) == ["manifest.json", "merge.json"]
-    with pytest.raises(ConfigError, match=r"cannot be unmerged: nearly every entry differs from the base; the base itself is .*vit-float32"):
+    assert sorted(p.name for p in (tmp_path / "merged" / "finetune").iterdir()) == [
+        "manifest.json",
+        "merge.json",
+    ]
+    with pytest.raises(
+        ConfigError,
+        match=r"cannot be unmerged: nearly every entry differs from the base; the base itself is .*vit-float32",
+    ):
         unmerge(tmp_path / "merged", tmp_path / "back")
     assert not (tmp_path / "back").exists()
 
@@ -240,7 +302,9 @@ def test_a_merged_folder_that_was_changed_is_refused(runs: Runs, tmp_path: Path)
         key = next(k for k in content if k.startswith("values/"))
         if damage == "bounds":
             content[key.replace("values", "gaps")][0] += 100
-            content[key.replace("values", "gaps")] = torch.cat([content[key.replace("values", "gaps")][:-1], torch.tensor([127], dtype=torch.uint8)])
+            content[key.replace("values", "gaps")] = torch.cat(
+                [content[key.replace("values", "gaps")][:-1], torch.tensor([127], dtype=torch.uint8)]
+            )
         elif damage == "name":
             content["values/nowhere"] = content.pop(key)
         else:
@@ -255,7 +319,9 @@ def test_a_merged_folder_that_was_changed_is_refused(runs: Runs, tmp_path: Path)
     refused("has format 99")
 
 
-def test_the_commands(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_commands(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def say(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["finetune", *words])
         try:

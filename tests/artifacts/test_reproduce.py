@@ -20,14 +20,26 @@ from finetune.errors import ConfigError, RunFailed
 from finetune.storage.run_folder import write_json_atomic
 from finetune.training import run as running
 
-SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+SMALL = [
+    "method=bitfit",
+    "train.steps=2",
+    "train.eval_every=null",
+    "train.batch_size=8",
+    "train.threads=1",
+    "train.device=cpu",
+]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One finished run, which no test changes."""
     folder = tmp_path_factory.mktemp("here") / "outputs" / "sweep" / "run0"
-    running.train(load([*SMALL, "dataset.retention_images=0", "name=sweep", "run=run0"]), folder, lambda line: None, lambda done, total, words: None)
+    running.train(
+        load([*SMALL, "dataset.retention_images=0", "name=sweep", "run=run0"]),
+        folder,
+        lambda line: None,
+        lambda done, total, words: None,
+    )
     return folder
 
 
@@ -65,13 +77,17 @@ def test_the_same_bits_again(run: Path, tmp_path: Path) -> None:
     found = reproduce(run)
     assert found["verdict"] == "identical", found
     assert (found["changed_tensors"], found["differs"], found["kept"]) == ([], {}, None)
-    assert found["words"].startswith("Identical: test metrics and stored change agree to the bit (accuracy 0.")
+    assert found["words"].startswith(
+        "Identical: test metrics and stored change agree to the bit (accuracy 0."
+    )
     assert files(tmp_path) == before  # the scratch folder is gone, and the run untouched
 
 
 @pytest.mark.slow
 def test_relative_paths_and_kept_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "t.csv").write_text("text,label\n" + "".join(f"word{i % 2} number {i},{'ab'[i % 2]}\n" for i in range(60)))
+    (tmp_path / "t.csv").write_text(
+        "text,label\n" + "".join(f"word{i % 2} number {i},{'ab'[i % 2]}\n" for i in range(60))
+    )
     monkeypatch.chdir(tmp_path)
     words = ["model=tiny_lm", "dataset=csv", "dataset.path=t.csv", "dataset.task=causal_lm", "method=lora"]
     config = load([*SMALL[1:], *words, "logger=none"])
@@ -93,7 +109,9 @@ def test_one_bit_of_the_change(run: Path) -> None:
     file.write_bytes(bytes(data))
     found = reproduce(run)
     header = json.loads(data[8 : 8 + struct.unpack("<Q", data[:8])[0]])
-    last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1])
+    last = max(
+        (name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"][1]
+    )
     assert (found["verdict"], found["changed_tensors"]) == ("different", [last])
     assert "no other seeds of this setting" in found["words"]
 
@@ -110,13 +128,19 @@ def test_judged_by_the_seeds_beside_it(run: Path, made: Path, shift: float, verd
         if number:
             folder.mkdir()
         write_json_atomic(folder / "result.json", now | {"metrics": {"test": {"accuracy": each}}})
-    for name, told in {"other": {"group_hash": "x"}, "failed": {"status": "failed"}, "torn": {"metrics": None}}.items():
+    for name, told in {
+        "other": {"group_hash": "x"},
+        "failed": {"status": "failed"},
+        "torn": {"metrics": None},
+    }.items():
         run.with_name(name).mkdir()
         write_json_atomic(run.with_name(name) / "result.json", now | told)
     found = reproduce(run)
     reach = scipy.stats.t.ppf(0.975, 3) * statistics.stdev(values) * (5 / 4) ** 0.5
     assert (found["verdict"], found["seeds"]) == (verdict, 4)
-    assert found["interval"] == pytest.approx([statistics.mean(values) - reach, statistics.mean(values) + reach])
+    assert found["interval"] == pytest.approx(
+        [statistics.mean(values) - reach, statistics.mean(values) + reach]
+    )
     assert ("but inside" if verdict == "inside" else "and outside") in found["words"]
 
 

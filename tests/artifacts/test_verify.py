@@ -24,7 +24,16 @@ from finetune.storage.run_folder import RunFolder
 from finetune.training import run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format-1"
-WORDS = ["model=hf", "model.path=model", "method=lora", "method.rank=2", "train.steps=6", "train.batch_size=8", "train.eval_every=3", "name=a"]
+WORDS = [
+    "model=hf",
+    "model.path=model",
+    "method=lora",
+    "method.rank=2",
+    "train.steps=6",
+    "train.batch_size=8",
+    "train.eval_every=3",
+    "name=a",
+]
 POINTS = ["files", "predictions", "evaluation", "resume", "merge"]
 
 
@@ -35,7 +44,16 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(FIXTURES / "model", folder / "model")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        config = load([*WORDS, "optimizer.lr=0.02", "train.save_every=2", "train.keep_last=null", "train.device=cpu", "train.threads=1"])
+        config = load(
+            [
+                *WORDS,
+                "optimizer.lr=0.02",
+                "train.save_every=2",
+                "train.keep_last=null",
+                "train.device=cpu",
+                "train.threads=1",
+            ]
+        )
         run.train(config, Path("run"), lambda line: None, lambda done, steps, words: None)
     return folder
 
@@ -52,7 +70,9 @@ def verdicts(files: RunFolder) -> tuple[dict[str, str], dict[str, str]]:
     found = verify(files.path, lambda line: None)
     assert [point["point"] for point in found["points"]] == POINTS
     assert (found["verdict"] == "fail") == any(point["verdict"] == "fail" for point in found["points"])
-    return {p["point"]: p["verdict"] for p in found["points"]}, {p["point"]: p["words"] for p in found["points"]}
+    return {p["point"]: p["verdict"] for p in found["points"]}, {
+        p["point"]: p["words"] for p in found["points"]
+    }
 
 
 def test_a_whole_run_passes_every_point_and_is_only_read(files: RunFolder) -> None:
@@ -74,7 +94,9 @@ def test_without_a_checkpoint_of_its_middle_a_run_is_trained_from_the_beginning(
     assert "from the beginning" in words["resume"]
 
 
-def tensors(folder: str, name: str, change: Callable[[dict[str, torch.Tensor]], object]) -> Callable[[RunFolder], None]:
+def tensors(
+    folder: str, name: str, change: Callable[[dict[str, torch.Tensor]], object]
+) -> Callable[[RunFolder], None]:
     """Change the tensors of a file, and its manifest with them."""
 
     def act(files: RunFolder) -> None:
@@ -97,11 +119,17 @@ def value(name: str, change: Callable[[Any], object]) -> Callable[[RunFolder], N
 
 
 def nudge(held: dict[str, torch.Tensor]) -> None:
-    next(t for name, t in sorted(held.items()) if t.is_floating_point() and t.ndim > 1 and "exp_avg" not in name).view(-1)[0] += 0.5
+    next(
+        t
+        for name, t in sorted(held.items())
+        if t.is_floating_point() and t.ndim > 1 and "exp_avg" not in name
+    ).view(-1)[0] += 0.5
 
 
 def moment(held: dict[str, torch.Tensor]) -> None:
-    next(t for name, t in sorted(held.items()) if name.startswith("optimizer/") and t.ndim > 1).view(-1)[0] += 1e-3
+    next(t for name, t in sorted(held.items()) if name.startswith("optimizer/") and t.ndim > 1).view(-1)[
+        0
+    ] += 1e-3
 
 
 def answer(files: RunFolder) -> None:
@@ -154,9 +182,14 @@ QUICK = 3  # of the faults are planted in the quick suite
 
 @pytest.mark.parametrize(
     ("act", "expected"),
-    [pytest.param(act, expected, id=name, marks=[pytest.mark.slow] if i >= QUICK else []) for i, (name, act, expected) in enumerate(FAULTS)],
+    [
+        pytest.param(act, expected, id=name, marks=[pytest.mark.slow] if i >= QUICK else [])
+        for i, (name, act, expected) in enumerate(FAULTS)
+    ],
 )
-def test_a_planted_fault_fails_where_it_matters(files: RunFolder, act: Callable[[RunFolder], None], expected: dict[str, str]) -> None:
+def test_a_planted_fault_fails_where_it_matters(
+    files: RunFolder, act: Callable[[RunFolder], None], expected: dict[str, str]
+) -> None:
     act(files)
     found, words = verdicts(files)
     assert {point for point, verdict in found.items() if verdict == "fail"} == {*expected}, words

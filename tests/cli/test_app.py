@@ -19,7 +19,14 @@ from ..support.nursery import nursery
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 MODEL = Path(finetune.__file__).parent / "models" / "tiny_vit"
-SMALL = ["method=head", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "dataset.retention_images=0"]
+SMALL = [
+    "method=head",
+    "train.steps=2",
+    "train.eval_every=null",
+    "train.batch_size=8",
+    "train.threads=1",
+    "dataset.retention_images=0",
+]
 
 
 @dataclass
@@ -66,12 +73,17 @@ def refuse(command: Command, tmp_path: Path) -> Refuse:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b"" for file in folder.rglob("*")}
+    return {
+        str(file.relative_to(folder)): file.read_bytes() if file.is_file() else b""
+        for file in folder.rglob("*")
+    }
 
 
 def real(*words: str, folder: Path) -> Said:
     """The same in a process started from nothing."""
-    done = subprocess.run([sys.executable, "-m", "finetune", *words], cwd=folder, env=ENV, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "finetune", *words], cwd=folder, env=ENV, capture_output=True, text=True
+    )
     return Said(done.returncode, done.stdout, done.stderr)
 
 
@@ -99,13 +111,21 @@ def test_show(command: Command, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "messages"),
     [
-        (["method.sparsty=0.1"], ["method.sparsty=0.1 (command line) is not a setting of method=snell. Did you mean 'method.sparsity'?"]),
+        (
+            ["method.sparsty=0.1"],
+            [
+                "method.sparsty=0.1 (command line) is not a setting of method=snell. Did you mean 'method.sparsity'?"
+            ],
+        ),
         (["method=snel"], ["method=snel is not an option (command line). Did you mean 'snell'?"]),
         (["logger=wadb"], ["logger=wadb is not an option (command line). Did you mean 'wandb'?"]),
         (["train.steps=abc"], ["train.steps='abc' (command line) should be a valid integer."]),
         (["method.rnk=1", "train.steps=0", "--fast"], ["--fast", "method.rnk=1", "train.steps=0"]),
         (["sparsity=1.2"], ["method.sparsity=1.2 (command line) should be less than 1."]),
-        (["method=lora", "sparsity=0.1"], ["method.sparsity=0.1 (command line) is not a setting of method=lora."]),
+        (
+            ["method=lora", "sparsity=0.1"],
+            ["method.sparsity=0.1 (command line) is not a setting of method=lora."],
+        ),
         (["method.targets=[nowhere]"], ["nowhere"]),
         (["--multirun", "seed=1"], ["--multirun is not an option here"]),
         (["-m", "seed=1"], ["-m is not an option here"]),
@@ -172,7 +192,9 @@ def result(folder: Path) -> dict[str, Any]:
 
 def test_train_again_runs_nothing(command: Command, run: Path) -> None:
     before = contents(run)
-    said = command("train", *SMALL, "model=hf", "model.path=model", "name=first", "run=run", "--json", folder=run)
+    said = command(
+        "train", *SMALL, "model=hf", "model.path=model", "name=first", "run=run", "--json", folder=run
+    )
     assert "nothing was run again" in said.err
     assert json.loads(said.out) == result(run)
     assert contents(run) == before
@@ -186,14 +208,18 @@ def test_frozen_config_repeats_the_run(command: Command, run: Path) -> None:
 
 
 def test_run_folder_of_another_config(refuse: Refuse, run: Path) -> None:
-    lines = refuse("train", *SMALL, "model=hf", "model.path=model", "name=first", "run=run", "seed=1", folder=run)
+    lines = refuse(
+        "train", *SMALL, "model=hf", "model.path=model", "name=first", "run=run", "seed=1", folder=run
+    )
     assert len(lines) == 1
     assert "outputs/first/run" in lines[0]
     assert "seed" in lines[0]
 
 
 def test_dry_run_writes_nothing(command: Command, tmp_path: Path) -> None:
-    planned = json.loads(command("train", "method=lora", "method.rank=2", "--dry-run", "--json", folder=tmp_path).out)
+    planned = json.loads(
+        command("train", "method=lora", "method.rank=2", "--dry-run", "--json", folder=tmp_path).out
+    )
     assert planned["params"]["trained"] == sum(layer["trained"] for layer in planned["layers"])
     assert planned["stored_bytes"] > 0
     assert planned["expected_peak_memory_bytes"] > 0
@@ -206,7 +232,10 @@ def test_eval_gives_the_same_numbers(command: Command, run: Path) -> None:
     (run / "outputs/first/run").rename(run / "epoch=3.pt")
     found = json.loads(command("eval", "--ckpt", "epoch=3.pt", "--json", folder=run).out)
     assert found["metrics"]["test"] == wanted
-    assert f"accuracy: {wanted['accuracy']:.6g}" in command("eval", "ckpt=epoch=3.pt", "dataset=digits", folder=run).out
+    assert (
+        f"accuracy: {wanted['accuracy']:.6g}"
+        in command("eval", "ckpt=epoch=3.pt", "dataset=digits", folder=run).out
+    )
 
 
 def test_merge(command: Command, refuse: Refuse, run: Path) -> None:
@@ -224,7 +253,10 @@ def test_checkpoints_that_do_not_fit(refuse: Refuse, run: Path) -> None:
         (run / "two" / label).mkdir(parents=True)
         for number in range(10):
             Image.new("RGB", (32, 32), (number, 0, 0)).save(run / "two" / label / f"{number}.png")
-    assert "labels" in refuse("eval", "ckpt=outputs/first/run", "dataset=imagefolder", "dataset.path=two", folder=run)[0]
+    assert (
+        "labels"
+        in refuse("eval", "ckpt=outputs/first/run", "dataset=imagefolder", "dataset.path=two", folder=run)[0]
+    )
     delta = run / "outputs/first/run/delta/delta.safetensors"
     whole = delta.read_bytes()
     delta.write_bytes(whole[:-100])

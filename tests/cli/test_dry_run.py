@@ -18,7 +18,9 @@ from ..sweep.conftest import SMALL, TUNED
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 
 
-def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dry_run_tells_time_and_memory_and_writes_nothing(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     asked = list[str]()
 
     def measure(config: object, say: object) -> dict[str, object]:
@@ -27,11 +29,20 @@ def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[...,
 
     monkeypatch.setattr(forecast, "_measure", measure)
     monkeypatch.setattr(forecast, "memory", lambda jobs: 3 * 2**29)
-    words = ["method=bitfit,head", "seed=0,1", "train.steps=100", "train.eval_every=30", "name=d", "--dry-run"]
+    words = [
+        "method=bitfit,head",
+        "seed=0,1",
+        "train.steps=100",
+        "train.eval_every=30",
+        "name=d",
+        "--dry-run",
+    ]
     _, out, _ = typed(*words, "--json", "--jobs", "2")
     told = json.loads(out)
     assert asked == ["bitfit", "head"]  # one measurement of each kind
-    assert [run["seconds"] for run in told["runs"]] == [10 + 50 + 4 * 3] * 4  # validations after 30, 60, 90 and 100 steps
+    assert [run["seconds"] for run in told["runs"]] == [
+        10 + 50 + 4 * 3
+    ] * 4  # validations after 30, 60, 90 and 100 steps
     assert told["total"] == {
         "runs": 4, "finished": 0, "to_run": 4, "seconds": 144.0, "peak_memory_bytes": 2**30, "room_bytes": 3 * 2**29, "cannot_fit": 0,
     }  # fmt: skip
@@ -43,8 +54,12 @@ def test_a_dry_run_tells_time_and_memory_and_writes_nothing(typed: Callable[...,
     assert "seconds: 5 min" in out  # four, one after the other
 
 
-def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(forecast, "_measure", lambda config, say: {"step": None, "memory_bytes": None, "fault": "no way"})
+def test_a_dry_run_knows_what_is_there(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        forecast, "_measure", lambda config, say: {"step": None, "memory_bytes": None, "fault": "no way"}
+    )
     typed(*SMALL, "seed=1,101", "name=d")
     _, out, err = typed(*SMALL, "seed=1,101,2", "name=d", "--dry-run", "--json")
     rows = json.loads(out)["runs"]
@@ -55,7 +70,9 @@ def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]
     from finetune.config.load import load
     from finetune.storage.result import group_hash
 
-    known = json.loads(file.read_text()) | {"group_hash": group_hash(load([], config_file=file.with_name("config.yaml")))}
+    known = json.loads(file.read_text()) | {
+        "group_hash": group_hash(load([], config_file=file.with_name("config.yaml")))
+    }
     file.write_text(json.dumps(known))
     lock = file.with_name(".lock")
     lock.write_text(json.dumps({"started": file.stat().st_mtime - 40}))
@@ -70,13 +87,25 @@ def test_a_dry_run_knows_what_is_there(typed: Callable[..., tuple[int, str, str]
 def test_a_dry_run_counts_the_trials_of_tune_and_knows_what_they_chose(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(forecast, "_measure", lambda config, say: {"step": 1.0, "evaluation": 0.0, "fixed": 0.0, "memory_bytes": 1, "fault": None})
+    monkeypatch.setattr(
+        forecast,
+        "_measure",
+        lambda config, say: {"step": 1.0, "evaluation": 0.0, "fixed": 0.0, "memory_bytes": 1, "fault": None},
+    )
     typed(*SMALL, "seed=1", "name=t")  # with its own value, which tells nothing of the tuned run
     _, out, err = typed(*TUNED, "seed=1,2", "--dry-run", "--json")
     told = json.loads(out)
-    assert [row["would"] for row in told["runs"]] == ["start", "start", "follow its trials", "follow its trials"]
+    assert [row["would"] for row in told["runs"]] == [
+        "start",
+        "start",
+        "follow its trials",
+        "follow its trials",
+    ]
     assert [row["run"] is None for row in told["runs"]] == [False, False, True, True]
-    total = {key: told["total"][key] for key in ("runs", "finished", "to_run", "seconds", "trials", "trials_to_run")}
+    total = {
+        key: told["total"][key]
+        for key in ("runs", "finished", "to_run", "seconds", "trials", "trials_to_run")
+    }
     assert total == {"runs": 4, "finished": 0, "to_run": 4, "seconds": 8.0, "trials": 2, "trials_to_run": 2}
     _, out, err = typed(*TUNED, "seed=1,2", "--dry-run")
     assert "known when the trials are" in err
@@ -90,7 +119,17 @@ def test_a_dry_run_counts_the_trials_of_tune_and_knows_what_they_chose(
 @pytest.mark.slow
 def test_a_real_measurement(tmp_path: Path) -> None:
     """Four steps of the built-in task, and a run that cannot be measured."""
-    words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.precision=fp32,fp16", "name=s", "--dry-run", "--json"]
+    words = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "sweep",
+        *SMALL,
+        "train.precision=fp32,fp16",
+        "name=s",
+        "--dry-run",
+        "--json",
+    ]
     done = subprocess.run(words, env=ENV, capture_output=True, text=True, cwd=tmp_path)
     good, bad = json.loads(done.stdout)["runs"]
     assert good["fits"] is True

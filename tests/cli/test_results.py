@@ -19,7 +19,9 @@ Said = tuple[int, str, str]
 
 
 @pytest.fixture
-def say(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Callable[..., Said]:
+def say(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., Said]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
@@ -98,8 +100,24 @@ def test_mistakes_exit_with_two(say: Callable[..., Said], sweep: str, tmp_path: 
 
 
 def test_by_and_metric_and_baseline(say: Callable[..., Said], sweep: str) -> None:
-    found = json.loads(say("compare", sweep, "--by", "method,optimizer.lr", "--metric", "loss", "--baseline", "head", "--json")[1])
-    assert (found["by"], found["metric"]["name"], found["baseline"]) == (["method", "optimizer.lr"], "test.loss", "head optimizer.lr=0.001")
+    found = json.loads(
+        say(
+            "compare",
+            sweep,
+            "--by",
+            "method,optimizer.lr",
+            "--metric",
+            "loss",
+            "--baseline",
+            "head",
+            "--json",
+        )[1]
+    )
+    assert (found["by"], found["metric"]["name"], found["baseline"]) == (
+        ["method", "optimizer.lr"],
+        "test.loss",
+        "head optimizer.lr=0.001",
+    )
 
 
 def test_it_stays_light(sweep: str, tmp_path: Path) -> None:
@@ -107,8 +125,23 @@ def test_it_stays_light(sweep: str, tmp_path: Path) -> None:
     code = "import sys; from finetune import cli; sys.argv = ['finetune', 'compare', sys.argv[1]]\ntry: cli.main()\nexcept SystemExit: pass\n"
     code += "print(*sys.modules, file=sys.stderr)"
     env = {**os.environ, "COLUMNS": "100"}
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / sweep)], env=env, capture_output=True, text=True, check=True)
-    assert not {"torch", "pandas", "scipy.stats", "statsmodels", "hydra", "plotly", "matplotlib", "wandb"} & set(done.stderr.split())
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path / sweep)],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert not {
+        "torch",
+        "pandas",
+        "scipy.stats",
+        "statsmodels",
+        "hydra",
+        "plotly",
+        "matplotlib",
+        "wandb",
+    } & set(done.stderr.split())
     assert "lora" in done.stdout
 
 

@@ -47,7 +47,10 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["seed=range(0,600)"], "--max-runs 600"),
         (["seed=0,1,2", "--max-runs", "2"], "--max-runs 3"),
         (["seed=range(2,2)"], "the grid is empty"),
-        (["optimizer.lr=tag(log,interval(1e-4,1e-2))"], "interval(1e-4,1e-2)): only a search chooses from an interval: --search optuna --trials"),
+        (
+            ["optimizer.lr=tag(log,interval(1e-4,1e-2))"],
+            "interval(1e-4,1e-2)): only a search chooses from an interval: --search optuna --trials",
+        ),
         (["seed=range(0,5"], "seed=range(0,5: a bracket is missing"),
         (["seed=range(0,5))"], "seed=range(0,5)): a bracket is too many"),
         (["seed=range(5,0)"], "range(5,0,-1) counts down"),
@@ -61,22 +64,39 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--name", "a", "name=b"], "the same setting"),
         (["--launcher", "ray"], "pip install 'finetune-bench[ray]'"),
         (["--launcher", "cluster"], "--launcher cluster is not a launcher"),
-        (["--launcher", "joblib", "--fail-fast", "--attempts", "2"], "--attempts 2, --fail-fast: only --launcher local has that"),
-        (["--launcher", "slurm", "--jobs", "3"], "--jobs 3 is nothing that --launcher slurm takes. Write launcher.array_parallelism=N"),
+        (
+            ["--launcher", "joblib", "--fail-fast", "--attempts", "2"],
+            "--attempts 2, --fail-fast: only --launcher local has that",
+        ),
+        (
+            ["--launcher", "slurm", "--jobs", "3"],
+            "--jobs 3 is nothing that --launcher slurm takes. Write launcher.array_parallelism=N",
+        ),
         (["launcher.partition=x"], "local has --jobs"),
         (["--watch", "nowhere"], "there is no such folder"),
         (["--watch", "."], "no sweep was run there"),
         (["--watch", ".", "seed=1"], "takes no settings"),
-        (["--watch", ".", "--dry-run", "--json", "--jobs", "2", "tune=a"], "--jobs 2, --dry-run, --json, tune=a: --watch . only shows"),
+        (
+            ["--watch", ".", "--dry-run", "--json", "--jobs", "2", "tune=a"],
+            "--jobs 2, --dry-run, --json, tune=a: --watch . only shows",
+        ),
         (["--search", "optun", "--trials", "3"], "--search optun is not a search. Did you mean 'optuna'?"),
         (["--search", "optuna"], "--search optuna needs to know how many trials"),
         (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),
-        ([*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"], "--retry, --dry-run, --max-runs 500: without meaning for --search"),
-        ([*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"], "--launcher slurm, launcher.qos=x, tune=a: without meaning"),
+        (
+            [*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"],
+            "--retry, --dry-run, --max-runs 500: without meaning for --search",
+        ),
+        (
+            [*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"],
+            "--launcher slurm, launcher.qos=x, tune=a: without meaning",
+        ),
         (["tune=a", "tune=b"], "one parameter"),
     ],
 )
-def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, str]], words: list[str], said: str) -> None:
+def test_mistakes_exit_2_and_start_nothing(
+    typed: Callable[..., tuple[int, str, str]], words: list[str], said: str
+) -> None:
     code, _, err = typed(*words)
     assert code == 2
     assert said in err
@@ -85,7 +105,9 @@ def test_mistakes_exit_2_and_start_nothing(typed: Callable[..., tuple[int, str, 
 
 
 @pytest.mark.slow
-def test_a_search_is_ended_by_its_first_failure_and_tries_again(typed: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_search_is_ended_by_its_first_failure_and_tries_again(
+    typed: Callable[..., tuple[int, str, str]],
+) -> None:
     pytest.importorskip("optuna")
     words = [*SEARCHED, *SMALL[1:], "name=a"]
     code, _, err = typed(*words, "seed=104", "--attempts", "2", "--fail-fast")
@@ -129,7 +151,9 @@ def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
 
     given = list[list[str]]()
 
-    def run_all(runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None]) -> dict[Path, dict[str, object]]:
+    def run_all(
+        runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None]
+    ) -> dict[Path, dict[str, object]]:
         given.append([str(point.folder.path.parent) for point in runs])
         return pool.Pool(1, say, gpus=[]).run(runs if len(given) > 1 else runs[1:])
 
@@ -166,7 +190,13 @@ def results(folder: Path) -> dict[str, list[object]]:
     for file in sorted(folder.glob("*/result.json")):
         told = json.loads(file.read_text())
         kept = [told[key] for key in ("status", "metrics", "steps", "best_step", "config_hash")]
-        found[file.parent.name] = [*kept, *((file.parent / name).read_bytes() for name in ("delta/delta.safetensors", "predictions.parquet"))]
+        found[file.parent.name] = [
+            *kept,
+            *(
+                (file.parent / name).read_bytes()
+                for name in ("delta/delta.safetensors", "predictions.parquet")
+            ),
+        ]
     return found
 
 
@@ -174,7 +204,19 @@ def results(folder: Path) -> dict[str, list[object]]:
 def test_a_killed_sweep_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     """kill -9 of the parent, and of a child, while it trains: the same command ends with all runs finished, to the bit."""
     steps = [word for word in SMALL if "steps" not in word]
-    words = [sys.executable, "-m", "finetune", "sweep", *steps, "train.steps=30", "train.save_every=3", "seed=0,1", "name=s", "--jobs", "2"]
+    words = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "sweep",
+        *steps,
+        "train.steps=30",
+        "train.save_every=3",
+        "seed=0,1",
+        "name=s",
+        "--jobs",
+        "2",
+    ]
     calm, rough = tmp_path / "calm", tmp_path / "rough"
     for folder in (calm, rough):
         folder.mkdir()

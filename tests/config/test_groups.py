@@ -15,9 +15,17 @@ from finetune.config.load import OF_SWEEPS, conf_dir, load
 from finetune.testing import contract
 from finetune.training import run
 
-FILES = sorted(str(f.relative_to(conf_dir()).with_suffix("")) for f in conf_dir().glob("*/*.yaml") if f.parent.name not in OF_SWEEPS)
+FILES = sorted(
+    str(f.relative_to(conf_dir()).with_suffix(""))
+    for f in conf_dir().glob("*/*.yaml")
+    if f.parent.name not in OF_SWEEPS
+)
 SHORT = {"train.steps": "3", "train.batch_size": "4", "train.threads": "1"}
-FITTING = {"schedule.every": "2", "schedule.dense": "0.5", "method.window": "1"}  # what they must be to mean anything in so short a run
+FITTING = {
+    "schedule.every": "2",
+    "schedule.dense": "0.5",
+    "method.window": "1",
+}  # what they must be to mean anything in so short a run
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +56,16 @@ def bert(folder: Path) -> None:
     words = ["[PAD]", "[UNK]", "the", "good", "bad", "one", "number"]
     tokenizer = Tokenizer(models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16).save_pretrained(folder)
-    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "max_position_embeddings": 16}
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", model_max_length=16
+    ).save_pretrained(folder)
+    sizes = {
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "max_position_embeddings": 16,
+    }
     BertForSequenceClassification(BertConfig(vocab_size=len(words), **sizes)).save_pretrained(folder)
 
 
@@ -66,15 +82,29 @@ def fitting(file: str) -> dict[str, str]:
 def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
     group, _, option = file.partition("/")
     if group == "model":
-        more = {"model.path": str(made["model"])} if option == "hf" else {"dataset": "stdlib"} if option == "tiny_lm" else {}
+        more = (
+            {"model.path": str(made["model"])}
+            if option == "hf"
+            else {"dataset": "stdlib"}
+            if option == "tiny_lm"
+            else {}
+        )
         return {**more, "method": "lora"}
     small = {"model": "hf", "model.path": str(made["model"])}
     if group == "dataset":
         tables = {"csv": "d.csv", "jsonl": "d.jsonl", "parquet": "d.parquet", "imagefolder": "images"}
-        place = {"dataset.path": str(made[tables[option]]) if option in tables else "someone/words"} if option in (*tables, "hub") else {}
+        place = (
+            {"dataset.path": str(made[tables[option]]) if option in tables else "someone/words"}
+            if option in (*tables, "hub")
+            else {}
+        )
         if option == "stdlib":
             return {**place, "model": "tiny_lm", "method": "lora"}
-        return {**place, "model": "hf", "model.path": str(made["bert" if option in ("csv", "jsonl", "parquet", "hub") else "model"])}
+        return {
+            **place,
+            "model": "hf",
+            "model.path": str(made["bert" if option in ("csv", "jsonl", "parquet", "hub") else "model"]),
+        }
     if group in ("schedule", "method"):
         return {**small, "method": "shira", **fitting(file)}
     if group == "selector":
@@ -83,16 +113,28 @@ def overrides(file: str, made: dict[str, Path]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_every_file_makes_a_run(file: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_file_makes_a_run(
+    file: str, made: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("WANDB_MODE", "offline")
     group, _, option = file.partition("/")
-    stdlib = {"dataset.train_bytes": "4000", "dataset.val_bytes": "2000", "dataset.test_bytes": "2000", "dataset.retention_bytes": "2000"}
+    stdlib = {
+        "dataset.train_bytes": "4000",
+        "dataset.val_bytes": "2000",
+        "dataset.test_bytes": "2000",
+        "dataset.retention_bytes": "2000",
+    }
     given = {**SHORT, **overrides(file, made), group: option}
     given |= stdlib if given.get("dataset") == "stdlib" else {}
     if option == "hub":  # whose cache tests/data/test_hub.py lays out
-        rows = {"text": [f"the {'good' if i % 2 else 'bad'} one, number {i}" for i in range(40)], "label": [i % 2 for i in range(40)]}
-        monkeypatch.setattr(datasets, "load_dataset", lambda *given, **options: {"train": datasets.Dataset.from_dict(rows)})
+        rows = {
+            "text": [f"the {'good' if i % 2 else 'bad'} one, number {i}" for i in range(40)],
+            "label": [i % 2 for i in range(40)],
+        }
+        monkeypatch.setattr(
+            datasets, "load_dataset", lambda *given, **options: {"train": datasets.Dataset.from_dict(rows)}
+        )
     config = load([f"{key}={value}" for key, value in given.items()])
     result = run.train(config, tmp_path / "run", lambda line: None, lambda done, total, words: None)
     assert result["status"] == "finished"

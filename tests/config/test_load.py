@@ -21,7 +21,11 @@ DATA = [f"dataset={name}" for name in ("csv", "jsonl", "parquet", "imagefolder",
 OPEN = {"model=hf": "model.path", **dict.fromkeys(DATA, "dataset.path")}  # what a choice leaves to the user
 VARIANTS = {"schedule=cubic": "ramp", "schedule=linear": "ramp", "selector=rst": "ist"}
 FITS = {"redraw": ["schedule.every=100"]}  # where the default period is no less than the default run
-FILES = sorted(f"{file.parent.name}={file.stem}" for file in config.conf_dir().glob("*/*.yaml") if file.parent.name not in config.OF_SWEEPS)
+FILES = sorted(
+    f"{file.parent.name}={file.stem}"
+    for file in config.conf_dir().glob("*/*.yaml")
+    if file.parent.name not in config.OF_SWEEPS
+)
 
 
 def faults(*overrides: str, **where: Path) -> tuple[str, ...]:
@@ -77,7 +81,13 @@ def crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     more: dict[str, list[Any]] = {"method": [Crossed, Bare], "schedule": [Odd]}
 
     def catalog(kind: registry.Kind) -> dict[str, registry.Entry]:
-        return {**real(kind), **{c.name: registry.Entry(c.name, __name__, "", {"class": c.__name__}) for c in more.get(kind, [])}}
+        return {
+            **real(kind),
+            **{
+                c.name: registry.Entry(c.name, __name__, "", {"class": c.__name__})
+                for c in more.get(kind, [])
+            },
+        }
 
     monkeypatch.setattr(registry, "catalog", catalog)
     files = {
@@ -119,7 +129,12 @@ def groups(tmp_path: Path) -> Path:
 
 def test_default_run() -> None:
     made = config.load([])
-    assert (made.method.name, made.model.name, made.dataset.name, made.seed) == ("snell", "tiny_vit", "digits", 0)
+    assert (made.method.name, made.model.name, made.dataset.name, made.seed) == (
+        "snell",
+        "tiny_vit",
+        "digits",
+        0,
+    )
 
 
 def given(choice: str) -> list[str]:
@@ -144,7 +159,9 @@ def test_every_file(choice: str, crossed: Path) -> None:
 @pytest.mark.parametrize("choice", OPEN)
 def test_open_values_are_asked_for(choice: str) -> None:
     key, file = OPEN[choice], choice.replace("=", "/")
-    assert re.fullmatch(rf"{key} is not set \(conf/{file}.yaml:\d leaves it open\). Add {key}=VALUE.", fault(choice))
+    assert re.fullmatch(
+        rf"{key} is not set \(conf/{file}.yaml:\d leaves it open\). Add {key}=VALUE.", fault(choice)
+    )
 
 
 @pytest.mark.parametrize(
@@ -170,20 +187,27 @@ def test_values(override: str, key: str, value: object) -> None:
     assert origin == "command line"
 
 
-@pytest.mark.parametrize("path", ["/a/epoch=3.pt", "hf://x?y=1", "a#b", "x{y", "[a", 'say "x=1"', "~/x", "", "C:\\d=1\\"])
+@pytest.mark.parametrize(
+    "path", ["/a/epoch=3.pt", "hf://x?y=1", "a#b", "x{y", "[a", 'say "x=1"', "~/x", "", "C:\\d=1\\"]
+)
 def test_unparsable_paths_are_text(path: str) -> None:
     assert config.load(["model=hf", f"model.path={path}"]).model.path == path
 
 
 def test_peft_config_is_free() -> None:
-    made = config.load(["method=peft", "method.type=LORA", "method.config.r=8", "method.config.target_modules=[q,v]"])
+    made = config.load(
+        ["method=peft", "method.type=LORA", "method.config.r=8", "method.config.target_modules=[q,v]"]
+    )
     assert made.method.config == {"r": 8, "target_modules": ["q", "v"]}
 
 
 @pytest.mark.parametrize(
     ("overrides", "words"),
     [
-        (["method.sparsty=0.1"], r"method.sparsty=0.1 \(command line\) is not a setting of method=snell. Did you mean 'method.sparsity'\?"),
+        (
+            ["method.sparsty=0.1"],
+            r"method.sparsty=0.1 \(command line\) is not a setting of method=snell. Did you mean 'method.sparsity'\?",
+        ),
         (["lr=1"], r"Did you mean 'optimizer.lr'\?"),
         (["trian.steps=3"], r"trian.steps=3 .*Did you mean 'train.steps'\?"),
         (["metod=lora"], r"Did you mean 'method'\?"),
@@ -205,7 +229,10 @@ def test_peft_config_is_free() -> None:
         (["train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["method.targets=q"], r"should be a list, written \[a,b\]"),
         (["sparsity=1.2"], r"method.sparsity=1.2 \(command line\) should be less than 1"),
-        (["method=lora", "sparsity=0.1"], "method.sparsity=0.1 .* is not a setting of method=lora. There is: .*method.rank"),
+        (
+            ["method=lora", "sparsity=0.1"],
+            "method.sparsity=0.1 .* is not a setting of method=lora. There is: .*method.rank",
+        ),
         (["method=[lora,snell]"], "exactly one option"),
         (["method={name: lora}"], "exactly one option"),
         (["method=null"], "exactly one option"),
@@ -232,8 +259,23 @@ def test_one_fault(overrides: list[str], words: str) -> None:
 
 
 def test_all_faults_at_once() -> None:
-    found = faults("train.steps=abc", "trian.steps=3", "--x", "optimizer.lr=-1", "method.rnk=4", "logger=wadb", "logger.tgs=1")
-    assert [said.split(" ")[0] for said in found] == ["--x", "logger=wadb", "trian.steps=3", "method.rnk=4", "optimizer.lr=-1", "train.steps='abc'"]
+    found = faults(
+        "train.steps=abc",
+        "trian.steps=3",
+        "--x",
+        "optimizer.lr=-1",
+        "method.rnk=4",
+        "logger=wadb",
+        "logger.tgs=1",
+    )
+    assert [said.split(" ")[0] for said in found] == [
+        "--x",
+        "logger=wadb",
+        "trian.steps=3",
+        "method.rnk=4",
+        "optimizer.lr=-1",
+        "train.steps='abc'",
+    ]
 
 
 def test_wrong_choice_silences_its_section() -> None:
@@ -293,7 +335,9 @@ def test_config_dir_must_exist(tmp_path: Path) -> None:
 @pytest.fixture
 def frozen(tmp_path: Path) -> Path:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config.load(["method=lora", "seed=4", "name=n"]).as_dict(), sort_keys=False))
+    file.write_text(
+        yaml.safe_dump(config.load(["method=lora", "seed=4", "name=n"]).as_dict(), sort_keys=False)
+    )
     return file
 
 
@@ -317,7 +361,11 @@ def test_faults_of_a_frozen_config(frozen: Path, tmp_path: Path) -> None:
     assert "--config-dir do not go together" in fault(config_file=frozen, config_dir=tmp_path)
     assert "is a folder" in fault(config_file=tmp_path)
     assert "no such file" in fault(config_file=tmp_path / "no.yaml")
-    for text, words in (("[1", "cannot be read as YAML"), ("- 1", "not a mapping"), ("\x00", "cannot be read as YAML")):
+    for text, words in (
+        ("[1", "cannot be read as YAML"),
+        ("- 1", "not a mapping"),
+        ("\x00", "cannot be read as YAML"),
+    ):
         frozen.write_text(text)
         assert words in fault(config_file=frozen)
     frozen.write_text("seed: 1")
@@ -329,16 +377,25 @@ def test_tree_is_complete_and_honest() -> None:
     leaves = config.tree(["method=lora", "method.rank=3"])
     made = config.load(["method=lora", "method.rank=3"])
     assert {key for key in leaves if "." not in key} == {"name", "run", "seed"}
-    assert json.dumps({key: value for key, (value, _) in leaves.items()}) == json.dumps(dict(_flat(made.as_dict())))
+    assert json.dumps({key: value for key, (value, _) in leaves.items()}) == json.dumps(
+        dict(_flat(made.as_dict()))
+    )
     root = config.conf_dir().parent
     for key, (_, origin) in leaves.items():
         if origin != "command line":
             file, _, line = origin.removeprefix("default in ").rpartition(":")
-            assert key.rpartition(".")[2] in (root / file).read_text().splitlines()[int(line) - 1], (key, origin)
+            assert key.rpartition(".")[2] in (root / file).read_text().splitlines()[int(line) - 1], (
+                key,
+                origin,
+            )
 
 
 def _flat(tree: dict[str, object], prefix: str = "") -> list[tuple[str, object]]:
-    return [leaf for k, v in tree.items() for leaf in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [(prefix + k, v)])]
+    return [
+        leaf
+        for k, v in tree.items()
+        for leaf in (_flat(v, f"{prefix}{k}.") if isinstance(v, dict) and v else [(prefix + k, v)])
+    ]
 
 
 def schedule(groups: Path, *overrides: str) -> Schedule:
@@ -349,19 +406,27 @@ def schedule(groups: Path, *overrides: str) -> Schedule:
 def test_a_chosen_schedule_has_the_defaults_of_its_class(crossed: Path) -> None:
     assert schedule(crossed) == DropGrow(every=20, rate=0.5)
     assert schedule(crossed, "schedule=odd") == Odd()
-    assert schedule(crossed, "schedule=odd", "schedule.every=3", "method.schedule.word=z") == Odd(every=3, word="z")
-    assert schedule(crossed, "schedule=drop_grow") == DropGrow(every=11)  # the file's value; nothing of the method's own
+    assert schedule(crossed, "schedule=odd", "schedule.every=3", "method.schedule.word=z") == Odd(
+        every=3, word="z"
+    )
+    assert schedule(crossed, "schedule=drop_grow") == DropGrow(
+        every=11
+    )  # the file's value; nothing of the method's own
 
 
 def test_without_a_choice_the_methods_own_schedule_changes(crossed: Path) -> None:
     assert schedule(crossed, "schedule.every=10") == DropGrow(every=10, rate=0.5)
     assert config.load(["method=preset"], crossed).method.schedule == DropGrow(every=20, rate=0.25)
-    assert config.load(["method=preset", "schedule.decay=cosine"], crossed).method.schedule == DropGrow(20, 0.25, "cosine")
+    assert config.load(["method=preset", "schedule.decay=cosine"], crossed).method.schedule == DropGrow(
+        20, 0.25, "cosine"
+    )
     assert schedule(crossed, "schedule=nameless") == DropGrow(every=12, rate=0.5)
 
 
 def test_a_chosen_schedule_replaces_that_of_the_methods_file(crossed: Path) -> None:
-    assert config.load(["method=named", "schedule.every=3"], crossed).method.schedule == Odd(every=3, word="x")
+    assert config.load(["method=named", "schedule.every=3"], crossed).method.schedule == Odd(
+        every=3, word="x"
+    )
     assert config.load(["method=named", "schedule=odd"], crossed).method.schedule == Odd()
     assert config.load(["method=named", "schedule=static"], crossed).method.schedule.name == "static"
 
@@ -380,7 +445,9 @@ def test_schedules_of_the_users_own(crossed: Path) -> None:
     ],
 )  # fmt: skip
 def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> None:
-    shown, origin = config.tree(["method=crossed", "schedule=odd", "seed=4", override], crossed)["method." + override.partition("=")[0]]
+    shown, origin = config.tree(["method=crossed", "schedule=odd", "seed=4", override], crossed)[
+        "method." + override.partition("=")[0]
+    ]
     assert shown == value
     assert type(shown) is type(value)
     assert origin == "command line"
@@ -393,36 +460,69 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
             ["method=lora", "schedule=drop_grow"],
             r"schedule=drop_grow is not a setting of method=lora, which has no schedule. Leave it out, or .* method",
         ),
-        (["method=lora", "schedule=drop_grow", "schedule.every=3"], "schedule=drop_grow is not a setting of method=lora, which has no schedule"),
-        (["method=lora", "schedule.every=3"], r"method.schedule.every=3 \(command line\) is not a setting of method=lora, which has no schedule"),
+        (
+            ["method=lora", "schedule=drop_grow", "schedule.every=3"],
+            "schedule=drop_grow is not a setting of method=lora, which has no schedule",
+        ),
+        (
+            ["method=lora", "schedule.every=3"],
+            r"method.schedule.every=3 \(command line\) is not a setting of method=lora, which has no schedule",
+        ),
         (["method=lora", "method.schedule=x"], "method.schedule='x' .* method=lora, which has no schedule"),
-        (["method=crossed", "schedule=drop_gow"], r"schedule=drop_gow is not an option .*Did you mean 'drop_grow'\? Options: .*static"),
+        (
+            ["method=crossed", "schedule=drop_gow"],
+            r"schedule=drop_gow is not an option .*Did you mean 'drop_grow'\? Options: .*static",
+        ),
         (["method=crossed", "schedule=drop_gow", "schedule.nope=3"], "schedule=drop_gow is not an option"),
         (
             ["method=crossed", "schedule.evry=3"],
             r"method.schedule.evry=3 \(command line\) is not a setting of schedule=drop_grow. .* 'method.schedule.every'",
         ),
-        (["method=crossed", "schedule=static", "schedule.every=3"], r"every=3 \(command line\) is not a setting of schedule=static. It has none."),
-        (["method=crossed", "schedule=odd", "schedule.rate=3"], "is not a setting of schedule=odd. .*method.schedule.range"),
-        (["method=crossed", "schedule.every=0"], r"method.schedule.every=0 \(command line\) should be greater than or equal to 1"),
-        (["method=crossed", "schedule.every=1.5"], r"method.schedule.every=1.5 \(command line\) should be a valid integer"),
+        (
+            ["method=crossed", "schedule=static", "schedule.every=3"],
+            r"every=3 \(command line\) is not a setting of schedule=static. It has none.",
+        ),
+        (
+            ["method=crossed", "schedule=odd", "schedule.rate=3"],
+            "is not a setting of schedule=odd. .*method.schedule.range",
+        ),
+        (
+            ["method=crossed", "schedule.every=0"],
+            r"method.schedule.every=0 \(command line\) should be greater than or equal to 1",
+        ),
+        (
+            ["method=crossed", "schedule.every=1.5"],
+            r"method.schedule.every=1.5 \(command line\) should be a valid integer",
+        ),
         (["method=crossed", "schedule.decay=cosin"], "'linear', 'cosine' or 'constant'"),
         (["method=crossed", "schedule=odd", "schedule.range=[1]"], "too few entries"),
-        (["method=crossed", "schedule=odd", "schedule.range=[0,x]"], r"method.schedule.range.1='x' \(command line\) should be a valid number"),
-        (["method=crossed", "schedule=odd", "schedule.range=[2,1]"], "schedule=odd: method.schedule.range runs backwards"),
+        (
+            ["method=crossed", "schedule=odd", "schedule.range=[0,x]"],
+            r"method.schedule.range.1='x' \(command line\) should be a valid number",
+        ),
+        (
+            ["method=crossed", "schedule=odd", "schedule.range=[2,1]"],
+            "schedule=odd: method.schedule.range runs backwards",
+        ),
         (
             ["method=crossed", "method.schedule=odd"],
             r"method.schedule should be a mapping of settings, not 'odd' \(command line\). .*schedule=OPTION",
         ),
         (["method=crossed", "schedule=null"], "exactly one option"),
         (["method=crossed", "schedule=static,odd"], "finetune sweep schedule=static,odd"),
-        (["method=crossed", "schedule.name=odd"], "schedule.name=odd: the name follows from the choice; write schedule=OPTION"),
+        (
+            ["method=crossed", "schedule.name=odd"],
+            "schedule.name=odd: the name follows from the choice; write schedule=OPTION",
+        ),
         (["method=crossed", "method.schedule.name=odd"], "write schedule=OPTION"),
         (["method=crossed", "schedule.every=1", "method.schedule.every=1"], "set the same thing"),
         (["method=crossed", "schedule=strange"], r"schedule=strange is not known.*schedule/strange.yaml:1\)"),
         (["method=bare"], "method.schedule is not set. Add schedule=OPTION"),
         (["method=bare", "schedule.every=3"], "method.schedule.name is not set"),
-        (["method=crossed", "schedule.every=200"], "schedule.every=200 does not end before the run's 200 steps do"),
+        (
+            ["method=crossed", "schedule.every=200"],
+            "schedule.every=200 does not end before the run's 200 steps do",
+        ),
         (["method=crossed", "schedul.every=2"], r"schedul.every=2 .*is not a setting"),
         (["method=crossed", "scheduler=static"], "is not a setting"),
         (["method=crossed", "train.every=3"], r"Did you mean 'train.\w*_every'\?"),
@@ -442,8 +542,15 @@ def test_one_fault_of_a_nested_choice(crossed: Path, overrides: list[str], words
 
 
 def test_nested_faults_come_with_all_others(crossed: Path) -> None:
-    found = faults("method=crossed", "schedule.every=0", "schedule.x=1", "method.rnk=1", "seed=-1", config_dir=crossed)
-    assert [said.split(" ")[0] for said in found] == ["seed=-1", "method.rnk=1", "method.schedule.every=0", "method.schedule.x=1"]
+    found = faults(
+        "method=crossed", "schedule.every=0", "schedule.x=1", "method.rnk=1", "seed=-1", config_dir=crossed
+    )
+    assert [said.split(" ")[0] for said in found] == [
+        "seed=-1",
+        "method.rnk=1",
+        "method.schedule.every=0",
+        "method.schedule.x=1",
+    ]
 
 
 def test_what_cannot_mean_anything_is_asked_last(crossed: Path) -> None:
@@ -454,15 +561,26 @@ def test_what_cannot_mean_anything_is_asked_last(crossed: Path) -> None:
 def test_a_schedules_values_say_where_they_came_from(crossed: Path) -> None:
     def origins(*overrides: str) -> dict[str, str]:
         leaves = config.tree(list(overrides), crossed)
-        return {key.removeprefix("method.schedule."): origin for key, (_, origin) in leaves.items() if key.startswith("method.schedule.")}
+        return {
+            key.removeprefix("method.schedule."): origin
+            for key, (_, origin) in leaves.items()
+            if key.startswith("method.schedule.")
+        }
 
-    here = next(n for n, line in enumerate(Path(__file__).read_text().splitlines(), 1) if "DropGrow(every=20, rate=0.5)" in line)
+    here = next(
+        n
+        for n, line in enumerate(Path(__file__).read_text().splitlines(), 1)
+        if "DropGrow(every=20, rate=0.5)" in line
+    )
     own = origins("method=crossed", "schedule.decay=cosine")
     assert own["name"] == own["every"] == own["rate"] == f"default in {__file__}:{here}"
     assert own["decay"] == "command line"
     assert own["dropped"].startswith("default in finetune/schedules/drop_grow.py:")
     chosen = origins("method=crossed", "schedule=drop_grow")
-    assert (chosen["name"], chosen["every"]) == (f"{crossed}/schedule/drop_grow.yaml:1", f"{crossed}/schedule/drop_grow.yaml:2")
+    assert (chosen["name"], chosen["every"]) == (
+        f"{crossed}/schedule/drop_grow.yaml:1",
+        f"{crossed}/schedule/drop_grow.yaml:2",
+    )
     assert chosen["rate"].startswith("default in finetune/schedules/drop_grow.py:")
     preset = origins("method=preset")
     assert preset["rate"] == f"{crossed}/method/preset.yaml:3"
@@ -484,7 +602,9 @@ def test_a_schedules_values_say_where_they_came_from(crossed: Path) -> None:
         ["selector=rst"],
     ],
 )
-def test_frozen_nested_choices_come_back(crossed: Path, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_frozen_nested_choices_come_back(
+    crossed: Path, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever the classes' and files' defaults are by then."""
     made = config.load(["method=crossed", "name=n", *overrides], crossed)
     file = tmp_path / "config.yaml"
@@ -499,10 +619,14 @@ def test_frozen_nested_choices_come_back(crossed: Path, tmp_path: Path, override
 
 def test_a_frozen_configuration_takes_values_but_no_schedule(crossed: Path, tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
-    file.write_text(yaml.safe_dump(config.load(["method=crossed", "schedule=odd"], crossed).as_dict(), sort_keys=False))
+    file.write_text(
+        yaml.safe_dump(config.load(["method=crossed", "schedule=odd"], crossed).as_dict(), sort_keys=False)
+    )
     assert config.load(["schedule.every=4"], config_file=file).method.schedule == Odd(every=4)
     assert "cannot be combined with --config" in fault("schedule=static", config_file=file)
-    assert re.search(rf"method.schedule.every='x' \({file}:\d+\)", broken := fault_after(file, "every: 7", "every: x")), broken
+    assert re.search(
+        rf"method.schedule.every='x' \({file}:\d+\)", broken := fault_after(file, "every: 7", "every: x")
+    ), broken
 
 
 def fault_after(file: Path, old: str, new: str) -> str:
@@ -528,7 +652,10 @@ def test_sweeps_over_schedules(crossed: Path) -> None:
     assert [point.label for point in points] == ["method.schedule.every=10", "method.schedule.every=20"]
     points = sweep.points(["method=crossed", "schedule=static,odd"], crossed)
     assert [point.config.method.schedule.name for point in points] == ["static", "odd"]
-    with pytest.raises(ConfigError, match=r"every=1 .* of schedule=static. It has none. \(at schedule=static method.schedule.every=1\)"):
+    with pytest.raises(
+        ConfigError,
+        match=r"every=1 .* of schedule=static. It has none. \(at schedule=static method.schedule.every=1\)",
+    ):
         sweep.points(["method=crossed", "schedule=static,odd", "schedule.every=1,2"], crossed)
 
 

@@ -6,7 +6,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.core.part import Delta, Edit, Patched, attach, base, changed_linear, detach, merge, patched, unpatch
+from finetune.core.part import (
+    Delta,
+    Edit,
+    Patched,
+    attach,
+    base,
+    changed_linear,
+    detach,
+    merge,
+    patched,
+    unpatch,
+)
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 
@@ -50,8 +61,12 @@ def test_recomputed_gradients_equal_autograd_for_stacked_deltas(gate: float) -> 
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
     trained = [t for d in deltas for t in d.inputs()]
     pull = torch.randn(2, 3, 4, dtype=torch.float64)
-    found = torch.autograd.grad((changed_linear(x, linear.weight, linear.bias, deltas) * pull).sum(), [x, *trained])
-    plain = nn.functional.linear(x, linear.weight + sum(d.gate * d(linear.weight) for d in deltas), linear.bias)
+    found = torch.autograd.grad(
+        (changed_linear(x, linear.weight, linear.bias, deltas) * pull).sum(), [x, *trained]
+    )
+    plain = nn.functional.linear(
+        x, linear.weight + sum(d.gate * d(linear.weight) for d in deltas), linear.bias
+    )
     for mine, true in zip(found, torch.autograd.grad((plain * pull).sum(), [x, *trained]), strict=True):
         torch.testing.assert_close(mine, true, rtol=1e-6, atol=1e-6)
 
@@ -143,7 +158,9 @@ def test_base_and_gate_and_detach_give_the_pretrained_model_back() -> None:
     attach(model, "0", states[0])  # type: ignore[arg-type]
     changed = model(x)
     assert not torch.equal(changed, y)
-    torch.testing.assert_close(changed, 0.5 * torch.tanh(nn.functional.linear(x, model[0].weight, original.bias)))
+    torch.testing.assert_close(
+        changed, 0.5 * torch.tanh(nn.functional.linear(x, model[0].weight, original.bias))
+    )
     with base(states):
         assert torch.equal(model(x), y)
     assert torch.equal(model(x), changed)

@@ -19,7 +19,10 @@ from finetune.training.batches import Batches
 
 CASES = {
     # one pass that tells all; every third batch has five examples, three here and two there
-    "gradient": (None, Crossing(sparsity=0.9, score="gradient", scope="model", schedule=DropGrow(every=2, rate=0.4))),
+    "gradient": (
+        None,
+        Crossing(sparsity=0.9, score="gradient", scope="model", schedule=DropGrow(every=2, rate=0.4)),
+    ),
     # in turns; then the second process has none in one of its micro-batches
     "fisher": (1, Crossing(sparsity=0.9, score="fisher", targets=("v",), schedule=Redraw(every=3))),
     "sensitivity": (2, Crossing(sparsity=0.9, score="sensitivity", targets=("v",), batches=3)),
@@ -39,7 +42,9 @@ def train() -> dict[str, Tensor]:
         starts = torch.tensor([0, *bank.sizes]).cumsum(0)
         for step in session.steps():
             kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss)
-            kept[f"{name}/chosen {step.number}"] = torch.cat([bank.where(i) + starts[i] for i in range(len(bank.sizes))])
+            kept[f"{name}/chosen {step.number}"] = torch.cat(
+                [bank.where(i) + starts[i] for i in range(len(bank.sizes))]
+            )
         kept |= {f"{name}/{key}": t.contiguous() for key, t in session.states.state_dict().items()}
         kept |= {f"{name}/{key}": t for key, t in session.optimizer.state[bank.values].items()}
     return kept
@@ -58,7 +63,9 @@ def test_two_ranks_agree_to_the_bit_and_nearly_with_one(tmp_path: Path) -> None:
         assert len(first[f"{name}/method.bank.values"]) == k
         assert first[f"{name}/method.bank.values"].all(), "every entry has moved"
         for step in range(1, contract.STEPS + 1):
-            torch.testing.assert_close(first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-3, rtol=1e-3)
+            torch.testing.assert_close(
+                first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-3, rtol=1e-3
+            )
             ours, theirs = (set(t[f"{name}/chosen {step}"].tolist()) for t in (first, alone))
             assert len(ours) == len(theirs) == k, "exactly K"
             assert len(ours & theirs) > (0.9 if method.score == "gradient" and step > 2 else 0.999) * k

@@ -12,24 +12,64 @@ TEXT = {**TINY, "vocab_size": 20, "pad_token_id": 1, "bos_token_id": 2, "eos_tok
 GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 2, "vocab_size": 20, "bos_token_id": 2, "eos_token_id": 3}
 SPLIT = {"q": 2, "k": 2, "v": 2, "o": 2, "up": 2, "down": 2}  # two blocks
 MODELS = {
-    "vit": ("ViTForImageClassification", {**TINY, "image_size": 8, "patch_size": 4}, {**SPLIT, "embedding": 1, "norm": 5, "head": 1}),
-    "deit": ("DeiTForImageClassification", {**TINY, "image_size": 8, "patch_size": 4}, {**SPLIT, "embedding": 1, "norm": 5, "head": 1}),
-    "bert": ("BertForSequenceClassification", TEXT, {**SPLIT, "embedding": 3, "norm": 5, "head": 1, "other": 1}),
+    "vit": (
+        "ViTForImageClassification",
+        {**TINY, "image_size": 8, "patch_size": 4},
+        {**SPLIT, "embedding": 1, "norm": 5, "head": 1},
+    ),
+    "deit": (
+        "DeiTForImageClassification",
+        {**TINY, "image_size": 8, "patch_size": 4},
+        {**SPLIT, "embedding": 1, "norm": 5, "head": 1},
+    ),
+    "bert": (
+        "BertForSequenceClassification",
+        TEXT,
+        {**SPLIT, "embedding": 3, "norm": 5, "head": 1, "other": 1},
+    ),
     "roberta": ("RobertaForSequenceClassification", TEXT, {**SPLIT, "embedding": 3, "norm": 5, "head": 2}),
-    "xlm-roberta": ("XLMRobertaForSequenceClassification", TEXT, {**SPLIT, "embedding": 3, "norm": 5, "head": 2}),
-    "camembert": ("CamembertForSequenceClassification", TEXT, {**SPLIT, "embedding": 3, "norm": 5, "head": 2}),
-    "electra": ("ElectraForSequenceClassification", {**TEXT, "embedding_size": 16}, {**SPLIT, "embedding": 3, "norm": 5, "head": 2}),
+    "xlm-roberta": (
+        "XLMRobertaForSequenceClassification",
+        TEXT,
+        {**SPLIT, "embedding": 3, "norm": 5, "head": 2},
+    ),
+    "camembert": (
+        "CamembertForSequenceClassification",
+        TEXT,
+        {**SPLIT, "embedding": 3, "norm": 5, "head": 2},
+    ),
+    "electra": (
+        "ElectraForSequenceClassification",
+        {**TEXT, "embedding_size": 16},
+        {**SPLIT, "embedding": 3, "norm": 5, "head": 2},
+    ),
     "distilbert": (
         "DistilBertForSequenceClassification",
         {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32, "vocab_size": 20},
         {**SPLIT, "embedding": 2, "norm": 5, "head": 2},
     ),
-    "gpt2": ("GPT2LMHeadModel", GPT2, {"qkv": 2, "o": 2, "up": 2, "down": 2, "embedding": 2, "norm": 5, "head": 1}),
+    "gpt2": (
+        "GPT2LMHeadModel",
+        GPT2,
+        {"qkv": 2, "o": 2, "up": 2, "down": 2, "embedding": 2, "norm": 5, "head": 1},
+    ),
     "llama": ("LlamaForCausalLM", TEXT, {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1}),
     "mistral": ("MistralForCausalLM", TEXT, {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1}),
-    "gemma": ("GemmaForCausalLM", {**TEXT, "head_dim": 8}, {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1}),
-    "qwen2": ("Qwen2ForCausalLM", {**TEXT, "num_key_value_heads": 1}, {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1}),
-    "qwen3": ("Qwen3ForCausalLM", {**TEXT, "num_key_value_heads": 1, "head_dim": 8}, {**SPLIT, "gate": 2, "embedding": 1, "norm": 9, "head": 1}),
+    "gemma": (
+        "GemmaForCausalLM",
+        {**TEXT, "head_dim": 8},
+        {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1},
+    ),
+    "qwen2": (
+        "Qwen2ForCausalLM",
+        {**TEXT, "num_key_value_heads": 1},
+        {**SPLIT, "gate": 2, "embedding": 1, "norm": 5, "head": 1},
+    ),
+    "qwen3": (
+        "Qwen3ForCausalLM",
+        {**TEXT, "num_key_value_heads": 1, "head_dim": 8},
+        {**SPLIT, "gate": 2, "embedding": 1, "norm": 9, "head": 1},
+    ),
 }
 
 
@@ -74,7 +114,14 @@ def test_a_patched_layer_keeps_its_role_and_hides_what_is_inside():
 
 
 def test_an_unknown_architecture_has_linear_layers_and_a_head():
-    config = transformers.OPTConfig(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, vocab_size=20, word_embed_proj_dim=16)
+    config = transformers.OPTConfig(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=32,
+        vocab_size=20,
+        word_embed_proj_dim=16,
+    )
     model = transformers.OPTForSequenceClassification(config)
     found = roles(model)
     matrices = {n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
@@ -99,4 +146,10 @@ def test_what_lies_in_the_head():
 
 
 def test_the_block_is_the_first_number_in_a_name():
-    assert [block_of(n) for n in ("a.b.3.c", "h.11.attn.2.x", "0.weight", "layer1.conv", "norm")] == [3, 11, 0, -1, -1]
+    assert [block_of(n) for n in ("a.b.3.c", "h.11.attn.2.x", "0.weight", "layer1.conv", "norm")] == [
+        3,
+        11,
+        0,
+        -1,
+        -1,
+    ]

@@ -13,7 +13,16 @@ from finetune.testing.contract import tiny
 
 @pytest.mark.parametrize(
     ("targets", "count"),
-    [(("all",), 12), (("attention",), 8), (("mlp",), 4), (("q",), 2), (("q", "v"), 4), (("fc1",), 2), (("vit.layers.0.*",), 6), (("*_proj", "q"), 8)],
+    [
+        (("all",), 12),
+        (("attention",), 8),
+        (("mlp",), 4),
+        (("q",), 2),
+        (("q", "v"), 4),
+        (("fc1",), 2),
+        (("vit.layers.0.*",), 6),
+        (("*_proj", "q"), 8),
+    ],
 )
 def test_targets(targets: tuple[str, ...], count: int) -> None:
     sites = find_sites(tiny(), targets)
@@ -23,7 +32,13 @@ def test_targets(targets: tuple[str, ...], count: int) -> None:
 
 def test_a_site_knows_its_place() -> None:
     (site,) = find_sites(tiny(), ("vit.layers.1.mlp.fc1",))
-    assert (site.block, site.role, site.shape, site.size, site.key) == (1, "up", (48, 32), 48 * 32, "vit/layers/1/mlp/fc1")
+    assert (site.block, site.role, site.shape, site.size, site.key) == (
+        1,
+        "up",
+        (48, 32),
+        48 * 32,
+        "vit/layers/1/mlp/fc1",
+    )
 
 
 def test_conv1d_shape_is_out_in() -> None:

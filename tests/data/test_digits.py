@@ -8,7 +8,12 @@ from finetune.data.digits import PIECES, Digits
 
 def test_the_split_is_that_of_vtab_and_covers_every_digit_once():
     raw = Digits().read()
-    assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 1000, "val": 200, "test": 597, "retention": 100}
+    assert {split: len(rows) for split, rows in raw.splits.items()} == {
+        "train": 1000,
+        "val": 200,
+        "test": 597,
+        "retention": 100,
+    }
     ids = [row["id"] for split, rows in raw.splits.items() if split != "retention" for row in rows]
     assert sorted(ids) == [f"digit-{i:04d}" for i in range(1797)]
     for rows in list(raw.splits.values())[:3]:
@@ -38,6 +43,10 @@ def test_retention_images_are_distinct_pieces_of_two_photographs() -> None:
     assert len({row["id"] for row in every}) == len(every) == 2 * len(PIECES)
     for row in every:
         name, top, left = row["id"].split("-")
-        np.testing.assert_array_equal(np.asarray(row["image"]), photos[name][int(top) : int(top) + 107, int(left) : int(left) + 107])
-    assert [row["id"] for row in Digits(retention_images=7).read().splits["retention"]] == [row["id"] for row in every[:7]]
+        np.testing.assert_array_equal(
+            np.asarray(row["image"]), photos[name][int(top) : int(top) + 107, int(left) : int(left) + 107]
+        )
+    assert [row["id"] for row in Digits(retention_images=7).read().splits["retention"]] == [
+        row["id"] for row in every[:7]
+    ]
     assert "retention" not in Digits(retention_images=0).read().splits

@@ -16,8 +16,13 @@ from finetune.errors import ConfigError
 def test_windows_score_every_byte_and_every_token_once(tokenizer, text, length):
     items = windows({"id": "d", "text": text}, tokenizer, length)
     assert sum(item["bytes"] for item in items) == len(text.encode())
-    assert [token for item in items for token in item["input_ids"][1:]] == tokenizer(text, add_special_tokens=False)["input_ids"]
-    assert all(item["input_ids"][0] == tokenizer.eos_token_id and 2 <= len(item["input_ids"]) <= length for item in items)
+    assert [token for item in items for token in item["input_ids"][1:]] == tokenizer(
+        text, add_special_tokens=False
+    )["input_ids"]
+    assert all(
+        item["input_ids"][0] == tokenizer.eos_token_id and 2 <= len(item["input_ids"]) <= length
+        for item in items
+    )
     assert [item["id"] for item in items] == [f"d#{n}" for n in range(len(items))]
 
 
@@ -28,7 +33,12 @@ def test_a_window_counts_the_bytes_of_its_own_tokens(tokenizer):
 
 
 def test_language_model_labels_leave_out_the_start_and_the_padding(tokenizer):
-    raw = Raw("causal_lm", (), {"train": [{"id": "a", "text": "the cat sat on the mat and the hat"}, {"id": "b", "text": "cat"}]}, length=6)
+    raw = Raw(
+        "causal_lm",
+        (),
+        {"train": [{"id": "a", "text": "the cat sat on the mat and the hat"}, {"id": "b", "text": "cat"}]},
+        length=6,
+    )
     train = encode(raw, tokenizer)["train"]
     batch = collate([train[i] for i in range(len(train))])
     ids, mask = batch.inputs["input_ids"], batch.inputs["attention_mask"]
@@ -43,10 +53,16 @@ def test_language_model_labels_leave_out_the_start_and_the_padding(tokenizer):
 
 
 def test_texts_are_cut_to_length_and_padded_per_batch(tokenizer):
-    rows = [{"id": "a", "text": "cat " * 30, "label": 1}, {"id": "b", "text": "cat", "label": 0}, {"id": "c", "text": "the cat", "label": 2}]
+    rows = [
+        {"id": "a", "text": "cat " * 30, "label": 1},
+        {"id": "b", "text": "cat", "label": 0},
+        {"id": "c", "text": "the cat", "label": 2},
+    ]
     items = encode(Raw("sequence_classification", ("x", "y", "z"), {"test": rows}), tokenizer)["test"]
     batch = collate([items[0], items[1]])
-    oracle = tokenizer([row["text"] for row in rows[:2]], truncation=True, max_length=16, padding=True, return_tensors="pt")
+    oracle = tokenizer(
+        [row["text"] for row in rows[:2]], truncation=True, max_length=16, padding=True, return_tensors="pt"
+    )
     assert torch.equal(batch.inputs["input_ids"], oracle["input_ids"])
     assert torch.equal(batch.inputs["attention_mask"], oracle["attention_mask"])
     assert batch.inputs["input_ids"].shape == (2, 16)
@@ -57,10 +73,15 @@ def test_texts_are_cut_to_length_and_padded_per_batch(tokenizer):
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "RGBA", "P"])
 def test_pixels_are_those_of_the_processor(mode):
-    processor = ViTImageProcessorPil(size={"height": 12, "width": 10}, image_mean=[0.5] * 3, image_std=[0.25] * 3)
+    processor = ViTImageProcessorPil(
+        size={"height": 12, "width": 10}, image_mean=[0.5] * 3, image_std=[0.25] * 3
+    )
     pixels = np.random.default_rng(0).integers(0, 255, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(pixels).convert(mode)
-    items = encode(Raw("image_classification", ("x", "y"), {"val": [{"id": "i", "image": image, "label": 1}] * 2}), processor)["val"]
+    items = encode(
+        Raw("image_classification", ("x", "y"), {"val": [{"id": "i", "image": image, "label": 1}] * 2}),
+        processor,
+    )["val"]
     batch = collate([items[0], items[1], items[0]])
     assert batch.inputs["pixel_values"].shape == (3, 3, 12, 10)
     assert batch.labels.tolist() == [1, 1, 1]
@@ -76,7 +97,11 @@ def test_small_sets_are_processed_once_and_large_ones_are_not_kept(monkeypatch):
         calls.append(images)
         return {"pixel_values": torch.zeros(1, 3, 4, 4)}
 
-    raw = Raw("image_classification", ("x", "y"), {"train": [{"id": "i", "image": Image.new("L", (4, 4)), "label": 0}]})
+    raw = Raw(
+        "image_classification",
+        ("x", "y"),
+        {"train": [{"id": "i", "image": Image.new("L", (4, 4)), "label": 0}]},
+    )
     train = encode(raw, processor)["train"]
     assert train[0] is train[0]
     assert len(calls) == 1
@@ -95,4 +120,7 @@ def test_the_length_is_what_was_asked_for_or_what_the_tokenizer_allows(tokenizer
 
 def test_a_split_without_text_is_a_fault(tokenizer):
     with pytest.raises(ConfigError, match="The val split of the data set holds no text"):
-        encode(Raw("causal_lm", (), {"train": [{"id": "a", "text": "cat"}], "val": [{"id": "b", "text": ""}]}), tokenizer)
+        encode(
+            Raw("causal_lm", (), {"train": [{"id": "a", "text": "cat"}], "val": [{"id": "b", "text": ""}]}),
+            tokenizer,
+        )

@@ -17,7 +17,9 @@ ROWS = [{"text": f"text {i}", "category": "even" if i % 2 == 0 else "odd"} for i
 
 
 def write_csv(path, rows, separator=","):
-    path.write_text("\n".join(separator.join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)]))
+    path.write_text(
+        "\n".join(separator.join(map(str, line)) for line in [rows[0], *(row.values() for row in rows)])
+    )
     return str(path)
 
 
@@ -62,7 +64,10 @@ def test_folds_are_tested_once_each(tmp_path, share, folds):
     raws = [Csv(path=path, test_share=share, fold=fold).read() for fold in range(folds)]
     tests = [{row["id"] for row in raw.splits["test"]} for raw in raws]
     assert sum(map(len, tests)) == len(set.union(*tests)) == len(ROWS)
-    assert all(not tests[i] & {row["id"] for split in ("train", "val") for row in raw.splits[split]} for i, raw in enumerate(raws))
+    assert all(
+        not tests[i] & {row["id"] for split in ("train", "val") for row in raw.splits[split]}
+        for i, raw in enumerate(raws)
+    )
     with pytest.raises(ConfigError, match=rf"dataset.fold={folds}: .* has the folds 0 to {folds - 1}"):
         Csv(path=path, test_share=share, fold=folds).read()
     with pytest.raises(ConfigError, match="the test split is given"):
@@ -79,7 +84,13 @@ def test_given_files_are_the_splits_and_only_the_missing_ones_are_drawn(tmp_path
 
 
 def test_a_folder_of_named_files_is_read_by_its_names(tmp_path):
-    for name, rows in {"train-0.csv": ROWS[:20], "train-1.csv": ROWS[20:], "dev.csv": ROWS[:4], "Test.csv": ROWS[4:10], "notes.csv": ROWS}.items():
+    for name, rows in {
+        "train-0.csv": ROWS[:20],
+        "train-1.csv": ROWS[20:],
+        "dev.csv": ROWS[:4],
+        "Test.csv": ROWS[4:10],
+        "notes.csv": ROWS,
+    }.items():
         write_csv(tmp_path / name, rows)
     raw = Csv(path=str(tmp_path)).read()
     assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 40, "val": 4, "test": 6}
@@ -87,14 +98,18 @@ def test_a_folder_of_named_files_is_read_by_its_names(tmp_path):
 
 
 def test_words_that_look_missing_are_words_and_tabs_separate_tsv(tmp_path):
-    rows = [{"text": word, "label": label} for word in ("NA", "null", "None", "nan") for label in ("null", "x")]
+    rows = [
+        {"text": word, "label": label} for word in ("NA", "null", "None", "nan") for label in ("null", "x")
+    ]
     raw = Csv(path=write_csv(tmp_path / "a.tsv", rows, "\t")).read()
     assert sorted(row["text"] for row in all_rows(raw)) == sorted(row["text"] for row in rows)
     assert raw.labels == ("null", "x")
 
 
 def test_numbers_as_labels_are_in_the_order_of_numbers(tmp_path):
-    raw = Jsonl(path=write_jsonl(tmp_path / "a.jsonl", [{"words": "w", "y": i % 12} for i in range(48)])).read()
+    raw = Jsonl(
+        path=write_jsonl(tmp_path / "a.jsonl", [{"words": "w", "y": i % 12} for i in range(48)])
+    ).read()
     assert raw.labels == tuple(map(str, range(12)))
     assert all(row["label"] == int(row["id"].split(":")[1]) % 12 for row in all_rows(raw))
 
@@ -108,7 +123,9 @@ def test_jsonl_as_text_for_a_language_model(tmp_path):
 
 
 def test_images_inside_parquet(tmp_path):
-    table = pa.table({"image": [{"bytes": png(i), "path": None} for i in range(20)], "label": [i % 2 for i in range(20)]})
+    table = pa.table(
+        {"image": [{"bytes": png(i), "path": None} for i in range(20)], "label": [i % 2 for i in range(20)]}
+    )
     pq.write_table(table, tmp_path / "a.parquet")
     raw = Parquet(path=str(tmp_path / "a.parquet")).read()
     assert raw.task == "image_classification"
@@ -178,7 +195,10 @@ def faults(dataset):
 
 def test_paths_that_do_not_exist_are_all_named():
     said = faults(Csv(path="nowhere.csv", test_path="neither.csv"))
-    assert said == ("dataset.path=nowhere.csv does not exist. Check the path.", "dataset.test_path=neither.csv does not exist. Check the path.")
+    assert said == (
+        "dataset.path=nowhere.csv does not exist. Check the path.",
+        "dataset.test_path=neither.csv does not exist. Check the path.",
+    )
 
 
 def test_columns_that_do_not_exist_are_all_named(tmp_path):
@@ -193,15 +213,47 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
     ("rows", "options", "message"),
     [
         ([{"a": f"x{i}", "b": f"y{i}"} for i in range(9)], {}, "No column is plainly the label among: a, b"),
-        ([{"a": f"x{i}", "b": f"y{i}", "label": i % 2} for i in range(9)], {}, "Several columns could be the text: a, b"),
+        (
+            [{"a": f"x{i}", "b": f"y{i}", "label": i % 2} for i in range(9)],
+            {},
+            "Several columns could be the text: a, b",
+        ),
         ([{"text": "x", "label": "same"}] * 9, {}, "has only the label 'same'"),
-        ([{"text": "x", "label": i % 2 or ""} for i in range(9)], {}, r"5 rows have nothing in column label \(first: row 0"),
-        ([{"text": "x" if i else "", "label": i % 2} for i in range(9)], {}, r"1 rows have nothing in column text \(first: row 0"),
-        ([{"text": "x", "label": i % 2} for i in range(9)], {"image_column": "text"}, "image_column=text does not hold images"),
-        ([{"text": "x", "label": i % 2} for i in range(9)], {"text_column": "label"}, "text_column=label does not hold text"),
-        ([{"text": "x", "label": i % 2} for i in range(9)], {"task": "image_classification"}, "No column holds the image among: text, label"),
-        ([{"text": "x", "label": i % 2} for i in range(9)], {"task": "causal_lm", "label_column": "label"}, "label_column=label would not be used"),
-        ([{"text": "x", "label": i % 2} for i in range(4)], {"test_share": 0.8}, "Lower dataset.val_share and dataset.test_share"),
+        (
+            [{"text": "x", "label": i % 2 or ""} for i in range(9)],
+            {},
+            r"5 rows have nothing in column label \(first: row 0",
+        ),
+        (
+            [{"text": "x" if i else "", "label": i % 2} for i in range(9)],
+            {},
+            r"1 rows have nothing in column text \(first: row 0",
+        ),
+        (
+            [{"text": "x", "label": i % 2} for i in range(9)],
+            {"image_column": "text"},
+            "image_column=text does not hold images",
+        ),
+        (
+            [{"text": "x", "label": i % 2} for i in range(9)],
+            {"text_column": "label"},
+            "text_column=label does not hold text",
+        ),
+        (
+            [{"text": "x", "label": i % 2} for i in range(9)],
+            {"task": "image_classification"},
+            "No column holds the image among: text, label",
+        ),
+        (
+            [{"text": "x", "label": i % 2} for i in range(9)],
+            {"task": "causal_lm", "label_column": "label"},
+            "label_column=label would not be used",
+        ),
+        (
+            [{"text": "x", "label": i % 2} for i in range(4)],
+            {"test_share": 0.8},
+            "Lower dataset.val_share and dataset.test_share",
+        ),
     ],
 )
 def test_faults_of_a_table(tmp_path, rows, options, message):
@@ -212,12 +264,17 @@ def test_faults_of_a_table(tmp_path, rows, options, message):
 def test_labels_that_train_has_not_are_named(tmp_path):
     test = write_csv(tmp_path / "t.csv", [*ROWS[:3], {"text": "x", "category": "prime"}])
     said = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))
-    assert said == ("The test split (t.csv) has labels that train has not: prime. Make the splits' labels agree.",)
+    assert said == (
+        "The test split (t.csv) has labels that train has not: prime. Make the splits' labels agree.",
+    )
 
 
 def test_a_split_without_the_column_is_named(tmp_path):
     test = write_csv(tmp_path / "t.csv", [{"text": "x", "other": "even"}])
-    assert "t.csv has no column category" in faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))[0]
+    assert (
+        "t.csv has no column category"
+        in faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))[0]
+    )
 
 
 def test_files_that_hold_nothing_or_something_else(tmp_path):
@@ -232,16 +289,28 @@ def test_files_that_hold_nothing_or_something_else(tmp_path):
 
 def test_a_folder_with_no_images(tmp_path):
     (tmp_path / "readme.txt").write_text("none")
-    assert "has no images. Give a folder with one folder of images per class." in faults(ImageFolder(path=str(tmp_path)))[0]
+    assert (
+        "has no images. Give a folder with one folder of images per class."
+        in faults(ImageFolder(path=str(tmp_path)))[0]
+    )
     (tmp_path / "flat.png").write_bytes(png(1))
     assert "images in folders need one folder per class" in faults(ImageFolder(path=str(tmp_path)))[0]
 
 
 def test_a_split_whose_labels_are_all_hidden_is_left_out(tmp_path):
-    features = {"info": {"features": {"text": {"dtype": "string", "_type": "Value"}, "label": {"names": ["no", "yes"], "_type": "ClassLabel"}}}}
+    features = {
+        "info": {
+            "features": {
+                "text": {"dtype": "string", "_type": "Value"},
+                "label": {"names": ["no", "yes"], "_type": "ClassLabel"},
+            }
+        }
+    }
     for name, labels in {"train": [0, 1] * 10, "test": [-1] * 5}.items():
         table = pa.table({"text": ["x"] * len(labels), "label": labels})
-        pq.write_table(table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / f"{name}.parquet")
+        pq.write_table(
+            table.replace_schema_metadata({"huggingface": json.dumps(features)}), tmp_path / f"{name}.parquet"
+        )
     raw = Parquet(path=str(tmp_path)).read()
     assert raw.labels == ("no", "yes")
     assert {split: len(rows) for split, rows in raw.splits.items()} == {"train": 14, "val": 2, "test": 4}
@@ -250,6 +319,8 @@ def test_a_split_whose_labels_are_all_hidden_is_left_out(tmp_path):
 
 def test_jsonl_that_is_no_utf8_is_told(tmp_path):
     """Arrow's reader of JSON takes any bytes for text."""
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "good \x99", "label": "a"}\n{"text": "bad", "label": "b"}\n' * 20)
+    (tmp_path / "a.jsonl").write_bytes(
+        b'{"text": "good \x99", "label": "a"}\n{"text": "bad", "label": "b"}\n' * 20
+    )
     with pytest.raises(ConfigError, match="cannot be read as json"):
         Jsonl(path=str(tmp_path / "a.jsonl")).read()

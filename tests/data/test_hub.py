@@ -13,11 +13,21 @@ def cached(tmp_path, monkeypatch):
     """A cache that holds the data set someone/words with the splits train, validation and extra."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "cache" / "someone___words" / "default" / "0.0.0" / "0123456789abcdef"
-    info = datasets.DatasetInfo(builder_name="csv", dataset_name="words", config_name="default", version="0.0.0", splits=datasets.SplitDict())
+    info = datasets.DatasetInfo(
+        builder_name="csv",
+        dataset_name="words",
+        config_name="default",
+        version="0.0.0",
+        splits=datasets.SplitDict(),
+    )
     for split, size in {"train": 20, "validation": 4, "extra": 2}.items():
-        table = datasets.Dataset.from_dict({"text": [f"{split} {i}" for i in range(size)], "label": [i % 2 for i in range(size)]})
+        table = datasets.Dataset.from_dict(
+            {"text": [f"{split} {i}" for i in range(size)], "label": [i % 2 for i in range(size)]}
+        )
         folder.mkdir(parents=True, exist_ok=True)
-        with datasets.arrow_writer.ArrowWriter(path=str(folder / f"words-{split}.arrow"), features=table.features) as writer:
+        with datasets.arrow_writer.ArrowWriter(
+            path=str(folder / f"words-{split}.arrow"), features=table.features
+        ) as writer:
             writer.write_table(table.data.table)
             writer.finalize()
         info.features = table.features
@@ -37,7 +47,9 @@ def test_a_cached_data_set_is_read_without_the_network(capfd):
 def test_without_download_no_request_is_made_and_the_switch_is_put_back(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
-    with pytest.raises(ConfigError, match=r"dataset\.path=nobody/nothing is not in the local cache .*dataset\.download=true"):
+    with pytest.raises(
+        ConfigError, match=r"dataset\.path=nobody/nothing is not in the local cache .*dataset\.download=true"
+    ):
         Hub(path="nobody/nothing").read()
     assert before == (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
 

@@ -21,7 +21,10 @@ def test_each_split_has_the_bytes_asked_for_and_the_files_own_text():
         for row in rows[:-1]:
             assert row["text"] == (root / row["id"]).read_text(encoding="utf-8")
     retained = raw.splits["retention"]
-    assert all(pydoc_data.topics.topics[row["id"].removeprefix("topics/")].startswith(row["text"]) for row in retained)
+    assert all(
+        pydoc_data.topics.topics[row["id"].removeprefix("topics/")].startswith(row["text"])
+        for row in retained
+    )
 
 
 def test_no_file_is_in_two_splits_and_larger_sizes_only_add():
@@ -34,7 +37,11 @@ def test_no_file_is_in_two_splits_and_larger_sizes_only_add():
 
 
 def test_a_file_keeps_its_split_on_every_python():
-    assert {name: share_of(name) for name in ("ast.py", "json/decoder.py", "os.py")} == {"ast.py": 6, "json/decoder.py": 3, "os.py": 2}
+    assert {name: share_of(name) for name in ("ast.py", "json/decoder.py", "os.py")} == {
+        "ast.py": 6,
+        "json/decoder.py": 3,
+        "os.py": 2,
+    }
 
 
 def test_tests_and_installed_packages_are_not_the_library(tmp_path):
@@ -56,4 +63,6 @@ def test_a_python_without_sources_is_a_fault(tmp_path, monkeypatch):
 
 def test_asking_for_more_than_there_is_is_said(monkeypatch):
     raw = Stdlib(train_bytes=1000, val_bytes=1000, test_bytes=1000, retention_bytes=10**8).read()
-    assert raw.notes == ["The standard library has less retention text than dataset.retention_bytes asks for; all of it is used."]
+    assert raw.notes == [
+        "The standard library has less retention text than dataset.retention_bytes asks for; all of it is used."
+    ]

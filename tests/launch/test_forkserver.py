@@ -75,7 +75,15 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     changes = []
     for name, how in (("warm", True), ("fresh", False)):
-        (point,) = sweep.points(["method=snell", "train.steps=3", "train.device=cpu", "dataset.retention_images=0", f"name={name}"])
+        (point,) = sweep.points(
+            [
+                "method=snell",
+                "train.steps=3",
+                "train.device=cpu",
+                "dataset.retention_images=0",
+                f"name={name}",
+            ]
+        )
         sweep.freeze([point])
         process = Process.start(point, threads=1, warm=how)
         assert process
@@ -83,5 +91,11 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
         while (result := process.poll()) is None:
             time.sleep(0.05)
         assert result["status"] == "finished", result["error"]
-        changes.append(((point.folder.delta / "delta.safetensors").read_bytes(), result["metrics"], point.folder.predictions.read_bytes()))
+        changes.append(
+            (
+                (point.folder.delta / "delta.safetensors").read_bytes(),
+                result["metrics"],
+                point.folder.predictions.read_bytes(),
+            )
+        )
     assert changes[0] == changes[1]

@@ -15,12 +15,14 @@ from finetune.config.load import load
 from finetune.config.settings import TrainConfig
 from finetune.errors import ConfigError, RunFailed
 from finetune.launch import ranks as launcher
-from finetune.launch.ranks import sharding
+from finetune.system.environment import sharding
 from finetune.system.signals import Interrupted
 from finetune.training.prepare import make_accelerator, prepare
 
 
-@pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"])
+@pytest.mark.parametrize(
+    "name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_MEGATRON_LM"]
+)
 def test_a_sharded_base_is_refused_with_the_reason(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match=f"{name}=true: .* splits the base's weights.*--processes N"):
@@ -28,7 +30,9 @@ def test_a_sharded_base_is_refused_with_the_reason(name: str, monkeypatch: pytes
     assert not sharding({name: "false"})
 
 
-def test_what_a_launcher_says_of_accumulation_does_not_divide_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_a_launcher_says_of_accumulation_does_not_divide_the_loss(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     assert make_accelerator(TrainConfig(device="cpu")).gradient_accumulation_steps == 1
 
@@ -45,7 +49,14 @@ def test_threads_are_divided(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def words(rank: int, code: int, *lines: str, severed: bool = False, trace: str = "") -> dict[str, Any]:
-    return {"rank": rank, "code": code, "lines": list(lines), "severed": severed, "trace": trace, "at": float(rank)}
+    return {
+        "rank": rank,
+        "code": code,
+        "lines": list(lines),
+        "severed": severed,
+        "trace": trace,
+        "at": float(rank),
+    }
 
 
 LOST = words(0, 1, "Another process of this run has ended", severed=True)
@@ -68,10 +79,18 @@ def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
 
 def test_mistakes_and_signals_are_told_once() -> None:
     with pytest.raises(ConfigError) as wrong:
-        launcher._judge([2, 2], [words(1, 2, "a is wrong", "b is wrong"), words(0, 2, "a is wrong", "b is wrong")], Path("r"))
+        launcher._judge(
+            [2, 2],
+            [words(1, 2, "a is wrong", "b is wrong"), words(0, 2, "a is wrong", "b is wrong")],
+            Path("r"),
+        )
     assert wrong.value.faults == ("a is wrong", "b is wrong")
     with pytest.raises(Interrupted) as stopped:
-        launcher._judge([130, 130], [words(1, 130, "SIGTERM", " after step 3"), words(0, 130, "SIGTERM", " after step 3")], Path("r"))
+        launcher._judge(
+            [130, 130],
+            [words(1, 130, "SIGTERM", " after step 3"), words(0, 130, "SIGTERM", " after step 3")],
+            Path("r"),
+        )
     assert (stopped.value.name, stopped.value.saved) == ("SIGTERM", " after step 3")
 
 
@@ -98,14 +117,22 @@ def test_who_does_not_end_by_itself_is_ended(monkeypatch: pytest.MonkeyPatch) ->
 def test_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(ConfigError, match=r"--processes 3, but there are 2 GPUs here. Take fewer, or train.device=cpu."):
+    with pytest.raises(
+        ConfigError, match=r"--processes 3, but there are 2 GPUs here. Take fewer, or train.device=cpu."
+    ):
         launcher.launch(load([]), tmp_path, 3)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="leave one of them out"):
         launcher.launch(load(["train.device=cpu"]), tmp_path, 2)
 
 
-@pytest.mark.parametrize("words", ["[pair.cc:538] Connection closed by peer [127.0.0.1]:1", "NCCL error in: x.cpp:1, remote process exited"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "[pair.cc:538] Connection closed by peer [127.0.0.1]:1",
+        "NCCL error in: x.cpp:1, remote process exited",
+    ],
+)
 def test_a_lost_connection_is_no_cause(words: str) -> None:
     assert launcher.severed(RuntimeError(words))
     assert not launcher.severed(ValueError(words))

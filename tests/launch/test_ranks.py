@@ -68,14 +68,20 @@ CHOSEN: dict[str, Callable[[], Method]] = {
     "lift": lambda: LIFT(sparsity=0.9, rank=4, schedule=Redraw(every=2)),
     "id3": lambda: ID3(sparsity=0.9),
     "lt_sft": lambda: LTSFT(sparsity=0.9, l1=0.1),
-    "sparse": lambda: Crossing(sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)),
+    "sparse": lambda: Crossing(
+        sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)
+    ),
     "spiel": lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
     "sara": lambda: SaRA(sparsity=0.9),
     "spt": lambda: SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2),
     "amt": AMT,
 }
 TRAIN = replace(contract.TRAIN, steps=4)
-CASES = {"some": (["lora", "shira", "peft"], ["spiel"]), "most": (list(FIXED), ["spiel"]), "all": (list(FIXED), list(CHOSEN))}
+CASES = {
+    "some": (["lora", "shira", "peft"], ["spiel"]),
+    "most": (list(FIXED), ["spiel"]),
+    "all": (list(FIXED), list(CHOSEN)),
+}
 Kept = dict[str, Tensor]
 
 
@@ -90,14 +96,18 @@ def trained(name: str, session: Session) -> Kept:
         kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss, dtype=torch.float64)
         seen += [i for batch in session.run.batch if batch for i in batch.ids]
     kept[f"{name}/seen"] = torch.tensor(sorted(map(int, seen)))
-    return kept | {f"{name}/state {key}": t.clone().contiguous() for key, t in session.states.state_dict().items()}
+    return kept | {
+        f"{name}/state {key}": t.clone().contiguous() for key, t in session.states.state_dict().items()
+    }
 
 
 def everything(fixed: list[str], chosen: list[str]) -> Kept:
     """These cases, and some others. With Adam's ``eps`` large, noise in gradients that are 0 moves nothing."""
     contract.OPTIMIZER = replace(contract.OPTIMIZER, eps=1e-3)
     kept: Kept = {}
-    cases = {f"fixed {name}": FIXED[name] for name in fixed} | {f"chosen {name}": CHOSEN[name] for name in chosen}
+    cases = {f"fixed {name}": FIXED[name] for name in fixed} | {
+        f"chosen {name}": CHOSEN[name] for name in chosen
+    }
     for name, make in cases.items():  # every third batch has five examples: three here and two there
         kept |= trained(name, contract.begin(make(), train=replace(TRAIN, micro_batch_size=3)))
     kept |= trained("fixed llama", contract.begin(LoRA(rank=2), "llama", replace(TRAIN, micro_batch_size=2)))
@@ -105,7 +115,10 @@ def everything(fixed: list[str], chosen: list[str]) -> Kept:
     # one example a step: all but one process have none, also where gradients are looked at before the step
     one = replace(TRAIN, batch_size=1)
     kept |= trained("fixed few", contract.begin(LoRA(rank=4), train=one))
-    kept |= trained("chosen few", contract.begin(Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2)), train=one))
+    kept |= trained(
+        "chosen few",
+        contract.begin(Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2)), train=one),
+    )
     kept |= trained("chosen few spiel", contract.begin(CHOSEN["spiel"](), train=one))
     return kept | evaluated() | exchanged()
 
@@ -114,7 +127,9 @@ def evaluated() -> Kept:
     """The rows of an evaluation in batches of four, the last one smaller, as this process has them."""
     session = contract.begin(SHiRA(sparsity=0.9))
     found = evaluate(session.tuned, contract.examples(n=21), 4, session.accelerator)
-    few = evaluate(session.tuned, contract.examples(n=2), 4, session.accelerator)  # of which only the first process has any
+    few = evaluate(
+        session.tuned, contract.examples(n=2), 4, session.accelerator
+    )  # of which only the first process has any
     text = json.dumps([found.metrics, found.rows, few.metrics, few.rows])
     return {"evaluated": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
@@ -123,8 +138,14 @@ def exchanged() -> Kept:
     """Sums of gradients: one that nobody has, one that only the last process has, and more than one bucket."""
     rank = make_accelerator(contract.TRAIN).process_index
     collective.BUCKET = 5
-    parameters = [torch.zeros(n, requires_grad=True) for n in (4, 3, 7)] + [torch.zeros(2, dtype=torch.float64, requires_grad=True)]
-    parameters[0].grad, parameters[2].grad, parameters[3].grad = torch.ones(4) * (rank + 1), torch.arange(7.0), torch.ones(2).double()
+    parameters = [torch.zeros(n, requires_grad=True) for n in (4, 3, 7)] + [
+        torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    ]
+    parameters[0].grad, parameters[2].grad, parameters[3].grad = (
+        torch.ones(4) * (rank + 1),
+        torch.arange(7.0),
+        torch.ones(2).double(),
+    )
     if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         parameters[1].grad = torch.ones(3)
     collective.add_gradients(parameters)
@@ -134,7 +155,10 @@ def exchanged() -> Kept:
     return kept | {"anyone": torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])}
 
 
-@pytest.fixture(scope="module", params=["2 some", *(pytest.param(which, marks=pytest.mark.slow) for which in ("2 all", "4 most"))])
+@pytest.fixture(
+    scope="module",
+    params=["2 some", *(pytest.param(which, marks=pytest.mark.slow) for which in ("2 all", "4 most"))],
+)
 def asked(request: pytest.FixtureRequest) -> tuple[int, str]:
     """How many processes, and which cases."""
     world, cases = request.param.split()
@@ -169,12 +193,20 @@ def test_they_end_as_one_process_does(together: list[Kept], alone: Kept, asked: 
     assert sum(name.endswith("/seen") for name in names) == len(CASES[asked[1]][0]) + 2
     for name in names:
         if not name.endswith("/seen"):
-            torch.testing.assert_close(together[0][name], alone[name], atol=1e-5, rtol=1e-5, msg=lambda why, name=name: f"{name}: {why}")
+            torch.testing.assert_close(
+                together[0][name],
+                alone[name],
+                atol=1e-5,
+                rtol=1e-5,
+                msg=lambda why, name=name: f"{name}: {why}",
+            )
 
 
 def test_what_goes_by_the_data_is_nearly_the_same(together: list[Kept], alone: Kept) -> None:
     for name in [name for name in alone if name.startswith("chosen") and "/loss" in name]:
-        torch.testing.assert_close(together[0][name], alone[name], atol=0.02, rtol=0.05, msg=lambda why, name=name: f"{name}: {why}")
+        torch.testing.assert_close(
+            together[0][name], alone[name], atol=0.02, rtol=0.05, msg=lambda why, name=name: f"{name}: {why}"
+        )
 
 
 def test_together_they_see_each_example_as_often_as_one_does(together: list[Kept], alone: Kept) -> None:
@@ -233,7 +265,11 @@ def _no_memory(grad: Tensor) -> None:
 def short_of_memory(most: int | None) -> Kept:
     """Runs that find memory for ``most`` examples a pass, or are told so from the start (None)."""
     kept: Kept = {}
-    for name, method in {"lora": LoRA(rank=2), "spiel": CHOSEN["spiel"](), "lt_sft": CHOSEN["lt_sft"]()}.items():
+    for name, method in {
+        "lora": LoRA(rank=2),
+        "spiel": CHOSEN["spiel"](),
+        "lt_sft": CHOSEN["lt_sft"](),
+    }.items():
         for where in ("forward", "backward"):
             session = contract.begin(method, train=replace(TRAIN, micro_batch_size=None if most else 2))
             if most:
@@ -268,7 +304,9 @@ def test_a_process_that_cannot_halve_ends_all(short: list[Kept]) -> None:
 
 
 def shortage() -> Kept:
-    kept = {f"found {k}": t for k, t in short_of_memory(2).items()} | {f"told {k}": t for k, t in short_of_memory(None).items()}
+    kept = {f"found {k}": t for k, t in short_of_memory(2).items()} | {
+        f"told {k}": t for k, t in short_of_memory(None).items()
+    }
     session = contract.begin(LoRA(rank=2))
     session.model.register_forward_hook(limited(0, "forward"), with_kwargs=True)
     try:

@@ -68,7 +68,12 @@ class Drawing(LoRA):
     name: ClassVar[str] = "drawing"
 
     def after_step(self, run: Run, state: Any) -> None:
-        drawn = random.gauss(0, 1) + np.random.standard_normal() + float(torch.randn(())) + float(torch.randn((), generator=run.generator))
+        drawn = (
+            random.gauss(0, 1)
+            + np.random.standard_normal()
+            + float(torch.randn(()))
+            + float(torch.randn((), generator=run.generator))
+        )
         run.log(drawn=drawn)
         with torch.no_grad():
             next(state.parameters()).add_(1e-3 * drawn)
@@ -99,14 +104,20 @@ def test_every_schedule(schedule: str) -> None:
     contract.check_resume(lambda: Crossing(sparsity=0.8, score="snip", schedule=_schedule(schedule)))
 
 
-@pytest.mark.parametrize("method", [lambda: LoRA(rank=2), lambda: Crossing(sparsity=0.9)], ids=["lora", "sparse"])
-@pytest.mark.parametrize("selector", [lambda: IST(every=2, probes=2), lambda: IST(probes=0)], ids=["ist", "rst"])
+@pytest.mark.parametrize(
+    "method", [lambda: LoRA(rank=2), lambda: Crossing(sparsity=0.9)], ids=["lora", "sparse"]
+)
+@pytest.mark.parametrize(
+    "selector", [lambda: IST(every=2, probes=2), lambda: IST(probes=0)], ids=["ist", "rst"]
+)
 def test_selectors(method: contract.Make, selector: Callable[[], Selector]) -> None:
     contract.check_resume(method, choose=selector)
 
 
 @pytest.mark.parametrize(
-    "change", [{"micro_batch_size": 3}, {"precision": "bf16"}, {"workers": 2}, {"clip": None}], ids=lambda change: next(iter(change))
+    "change",
+    [{"micro_batch_size": 3}, {"precision": "bf16"}, {"workers": 2}, {"clip": None}],
+    ids=lambda change: next(iter(change)),
 )
 def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:
     train = replace(contract.TRAIN, **change)
@@ -115,7 +126,9 @@ def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:
 
 
 def test_another_optimizer_and_schedule_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig("sm3", 0.05, weight_decay=0.1, schedule="linear", warmup=0.5))
+    monkeypatch.setattr(
+        contract, "OPTIMIZER", OptimizerConfig("sm3", 0.05, weight_decay=0.1, schedule="linear", warmup=0.5)
+    )
     contract.check_resume(lambda: Crossing(sparsity=0.9, schedule=_schedule("drop_grow")))
     contract.check_resume(lambda: LoRA(rank=2))
 
@@ -169,7 +182,9 @@ def kill(settings: Config, folder: Path, patch: Callable[[pytest.MonkeyPatch], N
 
 
 @pytest.mark.parametrize("method", some(registry.catalog("method"), OFTEN))
-def test_every_method_ends_the_same_whenever_it_was_stopped(place: list[str], here: Path, method: str) -> None:
+def test_every_method_ends_the_same_whenever_it_was_stopped(
+    place: list[str], here: Path, method: str
+) -> None:
     settings = config(place, f"method={method}", *ASKED.get(method, []), "train.save_every=6")
     go(settings, here / "whole")
     go(settings, here / "again", (2, 4) if method in OFTEN else (0, 1, 2, 4, 6))
@@ -177,12 +192,20 @@ def test_every_method_ends_the_same_whenever_it_was_stopped(place: list[str], he
     assert sorted(file.name for file in (here / "again" / "checkpoints").iterdir())[-1] == "step-6"
 
 
-SETTINGS = ["train.select=last", "train.precision=bf16", "train.workers=2", "train.micro_batch_size=3", "selector=ist selector.every=2"]
+SETTINGS = [
+    "train.select=last",
+    "train.precision=bf16",
+    "train.workers=2",
+    "train.micro_batch_size=3",
+    "selector=ist selector.every=2",
+]
 
 
 @pytest.mark.parametrize("settings", some(SETTINGS, SETTINGS[:1]))
 def test_settings_that_have_a_state_of_their_own(place: list[str], here: Path, settings: str) -> None:
-    made = config(place, "method=spiel", "schedule.every=2", "method.window=1", *settings.split(), "train.save_every=3")
+    made = config(
+        place, "method=spiel", "schedule.every=2", "method.window=1", *settings.split(), "train.save_every=3"
+    )
     go(made, here / "whole")
     go(made, here / "again", (1, 3))
     assert differences(here / "whole", here / "again") == []
@@ -213,8 +236,14 @@ def after(owner: Any, name: str, n: int = 1) -> Callable[[pytest.MonkeyPatch], N
 BREAKS = {
     "a better change stored, the checkpoint not": [after(stored, "save", 2)],
     "half a checkpoint written": [after(checkpoint, "save_file", 2), after(checkpoint, "save_file")],
-    "a checkpoint renamed, the old ones not removed": [after(checkpoint, "save", 2), after(checkpoint, "save")],
-    "validated and not logged": [after(run.Training, "keep_if_best", 3), after(run.Training, "keep_if_best", 2)],
+    "a checkpoint renamed, the old ones not removed": [
+        after(checkpoint, "save", 2),
+        after(checkpoint, "save"),
+    ],
+    "validated and not logged": [
+        after(run.Training, "keep_if_best", 3),
+        after(run.Training, "keep_if_best", 2),
+    ],
     "predictions written, no result": [after(run, "write_predictions")],
 }
 
@@ -230,7 +259,9 @@ def test_broken_off_at_a_bad_moment(place: list[str], here: Path, what: str, met
     assert differences(here / "whole", here / "again") == []
 
 
-def test_the_best_change_is_that_of_the_checkpoint(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_best_change_is_that_of_the_checkpoint(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a machine that rounds otherwise, a later step that was the best before may not be so again: then the earlier one's change must be there."""
     settings = config(place, "method=lora", "train.save_every=2", "train.eval_every=1")
     qualities = iter([0.0, 5.0, 7.0])
@@ -244,10 +275,16 @@ def test_the_best_change_is_that_of_the_checkpoint(place: list[str], here: Path,
     assert stored.about(here / "run" / "delta")["step"] == 2
 
 
-def test_a_signal_in_the_final_evaluation_loses_no_step(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_in_the_final_evaluation_loses_no_step(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(place, "method=lora", "seed=1", "train.eval_every=1")
-    saving = replace(settings, train=replace(settings.train, save_every=6))  # so that the state after the last step can be compared
-    keys = iter([3.0, 9.0, 1.0, 2.0, 3.0, 4.0] * 2)  # the second step is the best, so that its state is in the model when the signal comes
+    saving = replace(
+        settings, train=replace(settings.train, save_every=6)
+    )  # so that the state after the last step can be compared
+    keys = iter(
+        [3.0, 9.0, 1.0, 2.0, 3.0, 4.0] * 2
+    )  # the second step is the best, so that its state is in the model when the signal comes
     monkeypatch.setattr(run, "better", lambda metrics: (next(keys),))
     go(saving, here / "whole")
     real, tested = Setup.evaluate, []
@@ -271,7 +308,9 @@ def test_what_is_patient_is_not_broken_off() -> None:
     with Signals() as signals:
         with signals.patient():
             signal.raise_signal(signal.SIGTERM)
-            signal.raise_signal(signal.SIGTERM)  # what a launcher sends after the terminal did is the same signal
+            signal.raise_signal(
+                signal.SIGTERM
+            )  # what a launcher sends after the terminal did is the same signal
             done = "to the end"
         assert done
         with pytest.raises(Interrupted, match="SIGTERM"):
@@ -292,7 +331,9 @@ def test_a_signal_that_was_ignored_from_the_start_stays_ignored() -> None:
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_before_the_first_step_nothing_is_saved(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_before_the_first_step_nothing_is_saved(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(place, "method=lora")
     real = Setup.evaluate
 
@@ -308,17 +349,26 @@ def test_before_the_first_step_nothing_is_saved(place: list[str], here: Path, mo
     assert any("starts from the beginning" in line for line in said)
 
 
-def test_the_clock_counts_the_time_before_the_break(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_clock_counts_the_time_before_the_break(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clock that goes on by a second at every look: a run of 3.5 s makes four steps, with a break or without."""
     clock = iter(range(1000))
-    monkeypatch.setattr(run, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), strftime=time.strftime))
+    monkeypatch.setattr(
+        run, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), strftime=time.strftime)
+    )
     settings = config(place, "method=lora", "train.max_seconds=3.5", "train.eval_every=3")
-    (whole, _), (again, _) = go(settings, here / "whole"), go(settings, here / "again", (1, 2, 3, 4))  # the last: after the loop
+    (whole, _), (again, _) = (
+        go(settings, here / "whole"),
+        go(settings, here / "again", (1, 2, 3, 4)),
+    )  # the last: after the loop
     assert (whole["steps"], again["steps"]) == (4, 4)
     assert differences(here / "whole", here / "again") == []
 
 
-def test_patience_counts_the_validations_before_the_break(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_counts_the_validations_before_the_break(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(place, "method=lora", "train.patience=2", "train.eval_every=1")
     for name, stops in (("whole", ()), ("again", (1, 2, 3, 4))):  # the last: after the loop
         qualities = iter([1.0, 5.0, 4.0, 3.0, 9.0, 10.0])
@@ -328,11 +378,16 @@ def test_patience_counts_the_validations_before_the_break(place: list[str], here
     assert differences(here / "whole", here / "again") == []
 
 
-def test_patience_waits_for_the_asked_sparsity(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_patience_waits_for_the_asked_sparsity(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Three dense steps, three sparse ones, and each validation worse than the one before."""
     qualities = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
     monkeypatch.setattr(run, "better", lambda metrics: (next(qualities),))
-    result, said = go(config(place, "method=lt_sft", "schedule.dense=0.5", "train.patience=1", "train.eval_every=1"), here / "run")
+    result, said = go(
+        config(place, "method=lt_sft", "schedule.dense=0.5", "train.patience=1", "train.eval_every=1"),
+        here / "run",
+    )
     assert (result["steps"], result["best_step"], result["suspect"]) == (5, 4, [])
     assert said[-1] == "Stopped after 5 of 6 steps: train.patience=1, the best validation was at step 4."
 
@@ -360,9 +415,19 @@ def test_resume_takes_only_what_cannot_change_the_result(place: list[str], here:
     settings = config(place, "method=lora")
     go(settings, here / "outputs" / "t" / "r")
     with pytest.raises(ConfigError) as refused:
-        resume.frozen(here / "outputs" / "t" / "r", ["train.steps=9", "seed=2", "run=x", "train.save_every=2", "method=snell", "logger.project=p"])
-    assert [fault.partition(":")[0] for fault in refused.value.faults] == ["train.steps=9", "seed=2", "run=x", "method=snell"]
-    taken = resume.frozen(here / "outputs" / "t" / "r", ["train.save_every=2", "train.keep_last=null", "logger.project=p"])
+        resume.frozen(
+            here / "outputs" / "t" / "r",
+            ["train.steps=9", "seed=2", "run=x", "train.save_every=2", "method=snell", "logger.project=p"],
+        )
+    assert [fault.partition(":")[0] for fault in refused.value.faults] == [
+        "train.steps=9",
+        "seed=2",
+        "run=x",
+        "method=snell",
+    ]
+    taken = resume.frozen(
+        here / "outputs" / "t" / "r", ["train.save_every=2", "train.keep_last=null", "logger.project=p"]
+    )
     assert (taken.train.save_every, taken.train.keep_last, taken.logger.project) == (2, None, "p")
     assert taken.hash() == settings.hash()
     with pytest.raises(ConfigError, match=r"no config.yaml of a run is there"):
@@ -382,7 +447,9 @@ def test_it_goes_on_with_as_many_threads(place: list[str], here: Path) -> None:
     assert "Using 3 threads instead of 2, as the steps before did." in said
 
 
-def test_another_number_of_processes_is_told_and_recorded(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_number_of_processes_is_told_and_recorded(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     settings = config(place, "method=lora", "seed=2")
     interrupt(settings, here / "run", 2)
     assert resume.processes(here / "run") == 1
@@ -399,11 +466,16 @@ def test_an_altered_configuration_is_not_gone_on_with(place: list[str], here: Pa
     interrupt(config(place, "method=lora"), here / "run", 2)
     file = here / "run" / "config.yaml"
     file.write_text(file.read_text().replace("lr: 0.02", "lr: 0.2"))
-    with pytest.raises(ConfigError, match=r"config.yaml is not what .*step-3 was trained with: optimizer.lr is 0.2 there and 0.02 here"):
+    with pytest.raises(
+        ConfigError,
+        match=r"config.yaml is not what .*step-3 was trained with: optimizer.lr is 0.2 there and 0.02 here",
+    ):
         go(load([], None, file), here / "run")
 
 
-def test_a_run_in_use_is_refused_before_anything_is_loaded(place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_in_use_is_refused_before_anything_is_loaded(
+    place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(run, "prepare", lambda settings: pytest.fail("loaded"))
     with lock.held(here / "run"), pytest.raises(ConfigError, match="is in use by"):
         go(config(place, "method=lora"), here / "run")
@@ -412,4 +484,8 @@ def test_a_run_in_use_is_refused_before_anything_is_loaded(place: list[str], her
 def test_state_json_says_when_and_where(place: list[str], here: Path) -> None:
     go(config(place, "method=lora", "train.save_every=3"), here / "run")
     state = json.loads((here / "run" / "checkpoints" / "step-6" / "state.json").read_text())
-    assert (state["number"], state["extra"]["best_step"] in (2, 4, 6), len(state["extra"]["seconds"])) == (6, True, 6)
+    assert (state["number"], state["extra"]["best_step"] in (2, 4, 6), len(state["extra"]["seconds"])) == (
+        6,
+        True,
+        6,
+    )

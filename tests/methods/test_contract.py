@@ -49,7 +49,9 @@ CASES: dict[str, Callable[[], Method]] = {
     "off_principal": lambda: OffPrincipal(rank=4),
     "id3": lambda: ID3(sparsity=0.9),
     "lt_sft": lambda: LTSFT(sparsity=0.9, l1=0.1),
-    "sparse": lambda: Crossing(sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)),
+    "sparse": lambda: Crossing(
+        sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)
+    ),
     "spiel": lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
     "sara": lambda: SaRA(sparsity=0.9),
     "s2ft": lambda: S2FT(d=0.1, u=0.1),

@@ -19,7 +19,9 @@ def config(folder, **options):
 
 def test_the_body_is_the_checkpoint_and_the_head_is_new(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
-    stored = dict(transformers.ViTForImageClassification.from_pretrained(vit, dtype=torch.float32).named_parameters())
+    stored = dict(
+        transformers.ViTForImageClassification.from_pretrained(vit, dtype=torch.float32).named_parameters()
+    )
     for name, parameter in base.model.named_parameters():
         if name not in base.head:
             assert torch.equal(parameter, stored[name])
@@ -47,20 +49,40 @@ def test_the_head_depends_on_the_seed_alone(vit):
 
 def test_the_head_is_new_even_where_the_label_count_agrees(vit):
     base = load(config(vit), "image_classification", tuple("vwxyz"), seed=0)
-    assert not torch.equal(base.model.classifier.weight, load_file(vit / "model.safetensors")["classifier.weight"])
+    assert not torch.equal(
+        base.model.classifier.weight, load_file(vit / "model.safetensors")["classifier.weight"]
+    )
 
 
 def test_roberta_trains_its_whole_head(folder, text):
     path = folder("RobertaForMaskedLM", {"pad_token": "<pad>"}, **text)
     base = load(config(path), "sequence_classification", LABELS, seed=0)
-    assert base.head == ("classifier.dense.weight", "classifier.dense.bias", "classifier.out_proj.weight", "classifier.out_proj.bias")
+    assert base.head == (
+        "classifier.dense.weight",
+        "classifier.dense.bias",
+        "classifier.out_proj.weight",
+        "classifier.out_proj.bias",
+    )
     assert base.processor.model_max_length == 23  # positions start after the padding index
 
 
 def test_a_pooler_belongs_to_the_body_unless_the_checkpoint_lacks_it(bert, folder, text):
-    assert load(config(bert), "sequence_classification", LABELS, 0).head == ("classifier.weight", "classifier.bias")
-    base = load(config(folder("BertForMaskedLM", {"pad_token": "<pad>"}, **text)), "sequence_classification", LABELS, 0)
-    assert base.head == ("bert.pooler.dense.weight", "bert.pooler.dense.bias", "classifier.weight", "classifier.bias")
+    assert load(config(bert), "sequence_classification", LABELS, 0).head == (
+        "classifier.weight",
+        "classifier.bias",
+    )
+    base = load(
+        config(folder("BertForMaskedLM", {"pad_token": "<pad>"}, **text)),
+        "sequence_classification",
+        LABELS,
+        0,
+    )
+    assert base.head == (
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+    )
     assert any("no bert.pooler.dense.weight" in note for note in base.notes)
 
 
@@ -106,7 +128,9 @@ def test_pristine_gives_the_loaded_tensors_however_the_model_was_changed(vit):
 def test_the_fingerprint_sees_every_bit_but_the_heads_and_no_patch(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
     print_ = fingerprint(base.model, base.head)
-    assert print_ == fingerprint(load(config(vit), "image_classification", ("x", "y"), seed=5).model, base.head)
+    assert print_ == fingerprint(
+        load(config(vit), "image_classification", ("x", "y"), seed=5).model, base.head
+    )
     attach(base.model, "vit.layers.0.mlp.fc1", Delta())
     assert print_ == fingerprint(base.model, base.head)
     weight = base.model.vit.layernorm.weight
@@ -131,7 +155,9 @@ def test_a_folder_without_an_image_processor_gets_a_plain_one_and_says_so(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
     assert base.processor.size == {"height": 8, "width": 8}
     assert "resized to 8x8" in base.notes[0]
-    transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(vit)
+    transformers.ViTImageProcessorPil(size={"height": 8, "width": 8}, image_mean=[0.1] * 3).save_pretrained(
+        vit
+    )
     base = load(config(vit), "image_classification", LABELS, seed=0)
     assert (list(base.processor.image_mean), base.notes) == ([0.1] * 3, [])
 
@@ -184,12 +210,21 @@ def test_a_checkpoint_that_lacks_a_layer_is_incomplete(vit):
     stored = load_file(vit / "model.safetensors")
     del stored["vit.layernorm.weight"]
     save_file(stored, vit / "model.safetensors", {"format": "pt"})
-    assert "1 weights of a ViTForImageClassification are missing or of another shape (first: vit.layernorm.weight)" in faults(vit)[0]
+    assert (
+        "1 weights of a ViTForImageClassification are missing or of another shape (first: vit.layernorm.weight)"
+        in faults(vit)[0]
+    )
 
 
 def test_a_model_that_does_not_fit_the_task(vit, bert):
-    assert "is a vit, which does not fit the data set's task causal_lm. It can do image_classification" in faults(vit, "causal_lm")[0]
-    assert "is a bert, which does not fit the data set's task causal_lm. It can do sequence_classification:" in faults(bert, "causal_lm")[0]
+    assert (
+        "is a vit, which does not fit the data set's task causal_lm. It can do image_classification"
+        in faults(vit, "causal_lm")[0]
+    )
+    assert (
+        "is a bert, which does not fit the data set's task causal_lm. It can do sequence_classification:"
+        in faults(bert, "causal_lm")[0]
+    )
 
 
 def test_a_folder_that_holds_no_model(tmp_path, vit):
@@ -229,7 +264,10 @@ def test_a_revision_of_a_folder_means_nothing(vit):
     [
         ("/no/such/folder", "there is no such folder"),
         ("./nowhere", "there is no such folder"),
-        ("someone/nothing", r"neither a folder here nor in the local hub cache. Check the path, or set model\.download=true"),
+        (
+            "someone/nothing",
+            r"neither a folder here nor in the local hub cache. Check the path, or set model\.download=true",
+        ),
         ("builtin:nothing", "is not built in. Known: builtin:tiny_"),
         ("builtin:", "is not built in"),
     ],

@@ -25,12 +25,17 @@ def trained(values: Tensor) -> nn.Parameter:
 
 @pytest.mark.parametrize("betas", [(0.9, 0.999), (0.0, 0.99), (0.9, 0.0)])
 @pytest.mark.parametrize(("dtype", "near"), [(torch.float64, 1e-12), (torch.float32, 2e-6)])
-def test_equal_ages_are_torch_s(betas: tuple[float, float], dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_equal_ages_are_torch_s(
+    betas: tuple[float, float], dtype: torch.dtype, near: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(adamw.CHUNK, "cpu", 4)  # the last chunk is shorter
     start, grads = noise(11, dtype=dtype), noise(30, 11, dtype=dtype)
     ours, theirs = trained(start), trained(start)
     settings = {**SETTINGS, "betas": betas}
-    optimizer, plain = AdamW([ours], [ours], **settings), torch.optim.AdamW([theirs], fused=False, foreach=False, **settings)
+    optimizer, plain = (
+        AdamW([ours], [ours], **settings),
+        torch.optim.AdamW([theirs], fused=False, foreach=False, **settings),
+    )
     for grad in grads:
         ours.grad, theirs.grad = grad.clone(), grad.clone()
         optimizer.step()
@@ -70,13 +75,22 @@ def test_each_entry_counts_its_own_steps() -> None:
             if step >= at:
                 other.step()
         there = torch.tensor([step >= at for at in joined])
-        torch.testing.assert_close(p.data[there], torch.cat([s.data for s in singles])[there], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            p.data[there], torch.cat([s.data for s in singles])[there], rtol=1e-12, atol=1e-12
+        )
     assert optimizer.state[p]["step"].tolist() == [12.0 - at for at in joined]
 
 
 def test_other_parameters_are_torch_s_to_the_bit() -> None:
-    a, b, aged = trained(noise(4, 3, dtype=torch.float32)), trained(noise(4, 3, dtype=torch.float32)), trained(noise(6, dtype=torch.float32))
-    optimizer, plain = AdamW([{"params": [aged, a]}], [aged], **SETTINGS), torch.optim.AdamW([b], fused=True, **SETTINGS)
+    a, b, aged = (
+        trained(noise(4, 3, dtype=torch.float32)),
+        trained(noise(4, 3, dtype=torch.float32)),
+        trained(noise(6, dtype=torch.float32)),
+    )
+    optimizer, plain = (
+        AdamW([{"params": [aged, a]}], [aged], **SETTINGS),
+        torch.optim.AdamW([b], fused=True, **SETTINGS),
+    )
     for grad in noise(5, 4, 3, dtype=torch.float32):
         a.grad, b.grad = grad.clone(), grad.clone()
         before = aged.detach().clone()
@@ -105,7 +119,12 @@ def test_saved_state_goes_on_to_the_bit() -> None:
     saved = optimizer.state_dict()
     again, other = made(whole.detach())
     groups = json.loads(json.dumps(saved["param_groups"]))
-    other.load_state_dict({"state": {i: {k: t.clone() for k, t in s.items()} for i, s in saved["state"].items()}, "param_groups": groups})
+    other.load_state_dict(
+        {
+            "state": {i: {k: t.clone() for k, t in s.items()} for i, s in saved["state"].items()},
+            "param_groups": groups,
+        }
+    )
     run(whole, optimizer, grads[4:])
     run(again, other, grads[4:])
     assert torch.equal(whole, again)
@@ -115,7 +134,11 @@ def test_saved_state_goes_on_to_the_bit() -> None:
 def test_a_gradient_scaler_unscales_first_and_skips_overflow() -> None:
     """The fused kernel would do it itself, the ages' own arithmetic does not."""
     p, q = trained(noise(3, dtype=torch.float32)), trained(noise(3, dtype=torch.float32))
-    ours, theirs, scaler = AdamW([p], [p], **SETTINGS), AdamW([q], [q], **SETTINGS), torch.amp.GradScaler("cpu", init_scale=1024.0)
+    ours, theirs, scaler = (
+        AdamW([p], [p], **SETTINGS),
+        AdamW([q], [q], **SETTINGS),
+        torch.amp.GradScaler("cpu", init_scale=1024.0),
+    )
     scaler.scale(torch.zeros(()))
     for grad in noise(3, 3, dtype=torch.float32):
         p.grad, q.grad = grad * scaler.get_scale(), grad.clone()

@@ -61,7 +61,9 @@ def test_dense_tensors_follow_the_definition(shape: tuple[int, ...]) -> None:
         p.grad = noise(*shape, seed=step)
         optimizer.step()
         naive.step(values, entries(p.grad))
-        torch.testing.assert_close(p.detach(), torch.tensor(list(values.values()), dtype=torch.float64).view(shape))
+        torch.testing.assert_close(
+            p.detach(), torch.tensor(list(values.values()), dtype=torch.float64).view(shape)
+        )
 
 
 def test_for_a_vector_it_is_adagrad() -> None:
@@ -100,7 +102,11 @@ def test_a_sparse_bank_follows_the_definition_and_keeps_its_sums_when_entries_mo
     """With slack behind the entries, and a second site that must not mix with the first."""
     chosen, shape = [0, 1, 6, 7], (3, 4)
     bank = banked([chosen, [2, 3]], shape, (2, 2), room=3)
-    optimizer, naive, values = SM3([bank.values], lr=0.1, banks=[bank]), Naive(0.1), {divmod(i, 4): 0.0 for i in chosen}
+    optimizer, naive, values = (
+        SM3([bank.values], lr=0.1, banks=[bank]),
+        Naive(0.1),
+        {divmod(i, 4): 0.0 for i in chosen},
+    )
     for step in range(8):
         if step == 4:
             chosen, held = [1, 6, 10, 11], {k: t.clone() for k, t in optimizer.state[bank.values].items()}
@@ -113,13 +119,18 @@ def test_a_sparse_bank_follows_the_definition_and_keeps_its_sums_when_entries_mo
         sums = {k: t.clone() for k, t in optimizer.state[bank.values].items()}
         optimizer.step()
         naive.step(values, {divmod(i, 4): float(g) for i, g in zip(chosen, grad, strict=False)})
-        torch.testing.assert_close(bank.slice(0).detach(), torch.tensor([values[divmod(i, 4)] for i in chosen], dtype=torch.float64))
+        torch.testing.assert_close(
+            bank.slice(0).detach(), torch.tensor([values[divmod(i, 4)] for i in chosen], dtype=torch.float64)
+        )
         assert not bank.values[6:].any()
         state = optimizer.state[bank.values]
         assert all(bool((state[k] >= sums[k]).all()) for k in sums), "an accumulator fell"
         assert {tuple(t.shape) for t in state.values()} == {(3, 1), (1, 4), (2, 1), (1, 2)}
         for d, found in enumerate((state["row.0"].view(-1), state["col.0"].view(-1))):
-            torch.testing.assert_close(found, torch.tensor([naive.sums.get((d, i), 0.0) for i in range(len(found))], dtype=torch.float64))
+            torch.testing.assert_close(
+                found,
+                torch.tensor([naive.sums.get((d, i), 0.0) for i in range(len(found))], dtype=torch.float64),
+            )
     assert float(optimizer.state[bank.values]["row.0"][2]) > 0  # it got entries in the middle
 
 
@@ -151,7 +162,12 @@ def test_saved_state_goes_on_to_the_bit() -> None:
     other.values.data.copy_(bank.values.data)
     second, saved = made(other, copy), first.state_dict()
     groups = json.loads(json.dumps(saved["param_groups"]))
-    second.load_state_dict({"state": {i: {k: t.clone() for k, t in s.items()} for i, s in saved["state"].items()}, "param_groups": groups})
+    second.load_state_dict(
+        {
+            "state": {i: {k: t.clone() for k, t in s.items()} for i, s in saved["state"].items()},
+            "param_groups": groups,
+        }
+    )
     for optimizer, values, dense in ((first, bank.values, head), (second, other.values, copy)):
         step(optimizer, 2)
         ends.append((values.detach(), dense.detach()))

@@ -15,7 +15,11 @@ LEVEL = {"lora": 0.915, "snell": 0.93, "spiel": 0.922, "shira": 0.90, "sara": 0.
 def comparison() -> dict[str, Any]:
     """Fourteen rows, best first: one of three seeds failed, one single seed, one that failed wholly, one hostile label."""
     chance = random.Random(1)
-    rows = [_row(chance, method, sparsity) for method in LEVEL for sparsity in ((None,) if method == "lora" else SPARSITIES)]
+    rows = [
+        _row(chance, method, sparsity)
+        for method in LEVEL
+        for sparsity in ((None,) if method == "lora" else SPARSITIES)
+    ]
     _special(rows)
     rows.append(_failed("amt sparsity=0.9", {"method": "amt", "sparsity": 0.9}))
     rows.sort(key=lambda row: -(row["mean"] if row["mean"] is not None else -1))
@@ -31,7 +35,10 @@ def comparison() -> dict[str, Any]:
         "by": ["method", "sparsity"],
         "baseline": "lora",
         "rows": rows,
-        "tests": [_test(a, b) for a, b in itertools.combinations([row for row in rows if row["mean"] is not None][:4], 2)],
+        "tests": [
+            _test(a, b)
+            for a, b in itertools.combinations([row for row in rows if row["mean"] is not None][:4], 2)
+        ],
         "omnibus": {"test": "cochran q", "statistic": 31.4, "df": 12, "p": 0.0017},
         "critical_difference": _critical(rows),
         "fairness": _fairness(base["label"], rows[0]["label"]),
@@ -46,12 +53,24 @@ def _special(rows: list[dict[str, Any]]) -> None:
     by_label = {row["label"]: row for row in rows}
     by_label["snell sparsity=0.99"]["label"] = HOSTILE
     alone = by_label["sara sparsity=0.99"]
-    alone.update(seeds=[0], finished=1, values=alone["values"][:1], mean=alone["values"][0], sd=None, low=None, high=None, single_seed=True)
+    alone.update(
+        seeds=[0],
+        finished=1,
+        values=alone["values"][:1],
+        mean=alone["values"][0],
+        sd=None,
+        low=None,
+        high=None,
+        single_seed=True,
+    )
     alone["examples"] = {"count": 360, "low": 0.871, "high": 0.921}
     alone["curve"] = [{**point, "low": None, "high": None} for point in alone["curve"]]
     part = by_label["shira sparsity=0.999"]
     part.update(
-        finished=2, failed=1, values=part["values"][:2], errors=["RunFailed: the loss is not finite at step 12 </script><img src=x onerror=alert(1)>"]
+        finished=2,
+        failed=1,
+        values=part["values"][:2],
+        errors=["RunFailed: the loss is not finite at step 12 </script><img src=x onerror=alert(1)>"],
     )
 
 
@@ -79,14 +98,33 @@ def _row(chance: random.Random, method: str, sparsity: float | None) -> dict[str
 
 def _point(step: int, mean: float, half: float) -> dict[str, Any]:
     middle = 0.1 + (mean - 0.1) * (1 - math.exp(-step / 40))
-    return {"step": step, "mean": middle, "low": middle - half, "high": middle + half, "loss": 2.3 * math.exp(-step / 60)}
+    return {
+        "step": step,
+        "mean": middle,
+        "low": middle - half,
+        "high": middle + half,
+        "loss": 2.3 * math.exp(-step / 60),
+    }
 
 
 def _failed(label: str, by: dict[str, Any]) -> dict[str, Any]:
     nothing = dict.fromkeys(("mean", "sd", "low", "high", "base", "retention", "trials", "versus"))
     costs = dict.fromkeys(("trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "train_seconds"))
-    counts = {"finished": 0, "failed": 1, "pruned": 0, "unfinished": 1, "missing": 0, "errors": ["RunFailed: out of memory"]}
-    rest = {"single_seed": False, "rank": "", "command": "finetune train method=amt seed=0", "runs": ["outputs/first/amt-s0"], "curve": []}
+    counts = {
+        "finished": 0,
+        "failed": 1,
+        "pruned": 0,
+        "unfinished": 1,
+        "missing": 0,
+        "errors": ["RunFailed: out of memory"],
+    }
+    rest = {
+        "single_seed": False,
+        "rank": "",
+        "command": "finetune train method=amt seed=0",
+        "runs": ["outputs/first/amt-s0"],
+        "curve": [],
+    }
     return {"label": label, "by": by, "seeds": [0, 1], "values": [], **counts, **nothing, **costs, **rest}
 
 
@@ -96,14 +134,37 @@ def _verdict(low: float, high: float) -> str:
 
 def _versus(row: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
     difference, half = row["mean"] - base["mean"], 0.011
-    numbers = {"difference": difference, "low": difference - half, "high": difference + 1.2 * half, "p": 0.004, "p_holm": 0.021}
-    return {"against": base["label"], **numbers, "test": "paired bootstrap", "verdict": _verdict(difference - half, difference + 1.2 * half)}
+    numbers = {
+        "difference": difference,
+        "low": difference - half,
+        "high": difference + 1.2 * half,
+        "p": 0.004,
+        "p_holm": 0.021,
+    }
+    return {
+        "against": base["label"],
+        **numbers,
+        "test": "paired bootstrap",
+        "verdict": _verdict(difference - half, difference + 1.2 * half),
+    }
 
 
 def _test(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
     difference = a["mean"] - b["mean"]
-    numbers = {"difference": difference, "low": difference - 0.01, "high": difference + 0.01, "p": 0.01, "p_holm": 0.06}
-    return {"a": a["label"], "b": b["label"], **numbers, "verdict": _verdict(difference - 0.01, difference + 0.01), "test": "mcnemar mid-p"}
+    numbers = {
+        "difference": difference,
+        "low": difference - 0.01,
+        "high": difference + 0.01,
+        "p": 0.01,
+        "p_holm": 0.06,
+    }
+    return {
+        "a": a["label"],
+        "b": b["label"],
+        **numbers,
+        "verdict": _verdict(difference - 0.01, difference + 0.01),
+        "test": "mcnemar mid-p",
+    }
 
 
 def _critical(rows: list[dict[str, Any]]) -> dict[str, Any]:

@@ -19,8 +19,17 @@ from finetune.storage.run_folder import write_json_atomic, write_predictions, wr
 @pytest.fixture
 def result() -> Callable[..., dict[str, Any]]:
     def make(**changes: Any) -> dict[str, Any]:
-        metrics = {"base": {"accuracy": 0.1025, "loss": 2.3}, "val": {"accuracy": 0.9, "loss": 0.3}, "test": {"accuracy": 0.9631, "loss": 0.2}}
-        cost = {"step_seconds_median": 0.03125, "train_seconds": 12.34, "peak_memory_bytes": 512 << 20, "peak_memory_kind": "process_rss"}
+        metrics = {
+            "base": {"accuracy": 0.1025, "loss": 2.3},
+            "val": {"accuracy": 0.9, "loss": 0.3},
+            "test": {"accuracy": 0.9631, "loss": 0.2},
+        }
+        cost = {
+            "step_seconds_median": 0.03125,
+            "train_seconds": 12.34,
+            "peak_memory_bytes": 512 << 20,
+            "peak_memory_kind": "process_rss",
+        }
         whole = {
             "status": "finished",
             "error": None,
@@ -68,7 +77,12 @@ def made(tmp_path: Path) -> Callable[..., Path]:
         if status == "unfinished":
             return folder
         metrics = _predict(folder, right, bits, ids) if status == "finished" else {}
-        result = {**_result(method, seed), "status": status, "metrics": metrics, "dataset": config["dataset"]["name"]}
+        result = {
+            **_result(method, seed),
+            "status": status,
+            "metrics": metrics,
+            "dataset": config["dataset"]["name"],
+        }
         result |= {"config_hash": _hash(config), "group_hash": _hash({**config, "seed": 0})}
         result["error"] = None if status == "finished" else "out of memory"
         write_json_atomic(folder / "result.json", result | (told or {}))
@@ -80,8 +94,19 @@ def made(tmp_path: Path) -> Callable[..., Path]:
 
 
 def _config(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
-    parts = {"model": ModelConfig("tiny_vit", "builtin:tiny_vit"), "optimizer": OptimizerConfig(), "train": TrainConfig(), "logger": LoggerConfig()}
-    config: dict[str, Any] = {"name": "sweep", "run": "r", "seed": seed, "method": {"name": method}, "dataset": {"name": "digits"}}
+    parts = {
+        "model": ModelConfig("tiny_vit", "builtin:tiny_vit"),
+        "optimizer": OptimizerConfig(),
+        "train": TrainConfig(),
+        "logger": LoggerConfig(),
+    }
+    config: dict[str, Any] = {
+        "name": "sweep",
+        "run": "r",
+        "seed": seed,
+        "method": {"name": method},
+        "dataset": {"name": "digits"},
+    }
     config |= {name: json.loads(json.dumps(asdict(part))) for name, part in parts.items()}
     for key, value in settings.items():
         section, name = key.split("__")
@@ -94,7 +119,12 @@ def _hash(config: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:10]
 
 
-def _predict(folder: Path, right: Sequence[int] | None, bits: Sequence[tuple[float, int]] | None, ids: Sequence[str] | None) -> dict[str, Any]:
+def _predict(
+    folder: Path,
+    right: Sequence[int] | None,
+    bits: Sequence[tuple[float, int]] | None,
+    ids: Sequence[str] | None,
+) -> dict[str, Any]:
     if right is None and bits is None:
         return {"base": {"accuracy": 0.1}, "val": {"accuracy": 0.9}, "test": {"accuracy": 0.9, "loss": 0.3}}
     count = len(right if right is not None else bits or [])
@@ -105,15 +135,26 @@ def _predict(folder: Path, right: Sequence[int] | None, bits: Sequence[tuple[flo
         test = {"accuracy": sum(map(bool, right)) / count, "loss": 0.3}
         base = {"accuracy": 0.1, "loss": 2.3}
     else:
-        rows = [{"id": n, "loss": b * math.log(2), "bytes": size} for n, (b, size) in zip(names, bits or [], strict=True)]
+        rows = [
+            {"id": n, "loss": b * math.log(2), "bytes": size}
+            for n, (b, size) in zip(names, bits or [], strict=True)
+        ]
         ratio = sum(b for b, _ in bits or []) / sum(size for _, size in bits or [])
-        test, base = {"bits_per_byte": ratio, "perplexity": 9.0, "loss": 2.0}, {"bits_per_byte": 5.0, "loss": 4.0}
+        test, base = (
+            {"bits_per_byte": ratio, "perplexity": 9.0, "loss": 2.0},
+            {"bits_per_byte": 5.0, "loss": 4.0},
+        )
     write_predictions(folder / "predictions.parquet", rows)
     return {"base": base, "val": dict(test), "test": test}
 
 
 def _result(method: str, seed: int) -> dict[str, Any]:
-    cost = {"step_seconds_median": 0.03125, "train_seconds": 12.34, "peak_memory_bytes": 512 << 20, "peak_memory_kind": "process_rss"}
+    cost = {
+        "step_seconds_median": 0.03125,
+        "train_seconds": 12.34,
+        "peak_memory_bytes": 512 << 20,
+        "peak_memory_kind": "process_rss",
+    }
     return {
         "format": 1, "method": method, "model": "tiny_vit", "model_path": "builtin:tiny_vit", "seed": seed, "cost": cost, "stored_bytes": 144_592,
         "params": {"trained": 35_082, "adapted": 800_000, "total": 1_012_234}, "steps": 200, "best_step": 150, "device": "cpu",

@@ -40,7 +40,11 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
         pytest.skip("chromium or chromedriver is not installed")
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for flag in (*FLAGS.split(), f"user-data-dir={tmp_path_factory.mktemp('profile')}", "window-size=1400,900"):
+    for flag in (
+        *FLAGS.split(),
+        f"user-data-dir={tmp_path_factory.mktemp('profile')}",
+        "window-size=1400,900",
+    ):
         options.add_argument(f"--{flag}")
     options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
     found = webdriver.Chrome(options=options, service=webdriver.ChromeService(driver))
@@ -83,7 +87,9 @@ def labels(page: Any) -> list[str]:
     )
 
 
-def expected(comparison: dict[str, Any], value: Callable[[dict[str, Any]], Any], down: bool = False) -> list[Any]:
+def expected(
+    comparison: dict[str, Any], value: Callable[[dict[str, Any]], Any], down: bool = False
+) -> list[Any]:
     known = sorted((v for row in comparison["rows"] if (v := value(row)) is not None), reverse=down)
     return known + [None] * (len(comparison["rows"]) - len(known))
 
@@ -98,7 +104,13 @@ def sort_by(page: Any, words: str) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("head", "key"), [("trained", "trained"), ("stored", "stored_bytes"), ("time per step", "step_seconds"), ("peak memory", "peak_memory_bytes")]
+    ("head", "key"),
+    [
+        ("trained", "trained"),
+        ("stored", "stored_bytes"),
+        ("time per step", "step_seconds"),
+        ("peak memory", "peak_memory_bytes"),
+    ],
 )
 def test_sorts_by_a_column_up_and_down(page: Any, comparison: dict[str, Any], head: str, key: str) -> None:
     by_label = {row["label"]: row[key] for row in comparison["rows"]}
@@ -107,24 +119,34 @@ def test_sorts_by_a_column_up_and_down(page: Any, comparison: dict[str, Any], he
     assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row[key])
     sort_by(page, head)
     assert found.get_attribute("aria-sort") == "descending"
-    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row[key], down=True)
+    assert [by_label[label] for label in labels(page)] == expected(
+        comparison, lambda row: row[key], down=True
+    )
     assert len(page.find_elements("css selector", "[aria-sort]:not([aria-sort=none])")) == 1
 
 
 def test_sorts_by_the_keyboard(page: Any, comparison: dict[str, Any]) -> None:
     by_label = {row["label"]: row["mean"] for row in comparison["rows"]}
-    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"], down=True)
+    assert [by_label[label] for label in labels(page)] == expected(
+        comparison, lambda row: row["mean"], down=True
+    )
     button = find(page, "#rows th[aria-sort=descending] button")
     button.send_keys("\n")
     assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"])
     button.send_keys(" ")
-    assert [by_label[label] for label in labels(page)] == expected(comparison, lambda row: row["mean"], down=True)
+    assert [by_label[label] for label in labels(page)] == expected(
+        comparison, lambda row: row["mean"], down=True
+    )
 
 
 def test_names_sort_as_people_count(page: Any, comparison: dict[str, Any]) -> None:
     sort_by(page, "row")
     found = labels(page)
-    assert found.index("spiel sparsity=0.9") < found.index("spiel sparsity=0.99") < found.index("spiel sparsity=0.999")
+    assert (
+        found.index("spiel sparsity=0.9")
+        < found.index("spiel sparsity=0.99")
+        < found.index("spiel sparsity=0.999")
+    )
     assert found[0] == "amt sparsity=0.9"
     assert sorted(found) == sorted(row["label"] for row in comparison["rows"])
 
@@ -133,7 +155,11 @@ def test_filters_say_what_they_hide(page: Any, comparison: dict[str, Any]) -> No
     count = find(page, "#count")
     assert count.text == "14 of 14 rows"
     find(page, "#find").send_keys("SPIEL 0.99")
-    assert labels(page) == [row["label"] for row in comparison["rows"] if row["label"] in ("spiel sparsity=0.99", "spiel sparsity=0.999")]
+    assert labels(page) == [
+        row["label"]
+        for row in comparison["rows"]
+        if row["label"] in ("spiel sparsity=0.99", "spiel sparsity=0.999")
+    ]
     assert count.text == "2 of 14 rows"
     find(page, "#find").send_keys(" nowhere")
     assert count.text == "0 of 14 rows"
@@ -155,7 +181,10 @@ def test_choices_of_settings_filter_together(page: Any, comparison: dict[str, An
     assert labels(page) == [example["HOSTILE"]]
     method.select_by_visible_text("all")
     sparsity.select_by_visible_text("\u2013")
-    wait(page, "return document.querySelectorAll('#rows tbody:not([hidden])')[0].dataset.words.startsWith('lora')")
+    wait(
+        page,
+        "return document.querySelectorAll('#rows tbody:not([hidden])')[0].dataset.words.startsWith('lora')",
+    )
     assert labels(page) == ["lora"]
     sort_by(page, "trained")
     assert labels(page) == ["lora"]
@@ -182,12 +211,16 @@ def test_details_open_and_stay_with_their_row(page: Any, comparison: dict[str, A
     assert details[0].is_displayed()
     assert comparison["rows"][0]["command"] in details[0].text
     sort_by(page, "trained")
-    owner = page.execute_script("return document.querySelector('.more.open').parentElement.rows[0].cells[0].dataset.value")
+    owner = page.execute_script(
+        "return document.querySelector('.more.open').parentElement.rows[0].cells[0].dataset.value"
+    )
     assert owner == comparison["rows"][0]["label"]
 
 
 def test_the_command_is_copied_exactly(page: Any, comparison: dict[str, Any]) -> None:
-    page.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+    page.execute_cdp_cmd(
+        "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+    )
     button = find(page, "#rows tbody .copy")
     button.click()
     wait(page, "return document.querySelector('.copy').textContent === 'copied'")
@@ -198,7 +231,9 @@ def test_the_command_is_copied_exactly(page: Any, comparison: dict[str, Any]) ->
 
 
 def test_the_command_is_copied_without_the_clipboard_interface(page: Any, comparison: dict[str, Any]) -> None:
-    page.execute_script("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
+    page.execute_script(
+        "Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })"
+    )
     button = page.find_elements("css selector", "#rows tbody .copy")[3]
     button.click()
     wait(page, "return document.querySelectorAll('.copy')[3].textContent === 'copied'")
@@ -222,7 +257,9 @@ def test_every_figure_is_drawn_with_its_points(page: Any, comparison: dict[str, 
         assert counts[0] >= 1
         assert counts[1:3] == [len(figure.data), marked]
         assert counts[3] == counts[4] > 300
-    ticks = page.execute_script("return [...document.querySelectorAll('#plot-differences .ytick text')].map(t => t.textContent)")
+    ticks = page.execute_script(
+        "return [...document.querySelectorAll('#plot-differences .ytick text')].map(t => t.textContent)"
+    )
     assert "snell <script>\u2026 $5$ </script>" in ticks
 
 
@@ -240,7 +277,9 @@ def test_a_series_is_hidden_and_shown_in_all_figures(page: Any) -> None:
 def test_nothing_was_asked_of_a_network(page: Any) -> None:
     asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
-    refused = page.execute_async_script("const done = arguments[0]; fetch('https://example.org/').then(() => done('went'), () => done('refused'))")
+    refused = page.execute_async_script(
+        "const done = arguments[0]; fetch('https://example.org/').then(() => done('went'), () => done('refused'))"
+    )
     assert refused == "refused"
     messages = [entry["message"] for entry in page.get_log("browser")]
     assert messages  # of the refusal, by the page's own policy
@@ -260,9 +299,14 @@ def test_light_and_dark(page: Any) -> None:
 
 
 def test_a_telephone_shows_all_without_scrolling_the_page(page: Any) -> None:
-    page.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    page.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
     try:
-        wait(page, "return innerWidth === 400 && document.querySelector('#plot-curves svg').clientWidth < 400")
+        wait(
+            page, "return innerWidth === 400 && document.querySelector('#plot-curves svg').clientWidth < 400"
+        )
         assert page.execute_script("return document.documentElement.scrollWidth") == 400
     finally:
         page.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
@@ -277,7 +321,10 @@ def test_titles_beside_axes_are_whole_above_a_long_legend(opened: Any, tmp_path:
     html.write(comparison, tmp_path / "report.html")
     first = opened.current_window_handle
     opened.switch_to.new_window("tab")
-    opened.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True})
+    opened.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True},
+    )
     try:
         opened.get((tmp_path / "report.html").as_uri())
         wait(opened, "return document.documentElement.dataset.drawn !== undefined")
@@ -294,7 +341,9 @@ def test_titles_beside_axes_are_whole_above_a_long_legend(opened: Any, tmp_path:
 
 
 def test_it_prints(page: Any) -> None:
-    pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})["data"]
+    pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})[
+        "data"
+    ]
     assert len(pdf) > 50_000
     page.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
     try:

@@ -57,10 +57,22 @@ def test_rows_by_method_over_seeds(made: Make, tmp_path: Path) -> None:
     assert (lora["seeds"], lora["values"]) == ([0, 1, 2], pytest.approx(values))
     assert lora["mean"] == pytest.approx(np.mean(values))
     assert lora["sd"] == pytest.approx(np.std(values, ddof=1))
-    assert (lora["low"], lora["high"]) == pytest.approx(scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values)))
-    assert (lora["trained"], lora["stored_bytes"], lora["step_seconds"], lora["peak_memory_bytes"]) == (35_082, 144_592, 0.03125, 512 << 20)
+    assert (lora["low"], lora["high"]) == pytest.approx(
+        scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    )
+    assert (lora["trained"], lora["stored_bytes"], lora["step_seconds"], lora["peak_memory_bytes"]) == (
+        35_082,
+        144_592,
+        0.03125,
+        512 << 20,
+    )
     assert (lora["rank"], row(found, "head")["versus"]["verdict"]) == ("best", "worse")
-    assert found["metric"] == {"name": "test.accuracy", "words": "accuracy", "higher_is_better": True, "percent": True}
+    assert found["metric"] == {
+        "name": "test.accuracy",
+        "words": "accuracy",
+        "higher_is_better": True,
+        "percent": True,
+    }
 
 
 def test_methods_are_judged_over_seeds_and_examples(made: Make, tmp_path: Path) -> None:
@@ -81,7 +93,10 @@ def test_one_seed_is_mcnemar_and_marked(made: Make, tmp_path: Path) -> None:
     made("head", 0, b)
     found = data(tmp_path)
     one = row(found, "head")
-    right, wrong = sum(x > y for x, y in zip(b, a, strict=True)), sum(x < y for x, y in zip(b, a, strict=True))
+    right, wrong = (
+        sum(x > y for x, y in zip(b, a, strict=True)),
+        sum(x < y for x, y in zip(b, a, strict=True)),
+    )
     assert one["versus"]["test"] == "mcnemar mid-p"
     assert one["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
     assert one["versus"]["p"] < mcnemar([[0, right], [wrong, 0]], exact=True).pvalue
@@ -98,9 +113,18 @@ def test_bits_per_byte_over_seeds_and_for_one(made: Make, tmp_path: Path) -> Non
     for method, level in (("lora", 2.0), ("head", 2.4)):
         for seed in range(3):
             bits = size * (level + random.normal(0, 0.2, 40))
-            made(method, seed, bits=list(zip(bits.tolist(), size.tolist(), strict=True)), dataset__name="stdlib")
+            made(
+                method,
+                seed,
+                bits=list(zip(bits.tolist(), size.tolist(), strict=True)),
+                dataset__name="stdlib",
+            )
     found = data(tmp_path)
-    assert (found["task"], found["metric"]["name"], found["metric"]["higher_is_better"]) == ("causal_lm", "test.bits_per_byte", False)
+    assert (found["task"], found["metric"]["name"], found["metric"]["higher_is_better"]) == (
+        "causal_lm",
+        "test.bits_per_byte",
+        False,
+    )
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
     test = row(found, "head")["versus"]
     assert (test["test"], test["verdict"]) == ("seeds and examples", "worse")
@@ -148,7 +172,12 @@ def test_metric_without_examples_is_tested_over_seeds(made: Make, tmp_path: Path
     test = row(found, "head")["versus"]
     assert test["test"] == "paired t over seeds"
     assert test["p"] == pytest.approx(scipy.stats.ttest_rel(values["head"], values["lora"]).pvalue)
-    assert found["metric"] == {"name": "val.loss", "words": "validation loss", "higher_is_better": False, "percent": False}
+    assert found["metric"] == {
+        "name": "val.loss",
+        "words": "validation loss",
+        "higher_is_better": False,
+        "percent": False,
+    }
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
 
 
@@ -168,12 +197,16 @@ def test_holm_over_the_table_and_ties(made: Make, tmp_path: Path) -> None:
             made(method, seed, answers(share, 10 * number + seed))
     found = data(tmp_path)
     tests = [r["versus"] for r in found["rows"] if r["versus"]]
-    assert [t["p_holm"] for t in tests] == pytest.approx(multipletests([t["p"] for t in tests], method="holm")[1])
+    assert [t["p_holm"] for t in tests] == pytest.approx(
+        multipletests([t["p"] for t in tests], method="holm")[1]
+    )
     ranks = {r["label"]: r["rank"] for r in found["rows"]}
     assert ranks["head"] == ""
     assert {method for method, rank in ranks.items() if rank == "tie"} == set(shares) - {"head"}
     assert len(found["tests"]) == 10
-    assert [t["p_holm"] for t in found["tests"]] == pytest.approx(multipletests([t["p"] for t in found["tests"]], method="holm")[1])
+    assert [t["p_holm"] for t in found["tests"]] == pytest.approx(
+        multipletests([t["p"] for t in found["tests"]], method="holm")[1]
+    )
     assert all((t["p_holm"] <= 0.05) == (t["verdict"] != "tie") for t in found["tests"])
 
 
@@ -185,7 +218,9 @@ def test_friedman_and_critical_difference_over_seeds(made: Make, tmp_path: Path)
     found = data(tmp_path)
     expected = scipy.stats.friedmanchisquare(*values.T)
     assert (found["omnibus"]["test"], found["omnibus"]["blocks"]) == ("friedman", 4)
-    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx((expected.statistic, expected.pvalue))
+    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx(
+        (expected.statistic, expected.pvalue)
+    )
     assert found["critical_difference"]["ranks"] == {"lora": 1.25, "head": 1.75, "full": 3.0}
     assert found["critical_difference"]["cd"] == pytest.approx(
         scipy.stats.studentized_range.ppf(0.95, 3, math.inf) / math.sqrt(2) * math.sqrt(12 / 24)
@@ -200,12 +235,20 @@ def test_cochran_for_one_seed(made: Make, tmp_path: Path) -> None:
     found = data(tmp_path)
     expected = cochrans_q(np.array(columns).T)
     assert found["omnibus"]["test"] == "cochran q"
-    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx((expected.statistic, expected.pvalue))
+    assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx(
+        (expected.statistic, expected.pvalue)
+    )
     assert found["critical_difference"] is None
 
 
 def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> None:
-    shares = {"dataset__name": "csv", "dataset__path": "a.csv", "dataset__test_share": 0.2, "dataset__val_share": 0.1, "dataset__test_path": None}
+    shares = {
+        "dataset__name": "csv",
+        "dataset__path": "a.csv",
+        "dataset__test_share": 0.2,
+        "dataset__val_share": 0.1,
+        "dataset__test_path": None,
+    }
     differences = []
     for split in range(6):
         ids = [f"{split}-{i}" for i in range(200)]  # other examples each time
@@ -216,12 +259,20 @@ def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> 
     found = data(tmp_path)
     assert len(found["rows"]) == 2
     assert row(found, "head")["versus"]["test"] == "corrected resampled t"
-    assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.corrected_t(differences, 0.2 / 0.7).p)
+    assert row(found, "head")["versus"]["p"] == pytest.approx(
+        statistics.corrected_t(differences, 0.2 / 0.7).p
+    )
 
 
 def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> None:
     """Alpaydin's F with 10 and 5 degrees of freedom, from its formula."""
-    shares = {"dataset__name": "csv", "dataset__path": "a.csv", "dataset__test_share": 0.5, "dataset__val_share": 0.1, "dataset__test_path": None}
+    shares = {
+        "dataset__name": "csv",
+        "dataset__path": "a.csv",
+        "dataset__test_share": 0.5,
+        "dataset__val_share": 0.1,
+        "dataset__test_path": None,
+    }
     d = np.zeros((5, 2))
     for split, fold in itertools.product(range(5), range(2)):
         ids = [f"{split}-{fold}-{i}" for i in range(200)]
@@ -234,7 +285,13 @@ def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> N
     assert (told["test"], told["low"]) == ("5x2cv F", None)
     assert (told["difference"], told["p"]) == pytest.approx((d.mean(), scipy.stats.f.sf(f, 10, 5)))
     assert 0.001 < told["p"] < 0.9
-    shutil.rmtree(next(path for path in (tmp_path / "outputs").rglob("result.json") if json.loads(path.read_text())["method"] == "head").parent)
+    shutil.rmtree(
+        next(
+            path
+            for path in (tmp_path / "outputs").rglob("result.json")
+            if json.loads(path.read_text())["method"] == "head"
+        ).parent
+    )
     assert row(data(tmp_path), "head")["versus"]["test"] == "corrected resampled t"
 
 
@@ -255,30 +312,53 @@ def test_rows_follow_what_differs(made: Make, tmp_path: Path) -> None:
     pooled = data(tmp_path, by=["method"])
     assert row(pooled, "snell")["finished"] == 4
     assert any("differ in sparsity" in note for note in pooled["notes"])
-    assert {r["label"] for r in data(tmp_path, by=["sparsity"])["rows"]} == {"no sparsity", "sparsity=0.9", "sparsity=0.99"}
+    assert {r["label"] for r in data(tmp_path, by=["sparsity"])["rows"]} == {
+        "no sparsity",
+        "sparsity=0.9",
+        "sparsity=0.99",
+    }
 
 
 def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
     for method, rate in (("lora", 0.01), ("head", 0.1)):
         for seed in (0, 1):
-            made(method, seed, answers(0.9, seed), optimizer__lr=rate * (1 + seed), tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate})
+            made(
+                method,
+                seed,
+                answers(0.9, seed),
+                optimizer__lr=rate * (1 + seed),
+                tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate},
+            )
     found = data(tmp_path)
-    assert sorted((r["label"], r["finished"], r["trials"]) for r in found["rows"]) == [("head", 2, 5), ("lora", 2, 5)]
+    assert sorted((r["label"], r["finished"], r["trials"]) for r in found["rows"]) == [
+        ("head", 2, 5),
+        ("lora", 2, 5),
+    ]
     assert found["fairness"] == []
 
 
 @pytest.mark.parametrize("into", ["sweep", "other"])
-def test_a_configuration_tuned_twice_makes_a_row_for_each_value(made: Make, tmp_path: Path, into: str) -> None:
+def test_a_configuration_tuned_twice_makes_a_row_for_each_value(
+    made: Make, tmp_path: Path, into: str
+) -> None:
     """In one folder or in two; for ``--by`` it is pooled, and every run counts."""
     for method, rate, folder in (("lora", 0.01, "sweep"), ("head", 0.1, "sweep"), ("head", 0.2, into)):
         for seed in (0, 1):
             made(
-                method, seed, answers(rate + 0.6), optimizer__lr=rate, into=folder, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
+                method,
+                seed,
+                answers(rate + 0.6),
+                optimizer__lr=rate,
+                into=folder,
+                tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate},
             )
     found = data(tmp_path, tmp_path / "outputs")
     assert found["by"] == ["method", "optimizer.lr"]
     told = {r["label"]: (r["seeds"], r["missing"], len(set(r["values"]))) for r in found["rows"]}
-    assert told == {name: ([0, 1], 0, 1) for name in ("lora optimizer.lr=0.01", "head optimizer.lr=0.1", "head optimizer.lr=0.2")}
+    assert told == {
+        name: ([0, 1], 0, 1)
+        for name in ("lora optimizer.lr=0.01", "head optimizer.lr=0.1", "head optimizer.lr=0.2")
+    }
     pooled = data(tmp_path, tmp_path / "outputs", by=["method"])
     head = row(pooled, "head")
     assert (head["finished"], head["missing"], len(head["values"])) == (4, 0, 4)
@@ -286,16 +366,39 @@ def test_a_configuration_tuned_twice_makes_a_row_for_each_value(made: Make, tmp_
 
 
 def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9), optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1})
+    made(
+        "lora",
+        0,
+        answers(0.9),
+        optimizer__lr=0.1,
+        tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1},
+    )
     made("lora", 0, answers(0.8))
-    assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {"optimizer.lr=0.1": 0, "optimizer.lr=0.001": 0}
+    assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {
+        "optimizer.lr=0.1": 0,
+        "optimizer.lr=0.001": 0,
+    }
 
 
-def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(made: Make, tmp_path: Path) -> None:
-    for method, sparsity, rate in (("snell", 0.9, 0.1), ("snell", 0.99, 0.2), ("spiel", 0.9, 0.3), ("spiel", 0.99, 0.4)):
+def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
+    made: Make, tmp_path: Path
+) -> None:
+    for method, sparsity, rate in (
+        ("snell", 0.9, 0.1),
+        ("snell", 0.99, 0.2),
+        ("spiel", 0.9, 0.3),
+        ("spiel", 0.99, 0.4),
+    ):
         for seed in (0, 1):
             tuning = {"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
-            made(method, seed, answers(sparsity - rate, seed), method__sparsity=sparsity, optimizer__lr=rate, tuning=tuning)
+            made(
+                method,
+                seed,
+                answers(sparsity - rate, seed),
+                method__sparsity=sparsity,
+                optimizer__lr=rate,
+                tuning=tuning,
+            )
     found = data(tmp_path, by=["method"])
     assert [r["versus"]["test"] for r in found["rows"] if r["versus"]] == ["seeds and examples"]
     assert not any("lr" in note for note in found["notes"])
@@ -315,7 +418,13 @@ def test_failed_and_unfinished_runs_stay(made: Make, tmp_path: Path) -> None:
     found = data(tmp_path)
     lora, head = row(found, "lora"), row(found, "head")
     assert (lora["finished"], lora["failed"], lora["unfinished"], lora["single_seed"]) == (1, 1, 1, True)
-    assert (head["finished"], head["failed"], head["mean"], head["values"], head["trained"]) == (0, 1, None, [], None)
+    assert (head["finished"], head["failed"], head["mean"], head["values"], head["trained"]) == (
+        0,
+        1,
+        None,
+        [],
+        None,
+    )
     assert lora["errors"][0].endswith(": out of memory")
     assert found["rows"][-1] == head
     (failures,) = [finding for finding in found["fairness"] if finding["kind"] == "failures"]
@@ -328,12 +437,20 @@ def test_only_failures_still_make_a_table(made: Make, tmp_path: Path) -> None:
 
 
 def test_missing_metrics_are_counted(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9), told={"metrics": {"test": {"accuracy": 0.9}, "retention": {"accuracy": 0.5}}})
+    made(
+        "lora", 0, answers(0.9), told={"metrics": {"test": {"accuracy": 0.9}, "retention": {"accuracy": 0.5}}}
+    )
     made("lora", 1, answers(0.9))
     made("head", 0, answers(0.9))
     found = data(tmp_path, metric="retention.accuracy")
-    assert (row(found, "lora")["missing"], row(found, "lora")["values"], row(found, "head")["missing"]) == (1, [0.5], 1)
-    assert any("2 finished runs without retention.accuracy: 1 of lora, 1 of head" in note for note in found["notes"])
+    assert (row(found, "lora")["missing"], row(found, "lora")["values"], row(found, "head")["missing"]) == (
+        1,
+        [0.5],
+        1,
+    )
+    assert any(
+        "2 finished runs without retention.accuracy: 1 of lora, 1 of head" in note for note in found["notes"]
+    )
     assert row(found, "lora")["retention"] == {"mean": 0.5, "low": None, "high": None, "base": None}
 
 
@@ -351,7 +468,10 @@ def test_baseline(made: Make, tmp_path: Path) -> None:
             made(method, seed, answers(share, seed))
     found = data(tmp_path, baseline="full")
     assert (found["baseline"], row(found, "full")["versus"]) == ("full", None)
-    assert {r["label"]: r["versus"]["verdict"] for r in found["rows"] if r["versus"]} == {"lora": "better", "head": "worse"}
+    assert {r["label"]: r["versus"]["verdict"] for r in found["rows"] if r["versus"]} == {
+        "lora": "better",
+        "head": "worse",
+    }
     assert row(found, "lora")["rank"] == "best"
     with pytest.raises(ConfigError, match=r"--baseline ful is no row. Did you mean 'full'"):
         data(tmp_path, baseline="ful")
@@ -390,12 +510,20 @@ def test_fields_that_are_no_setting(made: Make, tmp_path: Path) -> None:
 
 def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
     for seed, values in enumerate(((0.5, 0.8), (0.7, 0.9))):
-        lines = [{"step": 1, "loss": 2.0 + seed}, {"step": 2, "loss": 1.0}, {"step": 2, "val_accuracy": values[0], "val_loss": 0.5}]
+        lines = [
+            {"step": 1, "loss": 2.0 + seed},
+            {"step": 2, "loss": 1.0},
+            {"step": 2, "val_accuracy": values[0], "val_loss": 0.5},
+        ]
         lines += [{"step": 3, "loss": 0.25}, {"step": 4, "val_accuracy": values[1]}]
         file = made("lora", seed, answers(0.9)) / "metrics.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "val_acc')
     first, second = row(data(tmp_path), "lora")["curve"]
-    assert (first["step"], first["mean"], first["loss"]) == (2, pytest.approx(0.6), pytest.approx((1.5 + 2.0) / 2))
+    assert (first["step"], first["mean"], first["loss"]) == (
+        2,
+        pytest.approx(0.6),
+        pytest.approx((1.5 + 2.0) / 2),
+    )
     assert (first["low"], first["high"]) == pytest.approx(scipy.stats.t.interval(0.95, 1, 0.6, 0.1))
     assert (second["step"], second["loss"]) == (4, 0.25)
 
@@ -403,7 +531,9 @@ def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
 def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
     """Read back by the program itself, it gives the frozen settings again."""
     data_set = ["dataset=csv", 'dataset.path="my data, 1.csv"', "dataset.text_column=null"]
-    config = load(["method=snell", "sparsity=0.95", "seed=3", "optimizer.betas=[0.8,0.9]", "train.steps=7", *data_set])
+    config = load(
+        ["method=snell", "sparsity=0.95", "seed=3", "optimizer.betas=[0.8,0.9]", "train.steps=7", *data_set]
+    )
     folder = tmp_path / "run"
     folder.mkdir()
     write_yaml(folder / "config.yaml", config.as_dict())
@@ -416,29 +546,54 @@ def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
     assert "train.batch_size=16" not in words
 
 
-@pytest.mark.parametrize("repeated", [["seed=0,1,2"], ["seed=4", "dataset.split_seed=0,1", "dataset.fold=0,1"], ["method.rank=2,3", "seed=0,1"]])
+@pytest.mark.parametrize(
+    "repeated",
+    [
+        ["seed=0,1,2"],
+        ["seed=4", "dataset.split_seed=0,1", "dataset.fold=0,1"],
+        ["method.rank=2,3", "seed=0,1"],
+    ],
+)
 @pytest.mark.parametrize("skipped", [0, 1])
 def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipped: int) -> None:
     """Each of its runs and no others, with as many threads as they had."""
-    words = ["method=lora", "dataset=csv", "dataset.path=a.csv", "dataset.test_share=0.5", "dataset.val_share=0.1", "train.steps=7", *repeated]
+    words = [
+        "method=lora",
+        "dataset=csv",
+        "dataset.path=a.csv",
+        "dataset.test_share=0.5",
+        "dataset.val_share=0.1",
+        "train.steps=7",
+        *repeated,
+    ]
     for point in points(words)[skipped:]:
         folder = tmp_path / point.folder.path.name
         folder.mkdir()
         write_yaml(folder / "config.yaml", point.config.as_dict())
-        told = {"status": "finished", "threads": 3, "processes": 1, "seed": point.config.seed, "config_hash": point.config.hash()}
+        told = {
+            "status": "finished",
+            "threads": 3,
+            "processes": 1,
+            "seed": point.config.seed,
+            "config_hash": point.config.hash(),
+        }
         write_json_atomic(folder / "result.json", told)
     (only,) = compare([tmp_path], by=["method"]).as_dict()["rows"]
-    found = [point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])]
+    found = [
+        point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])
+    ]
     assert {config.train.threads for config in found} == {3}
-    assert sorted(replace(config, train=replace(config.train, threads=None)).hash() for config in found) == sorted(
-        point.config.hash() for point in points(words)[skipped:]
-    )
+    assert sorted(
+        replace(config, train=replace(config.train, threads=None)).hash() for config in found
+    ) == sorted(point.config.hash() for point in points(words)[skipped:])
     if not skipped:
         assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
 
 
 @pytest.mark.parametrize("told", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
-def test_the_command_gives_no_threads_where_the_runs_do_not_agree(made: Make, tmp_path: Path, told: dict[str, Any]) -> None:
+def test_the_command_gives_no_threads_where_the_runs_do_not_agree(
+    made: Make, tmp_path: Path, told: dict[str, Any]
+) -> None:
     made("lora", 0, answers(0.9), told={"threads": 3, "processes": 1})
     made("lora", 1, answers(0.9), told=told)
     assert "train.threads=null" in row(data(tmp_path), "lora")["command"]

@@ -38,12 +38,18 @@ def test_equal_rows_have_none(made: Make, tmp_path: Path) -> None:
         ("train__eval_batch_size", (100, 50), "setting", ("100", "50")),
     ],
 )
-def test_settings_that_differ(made: Make, tmp_path: Path, setting: str, values: tuple[Any, Any], kind: str, shown: tuple[str, str]) -> None:
+def test_settings_that_differ(
+    made: Make, tmp_path: Path, setting: str, values: tuple[Any, Any], kind: str, shown: tuple[str, str]
+) -> None:
     made("lora", 0, RIGHT, **{setting: values[0]})
     made("snell", 0, RIGHT, **{setting: values[1]})
     (found,) = findings(tmp_path, by=["method"])
     key = setting.replace("__", ".")
-    assert (found["kind"], found["what"], found["values"]) == (kind, key, {"lora": shown[0], "snell": shown[1]})
+    assert (found["kind"], found["what"], found["values"]) == (
+        kind,
+        key,
+        {"lora": shown[0], "snell": shown[1]},
+    )
     assert f"{shown[0]} (lora)" in found["words"]
     assert f"{shown[1]} (snell)" in found["words"]
 
@@ -66,8 +72,12 @@ def test_what_is_compared_is_no_finding_and_its_part_neither(made: Make, tmp_pat
     assert only["what"] == "method.name"
 
 
-@pytest.mark.parametrize(("counts", "unequal"), [((1000, 1015), False), ((1000, 1030), True), ((0, 0), False), ((0, 5), True)])
-def test_trained_counts_within_two_percent(made: Make, tmp_path: Path, counts: tuple[int, int], unequal: bool) -> None:
+@pytest.mark.parametrize(
+    ("counts", "unequal"), [((1000, 1015), False), ((1000, 1030), True), ((0, 0), False), ((0, 5), True)]
+)
+def test_trained_counts_within_two_percent(
+    made: Make, tmp_path: Path, counts: tuple[int, int], unequal: bool
+) -> None:
     for method, count in zip(("lora", "snell"), counts, strict=True):
         made(method, 0, RIGHT, told={"params": {"trained": count, "adapted": 1, "total": 1}})
     found = findings(tmp_path)
@@ -80,14 +90,20 @@ def test_tuning_with_equal_trials_is_fair(made: Make, tmp_path: Path) -> None:
     made("snell", 0, RIGHT, optimizer__lr=0.2, tuning=five)
     assert findings(tmp_path) == []
     made("head", 0, RIGHT, optimizer__lr=0.2, tuning={**five, "trials": 40})
-    assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {("setting", "optimizer.lr"), ("trials", "tuning trials")}
+    assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {
+        ("setting", "optimizer.lr"),
+        ("trials", "tuning trials"),
+    }
 
 
 def test_untuned_beside_tuned(made: Make, tmp_path: Path) -> None:
     made("lora", 0, RIGHT, optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5})
     made("snell", 0, RIGHT, optimizer__lr=0.2)
     (rate, trials) = findings(tmp_path)
-    assert (rate["what"], trials["values"]) == ("optimizer.lr", {"lora": "5 trials of optimizer.lr", "snell": "none"})
+    assert (rate["what"], trials["values"]) == (
+        "optimizer.lr",
+        {"lora": "5 trials of optimizer.lr", "snell": "none"},
+    )
 
 
 @pytest.mark.parametrize(
@@ -110,7 +126,12 @@ def test_what_results_record(made: Make, tmp_path: Path, told: dict[str, Any], k
 
 
 def test_memory_measured_in_two_ways(made: Make, tmp_path: Path) -> None:
-    cost = {"step_seconds_median": 1.0, "train_seconds": 1.0, "peak_memory_bytes": 5, "peak_memory_kind": "cuda_allocated"}
+    cost = {
+        "step_seconds_median": 1.0,
+        "train_seconds": 1.0,
+        "peak_memory_bytes": 5,
+        "peak_memory_kind": "cuda_allocated",
+    }
     made("lora", 0, RIGHT)
     made("snell", 0, RIGHT, told={"cost": cost})
     (found,) = findings(tmp_path)
@@ -125,11 +146,17 @@ def test_seeds_weights_and_labels(made: Make, tmp_path: Path) -> None:
     (found,) = findings(tmp_path)
     assert (found["what"], found["values"]) == ("base weights", {"lora": "a" * 10, "snell": "b" * 10})
     made("lora", 1, RIGHT)
-    assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {("setting", "base weights"), ("seeds", "seeds")}
+    assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {
+        ("setting", "base weights"),
+        ("seeds", "seeds"),
+    }
 
 
 def test_other_labels_of_the_same_examples(made: Make, tmp_path: Path) -> None:
     made("lora", 0, RIGHT, ids=["a", "b", "c", "d", "e"])
     made("snell", 0, RIGHT, ids=["b", "a", "c", "d", "e"])
     (found,) = findings(tmp_path)
-    assert (found["what"], found["values"]) == ("test labels", {"lora": "0 other labels", "snell": "2 other labels"})
+    assert (found["what"], found["values"]) == (
+        "test labels",
+        {"lora": "0 other labels", "snell": "2 other labels"},
+    )

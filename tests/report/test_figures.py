@@ -33,7 +33,12 @@ def points(figure: Figure) -> dict[str, tuple[float, float, dict[str, Any], int]
     found = {}
     for trace in figure.data:
         for place, said in enumerate(trace.get("customdata", ())):
-            label = re.match(r"<b>(.*?)</b>", said)[1].replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")  # type: ignore[index]
+            label = (
+                re.match(r"<b>(.*?)</b>", said)[1]
+                .replace("&lt;", "<")
+                .replace("&gt;", ">")
+                .replace("&amp;", "&")
+            )  # type: ignore[index]
             found[label] = trace["x"][place], trace["y"][place], trace, place
     return found
 
@@ -57,7 +62,13 @@ def test_plotly_takes_every_figure(comparison: dict[str, Any]) -> None:
 
     made = figures(comparison)
     costs = [f"pareto_{key}" for key in ("peak_memory_bytes", "trained", "step_seconds", "stored_bytes")]
-    assert [figure.key for figure in made] == ["differences", *costs, "by_sparsity", "curves", "critical_difference"]
+    assert [figure.key for figure in made] == [
+        "differences",
+        *costs,
+        "by_sparsity",
+        "curves",
+        "critical_difference",
+    ]
     for figure in made:
         Checked(figure.as_plotly())
         json.dumps(figure.as_plotly(), allow_nan=False)
@@ -74,7 +85,11 @@ def test_points_are_rows_in_readable_units(comparison: dict[str, Any]) -> None:
             x, y, trace, place = found[row["label"]]
             assert (x, y) == (pytest.approx(row[key] / scale), pytest.approx(100 * row["mean"]))
             high, low = trace["error_y"]["array"][place], trace["error_y"]["arrayminus"][place]
-            expected = (None, None) if row["low"] is None else (100 * (row["high"] - row["mean"]), 100 * (row["mean"] - row["low"]))
+            expected = (
+                (None, None)
+                if row["low"] is None
+                else (100 * (row["high"] - row["mean"]), 100 * (row["mean"] - row["low"]))
+            )
             assert (high, low) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
             assert trace["marker"]["symbol"][place].endswith("-open") == row["single_seed"]
 
@@ -94,16 +109,26 @@ def test_the_front_is_a_step_line_through_the_rows_that_are_not_pale(comparison:
 
 
 def test_a_lower_metric_can_be_better(comparison: dict[str, Any]) -> None:
-    comparison["metric"] = {"name": "test.bits_per_byte", "words": "bits per byte", "higher_is_better": False, "percent": False}
+    comparison["metric"] = {
+        "name": "test.bits_per_byte",
+        "words": "bits per byte",
+        "higher_is_better": False,
+        "percent": False,
+    }
     comparison["task"] = "causal_lm"
     found = drawn(comparison)
-    steps = list(zip(found["pareto_trained"].data[0]["x"], found["pareto_trained"].data[0]["y"], strict=True))[:-1]
+    steps = list(
+        zip(found["pareto_trained"].data[0]["x"], found["pareto_trained"].data[0]["y"], strict=True)
+    )[:-1]
     rows = [row for row in comparison["rows"] if row["mean"] is not None]
     best = min(rows, key=lambda row: (row["mean"], row["trained"]))
     assert steps[-1] == (best["trained"] / 1000, best["mean"])
     assert [y for _, y in steps] == sorted((y for _, y in steps), reverse=True)
     assert found["pareto_trained"].layout["yaxis"]["title"]["text"] == "test bits per byte, lower is better"
-    assert found["differences"].layout["xaxis"]["title"]["text"] == "difference in test bits per byte, left is better"
+    assert (
+        found["differences"].layout["xaxis"]["title"]["text"]
+        == "difference in test bits per byte, left is better"
+    )
     assert found["curves"].layout["yaxis"]["title"]["text"] == "validation bits per byte"
 
 
@@ -114,7 +139,9 @@ def test_a_method_has_one_colour_and_symbol_everywhere(comparison: dict[str, Any
             if "series" in trace.get("meta", {}) and "marker" in trace:
                 look = trace["marker"]["color"] + trace["marker"]["symbol"][0].removesuffix("-open")
                 colours.setdefault(trace["meta"]["series"], set()).add(look)
-    assert {name: len(looks) for name, looks in colours.items()} == dict.fromkeys(("lora", "snell", "spiel", "shira", "sara"), 1)
+    assert {name: len(looks) for name, looks in colours.items()} == dict.fromkeys(
+        ("lora", "snell", "spiel", "shira", "sara"), 1
+    )
     assert len(set.union(*colours.values())) == 5
     assert views.styles(comparison) == views.styles(comparison | {"rows": comparison["rows"][::-1]})
 
@@ -125,7 +152,9 @@ def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: d
     means = {(row["by"]["method"], row["by"]["sparsity"]): row["mean"] for row in comparison["rows"]}
     assert set(lines) == {"lora", "snell", "spiel", "shira", "sara"}
     assert lines["snell"]["x"] == pytest.approx([0.1, 1, 10])
-    assert lines["snell"]["y"] == pytest.approx([100 * means["snell", sparsity] for sparsity in (0.999, 0.99, 0.9)])
+    assert lines["snell"]["y"] == pytest.approx(
+        [100 * means["snell", sparsity] for sparsity in (0.999, 0.99, 0.9)]
+    )
     assert lines["lora"]["x"] == pytest.approx([0.1, 10])
     assert lines["lora"]["y"] == [pytest.approx(100 * means["lora", None])] * 2
     assert figure.layout["xaxis"]["type"] == "log"
@@ -144,7 +173,11 @@ def test_levels_of_one_colour_have_dashes_of_their_own(comparison: dict[str, Any
 def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
     comparison["by"] = ["method", "rank", "optimizer.name"]
     for place, row in enumerate(comparison["rows"]):
-        row["by"] = {"method": row["by"]["method"], "rank": 4 << place % 3, "optimizer.name": "sm3" if place % 2 else "adamw"}
+        row["by"] = {
+            "method": row["by"]["method"],
+            "rank": 4 << place % 3,
+            "optimizer.name": "sm3" if place % 2 else "adamw",
+        }
     (setting,) = views.settings(comparison)
     assert setting.key == "rank"
     assert not setting.x.log
@@ -178,7 +211,9 @@ def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> 
     assert len(lines) == views.MOST_CURVES == 12
     assert "2 of 14 rows are not drawn (only the best 12 are)" in figure.caption
     alone = "sara sparsity=0.99"
-    assert {trace["name"] for trace in lines} - bands == {alone} | {escaped(short(example["HOSTILE"]))}  # its band has the whole name
+    assert {trace["name"] for trace in lines} - bands == {alone} | {
+        escaped(short(example["HOSTILE"]))
+    }  # its band has the whole name
     row = comparison["rows"][0]
     assert lines[0]["y"] == pytest.approx([100 * point["mean"] for point in row["curve"]])
     count, band = len(row["curve"]), next(trace for trace in figure.data if "fill" in trace)
@@ -194,21 +229,36 @@ def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: in
         row["curve"] = row["curve"][:count]
     lines = [trace for trace in drawn(comparison)["curves"].data if "fill" not in trace]
     assert {trace["mode"] for trace in lines} == {"lines+markers"}
-    assert len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in lines}) == len(lines) == 12
+    assert (
+        len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in lines}) == len(lines) == 12
+    )
     bars = [trace["error_y"]["array"] for trace in lines if "error_y" in trace]
-    assert bars == ([[pytest.approx(100 * (row["high"] - row["mean"]))] for row in comparison["rows"][:12] if row["high"]] if count == 1 else [])
+    assert bars == (
+        [[pytest.approx(100 * (row["high"] - row["mean"]))] for row in comparison["rows"][:12] if row["high"]]
+        if count == 1
+        else []
+    )
 
 
 def test_axes_of_shares_end_at_0_and_100(comparison: dict[str, Any]) -> None:
     clip = {"clipmin": -1.5, "clipmax": 101.5}
     told = {key: figure.layout["yaxis"].get("autorangeoptions") for key, figure in drawn(comparison).items()}
-    assert {key for key, found in told.items() if found == clip} == {key for key in told if key.startswith(("pareto", "by_", "curves"))}
+    assert {key for key, found in told.items() if found == clip} == {
+        key for key in told if key.startswith(("pareto", "by_", "curves"))
+    }
     comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
     assert "autorangeoptions" not in drawn(comparison)["pareto_trained"].layout["yaxis"]
 
 
 def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:
-    comparison["rows"][3]["versus"] |= {"low": None, "high": None, "p": None, "p_holm": None, "test": "none", "verdict": "untested"}
+    comparison["rows"][3]["versus"] |= {
+        "low": None,
+        "high": None,
+        "p": None,
+        "p_holm": None,
+        "test": "none",
+        "verdict": "untested",
+    }
     figure = drawn(comparison)["differences"]
     found = points(figure)
     rows = [row for row in comparison["rows"] if row["versus"]]
@@ -219,8 +269,12 @@ def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]
         assert x == pytest.approx(100 * versus["difference"])
         if versus["low"] is not None:
             arms = trace["error_x"]["arrayminus"][place], trace["error_x"]["array"][place]
-            assert arms == pytest.approx((100 * (versus["difference"] - versus["low"]), 100 * (versus["high"] - versus["difference"])))
-        assert trace["marker"]["symbol"][place].endswith("-open") == (versus["verdict"] in ("tie", "untested"))
+            assert arms == pytest.approx(
+                (100 * (versus["difference"] - versus["low"]), 100 * (versus["high"] - versus["difference"]))
+            )
+        assert trace["marker"]["symbol"][place].endswith("-open") == (
+            versus["verdict"] in ("tie", "untested")
+        )
     assert "lora" not in found
     assert "1 of 14 rows is not drawn" in figure.caption
 
@@ -231,17 +285,35 @@ def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> 
     order = [point.label for point in found.points]
     ranks = comparison["critical_difference"]["ranks"]
     assert order == sorted(ranks, key=ranks.__getitem__)
-    assert {tuple(order[first : last + 1]) for _, first, last in found.cliques} == {tuple(c) for c in comparison["critical_difference"]["cliques"]}
+    assert {tuple(order[first : last + 1]) for _, first, last in found.cliques} == {
+        tuple(c) for c in comparison["critical_difference"]["cliques"]
+    }
     for lane, first, last in found.cliques:
-        assert not any(other == lane and (a, b) != (first, last) and a <= last and b >= first for other, a, b in found.cliques)
-    bars = [trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "not told apart"]
-    assert [(round(bar["y"][0]), round(bar["y"][1])) for bar in bars] == [(first, last) for _, first, last in found.cliques]
-    ruler = next(trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "critical difference")
+        assert not any(
+            other == lane and (a, b) != (first, last) and a <= last and b >= first
+            for other, a, b in found.cliques
+        )
+    bars = [
+        trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "not told apart"
+    ]
+    assert [(round(bar["y"][0]), round(bar["y"][1])) for bar in bars] == [
+        (first, last) for _, first, last in found.cliques
+    ]
+    ruler = next(
+        trace
+        for trace in drawn(comparison)["critical_difference"].data
+        if trace["name"] == "critical difference"
+    )
     assert ruler["x"] == [1, 1 + comparison["critical_difference"]["cd"]]
 
 
 def test_a_clique_of_one_needs_no_bar(comparison: dict[str, Any]) -> None:
-    comparison["critical_difference"] = {"ranks": {"a": 1.0, "b": 2.5, "c": 2.5}, "cd": 1.0, "cliques": [["a"], ["b", "c"]], "blocks": 4}
+    comparison["critical_difference"] = {
+        "ranks": {"a": 1.0, "b": 2.5, "c": 2.5},
+        "cd": 1.0,
+        "cliques": [["a"], ["b", "c"]],
+        "blocks": 4,
+    }
     found = views.ranks(comparison)
     assert found is not None
     assert found.cliques == [(0, 1, 2)]

@@ -26,7 +26,13 @@ def data(made: Make, tmp_path: Path) -> dict[str, Any]:
     """Two rows of three seeds, one with a failure and a name that no format likes; one row that failed wholly."""
     for seed in range(3):
         made("lora", seed, [1] * (45 - seed) + [0] * (5 + seed))
-        made("snell", seed, [1] * (30 - seed) + [0] * (20 + seed), told={"params": {"trained": 1_234_567}}, dataset__note=ODD)
+        made(
+            "snell",
+            seed,
+            [1] * (30 - seed) + [0] * (20 + seed),
+            told={"params": {"trained": 1_234_567}},
+            dataset__note=ODD,
+        )
     made("snell", 3, status="failed", dataset__note=ODD)
     made("head", 0, status="failed", told={"error": "exploded [bold]"})
     return compare([tmp_path / "outputs"], by=["dataset.note", "method"]).as_dict()
@@ -44,7 +50,9 @@ def test_terminal_says_everything(data: dict[str, Any]) -> None:
     text = printed(data, 240)
     first = text.splitlines()
     assert first[0].startswith("Fairness check: the rows differ in more")
-    assert next(i for i, line in enumerate(first) if "Trained parameters differ by a factor of 35.2" in line) < text[: text.index("───")].count("\n")
+    assert next(
+        i for i, line in enumerate(first) if "Trained parameters differ by a factor of 35.2" in line
+    ) < text[: text.index("───")].count("\n")
     numbers = (ODD, "1,234,567", "88.00", "3 (1 failed)", "0 (1 failed)", "difference", "worse", "512.0 MiB")
     for words in (*numbers, "out of memory", "exploded [bold]"):
         assert words in text, words
@@ -96,14 +104,21 @@ def test_latex_escapes(data: dict[str, Any]) -> None:
     columns = body[0].count("r", body[0].index("{l"))
     rows = body[body.index("\\midrule") + 1 : body.index("\\bottomrule")]
     assert all(len(re.findall(r"(?<!\\)&", row)) == columns for row in rows)
-    assert r"a\_b \& 100\% \{x\} \textless{}y\textgreater{} | *z* \textasciitilde{}\textasciicircum{}\textbackslash{} \$5 \#1 {[}ü]" in text
+    assert (
+        r"a\_b \& 100\% \{x\} \textless{}y\textgreater{} | *z* \textasciitilde{}\textasciicircum{}\textbackslash{} \$5 \#1 {[}ü]"
+        in text
+    )
     assert "\\textbf{88.00}" in text
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(data: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "t.tex").write_text(f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{formats.latex(data)}\\end{{document}}")
-    subprocess.run(["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
+    (tmp_path / "t.tex").write_text(
+        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{formats.latex(data)}\\end{{document}}"
+    )
+    subprocess.run(
+        ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
+    )
 
 
 def test_columns_that_would_be_empty_are_left_out(made: Make, tmp_path: Path) -> None:

@@ -57,7 +57,11 @@ class Page(HTMLParser):
 
     def all(self, tag: str, **wanted: str) -> list[dict[str, str]]:
         """Attributes of all such tags; ``class_`` stands for ``class``."""
-        return [found for name, found in self.tags if name == tag and all(found.get(k.rstrip("_")) == v for k, v in wanted.items())]
+        return [
+            found
+            for name, found in self.tags
+            if name == tag and all(found.get(k.rstrip("_")) == v for k, v in wanted.items())
+        ]
 
 
 @pytest.fixture
@@ -75,9 +79,16 @@ def said(page: Page) -> str:
 
 
 def test_nothing_comes_from_elsewhere(page: Page) -> None:
-    links = [(tag, key, value) for tag, found in page.tags for key, value in found.items() if key in ("src", "href", "action", "srcset", "data")]
+    links = [
+        (tag, key, value)
+        for tag, found in page.tags
+        for key, value in found.items()
+        if key in ("src", "href", "action", "srcset", "data")
+    ]
     assert links == [("link", "href", "data:,")]
-    (policy,) = [found["content"] for found in page.all("meta") if found.get("http-equiv") == "Content-Security-Policy"]
+    (policy,) = [
+        found["content"] for found in page.all("meta") if found.get("http-equiv") == "Content-Security-Policy"
+    ]
     assert policy.startswith("default-src 'none';")
     assert "http" not in policy
     assert "unsafe-eval" not in policy
@@ -98,8 +109,12 @@ def test_the_policy_allows_just_the_scripts_that_are_there(page: Page) -> None:
 
 
 def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: dict[str, Any]) -> None:
-    assert [found["data-value"] for found in page.all("th", scope="row") if "data-value" in found] == [row["label"] for row in comparison["rows"]]
-    assert [found["data-copy"] for found in page.all("button", class_="copy")] == [row["command"] for row in comparison["rows"]]
+    assert [found["data-value"] for found in page.all("th", scope="row") if "data-value" in found] == [
+        row["label"] for row in comparison["rows"]
+    ]
+    assert [found["data-copy"] for found in page.all("button", class_="copy")] == [
+        row["command"] for row in comparison["rows"]
+    ]
     values = [found["data-value"] for found in page.all("td") if "data-value" in found]
     width = len(values) // len(comparison["rows"])
     table = [values[i : i + width] for i in range(0, len(values), width)]
@@ -107,12 +122,23 @@ def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: 
     assert len(heads) == width + 1
     for row, cells in zip(comparison["rows"], table, strict=True):
         sparsity = "" if row["by"]["sparsity"] is None else str(row["by"]["sparsity"])
-        mean, lost = "" if row["mean"] is None else str(row["mean"]), str(row["failed"] + row["pruned"] + row["unfinished"])
+        mean, lost = (
+            "" if row["mean"] is None else str(row["mean"]),
+            str(row["failed"] + row["pruned"] + row["unfinished"]),
+        )
         assert cells[:3] == [sparsity, mean, lost]
         kept = ["trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "trials"]
         assert cells[-5:] == ["" if row[key] is None else str(row[key]) for key in kept]
     words = said(page)
-    for shown in ("91.99 to 93.19", "1 failed", "1 unfinished", "single seed", "0 of 2", "one seed", "87.10 to 92.10, 95 % interval over 360 test"):
+    for shown in (
+        "91.99 to 93.19",
+        "1 failed",
+        "1 unfinished",
+        "single seed",
+        "0 of 2",
+        "one seed",
+        "87.10 to 92.10, 95 % interval over 360 test",
+    ):
         assert shown in words
 
 
@@ -129,7 +155,9 @@ def test_the_data_survive_their_script(page: Page, comparison: dict[str, Any]) -
     expected = [{"key": figure.key, **figure.as_plotly()} for figure in figures(comparison)]
     assert json.loads(data) == json.loads(json.dumps(expected))
     assert not set("<>&") & set(data)
-    assert [found["id"] for found in page.all("div", class_="plot")] == [f"plot-{figure.key}" for figure in figures(comparison)]
+    assert [found["id"] for found in page.all("div", class_="plot")] == [
+        f"plot-{figure.key}" for figure in figures(comparison)
+    ]
 
 
 def test_fairness_stands_above_the_table(page: Page, comparison: dict[str, Any]) -> None:
@@ -167,18 +195,36 @@ def test_sorting_starts_from_the_order_of_the_rows(page: Page, comparison: dict[
 
 def test_little_is_enough(comparison: dict[str, Any]) -> None:
     failed = comparison["rows"][-1]
-    bare = {"rows": [failed], "tests": [], "omnibus": None, "critical_difference": None, "fairness": [], "notes": [], "baseline": None, "task": None}
+    bare = {
+        "rows": [failed],
+        "tests": [],
+        "omnibus": None,
+        "critical_difference": None,
+        "fairness": [],
+        "notes": [],
+        "baseline": None,
+        "task": None,
+    }
     page = Page(html.document(comparison | bare | {"by": []}))
     assert "nothing to compare yet" in said(page)
     assert not page.all("div", class_="plot")
     rows = [
-        row | {"versus": row["versus"] and row["versus"] | dict.fromkeys(("low", "high", "p", "p_holm", "difference"))} for row in comparison["rows"]
+        row
+        | {
+            "versus": row["versus"]
+            and row["versus"] | dict.fromkeys(("low", "high", "p", "p_holm", "difference"))
+        }
+        for row in comparison["rows"]
     ]
-    tests = [test | dict.fromkeys(("low", "high", "p", "p_holm", "difference")) for test in comparison["tests"]]
+    tests = [
+        test | dict.fromkeys(("low", "high", "p", "p_holm", "difference")) for test in comparison["tests"]
+    ]
     assert Page(html.document(comparison | {"rows": rows, "tests": tests})).open == []
 
 
-def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, comparison: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_is_written_whole_or_not_at_all(
+    tmp_path: Path, comparison: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     file = tmp_path / "new" / "report.html"
     html.write(comparison, file)
     first = file.read_text(encoding="utf-8")
@@ -202,5 +248,7 @@ def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path, comparison: dic
 def test_writing_it_loads_no_plotting(tmp_path: Path) -> None:
     here = Path(__file__).with_name("comparison_example.py")
     code = f"import runpy, sys; from finetune.report import html; html.document(runpy.run_path({str(here)!r})['comparison']()); print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "matplotlib", "numpy", "pandas", "plotly.graph_objs", "scipy"} & set(loaded)

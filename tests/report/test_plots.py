@@ -24,7 +24,9 @@ example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     comparison = example()
-    comparison["rows"][2]["by"]["method"] = comparison["rows"][2]["label"] = "lora 日本語 $x_1$"  # no such glyphs; no mathematics either
+    comparison["rows"][2]["by"]["method"] = comparison["rows"][2]["label"] = (
+        "lora 日本語 $x_1$"  # no such glyphs; no mathematics either
+    )
     return plots.write(comparison, tmp_path_factory.mktemp("plots") / "deep" / "folder")
 
 
@@ -49,7 +51,10 @@ def test_pdf_is_a_column_wide_and_holds_its_fonts(made: list[Path]) -> None:
         assert float(box[1]) == pytest.approx(3.3 * 72, abs=0.1)
         parts = [
             raw,
-            *(zlib.decompressobj().decompress(part) for part in re.findall(rb"/FlateDecode[^>]*>>\s*stream\r?\n(.*?)\r?\nendstream", raw, re.S)),
+            *(
+                zlib.decompressobj().decompress(part)
+                for part in re.findall(rb"/FlateDecode[^>]*>>\s*stream\r?\n(.*?)\r?\nendstream", raw, re.S)
+            ),
         ]
         whole = b"".join(parts)
         assert b"/FontFile2" in whole
@@ -61,7 +66,10 @@ def test_points_and_intervals_are_the_rows() -> None:
     comparison = example()
     figure = dict(plots.figures(comparison))["pareto_trained"]
     (axes,) = figure.axes
-    drawn = {(round(float(bar[0].get_xdata()[0]), 6), round(float(bar[0].get_ydata()[0]), 6)): bar for bar in axes.containers}
+    drawn = {
+        (round(float(bar[0].get_xdata()[0]), 6), round(float(bar[0].get_ydata()[0]), 6)): bar
+        for bar in axes.containers
+    }
     looks = views.styles(comparison)
     for row in comparison["rows"]:
         if row["mean"] is None:
@@ -144,10 +152,16 @@ def test_differences_and_ranks_read_from_the_top() -> None:
         found = dict(plots.figures(comparison))
     (axes,) = found["differences"].axes
     rows = [row for row in comparison["rows"] if row["versus"]]
-    assert [text.get_text() for text in axes.get_yticklabels()] == [figures.short(row["label"], plots.NARROW) for row in rows]
+    assert [text.get_text() for text in axes.get_yticklabels()] == [
+        figures.short(row["label"], plots.NARROW) for row in rows
+    ]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
-    assert [bar[0].get_xdata()[0] for bar in axes.containers] == pytest.approx([100 * row["versus"]["difference"] for row in rows])
-    assert not any(text.get_parse_math() for text in axes.get_yticklabels())  # a name with dollars is no formula
+    assert [bar[0].get_xdata()[0] for bar in axes.containers] == pytest.approx(
+        [100 * row["versus"]["difference"] for row in rows]
+    )
+    assert not any(
+        text.get_parse_math() for text in axes.get_yticklabels()
+    )  # a name with dollars is no formula
     for bar, row in zip(axes.containers, rows, strict=True):
         (segment,) = bar[2][0].get_segments()
         assert list(segment[:, 0]) == pytest.approx([100 * row["versus"]["low"], 100 * row["versus"]["high"]])
@@ -164,7 +178,9 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
     assert plots.write(comparison, tmp_path, kinds=("png",))
     assert dict(matplotlib.rcParams) == before
     code = "import sys; from finetune.report import plots; plots.views, plots.figures; print(*sys.modules)"
-    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
     assert not {"torch", "matplotlib", "numpy"} & set(loaded)
 
 
@@ -180,7 +196,9 @@ comparison["critical_difference"] = None
 plots.write(comparison, Path("out"), kinds=("png",))
 print(*sys.modules)
 """
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout.split()
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout.split()
     assert "matplotlib.figure" in loaded
     assert not {"matplotlib.pyplot", "torch"} & set(loaded)
 

@@ -19,7 +19,12 @@ FILES = ["result.json", "config.yaml", "predictions.parquet", "tuning.json", "me
 
 
 def test_runs_are_found_at_any_depth_and_once(made: Make, tmp_path: Path) -> None:
-    runs = [made("lora", 0), made("lora", 1), made("lora", 0, into="other"), made("lora", 3, status="unfinished")]
+    runs = [
+        made("lora", 0),
+        made("lora", 1),
+        made("lora", 0, into="other"),
+        made("lora", 3, status="unfinished"),
+    ]
     made("head", 0, into="sweep/trials")
     made("head", 1, into="sweep/.hidden")
     outputs = tmp_path / "outputs"
@@ -34,7 +39,10 @@ def test_folders_that_hold_no_run_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
         find([tmp_path / "empty", tmp_path / "missing", tmp_path / "file"])
-    assert ["holds no run" in caught.value.faults[0], *("no such folder" in fault for fault in caught.value.faults[1:])] == [True] * 3
+    assert [
+        "holds no run" in caught.value.faults[0],
+        *("no such folder" in fault for fault in caught.value.faults[1:]),
+    ] == [True] * 3
 
 
 def test_a_run_that_is_there_twice_counts_once(made: Make) -> None:
@@ -49,8 +57,14 @@ def test_a_run_that_is_there_twice_counts_once(made: Make) -> None:
 
 
 def test_status_of_each(made: Make) -> None:
-    runs = read([made("lora", 0, [1, 0]), made("lora", 1, status="failed"), made("lora", 2, status="unfinished")])
-    assert [(run.status, run.error, run.seed) for run in runs] == [("finished", None, 0), ("failed", "out of memory", 1), ("unfinished", None, 2)]
+    runs = read(
+        [made("lora", 0, [1, 0]), made("lora", 1, status="failed"), made("lora", 2, status="unfinished")]
+    )
+    assert [(run.status, run.error, run.seed) for run in runs] == [
+        ("finished", None, 0),
+        ("failed", "out of memory", 1),
+        ("unfinished", None, 2),
+    ]
     assert runs[0].settings == runs[2].settings
     assert runs[0].number("test.accuracy") == 0.5
     assert runs[0].number("cost.peak_memory_bytes") == 512 << 20
@@ -101,17 +115,47 @@ JSON = st.recursive(
 
 def test_what_a_search_has_pruned_is_called_so(made: Make, tmp_path: Path) -> None:
     runs = [made("lora", 0, [1, 0]), *(made("lora", seed, status="unfinished") for seed in (1, 2))]
-    trials = [{"run": run.name, "status": status} for run, status in zip(runs, ("finished", "pruned", "unfinished"), strict=True)]
-    (runs[0].parent / "search.json").write_text(json.dumps({"trials": [*trials, {"run": None, "status": "failed"}]}))
+    trials = [
+        {"run": run.name, "status": status}
+        for run, status in zip(runs, ("finished", "pruned", "unfinished"), strict=True)
+    ]
+    (runs[0].parent / "search.json").write_text(
+        json.dumps({"trials": [*trials, {"run": None, "status": "failed"}]})
+    )
     assert [run.status for run in read(runs)] == ["finished", "pruned", "unfinished"]
 
 
-KEYS = ["metrics", "cost", "params", "versions", "seed", "group_hash", "status", "stored_bytes", "git_commit", "device", "format"]
+KEYS = [
+    "metrics",
+    "cost",
+    "params",
+    "versions",
+    "seed",
+    "group_hash",
+    "status",
+    "stored_bytes",
+    "git_commit",
+    "device",
+    "format",
+]
 
 
-@settings(max_examples=40, deadline=None, phases=[Phase.generate], suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(file=st.sampled_from(FILES), cut=st.integers(0, 300), noise=st.binary(max_size=8), key=st.sampled_from(KEYS), value=JSON)
-def test_no_damage_stops_a_comparison(made: Make, tmp_path: Path, file: str, cut: int, noise: bytes, key: str, value: object) -> None:
+@settings(
+    max_examples=40,
+    deadline=None,
+    phases=[Phase.generate],
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    file=st.sampled_from(FILES),
+    cut=st.integers(0, 300),
+    noise=st.binary(max_size=8),
+    key=st.sampled_from(KEYS),
+    value=JSON,
+)
+def test_no_damage_stops_a_comparison(
+    made: Make, tmp_path: Path, file: str, cut: int, noise: bytes, key: str, value: object
+) -> None:
     """One run is cut short, or holds anything at all where a number should be; the others keep their row."""
     for seed in (0, 1):
         made("lora", seed, [1, 0, 1])
@@ -124,7 +168,9 @@ def test_no_damage_stops_a_comparison(made: Make, tmp_path: Path, file: str, cut
     (folder / file).write_bytes(whole)
     result = json.loads((folder / "result.json").read_text())
     (folder / "result.json").write_text(json.dumps(result | {key: value}))
-    tuning = json.dumps({"parameter": "optimizer.lr", "trials": value}) if key == "seed" else json.dumps(value)
+    tuning = (
+        json.dumps({"parameter": "optimizer.lr", "trials": value}) if key == "seed" else json.dumps(value)
+    )
     (folder / "tuning.json").write_text(tuning)
     found = compare([tmp_path / "outputs"]).as_dict()
     assert {"lora", "head"} <= {row["label"] for row in found["rows"] if row["finished"] == 2}

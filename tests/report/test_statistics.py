@@ -18,8 +18,13 @@ from statsmodels.stats.proportion import proportion_confint
 from finetune.report import statistics as ours
 
 COUNTS = st.integers(0, 60)
-FIRST = [[int(x) for x in row] for row in ["1011", "0111", "1110", "0100", "0100", "1010", "0100", "1111", "0100"]]
-SECOND = [[int(x) for x in row] for row in ["00110", "01010", "01101", "10001", "11000", "10100", "01000", "00110", "00000"]]
+FIRST = [
+    [int(x) for x in row] for row in ["1011", "0111", "1110", "0100", "0100", "1010", "0100", "1111", "0100"]
+]
+SECOND = [
+    [int(x) for x in row]
+    for row in ["00110", "01010", "01101", "10001", "11000", "10100", "01000", "00110", "00000"]
+]
 HALVES = [(0.02, 0.03), (0.01, 0.04), (0.03, 0.01), (0.02, 0.02), (0.0, 0.03)]
 
 
@@ -35,7 +40,14 @@ def test_wilson_as_statsmodels(n: int, data: st.DataObject) -> None:
 
 @pytest.mark.parametrize(
     ("b", "c", "exact", "midp"),
-    [(1, 8, 20 / 512, 11 / 512), (10, 25, 0.0166738, 0.0113310), (0, 5, 0.0625, 0.03125), (3, 3, 1, 1), (121, 59, 4.43445e-06, None), (0, 0, 1, 1)],
+    [
+        (1, 8, 20 / 512, 11 / 512),
+        (10, 25, 0.0166738, 0.0113310),
+        (0, 5, 0.0625, 0.03125),
+        (3, 3, 1, 1),
+        (121, 59, 4.43445e-06, None),
+        (0, 0, 1, 1),
+    ],
 )
 def test_mcnemar_worked(b: int, c: int, exact: float, midp: float | None) -> None:
     assert ours.mcnemar_exact(b, c) == pytest.approx(exact, rel=5e-6)
@@ -61,7 +73,9 @@ def test_mcnemar_chi2_worked(b: int, c: int, corrected: bool, chi2: float, p: fl
 @given(COUNTS, COUNTS)
 def test_mcnemar_as_statsmodels_and_as_a_sum(b: int, c: int) -> None:
     if b + c:
-        assert ours.mcnemar_exact(b, c) == pytest.approx(mcnemar([[0, b], [c, 0]], exact=True).pvalue, rel=1e-9)
+        assert ours.mcnemar_exact(b, c) == pytest.approx(
+            mcnemar([[0, b], [c, 0]], exact=True).pvalue, rel=1e-9
+        )
     n, k = b + c, min(b, c)
     tail = sum(math.comb(n, i) for i in range(k + 1))
     expected = 1.0 if b == c else (2 * tail - math.comb(n, k)) / 2**n
@@ -133,10 +147,15 @@ def test_holm_as_statsmodels(ps: list[float]) -> None:
     found = ours.holm(ps)
     assert found == pytest.approx(multipletests(ps, method="holm")[1].tolist())
     bonferroni = [min(1, len(ps) * p) for p in ps]
-    assert all(f is not None and p - 1e-12 <= f <= b + 1e-12 for p, f, b in zip(ps, found, bonferroni, strict=True))
+    assert all(
+        f is not None and p - 1e-12 <= f <= b + 1e-12 for p, f, b in zip(ps, found, bonferroni, strict=True)
+    )
 
 
-@given(st.lists(st.floats(-10, 10), min_size=2, max_size=10), st.lists(st.floats(-10, 10), min_size=2, max_size=10))
+@given(
+    st.lists(st.floats(-10, 10), min_size=2, max_size=10),
+    st.lists(st.floats(-10, 10), min_size=2, max_size=10),
+)
 def test_welch_as_scipy(a: list[float], b: list[float]) -> None:
     found = ours.welch(a, b)
     if np.var(a) + np.var(b) > 1e-9:
@@ -149,7 +168,9 @@ def test_welch_as_scipy(a: list[float], b: list[float]) -> None:
 
 def test_interval_over_seeds() -> None:
     values = [0.90, 0.94, 0.95]
-    assert ours.t_interval(values) == pytest.approx(scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values)))
+    assert ours.t_interval(values) == pytest.approx(
+        scipy.stats.t.interval(0.95, 2, np.mean(values), scipy.stats.sem(values))
+    )
     assert ours.t_interval([0.9]) is None
 
 
@@ -165,7 +186,9 @@ def test_crossed_by_hand() -> None:
     found = ours.crossed(d)
     assert found.difference == pytest.approx(mean)
     assert found.p == pytest.approx(2 * scipy.stats.t.sf(mean / math.sqrt(variance), df))
-    assert (found.low, found.high) == pytest.approx(scipy.stats.t.interval(0.95, df, mean, math.sqrt(variance)))
+    assert (found.low, found.high) == pytest.approx(
+        scipy.stats.t.interval(0.95, df, mean, math.sqrt(variance))
+    )
 
 
 @given(st.integers(0, 1000))
@@ -189,7 +212,9 @@ def _null(random: np.random.Generator, seeds: int, n: int, of_seed: float, of_ex
     """Right answers of two equally good methods, less one another, [seeds, n]."""
     difficulty, models = random.normal(2, 2, n), []
     for _ in range(2):
-        strength = difficulty + of_example * random.normal(0, 1, n) + of_seed * random.normal(0, 1, (seeds, 1))
+        strength = (
+            difficulty + of_example * random.normal(0, 1, n) + of_seed * random.normal(0, 1, (seeds, 1))
+        )
         models.append((strength + random.normal(0, 1, (seeds, n)) > 0).astype(float))
     return models[0] - models[1]
 
@@ -213,7 +238,9 @@ def test_null_rates_of_midp_and_five_by_two() -> None:
     random = np.random.default_rng(0)
     midp = np.mean([ours.mcnemar_midp(b, 30 - b) <= 0.05 for b in random.binomial(30, 0.5, 2000)])
     f = np.mean([ours.five_by_two(random.normal(0, 1, (5, 2))).f_p <= 0.05 for _ in range(2000)])
-    splits = np.stack([np.repeat(random.normal(0, 1, (2000, 1)), 10, 1), random.normal(0, 1, (2000, 10))]).sum(0)  # overlapping training sets
+    splits = np.stack(
+        [np.repeat(random.normal(0, 1, (2000, 1)), 10, 1), random.normal(0, 1, (2000, 10))]
+    ).sum(0)  # overlapping training sets
     naive = np.mean([ours.corrected_t(d, 0.0).p <= 0.05 for d in splits.tolist()])  # type: ignore[operator]
     assert midp <= 0.06
     assert f <= 0.065
@@ -222,7 +249,11 @@ def test_null_rates_of_midp_and_five_by_two() -> None:
 
 def test_bootstrap_as_every_resample() -> None:
     """Five examples have 3,125 resamples; the percentiles of all of them are what is estimated."""
-    bits, other, size = np.array([3.0, 1.0, 4.0, 1.0, 5.0]), np.array([2.0, 2.0, 3.0, 2.0, 4.0]), np.array([1.0, 2.0, 2.0, 1.0, 3.0])
+    bits, other, size = (
+        np.array([3.0, 1.0, 4.0, 1.0, 5.0]),
+        np.array([2.0, 2.0, 3.0, 2.0, 4.0]),
+        np.array([1.0, 2.0, 2.0, 1.0, 3.0]),
+    )
     every = [list(chosen) for chosen in itertools.product(range(5), repeat=5)]
     exact = np.array([bits[c].sum() / size[c].sum() - other[c].sum() / size[c].sum() for c in every])
     found = ours.paired_bootstrap((bits, size), (other, size), draws=40_000)
@@ -246,7 +277,10 @@ def test_bootstrap_of_many_examples_comes_in_chunks(monkeypatch: pytest.MonkeyPa
 def test_bootstrap_of_counts_as_of_examples() -> None:
     right, other = np.repeat([1, 1, 0, 0], [60, 25, 10, 5]), np.repeat([1, 0, 1, 0], [60, 25, 10, 5])
     ones = np.ones(100)
-    slow, fast = ours.paired_bootstrap((right, ones), (other, ones), draws=20_000), ours.bootstrap_counts(25, 10, 100, draws=20_000)
+    slow, fast = (
+        ours.paired_bootstrap((right, ones), (other, ones), draws=20_000),
+        ours.bootstrap_counts(25, 10, 100, draws=20_000),
+    )
     assert fast.difference == pytest.approx(slow.difference)
     assert (fast.low, fast.high) == pytest.approx((slow.low, slow.high), abs=0.011)
     assert fast.p == pytest.approx(slow.p, abs=0.006)
@@ -258,7 +292,9 @@ def test_linearised_values_vary_as_the_ratio() -> None:
     values = ours.linearised(bits, size)
     assert values.mean() == pytest.approx(bits.sum() / size.sum())
     drawn = random.integers(0, 300, (4000, 300))
-    assert values.std() / math.sqrt(300) == pytest.approx(np.std(bits[drawn].sum(1) / size[drawn].sum(1)), rel=0.06)
+    assert values.std() / math.sqrt(300) == pytest.approx(
+        np.std(bits[drawn].sum(1) / size[drawn].sum(1)), rel=0.06
+    )
 
 
 @given(st.lists(st.lists(st.integers(0, 5), min_size=4, max_size=4), min_size=2, max_size=12))
@@ -276,7 +312,9 @@ def test_friedman_as_scipy(values: list[list[int]]) -> None:
 def test_critical_difference(groups: int) -> None:
     q = scipy.stats.studentized_range.ppf(0.95, groups, np.inf)
     assert ours.studentized_range(groups) == pytest.approx(q, rel=1e-5)
-    assert ours.critical_difference(groups, 6) == pytest.approx(q / math.sqrt(2) * math.sqrt(groups * (groups + 1) / 36), rel=1e-5)
+    assert ours.critical_difference(groups, 6) == pytest.approx(
+        q / math.sqrt(2) * math.sqrt(groups * (groups + 1) / 36), rel=1e-5
+    )
 
 
 def test_critical_difference_of_demsar() -> None:
@@ -292,7 +330,9 @@ def test_cliques() -> None:
 
 @given(st.lists(st.floats(1, 9), min_size=1, max_size=7), st.floats(0, 4))
 def test_cliques_as_brute_force(ranks: list[float], cd: float) -> None:
-    sets = [set(c) for size in range(2, len(ranks) + 1) for c in itertools.combinations(range(len(ranks)), size)]
+    sets = [
+        set(c) for size in range(2, len(ranks) + 1) for c in itertools.combinations(range(len(ranks)), size)
+    ]
     fitting = [s for s in sets if max(ranks[i] for i in s) - min(ranks[i] for i in s) <= cd]
     largest = [s for s in fitting if not any(s < other for other in fitting)]
     assert sorted(map(sorted, ours.cliques(ranks, cd))) == sorted(map(sorted, largest))

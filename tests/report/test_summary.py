@@ -34,7 +34,12 @@ def test_summary_says_everything_that_the_issue_promises(result: Make) -> None:
 
 def test_summary_of_a_language_model_names_retention(result: Make) -> None:
     values = {"base": 2.5, "test": 1.25, "retention": 3.0, "base_retention": 2.875}
-    text = summary(result(metrics={split: {"bits_per_byte": value, "perplexity": 9.0} for split, value in values.items()}), FOLDER)
+    text = summary(
+        result(
+            metrics={split: {"bits_per_byte": value, "perplexity": 9.0} for split, value in values.items()}
+        ),
+        FOLDER,
+    )
     assert "2.5000 before, 1.2500 after (bits per byte on the test set)" in text
     assert "2.8750 before, 3.0000 after (bits per byte on what it should not forget)" in text
     assert "%" not in text.replace("(3.47 %)", "")
@@ -42,7 +47,16 @@ def test_summary_of_a_language_model_names_retention(result: Make) -> None:
 
 def test_summary_of_a_failed_run_points_to_the_log(result: Make) -> None:
     text = summary(
-        result(status="failed", error="the loss became NaN at step 3", metrics={}, params=None, cost=None, stored_bytes=None, steps=3), FOLDER
+        result(
+            status="failed",
+            error="the loss became NaN at step 3",
+            metrics={},
+            params=None,
+            cost=None,
+            stored_bytes=None,
+            steps=3,
+        ),
+        FOLDER,
     )
     assert "failed after 3 steps: the loss became NaN at step 3" in text
     assert str(FOLDER / "log.txt") in text
@@ -55,11 +69,19 @@ def test_the_next_command_survives_the_shell_and_the_grammar(result: Make, folde
     assert shlex.split(line.removeprefix("Next: ")) == ["finetune", "eval", "--ckpt", str(folder)]
 
 
-@pytest.mark.parametrize(("count", "text"), [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")])
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0 bytes"), (1023, "1023 bytes"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 30, "3.0 GiB")],
+)
 def test_show_bytes(count: int, text: str) -> None:
     assert show_bytes(count) == text
 
 
 def test_reports_import_no_torch() -> None:
     code = "import sys, finetune.report.summary; print({'torch', 'rich.table', 'yaml'} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )

@@ -66,18 +66,33 @@ def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
     assert said == ["W&B: logged to the project trial, group sweep."]
     found = records(sweep)
     run = next(record.run for record in found if record.HasField("run"))
-    assert (run.project, run.run_group, run.job_type, run.display_name) == ("trial", "sweep", "comparison", "comparison of sweep")
+    assert (run.project, run.run_group, run.job_type, run.display_name) == (
+        "trial",
+        "sweep",
+        "comparison",
+        "comparison of sweep",
+    )
     summary = {}
     for record in found:
         if record.HasField("summary"):
-            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.summary.update}
+            summary |= {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.summary.update
+            }
         if record.HasField("history"):
-            summary |= {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
+            summary |= {
+                item.key or "/".join(item.nested_key): json.loads(item.value_json)
+                for item in record.history.item
+            }
     for row in data["rows"]:
         assert summary[f"{row['label']}/mean"] == row["mean"]
         assert summary[f"{row['label']}/trained"] == row["trained"]
     assert summary["fairness"] == []
-    logged = {str(path) for value in summary.values() for path in (value.values() if isinstance(value, dict) else [value])}
+    logged = {
+        str(path)
+        for value in summary.values()
+        for path in (value.values() if isinstance(value, dict) else [value])
+    }
     (file,) = sweep.glob("wandb/offline-run-*/files/media/table/*.json")
     assert any(str(file).endswith(path) for path in logged if path.endswith(".table.json"))
     table = json.loads(file.read_text())

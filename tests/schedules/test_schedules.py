@@ -20,7 +20,19 @@ from finetune.schedules.ramp import Ramp
 from finetune.schedules.redraw import Redraw
 from finetune.schedules.static import Static
 
-CARD = [0, 0.2439, 0.4392, 0.5913, 0.7056, 0.7875, 0.8424, 0.8757, 0.8928, 0.8991, 0.9]  # gradual pruning from 0 to 0.9 in ten updates
+CARD = [
+    0,
+    0.2439,
+    0.4392,
+    0.5913,
+    0.7056,
+    0.7875,
+    0.8424,
+    0.8757,
+    0.8928,
+    0.8991,
+    0.9,
+]  # gradual pruning from 0 to 0.9 in ten updates
 
 
 def moves(schedule: Schedule, total: int) -> dict[int, Move]:
@@ -46,12 +58,24 @@ def test_cubic_curve_from_zero_to_nine_tenths() -> None:
 def test_cubic_is_seven_eighths_of_the_way_at_half_time() -> None:
     """gradual_pruning 2, for several ends."""
     for initial, final in ((10.0, 0.9), (4.0, 0.75), (0.0, 0.5), (0.25, 0.8)):
-        start, half, end = (1 - (1 - final) * Ramp(initial=initial, every=4, end=1.0).density(step, 81) for step in (0, 40, 80))
+        start, half, end = (
+            1 - (1 - final) * Ramp(initial=initial, every=4, end=1.0).density(step, 81)
+            for step in (0, 40, 80)
+        )
         assert half == pytest.approx(end - (end - start) / 8)
 
 
-@given(st.floats(1.01, 50), st.integers(1, 9), st.integers(20, 200), st.floats(0, 0.4), st.floats(0.5, 1), st.sampled_from([1.0, 2.0, 3.0]))
-def test_curves_fall_ever_more_slowly_and_meet_k(initial: float, every: int, total: int, start: float, end: float, power: float) -> None:
+@given(
+    st.floats(1.01, 50),
+    st.integers(1, 9),
+    st.integers(20, 200),
+    st.floats(0, 0.4),
+    st.floats(0.5, 1),
+    st.sampled_from([1.0, 2.0, 3.0]),
+)
+def test_curves_fall_ever_more_slowly_and_meet_k(
+    initial: float, every: int, total: int, start: float, end: float, power: float
+) -> None:
     """gradual_pruning 3: monotone, with shrinking increments; changed only at updates, n + 1 of them with the first choice; K at the end."""
     schedule = Ramp(initial=initial, power=power, start=start, end=end, every=every)
     due = moves(schedule, total)
@@ -72,8 +96,12 @@ def test_curves_fall_ever_more_slowly_and_meet_k(initial: float, every: int, tot
 
 
 def test_linear_down_and_up() -> None:
-    assert [m.density for m in moves(Ramp(initial=5.0, power=1.0, every=10, end=0.4), 100).values()] == pytest.approx([4, 3, 2, 1])
-    assert [m.density for m in moves(Ramp(initial=0.2, power=1.0, every=10, end=0.4), 100).values()] == pytest.approx([0.4, 0.6, 0.8, 1])
+    assert [
+        m.density for m in moves(Ramp(initial=5.0, power=1.0, every=10, end=0.4), 100).values()
+    ] == pytest.approx([4, 3, 2, 1])
+    assert [
+        m.density for m in moves(Ramp(initial=0.2, power=1.0, every=10, end=0.4), 100).values()
+    ] == pytest.approx([0.4, 0.6, 0.8, 1])
 
 
 def test_a_ramp_to_the_end_of_the_run_still_meets_k() -> None:
@@ -102,7 +130,11 @@ def test_redraw_chooses_anew_every_period() -> None:
 
 @pytest.mark.parametrize(
     ("decay", "expected"),
-    [("constant", [0.4, 0.4, 0.4]), ("linear", [0.3, 0.2, 0.1]), ("cosine", [0.4 * 0.5 * (1 + c) for c in (math.sqrt(0.5), 0, -math.sqrt(0.5))])],
+    [
+        ("constant", [0.4, 0.4, 0.4]),
+        ("linear", [0.3, 0.2, 0.1]),
+        ("cosine", [0.4 * 0.5 * (1 + c) for c in (math.sqrt(0.5), 0, -math.sqrt(0.5))]),
+    ],
 )
 def test_drop_grow_replaces_a_share_that_decays(decay: str, expected: list[float]) -> None:
     due = moves(DropGrow(every=25, rate=0.4, decay=decay), 100)  # type: ignore[arg-type]  # one of the three
@@ -125,11 +157,15 @@ def test_narrow_moves_once() -> None:
         (5, 0.5, 20, {0: 1, 5: 2}),
     ],
 )
-def test_grow_adds_equal_parts_and_ends_with_all(every: int, end: float, total: int, expected: dict[int, int]) -> None:
+def test_grow_adds_equal_parts_and_ends_with_all(
+    every: int, end: float, total: int, expected: dict[int, int]
+) -> None:
     schedule = Grow(every=every, end=end)
     parts = max(expected.values())
     assert schedule.first(total) == 1 / parts
-    assert {step: move.density for step, move in moves(schedule, total).items()} == {step: n / parts for step, n in expected.items() if step}
+    assert {step: move.density for step, move in moves(schedule, total).items()} == {
+        step: n / parts for step, n in expected.items() if step
+    }
     assert all(not move.drop and not move.redraw for move in moves(schedule, total).values())
 
 
@@ -160,7 +196,12 @@ def test_what_a_run_of_this_length_cannot_do(schedule: Schedule, total: int, wor
     assert words in fault
 
 
-@given(st.integers(1, 60), st.sampled_from([Static(), Redraw(every=7), DropGrow(every=7), Grow(every=7), Ramp(every=7), Narrow(), OneShot()]))
+@given(
+    st.integers(1, 60),
+    st.sampled_from(
+        [Static(), Redraw(every=7), DropGrow(every=7), Grow(every=7), Ramp(every=7), Narrow(), OneShot()]
+    ),
+)
 def test_a_schedule_without_faults_moves(total: int, schedule: Schedule) -> None:
     if not schedule.faults(total) and schedule not in (Static(), OneShot()):
         assert moves(schedule, total)
@@ -168,9 +209,28 @@ def test_a_schedule_without_faults_moves(total: int, schedule: Schedule) -> None
 
 def test_densities_stay_below_the_peak() -> None:
     """The room that a bank makes: never more entries at once."""
-    for schedule in (Ramp(initial=7.0, every=3), Ramp(initial=0.1, every=3), Grow(every=3), Redraw(every=3), DropGrow(every=3), Narrow(), Static()):
-        assert max([schedule.first(40), *(move.density for move in moves(schedule, 40).values())]) <= schedule.peak
+    for schedule in (
+        Ramp(initial=7.0, every=3),
+        Ramp(initial=0.1, every=3),
+        Grow(every=3),
+        Redraw(every=3),
+        DropGrow(every=3),
+        Narrow(),
+        Static(),
+    ):
+        assert (
+            max([schedule.first(40), *(move.density for move in moves(schedule, 40).values())])
+            <= schedule.peak
+        )
 
 
 def test_every_schedule_is_tested_here() -> None:
-    assert set(registry.catalog("schedule")) == {"static", "one_shot", "redraw", "drop_grow", "ramp", "narrow", "grow"}
+    assert set(registry.catalog("schedule")) == {
+        "static",
+        "one_shot",
+        "redraw",
+        "drop_grow",
+        "ramp",
+        "narrow",
+        "grow",
+    }

@@ -41,7 +41,10 @@ from finetune.training.session import Session
 
 LAYERS = 4
 FEW = ("q", "down")  # two matrices a block are enough, and fast
-BOTH: dict[str, Callable[[], Method]] = {"lora": lambda: LoRA(rank=2, targets=FEW), "shira": lambda: SHiRA(sparsity=0.9, targets=FEW)}
+BOTH: dict[str, Callable[[], Method]] = {
+    "lora": lambda: LoRA(rank=2, targets=FEW),
+    "shira": lambda: SHiRA(sparsity=0.9, targets=FEW),
+}
 MORE: dict[str, Callable[[], Method]] = {
     **BOTH,
     "lora dropout": lambda: LoRA(rank=2, dropout=0.2, targets=FEW),
@@ -55,13 +58,32 @@ both = pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
 
 def vit(layers: int = LAYERS) -> Any:
     torch.manual_seed(7)
-    sizes = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 24, "image_size": 16, "patch_size": 8}
+    sizes = {
+        "hidden_size": 16,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "image_size": 16,
+        "patch_size": 8,
+    }
     t: Any = transformers
     return t.ViTForImageClassification(t.ViTConfig(**sizes, num_hidden_layers=layers, num_labels=3)).eval()
 
 
-def begin(method: Method, selector: Selector | None, steps: int = 12, layers: int = LAYERS, seed: int = 0, **train: Any) -> Session:
-    session = contract.begin(method, train=replace(contract.TRAIN, steps=steps, **train), model=vit(layers), selector=selector, seed=seed)
+def begin(
+    method: Method,
+    selector: Selector | None,
+    steps: int = 12,
+    layers: int = LAYERS,
+    seed: int = 0,
+    **train: Any,
+) -> Session:
+    session = contract.begin(
+        method,
+        train=replace(contract.TRAIN, steps=steps, **train),
+        model=vit(layers),
+        selector=selector,
+        seed=seed,
+    )
     for group in session.optimizer.param_groups:
         group["weight_decay"] = 0.1
     return session
@@ -82,9 +104,16 @@ def holdings(session: Session) -> dict[int, dict[str, Tensor]]:
             bounds = delta.bank.bounds() if isinstance(delta, SparseDelta) else []
             owned = [delta.bank.values] if isinstance(delta, SparseDelta) else list(delta.parameters())
             for j, parameter in enumerate(owned):
-                part = slice(bounds[delta.i], bounds[delta.i + 1]) if isinstance(delta, SparseDelta) else slice(None)
+                part = (
+                    slice(bounds[delta.i], bounds[delta.i + 1])
+                    if isinstance(delta, SparseDelta)
+                    else slice(None)
+                )
                 state = session.optimizer.state.get(parameter, {})
-                tensors = {"value": parameter.detach(), **{k: state.get(k, torch.zeros_like(parameter)) for k in ("exp_avg", "exp_avg_sq")}}
+                tensors = {
+                    "value": parameter.detach(),
+                    **{k: state.get(k, torch.zeros_like(parameter)) for k in ("exp_avg", "exp_avg_sq")},
+                }
                 block |= {f"{name} {j} {key}": t[part].clone() for key, t in tensors.items()}
                 if not isinstance(delta, SparseDelta):
                     block[f"{name} {j} step"] = torch.as_tensor(state.get("step", 0.0)).clone()
@@ -144,13 +173,19 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
         for block in range(LAYERS):
             assert same(before[block], after[block]) == (block not in chosen), block
         assert all(p.requires_grad for p in session.states.parameters())
-        assert not any(any(delta.bank.frozen) for found in state_of(session).deltas.values() for delta in found if isinstance(delta, SparseDelta))
+        assert not any(
+            any(delta.bank.frozen)
+            for found in state_of(session).deltas.values()
+            for delta in found
+            if isinstance(delta, SparseDelta)
+        )
         seen.append(chosen)
     assert len({tuple(chosen) for chosen in seen}) > 1
 
 
 @pytest.mark.parametrize(
-    ("layers", "share", "expected"), [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)]
+    ("layers", "share", "expected"),
+    [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)],
 )
 def test_the_count_is_rounded_down_and_at_least_one(layers: int, share: float, expected: int) -> None:
     assert IST().count(share, Blocks({block: [] for block in range(layers)})) == expected
@@ -217,7 +252,9 @@ def test_a_failing_probe_leaves_the_gates_as_they_were(make: Callable[[], Method
 
 @pytest.mark.parametrize("micro", [None, 3])
 @both
-def test_a_probe_measures_the_steps_batch_on_the_damped_weights(make: Callable[[], Method], micro: int | None) -> None:
+def test_a_probe_measures_the_steps_batch_on_the_damped_weights(
+    make: Callable[[], Method], micro: int | None
+) -> None:
     """Against plain layers: w + factor * change in the damped blocks, w + change in the others; and the scores by the formula."""
     session = begin(make(), IST(), steps=30, micro_batch_size=micro)
     session.start()
@@ -242,16 +279,23 @@ def test_a_probe_measures_the_steps_batch_on_the_damped_weights(make: Callable[[
         for name, layer in patched(session.model).items():
             factor = 0.25 if int(re.findall(r"\d+", name)[0]) in damped else 1.0
             with torch.no_grad():
-                plain.get_submodule(name).weight.copy_(layer.original + factor * sum(d(layer.original) for d in layer.deltas))
+                plain.get_submodule(name).weight.copy_(
+                    layer.original + factor * sum(d(layer.original) for d in layer.deltas)
+                )
         with torch.no_grad():
             expected.append(float(nn.functional.cross_entropy(plain(**batch.inputs).logits, batch.labels)))
         assert loss == pytest.approx(expected[-1], abs=1e-5)
     rewards = [math.exp(-loss) for _, loss in probes]
     mean = sum(rewards) / 3
-    change = [sum(10 * 0.25 * (r - mean) for r, (damped, _) in zip(rewards, probes, strict=True) if block in damped) for block in range(LAYERS)]
+    change = [
+        sum(10 * 0.25 * (r - mean) for r, (damped, _) in zip(rewards, probes, strict=True) if block in damped)
+        for block in range(LAYERS)
+    ]
     assert state_of(session).scores.tolist() == pytest.approx(change, abs=1e-9)
     assert max(map(abs, change)) > 1e-4
-    assert session.run.metrics == {f"score_{block}": score for block, score in enumerate(state_of(session).scores.tolist())}
+    assert session.run.metrics == {
+        f"score_{block}": score for block, score in enumerate(state_of(session).scores.tolist())
+    }
 
 
 def test_scores_by_hand() -> None:
@@ -304,7 +348,9 @@ def test_draws_follow_the_weights() -> None:
     generator, state = torch.Generator().manual_seed(0), Blocks({3 + b: [] for b in range(8)})
     pairs = Counter(tuple(state.draw(torch.sigmoid(-state.scores), 2, generator)) for _ in range(5600))
     assert len(pairs) == 28
-    assert sum((n - 200) ** 2 / 200 for n in pairs.values()) < 55.5  # chi-square with 27 degrees of freedom, p = 0.001
+    assert (
+        sum((n - 200) ** 2 / 200 for n in pairs.values()) < 55.5
+    )  # chi-square with 27 degrees of freedom, p = 0.001
     state.scores += torch.linspace(-2, 3, 8)
     singles = Counter(state.draw(torch.sigmoid(-state.scores), 1, generator)[0] for _ in range(8000))
     weights = [1 / (1 + math.exp(s)) for s in torch.linspace(-2, 3, 8).tolist()]
@@ -324,7 +370,10 @@ def test_low_scores_train_and_high_scores_are_damped() -> None:
         session.selector.after_step(session.run, state)
         assert state.chosen == [2]
     state.scores.div_(-2)
-    session.run.evaluate = lambda batch: (damped.extend(b for b, found in gates(session).items() if found != {1.0}), torch.tensor(1.0))[1]
+    session.run.evaluate = lambda batch: (
+        damped.extend(b for b, found in gates(session).items() if found != {1.0}),
+        torch.tensor(1.0),
+    )[1]
     set_step(session, 10)
     session.selector.before_step(session.run, state)
     assert damped[0] == 2
@@ -362,7 +411,10 @@ def test_damping_a_change_of_zero_does_nothing() -> None:
 def test_all_blocks_without_probes_is_the_plain_run(case: str) -> None:
     """Invariant 7, to the bit, the method's own draws included."""
     make = MORE[case]
-    plain, all_of_it, none = (contract.finish(begin(make(), selector, steps=4)) for selector in (None, IST(trained=1.0, probes=0), Nothing()))
+    plain, all_of_it, none = (
+        contract.finish(begin(make(), selector, steps=4))
+        for selector in (None, IST(trained=1.0, probes=0), Nothing())
+    )
     contract.same_values(plain.states, none.states)
     for key in ("head", "method"):
         contract.same_values(plain.states[key], all_of_it.states[key])
@@ -393,7 +445,9 @@ def test_a_planted_block_ends_with_the_lowest_score_and_trains_most(make: Callab
         session.run.step = step
         session.selector.before_step(session.run, state)
         session.selector.after_step(session.run, state)
-    trained = Counter(b for _ in range(4000) for b in state.draw(torch.sigmoid(-state.scores), 1, session.run.generator))
+    trained = Counter(
+        b for _ in range(4000) for b in state.draw(torch.sigmoid(-state.scores), 1, session.run.generator)
+    )
     assert int(state.scores.argmin()) == planted
     assert state.scores[planted] < state.scores[torch.arange(LAYERS) != planted].min() - 1
     assert trained.most_common(1)[0][0] == planted
@@ -424,14 +478,20 @@ def test_every_method_is_selected_from_or_refused(name: str) -> None:
         with pytest.raises(ConfigError, match="trained in place" if name in in_place else "selector=ist "):
             contract.begin(method, selector=IST(every=2))
     else:
-        session = contract.finish(contract.begin(method, selector=IST(every=2), train=replace(contract.TRAIN, steps=3)))
+        session = contract.finish(
+            contract.begin(method, selector=IST(every=2), train=replace(contract.TRAIN, steps=3))
+        )
         assert len(state_of(session).scores) == 2
         assert state_of(session).scores.isfinite().all()
 
 
 @both
 def test_the_stored_change_knows_nothing_of_it(make: Callable[[], Method], tmp_path: Path) -> None:
-    trained, plain, selected = contract.finish(begin(make(), IST(every=2), 3)), begin(make(), None), begin(make(), IST(every=4))
+    trained, plain, selected = (
+        contract.finish(begin(make(), IST(every=2), 3)),
+        begin(make(), None),
+        begin(make(), IST(every=4)),
+    )
     assert not [name for name in stored.tensors(trained.states) if "selector" in name or "score" in name]
     stored.save(tmp_path / "delta", trained.states, {})
     for new in (plain, selected):
@@ -467,7 +527,13 @@ def test_resting_blocks_keep_no_activations(make: Callable[[], Method]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "method"), [("gpt2", LoRA(rank=2)), ("gpt2", SHiRA(sparsity=0.9)), ("llama", LoRA(rank=2)), ("llama", SHiRA(sparsity=0.9))]
+    ("kind", "method"),
+    [
+        ("gpt2", LoRA(rank=2)),
+        ("gpt2", SHiRA(sparsity=0.9)),
+        ("llama", LoRA(rank=2)),
+        ("llama", SHiRA(sparsity=0.9)),
+    ],
 )
 def test_language_models(kind: Any, method: Method) -> None:
     session = contract.finish(contract.begin(method, kind, selector=IST(every=2)))
@@ -479,7 +545,9 @@ def test_language_models(kind: Any, method: Method) -> None:
 def test_half_precision(make: Callable[[], Method]) -> None:
     """Probes run under autocast too: the model's own tensors are bfloat16."""
     train = replace(contract.TRAIN, precision="bf16")
-    session = contract.finish(contract.begin(make(), train=train, model=vit().bfloat16(), selector=IST(every=2)))
+    session = contract.finish(
+        contract.begin(make(), train=train, model=vit().bfloat16(), selector=IST(every=2))
+    )
     assert state_of(session).scores.any()
     assert state_of(session).scores.isfinite().all()
 
@@ -503,7 +571,9 @@ def test_parts_outside_the_blocks_always_train() -> None:
     """The class token of SNELL, and a layer with no number in its name."""
     model = vit(4)
     model.vit.bridge = nn.Linear(16, 16)
-    session = contract.begin(SNELL(rank=4, targets=("all", "bridge")), model=copy.deepcopy(model), selector=IST(probes=0))
+    session = contract.begin(
+        SNELL(rank=4, targets=("all", "bridge")), model=copy.deepcopy(model), selector=IST(probes=0)
+    )
     state = state_of(session)
     assert list(state.deltas) == [0, 1, 2, 3]
     set_step(session, 0)

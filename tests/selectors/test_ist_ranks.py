@@ -23,7 +23,9 @@ def train() -> dict[str, Tensor]:
     kept: dict[str, Tensor] = {}
     for name, method in {"lora": LoRA(rank=2), "shira": SHiRA(sparsity=0.9)}.items():
         # every third batch has five examples: the second process has none in one of its micro-batches, and another share of the loss
-        session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=1), selector=IST(every=2))
+        session = contract.begin(
+            method, train=replace(contract.TRAIN, micro_batch_size=1), selector=IST(every=2)
+        )
         process, world = session.accelerator.process_index, session.accelerator.num_processes
         session.batches = Batches(session.batches.data, 8, 1, 0, process, world)
         chosen: list[int] = []
@@ -46,9 +48,13 @@ def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
         assert (int(first[f"{name}/world"]), int(alone[f"{name}/world"])) == (2, 1)
         assert torch.equal(first[f"{name}/chosen"], alone[f"{name}/chosen"])
         assert first[f"{name}/selector.scores"].any()
-        torch.testing.assert_close(first[f"{name}/selector.scores"], alone[f"{name}/selector.scores"], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(
+            first[f"{name}/selector.scores"], alone[f"{name}/selector.scores"], atol=1e-4, rtol=1e-3
+        )
         for step in range(1, contract.STEPS + 1):
-            torch.testing.assert_close(first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-4, rtol=1e-4)
+            torch.testing.assert_close(
+                first[f"{name}/loss {step}"], alone[f"{name}/loss {step}"], atol=1e-4, rtol=1e-4
+            )
 
 
 if __name__ == "__main__":

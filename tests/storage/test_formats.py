@@ -81,7 +81,8 @@ def test_an_altered_configuration_is_named_and_not_used(old: Path, was: str, the
     config.write_text(config.read_text().replace(was, then))
     key, value = then.split(": ")
     with pytest.raises(
-        ConfigError, match=rf"config.yaml is not what .*delta was trained with: \S*{key} is {value} there and {was.split(': ')[1]} here"
+        ConfigError,
+        match=rf"config.yaml is not what .*delta was trained with: \S*{key} is {value} there and {was.split(': ')[1]} here",
     ):
         finished.evaluate(Path("lora"))
 
@@ -110,7 +111,9 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
     assert "Going on from step 4" in said[-1]
     result = files.read_result()
     assert close(result["metrics"], told["metrics"])
-    assert [result[key] for key in ("steps", "best_step", "params")] == [told[key] for key in ("steps", "best_step", "params")]
+    assert [result[key] for key in ("steps", "best_step", "params")] == [
+        told[key] for key in ("steps", "best_step", "params")
+    ]
     assert result["config_hash"] != told["config_hash"]  # it no longer counts how often a run is saved
     after = stored.read(files.delta / "delta.safetensors")
     assert after.keys() == before.keys()
@@ -123,7 +126,13 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
 
 def test_what_is_written_now_says_its_format_and_who_wrote_it(new: Path) -> None:
     found = {str(file.relative_to(new / "shira")) for file in (new / "shira").rglob("*.json")}
-    assert found >= {"delta/delta.json", "delta/manifest.json", "result.json", "checkpoints/step-6/state.json", "checkpoints/step-6/manifest.json"}
+    assert found >= {
+        "delta/delta.json",
+        "delta/manifest.json",
+        "result.json",
+        "checkpoints/step-6/state.json",
+        "checkpoints/step-6/manifest.json",
+    }
     for name in found:
         content = json.loads((new / "shira" / name).read_text())
         assert content["format"] == FORMAT, name
@@ -132,7 +141,9 @@ def test_what_is_written_now_says_its_format_and_who_wrote_it(new: Path) -> None
 
 @pytest.mark.parametrize("name", ["result.json", "delta/delta.json", "delta/manifest.json", "checkpoints/step-6/state.json",
                                   "checkpoints/step-6/manifest.json"])  # fmt: skip
-def test_a_later_format_is_refused_with_the_version_it_needs(new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_a_later_format_is_refused_with_the_version_it_needs(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     shutil.copytree(new, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     files = RunFolder(Path("shira"))
@@ -151,15 +162,21 @@ def test_a_later_format_is_refused_with_the_version_it_needs(new: Path, tmp_path
     assert {file: file.read_bytes() for file in files.path.rglob("*") if file.is_file()} == before
 
 
-def test_a_later_configuration_is_refused_with_the_version_it_needs(new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_later_configuration_is_refused_with_the_version_it_needs(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(new, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     file = Path("shira/config.yaml")
     settings, text = load([], config_file=file), file.read_text()
     assert text.startswith(f"# format {FORMAT}, finetune 0.1.0\n")
-    file.write_text(text.replace(f"# format {FORMAT}, finetune 0.1.0", f"# format {FORMAT + 1}, finetune 7.2.1"))
+    file.write_text(
+        text.replace(f"# format {FORMAT}, finetune 0.1.0", f"# format {FORMAT + 1}, finetune 7.2.1")
+    )
     for work in (lambda: load([], config_file=file), lambda: RunFolder(file.parent).check(settings)):
-        with pytest.raises(ConfigError, match=r"config.yaml has format 2, .*install finetune-bench>=7\.2\.1\."):
+        with pytest.raises(
+            ConfigError, match=r"config.yaml has format 2, .*install finetune-bench>=7\.2\.1\."
+        ):
             work()
 
 
@@ -175,7 +192,9 @@ def test_formats(content: Any, words: str) -> None:
     assert re.search(words, found)
 
 
-def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(
+    new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shutil.copytree(new, tmp_path, dirs_exist_ok=True)
     monkeypatch.chdir(tmp_path)
     files = RunFolder(Path("shira"))
@@ -190,7 +209,9 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(new: Path, tmp
     said = again(files)
     skipped = [line for line in said if "skipped" in line]
     assert ["step-8" in line for line in skipped] == [True, False]
-    assert "step-6 is skipped: shira/checkpoints/step-6/state.safetensors is damaged: its SHA-256" in skipped[1]
+    assert (
+        "step-6 is skipped: shira/checkpoints/step-6/state.safetensors is damaged: its SHA-256" in skipped[1]
+    )
     assert "Going on from step 4" in said[-1]
     assert {key: files.read_result()[key] for key in whole} == whole
     assert (files.delta / "delta.safetensors").read_bytes() == change
@@ -204,10 +225,15 @@ def test_a_torn_change_is_refused_by_name(new: Path, tmp_path: Path, monkeypatch
     data = bytearray(file.read_bytes())
     data[-1] ^= 128  # one bit of one value: nothing but the hash can tell
     file.write_bytes(data)
-    with pytest.raises(ConfigError, match=r"shira/delta/delta\.safetensors is damaged: its SHA-256 is not that of manifest\.json"):
+    with pytest.raises(
+        ConfigError,
+        match=r"shira/delta/delta\.safetensors is damaged: its SHA-256 is not that of manifest\.json",
+    ):
         finished.evaluate(Path("shira"))
     files = RunFolder(Path("shira"))
     told = files.read_result()["metrics"]
     assert [manifest.faults(files.checkpoint(step)) for step in files.steps()] == [[], []]
     again(files)  # the checkpoint brings the change back
-    assert finished.evaluate(Path("shira"))["metrics"] == {split: told[split] for split in ("val", "test", "retention")}
+    assert finished.evaluate(Path("shira"))["metrics"] == {
+        split: told[split] for split in ("val", "test", "retention")
+    }

@@ -64,14 +64,19 @@ def test_it_says_who_holds_it_and_nobody_afterwards(tmp_path: Path) -> None:
 def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> None:
     with other(tmp_path) as holder:
         assert said(holder) == "held"
-        with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on {socket.gethostname()}"), lock.held(tmp_path):
+        with (
+            pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on {socket.gethostname()}"),
+            lock.held(tmp_path),
+        ):
             pytest.fail("two at once")
         assert lock.lock(tmp_path) is None
         with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} "):
             lock.look(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        assert lock.holder(tmp_path).startswith(f"process {holder.pid} ")  # it had no time to take its name away
+        assert lock.holder(tmp_path).startswith(
+            f"process {holder.pid} "
+        )  # it had no time to take its name away
     lock.look(tmp_path)
     lock.look(tmp_path / "none")
     assert not (tmp_path / "none").exists()
@@ -102,7 +107,9 @@ def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -
     with other(tmp_path, env={**os.environ, lock.INHERITED: "57"}) as child:  # no such file
         assert "is in use" in said(child)
     (tmp_path / "elsewhere").mkdir()
-    with other(tmp_path / "elsewhere", pass_fds=(again,), env={**os.environ, lock.INHERITED: str(again)}) as child:  # that of another folder
+    with other(
+        tmp_path / "elsewhere", pass_fds=(again,), env={**os.environ, lock.INHERITED: str(again)}
+    ) as child:  # that of another folder
         assert said(child) == "held"
         assert lock.lock(tmp_path / "elsewhere") is None
     lock.release(again)
@@ -127,7 +134,9 @@ def test_a_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None
     lock.release(handle)
 
 
-def test_a_lock_that_was_removed_meanwhile_keeps_nobody_out_and_is_not_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_lock_that_was_removed_meanwhile_keeps_nobody_out_and_is_not_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = []
 
     def flock(handle: int, how: int) -> None:
@@ -146,10 +155,17 @@ def test_a_lock_that_was_removed_meanwhile_keeps_nobody_out_and_is_not_taken(tmp
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs"])
-def test_another_machine_that_flock_may_not_reach_is_not_overrun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+def test_another_machine_that_flock_may_not_reach_is_not_overrun(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     (tmp_path / ".lock").write_text(json.dumps({"pid": 12, "host": "node7", "started": 0}))
     monkeypatch.setattr(lock, "_kind", lambda folder: kind)
-    with pytest.raises(ConfigError, match=r"process 12 on node7, which did not say that it ended.* remove .*/\.lock"), lock.held(tmp_path):
+    with (
+        pytest.raises(
+            ConfigError, match=r"process 12 on node7, which did not say that it ended.* remove .*/\.lock"
+        ),
+        lock.held(tmp_path),
+    ):
         pytest.fail("two at once")
     assert json.loads((tmp_path / ".lock").read_text())["host"] == "node7"
     (tmp_path / ".lock").unlink()
@@ -159,7 +175,9 @@ def test_another_machine_that_flock_may_not_reach_is_not_overrun(tmp_path: Path,
         pass
 
 
-def test_on_a_disk_of_this_machine_another_name_was_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_disk_of_this_machine_another_name_was_this_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / ".lock").write_text(json.dumps({"pid": 12, "host": "an-earlier-container", "started": 0}))
     monkeypatch.setattr(lock, "_kind", lambda folder: "overlay")
     with lock.held(tmp_path):
@@ -168,24 +186,34 @@ def test_on_a_disk_of_this_machine_another_name_was_this_machine(tmp_path: Path,
 
 def test_the_kind_of_a_file_system_is_what_linux_says() -> None:
     assert lock._kind(Path("/proc/self")) == "proc"
-    found = subprocess.run(["stat", "-f", "-c", "%T", "/"], capture_output=True, text=True, check=True).stdout.strip()
+    found = subprocess.run(
+        ["stat", "-f", "-c", "%T", "/"], capture_output=True, text=True, check=True
+    ).stdout.strip()
     assert lock._kind(Path("/")).startswith(found[:3])
 
 
 @pytest.mark.parametrize("number", lock.UNSUPPORTED)
-def test_where_there_are_no_locks_the_name_has_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def test_where_there_are_no_locks_the_name_has_to_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
     def flock(handle: int, how: int) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with lock.held(tmp_path), pytest.raises(ConfigError, match=f"process {os.getpid()} "), lock.held(tmp_path):
+    with (
+        lock.held(tmp_path),
+        pytest.raises(ConfigError, match=f"process {os.getpid()} "),
+        lock.held(tmp_path),
+    ):
         pytest.fail("two at once")
     (tmp_path / ".lock").write_text(json.dumps({"pid": 4194305, "host": socket.gethostname(), "started": 0}))
     with lock.held(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"pid": "x", "host": 1}', '{"pid": 1e999, "host": "h"}', "[" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"pid": "x", "host": 1}', '{"pid": 1e999, "host": "h"}', "[" * 5000]
+)
 def test_what_stands_in_the_file_need_not_make_sense(tmp_path: Path, text: str) -> None:
     (tmp_path / ".lock").write_text(text)
     assert lock.holder(tmp_path) == ""
@@ -216,5 +244,8 @@ def test_a_folder_that_vanishes_or_is_replaced_is_noticed(tmp_path: Path) -> Non
         (tmp_path / "run" / "config.yaml").write_text("{}")
         (tmp_path / "run" / ".lock").unlink()  # the run itself is still there
     assert caught.value.errno == errno.ENOENT
-    with pytest.raises(ConfigError, match=r"The run folder .* cannot be written: Not a directory"), lock.held(tmp_path / "moved" / ".lock" / "run"):
+    with (
+        pytest.raises(ConfigError, match=r"The run folder .* cannot be written: Not a directory"),
+        lock.held(tmp_path / "moved" / ".lock" / "run"),
+    ):
         pytest.fail("in a file")

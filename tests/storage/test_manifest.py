@@ -23,7 +23,9 @@ def fill(folder: Path, byte: bytes = b"a", told: bool = True) -> None:
     """What a folder of tensors looks like; ``told``: as it is made now, not before there were manifests."""
     header = TENSOR.ljust(-(-len(TENSOR) // 8) * 8)
     (folder / "delta.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + byte * 16)
-    (folder / "delta.json").write_text(json.dumps({**(manifest.HEADER if told else {"format": 1}), "step": 3}))
+    (folder / "delta.json").write_text(
+        json.dumps({**(manifest.HEADER if told else {"format": 1}), "step": 3})
+    )
 
 
 @pytest.fixture
@@ -61,7 +63,11 @@ def edit(**changes: Any) -> Callable[[Path], None]:
 ENTRY = {"bytes": 3, "sha256": "0" * 64}
 DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("delta.safetensors", flip, r"delta\.safetensors is damaged: its SHA-256"),
-    ("delta.safetensors", cut, r"delta\.safetensors is damaged or cut short: it has \d+ bytes, and manifest\.json says \d+"),
+    (
+        "delta.safetensors",
+        cut,
+        r"delta\.safetensors is damaged or cut short: it has \d+ bytes, and manifest\.json says \d+",
+    ),
     ("delta.safetensors", Path.unlink, r"delta\.safetensors is missing"),
     ("delta.json", flip, r"delta\.json is damaged: its SHA-256"),
     ("delta.json", Path.unlink, r"delta\.json is missing"),
@@ -73,8 +79,16 @@ DAMAGE: list[tuple[str, Callable[[Path], object], str]] = [
     ("manifest.json", edit(files={}), r"is not in manifest\.json"),
     ("manifest.json", edit(files={"delta.json": [1, 2]}), r"does not list the files"),
     ("manifest.json", edit(files={"../delta/delta.json": ENTRY}), r"names '\.\./delta/delta\.json'"),
-    ("manifest.json", edit(format=7, finetune="8.1"), r"has format 7, and this version of finetune \(.*\) reads up to 1; .*>=8\.1"),
-    ("other.safetensors", lambda file: file.write_bytes(b"x"), r"other\.safetensors is not in manifest\.json"),
+    (
+        "manifest.json",
+        edit(format=7, finetune="8.1"),
+        r"has format 7, and this version of finetune \(.*\) reads up to 1; .*>=8\.1",
+    ),
+    (
+        "other.safetensors",
+        lambda file: file.write_bytes(b"x"),
+        r"other\.safetensors is not in manifest\.json",
+    ),
 ]
 
 
@@ -112,7 +126,9 @@ def test_nothing_is_made_where_the_parent_is_gone(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_failed_write_leaves_the_folder_that_was_there(whole: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_the_folder_that_was_there(
+    whole: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fail_on_the_new_one(path: Path, target: Path) -> Path:
         if path.name.endswith(".tmp") and path.is_dir():
             raise OSError(28, "No space left on device")
@@ -132,7 +148,10 @@ def killed_at(moment: int, folder: Path) -> bool:
     child = os.fork()
     if child == 0:
         left = moment
-        real = {(owner, name): getattr(owner, name) for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"))}
+        real = {
+            (owner, name): getattr(owner, name)
+            for owner, name in ((os, "fsync"), (Path, "replace"), (Path, "mkdir"), (shutil, "rmtree"))
+        }
 
         def counted(act: Callable[..., Any]) -> Callable[..., Any]:
             def call(*args: Any, **named: Any) -> Any:
@@ -174,7 +193,10 @@ def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_folder_whole(w
 
 def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     living = tmp_path / f".result.json.{os.getppid()}.tmp"
-    ours, dead = tmp_path / f".delta.{os.getpid()}.tmp", tmp_path / ".delta.4194305.old"  # above the largest number of a process
+    ours, dead = (
+        tmp_path / f".delta.{os.getpid()}.tmp",
+        tmp_path / ".delta.4194305.old",
+    )  # above the largest number of a process
     living.write_text("half")
     for folder in (ours, dead, tmp_path / "delta"):
         folder.mkdir()

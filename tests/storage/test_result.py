@@ -17,17 +17,39 @@ PEAK = "from finetune.storage.result import peak_memory; {}; print(peak_memory()
 
 
 def test_result_has_the_keys_of_the_contract(some_config: Config) -> None:
-    result = make_result(some_config, status="finished", metrics={"test": {"accuracy": float("nan"), "loss": 0.5}})
-    promised = {"status", "method", "model", "dataset", "seed", "metrics", "params", "stored_bytes", "cost", "steps", "versions", "device"}
+    result = make_result(
+        some_config, status="finished", metrics={"test": {"accuracy": float("nan"), "loss": 0.5}}
+    )
+    promised = {
+        "status",
+        "method",
+        "model",
+        "dataset",
+        "seed",
+        "metrics",
+        "params",
+        "stored_bytes",
+        "cost",
+        "steps",
+        "versions",
+        "device",
+    }
     assert promised | {"best_step", "git_commit", "config_hash", "format"} <= set(result)
-    assert (result["method"], result["model"], result["dataset"], result["seed"]) == ("lora", "tiny_vit", "digits", 3)
+    assert (result["method"], result["model"], result["dataset"], result["seed"]) == (
+        "lora",
+        "tiny_vit",
+        "digits",
+        3,
+    )
     assert result["metrics"] == {"test": {"accuracy": None, "loss": 0.5}}
     assert json.loads(json.dumps(result, allow_nan=False)) == result
 
 
 def test_group_hash_ignores_the_seed_and_nothing_else(some_config: Config) -> None:
     assert group_hash(some_config) == group_hash(replace(some_config, seed=8))
-    assert group_hash(some_config) != group_hash(replace(some_config, train=replace(some_config.train, steps=7)))
+    assert group_hash(some_config) != group_hash(
+        replace(some_config, train=replace(some_config.train, steps=7))
+    )
 
 
 def test_every_key_is_documented(some_config: Config) -> None:
@@ -41,7 +63,11 @@ def test_peak_memory_is_this_process_own() -> None:
     ballast = bytearray(512 << 20)
     ballast[::4096] = b"x" * (len(ballast) // 4096)
     small, large = (
-        int(subprocess.run([sys.executable, "-c", PEAK.format(code)], capture_output=True, text=True, check=True).stdout)
+        int(
+            subprocess.run(
+                [sys.executable, "-c", PEAK.format(code)], capture_output=True, text=True, check=True
+            ).stdout
+        )
         for code in ("pass", "b'x' * (200 << 20)")
     )
     del ballast

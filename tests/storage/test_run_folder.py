@@ -18,7 +18,15 @@ import yaml
 from finetune.config.settings import Config, LoggerConfig, TrainConfig
 from finetune.errors import ConfigError
 from finetune.storage.result import group_hash
-from finetune.storage.run_folder import MetricsFile, RunFolder, replacing, run_folder, write_json_atomic, write_predictions, write_yaml
+from finetune.storage.run_folder import (
+    MetricsFile,
+    RunFolder,
+    replacing,
+    run_folder,
+    write_json_atomic,
+    write_predictions,
+    write_yaml,
+)
 
 
 def names(folder: Path) -> list[str]:
@@ -26,15 +34,39 @@ def names(folder: Path) -> list[str]:
 
 
 def test_import_brings_no_torch() -> None:
-    light = ", ".join(f"finetune.train.{name}" for name in ("disk", "files", "lock", "manifest", "result", "tracker"))
+    light = ", ".join(
+        f"finetune.train.{name}" for name in ("disk", "files", "lock", "manifest", "result", "tracker")
+    )
     code = f"import sys, {light}; print({{'torch', 'wandb', 'pyarrow'}} & set(sys.modules))"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.strip() == "set()"
+    assert (
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.strip()
+        == "set()"
+    )
 
 
 def test_json_is_strict_and_plain(tmp_path: Path) -> None:
-    write_json_atomic(tmp_path / "a.json", {"nan": float("nan"), "inf": np.inf, "n": np.int64(3), "x": np.float32(0.5), "t": (1, 2), "p": Path("q")})
+    write_json_atomic(
+        tmp_path / "a.json",
+        {
+            "nan": float("nan"),
+            "inf": np.inf,
+            "n": np.int64(3),
+            "x": np.float32(0.5),
+            "t": (1, 2),
+            "p": Path("q"),
+        },
+    )
     text = (tmp_path / "a.json").read_text()
-    assert json.loads(text, parse_constant=pytest.fail) == {"nan": None, "inf": None, "n": 3, "x": 0.5, "t": [1, 2], "p": "q"}
+    assert json.loads(text, parse_constant=pytest.fail) == {
+        "nan": None,
+        "inf": None,
+        "n": 3,
+        "x": 0.5,
+        "t": [1, 2],
+        "p": "q",
+    }
 
 
 def test_yaml_round_trip_keeps_order_and_values(tmp_path: Path) -> None:
@@ -62,7 +94,9 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert names(tmp_path) == ["a.json"]
 
 
-def test_the_bytes_are_synced_before_the_name_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_bytes_are_synced_before_the_name_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     done: list[str] = []
     real_sync, real_replace = os.fsync, Path.replace
 
@@ -92,17 +126,28 @@ def test_a_folder_replaces_a_folder(tmp_path: Path) -> None:
 def test_predictions_have_the_types_of_the_contract(tmp_path: Path) -> None:
     path = tmp_path / "p.parquet"
     write_predictions(
-        path, [{"id": "a", "label": np.int32(1), "prediction": 2, "score": np.float32(0.25)}, {"id": "b", "label": 0, "prediction": 0, "score": 1}]
+        path,
+        [
+            {"id": "a", "label": np.int32(1), "prediction": 2, "score": np.float32(0.25)},
+            {"id": "b", "label": 0, "prediction": 0, "score": 1},
+        ],
     )
     table = pq.read_table(path)
-    assert {field.name: str(field.type) for field in table.schema} == {"id": "string", "label": "int64", "prediction": "int64", "score": "double"}
+    assert {field.name: str(field.type) for field in table.schema} == {
+        "id": "string",
+        "label": "int64",
+        "prediction": "int64",
+        "score": "double",
+    }
     assert table.to_pylist()[0] == {"id": "a", "label": 1, "prediction": 2, "score": 0.25}
     write_predictions(path, [{"id": "w", "loss": 12.5, "bytes": 40}])
     assert pq.read_table(path).to_pylist() == [{"id": "w", "loss": 12.5, "bytes": 40}]
 
 
 @pytest.mark.parametrize("rows", [[], [{"id": "a", "extra": 1}], [{"id": "a", "label": 1}, {"id": "b"}]])
-def test_predictions_refuse_what_the_contract_does_not_know(tmp_path: Path, rows: list[dict[str, object]]) -> None:
+def test_predictions_refuse_what_the_contract_does_not_know(
+    tmp_path: Path, rows: list[dict[str, object]]
+) -> None:
     with pytest.raises(ValueError, match="predictions need"):
         write_predictions(tmp_path / "p.parquet", rows)
     assert names(tmp_path) == []
@@ -150,12 +195,17 @@ def test_open_names_what_differs_and_writes_nothing(tmp_path: Path, some_config:
     folder = RunFolder(tmp_path)
     folder.open_or_check(some_config)
     before = folder.config.read_bytes()
-    with pytest.raises(ConfigError, match=r"holds another run: seed is 3 there and 4 here, train\.steps is 200 there and 9 here\. Choose"):
+    with pytest.raises(
+        ConfigError,
+        match=r"holds another run: seed is 3 there and 4 here, train\.steps is 200 there and 9 here\. Choose",
+    ):
         folder.open_or_check(replace(some_config, seed=4, train=replace(some_config.train, steps=9)))
     assert (folder.config.read_bytes(), names(tmp_path)) == (before, ["config.yaml"])
 
 
-def test_open_refuses_a_file_a_foreign_folder_and_a_broken_config(tmp_path: Path, some_config: Config) -> None:
+def test_open_refuses_a_file_a_foreign_folder_and_a_broken_config(
+    tmp_path: Path, some_config: Config
+) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(ConfigError, match="is a file"):
         RunFolder(tmp_path / "file").open_or_check(some_config)
@@ -207,13 +257,18 @@ def test_how_often_a_run_is_saved_makes_no_other_run(tmp_path: Path, some_config
     folder.open_or_check(more)
     assert yaml.safe_load(folder.config.read_text())["train"]["save_every"] == 7
     assert (more.hash(), group_hash(more)) == (some_config.hash(), group_hash(some_config))
-    for other in (replace(some_config, seed=4), replace(some_config, train=replace(some_config.train, eval_every=7))):
+    for other in (
+        replace(some_config, seed=4),
+        replace(some_config, train=replace(some_config.train, eval_every=7)),
+    ):
         assert other.hash() != some_config.hash()
         with pytest.raises(ConfigError, match="holds another run"):
             folder.open_or_check(other)
 
 
-def test_what_was_frozen_before_a_setting_was_known_is_the_same_run(tmp_path: Path, some_config: Config) -> None:
+def test_what_was_frozen_before_a_setting_was_known_is_the_same_run(
+    tmp_path: Path, some_config: Config
+) -> None:
     tree = some_config.as_dict()
     del tree["train"]["keep_last"]
     write_yaml(tmp_path / "config.yaml", tree)
@@ -230,7 +285,10 @@ def test_checkpoints_are_known_by_their_steps_and_not_by_the_clock(tmp_path: Pat
     assert folder.steps() == [0, 9, 10, 100]
 
 
-@pytest.mark.parametrize(("text", "step"), [('{"checkpoint": "step-12"}', 12), ('{"checkpoint": 12}', None), ("[", None), (None, None)])
+@pytest.mark.parametrize(
+    ("text", "step"),
+    [('{"checkpoint": "step-12"}', 12), ('{"checkpoint": 12}', None), ("[", None), (None, None)],
+)
 def test_the_checkpoint_of_a_failure(tmp_path: Path, text: str | None, step: int | None) -> None:
     if text:
         (tmp_path / "failure.json").write_text(text)

@@ -116,8 +116,20 @@ class Nursery:
 @contextmanager
 def nursery(logs: Path) -> Iterator[Nursery]:
     """Inside, there is one."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "WANDB_MODE": "offline"}
-    with subprocess.Popen([sys.executable, "-c", CODE], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment) as process:
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+        "WANDB_MODE": "offline",
+    }
+    with subprocess.Popen(
+        [sys.executable, "-c", CODE],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    ) as process:
         yield Nursery(process, logs)
         assert process.stdin
         process.stdin.close()

@@ -15,7 +15,15 @@ from finetune.testing import contract
 from finetune.training import run
 
 WORDS = "<pad> </s> <unk> the cat sat on a mat and another dog ran away from it while we all looked at them".split()  # noqa: SIM905
-SMALL = ["train.steps=3", "train.batch_size=8", "train.eval_every=null", "train.threads=1", "name=t", "model=hf", "optimizer.lr=0.02"]
+SMALL = [
+    "train.steps=3",
+    "train.batch_size=8",
+    "train.eval_every=null",
+    "train.threads=1",
+    "name=t",
+    "model=hf",
+    "optimizer.lr=0.02",
+]
 
 
 def pictures(folder: Path) -> list[str]:
@@ -42,7 +50,9 @@ def tokenizer() -> Any:
 
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", eos_token="</s>", pad_token="<pad>"
+    )
 
 
 class Runs:
@@ -67,7 +77,14 @@ class Runs:
         """The folder of a finished run of these settings."""
         key = (kind, dtype, *words)
         if key not in self.made:
-            given = [*SMALL, *self.data[kind], f"run=r{len(self.made)}", f"model.path={self.base(kind, dtype)}", f"model.dtype={dtype}", *words]
+            given = [
+                *SMALL,
+                *self.data[kind],
+                f"run=r{len(self.made)}",
+                f"model.path={self.base(kind, dtype)}",
+                f"model.dtype={dtype}",
+                *words,
+            ]
             config = load(list({word.partition("=")[0]: word for word in given}.values()))
             with pytest.MonkeyPatch.context() as patch:
                 patch.chdir(self.folder)

@@ -21,4 +21,10 @@ def make(folder: Path, images: int = 48) -> list[str]:
         pixels = generator.integers(0, 100, (16, 16, 3)) + 50 * np.eye(3)[i % 3]
         Image.fromarray(pixels.astype(np.uint8)).save(file)
     common = ["train.batch_size=8", "train.device=cpu", "train.threads=1", "optimizer.lr=0.02", "name=t"]
-    return ["model=hf", f"model.path={folder / 'model'}", "dataset=imagefolder", f"dataset.path={folder / 'images'}", *common]
+    return [
+        "model=hf",
+        f"model.path={folder / 'model'}",
+        "dataset=imagefolder",
+        f"dataset.path={folder / 'images'}",
+        *common,
+    ]

@@ -17,7 +17,14 @@ from finetune.sweep import process, work
 from finetune.sweep.grid import Point, freeze
 
 STUB = Path(__file__).with_name("stub.py")
-SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.batch_size=8", "train.threads=1", "train.device=cpu"]
+SMALL = [
+    "method=bitfit",
+    "train.steps=2",
+    "train.eval_every=null",
+    "train.batch_size=8",
+    "train.threads=1",
+    "train.device=cpu",
+]
 TUNED = [*SMALL, "tune=optimizer.lr", "--trials", "2", "name=t"]
 
 
@@ -31,7 +38,17 @@ class Named:
 def point(seed: int, name: str = "s", steps: int = 10) -> Point:
     """A run whose fate ``stub.py`` decides by its seed."""
     train = TrainConfig(steps=steps, device="cpu")
-    config = Config(name, f"m-s{seed}-x", seed, ModelConfig("a", "b"), Named("m"), Named("d"), OptimizerConfig(), train, LoggerConfig())
+    config = Config(
+        name,
+        f"m-s{seed}-x",
+        seed,
+        ModelConfig("a", "b"),
+        Named("m"),
+        Named("d"),
+        OptimizerConfig(),
+        train,
+        LoggerConfig(),
+    )
     return Point("method=m", config, RunFolder(Path("outputs", name, f"m-s{seed}-x")))
 
 
@@ -56,7 +73,9 @@ def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[
 
 
 @pytest.fixture
-def typed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+def typed(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
     """Runs the command here, with children that train nothing; gives exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "command", stubbed)

@@ -36,7 +36,9 @@ class FakePool:
         results = {}
         for point in points:
             assert point.folder.config.is_file()
-            result = point.folder.read_result() if point.folder.result.is_file() else self.train(point, verdict)
+            result = (
+                point.folder.read_result() if point.folder.result.is_file() else self.train(point, verdict)
+            )
             results[point.folder.path] = result
             ended(point, result)
         return results
@@ -45,7 +47,11 @@ class FakePool:
         lr, steps = point.config.optimizer.lr, point.config.train.steps
         started.append((point.folder.path.name, lr))
         point.folder.metrics.unlink(missing_ok=True)
-        result = {"format": 1, "status": "failed", "error": "the loss is nan", "metrics": {}, "steps": 0} if lr > 1 else None
+        result = (
+            {"format": 1, "status": "failed", "error": "the loss is nan", "metrics": {}, "steps": 0}
+            if lr > 1
+            else None
+        )
         for step in range(1, steps + 1) if result is None else ():
             time.sleep(self.pause)
             with point.folder.metrics.open("a") as file:
@@ -55,6 +61,12 @@ class FakePool:
                 return {"status": "stopped", "error": why}
         val = {"accuracy": accuracy(lr, steps, steps), "loss": 1.0}
         metrics = {"val": val, "test": {"accuracy": 0.0, "loss": 9.0}}
-        result = result or {"format": 1, "status": "finished", "error": None, "metrics": metrics, "steps": steps}
+        result = result or {
+            "format": 1,
+            "status": "finished",
+            "error": None,
+            "metrics": metrics,
+            "steps": steps,
+        }
         point.folder.result.write_text(json.dumps(result))
         return result

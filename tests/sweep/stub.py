@@ -10,7 +10,9 @@ folder = Path(sys.argv[1]).parent
 seed = int(folder.name.split("-s")[-1].split("-")[0])
 metrics, started = folder / "metrics.jsonl", folder / "started"
 with started.open("a") as file:
-    file.write(f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}\n")
+    file.write(
+        f"{os.getpid()} {os.environ.get('CUDA_VISIBLE_DEVICES')} {os.environ.get('OMP_NUM_THREADS')}\n"
+    )
 print("a warning", file=sys.stderr)
 if seed == 101:
     print("Error: no data here", file=sys.stderr)
@@ -27,8 +29,20 @@ for step in range(done + 1, 11):
         file.write(json.dumps({"step": step, "seconds": pause, "loss": seed / step}) + "\n")
 if seed == 104:
     raise ValueError("odd")
-known = {"params": {"trained": 5}, "stored_bytes": 20, "cost": {"step_seconds_median": 0.02, "peak_memory_bytes": 10**8}, "group_hash": "g"}
-result = known | {"format": 1, "status": "finished", "error": None, "steps": 10, "seed": seed, "metrics": {"test": {"accuracy": seed / 100}}}
+known = {
+    "params": {"trained": 5},
+    "stored_bytes": 20,
+    "cost": {"step_seconds_median": 0.02, "peak_memory_bytes": 10**8},
+    "group_hash": "g",
+}
+result = known | {
+    "format": 1,
+    "status": "finished",
+    "error": None,
+    "steps": 10,
+    "seed": seed,
+    "metrics": {"test": {"accuracy": seed / 100}},
+}
 temporary = folder / f".{os.getpid()}"
 temporary.write_text(json.dumps(result))
 temporary.replace(folder / "result.json")

@@ -17,9 +17,21 @@ from finetune.sweep import budget, size
 from finetune.training import run
 
 ENTRIES = "49k"  # near what low ranks reach, so that all methods can
-SHORT = ["train.steps=4", "train.eval_every=null", "train.batch_size=8", "train.eval_batch_size=500", "train.threads=1", "dataset.retention_images=0"]
+SHORT = [
+    "train.steps=4",
+    "train.eval_every=null",
+    "train.batch_size=8",
+    "train.eval_batch_size=500",
+    "train.threads=1",
+    "dataset.retention_images=0",
+]
 MOVES = {"spiel": ["method.window=1", "schedule.every=2"], "lift": ["schedule.every=3"]}
-FIXED = {"amt": 393_216, "bitfit": 7_936, "full": 1_007_232, "head": 0}  # of the built-in model, without its head
+FIXED = {
+    "amt": 393_216,
+    "bitfit": 7_936,
+    "full": 1_007_232,
+    "head": 0,
+}  # of the built-in model, without its head
 UNREACHED = {"hft": "cannot meet budget=49k"}
 QUICK = ("lora", "snell", "shira", "s2ft")
 SOLVED = sorted(registry.catalog("method").keys() - FIXED.keys() - UNREACHED.keys())
@@ -33,7 +45,11 @@ def shapes() -> list[tuple[int, int]]:
     config = load([])
     raw = config.dataset.read()
     model = load_model(config.model, raw.task, raw.labels, 0).model
-    return [tuple(m.weight.shape) for n, m in model.named_modules() if type(m).__name__ == "Linear" and "classifier" not in n]
+    return [
+        tuple(m.weight.shape)
+        for n, m in model.named_modules()
+        if type(m).__name__ == "Linear" and "classifier" not in n
+    ]
 
 
 def value(words: list[str]) -> float:
@@ -54,14 +70,20 @@ def test_what_a_budget_means(text: str, kind: str, target: float) -> None:
     assert (found.kind, found.target(1_000_000)) == (kind, pytest.approx(target))
 
 
-@pytest.mark.parametrize("text", ["", "%", "0%", "101%", "0k", "-5k", "1TB", "5 apples", "1,5M", "nan", "inf"])
+@pytest.mark.parametrize(
+    "text", ["", "%", "0%", "101%", "0k", "-5k", "1TB", "5 apples", "1,5M", "nan", "inf"]
+)
 def test_what_is_no_budget(text: str) -> None:
     with pytest.raises(ConfigError, match=f"budget={text}"):
         budget.parse(text)
 
 
-@pytest.mark.parametrize("method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SOLVED])
-def test_real_runs_report_what_was_asked_for(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SOLVED]
+)
+def test_real_runs_report_what_was_asked_for(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits, "SIZES", {"train": 64, "val": 16, "test": 16})
     words = budget.solve(ENTRIES, [f"method={method}", *MOVES.get(method, []), "name=n", "seed=1", *SHORT])
@@ -80,7 +102,9 @@ def test_real_runs_report_what_was_asked_for(method: str, tmp_path: Path, monkey
 
 
 def test_every_method_is_solved_or_says_why() -> None:
-    assert {name for name, entry in registry.catalog("method").items() if registry.get("method", name).size} == {*SOLVED, *UNREACHED}
+    assert {
+        name for name, entry in registry.catalog("method").items() if registry.get("method", name).size
+    } == {*SOLVED, *UNREACHED}
     for method, trained in FIXED.items():
         with pytest.raises(budget.FixedSize, match="no setting for its size") as caught:
             budget.solve(ENTRIES, [f"method={method}"])
@@ -143,7 +167,11 @@ def test_a_share_is_of_all_parameters() -> None:
 
 def test_other_settings_count_too() -> None:
     """A branch beside the entries, a head of which not all is a site, another optimizer."""
-    for words in (["method=super_tuning", "method.branch=1"], ["method=lora", "method.targets=[q,v]"], ["method=spt", "method.class_token=false"]):
+    for words in (
+        ["method=super_tuning", "method.branch=1"],
+        ["method=lora", "method.targets=[q,v]"],
+        ["method=spt", "method.class_token=false"],
+    ):
         solved = budget.solve("24.6k", words)
         found = size.measure(load(solved))
         assert abs(found.trained - found.head - 24_600) <= 0.02 * 24_600
@@ -165,11 +193,17 @@ def test_what_training_decides_has_no_bytes() -> None:
     for words in (["method=lift"], ["method=spt"]):
         with pytest.raises(ConfigError, match="decided while it trains"):
             budget.solve("1MB", words)
-    assert budget.solve("1MB", ["method=lift", "schedule.every=200", "train.steps=201", "method.schedule.dropped=base"])
+    assert budget.solve(
+        "1MB", ["method=lift", "schedule.every=200", "train.steps=201", "method.schedule.dropped=base"]
+    )
 
 
 def test_settings_that_contradict_the_budget() -> None:
-    for words in (["method=lora", "method.rank=4"], ["method=shira", "sparsity=0.9"], ["method=peft", "method.config.r=3"]):
+    for words in (
+        ["method=lora", "method.rank=4"],
+        ["method=shira", "sparsity=0.9"],
+        ["method=peft", "method.config.r=3"],
+    ):
         with pytest.raises(ConfigError, match=f"{words[1]} and budget=50k both say"):
             budget.solve("50k", words)
     assert budget.solve("49k", ["method=snell", "sparsity=0.5"])[-1] == "method.rank=4"
@@ -178,7 +212,10 @@ def test_settings_that_contradict_the_budget() -> None:
 
 
 def test_a_setting_that_changes_nothing() -> None:
-    with pytest.warns(UserWarning, match="init_r"), pytest.raises(budget.FixedSize, match=r"method\.config\.r does not change how much it trains"):
+    with (
+        pytest.warns(UserWarning, match="init_r"),
+        pytest.raises(budget.FixedSize, match=r"method\.config\.r does not change how much it trains"),
+    ):
         budget.solve("50k", ["method=peft", "method.type=ADALORA", "method.config={total_step:10}"])
 
 

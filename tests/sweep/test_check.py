@@ -34,7 +34,9 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("here")
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "task")) for name in FAULTS])  # a language model
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "task")) for name in FAULTS]
+)  # a language model
 def test_every_point_that_train_refuses_is_named(name: str) -> None:
     runs = sweep.points([*FAULTS[name], *CPU])
     told: dict[str, list[str]] = {}
@@ -56,14 +58,26 @@ def test_every_point_that_train_refuses_is_named(name: str) -> None:
 
 @pytest.mark.usefixtures("here")
 def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
-    good = [point for method in ("lora", "snella", "lt_sft", "bitfit", "peft") for point in sweep.points([f"method={method}", *CPU])]
+    good = [
+        point
+        for method in ("lora", "snella", "lt_sft", "bitfit", "peft")
+        for point in sweep.points([f"method={method}", *CPU])
+    ]
     assert check.faults_of([point.config for point in good]) == [()] * len(good)
-    bad, worse = (sweep.points([f"method={method}", "method.targets=[foo]", *CPU])[0] for method in ("lora", "shira"))
-    assert [bool(faults) for faults in check.faults_of([bad.config, good[0].config, worse.config])] == [True, False, True]
+    bad, worse = (
+        sweep.points([f"method={method}", "method.targets=[foo]", *CPU])[0] for method in ("lora", "shira")
+    )
+    assert [bool(faults) for faults in check.faults_of([bad.config, good[0].config, worse.config])] == [
+        True,
+        False,
+        True,
+    ]
 
 
 @pytest.mark.usefixtures("here")
-def test_a_sweep_does_so_before_it_writes_anything(typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_sweep_does_so_before_it_writes_anything(
+    typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(work, "check", check.check)
     for more in ([], ["tune=optimizer.lr", "--trials", "2"]):
         code, _, err = typed("method=lora,shira", "method.targets=[foo]", "seed=0,1", *CPU, *more)

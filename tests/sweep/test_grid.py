@@ -17,13 +17,18 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_points_are_the_cross_product() -> None:
     runs = sweep.points(["method=lora,snell", "seed=0,1", "train.steps=3"])
-    assert [(p.config.method.name, p.config.seed, p.config.train.steps) for p in runs] == [(m, s, 3) for m in ("lora", "snell") for s in (0, 1)]
+    assert [(p.config.method.name, p.config.seed, p.config.train.steps) for p in runs] == [
+        (m, s, 3) for m in ("lora", "snell") for s in (0, 1)
+    ]
     assert [p.label for p in runs] == ["method=lora", "method=lora", "method=snell", "method=snell"]
     assert not list(Path().iterdir())
 
 
 def test_folders_are_named_by_content() -> None:
-    first, again, other = (sweep.points(o) for o in (["seed=0,1", "method=head"], ["method=head", "seed=0,1"], ["seed=0,1,2", "method=head"]))
+    first, again, other = (
+        sweep.points(o)
+        for o in (["seed=0,1", "method=head"], ["method=head", "seed=0,1"], ["seed=0,1,2", "method=head"])
+    )
     assert [p.folder for p in first] == [p.folder for p in again]
     assert first[0].folder.path.parent != other[0].folder.path.parent
     assert first[0].folder.path.name == other[0].folder.path.name
@@ -80,8 +85,12 @@ def test_other_runs_in_the_way_are_all_named() -> None:
 def test_a_swept_setting_that_a_method_lacks_is_dropped_for_it() -> None:
     said = list[str]()
     runs = sweep.points(["method=lora,snell,spiel", "sparsity=0.5,0.9,0.99", "seed=0,1,2"], say=said.append)
-    wanted = {("lora", None, s) for s in range(3)} | {(m, p, s) for m in ("snell", "spiel") for p in (0.5, 0.9, 0.99) for s in range(3)}
-    assert sorted(map(str, wanted)) == sorted(str((p.config.method.name, getattr(p.config.method, "sparsity", None), p.config.seed)) for p in runs)
+    wanted = {("lora", None, s) for s in range(3)} | {
+        (m, p, s) for m in ("snell", "spiel") for p in (0.5, 0.9, 0.99) for s in range(3)
+    }
+    assert sorted(map(str, wanted)) == sorted(
+        str((p.config.method.name, getattr(p.config.method, "sparsity", None), p.config.seed)) for p in runs
+    )
     (line,) = said
     assert "method=lora has no sparsity" in line
 
@@ -89,7 +98,11 @@ def test_a_swept_setting_that_a_method_lacks_is_dropped_for_it() -> None:
 def test_schedules_are_dropped_alike_and_what_no_method_has_is_not() -> None:
     said = list[str]()
     runs = sweep.points(["method=lora,lift", "schedule.every=10,20"], say=said.append)
-    assert [p.label for p in runs] == ["method=lora", "method=lift method.schedule.every=10", "method=lift method.schedule.every=20"]
+    assert [p.label for p in runs] == [
+        "method=lora",
+        "method=lift method.schedule.every=10",
+        "method=lift method.schedule.every=20",
+    ]
     assert "method=lora has no schedule.every" in said[0]
     with pytest.raises(ConfigError, match=r"method.depth=1 .* is not a setting of method=lora"):
         sweep.points(["method=lora,snell", "method.depth=1,2"])
@@ -122,7 +135,9 @@ def preset(folder: Path, text: str, name: str = "small") -> Path:
 def test_a_sweep_from_a_file(tmp_path: Path) -> None:
     user = preset(tmp_path / "user", "# two methods\n- method=head,bitfit\n- seed=0,1\n- train.steps=3\n")
     runs = sweep.points(["sweep=small"], user)
-    assert [(p.config.method.name, p.config.seed, p.config.train.steps) for p in runs] == [(m, s, 3) for m in ("head", "bitfit") for s in (0, 1)]
+    assert [(p.config.method.name, p.config.seed, p.config.train.steps) for p in runs] == [
+        (m, s, 3) for m in ("head", "bitfit") for s in (0, 1)
+    ]
     assert runs[0].folder.path.parent == Path("outputs/small")
     changed = sweep.points(["sweep=small", "seed=7", "name=mine"], user)
     assert [(p.config.method.name, p.config.seed) for p in changed] == [("head", 7), ("bitfit", 7)]

@@ -35,16 +35,21 @@ except Interrupted as error:
     sys.exit(130)
 """
 STUBBED = "process.command, process.FORKS = stubbed, False"
-BOUND = "process.FORKS = False\nprocess.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; " + (
-    "from finetune.launch.child import end_with; end_with(int(sys.argv.pop(1))); "
-    "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
+BOUND = (
+    "process.FORKS = False\nprocess.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; "
+    + (
+        "from finetune.launch.child import end_with; end_with(int(sys.argv.pop(1))); "
+        "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
+    )
 )
 ROOT = Path(__file__).parents[2]
 
 
 def sweep(seeds: list[int], jobs: int = 2, child: str = STUBBED) -> subprocess.Popen[str]:
     code = SWEEP.format(path=[str(ROOT)], seeds=seeds, jobs=jobs, child=child)
-    return subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def _until(true: Callable[[], bool], seconds: float = 30) -> None:
@@ -88,9 +93,13 @@ def test_a_sweep_killed_at_any_time_ends_like_one_that_was_not(stub: Make) -> No
         parent.communicate()
         _until(lambda: all(not starts(p) or not alive(pid(p)) for p in points))
     results = Pool(2, lambda line: None, gpus=[], attempts=2).run(points)
-    assert [results[p.folder.path]["metrics"]["test"]["accuracy"] for p in points] == [seed / 100 for seed in seeds]
+    assert [results[p.folder.path]["metrics"]["test"]["accuracy"] for p in points] == [
+        seed / 100 for seed in seeds
+    ]
     for p in points:
-        assert [json.loads(line)["step"] for line in p.folder.metrics.read_text().splitlines()] == list(range(1, 11))
+        assert [json.loads(line)["step"] for line in p.folder.metrics.read_text().splitlines()] == list(
+            range(1, 11)
+        )
 
 
 def test_two_sweeps_of_one_folder_share_the_work(stub: Make) -> None:

@@ -49,17 +49,24 @@ def test_what_is_asked_for(slurm: Path) -> None:
 def test_mistakes(slurm: Path) -> None:
     with pytest.raises(ConfigError, match=r"--launcher slrm is not a launcher\. Did you mean 'slurm'\?"):
         launcher("slrm", [])
-    with pytest.raises(ConfigError, match=r"launcher.timeout is not a setting of --launcher slurm\. Did you mean 'timeout_min'\?"):
+    with pytest.raises(
+        ConfigError,
+        match=r"launcher.timeout is not a setting of --launcher slurm\. Did you mean 'timeout_min'\?",
+    ):
         launcher("slurm", ["launcher.timeout=5"])
     with pytest.raises(ConfigError, match="local has --jobs"):
         launcher("local", ["launcher.timeout_min=5"])
 
 
 @pytest.mark.parametrize("name", ["ray", "slurm", "joblib"])
-def test_an_extra_that_is_not_installed_is_named_with_the_cure(slurm: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+def test_an_extra_that_is_not_installed_is_named_with_the_cure(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     find = launch.importlib.util.find_spec
     package = launch.PLUGINS[name][0]
-    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda module: None if module.endswith(package) else find(module))
+    monkeypatch.setattr(
+        launch.importlib.util, "find_spec", lambda module: None if module.endswith(package) else find(module)
+    )
     with pytest.raises(ConfigError, match=rf"--launcher {name} .*pip install 'finetune-bench\[{name}\]'"):
         launcher(name, [])
 
@@ -102,7 +109,9 @@ def test_values_are_written_in_hydras_grammar() -> None:
 
 
 @pytest.mark.slow
-def test_joblib_runs_each_config_in_a_process(stub: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_joblib_runs_each_config_in_a_process(
+    stub: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Hydra's launcher for real; of the jobs only what they run is replaced, by a module that the workers find first."""
     points = stub(1, 101, 2)
     bad, before = points[1:]
@@ -119,9 +128,11 @@ def test_joblib_runs_each_config_in_a_process(stub: Make, monkeypatch: pytest.Mo
     assert where
     found = launch.run_all(points, where, 2, False, said.append)
     log = next(Path("outputs/s/.launcher").glob("*/log.txt")).read_text()
-    assert {path.name.split("-")[1]: result["status"] for path, result in found.items()} == {"s1": "finished", "s101": "failed", "s2": "finished"}, (
-        log
-    )
+    assert {path.name.split("-")[1]: result["status"] for path, result in found.items()} == {
+        "s1": "finished",
+        "s101": "failed",
+        "s2": "finished",
+    }, log
     assert bad.folder.read_result()["error"] == "no data here"
     assert said[0].startswith("1 of 3 runs are there already; 2 go to joblib.")
     assert not (before.folder.path / "started").exists()
@@ -132,15 +143,42 @@ def test_ray_runs_each_config_in_a_process(tmp_path: Path) -> None:
     """The command line, and a Ray that is started on this machine."""
     pytest.importorskip("ray")
     pytest.importorskip("hydra_plugins.hydra_ray_launcher")
-    words = ["method=bitfit", "train.steps=2", "train.batch_size=8", "train.threads=1", "train.device=cpu", "dataset.retention_images=0"]
-    command = [sys.executable, "-m", "finetune", "sweep", *words, "seed=0,1", "name=q", "--launcher", "ray", "--json"]
-    done = subprocess.run(command, cwd=tmp_path, env={**os.environ, "HF_HUB_OFFLINE": "1"}, capture_output=True, text=True, timeout=300)
+    words = [
+        "method=bitfit",
+        "train.steps=2",
+        "train.batch_size=8",
+        "train.threads=1",
+        "train.device=cpu",
+        "dataset.retention_images=0",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "sweep",
+        *words,
+        "seed=0,1",
+        "name=q",
+        "--launcher",
+        "ray",
+        "--json",
+    ]
+    done = subprocess.run(
+        command,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     logs = [file.read_text() for file in tmp_path.glob("outputs/q/.launcher/*/log.txt")]
     assert done.returncode == 0, (done.stderr, logs)
     assert [(row["status"], row["steps"]) for row in json.loads(done.stdout)] == [("finished", 2)] * 2, logs
 
 
-def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
+    stub: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points = stub(1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     said = list[str]()
@@ -160,7 +198,9 @@ def test_what_slurm_has_is_asked_of_it(slurm: Path, tmp_path: Path, monkeypatch:
     assert launch._queued(["12"])
 
 
-def test_the_wait_ends_when_slurm_has_lost_the_jobs(stub: Make, slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_wait_ends_when_slurm_has_lost_the_jobs(
+    stub: Make, slurm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     points = stub(1)
     home = Path("outputs/s/.launcher/x")
     (home / ".submitit" / "12").mkdir(parents=True)

@@ -34,7 +34,9 @@ def test_each_is_run_once_and_as_many_at_once_as_asked(stub: Make) -> None:
     points = stub(*range(6))
     assert runs_at_once(points, 3) == 3
     assert [starts(p) for p in points] == [1] * 6
-    assert [p.folder.read_result()["metrics"]["test"]["accuracy"] for p in points] == [seed / 100 for seed in range(6)]
+    assert [p.folder.read_result()["metrics"]["test"]["accuracy"] for p in points] == [
+        seed / 100 for seed in range(6)
+    ]
     assert runs_at_once(points, 3) == 0
     assert [starts(p) for p in points] == [1] * 6
 
@@ -99,7 +101,9 @@ def test_a_generator_chooses_by_what_has_ended(stub: Make) -> None:
 
 def test_a_verdict_stops_a_run_and_leaves_no_result(stub: Make) -> None:
     slow, quick = points = stub(60, 1)
-    results = Pool(2, lambda line: None, gpus=[]).run(points, verdict=lambda p: "no good" if p is slow and starts(p) else None)
+    results = Pool(2, lambda line: None, gpus=[]).run(
+        points, verdict=lambda p: "no good" if p is slow and starts(p) else None
+    )
     assert results[slow.folder.path] == {"status": "stopped", "error": "no good"}
     assert results[quick.folder.path]["status"] == "finished"
     assert not slow.folder.result.exists()
@@ -118,7 +122,12 @@ def test_a_full_disk_ends_the_sweep_and_is_no_failure(stub: Make) -> None:
 def test_a_disk_that_is_really_full(stub: Make, tmp_path: Path) -> None:
     disk = tmp_path / "outputs"
     disk.mkdir()
-    if os.geteuid() or subprocess.run(["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True).returncode:
+    if (
+        os.geteuid()
+        or subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=256k", "tmpfs", str(disk)], capture_output=True
+        ).returncode
+    ):
         pytest.skip("a small disk can be mounted by root only")
     try:
         points = stub(1, 2)
@@ -143,7 +152,12 @@ def test_a_disk_that_is_really_full(stub: Make, tmp_path: Path) -> None:
 def test_each_gpu_has_one_run_at_a_time(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     points = stub(*range(6))
     at_once = list[list[str]]()
-    Pool(4, lambda line: None, gpus=["3", "5"], look=lambda p: at_once.append([r.device or "" for r in p.running])).run(points)
+    Pool(
+        4,
+        lambda line: None,
+        gpus=["3", "5"],
+        look=lambda p: at_once.append([r.device or "" for r in p.running]),
+    ).run(points)
     assert max(map(len, at_once)) == 2
     assert all(len(set(devices)) == len(devices) for devices in at_once)
     assert {(p.folder.path / "started").read_text().split()[1] for p in points} == {"3", "5"}
@@ -173,7 +187,10 @@ def test_threads_are_divided_and_a_lower_wish_stays(monkeypatch: pytest.MonkeyPa
     threads = Pool(3, print, gpus=[])._threads
     made = environment(threads, "")
     assert threads == 2
-    assert [made[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")] == ["2", "1", "PASSIVE", ""]
+    assert [
+        made[name]
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OMP_WAIT_POLICY", "CUDA_VISIBLE_DEVICES")
+    ] == ["2", "1", "PASSIVE", ""]
 
 
 def test_what_another_process_runs_is_waited_for_and_not_run_again(stub: Make) -> None:
@@ -185,7 +202,9 @@ def test_what_another_process_runs_is_waited_for_and_not_run_again(stub: Make) -
     order = list[str]()
     with_other = threading.Thread(target=_finish, args=[other])
     with_other.start()
-    results = Pool(1, said.append, gpus=[]).run([first, second], ended=lambda p, result: order.append(p.folder.path.name))
+    results = Pool(1, said.append, gpus=[]).run(
+        [first, second], ended=lambda p, result: order.append(p.folder.path.name)
+    )
     with_other.join()
     assert [starts(p) for p in (first, second)] == [1, 1]
     assert order == [second.folder.path.name, first.folder.path.name]

@@ -28,7 +28,13 @@ from .fake_training import FakePool, accuracy
 optuna = pytest.importorskip("optuna")
 LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
 ASKED = ["method=head", LR, "train.steps=8", "name=s"]
-QUICK = ["method=head", "train.batch_size=8", "train.threads=1", "train.device=cpu", "dataset.retention_images=0"]
+QUICK = [
+    "method=head",
+    "train.batch_size=8",
+    "train.threads=1",
+    "train.device=cpu",
+    "dataset.retention_images=0",
+]
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "200"}
 
 
@@ -76,7 +82,9 @@ def test_the_best_is_found_and_comes_first(fake: None) -> None:
     assert result["metrics"]["val"]["accuracy"] == max(accuracy(lr, 8, 8) for _, lr in fake_training.started)
     assert 0.001 < best.config.optimizer.lr < 0.01
     assert best.label == f"optimizer.lr={best.config.optimizer.lr!r}"
-    assert json.loads(Path("outputs/s/search.json").read_text())["best"] == next(t["number"] for t in told() if t["run"] == best.folder.path.name)
+    assert json.loads(Path("outputs/s/search.json").read_text())["best"] == next(
+        t["number"] for t in told() if t["run"] == best.folder.path.name
+    )
     shown = [r["metrics"]["val"]["accuracy"] for _, r in finished]
     assert shown == sorted(shown, reverse=True)
     assert [r["status"] for _, r in results[len(finished) :]] == ["pruned"] * (20 - len(finished))
@@ -131,7 +139,9 @@ def test_a_run_that_is_done_is_not_pruned() -> None:
     """By a pruner that always would."""
     own = SimpleNamespace(report=lambda value, step: None, should_prune=lambda: True)
     for step, pruned in ((6, True), (8, False)):
-        trial: Any = SimpleNamespace(own=own, point=SimpleNamespace(config=load(ASKED[:1] + ASKED[2:])), pruned="", seen=0, judged=True)
+        trial: Any = SimpleNamespace(
+            own=own, point=SimpleNamespace(config=load(ASKED[:1] + ASKED[2:])), pruned="", seen=0, judged=True
+        )
         search.Search._judge(object(), trial, {"step": step, "val_accuracy": 0.5})  # type: ignore[arg-type]
         assert bool(trial.pruned) is pruned
 
@@ -151,7 +161,9 @@ def test_more_trials_continue_a_search(fake: None) -> None:
     for trials in (4, 4, 9):
         search.run([*ASKED[:-1], "name=parts"], trials)
     assert len(fake_training.started) == 18
-    assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [(t["settings"], t["status"], t["steps"]) for t in whole]
+    assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [
+        (t["settings"], t["status"], t["steps"]) for t in whole
+    ]
     assert search.run(ASKED, 3)
     assert len(fake_training.started) == 18
 
@@ -175,7 +187,11 @@ def test_contradictions_between_settings_fail_alone(fake: None) -> None:
 
 def test_settings_that_a_method_lacks_are_left_out_for_it(fake: None) -> None:
     results = search.run(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10)
-    assert {point.label for point, _ in results} == {"method=head", "method=shira method.sparsity=0.5", "method=shira method.sparsity=0.9"}
+    assert {point.label for point, _ in results} == {
+        "method=head",
+        "method=shira method.sparsity=0.5",
+        "method=shira method.sparsity=0.9",
+    }
 
 
 def test_another_search_in_the_folder_is_refused(fake: None) -> None:
@@ -235,7 +251,9 @@ def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
     assert kills >= 2
     assert process.returncode == 0
     kept = ("number", "settings", "status", "val", "steps", "error")
-    assert [{key: t[key] for key in kept} for t in told()] == [{key: t[key] for key in kept} for t in told("whole")]
+    assert [{key: t[key] for key in kept} for t in told()] == [
+        {key: t[key] for key in kept} for t in told("whole")
+    ]
 
 
 def search_rows() -> int:
@@ -256,7 +274,12 @@ def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
         for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3):
             distribution = {"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
             perfect = {5: 1.0, 10: 1.0}
-            made = optuna.trial.create_trial(value=1.0, params={"optimizer.lr": lr}, distributions=distribution, intermediate_values=perfect)
+            made = optuna.trial.create_trial(
+                value=1.0,
+                params={"optimizer.lr": lr},
+                distributions=distribution,
+                intermediate_values=perfect,
+            )
             one.study.add_trial(made)
     results = search.run(words, 6)
     said = capsys.readouterr().err
@@ -276,10 +299,14 @@ def test_through_the_command_with_real_runs() -> None:
     """Killed after its first trial and repeated, against one that was left alone."""
     words = ["--search", "optuna", "--trials", "3", *QUICK, LR, "train.steps=3", "train.eval_every=1"]
     command = [sys.executable, "-m", "finetune", "sweep"]
-    whole = subprocess.run([*command, *words, "name=whole", "--json"], env=ENV, capture_output=True, text=True)
+    whole = subprocess.run(
+        [*command, *words, "name=whole", "--json"], env=ENV, capture_output=True, text=True
+    )
     assert whole.returncode == 0, whole.stderr
     assert len(json.loads(whole.stdout)) == 3
-    process = subprocess.Popen([*command, *words, "name=s"], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [*command, *words, "name=s"], env=ENV, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     while search_rows() < 1:
         assert process.poll() is None
         time.sleep(0.01)

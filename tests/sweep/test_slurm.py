@@ -21,7 +21,10 @@ pytestmark = pytest.mark.slurm
 
 
 def answers() -> bool:
-    return shutil.which("sinfo") is not None and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
+    return (
+        shutil.which("sinfo") is not None
+        and subprocess.run(["sinfo", "-h"], capture_output=True).returncode == 0
+    )
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -35,7 +38,9 @@ def slurm() -> None:
 
 def sweep(folder: Path, *words: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "finetune", "sweep", *TINY, *words, *ASK]
-    return subprocess.Popen(command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=folder, env=ENV, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
 
 
 def _until(true: Callable[[], bool], seconds: float = 240) -> None:
@@ -46,7 +51,9 @@ def _until(true: Callable[[], bool], seconds: float = 240) -> None:
 
 
 def steps(folder: Path) -> int:
-    return max((len(file.read_text().splitlines()) for file in folder.glob("outputs/q/*/metrics.jsonl")), default=0)
+    return max(
+        (len(file.read_text().splitlines()) for file in folder.glob("outputs/q/*/metrics.jsonl")), default=0
+    )
 
 
 def job_of(folder: Path) -> str:
@@ -94,4 +101,9 @@ def _state(number: str) -> str:
 
 def _now(number: str) -> bool:
     """Have a job that was queued again start without Slurm's delay of two minutes."""
-    return subprocess.run(["scontrol", "update", f"JobId={number}", "StartTime=now"], capture_output=True).returncode == 0
+    return (
+        subprocess.run(
+            ["scontrol", "update", f"JobId={number}", "StartTime=now"], capture_output=True
+        ).returncode
+        == 0
+    )

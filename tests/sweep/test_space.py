@@ -10,7 +10,14 @@ LR = "optimizer.lr=tag(log,interval(1e-4,1e-1))"
 
 
 def test_dimensions() -> None:
-    words = ["method=lora", LR, "method.rank=interval(2,16)", "method.dropout=interval(0,0.5)", "method.alpha=choice(1,2.5)", "train.batch_size=8,16"]
+    words = [
+        "method=lora",
+        LR,
+        "method.rank=interval(2,16)",
+        "method.dropout=interval(0,0.5)",
+        "method.alpha=choice(1,2.5)",
+        "train.batch_size=8,16",
+    ]
     fixed, found = space.space([*words, "train.steps=range(10,40,10)"], None)
     assert fixed == ["method=lora"]
     lr, rank, dropout, alpha, batch, steps = found
@@ -24,9 +31,21 @@ def test_dimensions() -> None:
 def test_whole_numbers_where_the_setting_takes_no_others() -> None:
     found = {
         d.key: d
-        for d in space.space(["method=shira", "sparsity=interval(0,0.9)", "optimizer.lr=interval(1,2)", "train.steps=interval(2,4)"], None)[1]
+        for d in space.space(
+            [
+                "method=shira",
+                "sparsity=interval(0,0.9)",
+                "optimizer.lr=interval(1,2)",
+                "train.steps=interval(2,4)",
+            ],
+            None,
+        )[1]
     }
-    assert {key: d.whole for key, d in found.items()} == {"method.sparsity": False, "optimizer.lr": False, "train.steps": True}
+    assert {key: d.whole for key, d in found.items()} == {
+        "method.sparsity": False,
+        "optimizer.lr": False,
+        "train.steps": True,
+    }
 
 
 def test_lines_of_a_growing_file(tmp_path: Path) -> None:

@@ -53,8 +53,15 @@ def test_each_state_is_read_from_the_files(stub: Make) -> None:
     assert rows[0]["seconds"] > 0
     rows[0]["seconds"], rows[1]["seconds"] = 30.0, 10.0
     told = status.summary(rows)
-    assert {key: told[key] for key in ("finished", "running", "failed", "waiting")} == {"finished": 1, "running": 1, "failed": 1, "waiting": 2}
-    assert told["seconds_left"] == (12 + 2 * 20) / 2  # the mean of those that ended, for each that waits, two at once
+    assert {key: told[key] for key in ("finished", "running", "failed", "waiting")} == {
+        "finished": 1,
+        "running": 1,
+        "failed": 1,
+        "waiting": 2,
+    }
+    assert (
+        told["seconds_left"] == (12 + 2 * 20) / 2
+    )  # the mean of those that ended, for each that waits, two at once
 
 
 def test_torn_lines_are_left_out(tmp_path: Path, stub: Make) -> None:
@@ -103,7 +110,12 @@ def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
         Pool(2, lambda line: None, gpus=[]).run(points)
     file = Path("outputs/s/sweep.json")
     began = time.time() - 3600
-    file.write_text(json.dumps(json.loads(file.read_text()) | {"started": datetime.datetime.fromtimestamp(began).astimezone().isoformat()}))
+    file.write_text(
+        json.dumps(
+            json.loads(file.read_text())
+            | {"started": datetime.datetime.fromtimestamp(began).astimezone().isoformat()}
+        )
+    )
     for run in points:
         os.utime(run.folder.metrics, (began, began))
         os.utime(run.folder.result, (began + 40, began + 40))
@@ -119,7 +131,10 @@ def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
         pass
     said = list[str]()
     assert watch(Path("outputs/s"), said.append) == 1
-    assert said[-1] == "No sweep works on outputs/s now, and 2 of its runs are not finished. To go on: finetune sweep seed=1,2"
+    assert (
+        said[-1]
+        == "No sweep works on outputs/s now, and 2 of its runs are not finished. To go on: finetune sweep seed=1,2"
+    )
     Pool(2, said.append, gpus=[]).run(points)
     assert watch(Path("outputs/s"), said.append) == 0
 
@@ -128,7 +143,10 @@ def test_trials_and_runs_that_are_still_to_be_chosen(stub: Make) -> None:
     points = stub(1, 2)
     trial = point(3, "s/trials")
     freeze([trial])
-    listed = [entry(trial, Path("outputs/s")), *(entry(run, Path("outputs/s")) | {"run": ""} for run in points)]
+    listed = [
+        entry(trial, Path("outputs/s")),
+        *(entry(run, Path("outputs/s")) | {"run": ""} for run in points),
+    ]
     with announced(Path("outputs/s"), listed, [], 1, "finetune sweep x") as announce:
         status = Status(Path("outputs/s"))
         Pool(1, lambda line: None, gpus=[]).run([trial])
@@ -141,7 +159,10 @@ def test_trials_and_runs_that_are_still_to_be_chosen(stub: Make) -> None:
 @pytest.mark.parametrize("run", ["..", "/", "../s", "trials/..", "trials/../x", "/etc", "a/b"])
 def test_a_run_outside_the_folder_is_refused(stub: Make, run: str) -> None:
     (inside,) = stub(1)
-    with announced(Path("outputs/s"), [entry(inside, Path("outputs/s")) | {"run": run}], [], 1, "x"), pytest.raises(ConfigError, match="is not what"):
+    with (
+        announced(Path("outputs/s"), [entry(inside, Path("outputs/s")) | {"run": run}], [], 1, "x"),
+        pytest.raises(ConfigError, match="is not what"),
+    ):
         Status(Path("outputs/s"))
 
 
@@ -162,7 +183,9 @@ def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
     assert "1 finished, 1 running, 1 failed of 3" in text
 
 
-def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(stub: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(
+    stub: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     points = stub(1, 101)
     for terminal in (False, True):
         monkeypatch.setattr(sys.stderr, "isatty", lambda on=terminal: on)
@@ -181,7 +204,9 @@ def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> No
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
         status = Status(Path("outputs/s"))
         first = status.rows()
-        monkeypatch.setattr(type(points[0].folder), "read_result", None)  # a second reading needs no result again
+        monkeypatch.setattr(
+            type(points[0].folder), "read_result", None
+        )  # a second reading needs no result again
         assert status.rows() == first
 
 
@@ -194,7 +219,10 @@ def test_a_run_took_the_time_of_its_own_process(stub: Make) -> None:
     assert second < 3
 
 
-@pytest.mark.parametrize(("seconds", "words"), [(None, "?"), (0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (5400, "1.5 h")])
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(None, "?"), (0.4, "0 s"), (89, "89 s"), (100, "2 min"), (5399, "90 min"), (5400, "1.5 h")],
+)
 def test_durations(seconds: float | None, words: str) -> None:
     assert show_seconds(seconds) == words
 

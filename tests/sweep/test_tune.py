@@ -63,7 +63,9 @@ def test_values(text: str, center: float, trials: int, expected: list[float]) ->
     assert all(type(value) is type(center) for value in found)
 
 
-@pytest.mark.parametrize("text", ["", "a:1", "a:1:2:3", "a:x:y", "a:2:1", "a:0:1", "a:-1:1", "a:1:inf", "a:nan:1"])
+@pytest.mark.parametrize(
+    "text", ["", "a:1", "a:1:2:3", "a:x:y", "a:2:1", "a:0:1", "a:-1:1", "a:1:inf", "a:nan:1"]
+)
 def test_what_cannot_be_read(text: str) -> None:
     with pytest.raises(ConfigError, match=f"tune={text}"):
         tune.parse(text)
@@ -82,7 +84,9 @@ def test_what_cannot_be_read(text: str) -> None:
         (["method=snell", "name=t"], "method.rank:2:3", 2, "method.rank=3"),
     ],
 )
-def test_faults_come_before_the_first_trial(words: list[str], parameter: str, trials: int, fault: str) -> None:
+def test_faults_come_before_the_first_trial(
+    words: list[str], parameter: str, trials: int, fault: str
+) -> None:
     with pytest.raises(ConfigError, match=fault):
         tuned(grid.points(words), parameter, trials)
     assert fake_training.started == []
@@ -95,7 +99,9 @@ def test_every_configuration_gets_its_trials_on_the_first_seed() -> None:
     trials = [folder for folder in Path("outputs/t/trials").iterdir() if (folder / "result.json").is_file()]
     assert len(trials) == len(fake_training.started) == 2 * 5
     assert {folder.name.split("-s")[1].split("-")[0] for folder in trials} == {"3"}
-    assert [(p.config.method.name, p.config.seed, p.label) for p in final] == [(p.config.method.name, p.config.seed, p.label) for p in points]
+    assert [(p.config.method.name, p.config.seed, p.label) for p in final] == [
+        (p.config.method.name, p.config.seed, p.label) for p in points
+    ]
     own = {p.config.method.name: p.config.optimizer.lr for p in points}
     for point in final:
         tried = [own[point.config.method.name] * math.sqrt(10) ** i for i in (-2, -1, 0, 1, 2)]
@@ -109,8 +115,14 @@ def test_the_choice_is_that_of_brute_force_over_validation() -> None:
         about = told(point)
         best = max(about["tried"], key=lambda row: accuracy(row["value"], 4, 4))
         assert about["chosen"] == point.config.optimizer.lr == best["value"]
-        assert {key: about[key] for key in ("format", "parameter", "trials")} == {"format": 1, "parameter": "optimizer.lr", "trials": 5}
-        assert [row["val"]["accuracy"] for row in about["tried"]] == [accuracy(row["value"], 4, 4) for row in about["tried"]]
+        assert {key: about[key] for key in ("format", "parameter", "trials")} == {
+            "format": 1,
+            "parameter": "optimizer.lr",
+            "trials": 5,
+        }
+        assert [row["val"]["accuracy"] for row in about["tried"]] == [
+            accuracy(row["value"], 4, 4) for row in about["tried"]
+        ]
         assert {row["status"] for row in about["tried"]} == {"finished"}
         assert "test" not in json.dumps(about)
 
@@ -145,7 +157,13 @@ def test_trials_that_are_there_are_not_run_again() -> None:
 def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
     words = ["method=head", "name=t", "train.steps=4"]
     (point,) = tuned(grid.points([*words, "optimizer.lr=0.5"]))
-    assert [row["status"] for row in told(point)["tried"]] == ["finished", "finished", "finished", "failed", "failed"]
+    assert [row["status"] for row in told(point)["tried"]] == [
+        "finished",
+        "finished",
+        "finished",
+        "failed",
+        "failed",
+    ]
     assert point.config.optimizer.lr == 0.05
     (point,) = tuned(grid.points([*words, "optimizer.lr=50"]), trials=2)
     assert point.config.optimizer.lr == told(point)["chosen"] == 50
@@ -163,7 +181,9 @@ def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
     ],
 )
 def test_what_is_best(vals: list[Any], chosen: int) -> None:
-    rows = [{"value": i, "status": "finished" if val else "failed", "val": val} for i, val in enumerate(vals, 1)]
+    rows = [
+        {"value": i, "status": "finished" if val else "failed", "val": val} for i, val in enumerate(vals, 1)
+    ]
     assert tune.best(rows) == chosen
 
 
@@ -178,19 +198,46 @@ def test_another_setting_than_the_rate() -> None:
 @pytest.mark.slow
 def test_through_the_command_with_real_runs() -> None:
     """Two trials, two seeds; repeated, nothing starts anew."""
-    words = ["method=head", "seed=0,1", "tune=optimizer.lr:1e-5:1e-1", "--trials", "2", "train.steps=3", "train.batch_size=8", "name=t", "--json"]
-    command = [sys.executable, "-m", "finetune", "sweep", *words, "train.threads=1", "train.device=cpu", "dataset.retention_images=0"]
+    words = [
+        "method=head",
+        "seed=0,1",
+        "tune=optimizer.lr:1e-5:1e-1",
+        "--trials",
+        "2",
+        "train.steps=3",
+        "train.batch_size=8",
+        "name=t",
+        "--json",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "finetune",
+        "sweep",
+        *words,
+        "train.threads=1",
+        "train.device=cpu",
+        "dataset.retention_images=0",
+    ]
     done = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     runs = json.loads(done.stdout)
     assert [run["seed"] for run in runs] == [0, 1]
-    trials = {folder: json.loads((folder / "result.json").read_text()) for folder in Path("outputs/t/trials").iterdir()}
+    trials = {
+        folder: json.loads((folder / "result.json").read_text())
+        for folder in Path("outputs/t/trials").iterdir()
+    }
     assert len(trials) == 2
     for run in runs:
         about = json.loads((Path(run["run"]) / "tuning.json").read_text())
         vals = [result["metrics"]["val"] for result in trials.values()]
-        assert sorted(row["val"]["accuracy"] for row in about["tried"]) == sorted(val["accuracy"] for val in vals)
-        assert about["chosen"] == max(about["tried"], key=lambda row: (row["val"]["accuracy"], -row["val"]["loss"]))["value"]
+        assert sorted(row["val"]["accuracy"] for row in about["tried"]) == sorted(
+            val["accuracy"] for val in vals
+        )
+        assert (
+            about["chosen"]
+            == max(about["tried"], key=lambda row: (row["val"]["accuracy"], -row["val"]["loss"]))["value"]
+        )
     times = {file: file.stat().st_mtime_ns for file in Path("outputs").rglob("result.json")}
     again = subprocess.run(command, env=ENV, capture_output=True, text=True)
     assert json.loads(again.stdout) == runs

@@ -32,18 +32,32 @@ Then = Callable[[], object]
 
 def go(folder: Path, *more: str, at: int = -1, then: Then = lambda: None) -> dict[str, Any]:
     """Train in ``folder``; once ``at`` steps are done, ``then`` happens."""
-    words = {word.partition("=")[0]: word for word in (*SMALL, f"name={folder.parent.name}", f"run={folder.name}", *more)}
+    words = {
+        word.partition("=")[0]: word
+        for word in (*SMALL, f"name={folder.parent.name}", f"run={folder.name}", *more)
+    }
     config = load(list(words.values()))
-    return run.train(config, folder, lambda line: None, lambda done, steps, words: then() if done == at else None)
+    return run.train(
+        config, folder, lambda line: None, lambda done, steps, words: then() if done == at else None
+    )
 
 
 def outcome(folder: Path) -> list[Any]:
     """All that a run gives, but for times."""
     files = RunFolder(folder)
-    lines = [json.loads(line) for line in files.metrics.read_text().splitlines()] if files.metrics.exists() else []
+    lines = (
+        [json.loads(line) for line in files.metrics.read_text().splitlines()]
+        if files.metrics.exists()
+        else []
+    )
     numbers = [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
     result = {key: files.read_result()[key] for key in ("status", "metrics", "params", "steps", "best_step")}
-    return [result, numbers, pq.read_table(files.predictions).to_pylist(), (files.delta / "delta.safetensors").read_bytes()]
+    return [
+        result,
+        numbers,
+        pq.read_table(files.predictions).to_pylist(),
+        (files.delta / "delta.safetensors").read_bytes(),
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +88,17 @@ def mounted(place: Path, *words: str) -> Iterator[None]:
     try:
         yield
     finally:
-        subprocess.run(["umount", "--lazy", str(place)], check=True)  # tensors that are no longer used may still map a file
+        subprocess.run(
+            ["umount", "--lazy", str(place)], check=True
+        )  # tensors that are no longer used may still map a file
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 @pytest.mark.parametrize("kib", [0, 4, 24, 36, 60, 84, 104, 124])
-def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(tmp_path: Path, undisturbed: list[Any], kib: int) -> None:
+def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
+    tmp_path: Path, undisturbed: list[Any], kib: int
+) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     with mounted(disk, "-t", "tmpfs", "-o", "size=2m", "tmpfs"):
@@ -102,17 +120,24 @@ def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(tmp_path: P
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts folders on themselves")
-def test_a_folder_that_becomes_read_only_ends_a_run_in_one_line(tmp_path: Path, undisturbed: list[Any]) -> None:
+def test_a_folder_that_becomes_read_only_ends_a_run_in_one_line(
+    tmp_path: Path, undisturbed: list[Any]
+) -> None:
     folder = tmp_path / "outputs" / "run"
 
     def protect() -> None:
         mount("--bind", str(folder), str(folder))
         mount("-o", "remount,bind,ro", str(folder))
 
-    with pytest.raises(RunFailed, match=rf"{folder} cannot be written: Read-only file system.* `finetune train --resume {folder}` goes on"):
+    with pytest.raises(
+        RunFailed,
+        match=rf"{folder} cannot be written: Read-only file system.* `finetune train --resume {folder}` goes on",
+    ):
         go(folder, at=3, then=protect)
     try:
-        with pytest.raises(ConfigError, match=f"The run folder {folder} cannot be written: Read-only file system"):
+        with pytest.raises(
+            ConfigError, match=f"The run folder {folder} cannot be written: Read-only file system"
+        ):
             go(folder)
         assert saved(folder) == [2]
     finally:
@@ -141,13 +166,18 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path, undisturbed: list[
     assert outcome(folder) == undisturbed
 
 
-def test_a_run_in_use_is_refused_by_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_in_use_is_refused_by_the_command_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/t/r")
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom finetune.storage.lock import held\n" + (
-        f"with held(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()"
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom finetune.storage.lock import held\n"
+        + (f"with held(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()")
     )
-    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as live:
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as live:
         assert live.stdout
         live.stdout.readline()
         before = {path: path.read_bytes() for path in folder.iterdir()}
@@ -162,7 +192,9 @@ def test_a_run_in_use_is_refused_by_the_command_line(tmp_path: Path, monkeypatch
     assert before == {path: content for path, content in before.items() if path.name == ".lock"}
 
 
-def test_a_clock_that_goes_backwards_decides_nothing(tmp_path: Path, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_goes_backwards_decides_nothing(
+    tmp_path: Path, undisturbed: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = tmp_path / "outputs" / "run"
     times = iter(range(10**9, 0, -1000))
     monkeypatch.setattr(time, "time", lambda: float(next(times)))
@@ -191,7 +223,13 @@ def test_a_clock_that_goes_backwards_decides_nothing(tmp_path: Path, undisturbed
 def test_only_the_last_checkpoints_stay_and_that_of_a_failure(tmp_path: Path) -> None:
     folder = tmp_path / "outputs" / "run"
     seen = list[list[int]]()
-    go(folder, "train.save_every=1", "train.keep_last=3", at=4, then=lambda: seen.append(RunFolder(folder).steps()))
+    go(
+        folder,
+        "train.save_every=1",
+        "train.keep_last=3",
+        at=4,
+        then=lambda: seen.append(RunFolder(folder).steps()),
+    )
     assert seen == [[1, 2, 3]]  # progress is told before the step is saved
     assert saved(folder) == [4, 5, 6]
     (folder / "failure.json").write_text('{"checkpoint": "step-4"}')

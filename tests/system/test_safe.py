@@ -29,10 +29,16 @@ def entry(shape: list[int], *offsets: int, dtype: str = "F32") -> dict[str, Any]
 
 
 def test_a_whole_file_is_told_as_its_library_does(tmp_path: Path) -> None:
-    tensors = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2]), "empty": torch.zeros(0, 4, dtype=torch.bfloat16)}
+    tensors = {
+        "a": torch.arange(6.0).view(2, 3),
+        "b": torch.tensor([1, 2]),
+        "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
+    }
     save_file(tensors, tmp_path / "t.safetensors")
     found = safe.tensors_of(tmp_path / "t.safetensors")
-    assert {name: shape for name, (_, shape) in found.items()} == {name: tuple(t.shape) for name, t in load_file(tmp_path / "t.safetensors").items()}
+    assert {name: shape for name, (_, shape) in found.items()} == {
+        name: tuple(t.shape) for name, t in load_file(tmp_path / "t.safetensors").items()
+    }
 
 
 @pytest.mark.parametrize(
@@ -95,7 +101,9 @@ def test_json_and_yaml_within_bounds(tmp_path: Path) -> None:
                     parse(text)
     with pytest.raises(safe.Unsafe, match="NaN"):
         safe.parse_json('{"a": NaN}')
-    laughs = "a0: &a0 [x, x]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 12))
+    laughs = "a0: &a0 [x, x]\n" + "".join(
+        f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}, *a{i - 1}]\n" for i in range(1, 12)
+    )
     with pytest.raises(safe.Unsafe, match="values"):
         safe.check_yaml(laughs)
     (tmp_path / "big.json").write_text("1" * 101)

@@ -34,7 +34,13 @@ def begin(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Nursery]:
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """A run of some seconds."""
-    chosen = ["method=spiel", "schedule.every=4", "method.window=2", f"train.steps={STEPS}", "train.eval_every=3"]
+    chosen = [
+        "method=spiel",
+        "schedule.every=4",
+        "method.window=2",
+        f"train.steps={STEPS}",
+        "train.eval_every=3",
+    ]
     return ["train", *task.make(tmp_path_factory.mktemp("task")), *chosen, "run=r", "train.save_every=12"]
 
 
@@ -60,14 +66,20 @@ def said_command(child: Child) -> list[str]:
     return rest
 
 
-SENT = [pytest.param(signal.SIGINT, marks=pytest.mark.slow), signal.SIGTERM, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)]
+SENT = [
+    pytest.param(signal.SIGINT, marks=pytest.mark.slow),
+    signal.SIGTERM,
+    pytest.param(signal.SIGHUP, marks=pytest.mark.slow),
+]
 
 
 @pytest.mark.parametrize("number", SENT)
 def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
     begin: Nursery, words: list[str], whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
-    child = begin.start(*words, "train.workers=2" if number == signal.SIGTERM else "train.workers=0", folder=tmp_path)
+    child = begin.start(
+        *words, "train.workers=2" if number == signal.SIGTERM else "train.workers=0", folder=tmp_path
+    )
     assert child.until(lambda: lines(child) >= 2), child.said
     child.kill(number, group=True)  # as a terminal and a scheduler do, to the workers too
     assert child.wait() == 130
@@ -80,7 +92,11 @@ def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
     again = begin.run(*command, "train.save_every=6", folder=tmp_path)
     assert again.wait() == 0, again.said
     assert f"Going on from step {saved.name.removeprefix('step-')}" in again.said
-    assert [words for words in differences(whole, tmp_path / RUN) if "config_hash" not in words and "group_hash" not in words] == []
+    assert [
+        words
+        for words in differences(whole, tmp_path / RUN)
+        if "config_hash" not in words and "group_hash" not in words
+    ] == []
     assert "Going on from step" in (tmp_path / RUN / "log.txt").read_text()
     finished = begin.run(*command, "--json", folder=tmp_path)
     assert finished.wait() == 0
@@ -88,7 +104,9 @@ def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
     assert json.loads(finished.out) == json.loads((tmp_path / RUN / "result.json").read_text())
 
 
-def test_before_the_first_step_it_ends_at_once(begin: Nursery, words: list[str], whole: Path, tmp_path: Path) -> None:
+def test_before_the_first_step_it_ends_at_once(
+    begin: Nursery, words: list[str], whole: Path, tmp_path: Path
+) -> None:
     child = begin.start(*words, folder=tmp_path)
     assert child.until((tmp_path / RUN / "config.yaml").exists), child.said  # measuring the base
     child.kill(signal.SIGTERM)
@@ -100,7 +118,9 @@ def test_before_the_first_step_it_ends_at_once(begin: Nursery, words: list[str],
     assert differences(whole, tmp_path / RUN) == []
 
 
-def test_before_there_is_a_run_the_command_itself_is_told(begin: Nursery, words: list[str], tmp_path: Path) -> None:
+def test_before_there_is_a_run_the_command_itself_is_told(
+    begin: Nursery, words: list[str], tmp_path: Path
+) -> None:
     child = begin.start(*words, folder=tmp_path)
     assert child.until(lambda: catches(child, signal.SIGTERM)), child.said
     child.kill(signal.SIGTERM)
@@ -130,7 +150,9 @@ with Signals() as signals, signals.patient():
 
 
 def test_a_second_signal_does_not_wait_for_the_step() -> None:
-    with subprocess.Popen([sys.executable, "-c", PATIENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as step:
+    with subprocess.Popen(
+        [sys.executable, "-c", PATIENT], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as step:
         assert step.stdout
         assert step.stderr
         assert step.stdout.readline() == "ready\n"
@@ -151,14 +173,19 @@ def test_two_signals_harm_nothing(begin: Nursery, words: list[str], whole: Path,
     while child.alive:
         child.kill(signal.SIGTERM)
         time.sleep(0.02)
-    assert child.wait() in (130, -signal.SIGTERM)  # the last one may come when it has ended, but for the interpreter
+    assert child.wait() in (
+        130,
+        -signal.SIGTERM,
+    )  # the last one may come when it has ended, but for the interpreter
     assert "SIGTERM: saving the run" in child.said or "again SIGTERM: ended at once" in child.said
     again = begin.run("train", "--resume", str(RUN), folder=tmp_path)
     assert again.wait() == 0, again.said
     assert differences(whole, tmp_path / RUN) == []
 
 
-def test_resume_refuses_what_it_cannot_do(begin: Nursery, words: list[str], whole: Path, tmp_path: Path) -> None:
+def test_resume_refuses_what_it_cannot_do(
+    begin: Nursery, words: list[str], whole: Path, tmp_path: Path
+) -> None:
     folder = whole.parents[2]
     for more, fault in (
         (["train.steps=20", "seed=4"], "train.steps=20: --resume goes on with a run as it was started"),
@@ -170,7 +197,10 @@ def test_resume_refuses_what_it_cannot_do(begin: Nursery, words: list[str], whol
         assert fault in refused.said
     missing = begin.run("train", "--resume", "nowhere", folder=tmp_path)
     assert missing.wait() == 2
-    assert missing.said == "Error: --resume nowhere: no config.yaml of a run is there. Give the folder of a run, outputs/NAME/RUN.\n"
+    assert (
+        missing.said
+        == "Error: --resume nowhere: no config.yaml of a run is there. Give the folder of a run, outputs/NAME/RUN.\n"
+    )
 
 
 SAVES = """
@@ -193,7 +223,9 @@ sys.exit(130)
 def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     """A sweep's child that needs a while to save its step when it is asked to end."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "command", lambda of: [sys.executable, "-S", "-c", SAVES, str(of.folder.path)])
+    monkeypatch.setattr(
+        process, "command", lambda of: [sys.executable, "-S", "-c", SAVES, str(of.folder.path)]
+    )
     one = point(1)
     grid.freeze([one])
     made = Process.start(one)

@@ -25,4 +25,14 @@ class SomeData:
 @pytest.fixture
 def some_config() -> Config:
     model = ModelConfig("tiny_vit", "builtin:tiny_vit")
-    return Config("trial", None, 3, model, SomeMethod(), SomeData(), OptimizerConfig(), TrainConfig(), LoggerConfig(tags=("mine",), group="grid"))
+    return Config(
+        "trial",
+        None,
+        3,
+        model,
+        SomeMethod(),
+        SomeData(),
+        OptimizerConfig(),
+        TrainConfig(),
+        LoggerConfig(tags=("mine",), group="grid"),
+    )

@@ -19,7 +19,9 @@ def test_every_example_once_an_epoch_and_the_last_batch_is_small() -> None:
 
 
 @pytest.mark.parametrize(("size", "micro", "world"), [(8, 3, 1), (5, 8, 1), (7, 2, 2), (1, 4, 3), (9, 2, 4)])
-def test_pieces_cover_the_batch_over_all_processes_in_as_many_rounds(size: int, micro: int, world: int) -> None:
+def test_pieces_cover_the_batch_over_all_processes_in_as_many_rounds(
+    size: int, micro: int, world: int
+) -> None:
     batch = torch.randperm(size)
     plans = [pieces(batch, micro, rank, world) for rank in range(world)]
     assert sorted(i for plan in plans for piece in plan for i in piece) == sorted(batch.tolist())

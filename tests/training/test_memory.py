@@ -44,7 +44,9 @@ from ..support.same_run import differences
 
 NO_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
-    "cpu": RuntimeError("[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."),
+    "cpu": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+    ),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "numpy": MemoryError("Unable to allocate 8.00 GiB for an array"),
 }
@@ -55,7 +57,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "amt": AMT,  # looks at the batch once more after the backward pass
     "sara": lambda: SaRA(sparsity=0.9, penalty=0.1),
     "lt_sft": lambda: LTSFT(sparsity=0.9),  # two phases
-    "gradient": lambda: Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2)),  # looks at batches before it starts, and before steps
+    "gradient": lambda: Crossing(
+        sparsity=0.9, score="gradient", schedule=DropGrow(every=2)
+    ),  # looks at batches before it starts, and before steps
     "random": lambda: Crossing(sparsity=0.9, schedule=Redraw(every=2)),
 }
 
@@ -63,7 +67,14 @@ METHODS: dict[str, Callable[[], Method]] = {
 class Short:
     """Finds no memory for more than ``most`` examples in a forward or backward pass of ``session``'s model, after ``spared`` passes."""
 
-    def __init__(self, session: Session, most: int, where: str = "forward", error: Exception = NO_MEMORY["cuda"], spared: int = 0) -> None:
+    def __init__(
+        self,
+        session: Session,
+        most: int,
+        where: str = "forward",
+        error: Exception = NO_MEMORY["cuda"],
+        spared: int = 0,
+    ) -> None:
         self.most, self.where, self.error, self.spared, self.failed = most, where, error, spared, 0
         session.model.register_forward_hook(self, with_kwargs=True)
         if where == "middle":  # of the backward pass: some layers have given their gradients
@@ -88,8 +99,12 @@ class Short:
         raise self.error
 
 
-def begin(method: Method, micro: int | None = None, selector: Selector | None = None, **train: Any) -> Session:
-    return contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=micro, **train), selector=selector)
+def begin(
+    method: Method, micro: int | None = None, selector: Selector | None = None, **train: Any
+) -> Session:
+    return contract.begin(
+        method, train=replace(contract.TRAIN, micro_batch_size=micro, **train), selector=selector
+    )
 
 
 def saved(session: Session) -> dict[str, Any]:
@@ -131,7 +146,11 @@ def test_every_way_of_saying_it(error: Exception) -> None:
     assert session.memory.events == [{"step": 1, "from": 8, "to": 4}]
 
 
-@pytest.mark.parametrize("error", [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")], ids=["shapes", "value"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("mat1 and mat2 shapes cannot be multiplied"), ValueError("out of memory")],
+    ids=["shapes", "value"],
+)
 def test_other_errors_are_left_alone(error: Exception) -> None:
     session = begin(LoRA(rank=2))
     Short(session, 4, error=error)
@@ -191,7 +210,9 @@ def test_memory_that_the_optimizer_lacks_is_the_end_with_advice(monkeypatch: pyt
 
 
 @pytest.mark.parametrize("place", ["reading", "writing", "restoring"])
-def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_back(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_back(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Once, at the worst moments: as the originals are read, as the changed entries are written, and as the originals are put back."""
     session, told = begin(SHiRA(sparsity=0.9)), begin(SHiRA(sparsity=0.9), micro=4)
     steps, oracle = session.steps(), told.steps()
@@ -202,7 +223,9 @@ def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_bac
 
     def fails_once(*given: Any) -> Any:
         calls[0] += 1
-        if calls[0] == (6 if place == "restoring" else 5):  # the third layer: it is written, and then restored
+        if calls[0] == (
+            6 if place == "restoring" else 5
+        ):  # the third layer: it is written, and then restored
             raise NO_MEMORY["cuda"]
         return real(*given)
 
@@ -248,7 +271,9 @@ def test_entries_that_moved_by_half_are_not_moved_again(late: bool, monkeypatch:
         raise NO_MEMORY["cuda"]
 
     monkeypatch.setattr(store, "_move", move)
-    with pytest.raises(RunFailed, match="Memory ran out at step 3 as trained entries moved, which cannot be done twice"):
+    with pytest.raises(
+        RunFailed, match="Memory ran out at step 3 as trained entries moved, which cannot be done twice"
+    ):
         next(steps)
 
 
@@ -317,7 +342,9 @@ def test_an_evaluation_that_runs_out_goes_on_in_halves() -> None:
     short = Short(session, 3)
     halved = evaluate(session.tuned, data, 8, session.accelerator)
     assert short.failed == 3
-    assert [{**row, "loss": 0, "score": 0} for row in halved.rows] == [{**row, "loss": 0, "score": 0} for row in whole.rows]
+    assert [{**row, "loss": 0, "score": 0} for row in halved.rows] == [
+        {**row, "loss": 0, "score": 0} for row in whole.rows
+    ]
     assert halved.metrics == pytest.approx(whole.metrics, abs=1e-6)
     short.most = 0
     with pytest.raises(RunFailed, match="evaluation of a single example"):
@@ -339,7 +366,14 @@ def test_halves_of_a_batch_are_all_of_it() -> None:
 
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    return [*task.make(tmp_path_factory.mktemp("task")), "train.steps=6", "train.eval_every=3", "train.save_every=2", "method=shira", "sparsity=0.9"]
+    return [
+        *task.make(tmp_path_factory.mktemp("task")),
+        "train.steps=6",
+        "train.eval_every=3",
+        "train.save_every=2",
+        "method=shira",
+        "sparsity=0.9",
+    ]
 
 
 def config(words: list[str], *more: str) -> Config:
@@ -353,7 +387,9 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def init(self: Session, *given: Any, **named: Any) -> None:
         real(self, *given, **named)
-        self.model.register_forward_hook(lambda module, args, kwargs, output: _three(module, kwargs), with_kwargs=True)
+        self.model.register_forward_hook(
+            lambda module, args, kwargs, output: _three(module, kwargs), with_kwargs=True
+        )
 
     monkeypatch.setattr(Session, "__init__", init)
 
@@ -376,22 +412,32 @@ def go(settings: Config, folder: Path, stop: int | None = None) -> tuple[dict[st
 
 
 @pytest.mark.parametrize("size", ["8", "auto"])
-def test_it_is_recorded_and_a_resumed_run_goes_on_with_it(words: list[str], size: str, short: None, tmp_path: Path) -> None:
+def test_it_is_recorded_and_a_resumed_run_goes_on_with_it(
+    words: list[str], size: str, short: None, tmp_path: Path
+) -> None:
     settings = config(words, f"train.batch_size={size}")
     whole, said = go(settings, tmp_path / "whole")
     with pytest.raises(Interrupted):
         go(settings, tmp_path / "resumed", stop=3)
     resumed, again = go(settings, tmp_path / "resumed")
     events = [{"step": 1, "from": 8, "to": 4}, {"step": 1, "from": 4, "to": 2}] if size == "8" else []
-    sizes = {"batch_size": 8, "micro_batch_size": 2} if size == "8" else {"batch_size": 2, "micro_batch_size": None}
+    sizes = (
+        {"batch_size": 8, "micro_batch_size": 2}
+        if size == "8"
+        else {"batch_size": 2, "micro_batch_size": None}
+    )
     assert whole["batch"] == resumed["batch"] == {**sizes, "out_of_memory": events}
     assert (whole["processes"], resumed["processes"]) == (1, 1)
     assert not differences(tmp_path / "whole", tmp_path / "resumed")
     assert sum("Memory ran out" in line for line in said) == len(events)
     assert sum("batch_size=auto: 2 examples" in line for line in said) == (size == "auto")
-    assert not any("Memory ran out" in line or "=auto" in line for line in again), "a resumed run has the sizes from its checkpoint"
+    assert not any("Memory ran out" in line or "=auto" in line for line in again), (
+        "a resumed run has the sizes from its checkpoint"
+    )
     if size == "8":
         told, _ = go(config(words, "train.micro_batch_size=2"), tmp_path / "told")
         assert told["metrics"] == whole["metrics"]
         assert told["batch"]["out_of_memory"] == []
-        assert (tmp_path / "told/delta/delta.safetensors").read_bytes() == (tmp_path / "whole/delta/delta.safetensors").read_bytes()
+        assert (tmp_path / "told/delta/delta.safetensors").read_bytes() == (
+            tmp_path / "whole/delta/delta.safetensors"
+        ).read_bytes()

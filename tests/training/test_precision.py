@@ -71,14 +71,23 @@ def ended(session: Session) -> tuple[list[float], Tensor]:
 @pytest.mark.parametrize("precision", TOLERANCE)
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_stays_near_that_in_float32(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", replace(contract.OPTIMIZER, eps=1e-2))  # a gradient of nothing but noise moves nothing
+    monkeypatch.setattr(
+        contract, "OPTIMIZER", replace(contract.OPTIMIZER, eps=1e-2)
+    )  # a gradient of nothing but noise moves nothing
     before, kinds = contract.logits(contract.begin(LoRA(rank=2)).tuned), set[torch.dtype]()
     exact, logits = ended(contract.begin(METHODS[name]()))
     with scaled() if precision == "fp16" else nullcontext():
-        session = contract.begin(METHODS[name](), train=replace(contract.TRAIN, precision=precision if precision == "bf16" else "fp32"))
-        session.model.vit.layers[0].mlp.register_forward_hook(lambda module, args, output: kinds.add(output.dtype))
+        session = contract.begin(
+            METHODS[name](),
+            train=replace(contract.TRAIN, precision=precision if precision == "bf16" else "fp32"),
+        )
+        session.model.vit.layers[0].mlp.register_forward_hook(
+            lambda module, args, output: kinds.add(output.dtype)
+        )
         losses, found = ended(session)
-    assert kinds >= {torch.bfloat16 if precision == "bf16" else torch.float16}, "it was computed in half precision"
+    assert kinds >= {torch.bfloat16 if precision == "bf16" else torch.float16}, (
+        "it was computed in half precision"
+    )
     assert losses == pytest.approx(exact, abs=TOLERANCE[precision])
     torch.testing.assert_close(found, logits, atol=TOLERANCE[precision], rtol=TOLERANCE[precision])
     assert float((logits - before).abs().max()) > 0.4, "training moved much more than the tolerance"
@@ -95,7 +104,9 @@ class Overflow:
         loss = self.real(micro)
         if self.session.number in self.at and self.session.accelerator.scaler.get_scale() > self.most:
             self.count += 1
-            next(p for p in self.session.states.parameters() if p.grad is not None).grad.view(-1)[0] = torch.inf
+            next(p for p in self.session.states.parameters() if p.grad is not None).grad.view(-1)[0] = (
+                torch.inf
+            )
         return loss
 
 

@@ -19,23 +19,41 @@ from finetune.testing import contract
 from finetune.training import run
 from finetune.training.prepare import prepare
 
-SMALL = ["train.steps=8", "train.batch_size=8", "optimizer.lr=0.03", "dataset.retention_images=30", "train.threads=1"]
+SMALL = [
+    "train.steps=8",
+    "train.batch_size=8",
+    "optimizer.lr=0.03",
+    "dataset.retention_images=30",
+    "train.threads=1",
+]
 
 
 def answers(backbone: Path, head: Path) -> list[int]:
     """The classes that the weights of ``backbone`` with the head of ``head`` give to the retention images."""
-    model, other = (AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32) for folder in (backbone, head))
+    model, other = (
+        AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
+        for folder in (backbone, head)
+    )
     model.classifier = other.classifier
     config = load(["model=tiny_vit"]).model
     processor, _ = read_processor(head, config, "image_classification", model)
     rows = Digits(retention_images=30).read().splits["retention"]
-    pixels = torch.stack([processor(images=row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0] for row in rows])
+    pixels = torch.stack(
+        [
+            processor(images=row["image"].convert("RGB"), return_tensors="pt")["pixel_values"][0]
+            for row in rows
+        ]
+    )
     with torch.no_grad():
         return list(model.eval()(pixels).logits.argmax(-1).tolist())
 
 
-@pytest.mark.parametrize("method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "shira")), "lora"])
-def test_retention_is_the_share_of_the_pretrained_heads_answers_that_stay(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "method", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("full", "shira")), "lora"]
+)
+def test_retention_is_the_share_of_the_pretrained_heads_answers_that_stay(
+    method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     config = load([f"method={method}", *SMALL])
     result = run.train(config, run_folder(config), lambda line: None, lambda done, total, words: None)

@@ -57,7 +57,9 @@ def go(settings: Config) -> tuple[dict[str, Any], RunFolder, list[str]]:
 def test_eval_gives_the_very_numbers_and_merge_a_plain_model(model: str, here: Path, method: str) -> None:
     result, files, _ = go(config(model, f"method={method}", "optimizer.lr=0.01"))
     assert result == files.read_result()
-    assert finished.evaluate(files.path)["metrics"] == {k: result["metrics"][k] for k in ("val", "test", "retention")}
+    assert finished.evaluate(files.path)["metrics"] == {
+        k: result["metrics"][k] for k in ("val", "test", "retention")
+    }
     merged = merge.merge(files.path, here / "merged")
     assert merged["largest_logit_difference"] < 1e-4
     import transformers
@@ -91,22 +93,31 @@ def test_files_of_a_run(model: str, here: Path) -> None:
     assert sum(r["label"] == r["prediction"] for r in rows) / 597 == result["metrics"]["test"]["accuracy"]
     assert sorted(p.name for p in (files.path / "checkpoints").iterdir()) == ["step-4", "step-6"]
     assert result["stored_bytes"] == sum(p.stat().st_size for p in files.delta.glob("delta.*"))
-    head, body = 10 * 32 + 10, sum(s[0] * s[1] - round(0.9 * s[0] * s[1]) for s in [(32, 32)] * 8 + [(48, 32), (32, 48)] * 2)
+    head, body = (
+        10 * 32 + 10,
+        sum(s[0] * s[1] - round(0.9 * s[0] * s[1]) for s in [(32, 32)] * 8 + [(48, 32), (32, 48)] * 2),
+    )
     assert result["params"]["trained"] == head + body
     assert result["params"]["adapted"] == 8 * 32 * 32 + 4 * 48 * 32 + head
     assert result["config_hash"] == settings.hash()
 
 
 def test_the_best_step_is_chosen_on_validation(model: str, here: Path) -> None:
-    result, files, _ = go(config(model, "method=lora", "optimizer.lr=0.05", "train.steps=10", "train.eval_every=1"))
+    result, files, _ = go(
+        config(model, "method=lora", "optimizer.lr=0.05", "train.steps=10", "train.eval_every=1")
+    )
     lines = [json.loads(line) for line in files.metrics.read_text().splitlines()]
-    accuracies = {line["step"]: (line["val_accuracy"], -line["val_loss"]) for line in lines if "val_accuracy" in line}
+    accuracies = {
+        line["step"]: (line["val_accuracy"], -line["val_loss"]) for line in lines if "val_accuracy" in line
+    }
     assert len(accuracies) == 10
     assert result["best_step"] == max(accuracies, key=lambda step: accuracies[step])
     assert stored.about(files.delta)["step"] == result["best_step"]
 
 
-def test_a_broken_off_run_goes_on_to_the_same_bits(model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_broken_off_run_goes_on_to_the_same_bits(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     whole, files, _ = go(config(model, "method=snell", "run=whole"))
     real = run.Training.save_checkpoint
 
@@ -122,10 +133,15 @@ def test_a_broken_off_run_goes_on_to_the_same_bits(model: str, here: Path, monke
     resumed, again, said = go(config(model, "method=snell", "run=broken"))
     assert "Going on from step 2" in said[-1]
     assert resumed["metrics"] == whole["metrics"]
-    assert (again.delta / "delta.safetensors").read_bytes() == (files.delta / "delta.safetensors").read_bytes()
+    assert (again.delta / "delta.safetensors").read_bytes() == (
+        files.delta / "delta.safetensors"
+    ).read_bytes()
 
     def numbers(folder: RunFolder) -> list[dict[str, Any]]:
-        return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in folder.metrics.read_text().splitlines()]
+        return [
+            {k: v for k, v in json.loads(line).items() if k != "seconds"}
+            for line in folder.metrics.read_text().splitlines()
+        ]
 
     assert numbers(again) == numbers(files)
 
@@ -159,7 +175,9 @@ def test_plan_tells_what_the_run_then_does_and_writes_nothing(model: str, here: 
     assert plan["expected_peak_memory_bytes"] > 100e6
 
 
-def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earlier_decide(model: str, here: Path) -> None:
+def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earlier_decide(
+    model: str, here: Path
+) -> None:
     settings = config(model, "method=lt_sft", "sparsity=0.9")
     plan, (result, _, _) = planned(settings), go(settings)
     assert plan["params"] == result["params"]
@@ -167,7 +185,9 @@ def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earli
     assert "The phases before the last" in plan["notes"][-1]
 
 
-def test_trained_counts_what_was_trained_whatever_step_was_best(model: str, here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_trained_counts_what_was_trained_whatever_step_was_best(
+    model: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = iter(range(0, -9, -1))
     monkeypatch.setattr(run, "better", lambda metrics: (next(keys),))  # the first validation stays the best
     settings = config(model, "method=lift", "sparsity=0.9", "schedule.every=1")

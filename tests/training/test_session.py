@@ -24,7 +24,11 @@ from finetune.training.session import NotFinite, make_optimizer, rate
 
 @pytest.mark.parametrize(
     ("schedule", "expected"),
-    [("constant", [0.5, 1, 1, 1, 1, 1]), ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]), ("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466])],
+    [
+        ("constant", [0.5, 1, 1, 1, 1, 1]),
+        ("linear", [0.5, 1, 1, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1, 1, 0.8535534, 0.5, 0.1464466]),
+    ],
 )
 def test_rates(schedule: Any, expected: list[float]) -> None:
     settings = OptimizerConfig(schedule=schedule, warmup=1 / 3)
@@ -48,7 +52,12 @@ class Second(SHiRA):
 
     def begin(self, run: Run, state: nn.ModuleDict, previous: Any) -> None:
         super().begin(run, state, previous)
-        moved = (previous.trained()["vit.layers.0.mlp.fc1.weight"] - contract.tiny().vit.layers[0].mlp.fc1.weight).abs().sum().item()
+        moved = (
+            (previous.trained()["vit.layers.0.mlp.fc1.weight"] - contract.tiny().vit.layers[0].mlp.fc1.weight)
+            .abs()
+            .sum()
+            .item()
+        )
         Rewound.seen.append((contract.logits(run.model), moved, run.total, run.step))
 
 
@@ -77,7 +86,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_step_with_its_examples() -> 
     with pytest.raises(NotFinite, match="nan at step 2") as caught:
         next(steps)
     assert caught.value.step == 2
-    assert sorted(caught.value.ids) == sorted(i for b in next(session.batches.steps(1, 2)) if b for i in b.ids)
+    assert sorted(caught.value.ids) == sorted(
+        i for b in next(session.batches.steps(1, 2)) if b for i in b.ids
+    )
     assert session.number == 1
     after = session.states.state_dict()
     assert all(torch.equal(v, after[k]) for k, v in before.items() if "classifier" not in k)
@@ -91,14 +102,19 @@ def test_language_model_loss_is_the_mean_over_tokens_not_over_examples() -> None
         for i in range(6) for j in range(1, int(batch.inputs["attention_mask"][i].sum()))
     ]  # fmt: skip
     assert count(batch) == len(each)
-    torch.testing.assert_close(example_losses(logits, batch.labels).sum() / count(batch), torch.stack(each).mean())
+    torch.testing.assert_close(
+        example_losses(logits, batch.labels).sum() / count(batch), torch.stack(each).mean()
+    )
 
 
 def test_only_matrices_and_banks_decay() -> None:
     settings = OptimizerConfig(weight_decay=0.1)
     bank = contract.begin(SHiRA(sparsity=0.9)).states
     groups = make_optimizer(bank, settings).param_groups
-    assert {id(p) for p in groups[0]["params"]} == {id(bank["method"]["bank"].values), id(bank["head"].trained()["classifier.weight"])}
+    assert {id(p) for p in groups[0]["params"]} == {
+        id(bank["method"]["bank"].values),
+        id(bank["head"].trained()["classifier.weight"]),
+    }
     assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
     biases = contract.begin(BitFit()).states
     assert next(len(g["params"]) for g in make_optimizer(biases, settings).param_groups) == 1
@@ -110,7 +126,11 @@ def test_gradients_are_clipped_to_the_norm() -> None:
     real = session.optimizer.step
 
     def step() -> None:
-        norms.append(float(torch.stack([p.grad.norm() for p in session.states.parameters() if p.grad is not None]).norm()))
+        norms.append(
+            float(
+                torch.stack([p.grad.norm() for p in session.states.parameters() if p.grad is not None]).norm()
+            )
+        )
         real()
 
     session.optimizer.step = step

@@ -19,7 +19,12 @@ from finetune.training import tracker
 from finetune.training.tracker import make
 
 BLOCK = 32768
-RESULT = {"status": "finished", "metrics": {"test": {"accuracy": 0.75}}, "cost": {"train_seconds": 2.0}, "versions": {"torch": "x"}}
+RESULT = {
+    "status": "finished",
+    "metrics": {"test": {"accuracy": 0.75}},
+    "cost": {"train_seconds": 2.0},
+    "versions": {"torch": "x"},
+}
 
 
 @pytest.fixture
@@ -126,8 +131,15 @@ def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_confi
     assert [(row["_step"], row["loss"]) for row in history] == [(1, 1.5), (2, 1.25)]
     summary: dict[str, Any] = {}
     for record in found:
-        summary |= {"/".join([item.key, *item.nested_key]).strip("/"): json.loads(item.value_json) for item in record.summary.update}
-    assert (summary["test/accuracy"], summary["cost/train_seconds"], summary["status"]) == (0.75, 2.0, "finished")
+        summary |= {
+            "/".join([item.key, *item.nested_key]).strip("/"): json.loads(item.value_json)
+            for item in record.summary.update
+        }
+    assert (summary["test/accuracy"], summary["cost/train_seconds"], summary["status"]) == (
+        0.75,
+        2.0,
+        "finished",
+    )
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
 
 
@@ -139,10 +151,14 @@ def test_a_failed_run_is_marked_failed(folder: RunFolder, some_config: Config) -
 def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_config: Config) -> None:
     settings = with_logger(some_config, "wandb")
     make(settings, folder, pytest.fail).finish({"status": "interrupted"})
-    assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [255]  # W&B: killed
+    assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [
+        255
+    ]  # W&B: killed
     id_ = json.loads((folder.path / "wandb.json").read_text())["id"]
     for name in ("wandb", "moved"):
-        (folder.path / "wandb").rename(folder.path / f"before-{name}")  # the folders of W&B have a second in their names, and would meet
+        (folder.path / "wandb").rename(
+            folder.path / f"before-{name}"
+        )  # the folders of W&B have a second in their names, and would meet
         make(settings, folder, pytest.fail, start=1).finish(RESULT)
         assert {record.run.run_id for record in records(folder) if record.HasField("run")} == {id_}
     (folder.path / "wandb.json").write_text(json.dumps({"id": "../../etc"}))
@@ -151,7 +167,9 @@ def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_con
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
-def test_whatever_wandb_raises_costs_one_line(folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+def test_whatever_wandb_raises_costs_one_line(
+    folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
     import wandb
 
     def broken(*_: Any, **__: Any) -> None:
@@ -174,7 +192,9 @@ def test_whatever_wandb_raises_costs_one_line(folder: RunFolder, some_config: Co
     assert len(metrics(folder)) == 2
 
 
-def test_wandb_is_offline_without_a_login(folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wandb_is_offline_without_a_login(
+    folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import wandb
 
     monkeypatch.delenv("WANDB_MODE")
@@ -186,7 +206,9 @@ def test_wandb_is_offline_without_a_login(folder: RunFolder, some_config: Config
     assert asked == ["offline", "online"]
 
 
-def test_a_network_that_never_answers_holds_up_nothing(folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_that_never_answers_holds_up_nothing(
+    folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Logged in, but the server takes connections and stays silent: the run is logged offline after the time limit."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(tracker, "INIT_SECONDS", 1.0)

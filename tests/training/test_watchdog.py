@@ -46,7 +46,9 @@ from ..support.plain_runs import Runs
 Series = list[float]
 
 
-def told(losses: Series, norms: Series | None = None, marks: dict[int, dict[str, float]] | None = None) -> list[str]:
+def told(
+    losses: Series, norms: Series | None = None, marks: dict[int, dict[str, float]] | None = None
+) -> list[str]:
     """What the watcher says of a run with these losses and norms of gradients, its state going through JSON now and then."""
     state, said, session = watch.fresh(), list[str](), _still()
     for i, loss in enumerate(losses):
@@ -59,7 +61,9 @@ def told(losses: Series, norms: Series | None = None, marks: dict[int, dict[str,
 
 def _still() -> Any:
     """A session without parts."""
-    return SimpleNamespace(phase=0, states=nn.ModuleDict(), current=LoRA(), selector=SimpleNamespace(unused_parameters=False))
+    return SimpleNamespace(
+        phase=0, states=nn.ModuleDict(), current=LoRA(), selector=SimpleNamespace(unused_parameters=False)
+    )
 
 
 def noisy(seed: int, steps: int = 160, largest: float = 0.5) -> Series:
@@ -67,7 +71,12 @@ def noisy(seed: int, steps: int = 160, largest: float = 0.5) -> Series:
     draw = np.random.default_rng(seed)
     at = np.arange(steps) / steps
     start, end, size = draw.uniform(0.5, 11), draw.uniform(0.001, 0.4), draw.uniform(0.01, largest)
-    curves = [start * np.exp(-draw.uniform(1, 8) * at) + end, start * (1 - at) + end, start / (1 + draw.uniform(1, 60) * at), start * (1 - 0.1 * at)]
+    curves = [
+        start * np.exp(-draw.uniform(1, 8) * at) + end,
+        start * (1 - at) + end,
+        start / (1 + draw.uniform(1, 60) * at),
+        start * (1 - 0.1 * at),
+    ]
     noises = [
         1 + size * draw.uniform(-1, 1, steps), np.exp(size * draw.standard_normal(steps)), draw.gamma(1 / size, size, steps),
         1 + np.clip(0.3 * size * draw.standard_t(5, steps), -0.9, None),
@@ -109,7 +118,9 @@ def test_a_new_phase_starts_anew() -> None:
     state, session = watch.fresh(), _still()
     for i in range(60):
         session.phase = i // 30
-        assert not watch.see(state, session, Step(i + 1, 0.1 if i < 30 else 5.0, 1e-3, 0.1, {"grad_norm": 1.0}))
+        assert not watch.see(
+            state, session, Step(i + 1, 0.1 if i < 30 else 5.0, 1e-3, 0.1, {"grad_norm": 1.0})
+        )
 
 
 def test_dead_gradients_and_norms_that_are_no_number() -> None:
@@ -123,11 +134,18 @@ def test_dead_gradients_and_norms_that_are_no_number() -> None:
 def about(session: Session, kind: Any = "vit") -> Any:
     """What stands in for a ``Setup``; the base is made anew."""
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
-    return SimpleNamespace(session=session, base=SimpleNamespace(head=head), fingerprint=fingerprint(contract.tiny(kind), head))
+    return SimpleNamespace(
+        session=session, base=SimpleNamespace(head=head), fingerprint=fingerprint(contract.tiny(kind), head)
+    )
 
 
 def watched(
-    method: Method, kind: Any = "vit", steps: int = 8, harm: Any = None, until: int | None = None, **begin: Any
+    method: Method,
+    kind: Any = "vit",
+    steps: int = 8,
+    harm: Any = None,
+    until: int | None = None,
+    **begin: Any,
 ) -> tuple[list[str], list[str]]:
     """Warnings and suspicions of a run on a tiny model; ``harm`` is done to its session before each step's end is looked at."""
     session = contract.begin(method, kind, replace(contract.TRAIN, steps=steps), **begin)
@@ -207,15 +225,25 @@ def test_a_layer_of_a_sparse_store_that_stands_still_is_named() -> None:
     assert found == ["1 of 14 trained parts did not move (first: entries of vit.layers.0.attention.o_proj)"]
 
 
-@pytest.mark.parametrize("method", [LoRA(rank=2), SHiRA(sparsity=0.9), SNELL(sparsity=0.9), BitFit(), HFT(), Peft()], ids=lambda m: m.name)
+@pytest.mark.parametrize(
+    "method",
+    [LoRA(rank=2), SHiRA(sparsity=0.9), SNELL(sparsity=0.9), BitFit(), HFT(), Peft()],
+    ids=lambda m: m.name,
+)
 def test_one_entry_of_the_frozen_base_that_moves_is_found(method: Method) -> None:
     def push(session: Session) -> None:
         if session.number == 3:
-            frozen = [p for n, p in session.model.named_parameters() if p.ndim == 2 and not p.requires_grad and "lora" not in n]
+            frozen = [
+                p
+                for n, p in session.model.named_parameters()
+                if p.ndim == 2 and not p.requires_grad and "lora" not in n
+            ]
             frozen[-1].data[0, 0] += 1e-3
 
     assert watched(method)[1] == []
-    assert watched(method, harm=push)[1] == ["frozen weights changed while it was trained: without its parts the model is not the pretrained one"]
+    assert watched(method, harm=push)[1] == [
+        "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+    ]
 
 
 def test_statistics_of_batches_that_move_are_found() -> None:
@@ -273,7 +301,9 @@ def test_the_norm_that_is_logged_is_that_of_all_gradients(clip: float | None) ->
     sessions[1].start()
     sessions[1]._backward(next(sessions[1].batches.steps(0, 1)))
     grads = [p.grad for p in sessions[1].states.parameters() if p.grad is not None]
-    assert step.metrics["grad_norm"] == pytest.approx(math.sqrt(sum(float(g.double().square().sum()) for g in grads)), rel=1e-5)
+    assert step.metrics["grad_norm"] == pytest.approx(
+        math.sqrt(sum(float(g.double().square().sum()) for g in grads)), rel=1e-5
+    )
 
 
 @pytest.fixture(scope="module")
@@ -294,8 +324,12 @@ def test_a_run_is_marked_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatc
     path = runs("vit", "method=lora", "method.rank=2")
     result = json.loads((path / "result.json").read_text())
     assert result["status"] == "finished"
-    assert result["suspect"] == ["frozen weights changed while it was trained: without its parts the model is not the pretrained one"]
-    assert result["warnings"] == ["The gradient's norm is inf at step 1. A smaller optimizer.lr, or train.precision=fp32, may help."]
+    assert result["suspect"] == [
+        "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+    ]
+    assert result["warnings"] == [
+        "The gradient's norm is inf at step 1. A smaller optimizer.lr, or train.precision=fp32, may help."
+    ]
     log = (path / "log.txt").read_text()
     assert log.count("Warning: this run is suspect: frozen weights changed") == 1
     assert log.count("Warning: The gradient's norm is inf at step 1.") == 1

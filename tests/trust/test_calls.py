@@ -28,7 +28,11 @@ def calls() -> list[tuple[Path, ast.Call, str]]:
 
 def test_nothing_decodes_a_pickle_or_runs_what_a_file_says() -> None:
     wrong = [f"{file}:{node.lineno} {name}" for file, node, name in calls() if name in CALLS]
-    wrong += [f"{file}:{node.lineno} {name}" for file, node, name in calls() if name.endswith("import_module") and file.name not in IMPORTERS]
+    wrong += [
+        f"{file}:{node.lineno} {name}"
+        for file, node, name in calls()
+        if name.endswith("import_module") and file.name not in IMPORTERS
+    ]
     assert not wrong
 
 
@@ -36,13 +40,21 @@ def test_no_module_that_decodes_pickles_is_imported() -> None:
     wrong = []
     for file in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            names = (
+                [a.name for a in node.names]
+                if isinstance(node, ast.Import)
+                else [node.module or ""]
+                if isinstance(node, ast.ImportFrom)
+                else []
+            )
             wrong += [f"{file} imports {name}" for name in names if name.split(".")[0] in MODULES]
     assert not wrong
 
 
 def test_yaml_is_read_by_the_safe_loader() -> None:
-    loads = [(file, node) for file, node, name in calls() if name in ("yaml.load", "yaml.compose", "yaml.parse")]
+    loads = [
+        (file, node) for file, node, name in calls() if name in ("yaml.load", "yaml.compose", "yaml.parse")
+    ]
     assert loads
     for file, node in loads:
         loader = next(ast.unparse(k.value) for k in node.keywords if k.arg == "Loader")
@@ -51,7 +63,11 @@ def test_yaml_is_read_by_the_safe_loader() -> None:
 
 def test_what_transformers_reads_may_bring_no_code() -> None:
     """Left open, its default asks at the terminal whether the code should run."""
-    loads = [(file, node, name) for file, node, name in calls() if name.endswith((".from_pretrained", ".from_config"))]
+    loads = [
+        (file, node, name)
+        for file, node, name in calls()
+        if name.endswith((".from_pretrained", ".from_config"))
+    ]
     assert len(loads) >= 4
     for file, node, name in loads:
         if "PeftModel" in name:
@@ -61,5 +77,10 @@ def test_what_transformers_reads_may_bring_no_code() -> None:
 
 
 def test_no_command_goes_through_a_shell() -> None:
-    shells = [(file, node.lineno) for file, node, _ in calls() for k in node.keywords if k.arg == "shell" and ast.unparse(k.value) != "False"]
+    shells = [
+        (file, node.lineno)
+        for file, node, _ in calls()
+        for k in node.keywords
+        if k.arg == "shell" and ast.unparse(k.value) != "False"
+    ]
     assert not shells

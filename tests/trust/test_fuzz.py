@@ -27,7 +27,15 @@ from finetune.storage import manifest
 
 from .world import RUN, Said, call, listing
 
-CASES = {"overrides": 9000, "sweeps": 2000, "configs": 5000, "deltas": 1500, "checkpoints": 800, "results": 1200, "data": 600}
+CASES = {
+    "overrides": 9000,
+    "sweeps": 2000,
+    "configs": 5000,
+    "deltas": 1500,
+    "checkpoints": 800,
+    "results": 1200,
+    "data": 600,
+}
 QUICK = 100
 SECONDS = float(os.environ.get("FINETUNE_FUZZ_SECONDS", "900"))  # for each kind
 COUNTS: Counter[tuple[str, int]] = Counter()
@@ -57,14 +65,23 @@ def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))
         patch.setenv("PLANTED", "planted-value")
-        patch.setattr("typer.main.get_command", cache(typer.main.get_command))  # to make it takes twice as long as most commands
+        patch.setattr(
+            "typer.main.get_command", cache(typer.main.get_command)
+        )  # to make it takes twice as long as most commands
         patch.setattr(plan, "plan", lambda config: {"settings": config.as_dict()})
-        patch.setattr("finetune.sweep.forecast.forecast", lambda runs, *_: {"folder": "", "runs": [], "total": {"seconds": None}})
+        patch.setattr(
+            "finetune.sweep.forecast.forecast",
+            lambda runs, *_: {"folder": "", "runs": [], "total": {"seconds": None}},
+        )
         patch.setattr(Csv, "read", lambda data: table(data) if data.path == "data.csv" else read(data))
         patch.setattr(setup, "load_model", lambda *asked: copy.deepcopy(base(*asked)))
         assert finished.prepare is setup.prepare
         yield folder
-    print("\ncases by kind and exit code:", *(f"{kind} {code}: {count}" for (kind, code), count in sorted(COUNTS.items())), sep="\n  ")
+    print(
+        "\ncases by kind and exit code:",
+        *(f"{kind} {code}: {count}" for (kind, code), count in sorted(COUNTS.items())),
+        sep="\n  ",
+    )
     print("  in all:", sum(COUNTS.values()))
 
 
@@ -75,7 +92,10 @@ def check(kind: str, said: Said, *shown: Any) -> None:
     assert "Traceback" not in both, (said, *shown)
     assert "planted-value" not in both, (said, *shown)
     ours = [line for line in both.splitlines() if line.startswith("Error: ") and "Usage: " not in said.err]
-    assert "\x1b" not in both or not ours, (said, *shown)  # what Typer itself refuses it repeats as it was typed
+    assert "\x1b" not in both or not ours, (
+        said,
+        *shown,
+    )  # what Typer itself refuses it repeats as it was typed
     if said.code == 2:
         assert said.err.strip(), shown
         assert all(len(line) < 3000 for line in ours), shown
@@ -129,13 +149,19 @@ WORDS = [
 ]  # fmt: skip
 TEXT = st.text(st.characters(exclude_characters="\0"), max_size=20)
 VALUE = st.one_of(
-    st.sampled_from(WORDS), TEXT, st.integers().map(str), st.floats().map(str), st.lists(st.sampled_from(WORDS[:40]), max_size=3).map(",".join)
+    st.sampled_from(WORDS),
+    TEXT,
+    st.integers().map(str),
+    st.floats().map(str),
+    st.lists(st.sampled_from(WORDS[:40]), max_size=3).map(",".join),
 )
 CHOICE = st.one_of(
     st.sampled_from(sorted(catalog("method"))).map("method={}".format), st.sampled_from(sorted(catalog("schedule"))).map("schedule={}".format),
     st.sampled_from(["dataset=csv", "dataset=jsonl", "dataset=hub", "dataset=stdlib", "model=hf", "model=tiny_lm", "optimizer=sm3", "selector=ist"]),
 )  # fmt: skip
-ASSIGNED = st.tuples(st.sampled_from(["", "", "", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUE).map(lambda t: f"{t[0]}{t[1]}={t[2]}")
+ASSIGNED = st.tuples(st.sampled_from(["", "", "", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUE).map(
+    lambda t: f"{t[0]}{t[1]}={t[2]}"
+)
 WORD = st.one_of(CHOICE, ASSIGNED, ASSIGNED, ASSIGNED, st.tuples(TEXT, VALUE).map("=".join), TEXT)
 OPTIONS = [
     "--json",
@@ -158,7 +184,10 @@ COMMANDS = [
     ["compare", "outputs"],
     ["methods"], ["reproduce"], ["show", "--config", str(RUN / "config.yaml")], ["verify"], ["export"],
 ]  # fmt: skip
-LINE = st.tuples(st.sampled_from(COMMANDS), st.lists(st.one_of(WORD, WORD, WORD, WORD, WORD, st.sampled_from(OPTIONS)), max_size=5))
+LINE = st.tuples(
+    st.sampled_from(COMMANDS),
+    st.lists(st.one_of(WORD, WORD, WORD, WORD, WORD, st.sampled_from(OPTIONS)), max_size=5),
+)
 
 
 def real(words: list[str]) -> bool:
@@ -185,12 +214,18 @@ def test_sweeps(place: Path, slow: bool) -> None:
         "sweeps",
         slow,
         st.lists(WORD, max_size=4),
-        st.sampled_from([[], ["--max-runs", "3"], ["--jobs", "x"], ["--launcher", "joblib"], ["--sweep", "x"]]),
+        st.sampled_from(
+            [[], ["--max-runs", "3"], ["--jobs", "x"], ["--launcher", "joblib"], ["--sweep", "x"]]
+        ),
     )
     def case(words: list[str], options: list[str]) -> None:
         before = listing(place)
         if real(words) and not any(word.startswith(("budget=", "--")) for word in words):
-            check("sweeps", call("sweep", "--dry-run", "--max-runs", "20", *options, *words, folder=place), words)
+            check(
+                "sweeps",
+                call("sweep", "--dry-run", "--max-runs", "20", *options, *words, folder=place),
+                words,
+            )
         assert listing(place) == before
 
     case()
@@ -292,7 +327,9 @@ def test_configs(place: Path, slow: bool) -> None:
     case()
 
 
-def run_files(place: Path, kind: str, slow: bool, files: list[str], words: list[str], commands: list[tuple[Any, ...]]) -> None:
+def run_files(
+    place: Path, kind: str, slow: bool, files: list[str], words: list[str], commands: list[tuple[Any, ...]]
+) -> None:
     """Spoil one of ``files`` of the run in each case, renew its folder's manifest, call a command, and put the file back."""
     run = place / RUN
 
@@ -310,10 +347,14 @@ def run_files(place: Path, kind: str, slow: bool, files: list[str], words: list[
         seal = listed.read_bytes() if listed.is_file() else None
         try:
             if file.suffix in (".json", ".yaml"):
-                file.write_bytes(spoiled(good, edits, json.loads if file.suffix == ".json" else yaml.safe_load, as_json))
+                file.write_bytes(
+                    spoiled(good, edits, json.loads if file.suffix == ".json" else yaml.safe_load, as_json)
+                )
             else:
                 file.write_bytes(
-                    edited_tensors(good, edits) if file.suffix == ".safetensors" else edited(good, [e for e in edits if isinstance(e[0], str)])
+                    edited_tensors(good, edits)
+                    if file.suffix == ".safetensors"
+                    else edited(good, [e for e in edits if isinstance(e[0], str)])
                 )
             if sealed and seal:
                 manifest.write(file.parent)
@@ -339,23 +380,53 @@ def edited_tensors(data: bytes, edits: list[Any]) -> bytes:
 
 @both
 def test_deltas(place: Path, slow: bool) -> None:
-    files = ["delta/delta.safetensors", "delta/delta.safetensors", "delta/delta.json", "delta/manifest.json", "config.yaml"]
-    run_files(place, "deltas", slow, files, [f"ckpt={RUN}"], [("eval",), ("eval", "--json"), ("eval", "dataset.val_share=0.2")])
+    files = [
+        "delta/delta.safetensors",
+        "delta/delta.safetensors",
+        "delta/delta.json",
+        "delta/manifest.json",
+        "config.yaml",
+    ]
+    run_files(
+        place,
+        "deltas",
+        slow,
+        files,
+        [f"ckpt={RUN}"],
+        [("eval",), ("eval", "--json"), ("eval", "dataset.val_share=0.2")],
+    )
 
 
 @both
 def test_checkpoints(place: Path, slow: bool) -> None:
     state = "checkpoints/step-4"
-    files = [f"{state}/state.safetensors", f"{state}/state.safetensors", f"{state}/state.json", f"{state}/manifest.json"]
+    files = [
+        f"{state}/state.safetensors",
+        f"{state}/state.safetensors",
+        f"{state}/state.json",
+        f"{state}/manifest.json",
+    ]
     run_files(place, "checkpoints", slow, files, [f"ckpt={RUN / state}"], [("eval",)])
 
 
 @both
 def test_results(place: Path, slow: bool) -> None:
-    files = ["result.json", "result.json", "metrics.jsonl", "predictions.parquet", "delta/delta.json", "config.yaml"]
+    files = [
+        "result.json",
+        "result.json",
+        "metrics.jsonl",
+        "predictions.parquet",
+        "delta/delta.json",
+        "config.yaml",
+    ]
     train = ("train", "--config", place / RUN / "config.yaml", "--resume")
     run_files(
-        place, "results", slow, files, [], [("compare", "outputs"), ("compare", "outputs", "--json"), ("compare", RUN, "--by", "method"), train]
+        place,
+        "results",
+        slow,
+        files,
+        [],
+        [("compare", "outputs"), ("compare", "outputs", "--json"), ("compare", RUN, "--by", "method"), train],
     )
 
 
@@ -379,7 +450,10 @@ def test_data(place: Path, slow: bool) -> None:
 
     def read(config: Any) -> dict[str, Any]:
         raw = config.dataset.read()
-        return {"labels": len(raw.labels), "text": [row.get("text") for rows in raw.splits.values() for row in rows][:0]}
+        return {
+            "labels": len(raw.labels),
+            "text": [row.get("text") for rows in raw.splits.values() for row in rows][:0],
+        }
 
     @sized(
         "data",
@@ -391,7 +465,16 @@ def test_data(place: Path, slow: bool) -> None:
     def case(kind: str, edits: list[Any], words: list[str]) -> None:
         file.write_bytes(edited(good[kind], edits))
         before = listing(place)
-        said = call("train", "--dry-run", "model=hf", "model.path=model", f"dataset={kind}", f"dataset.path={file}", *words, folder=place)
+        said = call(
+            "train",
+            "--dry-run",
+            "model=hf",
+            "model.path=model",
+            f"dataset={kind}",
+            f"dataset.path={file}",
+            *words,
+            folder=place,
+        )
         check("data", said, kind, edits)
         assert listing(place) == before
         shutil.rmtree(files.scratch(), ignore_errors=True)

@@ -56,7 +56,9 @@ def torch_bomb(file: Path) -> None:
 
 def header(text: str | bytes, length: int | None = None, body: bytes = b"") -> Spoil:
     data = text.encode() if isinstance(text, str) else text
-    return lambda file: file.write_bytes(struct.pack("<Q", len(data) if length is None else length) + data + body) and None
+    return lambda file: (
+        file.write_bytes(struct.pack("<Q", len(data) if length is None else length) + data + body) and None
+    )
 
 
 def entry(dtype: str = "F32", shape: Any = (2,), offsets: Any = (0, 8)) -> dict[str, Any]:
@@ -81,7 +83,9 @@ def tensors(change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
 def each(end: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Spoil:
-    return tensors(lambda stored: {name: change(t.clone()) if name.endswith(end) else t for name, t in stored.items()})
+    return tensors(
+        lambda stored: {name: change(t.clone()) if name.endswith(end) else t for name, t in stored.items()}
+    )
 
 
 def _set(tensor: torch.Tensor, place: int, value: float) -> torch.Tensor:
@@ -162,7 +166,9 @@ JSON: dict[str, Spoil] = {
     "folder": folder,
     "link out": link_to("copy"),
     "link to a device": link_to("/dev/zero"),
-    "a format to come": lambda file: file.write_text(json.dumps({**json.loads(file.read_text()), "format": 10**30})) and None,
+    "a format to come": lambda file: (
+        file.write_text(json.dumps({**json.loads(file.read_text()), "format": 10**30})) and None
+    ),
 }
 WRONG: list[Any] = ["x", None, -1, 10**30, 0.5, True, [], {}, [[[]]], [None], {"a": {"a": {}}}, [{"a": "b"}]]
 
@@ -195,7 +201,9 @@ def changed(old: str, new: str) -> Spoil:
 
 
 def doubling(levels: int) -> str:
-    return "\n".join(["x0: aaaaaaaaaaaaaaaa", *(f"x{i}: ${{x{i - 1}}}${{x{i - 1}}}" for i in range(1, levels))])
+    return "\n".join(
+        ["x0: aaaaaaaaaaaaaaaa", *(f"x{i}: ${{x{i - 1}}}${{x{i - 1}}}" for i in range(1, levels))]
+    )
 
 
 YAML: dict[str, Spoil] = {
@@ -219,7 +227,9 @@ YAML: dict[str, Spoil] = {
     "environment escaped": changed("run: run", "run: \\${oc.env:PLANTED}"),
     "made settings": appended("x: ${oc.create:{a: b}}"),
     "doubling": appended(doubling(40)),
-    "doubling lists": appended("y0: [x, x]\n" + "\n".join(f"y{i}: ['${{y{i - 1}}}', '${{y{i - 1}}}']" for i in range(1, 40))),
+    "doubling lists": appended(
+        "y0: [x, x]\n" + "\n".join(f"y{i}: ['${{y{i - 1}}}', '${{y{i - 1}}}']" for i in range(1, 40))
+    ),
     "circle": changed("run: run", "run: ${run}"),
     "merge keys": appended("z: {<<: {name: 1}}"),
     "list": lambda file: file.write_text("- a") and None,
@@ -251,7 +261,9 @@ def refused(place: Path, *words: object, codes: tuple[int, ...] = (2,), free: Pa
     check_words(said)
     after = listing(place)
     if free is not None:
-        before, after = ({k: v for k, v in found.items() if not k.startswith(str(free))} for found in (before, after))
+        before, after = (
+            {k: v for k, v in found.items() if not k.startswith(str(free))} for found in (before, after)
+        )
     assert after == before
     assert not EXPLODED.exists()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - peak < 2 * GIB
@@ -277,7 +289,10 @@ def test_delta(place: Path, name: str) -> None:
 def seal(folder: Path) -> None:
     """The manifest of the files as they are; none where they cannot be read."""
     try:
-        if all(file.is_file() and not file.is_symlink() and file.stat().st_size < 10**9 for file in folder.iterdir()):
+        if all(
+            file.is_file() and not file.is_symlink() and file.stat().st_size < 10**9
+            for file in folder.iterdir()
+        ):
             manifest.write(folder)
         else:
             (folder / manifest.NAME).unlink()
@@ -285,7 +300,9 @@ def seal(folder: Path) -> None:
         pass
 
 
-@pytest.mark.parametrize("name", [name for name in TENSORS if name != "link out"])  # the hub's cache has links
+@pytest.mark.parametrize(
+    "name", [name for name in TENSORS if name != "link out"]
+)  # the hub's cache has links
 def test_base_model(place: Path, name: str) -> None:
     TENSORS[name](place / "model" / "model.safetensors")
     assert "model" in refused(place, "eval", f"ckpt={RUN}")
@@ -317,12 +334,21 @@ def test_delta_json_of_wrong_types(place: Path) -> None:
     assert codes.count(2) > len(codes) // 2
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "as large as may be")) for name in YAML])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "as large as may be")) for name in YAML]
+)
 def test_config(place: Path, name: str) -> None:
     YAML[name](place / RUN / "config.yaml")
     harmless = name in ("as large as may be",)
-    for words in (("eval", f"ckpt={RUN}"), ("train", "--config", RUN / "config.yaml", "--dry-run"), ("show", "--config", RUN / "config.yaml")):
-        if name in ("name out", "data of a device", "data of a pickle", "model of a device", "link out") and words[0] != "eval":
+    for words in (
+        ("eval", f"ckpt={RUN}"),
+        ("train", "--config", RUN / "config.yaml", "--dry-run"),
+        ("show", "--config", RUN / "config.yaml"),
+    ):
+        if (
+            name in ("name out", "data of a device", "data of a pickle", "model of a device", "link out")
+            and words[0] != "eval"
+        ):
             continue  # values that are only wrong once they are used; and a file of one's own may be a link
         if name == "name out":
             assert call(*words, folder=place).code == 0  # eval writes nothing
@@ -336,7 +362,10 @@ def test_config(place: Path, name: str) -> None:
 @pytest.mark.parametrize("name", [*TENSORS, "index beyond", "starts beyond"])
 def test_checkpoint_tensors(place: Path, name: str) -> None:
     state = place / RUN / "checkpoints" / "step-4"
-    more = {"index beyond": each(".index", lambda t: t + 2**20), "starts beyond": each(".starts", lambda t: t + 2**40)}
+    more = {
+        "index beyond": each(".index", lambda t: t + 2**20),
+        "starts beyond": each(".starts", lambda t: t + 2**40),
+    }
     ({**TENSORS, **more}[name])(state / "state.safetensors")
     seal(state)
     assert refused(place, "eval", f"ckpt={state.relative_to(place)}")
@@ -371,11 +400,16 @@ def test_a_run_that_goes_on_from_a_state_of_wrong_types(place: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-4")
     shutil.copytree(run, good)
     about = json.loads((run / "checkpoints" / "step-2" / "state.json").read_text())
-    codes, inside = set[int](), [("extra", about["extra"]), *((key, about["extra"][key]) for key in ("watch", "memory"))]
+    codes, inside = (
+        set[int](),
+        [("extra", about["extra"]), *((key, about["extra"][key]) for key in ("watch", "memory"))],
+    )
     spoiled = [{**about, key: value} for key in about for value in WRONG]
     for name, part in inside:
         parts = [{**part, key: value} for key in part for value in WRONG]
-        spoiled += [{**about, "extra": part if name == "extra" else {**about["extra"], name: part}} for part in parts]
+        spoiled += [
+            {**about, "extra": part if name == "extra" else {**about["extra"], name: part}} for part in parts
+        ]
     for state in spoiled:
         (run / "checkpoints" / "step-2" / "state.json").write_text(json.dumps(state))
         seal(run / "checkpoints" / "step-2")
@@ -419,7 +453,10 @@ def test_result_of_wrong_types(place: Path) -> None:
     good = file.read_text()
     for spoil in wrong_types(file):
         spoil(file)
-        for words in (("compare", "outputs", "--json"), ("train", "--config", RUN / "config.yaml", "train.steps=9")):
+        for words in (
+            ("compare", "outputs", "--json"),
+            ("train", "--config", RUN / "config.yaml", "train.steps=9"),
+        ):
             said = call(*words, folder=place)
             assert said.code in (0, 2), (file.read_text(), said)
         file.write_text(good)
@@ -451,7 +488,13 @@ def test_metrics(place: Path, content: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content", [b"\xff" * 5000, b"{" * 10**5, b'{"pid": "x", "host": ["a"], "started": {}}', b'{"pid": 1, "host": "\\u001b[2J"}']
+    "content",
+    [
+        b"\xff" * 5000,
+        b"{" * 10**5,
+        b'{"pid": "x", "host": ["a"], "started": {}}',
+        b'{"pid": 1, "host": "\\u001b[2J"}',
+    ],
 )
 def test_lock(place: Path, content: bytes) -> None:
     """Whatever stands in it, a lock that nobody holds is free."""
@@ -475,7 +518,10 @@ def test_other_files(place: Path, where: str, name: str) -> None:
 
 
 CONFIGS: dict[str, tuple[str, Any]] = {
-    "code of its own": ("auto_map", {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"}),
+    "code of its own": (
+        "auto_map",
+        {"AutoConfig": "evil.Config", "AutoModelForSequenceClassification": "evil.Model"},
+    ),
     "kernel": ("attn_implementation", "someone/kernels"),
     "kernel inside": ("text_config", {"_attn_implementation": "someone/kernels:fn"}),
     "quantized": ("quantization_config", {"quant_method": "bitsandbytes", "load_in_8bit": True}),
@@ -506,7 +552,9 @@ def test_model_config(place: Path, name: str) -> None:
 @pytest.mark.parametrize("name", ["pickle", "depth", "list", "nothing", "bytes", "pipe"])
 def test_model_json(place: Path, file: str, name: str) -> None:
     JSON[name](place / "model" / file)
-    if name != "pipe" or file == "config.json":  # what is no file is not there, and a tokenizer can do without
+    if (
+        name != "pipe" or file == "config.json"
+    ):  # what is no file is not there, and a tokenizer can do without
         assert "model" in refused(place, "eval", f"ckpt={RUN}")
 
 
@@ -522,12 +570,16 @@ def test_model_index(place: Path, named: Any) -> None:
     model = place / "model"
     shutil.copy(model / "model.safetensors", place / "elsewhere.safetensors")
     torch_bomb(model / "pytorch_model.bin")
-    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"transformer.wte.weight": named}}))
+    (model / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"transformer.wte.weight": named}})
+    )
     assert "index.json" in refused(place, "eval", f"ckpt={RUN}")
 
 
 def test_model_with_an_adapter(place: Path) -> None:
-    (place / "model" / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "someone/else", "peft_type": "LORA"}))
+    (place / "model" / "adapter_config.json").write_text(
+        json.dumps({"base_model_name_or_path": "someone/else", "peft_type": "LORA"})
+    )
     assert "adapter" in refused(place, "eval", f"ckpt={RUN}")
 
 
@@ -599,7 +651,15 @@ def parquet(place: Path, table: Any, **options: Any) -> str:
     import pyarrow.parquet as pq
 
     pq.write_table(table, place / "data.parquet", **options)
-    return refused(place, "train", "model=hf", "model.path=model", "dataset=parquet", "dataset.path=data.parquet", "--dry-run")
+    return refused(
+        place,
+        "train",
+        "model=hf",
+        "model.path=model",
+        "dataset=parquet",
+        "dataset.path=data.parquet",
+        "--dry-run",
+    )
 
 
 @pytest.mark.slow
@@ -607,7 +667,9 @@ def test_parquet_that_unpacks_to_a_gigabyte(place: Path) -> None:
     import pyarrow as pa
 
     text = pa.array(["x" * 2**28, "y" * 2**28])
-    assert "claims" in parquet(place, pa.table({"text": text, "label": [0, 1]}), compression="zstd", use_dictionary=False)
+    assert "claims" in parquet(
+        place, pa.table({"text": text, "label": [0, 1]}), compression="zstd", use_dictionary=False
+    )
 
 
 @pytest.mark.slow
@@ -622,7 +684,9 @@ def test_parquet_of_a_billion_rows(place: Path) -> None:
 def test_parquet_that_names_files_of_this_machine(place: Path) -> None:
     import pyarrow as pa
 
-    image = pa.array([{"bytes": None, "path": "/etc/passwd"}] * 20, pa.struct({"bytes": pa.binary(), "path": pa.string()}))
+    image = pa.array(
+        [{"bytes": None, "path": "/etc/passwd"}] * 20, pa.struct({"bytes": pa.binary(), "path": pa.string()})
+    )
     assert "by their paths" in parquet(place, pa.table({"image": image, "label": [0, 1] * 10}))
 
 
@@ -658,10 +722,16 @@ def test_image_of_absurd_size(place: Path) -> None:
             Image.new("RGB", (8, 8)).save(place / "images" / label / f"{i}.png")
         first = place / "images" / label / "0.png"
         about = b"IHDR" + struct.pack(">II", 100_000, 100_000) + first.read_bytes()[24:29]
-        first.write_bytes(first.read_bytes()[:12] + about + struct.pack(">I", zlib.crc32(about)) + first.read_bytes()[33:])
-    said = call("train", "dataset=imagefolder", "dataset.path=images", "train.steps=1", "name=a", folder=place)
+        first.write_bytes(
+            first.read_bytes()[:12] + about + struct.pack(">I", zlib.crc32(about)) + first.read_bytes()[33:]
+        )
+    said = call(
+        "train", "dataset=imagefolder", "dataset.path=images", "train.steps=1", "name=a", folder=place
+    )
     assert said.code == 2
-    assert re.fullmatch(r"Error: The image \w/0.png of the data set cannot be read .*bomb.*", said.err.splitlines()[-1])
+    assert re.fullmatch(
+        r"Error: The image \w/0.png of the data set cannot be read .*bomb.*", said.err.splitlines()[-1]
+    )
 
 
 @pytest.mark.parametrize(
@@ -671,7 +741,16 @@ def test_image_of_absurd_size(place: Path) -> None:
      "run=\u202egnp",      "run='a\\b'", "name=/tmp/x", "run=\udcff"],
 )  # fmt: skip
 def test_names_stay_in_outputs(place: Path, word: str) -> None:
-    said = refused(place, "train", "model=hf", "model.path=model", "dataset=csv", "dataset.path=data.csv", "train.steps=1", word)
+    said = refused(
+        place,
+        "train",
+        "model=hf",
+        "model.path=model",
+        "dataset=csv",
+        "dataset.path=data.csv",
+        "train.steps=1",
+        word,
+    )
     assert "\x1b" not in said
     assert "\u202e" not in said
 
@@ -706,7 +785,11 @@ def test_overrides_call_nothing(place: Path, word: str) -> None:
 def test_groups_call_nothing(place: Path, file: str, text: str) -> None:
     (place / "groups" / file).parent.mkdir(parents=True)
     (place / "groups" / file).write_text(text)
-    words = ["sweep", "sweep=mine"] if file.startswith("sweep") else ["show", *(["method=mine"] if file.startswith("method") else [])]
+    words = (
+        ["sweep", "sweep=mine"]
+        if file.startswith("sweep")
+        else ["show", *(["method=mine"] if file.startswith("method") else [])]
+    )
     refused(place, *words, "--config-dir", "groups")
 
 
@@ -734,5 +817,7 @@ def test_reports_show_what_they_are_given(place: Path) -> None:
     cells = [cell for line in texts["all.csv"].splitlines() for cell in line.split(",")]
     assert any(cell.startswith("'=1+1") for cell in cells)
     assert not any(cell.startswith(("=", "@", '"=')) for cell in cells)
-    assert "\\input{" not in "".join(line for line in texts["all.tex"].splitlines() if not line.startswith("%"))
+    assert "\\input{" not in "".join(
+        line for line in texts["all.tex"].splitlines() if not line.startswith("%")
+    )
     assert "<script>" not in texts["all.md"].replace("\\<", "")

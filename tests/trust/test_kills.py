@@ -22,15 +22,38 @@ from ..support.nursery import Child, Nursery, nursery
 from ..support.same_run import differences
 
 pytestmark = pytest.mark.slow
-KILLS, SEED, STEPS = int(os.environ.get("FINETUNE_KILLS", "50")), int(os.environ.get("FINETUNE_SEED", "0")), 12
+KILLS, SEED, STEPS = (
+    int(os.environ.get("FINETUNE_KILLS", "50")),
+    int(os.environ.get("FINETUNE_SEED", "0")),
+    12,
+)
 RUNS = {
     "lora": ["method=lora", "method.rank=4", "train.save_every=1"],
     "snell": ["method=snell", "method.rank=4", "train.save_every=2"],
-    "spiel": ["method=spiel", "schedule=drop_grow", "schedule.every=3", "method.window=2", "train.save_every=1"],
+    "spiel": [
+        "method=spiel",
+        "schedule=drop_grow",
+        "schedule.every=3",
+        "method.window=2",
+        "train.save_every=1",
+    ],
     "lt_sft": ["method=lt_sft", "train.save_every=3"],
     "sara": ["method=sara", "train.save_every=1", "train.workers=1"],
-    "sparse": ["method=sparse", "schedule=cubic", "schedule.every=2", "method.score=snip", "train.save_every=2", "optimizer=sm3"],
-    "snella": ["method=snella", "method.rank=4", "method.every=3", "train.save_every=3", "train.micro_batch_size=3"],
+    "sparse": [
+        "method=sparse",
+        "schedule=cubic",
+        "schedule.every=2",
+        "method.score=snip",
+        "train.save_every=2",
+        "optimizer=sm3",
+    ],
+    "snella": [
+        "method=snella",
+        "method.rank=4",
+        "method.every=3",
+        "train.save_every=3",
+        "train.micro_batch_size=3",
+    ],
     "shira": ["method=shira", "selector=ist", "train.save_every=1", "train.precision=bf16"],
 }
 Moment = Callable[[Child], bool]
@@ -54,7 +77,9 @@ def step(draw: random.Random, run: Path, seconds: float) -> tuple[str, Moment]:
 
     def come(child: Child) -> bool:
         file = run / "metrics.jsonl"
-        return child.until(lambda: file.exists() and file.read_bytes().count(b"\n") >= lines) and _later(child, after)
+        return child.until(lambda: file.exists() and file.read_bytes().count(b"\n") >= lines) and _later(
+            child, after
+        )
 
     return "step", come
 
@@ -89,31 +114,47 @@ def undisturbed(begin: Nursery, common: list[str], folder: Path) -> dict[str, fl
     return found
 
 
-def one(begin: Nursery, words: list[str], folder: Path, seconds: float, kinds: list[Callable[..., tuple[str, Moment]]], draw: random.Random) -> str:
+def one(
+    begin: Nursery,
+    words: list[str],
+    folder: Path,
+    seconds: float,
+    kinds: list[Callable[..., tuple[str, Moment]]],
+    draw: random.Random,
+) -> str:
     """Start a run, kill it, go on with it, and so on until it is done; the kind of moment and how far it was."""
     run, killed = folder / "outputs" / "t" / "r", ""
     for kind in kinds:
         name, come = kind(draw, run, seconds)
-        child = begin.start(*(["train", "--resume", "outputs/t/r"] if (run / "config.yaml").exists() else words), folder=folder)
+        child = begin.start(
+            *(["train", "--resume", "outputs/t/r"] if (run / "config.yaml").exists() else words),
+            folder=folder,
+        )
         if come(child):
             child.kill(signal.SIGKILL)
         if child.wait() != -signal.SIGKILL:
             assert child.wait() == 0, child.said
             return killed
         killed += f"{name} at step {_steps(run)}; "
-    child = begin.run(*(["train", "--resume", "outputs/t/r"] if (run / "config.yaml").exists() else words), folder=folder)
+    child = begin.run(
+        *(["train", "--resume", "outputs/t/r"] if (run / "config.yaml").exists() else words), folder=folder
+    )
     assert child.wait() == 0, child.said
     return killed
 
 
 def _steps(run: Path) -> int:
     try:
-        return max((json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()), default=0)
+        return max(
+            (json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()), default=0
+        )
     except (OSError, ValueError):
         return 0
 
 
-def test_killed_at_any_moment_it_ends_the_same(begin: Nursery, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_killed_at_any_moment_it_ends_the_same(
+    begin: Nursery, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     common = [*task.make(tmp_path / "task"), f"train.steps={STEPS}", "train.eval_every=2", "run=r"]
     (tmp_path / "whole").mkdir()
     seconds = undisturbed(begin, common, tmp_path / "whole")
@@ -132,7 +173,12 @@ def test_killed_at_any_moment_it_ends_the_same(begin: Nursery, tmp_path: Path, c
         wrong += [f"{name}, seed {SEED}-{runs - 1}, {told}{found + left}"] if found + left else []
         moments.update(part.split()[0] for part in told.split("; ") if part)
         with capsys.disabled():
-            print(f"seed {SEED}-{runs - 1}: {name}, killed {told or 'never; '}{'different' if found + left else 'equal'}", flush=True)
+            print(
+                f"seed {SEED}-{runs - 1}: {name}, killed {told or 'never; '}{'different' if found + left else 'equal'}",
+                flush=True,
+            )
     with capsys.disabled():
-        print(f"\n{equal} of {kills} bit-equal: {runs} runs of {len(names)} methods, seeds {SEED}-0 to {SEED}-{runs - 1}, moments {dict(moments)}")
+        print(
+            f"\n{equal} of {kills} bit-equal: {runs} runs of {len(names)} methods, seeds {SEED}-0 to {SEED}-{runs - 1}, moments {dict(moments)}"
+        )
     assert not wrong

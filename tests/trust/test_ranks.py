@@ -31,7 +31,14 @@ pytestmark = pytest.mark.slow  # every start imports torch in each process
 @pytest.fixture(scope="module")
 def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     """45 images for training, so that every epoch's last batch is odd."""
-    settings = ["run=r", "method=lora", "method.rank=2", "train.steps=12", "train.eval_every=4", "train.save_every=2"]
+    settings = [
+        "run=r",
+        "method=lora",
+        "method.rank=2",
+        "train.steps=12",
+        "train.eval_every=4",
+        "train.save_every=2",
+    ]
     return ["train", *task.make(tmp_path_factory.mktemp("task"), images=63), *settings]
 
 
@@ -50,16 +57,45 @@ def finetune(*words: str) -> list[str]:
 
 def launched(*words: str) -> list[str]:
     port = str(20000 + os.getpid() % 20000)
-    plain = ["--multi_gpu", "--num_processes=2", "--num_machines=1", "--mixed_precision=no", "--dynamo_backend=no", f"--main_process_port={port}"]
-    return [sys.executable, "-m", "accelerate.commands.launch", *plain, "-m", "finetune", *words]  # with GPUs or without: train.device=cpu
+    plain = [
+        "--multi_gpu",
+        "--num_processes=2",
+        "--num_machines=1",
+        "--mixed_precision=no",
+        "--dynamo_backend=no",
+        f"--main_process_port={port}",
+    ]
+    return [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *plain,
+        "-m",
+        "finetune",
+        *words,
+    ]  # with GPUs or without: train.device=cpu
 
 
 @contextmanager
 def started(command: list[str], folder: Path, more: dict[str, str] | None = None) -> Iterator[Any]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "160", "PYTHONPATH": str(Path.cwd()), **(more or {})}
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "COLUMNS": "160",
+        "PYTHONPATH": str(Path.cwd()),
+        **(more or {}),
+    }
     environment.pop("RANK", None)
     with (folder / "err").open("wb") as err, (folder / "out").open("wb") as out:
-        process = psutil.Popen(command, cwd=folder, env=environment, stdout=out, stderr=err, stdin=subprocess.DEVNULL, start_new_session=True)
+        process = psutil.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdout=out,
+            stderr=err,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
         try:
             yield process
         finally:
@@ -91,7 +127,9 @@ def steps(folder: Path) -> int:
 def second(process: Any, folder: Path) -> Any:
     """The training process that does not hold the run's lock."""
     first = json.loads((folder / RUN / ".lock").read_text())["pid"]
-    (found,) = [c for c in process.children() if c.pid != first and "resource_tracker" not in " ".join(c.cmdline())]
+    (found,) = [
+        c for c in process.children() if c.pid != first and "resource_tracker" not in " ".join(c.cmdline())
+    ]
     return found
 
 
@@ -103,9 +141,14 @@ def test_two_processes_make_the_run_of_one(words: list[str], one: Path, tmp_path
     assert (result["processes"], whole["processes"]) == (2, 1)
     for split, metrics in whole["metrics"].items():
         assert result["metrics"][split] == pytest.approx(metrics, abs=1e-4), split
-    ours, theirs = ([json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (tmp_path / RUN, one))
+    ours, theirs = (
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (tmp_path / RUN, one)
+    )
     assert [line["step"] for line in ours] == [line["step"] for line in theirs]
-    assert [line["loss"] for line in ours if "loss" in line] == pytest.approx([line["loss"] for line in theirs if "loss" in line], abs=1e-4)
+    assert [line["loss"] for line in ours if "loss" in line] == pytest.approx(
+        [line["loss"] for line in theirs if "loss" in line], abs=1e-4
+    )
     assert sorted(p.name for p in (tmp_path / RUN).iterdir()) == sorted(p.name for p in one.iterdir())
     lines = err.splitlines()
     assert len(lines) == len(set(lines)), "nothing is said twice"
@@ -124,9 +167,13 @@ def test_accelerate_launch_makes_the_same_run(words: list[str], tmp_path: Path) 
     assert err.count("step 12/12") == 1
 
 
-@pytest.mark.parametrize("launch", [lambda *w: finetune(*w, "--processes", "2"), launched], ids=["processes", "accelerate"])
+@pytest.mark.parametrize(
+    "launch", [lambda *w: finetune(*w, "--processes", "2"), launched], ids=["processes", "accelerate"]
+)
 def test_a_mistake_is_said_once(launch: Callable[..., list[str]], words: list[str], tmp_path: Path) -> None:
-    code, out, err = run(launch(*[w for w in words if not w.startswith("dataset.path=")], "dataset.path=nowhere"), tmp_path)
+    code, out, err = run(
+        launch(*[w for w in words if not w.startswith("dataset.path=")], "dataset.path=nowhere"), tmp_path
+    )
     assert err.count("Error: dataset.path=nowhere") == 1, err
     assert not (tmp_path / "outputs").exists()
     assert out == ""
@@ -134,7 +181,12 @@ def test_a_mistake_is_said_once(launch: Callable[..., list[str]], words: list[st
 
 
 def test_a_killed_process_ends_the_other(words: list[str], tmp_path: Path) -> None:
-    slow = list({word.partition("=")[0]: word for word in [*words, "train.steps=4000", "train.eval_every=null", "train.save_every=10"]}.values())
+    slow = list(
+        {
+            word.partition("=")[0]: word
+            for word in [*words, "train.steps=4000", "train.eval_every=null", "train.save_every=10"]
+        }.values()
+    )
     with started(finetune(*slow, "--processes", "2"), tmp_path) as process:
         until(process, lambda: steps(tmp_path) > 20)
         second(process, tmp_path).kill()
@@ -142,13 +194,17 @@ def test_a_killed_process_ends_the_other(words: list[str], tmp_path: Path) -> No
         assert process.wait(LIMIT) == 1
         assert time.monotonic() - began < LIMIT
     errors = [line for line in (tmp_path / "err").read_text().splitlines() if line.startswith("Error")]
-    assert errors[0].startswith("Error: Process 1 of 2 was ended by SIGKILL (out of memory?), and the others with it.")
+    assert errors[0].startswith(
+        "Error: Process 1 of 2 was ended by SIGKILL (out of memory?), and the others with it."
+    )
     assert errors[0].endswith(f"`finetune train --resume {RUN}` goes on.")
     assert len(errors) == 1
     assert not (tmp_path / RUN / "result.json").exists()
 
 
-def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bits(words: list[str], tmp_path: Path) -> None:
+def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bits(
+    words: list[str], tmp_path: Path
+) -> None:
     for name in ("broken", "whole"):
         (tmp_path / name).mkdir()
     with started(finetune(*words, "--processes", "2"), tmp_path / "broken") as process:
@@ -179,8 +235,12 @@ loop.Session._backward = fails
 """
 
 
-@pytest.mark.parametrize("launch", [lambda *w: finetune(*w, "--processes", "2"), launched], ids=["processes", "accelerate"])
-def test_an_exception_in_one_process_ends_all_and_is_shown_first(launch: Callable[..., list[str]], words: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "launch", [lambda *w: finetune(*w, "--processes", "2"), launched], ids=["processes", "accelerate"]
+)
+def test_an_exception_in_one_process_ends_all_and_is_shown_first(
+    launch: Callable[..., list[str]], words: list[str], tmp_path: Path
+) -> None:
     site = tmp_path / "site"
     site.mkdir()
     (site / "sitecustomize.py").write_text(WHEN_IMPORTED)
@@ -212,8 +272,16 @@ sys.meta_path.insert(0, Finder())
 
 
 def test_a_loss_that_is_not_finite_on_one_process_is_recorded_once(words: list[str], tmp_path: Path) -> None:
-    more = ["method=full", "optimizer.lr=1e20", "train.clip=null", "optimizer.warmup=0", "train.save_every=null"]
-    settings = list({word.partition("=")[0]: word for word in [*words, *more] if word != "method.rank=2"}.values())
+    more = [
+        "method=full",
+        "optimizer.lr=1e20",
+        "train.clip=null",
+        "optimizer.warmup=0",
+        "train.save_every=null",
+    ]
+    settings = list(
+        {word.partition("=")[0]: word for word in [*words, *more] if word != "method.rank=2"}.values()
+    )
     code, _, err = run(finetune(*settings, "--processes", "2"), tmp_path)
     assert code == 1
     assert err.count("Error: The loss is ") == 1, err

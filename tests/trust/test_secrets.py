@@ -34,7 +34,9 @@ def secret(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         monkeypatch.setenv(name, str(place / "home"))
     monkeypatch.setenv("WANDB_MODE", "offline")
     for command in (["init", "-q"], ["remote", "add", "origin", ADDRESS]):
-        subprocess.run(["git", *command], cwd=place, check=True, env={**os.environ, "GIT_CONFIG_NOSYSTEM": "1"})
+        subprocess.run(
+            ["git", *command], cwd=place, check=True, env={**os.environ, "GIT_CONFIG_NOSYSTEM": "1"}
+        )
     return place
 
 
@@ -50,7 +52,14 @@ def holding(folder: Path) -> list[tuple[str, str]]:
 
 def test_no_file_of_a_run_holds_a_secret(secret: Path) -> None:
     """With W&B offline: everything that would be sent lies in its folder."""
-    config = ["--config", RUN / "config.yaml", "name=second", "logger.name=wandb", "train.steps=2", "train.save_every=1"]
+    config = [
+        "--config",
+        RUN / "config.yaml",
+        "name=second",
+        "logger.name=wandb",
+        "train.steps=2",
+        "train.save_every=1",
+    ]
     said = call("train", *config, folder=secret)
     assert said.code == 0, said
     run = secret / "outputs" / "second" / "run"
@@ -60,17 +69,33 @@ def test_no_file_of_a_run_holds_a_secret(secret: Path) -> None:
 
 
 def test_wandb_is_not_told_of_machine_and_user(secret: Path) -> None:
-    said = call("train", "--config", RUN / "config.yaml", "name=second", "logger.name=wandb", "train.steps=2", folder=secret)
+    said = call(
+        "train",
+        "--config",
+        RUN / "config.yaml",
+        "name=second",
+        "logger.name=wandb",
+        "train.steps=2",
+        folder=secret,
+    )
     assert said.code == 0, said
     files = {file.name for file in (secret / "outputs" / "second" / "run" / "wandb").rglob("*")}
     assert not files & {"wandb-metadata.json", "requirements.txt", "diff.patch", "conda-environment.yaml"}
     recorded = b"".join(file.read_bytes() for file in (secret / "outputs").rglob("*.wandb"))
     host = os.uname().nodename.encode()
-    assert bytes([len(host)]) + host not in recorded  # as a protocol buffer holds text: a short name alone may stand there by chance
+    assert (
+        bytes([len(host)]) + host not in recorded
+    )  # as a protocol buffer holds text: a short name alone may stand there by chance
 
 
 @pytest.mark.parametrize(
-    "word", ["run=${oc.env:SOME_VALUE}", "name=x-${oc.env:HF_TOKEN}", "model.path=${oc.env:HF_TOKEN}", "seed=${oc.env:SOME_VALUE}"]
+    "word",
+    [
+        "run=${oc.env:SOME_VALUE}",
+        "name=x-${oc.env:HF_TOKEN}",
+        "model.path=${oc.env:HF_TOKEN}",
+        "seed=${oc.env:SOME_VALUE}",
+    ],
 )
 def test_no_message_holds_a_secret(secret: Path, word: str) -> None:
     for command in ("show", "train", *([] if word.startswith("run=") else ["sweep"])):
@@ -84,7 +109,9 @@ def test_addresses_lose_their_passwords() -> None:
     with pytest.raises(ConfigError) as caught:
         raise ConfigError(f"dataset.path={ADDRESS} does not exist.")
     assert "plantedPassword" not in str(caught.value)
-    assert caught.value.faults == ("dataset.path=https://***@git.example.org/private-project.git does not exist.",)
+    assert caught.value.faults == (
+        "dataset.path=https://***@git.example.org/private-project.git does not exist.",
+    )
 
 
 @pytest.mark.parametrize(
@@ -115,6 +142,15 @@ def test_log_and_result_hold_no_escape_codes(place: Path) -> None:
     said = call("train", "--config", RUN / "config.yaml", "name=third", "train.steps=2", folder=place)
     assert said.code == 0, said
     run = place / "outputs" / "third" / "run"
-    for text in (said.out, said.err, (run / "log.txt").read_text(), (run / "result.json").read_text(), (run / "config.yaml").read_text()):
+    for text in (
+        said.out,
+        said.err,
+        (run / "log.txt").read_text(),
+        (run / "result.json").read_text(),
+        (run / "config.yaml").read_text(),
+    ):
         assert "\x1b" not in text
-    assert json.loads((run / "delta" / "delta.json").read_text())["labels"] == ["\x1b[31m0", "\x1b[31m1"]  # the data's own names, kept as they are
+    assert json.loads((run / "delta" / "delta.json").read_text())["labels"] == [
+        "\x1b[31m0",
+        "\x1b[31m1",
+    ]  # the data's own names, kept as they are

@@ -36,7 +36,10 @@ def call(*words: object, folder: Path) -> Said:
     from finetune.cli import app as cli
 
     out, err, argv, before = io.StringIO(), io.StringIO(), sys.argv, Path.cwd()
-    code, handlers = 0, [(number, signal.signal(number, _hang)) for number in (signal.SIGPROF, signal.SIGALRM)]
+    code, handlers = (
+        0,
+        [(number, signal.signal(number, _hang)) for number in (signal.SIGPROF, signal.SIGALRM)],
+    )
     os.chdir(folder)
     sys.argv = ["finetune", *map(str, words)]
     signal.setitimer(signal.ITIMER_PROF, CPU_SECONDS)

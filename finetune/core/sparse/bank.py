@@ -44,7 +44,9 @@ class Bank(nn.Module):
         self.register_buffer("settled_index", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("settled_starts", torch.zeros(len(sites) + 1, dtype=torch.int64))
         self.frozen = [False] * len(sites)  # sites that rest during this step; set by selectors before it
-        self.watch: Callable[[int, WeightGrad], bool] | None = None  # sees every site's whole gradient; True: nobody else needs it
+        self.watch: Callable[[int, WeightGrad], bool] | None = (
+            None  # sees every site's whole gradient; True: nobody else needs it
+        )
         self.changes = 0  # how often indices moved in this process: what is derived from them is made again
         self._bounds: dict[str, tuple[tuple[int, int], list[int]]] = {}
         self._slices: tuple[Tensor, ...] = ()
@@ -57,8 +59,12 @@ class Bank(nn.Module):
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.changes += 1
-        if not (self._whole(self.starts, self.index) and self._whole(self.settled_starts, self.settled_index)):
-            args[-1].append(f"{prefix}index has positions outside the layers")  # what is to be raised: products would read anywhere
+        if not (
+            self._whole(self.starts, self.index) and self._whole(self.settled_starts, self.settled_index)
+        ):
+            args[-1].append(
+                f"{prefix}index has positions outside the layers"
+            )  # what is to be raised: products would read anywhere
 
     def _whole(self, starts: Tensor, index: Tensor) -> bool:
         """Whether the slices lie within ``index``, and its positions within their sites."""
@@ -105,7 +111,11 @@ class Bank(nn.Module):
     def all(self, i: int) -> tuple[Tensor, Tensor]:
         """Values and positions of everything that differs from the base at site ``i``: the trained ones first, then the settled."""
         values, where = self.settled(i)
-        return (torch.cat([self.slice(i), values]), torch.cat([self.where(i), where])) if len(values) else (self.slice(i), self.where(i))
+        return (
+            (torch.cat([self.slice(i), values]), torch.cat([self.where(i), where]))
+            if len(values)
+            else (self.slice(i), self.where(i))
+        )
 
     @torch.no_grad()
     def place(self, index: list[Tensor]) -> None:
@@ -127,7 +137,13 @@ class Bank(nn.Module):
             raise ValueError(f"{sum(map(len, index))} entries do not fit into a bank of {len(self.values)}")
 
     @torch.no_grad()
-    def revise(self, index: list[Tensor], moments: dict[str, Tensor], dropped: str, seeds: dict[str, Tensor] | None = None) -> Tensor:
+    def revise(
+        self,
+        index: list[Tensor],
+        moments: dict[str, Tensor],
+        dropped: str,
+        seeds: dict[str, Tensor] | None = None,
+    ) -> Tensor:
         """Train these entries of each site instead, in place. Survivors keep value and moments to the bit, wherever their slots move.
 
         ``moments``: the optimizer's tensors of shape [capacity], moved along; newcomers get ``seeds[name]`` [capacity], or 0. ``dropped``: entries
@@ -142,9 +158,13 @@ class Bank(nn.Module):
         for i, new in enumerate(index):
             old, (values, still) = self.where(i), self.settled(i)
             source, back = _places(new, old), _places(new, still)
-            left = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(0, source[source >= 0], False)
+            left = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(
+                0, source[source >= 0], False
+            )
             fresh[starts[i] + (back >= 0).nonzero().view(-1)] = values[back[back >= 0]]
-            stays = torch.ones(len(still), dtype=torch.bool, device=old.device).index_fill_(0, back[back >= 0], False)
+            stays = torch.ones(len(still), dtype=torch.bool, device=old.device).index_fill_(
+                0, back[back >= 0], False
+            )
             keep = left if dropped == "kept" else torch.zeros_like(left)
             where, order = torch.cat([still[stays], old[keep]]).sort()
             settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
@@ -162,23 +182,40 @@ class Bank(nn.Module):
         del fresh, sources
         self._move(index)
         self.settled_starts.copy_(_starts([w for _, w in settled]))
-        self.settled_values, self.settled_index = torch.cat([v for v, _ in settled]), torch.cat([w for _, w in settled])
+        self.settled_values, self.settled_index = (
+            torch.cat([v for v, _ in settled]),
+            torch.cat([w for _, w in settled]),
+        )
         return new.nonzero().view(-1)
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored of a finished run: values, counts a site, and the coded gaps between positions in the sites laid end to end."""
         with torch.no_grad():
-            entries = [(v[order], w[order]) for v, w in map(self.all, range(len(self.sizes))) for order in [w.argsort()]]
+            entries = [
+                (v[order], w[order])
+                for v, w in map(self.all, range(len(self.sizes)))
+                for order in [w.argsort()]
+            ]
         offsets = torch.tensor([0, *self.sizes]).cumsum(0)
         flat = torch.cat([w.long().cpu() + offset for (_, w), offset in zip(entries, offsets, strict=False)])
-        return {"values": torch.cat([v for v, _ in entries]), "starts": _starts([w for _, w in entries]), "gaps": encode_sorted(flat)}
+        return {
+            "values": torch.cat([v for v, _ in entries]),
+            "starts": _starts([w for _, w in entries]),
+            "gaps": encode_sorted(flat),
+        }
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit these sites."""
         starts, values, sizes = stored["starts"], stored["values"], torch.tensor(self.sizes)
-        if (starts.dtype, starts.shape) != (torch.int64, (len(sizes) + 1,)) or values.dim() != 1 or not values.is_floating_point():
-            raise ConfigError("the stored sparse change is not of the form of one, or does not fit this model's layers.")
+        if (
+            (starts.dtype, starts.shape) != (torch.int64, (len(sizes) + 1,))
+            or values.dim() != 1
+            or not values.is_floating_point()
+        ):
+            raise ConfigError(
+                "the stored sparse change is not of the form of one, or does not fit this model's layers."
+            )
         counts, flat = starts.diff(), decode_sorted(stored["gaps"], len(values))
         if int(starts[0]) or (counts < 0).any() or int(counts.sum()) != len(flat) or (flat.diff() <= 0).any():
             raise ConfigError("the stored sparse change does not fit this model's layers.")
@@ -209,7 +246,11 @@ class SparseDelta(Restorable):
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
-        self._bank, self.i, self.site = [bank], i, site  # in a list: the bank is registered once, as the method's state
+        self._bank, self.i, self.site = (
+            [bank],
+            i,
+            site,
+        )  # in a list: the bank is registered once, as the method's state
         self._layouts_of = (0, -1)
 
     @property
@@ -223,7 +264,10 @@ class SparseDelta(Restorable):
 
     @property
     def acts(self) -> bool:
-        return self.bank.watch is not None or len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
+        return (
+            self.bank.watch is not None
+            or len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
+        )
 
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.bank.slice(self.i),)
@@ -234,7 +278,10 @@ class SparseDelta(Restorable):
         if now != self._layouts_of:
             where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
             trained = Layout.of(where, self.site.shape)
-            self._layouts = trained, Layout.of(torch.cat([where, settled]), self.site.shape) if len(settled) else trained
+            self._layouts = (
+                trained,
+                Layout.of(torch.cat([where, settled]), self.site.shape) if len(settled) else trained,
+            )
             self._layouts_of = now
         return self._layouts
 
@@ -248,7 +295,14 @@ class SparseDelta(Restorable):
         entries = read(weight, where, layout)
         if weight.data_ptr() == original.data_ptr():
             self._lent = where, entries
-        write_(weight, where, layout, (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(entries.dtype))
+        write_(
+            weight,
+            where,
+            layout,
+            (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(
+                entries.dtype
+            ),
+        )
         return ()
 
     @torch.no_grad()

@@ -44,7 +44,9 @@ class Candidates(nn.Module):
 
     def resize(self, size: int) -> None:
         """Start with nothing, in a room of ``size``."""
-        self.index, self.sums, self.squares = (t.new_zeros(size) for t in (self.index, self.sums, self.squares))
+        self.index, self.sums, self.squares = (
+            t.new_zeros(size) for t in (self.index, self.sums, self.squares)
+        )
         self.steps.zero_()
 
     def begin_step(self, bank: Bank) -> None:
@@ -59,7 +61,9 @@ class Candidates(nn.Module):
         a, b = bank.bounds()[i : i + 2]
         if i not in self._chosen:
             top = TopK(b - a, {i: 1})
-            top.add(i, run.agree(grad.dense).abs().nan_to_num_().float())  # a loss that is not finite has its own report
+            top.add(
+                i, run.agree(grad.dense).abs().nan_to_num_().float()
+            )  # a loss that is not finite has its own report
             self.index[a:b] = top.take()[i]
             self._chosen.add(i)
         self.now[a:b] += grad.dense.reshape(-1)[self.index[a:b].long()]

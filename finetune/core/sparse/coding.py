@@ -19,7 +19,9 @@ def encode_sorted(index: Tensor) -> Tensor:
     Raises ``ValueError`` for another shape, dtype or order.
     """
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
-        raise ValueError(f"indices must be a vector of integers, not {index.dtype} of shape {tuple(index.shape)}")
+        raise ValueError(
+            f"indices must be a vector of integers, not {index.dtype} of shape {tuple(index.shape)}"
+        )
     values = index.detach().cpu().numpy().astype(np.int64, copy=False)
     gaps = np.diff(values, prepend=np.int64(0)).astype(np.int64, copy=False)
     if (gaps < 0).any():
@@ -32,7 +34,9 @@ def encode_sorted(index: Tensor) -> Tensor:
     code = np.empty(int(size.sum()), np.uint8)
     for place in range(longest):
         here = size > place
-        code[start[here] + place] = (gaps[here] >> (7 * place) & 127) | np.where(size[here] > place + 1, 128, 0)
+        code[start[here] + place] = (gaps[here] >> (7 * place) & 127) | np.where(
+            size[here] > place + 1, 128, 0
+        )
     return torch.from_numpy(code)
 
 
@@ -56,7 +60,9 @@ def decode_sorted(code: Tensor, count: int) -> Tensor:
     return torch.from_numpy(index)
 
 
-def _gaps(data: np.ndarray[Any, np.dtype[np.uint8]], start: Any, size: Any) -> np.ndarray[Any, np.dtype[np.int64]]:
+def _gaps(
+    data: np.ndarray[Any, np.dtype[np.uint8]], start: Any, size: Any
+) -> np.ndarray[Any, np.dtype[np.int64]]:
     """The numbers that begin at ``start`` in ``data`` and are ``size`` bytes long."""
     gaps = np.zeros(len(size), np.int64)
     for place in range(int(size.max(initial=0))):
@@ -66,4 +72,6 @@ def _gaps(data: np.ndarray[Any, np.dtype[np.uint8]], start: Any, size: Any) -> n
 
 
 def _damaged(what: str) -> ConfigError:
-    return ConfigError(f"The stored indices are damaged: {what}. Copy the delta again from where it was trained, or train it again.")
+    return ConfigError(
+        f"The stored indices are damaged: {what}. Copy the delta again from where it was trained, or train it again."
+    )

@@ -65,7 +65,9 @@ class Sparse(Method):
 
     family: ClassVar[str] = "sparse delta"
     size: ClassVar[str] = "sparsity"
-    narrows_by_value: ClassVar[bool] = False  # whether schedule=narrow keeps all entries of some values, and not a share of them
+    narrows_by_value: ClassVar[bool] = (
+        False  # whether schedule=narrow keeps all entries of some values, and not a share of them
+    )
 
     def __post_init__(self) -> None:
         faults = list(self._misfits())
@@ -78,7 +80,9 @@ class Sparse(Method):
         for name in ("batches", "rank", "power", "eps"):
             if name not in uses and getattr(self, name) != type(self).__dataclass_fields__[name].default:
                 users = ", ".join(n for n, s in SCORES.items() if name in s.uses)
-                found.append(f"method.{name}={getattr(self, name)} means nothing to score={self.score}; it belongs to {users}.")
+                found.append(
+                    f"method.{name}={getattr(self, name)} means nothing to score={self.score}; it belongs to {users}."
+                )
         if not re.fullmatch(PATTERN, self.grain):
             found.append(
                 f"method.grain={self.grain} is not a grain; there are element, row, column, head, matrix, block:B (as block:16) and N:M (as 2:4)."
@@ -88,18 +92,32 @@ class Sparse(Method):
             if share <= 0:
                 found.append(f"method.grain={self.grain} leaves nothing out; n:m needs n below m, as 2:4.")
             elif abs(self.sparsity - share) > 1e-6:
-                found.append(f"method.grain={self.grain} trains {fits[1]} of {fits[2]} entries: sparsity={self.sparsity:g} must be {share:g}.")
+                found.append(
+                    f"method.grain={self.grain} trains {fits[1]} of {fits[2]} entries: sparsity={self.sparsity:g} must be {share:g}."
+                )
             if self.scope != "matrix":
-                found.append(f"method.grain={self.grain} fixes the count in every row; scope={self.scope} cannot move it, so take scope=matrix.")
+                found.append(
+                    f"method.grain={self.grain} fixes the count in every row; scope={self.scope} cannot move it, so take scope=matrix."
+                )
             if self.schedule.name not in ("static", "one_shot", "redraw"):
-                found.append(f"method.grain={self.grain} fixes the count in every row, which schedule={self.schedule.name} would break.")
+                found.append(
+                    f"method.grain={self.grain} fixes the count in every row, which schedule={self.schedule.name} would break."
+                )
         if self.grain == "matrix" and self.scope in ("matrix", "layer"):
-            found.append(f"method.grain=matrix leaves scope={self.scope} nothing to choose from within a matrix. Take scope=role, block or model.")
-        if self.scope == "layer" and (self.direction == "smallest" or self.score in ("gradient_weight", "off_principal")):
+            found.append(
+                f"method.grain=matrix leaves scope={self.scope} nothing to choose from within a matrix. Take scope=role, block or model."
+            )
+        if self.scope == "layer" and (
+            self.direction == "smallest" or self.score in ("gradient_weight", "off_principal")
+        ):
             what = f"score={self.score} with direction={self.direction}"
-            found.append(f"scope=layer divides by the mean of scores that are never negative; {what} has none. Take scope=matrix or scope=model.")
+            found.append(
+                f"scope=layer divides by the mean of scores that are never negative; {what} has none. Take scope=matrix or scope=model."
+            )
         if self.score == "change" and not self.schedule.dense and self.schedule.name in ("static", "grow"):
-            found.append(f"score=change is 0 everywhere before training; schedule={self.schedule.name} has no dense phase. Take schedule=one_shot.")
+            found.append(
+                f"score=change is 0 everywhere before training; schedule={self.schedule.name} has no dense phase. Take schedule=one_shot."
+            )
         return found
 
     def faults(self, steps: int) -> list[str]:
@@ -110,13 +128,19 @@ class Sparse(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         dense = self.schedule.dense
-        return (Phase(Dense(targets=self.targets), dense), Phase(self, 1 - dense)) if dense else (Phase(self, 1.0),)
+        return (
+            (Phase(Dense(targets=self.targets), dense), Phase(self, 1 - dense))
+            if dense
+            else (Phase(self, 1.0),)
+        )
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[tuple[list[int], int]]:
         """The sites that compete with each other, and how many of their entries may change: at least one unit."""
         groups: dict[Any, list[int]] = {}
         for i, site in enumerate(sites):
-            key = {"matrix": i, "layer": "all", "role": site.role, "block": site.block, "model": "all"}[self.scope]
+            key = {"matrix": i, "layer": "all", "role": site.role, "block": site.block, "model": "all"}[
+                self.scope
+            ]
             groups.setdefault(key, []).append(i)
         found = []
         for members in groups.values():
@@ -131,7 +155,10 @@ class Sparse(Method):
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
         grains = [grain_of(self.grain, s, model) for s in sites]
-        capacity = sum(self._count(members, k, self.schedule.peak, sites, grains) for members, k in self.budgets(sites, grains))
+        capacity = sum(
+            self._count(members, k, self.schedule.peak, sites, grains)
+            for members, k in self.budgets(sites, grains)
+        )
         bank = Bank(sites, capacity)
         views = [SparseDelta(bank, i, s) for i, s in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
@@ -185,10 +212,17 @@ class Sparse(Method):
             now = sum(len(bank.where(i)) for i in members)
             keeps.append(min(now - round(move.drop * now), room))
         if move.by == "score" and all(room <= keep for room, keep in zip(rooms, keeps, strict=True)):
-            return self._choose(run, state, move.density, trained)  # narrowing: the best of the trained ones by score
+            return self._choose(
+                run, state, move.density, trained
+            )  # narrowing: the best of the trained ones by score
         kept = _best(budgets, keeps, grains, lambda offer: _offer_changes(bank, grains, offer), trained)
-        rooms = [room - sum(len(kept[i]) for i in members) for room, (members, _) in zip(rooms, budgets, strict=True)]
-        grown = _best(budgets, rooms, grains, self._scan(run, state, None), lambda i: ~grains[i].members(kept[i]))
+        rooms = [
+            room - sum(len(kept[i]) for i in members)
+            for room, (members, _) in zip(rooms, budgets, strict=True)
+        ]
+        grown = _best(
+            budgets, rooms, grains, self._scan(run, state, None), lambda i: ~grains[i].members(kept[i])
+        )
         return [run.agree(torch.cat([kept[i], grown[i]]).sort().values) for i in range(len(sites))]
 
     def _scan(self, run: Run, state: Any, previous: Any) -> Callable[[Callable[[int, Tensor], None]], Any]:
@@ -202,11 +236,20 @@ class Sparse(Method):
             def better(i: int, score: Tensor) -> None:
                 offer(i, score.neg_() if self.direction == "smallest" else score)
 
-            scan(self, run, state["bank"], [layers[s.name] for s in sites], [dense.get(s.name) for s in sites], better)
+            scan(
+                self,
+                run,
+                state["bank"],
+                [layers[s.name] for s in sites],
+                [dense.get(s.name) for s in sites],
+                better,
+            )
 
         return offer_to
 
-    def _choose(self, run: Run, state: Any, share: float, allowed: Allowed = lambda i: None, previous: Any = None) -> list[Tensor]:
+    def _choose(
+        self, run: Run, state: Any, share: float, allowed: Allowed = lambda i: None, previous: Any = None
+    ) -> list[Tensor]:
         """The best entries of each site by the score, at a ``share`` of the budgets."""
         sites, grains = self._sites(run, state)
         offer = self._scan(run, state, previous)
@@ -216,7 +259,10 @@ class Sparse(Method):
             means: dict[int, Tensor] = {}
             offer(lambda i, score: means.__setitem__(i, score.mean().clamp(min=0).cpu()))
             weights = torch.stack([means[i] * s.size for i, s in enumerate(sites)])
-            caps = [s.size if (open_ := allowed(i)) is None else int(open_.sum()) * grains[i].size for i, s in enumerate(sites)]
+            caps = [
+                s.size if (open_ := allowed(i)) is None else int(open_.sum()) * grains[i].size
+                for i, s in enumerate(sites)
+            ]
             counts = _divide(counts[0], weights, caps, grains)
             budgets = [([i], k) for i, k in enumerate(counts)]
         return [run.agree(c) for c in _best(budgets, counts, grains, offer, allowed)]
@@ -239,7 +285,13 @@ def _divide(k: int, weights: Tensor, caps: list[int], grains: list[Grain]) -> li
     return [unit * n for n in apportion(k // unit, weights, [cap // unit for cap in caps])]
 
 
-def _best(groups: list[tuple[list[int], int]], counts: list[int], grains: list[Grain], offer: Offer, allowed: Allowed) -> list[Tensor]:
+def _best(
+    groups: list[tuple[list[int], int]],
+    counts: list[int],
+    grains: list[Grain],
+    offer: Offer,
+    allowed: Allowed,
+) -> list[Tensor]:
     """The best ``counts`` of each group's entries, in whole units, among the allowed units: flat positions by site, ascending."""
     tops: dict[int, TopK] = {}
     for (members, _), k in zip(groups, counts, strict=True):
@@ -270,7 +322,11 @@ def _n_of_m(score: Tensor, grain: Grain) -> Tensor:
 
 def moments(run: Run, bank: Bank) -> dict[str, Tensor]:
     """The optimizer's tensors that belong to the bank's values one by one."""
-    return {k: t for k, t in run.optimizer.state.get(bank.values, {}).items() if isinstance(t, Tensor) and t.shape == bank.values.shape}
+    return {
+        k: t
+        for k, t in run.optimizer.state.get(bank.values, {}).items()
+        if isinstance(t, Tensor) and t.shape == bank.values.shape
+    }
 
 
 @torch.no_grad()
@@ -297,4 +353,8 @@ def _changes(bank: Bank, i: int, grain: Grain) -> Tensor:
 
 def _as_matrix(weight: Tensor, site: Site) -> Tensor:
     """A parameter as the site's [out, in]; GPT-2 stores it transposed."""
-    return weight.detach() if tuple(weight.shape) == site.shape and type(site.module).__name__ != "Conv1D" else weight.detach().T
+    return (
+        weight.detach()
+        if tuple(weight.shape) == site.shape and type(site.module).__name__ != "Conv1D"
+        else weight.detach().T
+    )

@@ -48,7 +48,9 @@ class Layout:
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
         """Rows and columns of the sub-matrix."""
-        return shape[0] if self.rows is None else len(self.rows), shape[1] if self.cols is None else len(self.cols)
+        return shape[0] if self.rows is None else len(self.rows), shape[1] if self.cols is None else len(
+            self.cols
+        )
 
 
 def _taken(numbers: Tensor, of: int) -> Tensor:
@@ -65,7 +67,9 @@ def keep(x: Tensor, layout: Layout) -> Tensor:
 
 
 @torch.no_grad()
-def entries_gradient(grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
+def entries_gradient(
+    grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int, int], layout: Layout
+) -> Tensor:
     """The gradient at ``index``, [K], float32 or wider. ``grad_y``: [n, out]; ``x``: [n, in], or what ``keep`` made of it."""
     rows, cols = size = layout.size(shape)
     kept = x.shape[1] == cols
@@ -95,7 +99,9 @@ def _inside(index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
         ranks[chosen] = torch.arange(len(chosen), dtype=torch.int32, device=index.device)
         return ranks.index_select(0, numbers)
 
-    return rank(index // shape[1], layout.rows, shape[0]) * layout.size(shape)[1] + rank(index % shape[1], layout.cols, shape[1])
+    return rank(index // shape[1], layout.rows, shape[0]) * layout.size(shape)[1] + rank(
+        index % shape[1], layout.cols, shape[1]
+    )
 
 
 def _columns(matrix: Tensor, chosen: Tensor | None) -> Tensor:
@@ -106,7 +112,9 @@ def _wide(grad_y: Tensor, x: Tensor) -> torch.dtype:
     return torch.promote_types(torch.promote_types(grad_y.dtype, x.dtype), torch.float32)
 
 
-def sampled(grad_y: Tensor, x: Tensor, at: Tensor, size: tuple[int, int], rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def sampled(
+    grad_y: Tensor, x: Tensor, at: Tensor, size: tuple[int, int], rows: Tensor | None, cols: Tensor | None
+) -> Tensor:
     """One dot product an entry of the [rows, cols] sub-matrix. Temporaries: CHUNK transposed tokens of either side, and K columns, int32."""
     _announce()
     wide = _wide(grad_y, x)
@@ -134,16 +142,34 @@ def _announce() -> None:
     """The first CSR tensor of a process makes torch say that they are in beta state: nobody who trains can act on it."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor(torch.zeros(1, dtype=torch.int32), torch.zeros(0, dtype=torch.int32), torch.zeros(0), (0, 0), check_invariants=False)
+        torch.sparse_csr_tensor(
+            torch.zeros(1, dtype=torch.int32),
+            torch.zeros(0, dtype=torch.int32),
+            torch.zeros(0),
+            (0, 0),
+            check_invariants=False,
+        )
 
 
-def dense(grad_y: Tensor, x: Tensor, at: Tensor | None, size: tuple[int, int], rows: Tensor | None, cols: Tensor | None) -> Tensor:
+def dense(
+    grad_y: Tensor,
+    x: Tensor,
+    at: Tensor | None,
+    size: tuple[int, int],
+    rows: Tensor | None,
+    cols: Tensor | None,
+) -> Tensor:
     """The product of the [rows, cols] sub-matrix, a block of rows at a time, gathered at ``at``; None: all of it. Temporary: a block.
 
     ``out=`` saves the temporary, and autocast leaves such products alone.
     """
     wide = _wide(grad_y, x)
-    half = wide != grad_y.dtype and grad_y.dtype == x.dtype and x.device.type == "cuda" and torch.version.hip is None
+    half = (
+        wide != grad_y.dtype
+        and grad_y.dtype == x.dtype
+        and x.device.type == "cuda"
+        and torch.version.hip is None
+    )
     x = _columns(x, cols) if half else _columns(x, cols).to(wide)
     step = max(BLOCK_ROWS, BLOCK.get(x.device.type, BLOCK_ELSEWHERE) // max(size[1], 1))
     step = -(-size[0] // max(1, -(-size[0] // step)))  # blocks of equal height
@@ -152,7 +178,11 @@ def dense(grad_y: Tensor, x: Tensor, at: Tensor | None, size: tuple[int, int], r
     bounds = [e * size[1] for e in edges]
     if at is not None:
         block = torch.empty(step * size[1], dtype=wide, device=x.device)
-        bounds = [0, len(at)] if len(edges) == 2 else torch.searchsorted(at, torch.tensor(bounds, dtype=at.dtype, device=at.device)).tolist()
+        bounds = (
+            [0, len(at)]
+            if len(edges) == 2
+            else torch.searchsorted(at, torch.tensor(bounds, dtype=at.dtype, device=at.device)).tolist()
+        )
     for top, end, first, last in zip(edges, edges[1:], bounds, bounds[1:], strict=False):
         if first == last:
             continue

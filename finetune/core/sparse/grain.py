@@ -45,7 +45,10 @@ class Grain:
         """The flat positions of the entries of ``units``, int32, ascending."""
         if self.size == 1:
             return units
-        down, right = units.long() // self._grid()[2] * self.height, units.long() % self._grid()[2] * self.width
+        down, right = (
+            units.long() // self._grid()[2] * self.height,
+            units.long() % self._grid()[2] * self.width,
+        )
         rows = down[:, None, None] + torch.arange(self.height, device=units.device)[:, None]
         cols = right[:, None, None] + torch.arange(self.width, device=units.device)
         return (rows * self.shape[1] + cols).reshape(-1).sort().values.to(torch.int32)
@@ -65,12 +68,16 @@ def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
     if fits := re.fullmatch(r"(\d+):(\d+)", kind):
         best, of = int(fits[1]), int(fits[2])
         if in_ % of or best >= of:
-            raise ConfigError(f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m divides.")
+            raise ConfigError(
+                f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m divides."
+            )
         return Grain(site.shape, 1, 1, best, of)
     if kind.startswith("block:"):
         side = int(kind.removeprefix("block:"))
         if out % side or in_ % side:
-            raise ConfigError(f"method.grain={kind} does not divide the weight of {site.name}, {out} x {in_}; choose a common divisor.")
+            raise ConfigError(
+                f"method.grain={kind} does not divide the weight of {site.name}, {out} x {in_}; choose a common divisor."
+            )
         return Grain(site.shape, side, side)
     height, width = {"element": (1, 1), "row": (1, in_), "column": (out, 1), "matrix": (out, in_)}[kind]
     return Grain(site.shape, height, width)

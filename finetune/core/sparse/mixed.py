@@ -32,20 +32,35 @@ class Mixed(Bank):
     def mix(self, index: list[Tensor], structured: Tensor) -> None:
         """Train these entries of each site, or a branch, all 0."""
         slots = [torch.arange(n, dtype=torch.int32) for n in self.branches]
-        self.place([slots[i] if branch else where for i, (where, branch) in enumerate(zip(index, structured.tolist(), strict=True))])
+        self.place(
+            [
+                slots[i] if branch else where
+                for i, (where, branch) in enumerate(zip(index, structured.tolist(), strict=True))
+            ]
+        )
         self.structured.copy_(structured)
         self.changes += 1
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
         factors = [self.slice(i) for i in self.structured.nonzero().view(-1).tolist()]
-        return {**super().pack(), "structured": self.structured, "factors": torch.cat([self.values[:0], *factors])}
+        return {
+            **super().pack(),
+            "structured": self.structured,
+            "factors": torch.cat([self.values[:0], *factors]),
+        }
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         structured, branches = stored["structured"], torch.tensor(self.branches)
-        if structured.dtype != torch.bool or structured.shape != branches.shape or len(stored["factors"]) != int(branches[structured].sum()):
-            raise ConfigError("the stored branches do not fit this model's layers; method.rank must be the run's own.")
+        if (
+            structured.dtype != torch.bool
+            or structured.shape != branches.shape
+            or len(stored["factors"]) != int(branches[structured].sum())
+        ):
+            raise ConfigError(
+                "the stored branches do not fit this model's layers; method.rank must be the run's own."
+            )
         self.structured.zero_()
         super().unpack({k: t for k, t in stored.items() if k not in ("structured", "factors")})
         entries = [(self.slice(i), self.where(i)) for i in range(len(branches))]
@@ -53,7 +68,9 @@ class Mixed(Bank):
         self.values, self.index = nn.Parameter(self.values.new_zeros(room)), self.index.new_zeros(room)
         self.mix([where for _, where in entries], structured)
         factors = iter(stored["factors"].split(branches[structured].tolist()))
-        self.values.copy_(torch.cat([next(factors).to(v) if self.is_branch(i) else v for i, (v, _) in enumerate(entries)]))
+        self.values.copy_(
+            torch.cat([next(factors).to(v) if self.is_branch(i) else v for i, (v, _) in enumerate(entries)])
+        )
 
 
 class MixedDelta(SparseDelta):
@@ -86,4 +103,8 @@ class MixedDelta(SparseDelta):
         return F.linear(F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a), b)
 
     def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        return Delta.add_(self, weight, original, kept) if self.additive else super().add_(weight, original, kept)
+        return (
+            Delta.add_(self, weight, original, kept)
+            if self.additive
+            else super().add_(weight, original, kept)
+        )

@@ -35,7 +35,9 @@ def scan(
         return
     steps = run.upcoming(method.batches)
     whole = len(steps) == 1 and len(steps[0]) == 1
-    for group in [list(range(len(layers)))] if whole else _turns([layer.original.numel() for layer in layers]):
+    for group in (
+        [list(range(len(layers)))] if whole else _turns([layer.original.numel() for layer in layers])
+    ):
         sums = _Sums(group, score.needs, run, give if whole else None)
         with watching(bank, sums):
             for micro in steps:
@@ -63,7 +65,9 @@ def _turns(sizes: list[int]) -> Iterator[list[int]]:
 class _Sums:
     """Collects, for the sites of ``group``, gradients over micro-batches and what the score needs of them over batches."""
 
-    def __init__(self, group: list[int], needs: str, run: Run, at_once: Callable[[int, Tensor], None] | None) -> None:
+    def __init__(
+        self, group: list[int], needs: str, run: Run, at_once: Callable[[int, Tensor], None] | None
+    ) -> None:
         self.group, self.needs, self.run, self.at_once = set(group), needs, run, at_once
         self.given: set[int] = set()
         self.seen: set[int] = set()  # in this backward pass
@@ -108,7 +112,11 @@ class watching:
         self.bank, self.see = bank, see
 
     def __enter__(self) -> None:
-        self.frozen, self.bank.frozen, self.bank.watch = self.bank.frozen, [False] * len(self.bank.frozen), self.see
+        self.frozen, self.bank.frozen, self.bank.watch = (
+            self.bank.frozen,
+            [False] * len(self.bank.frozen),
+            self.see,
+        )
 
     def __exit__(self, *_: Any) -> None:
         self.bank.frozen, self.bank.watch = self.frozen, None

@@ -68,5 +68,9 @@ class Schedule:
 def never(every: int, total: int) -> list[str]:
     """The fault of a period that does not end within ``total`` steps."""
     return (
-        [f"schedule.every={every} does not end before the run's {total} steps do, so nothing would ever move; take less."] if every >= total else []
+        [
+            f"schedule.every={every} does not end before the run's {total} steps do, so nothing would ever move; take less."
+        ]
+        if every >= total
+        else []
     )

@@ -26,7 +26,9 @@ class Look:
 
     def weight(self) -> Tensor:
         """A new float32 copy of the weight as it is now, [out, in]."""
-        return self.layer.weight.float() if self.trained is None else self.trained.to(torch.float32, copy=True)
+        return (
+            self.layer.weight.float() if self.trained is None else self.trained.to(torch.float32, copy=True)
+        )
 
     @property
     def seen(self) -> Tensor:

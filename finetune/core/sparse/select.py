@@ -58,8 +58,12 @@ class TopK:
 
     def __init__(self, budget: int, costs: dict[int, int]) -> None:
         self.budget, self.costs = budget, costs
-        self._pool: _Pool | None = _Pool(budget // min(costs.values())) if len(set(costs.values())) == 1 else None
-        self._all: dict[int, Tensor] = {}  # the keys of units of different costs: whole rows, heads or more, so that there are few
+        self._pool: _Pool | None = (
+            _Pool(budget // min(costs.values())) if len(set(costs.values())) == 1 else None
+        )
+        self._all: dict[
+            int, Tensor
+        ] = {}  # the keys of units of different costs: whole rows, heads or more, so that there are few
 
     def add(self, piece: int, scores: Tensor, allowed: Tensor | None = None) -> None:
         """Offer the units of a piece: float32 ``scores`` [units], whose memory is used up. ``allowed`` [units] bool: the others are not on offer."""
@@ -81,7 +85,11 @@ class TopK:
         costs = torch.cat([torch.full((len(self._all[p]),), self.costs[p]) for p in pieces])
         order = keys.sort(descending=True, stable=True).indices[: int((keys > NEVER).sum())]
         best = order[costs[order].cumsum(0) <= self.budget]
-        chosen = torch.zeros(len(keys), dtype=torch.bool).index_fill_(0, best, True).split([len(self._all[p]) for p in pieces])
+        chosen = (
+            torch.zeros(len(keys), dtype=torch.bool)
+            .index_fill_(0, best, True)
+            .split([len(self._all[p]) for p in pieces])
+        )
         return {p: c.nonzero().view(-1).to(self._all[p]) for p, c in zip(pieces, chosen, strict=True)}
 
 
@@ -96,7 +104,9 @@ class _Pool:
 
     def add(self, piece: int, keys: Tensor) -> None:
         if not len(self.keys):
-            self.keys, self.index = (torch.empty(self.k + self.k // 4, dtype=torch.int32, device=keys.device) for _ in range(2))
+            self.keys, self.index = (
+                torch.empty(self.k + self.k // 4, dtype=torch.int32, device=keys.device) for _ in range(2)
+            )
         if self.used + sum(int((part >= self.floor).sum()) for part in _parts([keys])) <= len(self.keys):
             self._append(piece, keys, None, self.floor, len(keys))
         elif self.k:
@@ -115,7 +125,10 @@ class _Pool:
             quota[piece] = min(ties, sum(int((part == self.floor).sum()) for part in _parts([every[piece]])))
             ties -= quota[piece]
         self.used = 0
-        for piece, keys in here.items():  # to the front, each no further than it lies: nothing is overwritten unread
+        for (
+            piece,
+            keys,
+        ) in here.items():  # to the front, each no further than it lies: nothing is overwritten unread
             a, b = self.ends[piece]
             self._append(piece, keys, self.index[a:b], self.floor, quota[piece])
         for piece, keys in new.items():

@@ -39,7 +39,11 @@ def pack(changes: Sequence[Change], sizes: Sequence[int]) -> dict[str, Tensor]:
     starts = torch.tensor([0, *(len(c.index) for c in changes)]).cumsum(0)
     offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
     flat = torch.cat([c.index.cpu() + offset for c, offset in zip(changes, offsets, strict=True)])
-    return {"values": torch.cat([c.values.cpu() for c in changes]), "starts": starts, "gaps": encode_sorted(flat)}
+    return {
+        "values": torch.cat([c.values.cpu() for c in changes]),
+        "starts": starts,
+        "gaps": encode_sorted(flat),
+    }
 
 
 def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Change]:
@@ -48,10 +52,14 @@ def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Change]:
     flat = decode_sorted(packed["gaps"], len(packed["values"]))
     offsets = torch.tensor([0, *sizes]).cumsum(0)
     if len(counts) != len(sizes) or sum(counts) != len(flat):
-        raise ConfigError(f"The stored sparse change is of {len(counts)} weights, and {len(sizes)} are given. Give those that it was trained on.")
+        raise ConfigError(
+            f"The stored sparse change is of {len(counts)} weights, and {len(sizes)} are given. Give those that it was trained on."
+        )
     index = [part - offset for part, offset in zip(flat.split(counts), offsets.tolist(), strict=False)]
     if any(len(i) and not 0 <= int(i[0]) <= int(i[-1]) < size for i, size in zip(index, sizes, strict=True)):
-        raise ConfigError("The stored sparse change has positions outside the weights given. Give those that it was trained on.")
+        raise ConfigError(
+            "The stored sparse change has positions outside the weights given. Give those that it was trained on."
+        )
     return [Change(i, v) for i, v in zip(index, packed["values"].split(counts), strict=True)]
 
 
@@ -95,7 +103,11 @@ class _Weight:
     def touched(self) -> bool:
         """Whether another than this object wrote, moved or replaced the weight."""
         elsewhere = self.layer.weight is not self.weight or self.weight.data_ptr() != self.flat.data_ptr()
-        return elsewhere or self.weight._version != self.version or not torch.equal(self.flat[self.probe[0]], self.probe[1])
+        return (
+            elsewhere
+            or self.weight._version != self.version
+            or not torch.equal(self.flat[self.probe[0]], self.probe[1])
+        )
 
     def write(self, index: Tensor, entries: Tensor) -> None:
         """Overwrite the entries at ``index``. On the CPU by numpy, whose serial assignment beats all of torch's on two cores too."""
@@ -149,7 +161,11 @@ class Switch:
 
     def load(self, name: str, changes: Mapping[str, Change]) -> None:
         """Keep ``changes`` (by layer name) ready under ``name``. Raises ``ConfigError`` with all that does not fit; nothing is loaded then."""
-        faults = [f"A change called {name!r} is loaded already; take another name."] if name in self._loaded else []
+        faults = (
+            [f"A change called {name!r} is loaded already; take another name."]
+            if name in self._loaded
+            else []
+        )
         uses = Counter(id(p) for _, p in self.model.named_parameters(remove_duplicate=False))
         layers = dict(self.model.named_modules())
         for layer, change in changes.items():
@@ -162,7 +178,9 @@ class Switch:
         for layer in changes:
             if layer not in self._weights:
                 self._weights[layer] = _Weight(layers[layer])
-        self._loaded[name] = {n: _Placed(self._weights[n], self._weights[n].stored(c)) for n, c in changes.items()}
+        self._loaded[name] = {
+            n: _Placed(self._weights[n], self._weights[n].stored(c)) for n, c in changes.items()
+        }
         self.to(*active)
 
     @torch.no_grad()
@@ -171,7 +189,10 @@ class Switch:
         unknown = [n for n in names if n not in self._loaded]
         if unknown:
             raise ConfigError(
-                *(f"No change called {n!r} is loaded.{near(n, self._loaded)} Loaded: {', '.join(self._loaded) or 'none'}." for n in unknown)
+                *(
+                    f"No change called {n!r} is loaded.{near(n, self._loaded)} Loaded: {', '.join(self._loaded) or 'none'}."
+                    for n in unknown
+                )
             )
         wanted = tuple(n for n in self._loaded if n in names)
         self._check()
@@ -225,12 +246,24 @@ def _faults(name: str, layers: Mapping[str, nn.Module], change: Change, uses: Ma
     weight, (index, values) = layer.get_parameter("weight"), (change.index, change.values)
     faults = []
     if uses[id(weight)] > 1:
-        faults.append(f"{name} shares its weight with another layer, so a change here would act there too; leave it out.")
+        faults.append(
+            f"{name} shares its weight with another layer, so a change here would act there too; leave it out."
+        )
     if not weight.is_floating_point() or not weight.is_contiguous():
-        faults.append(f"{name}: only contiguous weights of a float type can be changed; this one is {weight.dtype} with strides {weight.stride()}.")
-    if (index.dtype, values.dtype, index.ndim) != (torch.int64, torch.float32, 1) or index.shape != values.shape:
+        faults.append(
+            f"{name}: only contiguous weights of a float type can be changed; this one is {weight.dtype} with strides {weight.stride()}."
+        )
+    if (index.dtype, values.dtype, index.ndim) != (
+        torch.int64,
+        torch.float32,
+        1,
+    ) or index.shape != values.shape:
         what = f"{index.dtype} {tuple(index.shape)} and {values.dtype} {tuple(values.shape)}"
         faults.append(f"{name}: a change has int64 positions and as many float32 values, not {what}.")
-    elif len(index) and not (int(index[0]) >= 0 and int(index[-1]) < weight.numel() and bool((index.diff() > 0).all())):
-        faults.append(f"{name}: the positions must ascend, each once, within the weight's {weight.numel()} entries.")
+    elif len(index) and not (
+        int(index[0]) >= 0 and int(index[-1]) < weight.numel() and bool((index.diff() > 0).all())
+    ):
+        faults.append(
+            f"{name}: the positions must ascend, each once, within the weight's {weight.numel()} entries."
+        )
     return faults

@@ -25,5 +25,7 @@ class BitFit(Method):
     def build(self, model: nn.Module) -> InPlace:
         names = [name for name in untrained(model) if name.rpartition(".")[2] == "bias"]
         if not names:
-            raise ConfigError(f"method=bitfit: {type(model).__name__} has no bias terms to train; choose another method, for example lora.")
+            raise ConfigError(
+                f"method=bitfit: {type(model).__name__} has no bias terms to train; choose another method, for example lora."
+            )
         return InPlace(model, names, keep=True)

@@ -74,8 +74,14 @@ class Mask(Delta):
 
         bits, count = stored["on"], self.scores.numel()
         if bits.numel() != math.ceil(count / 8):
-            raise ConfigError(f"the stored mask of {bits.numel()} bytes does not fit a weight of {count} entries.")
-        on = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count)).view(self.scores.shape).to(self.scores)
+            raise ConfigError(
+                f"the stored mask of {bits.numel()} bytes does not fit a weight of {count} entries."
+            )
+        on = (
+            torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count))
+            .view(self.scores.shape)
+            .to(self.scores)
+        )
         self.scores.copy_(2 * self.threshold - self.initial + on * 2 * (self.initial - self.threshold))
 
 
@@ -108,19 +114,27 @@ class AMT(Reparam):
 
     def __post_init__(self) -> None:
         if self.initial <= self.threshold:
-            raise ValueError(f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}: all would start masked; raise it.")
+            raise ValueError(
+                f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}: all would start masked; raise it."
+            )
 
     def delta(self, site: Site) -> Mask:
         return Mask(site.shape, self.initial, self.threshold)
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
-        return self.penalty * torch.stack([m.scores.norm() for m in _masks(state)]).sum() if self.penalty else 0.0
+        return (
+            self.penalty * torch.stack([m.scores.norm() for m in _masks(state)]).sum()
+            if self.penalty
+            else 0.0
+        )
 
     def after_backward(self, run: Run, state: Any) -> None:
         trained = [m.scores for m in _masks(state) if m.scores.requires_grad]  # a selector may let some rest
         if not self.gdr or not trained:
             return
-        seed = int(torch.randint(2**62, (), generator=run.generator))  # one for all processes, and the numbers are drawn where they are needed
+        seed = int(
+            torch.randint(2**62, (), generator=run.generator)
+        )  # one for all processes, and the numbers are drawn where they are needed
         generator = torch.Generator(trained[0].device).manual_seed(seed)
         for scores, b in zip(trained, self.distilled(run, state, trained), strict=True):
             if scores.grad is not None:
@@ -130,7 +144,9 @@ class AMT(Reparam):
     def distilled(self, run: Run, state: Any, trained: Sequence[Tensor]) -> list[Tensor]:
         """The gradients of the mean cross-entropy to the predictions of the untouched weights, over all of the step's examples or tokens."""
         sums, counted = [torch.zeros_like(t) for t in trained], 0
-        scaler = getattr(run.optimizer, "scaler", None)  # in fp16 the gradients at hand are scaled, so these must be
+        scaler = getattr(
+            run.optimizer, "scaler", None
+        )  # in fp16 the gradients at hand are scaled, so these must be
         for batch in [b for b in run.batch if b is not None]:
             with base(state), torch.no_grad():
                 wanted = F.softmax(run.logits(batch) / self.temperature, -1)

@@ -15,7 +15,11 @@ from ...core.site import find_sites
 from ...errors import ConfigError, near
 from ...registry import register
 
-UNFIT = ("POLY", "SHADOW", "TRAINABLE_TOKENS")  # they ask for the number of a task, a second model, or tokens instead of layers
+UNFIT = (
+    "POLY",
+    "SHADOW",
+    "TRAINABLE_TOKENS",
+)  # they ask for the number of a task, a second model, or tokens instead of layers
 
 
 class Ranks(nn.Module):
@@ -30,17 +34,25 @@ class Ranks(nn.Module):
         super().__init__()
         self._tuner = [tuner]
         adapter = tuner.trainable_adapter_name
-        trained = {name: p for name, p in tuner.model.named_parameters() if "lora_" in name and adapter in name}
+        trained = {
+            name: p for name, p in tuner.model.named_parameters() if "lora_" in name and adapter in name
+        }
         for name, parameter in trained.items():
             for kind in self.SMOOTHED:
                 self.register_buffer(f"{kind}/{name.replace('.', '/')}", torch.zeros_like(parameter))
             if f"lora_E.{adapter}" in name:
-                self.register_buffer(f"kept/{name.replace('.', '/')}", torch.ones_like(parameter, dtype=torch.bool))
+                self.register_buffer(
+                    f"kept/{name.replace('.', '/')}", torch.ones_like(parameter, dtype=torch.bool)
+                )
         self.register_buffer("decided", torch.zeros((), dtype=torch.bool))
 
     def _of(self, kind: str) -> dict[str, torch.Tensor]:
         """The buffers of one kind, by peft's names."""
-        return {name.removeprefix(f"{kind}/").replace("/", "."): b for name, b in self.named_buffers() if name.startswith(f"{kind}/")}
+        return {
+            name.removeprefix(f"{kind}/").replace("/", "."): b
+            for name, b in self.named_buffers()
+            if name.startswith(f"{kind}/")
+        }
 
     def after_step(self, step: int) -> None:
         """Have peft choose, with what is known from the buffers, and take down what it knows then."""
@@ -135,8 +147,14 @@ class Peft(Method):
             from peft import PeftType
             from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
         except ImportError:
-            raise ConfigError("method=peft needs the peft package: pip install 'finetune-bench[peft]'.") from None
-        layered = (t for t in PeftType if t.value not in UNFIT and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None))
+            raise ConfigError(
+                "method=peft needs the peft package: pip install 'finetune-bench[peft]'."
+            ) from None
+        layered = (
+            t
+            for t in PeftType
+            if t.value not in UNFIT and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None)
+        )
         tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in layered}
         if self.type not in tuners:
             raise ConfigError(
@@ -144,7 +162,11 @@ class Peft(Method):
             )
         config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
         options = set(inspect.signature(config).parameters)
-        unknown = [f"method.config.{k} is no option of peft's {config.__name__}.{near(k, options)}" for k in self.config if k not in options]
+        unknown = [
+            f"method.config.{k} is no option of peft's {config.__name__}.{near(k, options)}"
+            for k in self.config
+            if k not in options
+        ]
         if unknown:
             raise ConfigError(*unknown)
         given = dict(self.config)
@@ -154,7 +176,9 @@ class Peft(Method):
         try:
             state = Adapters(tuners[self.type](model, config(**given), "default"))
         except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(f"method=peft: peft's {self.type} refuses this configuration: {error}") from error
+            raise ConfigError(
+                f"method=peft: peft's {self.type} refuses this configuration: {error}"
+            ) from error
         for parameter in head:  # peft freezes everything but its own
             parameter.requires_grad_(True)
         return state

@@ -83,7 +83,9 @@ class Competing(Kernel):
         for name in FACTORS:
             x = self.get_parameter(name)
             if x.grad is not None:
-                seen = (x * x.grad).abs_().nan_to_num_(0.0, 0.0, 0.0)  # a scaled gradient may be infinite, and its step was left out
+                seen = (
+                    (x * x.grad).abs_().nan_to_num_(0.0, 0.0, 0.0)
+                )  # a scaled gradient may be infinite, and its step was left out
                 mean = self.get_buffer(f"{name}_importance").lerp_(seen, 1 - betas[0])
                 self.get_buffer(f"{name}_uncertainty").lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
 
@@ -116,20 +118,30 @@ class SNELLA(Kernelized):
     betas: tuple[Share, Share] = (0.85, 0.85)
 
     family: ClassVar[str] = "reparameterization"
-    trains: ClassVar[str] = "two factors a layer; their kernel, thresholded by a budget that layers compete for, changes the weight"
+    trains: ClassVar[str] = (
+        "two factors a layer; their kernel, thresholded by a budget that layers compete for, changes the weight"
+    )
     paper: ClassVar[str] = "arXiv 2510.24037"
     neutral_start: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         if self.initial > self.sparsity:
-            raise ValueError(f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, and the budget only shrinks; lower it.")
+            raise ValueError(
+                f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, and the budget only shrinks; lower it."
+            )
         if self.start >= self.end:
             raise ValueError(f"method.start={self.start:g} is not before method.end={self.end:g}; lower it.")
 
     def faults(self, steps: int) -> list[str]:
         first, last = self._range(steps)
         between = f"between method.start={self.start:g} and method.end={self.end:g}"
-        return [] if first < last else [f"train.steps={steps} leaves no step {between} at which to divide; take more, or move the two apart."]
+        return (
+            []
+            if first < last
+            else [
+                f"train.steps={steps} leaves no step {between} at which to divide; take more, or move the two apart."
+            ]
+        )
 
     def ready(self, step: int, total: int) -> bool:
         return step >= self._range(total)[1]
@@ -140,7 +152,10 @@ class SNELLA(Kernelized):
 
     def budget(self, step: int, steps: int, entries: int) -> int:
         """V: how many of all ``entries`` may be other than zero at ``step``."""
-        (first, last), (most, least) = self._range(steps), (round((1 - s) * entries) for s in (self.initial, self.sparsity))
+        (first, last), (most, least) = (
+            self._range(steps),
+            (round((1 - s) * entries) for s in (self.initial, self.sparsity)),
+        )
         done = min(max(step - first, 0) / max(last - first, 1), 1.0)
         return least + int((most - least) * (1 - done) ** 3)
 

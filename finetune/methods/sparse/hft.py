@@ -41,7 +41,11 @@ def draw(pool: Pool, share: Fraction) -> set[str]:
     uneven = [block for block, names in pool.items() if least[block] != share * len(names)]
     extra = math.ceil(share * sum(map(len, pool.values())) - Fraction(1, 2)) - sum(least.values())
     more = {uneven[i] for i in torch.randperm(len(uneven)).tolist()[:extra]}
-    return {names[i] for block, names in pool.items() for i in torch.randperm(len(names)).tolist()[: least[block] + (block in more)]}
+    return {
+        names[i]
+        for block, names in pool.items()
+        for i in torch.randperm(len(names)).tolist()[: least[block] + (block in more)]
+    }
 
 
 class Halves(InPlace):
@@ -49,7 +53,9 @@ class Halves(InPlace):
 
     def __init__(self, model: nn.Module, frozen: list[set[str]]) -> None:
         never = set.intersection(*frozen)
-        super().__init__(model, [name for name in untrained(model) if name.rpartition(".")[0] not in never], keep=False)
+        super().__init__(
+            model, [name for name in untrained(model) if name.rpartition(".")[0] not in never], keep=False
+        )
         self.frozen = frozen
 
     def thaw(self, resting: set[str]) -> None:
@@ -80,9 +86,13 @@ class HFT(Method):
     def faults(self, steps: int) -> list[str]:
         found = []
         if self.rounds > steps:
-            found.append(f"method.rounds={self.rounds} is more than the run's {steps} steps, and a round needs one; take at most {steps}.")
+            found.append(
+                f"method.rounds={self.rounds} is more than the run's {steps} steps, and a round needs one; take at most {steps}."
+            )
         if self.rounds > 1 and not self.sparsity:
-            found.append(f"method.rounds={self.rounds} draws nothing at method.sparsity=0; take rounds=1, or a sparsity above 0.")
+            found.append(
+                f"method.rounds={self.rounds} draws nothing at method.sparsity=0; take rounds=1, or a sparsity above 0."
+            )
         return found
 
     def pools(self, model: nn.Module) -> list[Pool]:
@@ -93,7 +103,9 @@ class HFT(Method):
             block = block_of(name)
             if role in GROUPS["all"] and self.scope != "category":
                 category, block = "matrix", block if self.scope == "block" else -1
-            if category in ("attention", "mlp", "matrix") or (category == "norm" and self.norms and block >= 0):
+            if category in ("attention", "mlp", "matrix") or (
+                category == "norm" and self.norms and block >= 0
+            ):
                 pools.setdefault(category, {}).setdefault(block, []).append(name)
         if not pools.keys() - {"norm"}:
             raise ConfigError(
@@ -112,7 +124,9 @@ class HFT(Method):
             frozen = [set().union(*(draw(pool, share) for pool in pools)) for _ in range(self.rounds)]
         if self.sparsity and not any(frozen):
             count = sum(len(names) for pool in pools for names in pool.values())
-            raise ConfigError(f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, or method=full.")
+            raise ConfigError(
+                f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, or method=full."
+            )
         return Halves(model, frozen)
 
     def before_step(self, run: Run, state: Any) -> None:

@@ -30,5 +30,7 @@ class LIFT(Sparse):
     decay: Literal["base", "zero"] = "zero"
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "the entries that are largest after rank reduction, chosen again from time to time"
+    trains: ClassVar[str] = (
+        "the entries that are largest after rank reduction, chosen again from time to time"
+    )
     paper: ClassVar[str] = "arXiv 2506.00772"

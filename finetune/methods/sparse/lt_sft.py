@@ -38,4 +38,6 @@ class LTSFT(Sparse):
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
         values: Tensor = state["bank"].values
-        return self.l1 * values.abs().sum() / sum(p.numel() for p in run.model.parameters()) if self.l1 else 0.0
+        return (
+            self.l1 * values.abs().sum() / sum(p.numel() for p in run.model.parameters()) if self.l1 else 0.0
+        )

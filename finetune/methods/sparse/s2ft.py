@@ -80,7 +80,9 @@ class S2FT(Method):
             picked = torch.zeros(sum(counts), dtype=torch.bool)
             picked[torch.randperm(len(picked), generator=run.generator)[:count]] = True
             for i, unit, own in zip(places, units, picked.split(counts), strict=True):
-                index[i] = unit.grain.expand((own.nonzero().view(-1) + unit.first).to(torch.int32)).to(state["bank"].index.device)
+                index[i] = unit.grain.expand((own.nonzero().view(-1) + unit.first).to(torch.int32)).to(
+                    state["bank"].index.device
+                )
         state["bank"].place([index[i] for i in range(len(sites))])
 
     def sites(self, model: nn.Module) -> list[Site]:
@@ -89,8 +91,12 @@ class S2FT(Method):
         absent = [name for name, share in self.shares.items() if share and not roles & set(ROLES[name])]
         if absent:
             whys = {name: f"this model has no layer of role {' or '.join(ROLES[name])}" for name in absent}
-            raise ConfigError(*(f"method.{name}={self.shares[name]:g}: {why}; set it to 0." for name, why in whys.items()))
-        return find_sites(model, tuple(r for name, share in self.shares.items() if share for r in ROLES[name] if r in roles))
+            raise ConfigError(
+                *(f"method.{name}={self.shares[name]:g}: {why}; set it to 0." for name, why in whys.items())
+            )
+        return find_sites(
+            model, tuple(r for name, share in self.shares.items() if share for r in ROLES[name] if r in roles)
+        )
 
     def draws(self, model: nn.Module, sites: list[Site]) -> Iterator[tuple[list[int], list[Units], int]]:
         """For each share the places of its sites, their units, and how many of all these are trained."""
@@ -100,7 +106,9 @@ class S2FT(Method):
             total = sum(u.count for u in units)
             if share and not int(share * total):
                 what = "heads" if name in "vo" else "channels"
-                raise ConfigError(f"method.{name}={share:g} of the model's {total} {what} is none; take {1 / total:.2g} or more.")
+                raise ConfigError(
+                    f"method.{name}={share:g} of the model's {total} {what} is none; take {1 / total:.2g} or more."
+                )
             if share:
                 yield places, units, int(share * total)
 
@@ -114,13 +122,25 @@ def _units(site: Site, model: nn.Module) -> Units:
     """What of a site is chosen as a whole. Raises ``ConfigError`` where its heads are not known."""
     out, in_ = site.shape
     if site.role in ("up", "down"):
-        return Units(Grain(site.shape, 1, in_), 0, out) if site.role == "up" else Units(Grain(site.shape, out, 1), 0, in_)
+        return (
+            Units(Grain(site.shape, 1, in_), 0, out)
+            if site.role == "up"
+            else Units(Grain(site.shape, out, 1), 0, in_)
+        )
     width = head_width(model)
-    rows = {s.block: s.shape[0] for s in all_sites(model) if s.role == "v"}.get(site.block, in_ if site.role == "o" else out)  # of v, by its block
+    rows = {s.block: s.shape[0] for s in all_sites(model) if s.role == "v"}.get(
+        site.block, in_ if site.role == "o" else out
+    )  # of v, by its block
     if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
-        raise ConfigError(f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. Use u and d.")
+        raise ConfigError(
+            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. Use u and d."
+        )
     if site.role == "o":
         heads = rows // width
         return Units(Grain(site.shape, out, in_ // heads), 0, heads)
     heads = out // width
-    return Units(Grain(site.shape, width, in_), heads * 2 // 3, heads // 3) if site.role == "qkv" else Units(Grain(site.shape, width, in_), 0, heads)
+    return (
+        Units(Grain(site.shape, width, in_), heads * 2 // 3, heads // 3)
+        if site.role == "qkv"
+        else Units(Grain(site.shape, width, in_), 0, heads)
+    )

@@ -56,22 +56,34 @@ class SaRA(Sparse):
         defaults = {name: item.default for name, item in type(self).__dataclass_fields__.items()}
         for name in FIXED:
             if (value := getattr(self, name)) != defaults[name]:
-                found.append(f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse for other choices.")
+                found.append(
+                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse for other choices."
+                )
         if self.threshold is not None and self.sparsity != defaults["sparsity"]:
-            found.append(f"method.threshold={self.threshold:g} says how many entries are trained, and so does sparsity={self.sparsity:g}; give one.")
+            found.append(
+                f"method.threshold={self.threshold:g} says how many entries are trained, and so does sparsity={self.sparsity:g}; give one."
+            )
         if self.threshold is not None and self.schedule.name not in ("narrow", "static"):
-            found.append(f"method.threshold={self.threshold:g} leaves nothing to schedule={self.schedule.name}; take narrow or static, or sparsity.")
+            found.append(
+                f"method.threshold={self.threshold:g} leaves nothing to schedule={self.schedule.name}; take narrow or static, or sparsity."
+            )
         if isinstance(self.schedule, Narrow) and self.schedule.keep != Narrow.keep:
-            found.append(f"schedule.keep={self.schedule.keep:g} means nothing to SaRA, which narrows to what is below its threshold; leave it out.")
+            found.append(
+                f"schedule.keep={self.schedule.keep:g} means nothing to SaRA, which narrows to what is below its threshold; leave it out."
+            )
         return found
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[tuple[list[int], int]]:
         if self.threshold is None:
             return super().budgets(sites, grains)
-        counts: list[int] = [int(_below(s.module.get_parameter("weight"), self.threshold).sum()) for s in sites]
+        counts: list[int] = [
+            int(_below(s.module.get_parameter("weight"), self.threshold).sum()) for s in sites
+        ]
         k = sum(counts)
         if not k:
-            raise ConfigError(f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; raise it.")
+            raise ConfigError(
+                f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; raise it."
+            )
         return [(list(range(len(sites))), k)]
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
@@ -98,10 +110,14 @@ class SaRA(Sparse):
         matrices = [view for view in state["views"] if min(view.site.shape) > LEAST]
         if not self.penalty or not matrices:
             return 0.0
-        draw = torch.Generator().manual_seed(run.generator.initial_seed() + 2654435761 * (run.step + 1))  # of the step alone: the same for all
+        draw = torch.Generator().manual_seed(
+            run.generator.initial_seed() + 2654435761 * (run.step + 1)
+        )  # of the step alone: the same for all
         view = matrices[int(torch.randint(len(matrices), (), generator=draw))]
         layer = cast(Patched, run.model.get_submodule(view.site.name))
-        return self.penalty * nuclear_norm(_values(view, layer), state["bank"].where(view.i), layer.original.shape)
+        return self.penalty * nuclear_norm(
+            _values(view, layer), state["bank"].where(view.i), layer.original.shape
+        )
 
     @torch.no_grad()
     def _trained(self, run: Run, state: Any) -> list[Tensor]:

@@ -34,7 +34,9 @@ from ...errors import ConfigError
 from ...registry import register
 from ...schedules.drop_grow import DropGrow
 
-Best = Callable[[Tensor, int], Tensor]  # of the entries that are kept, and how many may come in: the best of the others, best first
+Best = Callable[
+    [Tensor, int], Tensor
+]  # of the entries that are kept, and how many may come in: the best of the others, best first
 
 
 def swap(where: Tensor, change: Tensor, share: float, best: Best) -> Tensor:
@@ -60,7 +62,9 @@ class SpIEL(Sparse):
     window: Annotated[int, Ge(1)] = 5
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "entries that move: the least changed are dropped, those with large gradients grown"
+    trains: ClassVar[str] = (
+        "entries that move: the least changed are dropped, those with large gradients grown"
+    )
     paper: ClassVar[str] = "arXiv 2401.16405"
 
     def _misfits(self) -> list[str]:
@@ -79,7 +83,9 @@ class SpIEL(Sparse):
     def faults(self, steps: int) -> list[str]:
         if self.window < steps:
             return []
-        return [f"method.window={self.window} does not end before the run's {steps} steps do, so nothing would ever move; take less."]
+        return [
+            f"method.window={self.window} does not end before the run's {steps} steps do, so nothing would ever move; take less."
+        ]
 
     @property
     def _moves(self) -> DropGrow:
@@ -124,10 +130,16 @@ class SpIEL(Sparse):
         share = 1.0 if first else self._moves.replaced(run.step, run.total)
         found = []
         for i in range(len(bank.sizes)):
-            best = self._summed(bank, candidates, i) if self.criterion == "ag" else self._products(run, bank, i)
+            best = (
+                self._summed(bank, candidates, i) if self.criterion == "ag" else self._products(run, bank, i)
+            )
             found.append(run.agree(swap(bank.where(i), bank.slice(i), share, best)))
-        betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))  # an optimizer without them takes no seeds
-        fresh = bank.revise(found, moments(run, bank), self._moves.dropped, candidates.seeds(bank, found, betas))
+        betas = run.optimizer.param_groups[0].get(
+            "betas", (0.0, 0.0)
+        )  # an optimizer without them takes no seeds
+        fresh = bank.revise(
+            found, moments(run, bank), self._moves.dropped, candidates.seeds(bank, found, betas)
+        )
         run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
 
     @staticmethod
@@ -140,7 +152,9 @@ class SpIEL(Sparse):
     def _products(run: Run, bank: Bank, i: int) -> Best:
         """Of the square roots, which overflow and vanish later and have the same order."""
         held = run.optimizer.state[bank.values]
-        untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device).index_fill_(0, bank.where(i).long(), False)
+        untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device).index_fill_(
+            0, bank.where(i).long(), False
+        )
 
         def best(kept: Tensor, n: int) -> Tensor:
             top = TopK(n, {i: 1})

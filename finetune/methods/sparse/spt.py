@@ -30,7 +30,9 @@ from ...core.sparse.select import TopK
 from ...registry import register
 
 
-def divide(scores: list[Tensor], limits: list[int], branches: list[int], budget: int) -> tuple[list[Tensor], Tensor]:
+def divide(
+    scores: list[Tensor], limits: list[int], branches: list[int], budget: int
+) -> tuple[list[Tensor], Tensor]:
     """Which of each site's best entries are trained, and which sites [sites] bool have a branch instead, of ``branches`` values.
 
     ``scores``: the best of each site, as many as ``limits`` says or fewer, ties to the earlier. Entries of all sites come in from the best down; the
@@ -40,7 +42,9 @@ def divide(scores: list[Tensor], limits: list[int], branches: list[int], budget:
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     counts = torch.tensor([len(s) for s in scores])
     site = torch.arange(len(scores)).repeat_interleave(counts)[order]
-    last = torch.zeros(len(scores), dtype=torch.int64).scatter_reduce_(0, site, torch.arange(len(site)), "amax")
+    last = torch.zeros(len(scores), dtype=torch.int64).scatter_reduce_(
+        0, site, torch.arange(len(site)), "amax"
+    )
     full = (counts == torch.tensor(limits)).nonzero().view(-1)
     costs = torch.ones(len(site), dtype=torch.int64)
     costs[last[full]] += (torch.tensor(branches) - torch.tensor(limits))[full]
@@ -64,14 +68,19 @@ class SPT(Method):
 
     score: ClassVar[str] = "sensitivity"
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "the entries that the loss is most sensitive to, or a low-rank branch where a matrix has many"
+    trains: ClassVar[str] = (
+        "the entries that the loss is most sensitive to, or a low-rank branch where a matrix has many"
+    )
     paper: ClassVar[str] = "arXiv 2303.08566"
     size: ClassVar[str] = "sparsity"
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
         size = sum(s.size for s in sites)
-        most = sum(branch if limit <= s.size else s.size for s, (limit, branch) in zip(sites, map(self.costs, sites), strict=True))
+        most = sum(
+            branch if limit <= s.size else s.size
+            for s, (limit, branch) in zip(sites, map(self.costs, sites), strict=True)
+        )
         bank = Mixed(sites, min(max(1, size - round(self.sparsity * size)), most), self.rank)
         views = [MixedDelta(bank, i, s) for i, s in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
@@ -95,7 +104,9 @@ class SPT(Method):
 
         def add(i: int, score: Tensor) -> None:
             top = TopK(min(limits[i], budget), {i: 1})
-            top.add(i, score)  # which turns scores into keys, in place: of a score that is not negative the key has the same bits
+            top.add(
+                i, score
+            )  # which turns scores into keys, in place: of a score that is not negative the key has the same bits
             at = run.agree(top.take()[i])
             best[i] = at, run.agree(score.reshape(-1)[at.long()]).cpu()
 
@@ -104,4 +115,6 @@ class SPT(Method):
         bank.mix([best[i][0][c.to(best[i][0].device)] for i, c in enumerate(chosen)], structured)
         with torch.no_grad():
             for a, _ in [view.factors() for view in state["views"] if view.additive]:
-                a.copy_(nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=run.generator))
+                a.copy_(
+                    nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=run.generator)
+                )

@@ -31,7 +31,9 @@ def sites(shapes: tuple[tuple[int, int], ...] = SHAPES) -> list[Site]:
 def bank(counts: tuple[int, ...] = (4, 100, 6), slack: int = 0) -> Bank:
     torch.manual_seed(0)
     made = Bank(sites(), sum(counts) + slack)
-    made.place([torch.randperm(s[0] * s[1])[:c].sort().values.int() for s, c in zip(SHAPES, counts, strict=True)])
+    made.place(
+        [torch.randperm(s[0] * s[1])[:c].sort().values.int() for s, c in zip(SHAPES, counts, strict=True)]
+    )
     made.values.data[: sum(counts)] = torch.arange(sum(counts)).float()
     return made
 
@@ -65,7 +67,10 @@ def test_gradients_of_slices_join_without_padding_and_across_passes(slack: int) 
     b = bank(slack=slack)
     for _ in range(2):
         (2 * b.slice(0).sum() + 3 * b.slice(2).sum()).backward()
-    assert torch.equal(b.values.grad, torch.cat([torch.full((4,), 4.0), torch.zeros(100), torch.full((6,), 6.0), torch.zeros(slack)]))
+    assert torch.equal(
+        b.values.grad,
+        torch.cat([torch.full((4,), 4.0), torch.zeros(100), torch.full((6,), 6.0), torch.zeros(slack)]),
+    )
 
 
 def test_a_frozen_site_gets_no_gradient() -> None:
@@ -79,7 +84,11 @@ def test_a_frozen_site_gets_no_gradient() -> None:
 def test_more_than_the_room_is_refused_and_nothing_moves(kind: str) -> None:
     b = bank((1, 2, 3), slack=1)
     before = {k: v.clone() for k, v in b.state_dict().items()}
-    index = [torch.arange(3, dtype=torch.int32), torch.arange(3, dtype=torch.int32), torch.arange(2, dtype=torch.int32)]
+    index = [
+        torch.arange(3, dtype=torch.int32),
+        torch.arange(3, dtype=torch.int32),
+        torch.arange(2, dtype=torch.int32),
+    ]
     with pytest.raises(ValueError, match="8 entries do not fit into a bank of 7"):
         b.place(index) if kind == "place" else b.revise(index, {}, "base")
     assert all(torch.equal(v, b.state_dict()[k]) for k, v in before.items())
@@ -103,7 +112,10 @@ class Ledger:
         """Returns the slots of the newcomers."""
         old = self.trained
         fresh = [slot for slot, e in enumerate(chosen) if e not in old]
-        self.trained = {e: old.get(e, (self.settled.get(e, 0.0), 0.0 if seeds is None else float(seeds[slot]), 0.0)) for slot, e in enumerate(chosen)}
+        self.trained = {
+            e: old.get(e, (self.settled.get(e, 0.0), 0.0 if seeds is None else float(seeds[slot]), 0.0))
+            for slot, e in enumerate(chosen)
+        }
         gone = {e: v for e, (v, _, _) in old.items() if e not in self.trained and dropped == "kept"}
         self.settled = {e: v for e, v in (self.settled | gone).items() if e not in self.trained}
         return fresh
@@ -139,13 +151,17 @@ class Ledger:
     )
 )
 @settings(deadline=None)
-def test_moves_against_a_dictionary_of_entries(moves: list[tuple[set[Entry], Literal["base", "kept"], bool]]) -> None:
+def test_moves_against_a_dictionary_of_entries(
+    moves: list[tuple[set[Entry], Literal["base", "kept"], bool]],
+) -> None:
     generator = torch.Generator().manual_seed(0)
     b, ledger = Bank(sites(SMALL), CAPACITY), Ledger()
     moments = {"exp_avg": torch.zeros(CAPACITY), "exp_avg_sq": torch.zeros(CAPACITY)}
     for chosen, dropped, seeded in moves:
         seeds = torch.randn(CAPACITY, generator=generator) if seeded else None
-        index = [torch.tensor(sorted(w for j, w in chosen if j == i), dtype=torch.int32) for i in range(len(SMALL))]
+        index = [
+            torch.tensor(sorted(w for j, w in chosen if j == i), dtype=torch.int32) for i in range(len(SMALL))
+        ]
         found = b.revise(index, moments, dropped, None if seeds is None else {"exp_avg": seeds})
         assert found.tolist() == ledger.revise(sorted(chosen), dropped, seeds)
         assert found.dtype == torch.int64
@@ -169,7 +185,9 @@ def test_a_settled_entry_returns_with_its_change() -> None:
 
 
 @pytest.mark.parametrize("dropped", ["base", "kept"])
-def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(dropped: Literal["base", "kept"]) -> None:
+def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(
+    dropped: Literal["base", "kept"],
+) -> None:
     """So newcomers contribute nothing, and with ``kept`` the output stays the same to the bit."""
     session = contract.finish(contract.begin(Crossing(sparsity=0.8)))
     b: Bank = session.states["method"]["bank"]
@@ -177,7 +195,10 @@ def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(droppe
     before, output = [layer.weight.clone() for layer in layers], contract.logits(session.tuned)
     old = [b.where(i).clone() for i in range(len(layers))]
     generator = torch.Generator().manual_seed(5)
-    new = [torch.randperm(n, generator=generator)[: len(w)].sort().values.int() for n, w in zip(b.sizes, old, strict=True)]
+    new = [
+        torch.randperm(n, generator=generator)[: len(w)].sort().values.int()
+        for n, w in zip(b.sizes, old, strict=True)
+    ]
     b.revise(new, {}, dropped)
     moved = 0
     for layer, weight, was, now in zip(layers, before, old, new, strict=True):
@@ -195,7 +216,9 @@ def test_a_checkpoint_comes_back_with_settled_entries_of_another_number(tmp_path
     """In the middle of a run whose schedule drops entries that keep their change."""
 
     def start() -> Any:
-        return contract.begin(Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2, rate=0.5, dropped="kept")))
+        return contract.begin(
+            Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2, rate=0.5, dropped="kept"))
+        )
 
     session, resumed = start(), start()
     for step in session.steps():
@@ -225,11 +248,17 @@ def test_pack_and_unpack_is_exact_into_other_counts() -> None:
 
 @given(*[st.sets(st.tuples(st.integers(0, 2), st.integers(0, 4)), max_size=CAPACITY) for _ in range(3)])
 @settings(deadline=None)
-def test_what_is_stored_is_the_union_of_trained_and_settled_entries(first: set[Entry], second: set[Entry], third: set[Entry]) -> None:
+def test_what_is_stored_is_the_union_of_trained_and_settled_entries(
+    first: set[Entry], second: set[Entry], third: set[Entry]
+) -> None:
     b, other = Bank(sites(SMALL), CAPACITY), Bank(sites(SMALL), 1)
     union: dict[Entry, float] = {}
     for n, chosen in enumerate((first, second, third), 1):
-        b.revise([torch.tensor(sorted(w for j, w in chosen if j == i), dtype=torch.int32) for i in range(3)], {}, "kept")
+        b.revise(
+            [torch.tensor(sorted(w for j, w in chosen if j == i), dtype=torch.int32) for i in range(3)],
+            {},
+            "kept",
+        )
         b.values.data[: b.active] = n
         union |= dict.fromkeys(chosen, float(n))
     assert changes(b) == union

@@ -72,7 +72,10 @@ def test_every_integer_type_encodes_alike(dtype: torch.dtype) -> None:
     assert encode_sorted(torch.tensor([0, 3, 3, 127], dtype=dtype)).tolist() == [0, 3, 0, 124]
 
 
-@pytest.mark.parametrize("index", [torch.tensor([2, 1]), torch.tensor([-1, 1]), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1)])
+@pytest.mark.parametrize(
+    "index",
+    [torch.tensor([2, 1]), torch.tensor([-1, 1]), torch.zeros(1, 1, dtype=torch.int64), torch.zeros(1)],
+)
 def test_the_encoder_refuses_what_it_cannot_code(index: Tensor) -> None:
     with pytest.raises(ValueError, match="indices must"):
         encode_sorted(index)

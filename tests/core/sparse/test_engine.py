@@ -67,11 +67,18 @@ def originals(session: Session) -> list[Tensor]:
     return [layer.original.clone() for layer in patched(session.model).values()]
 
 
-def best(scores: list[Tensor], groups: list[list[int]], counts: list[int], allowed: list[set[int]] | None = None) -> list[set[int]]:
+def best(
+    scores: list[Tensor], groups: list[list[int]], counts: list[int], allowed: list[set[int]] | None = None
+) -> list[set[int]]:
     """The best of each group by one stable sort, of the allowed ones."""
     found: list[set[int]] = [set() for _ in scores]
     for members, k in zip(groups, counts, strict=True):
-        units = [(-s, i, at) for i in members for at, s in enumerate(scores[i].reshape(-1).float().tolist()) if allowed is None or at in allowed[i]]
+        units = [
+            (-s, i, at)
+            for i in members
+            for at, s in enumerate(scores[i].reshape(-1).float().tolist())
+            if allowed is None or at in allowed[i]
+        ]
         for _, i, at in sorted(units)[:k]:
             found[i].add(at)
     return found
@@ -117,11 +124,14 @@ def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[lis
 
 @pytest.mark.parametrize("decay", ["base", "zero"])
 @pytest.mark.parametrize("sparsity", [0.0, 0.8])
-def test_training_is_that_of_masked_weights(sparsity: float, decay: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_is_that_of_masked_weights(
+    sparsity: float, decay: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(contract, "OPTIMIZER", DECAYING)
     session = begin(Crossing(sparsity=sparsity, decay=decay))
     masks = [
-        torch.zeros(w.numel()).index_fill(0, torch.tensor(sorted(s)), 1.0).view_as(w) for w, s in zip(weights(session), chosen(session), strict=True)
+        torch.zeros(w.numel()).index_fill(0, torch.tensor(sorted(s)), 1.0).view_as(w)
+        for w, s in zip(weights(session), chosen(session), strict=True)
     ]
     assert all(m.all() for m in masks) == (sparsity == 0)
     for expected, _ in zip(reference(session, masks, decay), session.steps(), strict=True):
@@ -139,7 +149,10 @@ def test_the_dense_limit_is_full_fine_tuning(decay: float, monkeypatch: pytest.M
     model = contract.tiny().requires_grad_(False)
     parameters = [model.get_submodule(n).weight.requires_grad_() for n in patched(session.model)]
     head = [p.requires_grad_() for p in model.classifier.parameters()]
-    groups = [{"params": [*parameters, head[0]], "weight_decay": decay}, {"params": head[1:], "weight_decay": 0.0}]
+    groups = [
+        {"params": [*parameters, head[0]], "weight_decay": decay},
+        {"params": head[1:], "weight_decay": 0.0},
+    ]
     optimizer = torch.optim.AdamW(groups, lr=settings.lr)
     for step, micro in zip(session.steps(), session.batches.steps(0, contract.STEPS), strict=True):
         (batch,) = micro
@@ -151,7 +164,9 @@ def test_the_dense_limit_is_full_fine_tuning(decay: float, monkeypatch: pytest.M
             group["lr"] = step.lr
         optimizer.step()
         assert abs(step.loss - float(loss.detach())) < 1e-4
-        close = [float((a - b.detach()).abs().max()) for a, b in zip(weights(session), parameters, strict=True)]
+        close = [
+            float((a - b.detach()).abs().max()) for a, b in zip(weights(session), parameters, strict=True)
+        ]
         assert max(close) < 2e-4, "a step is 1e-2"
 
 
@@ -182,12 +197,17 @@ def test_exactly_k_the_best_of_each_scope(scope: Scope, direction: Direction, sp
     assert bank_of(session).active == sum(counts) == len(bank_of(session).values)
 
 
-@pytest.mark.parametrize(("sizes", "sparsity", "expected"), [((100, 10), 0.9, 100), ((100, 10), 0.99, 10), ((3, 1), 0.99, 1), ((10, 10), 0.0, 100)])
+@pytest.mark.parametrize(
+    ("sizes", "sparsity", "expected"),
+    [((100, 10), 0.9, 100), ((100, 10), 0.99, 10), ((3, 1), 0.99, 1), ((10, 10), 0.0, 100)],
+)
 def test_the_count_is_rounded_and_never_zero(sizes: tuple[int, int], sparsity: float, expected: int) -> None:
     model = nn.Sequential(nn.Linear(sizes[1], sizes[0]))
     method = Crossing(sparsity=sparsity)
     (site,) = sites = find_sites(model, ("all",))
-    assert method.budgets(sites, [grain_of("element", site, model)]) == [([0], expected)]  # int(1000 * (1 - 0.9)) would be 99
+    assert method.budgets(sites, [grain_of("element", site, model)]) == [
+        ([0], expected)
+    ]  # int(1000 * (1 - 0.9)) would be 99
 
 
 def layer_shares(session: Session, sparsity: float) -> list[float]:
@@ -216,13 +236,19 @@ def test_n_of_m_in_every_row(grain: str, sparsity: float) -> None:
     session = begin(Crossing(sparsity=sparsity, grain=grain, score="magnitude", targets=targets))
     n, m = map(int, grain.split(":"))
     for found, w in zip(chosen(session), originals(session), strict=True):
-        mask = torch.zeros(w.numel(), dtype=torch.bool).index_fill_(0, torch.tensor(sorted(found)), True).view(-1, m)
+        mask = (
+            torch.zeros(w.numel(), dtype=torch.bool)
+            .index_fill_(0, torch.tensor(sorted(found)), True)
+            .view(-1, m)
+        )
         assert (mask.sum(1) == n).all()
         groups = w.abs().view(-1, m)
         assert (groups.masked_fill(~mask, 9).min(1).values >= groups.masked_fill(mask, 0).max(1).values).all()
 
 
-@pytest.mark.parametrize(("grain", "units"), [("row", 32), ("column", 1), ("block:4", 16), ("head", 16 * 32), ("matrix", 1024)])
+@pytest.mark.parametrize(
+    ("grain", "units"), [("row", 32), ("column", 1), ("block:4", 16), ("head", 16 * 32), ("matrix", 1024)]
+)
 def test_whole_units_with_the_largest_mean_score(grain: str, units: int) -> None:
     session = begin(Crossing(sparsity=0.7, grain=grain, score="magnitude", scope="model", targets=("q", "v")))
     size = 32 if grain == "column" else units
@@ -273,12 +299,18 @@ def move(session: Session) -> dict[str, float]:
     return session.run.metrics
 
 
-@pytest.mark.parametrize(("initial", "power", "scope"), [(5.0, 3.0, "model"), (4.0, 1.0, "matrix"), (0.2, 3.0, "matrix"), (0.0, 1.0, "model")])
+@pytest.mark.parametrize(
+    ("initial", "power", "scope"),
+    [(5.0, 3.0, "model"), (4.0, 1.0, "matrix"), (0.2, 3.0, "matrix"), (0.0, 1.0, "model")],
+)
 def test_ramp_follows_its_curve(initial: float, power: float, scope: Scope) -> None:
     """Oracle: equation 1 of arXiv 1710.01878 for the sparsity, s_t = s_f + (s_i - s_f) (1 - t / (n every))^power."""
     steps, every = 10, 2
     schedule = Ramp(initial=initial, power=power, start=0.0, end=0.6, every=every)
-    session = contract.begin(Crossing(sparsity=0.9, score="magnitude", scope=scope, schedule=schedule), train=replace(contract.TRAIN, steps=steps))
+    session = contract.begin(
+        Crossing(sparsity=0.9, score="magnitude", scope=scope, schedule=schedule),
+        train=replace(contract.TRAIN, steps=steps),
+    )
     sizes = [sum(bank_of(session).sizes)] if scope == "model" else bank_of(session).sizes
     last = None
     for step in session.steps():
@@ -297,7 +329,14 @@ def test_ramp_follows_its_curve(initial: float, power: float, scope: Scope) -> N
 
 
 def test_ramp_gives_up_the_worst_by_score() -> None:
-    session = until(begin(Crossing(sparsity=0.9, score="gradient", scope="model", schedule=Ramp(initial=4.0, every=2, end=0.7))), 2)
+    session = until(
+        begin(
+            Crossing(
+                sparsity=0.9, score="gradient", scope="model", schedule=Ramp(initial=4.0, every=2, end=0.7)
+            )
+        ),
+        2,
+    )
     before, g = chosen(session), gradient(session)
     move(session)
     assert count(chosen(session)) < count(before)
@@ -323,7 +362,9 @@ def test_grow_adds_its_parts_and_nothing_leaves() -> None:
 
 
 def test_narrow_keeps_a_subset_and_the_others_keep_their_change() -> None:
-    session = until(begin(Crossing(sparsity=0.8, score="gradient", scope="model", schedule=Narrow(at=0.5, keep=0.25))), 3)
+    session = until(
+        begin(Crossing(sparsity=0.8, score="gradient", scope="model", schedule=Narrow(at=0.5, keep=0.25))), 3
+    )
     k, before, then, g = len(bank_of(session).values), chosen(session), weights(session), gradient(session)
     for _ in session.steps():
         pass
@@ -351,7 +392,9 @@ def test_drop_grow(scope: Scope, dropped: Any) -> None:
     open_ = [set(range(w.numel())) - k for w, k in zip(g, kept, strict=True)]
     grown = best(g, groups, [round(0.2 * n) for n in counts], open_)
     state = session.optimizer.state[bank_of(session).values]
-    moments = {name: dict(zip(values, state[name].tolist(), strict=True)) for name in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        name: dict(zip(values, state[name].tolist(), strict=True)) for name in ("exp_avg", "exp_avg_sq")
+    }
     metrics = move(session)
     after = chosen(session)
     gone, fresh = ([a - b for a, b in zip(*pair, strict=True)] for pair in ((before, after), (after, before)))
@@ -374,16 +417,26 @@ def test_redraw_chooses_all_anew() -> None:
     session = until(begin(Crossing(sparsity=0.9, score="gradient", schedule=Redraw(every=2))), 2)
     before, then, g = chosen(session), weights(session), gradient(session)
     move(session)
-    assert chosen(session) == best(g, [[i] for i in range(12)], [size - round(0.9 * size) for size in bank_of(session).sizes])
+    assert chosen(session) == best(
+        g, [[i] for i in range(12)], [size - round(0.9 * size) for size in bank_of(session).sizes]
+    )
     assert chosen(session) != before
-    assert all(torch.equal(a, b) for a, b in zip(weights(session), then, strict=True)), "by default what leaves keeps its change"
+    assert all(torch.equal(a, b) for a, b in zip(weights(session), then, strict=True)), (
+        "by default what leaves keeps its change"
+    )
 
 
 @pytest.mark.parametrize(("scope", "grain"), [("layer", "element"), ("role", "row")])
-@pytest.mark.parametrize("schedule", [Ramp(initial=4.0, every=1, end=0.5), Narrow(keep=0.5), Grow(), DropGrow(every=2)], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "schedule",
+    [Ramp(initial=4.0, every=1, end=0.5), Narrow(keep=0.5), Grow(), DropGrow(every=2)],
+    ids=lambda s: s.name,
+)
 def test_the_count_is_met_after_every_move(schedule: Schedule, grain: str, scope: Scope) -> None:
     """Of whole units: with rows of two widths, at most one of them is missing a group and move."""
-    session = contract.begin(Crossing(sparsity=0.8, score="gradient", scope=scope, grain=grain, schedule=schedule))
+    session = contract.begin(
+        Crossing(sparsity=0.8, score="gradient", scope=scope, grain=grain, schedule=schedule)
+    )
     sites = find_sites(session.model, ("all",))
     total = sum(s.size for s in sites)
     for step in session.steps():
@@ -398,7 +451,9 @@ def test_the_count_is_met_after_every_move(schedule: Schedule, grain: str, scope
 
 
 def test_one_shot_rewinds_everything_and_takes_the_largest_changes() -> None:
-    session = contract.begin(Crossing(sparsity=0.9, score="change", scope="model", schedule=OneShot(dense=0.5)))
+    session = contract.begin(
+        Crossing(sparsity=0.9, score="change", scope="model", schedule=OneShot(dense=0.5))
+    )
     for step in session.steps():
         if step.number == 3:
             break
@@ -423,20 +478,32 @@ def test_one_shot_rewinds_everything_and_takes_the_largest_changes() -> None:
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"score": "random", "rank": 8}, "method.rank=8 .* score=random; it belongs to lowrank_magnitude, principal, off_principal"),
+        (
+            {"score": "random", "rank": 8},
+            "method.rank=8 .* score=random; it belongs to lowrank_magnitude, principal, off_principal",
+        ),
         ({"score": "snip", "power": 2.0}, "method.power=2.0 .* score=snip; it belongs to d3"),
         ({"score": "magnitude", "batches": 2}, "method.batches=2 .* score=magnitude; it belongs to gradient"),
         ({"grain": "rows"}, "method.grain=rows is not a grain; there are element, row"),
         ({"grain": "block:0"}, "method.grain=block:0 is not a grain; .*block:16"),
         ({"grain": "4:2"}, "method.grain=4:2 .* n below m, as 2:4"),
         ({"grain": "2:4", "sparsity": 0.9}, "method.grain=2:4 .* sparsity=0.9 must be 0.5"),
-        ({"grain": "2:4", "sparsity": 0.5, "scope": "model"}, "method.grain=2:4 .* scope=model .* scope=matrix"),
-        ({"grain": "2:4", "sparsity": 0.5, "schedule": Grow()}, "method.grain=2:4 .* schedule=grow would break"),
+        (
+            {"grain": "2:4", "sparsity": 0.5, "scope": "model"},
+            "method.grain=2:4 .* scope=model .* scope=matrix",
+        ),
+        (
+            {"grain": "2:4", "sparsity": 0.5, "schedule": Grow()},
+            "method.grain=2:4 .* schedule=grow would break",
+        ),
         ({"grain": "matrix"}, "method.grain=matrix .* scope=matrix .* scope=role, block or model"),
         ({"score": "change"}, "score=change is 0 everywhere .* schedule=static .* schedule=one_shot"),
         ({"score": "change", "schedule": Grow()}, "score=change .* schedule=grow .* schedule=one_shot"),
         ({"scope": "layer", "direction": "smallest"}, "scope=layer .* direction=smallest .* scope=matrix"),
-        ({"scope": "layer", "score": "gradient_weight"}, "scope=layer .* score=gradient_weight .* scope=matrix"),
+        (
+            {"scope": "layer", "score": "gradient_weight"},
+            "scope=layer .* score=gradient_weight .* scope=matrix",
+        ),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any], words: str) -> None:

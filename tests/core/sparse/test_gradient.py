@@ -9,7 +9,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from finetune.core.sparse import gradient
-from finetune.core.sparse.gradient import Layout, dense, entries_gradient, keep, read, sampled, sampled_pays, write_
+from finetune.core.sparse.gradient import (
+    Layout,
+    dense,
+    entries_gradient,
+    keep,
+    read,
+    sampled,
+    sampled_pays,
+    write_,
+)
 
 SHAPE = (70, 50)
 
@@ -19,7 +28,11 @@ def draw(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tens
 
 
 def some(count: int, shape: tuple[int, int] = SHAPE, seed: int = 0) -> Tensor:
-    return torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:count].sort().values.to(torch.int32)
+    return (
+        torch.randperm(shape[0] * shape[1], generator=torch.Generator().manual_seed(seed))[:count]
+        .sort()
+        .values.to(torch.int32)
+    )
 
 
 def positions(rows: Tensor, cols: Tensor, shape: tuple[int, int] = SHAPE) -> Tensor:
@@ -80,8 +93,12 @@ def test_it_is_the_whole_gradient_at_those_entries(way, name):
 @settings(deadline=None, max_examples=40)
 @given(st.data())
 def test_any_size_any_entries(data):
-    out, in_, tokens = (data.draw(st.integers(1, m), label) for m, label in ((20, "out"), (20, "in"), (600, "tokens")))
-    index = torch.tensor(sorted(data.draw(st.sets(st.integers(0, out * in_ - 1)), "index")), dtype=torch.int32)
+    out, in_, tokens = (
+        data.draw(st.integers(1, m), label) for m, label in ((20, "out"), (20, "in"), (600, "tokens"))
+    )
+    index = torch.tensor(
+        sorted(data.draw(st.sets(st.integers(0, out * in_ - 1)), "index")), dtype=torch.int32
+    )
     grad_y, x = draw(tokens, out), draw(tokens, in_, seed=1)
     layout = Layout.of(index, (out, in_))
     at = gradient._inside(index, (out, in_), layout)
@@ -108,7 +125,9 @@ def test_a_whole_sub_matrix_is_recognised(rows, cols):
         assert (layout.rows is None) == (len(r) == 70)
         assert layout.rows is None or torch.equal(layout.rows, r)
         assert layout.cols is None or torch.equal(layout.cols, c)
-    if len(index) > 4:  # no longer whole, but the same rows and columns: the small matrix serves while it is clearly smaller
+    if (
+        len(index) > 4
+    ):  # no longer whole, but the same rows and columns: the small matrix serves while it is clearly smaller
         without = Layout.of(torch.cat([index[:1], index[2:]]), SHAPE)
         assert not without.full or min(len(r), len(c)) == 1
         assert without.rows is None or 4 * len(r) < 3 * 70 or without.full
@@ -133,9 +152,13 @@ def test_strides_do_not_matter(way, name):
     wide = torch.zeros(80, 2 * SHAPE[0], dtype=torch.float64)
     wide[::2, ::2] = grad_y
     for y, z in ((grad_y.T.contiguous().T, x), (grad_y, x.T.contiguous().T), (wide[::2, ::2], x)):
-        torch.testing.assert_close(entries_gradient(y, z, index, SHAPE, layout), expected, rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(
+            entries_gradient(y, z, index, SHAPE, layout), expected, rtol=1e-12, atol=1e-12
+        )
     same = grad_y[:1].expand(40, -1)
-    torch.testing.assert_close(entries_gradient(same, x, index, SHAPE, layout), oracle(same, x, index), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(
+        entries_gradient(same, x, index, SHAPE, layout), oracle(same, x, index), rtol=1e-12, atol=1e-12
+    )
 
 
 def test_no_tokens_no_gradient(way):
@@ -147,7 +170,9 @@ def test_no_tokens_no_gradient(way):
 def test_the_same_bits_twice(way):
     index = LAYOUTS["scattered"]
     grad_y, x = draw(300, SHAPE[0], dtype=torch.float32), draw(300, SHAPE[1], seed=1, dtype=torch.float32)
-    first, second = (entries_gradient(grad_y.clone(), x.clone(), index, SHAPE, Layout.of(index, SHAPE)) for _ in range(2))
+    first, second = (
+        entries_gradient(grad_y.clone(), x.clone(), index, SHAPE, Layout.of(index, SHAPE)) for _ in range(2)
+    )
     assert torch.equal(first, second)
 
 
@@ -183,7 +208,10 @@ def test_the_rule_decides(monkeypatch):
     for name in ("scattered", "rows", "half a block"):
         index = LAYOUTS[name]
         entries_gradient(draw(5, 70), draw(5, 50), index, SHAPE, Layout.of(index, SHAPE))
-    assert asked == [(70, 50, 700), (16, 21, 168)]  # of a whole sub-matrix nothing is asked, of part of one its own size
+    assert asked == [
+        (70, 50, 700),
+        (16, 21, 168),
+    ]  # of a whole sub-matrix nothing is asked, of part of one its own size
 
 
 @pytest.mark.parametrize("name", LAYOUTS)

@@ -22,7 +22,9 @@ def units(height: int, width: int, shape: tuple[int, int]) -> list[list[int]]:
     found = []
     for top in range(0, shape[0], height):
         for left in range(0, shape[1], width):
-            found.append([i * shape[1] + j for i in range(top, top + height) for j in range(left, left + width)])
+            found.append(
+                [i * shape[1] + j for i in range(top, top + height) for j in range(left, left + width)]
+            )
     return found
 
 
@@ -35,7 +37,9 @@ def grains(draw: Any) -> tuple[Grain, list[list[int]]]:
 
 @given(case=grains(), data=st.data())
 @settings(deadline=None)
-def test_pool_expand_and_members_are_loops_over_the_units(case: tuple[Grain, list[list[int]]], data: Any) -> None:
+def test_pool_expand_and_members_are_loops_over_the_units(
+    case: tuple[Grain, list[list[int]]], data: Any
+) -> None:
     grain, every = case
     assert (grain.units, grain.size) == (len(every), len(every[0]))
     scores = torch.randn(grain.shape, generator=torch.Generator().manual_seed(0))
@@ -57,14 +61,24 @@ def site(out: int, in_: int, role: str = "q") -> Site:
 
 @pytest.mark.parametrize(
     ("kind", "unit"),
-    [("element", (1, 1)), ("row", (1, 6)), ("column", (4, 1)), ("matrix", (4, 6)), ("block:1", (1, 1)), ("block:2", (2, 2))],
+    [
+        ("element", (1, 1)),
+        ("row", (1, 6)),
+        ("column", (4, 1)),
+        ("matrix", (4, 6)),
+        ("block:1", (1, 1)),
+        ("block:2", (2, 2)),
+    ],
 )
 def test_kinds(kind: str, unit: tuple[int, int]) -> None:
     grain = grain_of(kind, site(4, 6), nn.Module())
     assert (grain.height, grain.width, grain.of) == (*unit, 0)
 
 
-@pytest.mark.parametrize(("kind", "words"), [("block:3", "block:3.*some.layer, 4 x 6.*divisor"), ("2:4", "2:4.*6 inputs"), ("4:2", "n below m")])
+@pytest.mark.parametrize(
+    ("kind", "words"),
+    [("block:3", "block:3.*some.layer, 4 x 6.*divisor"), ("2:4", "2:4.*6 inputs"), ("4:2", "n below m")],
+)
 def test_what_does_not_divide_is_refused(kind: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         grain_of(kind, site(4, 6), nn.Module())
@@ -78,7 +92,9 @@ def test_what_does_not_divide_is_refused(kind: str, words: str) -> None:
         ("llama", {"q": (8, 32, 4), "k": (8, 32, 2), "v": (8, 32, 2), "o": (32, 8, 4)}),
     ],
 )
-def test_heads_are_rows_of_q_k_v_and_columns_of_o(kind: Kind, expected: dict[str, tuple[int, int, int]]) -> None:
+def test_heads_are_rows_of_q_k_v_and_columns_of_o(
+    kind: Kind, expected: dict[str, tuple[int, int, int]]
+) -> None:
     """Grouped-query attention has fewer heads of keys and values; GPT-2 holds q, k and v in one matrix, one after the other."""
     model = tiny(kind)
     found = {}
@@ -99,7 +115,11 @@ def test_without_the_entries_of_a_head_unit_the_model_computes_as_without_the_he
     values = next(s for s in last if s.role in ("v", "qkv"))
     grain = grain_of("head", values, model)
     o.module.register_forward_hook(lambda m, args, out: taps.update(x=args[0].detach()))
-    inputs = {"pixel_values": torch.randn(2, 3, 16, 16)} if kind == "vit" else {"input_ids": torch.randint(1, 40, (2, 7))}
+    inputs = (
+        {"pixel_values": torch.randn(2, 3, 16, 16)}
+        if kind == "vit"
+        else {"input_ids": torch.randint(1, 40, (2, 7))}
+    )
     head = grain.units - 1  # the last one holds values in every case
     with torch.no_grad():
         weight = values.module.weight.T if kind == "gpt2" else values.module.weight
@@ -125,9 +145,15 @@ def test_layers_without_heads_are_refused() -> None:
 @given(st.integers(2, 5), st.data())
 @settings(deadline=None)
 def test_n_of_m_takes_the_best_n_of_every_m_inputs(of: int, data: Any) -> None:
-    best, rows, groups = data.draw(st.integers(1, of - 1)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 4))
+    best, rows, groups = (
+        data.draw(st.integers(1, of - 1)),
+        data.draw(st.integers(1, 4)),
+        data.draw(st.integers(1, 4)),
+    )
     entries = rows * groups * of
-    scores = data.draw(st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.0, 3.0]), min_size=entries, max_size=entries))
+    scores = data.draw(
+        st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.0, 3.0]), min_size=entries, max_size=entries)
+    )
     grain = grain_of(f"{best}:{of}", site(rows, groups * of), nn.Module())
     wanted = []
     for start in range(0, entries, of):

@@ -24,7 +24,11 @@ SCORES: tuple[ScoreName, ...] = ("gradient", "fisher", "sensitivity")
 
 
 def session(micro: int | None = None, model: Any = None, targets: tuple[str, ...] = ("o", "mlp")) -> Session:
-    started = contract.begin(Crossing(sparsity=0.7, targets=targets), train=replace(contract.TRAIN, micro_batch_size=micro), model=model)
+    started = contract.begin(
+        Crossing(sparsity=0.7, targets=targets),
+        train=replace(contract.TRAIN, micro_batch_size=micro),
+        model=model,
+    )
     started.start()
     return started
 
@@ -37,7 +41,14 @@ def scores(s: Session, score: ScoreName, batches: int = 1) -> list[Tensor]:
         assert i not in found, "a site was offered twice"
         found[i] = one
 
-    scan(replace(s.method, score=score, batches=batches), s.run, s.states["method"]["bank"], layers, [None] * len(layers), take)  # type: ignore[type-var]
+    scan(
+        replace(s.method, score=score, batches=batches),
+        s.run,
+        s.states["method"]["bank"],
+        layers,
+        [None] * len(layers),
+        take,
+    )  # type: ignore[type-var]
     return [found[i] for i in range(len(layers))]
 
 
@@ -67,7 +78,9 @@ def test_turns_are_consecutive_and_no_larger_than_the_largest(sizes: list[int]) 
 @pytest.mark.parametrize("micro", [None, 3])
 @pytest.mark.parametrize("batches", [1, 2])
 @pytest.mark.parametrize("score", SCORES)
-def test_sums_never_hold_more_than_the_largest_site(score: ScoreName, micro: int | None, batches: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sums_never_hold_more_than_the_largest_site(
+    score: ScoreName, micro: int | None, batches: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Twice that where sums are squared batch by batch. One pass that tells all holds nothing."""
     held = []
 
@@ -112,7 +125,9 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(("micro", "score"), [(None, "gradient"), (3, "fisher")])
-def test_a_layer_that_runs_twice_is_refused_where_its_parts_cannot_be_joined(micro: int | None, score: ScoreName) -> None:
+def test_a_layer_that_runs_twice_is_refused_where_its_parts_cannot_be_joined(
+    micro: int | None, score: ScoreName
+) -> None:
     model = contract.tiny()
     model.vit.layers[0].mlp.fc1 = nn.Sequential(model.vit.layers[0].mlp.fc1, Twice())
     with pytest.raises(ConfigError, match=r"more than once a pass.*magnitude"):

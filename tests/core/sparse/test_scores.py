@@ -30,16 +30,27 @@ def double(session: Session) -> Session:
     session.start()
     session.model.double()
     bank = session.states["method"]["bank"].double()
-    bank.values.data[: bank.active] = torch.randn(bank.active, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / 10
+    bank.values.data[: bank.active] = (
+        torch.randn(bank.active, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / 10
+    )
     plain = session.on_device
-    session.on_device = lambda inputs: {k: v.double() if v.is_floating_point() else v for k, v in plain(inputs).items()}  # type: ignore[method-assign]
+    session.on_device = lambda inputs: {
+        k: v.double() if v.is_floating_point() else v for k, v in plain(inputs).items()
+    }  # type: ignore[method-assign]
     return session
 
 
 def scanned(session: Session, method: Crossing) -> list[Tensor]:
     layers = list(patched(session.model).values())
     found: dict[int, Tensor] = {}
-    scan(method, session.run, session.states["method"]["bank"], layers, [None] * len(layers), lambda i, s: found.__setitem__(i, s))
+    scan(
+        method,
+        session.run,
+        session.states["method"]["bank"],
+        layers,
+        [None] * len(layers),
+        lambda i, s: found.__setitem__(i, s),
+    )
     assert sorted(found) == list(range(len(layers)))
     assert all(s.dtype == torch.float32 for s in found.values())
     return [found[i] for i in range(len(layers))]
@@ -61,7 +72,12 @@ def example_losses(model: nn.Module, session: Session, batch: Any) -> list[tuple
         if label.ndim == 0:
             found.append((nn.functional.cross_entropy(logits[None], label[None]), 1))
         else:
-            found.append((nn.functional.cross_entropy(logits[:-1], label[1:], reduction="sum"), int((label[1:] != -100).sum())))
+            found.append(
+                (
+                    nn.functional.cross_entropy(logits[:-1], label[1:], reduction="sum"),
+                    int((label[1:] != -100).sum()),
+                )
+            )
     return found
 
 
@@ -73,7 +89,11 @@ def case(kind: Kind, micro: int | None, batches: int) -> tuple[Session, dict[str
     model, names = merged(session)
     weights = [model.get_submodule(n).weight.requires_grad_() for n in names]
     out = [torch.zeros_like(w) for w in weights]
-    found = {"sum": out, "squared examples": [torch.zeros_like(w) for w in weights], "squared batches": [torch.zeros_like(w) for w in weights]}
+    found = {
+        "sum": out,
+        "squared examples": [torch.zeros_like(w) for w in weights],
+        "squared batches": [torch.zeros_like(w) for w in weights],
+    }
     for step in session.batches.steps(0, batches):
         losses = [one for batch in step if batch for one in example_losses(model, session, batch)]
         counted = sum(n for _, n in losses)
@@ -88,7 +108,12 @@ def case(kind: Kind, micro: int | None, batches: int) -> tuple[Session, dict[str
     return session, {k: [t.T if transposed else t for t in v] for k, v in found.items()}
 
 
-CASES: list[tuple[Kind, int | None, int]] = [("vit", None, 1), ("vit", 3, 2), ("gpt2", 3, 1), ("gpt2", None, 2)]
+CASES: list[tuple[Kind, int | None, int]] = [
+    ("vit", None, 1),
+    ("vit", 3, 2),
+    ("gpt2", 3, 1),
+    ("gpt2", None, 2),
+]
 
 
 @pytest.mark.parametrize(("kind", "micro", "batches"), CASES)
@@ -152,7 +177,10 @@ def test_a_score_leaves_the_weights_alone_and_is_float32(score: str) -> None:
         w, trained = torch.randn(6, 5).to(dtype), torch.randn(6, 5)
         before = w.clone(), trained.clone()
         for given in (None, trained):
-            assert SCORES[score].of(look(w, None, given), Crossing(score="lowrank_magnitude", rank=2)).dtype == torch.float32
+            assert (
+                SCORES[score].of(look(w, None, given), Crossing(score="lowrank_magnitude", rank=2)).dtype
+                == torch.float32
+            )
         assert torch.equal(w, before[0])
         assert torch.equal(trained, before[1])
 

@@ -26,9 +26,16 @@ from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
 
 
-def sort_everything(pieces: list[list[float]], allowed: list[list[bool]], costs: list[int], budget: int) -> dict[int, list[int]]:
+def sort_everything(
+    pieces: list[list[float]], allowed: list[list[bool]], costs: list[int], budget: int
+) -> dict[int, list[int]]:
     """Units from the best down until the next would exceed the budget; ties to the earlier piece, then to the lower position."""
-    units = [(-s, p, i) for p, scores in enumerate(pieces) for i, s in enumerate(scores) if allowed[p][i] and costs[p] <= budget]
+    units = [
+        (-s, p, i)
+        for p, scores in enumerate(pieces)
+        for i, s in enumerate(scores)
+        if allowed[p][i] and costs[p] <= budget
+    ]
     chosen: dict[int, list[int]] = {p: [] for p in range(len(pieces))}
     spent = 0
     for _, piece, i in sorted(units):  # -0.0 and 0.0 are equal to Python too
@@ -39,10 +46,16 @@ def sort_everything(pieces: list[list[float]], allowed: list[list[bool]], costs:
     return {p: sorted(found) for p, found in chosen.items()}
 
 
-def stream(pieces: list[list[float]], allowed: list[list[bool]], costs: list[int], budget: int, order: list[int]) -> dict[int, list[int]]:
+def stream(
+    pieces: list[list[float]], allowed: list[list[bool]], costs: list[int], budget: int, order: list[int]
+) -> dict[int, list[int]]:
     top = TopK(budget, dict(enumerate(costs)))
     for p in order:
-        top.add(p, torch.tensor(pieces[p], dtype=torch.float32), None if all(allowed[p]) else torch.tensor(allowed[p]))
+        top.add(
+            p,
+            torch.tensor(pieces[p], dtype=torch.float32),
+            None if all(allowed[p]) else torch.tensor(allowed[p]),
+        )
     found = top.take()
     assert all(t.dtype == torch.int32 for t in found.values())
     return {p: t.tolist() for p, t in found.items()}
@@ -62,7 +75,14 @@ def problems(draw: Any, even: bool) -> Any:
     allowed = [[draw(st.booleans()) for _ in p] if draw(st.booleans()) else [True] * len(p) for p in pieces]
     costs = [draw(st.integers(1, 4))] * len(pieces) if even else [draw(st.integers(1, 9)) for _ in pieces]
     budget = draw(st.integers(0, sum(c * len(p) for c, p in zip(costs, pieces, strict=True)) + 5))
-    return pieces, allowed, costs, budget, draw(st.permutations(range(len(pieces)))), draw(st.sampled_from([2, 7, 1 << 20]))
+    return (
+        pieces,
+        allowed,
+        costs,
+        budget,
+        draw(st.permutations(range(len(pieces)))),
+        draw(st.sampled_from([2, 7, 1 << 20])),
+    )
 
 
 @pytest.mark.parametrize("even", [True, False])
@@ -72,21 +92,32 @@ def test_any_order_of_arrival_gives_one_stable_sort(even: bool, data: Any) -> No
     pieces, allowed, costs, budget, order, chunk = data.draw(problems(even))
     before, select.CHUNK = select.CHUNK, chunk
     try:
-        assert stream(pieces, allowed, costs, budget, order) == sort_everything(pieces, allowed, costs, budget)
+        assert stream(pieces, allowed, costs, budget, order) == sort_everything(
+            pieces, allowed, costs, budget
+        )
     finally:
         select.CHUNK = before
 
 
 @pytest.mark.parametrize("levels", [1, 3, 40, 10**6])
 @pytest.mark.parametrize("share", [0.001, 0.3, 0.99, 1.0, 1.5])
-def test_thousands_of_entries_in_many_pieces(levels: int, share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_thousands_of_entries_in_many_pieces(
+    levels: int, share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Large enough that the best so far are cut many times; at few levels nearly everything is tied."""
     monkeypatch.setattr(select, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(levels)
-    pieces = [torch.randint(-levels, levels, (n,), generator=generator).float() for n in (3000, 1, 7000, 500, 2999, 64)]
+    pieces = [
+        torch.randint(-levels, levels, (n,), generator=generator).float()
+        for n in (3000, 1, 7000, 500, 2999, 64)
+    ]
     k = round(share * sum(map(len, pieces)))
     order = torch.cat(pieces).sort(descending=True, stable=True).indices[:k]
-    wanted = torch.zeros(sum(map(len, pieces)), dtype=torch.bool).index_fill_(0, order, True).split([len(p) for p in pieces])
+    wanted = (
+        torch.zeros(sum(map(len, pieces)), dtype=torch.bool)
+        .index_fill_(0, order, True)
+        .split([len(p) for p in pieces])
+    )
     for arrival in (range(6), reversed(range(6)), (3, 0, 5, 1, 4, 2)):
         top = TopK(k, dict.fromkeys(range(6), 1))
         for p in arrival:
@@ -128,7 +159,10 @@ def test_keys_order_as_scores_do(scores: list[float]) -> None:
     assert min(keys) > select.NEVER
 
 
-@given(st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20), min_size=1, max_size=4), st.integers(1, 30))
+@given(
+    st.lists(st.lists(st.integers(-(2**31), 2**31 - 1), max_size=20), min_size=1, max_size=4),
+    st.integers(1, 30),
+)
 @settings(deadline=None)
 def test_kth_largest(arrays: list[list[int]], k: int) -> None:
     flat = sorted((x for a in arrays for x in a), reverse=True)
@@ -155,9 +189,18 @@ def by_remainders(total: int, weights: list[float], caps: list[int]) -> list[flo
         open_ -= full
 
 
-@given(st.lists(st.tuples(st.sampled_from([0.0, 0.5, 1.0, 1e-3, 7.25, 1e6]), st.integers(0, 60)), min_size=1, max_size=8), st.floats(0, 1))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from([0.0, 0.5, 1.0, 1e-3, 7.25, 1e6]), st.integers(0, 60)),
+        min_size=1,
+        max_size=8,
+    ),
+    st.floats(0, 1),
+)
 @settings(deadline=None)
-def test_apportion_is_exact_within_one_of_the_share_and_below_every_cap(pieces: list[tuple[float, int]], part: float) -> None:
+def test_apportion_is_exact_within_one_of_the_share_and_below_every_cap(
+    pieces: list[tuple[float, int]], part: float
+) -> None:
     weights, caps = [w for w, _ in pieces], [c for _, c in pieces]
     total = round(part * sum(caps))
     found = apportion(total, torch.tensor(weights), caps)
@@ -174,7 +217,10 @@ def test_apportion_gives_the_rest_to_the_largest_remainders() -> None:
     assert apportion(6, torch.tensor([1.0, 0.0]), [2, 9]) == [2, 4]
 
 
-@pytest.mark.parametrize(("total", "weights", "caps"), [(5, [1.0, 1.0], [2, 2]), (1, [1.0, math.inf], [2, 2]), (1, [1.0, -1.0], [2, 2])])
+@pytest.mark.parametrize(
+    ("total", "weights", "caps"),
+    [(5, [1.0, 1.0], [2, 2]), (1, [1.0, math.inf], [2, 2]), (1, [1.0, -1.0], [2, 2])],
+)
 def test_apportion_refuses_what_it_cannot_divide(total: int, weights: list[float], caps: list[int]) -> None:
     with pytest.raises(ValueError, match=r"do not fit|not finite"):
         apportion(total, torch.tensor(weights), caps)
@@ -193,7 +239,11 @@ class Live(TorchDispatchMode):
         self.old: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {a.untyped_storage()._cdata for a in torch.utils._pytree.tree_leaves((args, kwargs or {})) if isinstance(a, Tensor)}
+        before = {
+            a.untyped_storage()._cdata
+            for a in torch.utils._pytree.tree_leaves((args, kwargs or {}))
+            if isinstance(a, Tensor)
+        }
         self.old |= {s for s in before if s not in self.users}
         out = func(*args, **(kwargs or {}))
         for t in torch.utils._pytree.tree_leaves(out):
@@ -233,19 +283,32 @@ HISTOGRAMS = 5 * 8 * 2**16  # of 16 bits of the keys, as int64, and what becomes
 
 def stack(dtype: torch.dtype = torch.float32, values: int = 0) -> nn.Module:
     """Linear layers alone; weights of few different values where ``values`` says so."""
-    model = nn.Sequential(*(nn.Linear(COLUMNS, ROWS, bias=False) for _ in range(LAYERS))).requires_grad_(False)
+    model = nn.Sequential(*(nn.Linear(COLUMNS, ROWS, bias=False) for _ in range(LAYERS))).requires_grad_(
+        False
+    )
     for p in model.parameters():
         p.copy_(torch.randint(values, p.shape) if values else torch.randn(p.shape))
     return model.to(dtype)
 
 
 def bare_run(model: nn.Module) -> Any:
-    given = {"model": model, "total": 10, "step": 4, "generator": torch.Generator(), "optimizer": SimpleNamespace(state={})}
+    given = {
+        "model": model,
+        "total": 10,
+        "step": 4,
+        "generator": torch.Generator(),
+        "optimizer": SimpleNamespace(state={}),
+    }
     return SimpleNamespace(**given, agree=lambda t: t, log=lambda **_: None)
 
 
-@pytest.mark.parametrize(("scope", "sparsity", "values"), [("model", 0.99, 1), ("model", 0.6, 0), ("model", 0.6, 2), ("matrix", 0.6, 0)])
-def test_memory_of_a_choice_over_the_model(scope: Scope, sparsity: float, values: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("scope", "sparsity", "values"),
+    [("model", 0.99, 1), ("model", 0.6, 0), ("model", 0.6, 2), ("matrix", 0.6, 0)],
+)
+def test_memory_of_a_choice_over_the_model(
+    scope: Scope, sparsity: float, values: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At most the largest layer's scores and 12 bytes an entry, and a constant, however many entries are tied."""
     monkeypatch.setattr(select, "CHUNK", 1 << 15)
     torch.manual_seed(0)
@@ -273,7 +336,14 @@ def test_memory_of_a_move_over_the_model(schedule: Schedule, monkeypatch: pytest
     monkeypatch.setattr(select, "CHUNK", 1 << 15)
     torch.manual_seed(0)
     model = stack()
-    method = Crossing(sparsity=0.6, score="magnitude", direction="smallest", scope="model", targets=("linear",), schedule=schedule)
+    method = Crossing(
+        sparsity=0.6,
+        score="magnitude",
+        direction="smallest",
+        scope="model",
+        targets=("linear",),
+        schedule=schedule,
+    )
     bank = (state := method.build(model))["bank"]
     run, k = bare_run(model), len(bank.values)
     method.begin(run, state, None)
@@ -296,7 +366,9 @@ def test_magnitudes_of_a_model_are_those_of_one_sort(direction: Any) -> None:
     session.start()
     bank = session.states["method"]["bank"]
     scores = torch.cat([layer.original.abs().view(-1) for layer in patched(session.model).values()])
-    order = scores.sort(descending=direction == "largest", stable=True).indices[: len(scores) - round(0.9 * len(scores))]
+    order = scores.sort(descending=direction == "largest", stable=True).indices[
+        : len(scores) - round(0.9 * len(scores))
+    ]
     offsets = [0, *torch.tensor(bank.sizes).cumsum(0).tolist()]
     found = torch.cat([bank.where(i) + offsets[i] for i in range(len(bank.sizes))])
     assert torch.equal(found.long(), order.sort().values)

@@ -51,14 +51,22 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for site in find_sites(model, ("all",)):
         layer: Any = site.module
-        found[site.name] = (layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight).detach().clone()
+        found[site.name] = (
+            (layer.weight.T if type(layer).__name__ == "Conv1D" else layer.weight).detach().clone()
+        )
     return found
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     """To the bit, signs of zeros included."""
     bits = {4: torch.int32, 2: torch.int16}
-    return all(torch.equal(a[n].contiguous().view(bits[a[n].element_size()]), b[n].contiguous().view(bits[b[n].element_size()])) for n in {*a, *b})
+    return all(
+        torch.equal(
+            a[n].contiguous().view(bits[a[n].element_size()]),
+            b[n].contiguous().view(bits[b[n].element_size()]),
+        )
+        for n in {*a, *b}
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
@@ -92,10 +100,15 @@ def test_order_does_not_matter_and_overlaps_add(dtype: torch.dtype) -> None:
             switch.apply(name)
         assert same(weights(model), pair)
         switch.revert()
-    one_by_one = {n: (dense(model, a)[n].float() + (dense(model, b)[n].float() - before[n].float())).to(dtype) for n in before}
+    one_by_one = {
+        n: (dense(model, a)[n].float() + (dense(model, b)[n].float() - before[n].float())).to(dtype)
+        for n in before
+    }
     gap = torch.finfo(dtype).eps
     for name, weight in pair.items():
-        torch.testing.assert_close(weight, one_by_one[name], rtol=0, atol=4 * gap * float(one_by_one[name].abs().max()))
+        torch.testing.assert_close(
+            weight, one_by_one[name], rtol=0, atol=4 * gap * float(one_by_one[name].abs().max())
+        )
     for order in ("cab", "bca"):
         for name in order:
             switch.apply(name)
@@ -108,8 +121,14 @@ def test_order_does_not_matter_and_overlaps_add(dtype: torch.dtype) -> None:
 
 
 @settings(max_examples=25, deadline=None)
-@given(st.lists(st.sets(st.sampled_from(["a", "b", "c", "d"])), max_size=6), st.integers(0, 99), st.sampled_from(DTYPES))
-def test_any_walk_between_sets_ends_where_the_last_set_says(walk: list[set[str]], seed: int, dtype: torch.dtype) -> None:
+@given(
+    st.lists(st.sets(st.sampled_from(["a", "b", "c", "d"])), max_size=6),
+    st.integers(0, 99),
+    st.sampled_from(DTYPES),
+)
+def test_any_walk_between_sets_ends_where_the_last_set_says(
+    walk: list[set[str]], seed: int, dtype: torch.dtype
+) -> None:
     torch.manual_seed(seed)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 3)).to(dtype)
     before, parts = weights(model), {name: changes(model, seed + i, 0.5) for i, name in enumerate("abcd")}
@@ -259,7 +278,11 @@ def test_pack_is_the_banks_form_and_reads_rows_first() -> None:
 
 
 def test_unpack_refuses_other_weights() -> None:
-    stored = {"values": torch.ones(3), "starts": torch.tensor([0, 2, 3]), "gaps": encode_sorted(torch.tensor([1, 5, 8]))}
+    stored = {
+        "values": torch.ones(3),
+        "starts": torch.tensor([0, 2, 3]),
+        "gaps": encode_sorted(torch.tensor([1, 5, 8])),
+    }
     assert [c.index.tolist() for c in unpack(stored, [6, 4])] == [[1, 5], [2]]
     for sizes in ([6], [6, 4, 4], [5, 4], [6, 2]):
         with pytest.raises(ConfigError, match="stored sparse change"):
@@ -267,6 +290,11 @@ def test_unpack_refuses_other_weights() -> None:
 
 
 def test_add_joins_positions_and_sums_where_they_meet() -> None:
-    total = add([Change(torch.tensor([1, 4]), torch.tensor([1.0, 2.0])), Change(torch.tensor([0, 4, 9]), torch.tensor([3.0, -0.5, 4.0]))])
+    total = add(
+        [
+            Change(torch.tensor([1, 4]), torch.tensor([1.0, 2.0])),
+            Change(torch.tensor([0, 4, 9]), torch.tensor([3.0, -0.5, 4.0])),
+        ]
+    )
     assert total.index.tolist() == [0, 1, 4, 9]
     assert total.values.tolist() == [3.0, 1.0, 1.5, 4.0]

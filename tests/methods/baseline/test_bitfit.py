@@ -12,7 +12,9 @@ from finetune.testing import contract
 def test_trains_every_bias_and_nothing_else() -> None:
     session = contract.begin(BitFit())
     trained = {n for n, p in session.model.named_parameters() if p.requires_grad}
-    assert trained == {n for n, _ in contract.tiny().named_parameters() if n.endswith(".bias")} | {"classifier.weight"}
+    assert trained == {n for n, _ in contract.tiny().named_parameters() if n.endswith(".bias")} | {
+        "classifier.weight"
+    }
 
 
 def test_a_model_without_biases_is_refused() -> None:

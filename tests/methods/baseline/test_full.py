@@ -16,7 +16,9 @@ def test_equals_a_bare_torch_loop() -> None:
     bare = contract.tiny().train()
     decays = [p for p in bare.parameters() if p.ndim > 1]
     rest = [p for p in bare.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.AdamW([{"params": decays}, {"params": rest}], lr=1e-2, weight_decay=0.0, fused=True)
+    optimizer = torch.optim.AdamW(
+        [{"params": decays}, {"params": rest}], lr=1e-2, weight_decay=0.0, fused=True
+    )
     for step, micro in enumerate(session.batches.steps(0, contract.STEPS)):
         batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
         optimizer.zero_grad()

@@ -11,7 +11,10 @@ from finetune.testing import contract
 
 def test_trains_the_head_and_nothing_else() -> None:
     session = contract.begin(Head())
-    assert {n for n, p in session.model.named_parameters() if p.requires_grad} == {"classifier.weight", "classifier.bias"}
+    assert {n for n, p in session.model.named_parameters() if p.requires_grad} == {
+        "classifier.weight",
+        "classifier.bias",
+    }
     assert sum(p.numel() for p in session.states.parameters()) == 3 * 32 + 3
 
 

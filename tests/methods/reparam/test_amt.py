@@ -36,7 +36,9 @@ def test_at_the_start_all_is_on_and_the_output_is_the_base_s() -> None:
     session.start()
     assert not any(m.off().any() for m in masks(session))
     assert torch.equal(contract.logits(session.tuned), contract.logits(contract.tiny()))
-    assert set(patched(session.model)) == {f"vit.layers.{i}.attention.{n}_proj" for i in (0, 1) for n in "qkvo"}
+    assert set(patched(session.model)) == {
+        f"vit.layers.{i}.attention.{n}_proj" for i in (0, 1) for n in "qkvo"
+    }
 
 
 def test_the_threshold_itself_masks() -> None:
@@ -61,14 +63,20 @@ def test_gradient_of_the_scores_is_the_dense_gradient_times_the_weight(gate: flo
     torch.testing.assert_close(y, expected)
     torch.testing.assert_close(found[0], grad_x)
     torch.testing.assert_close(found[1], gate * grad * weight)
-    torch.testing.assert_close(torch.autograd.grad((delta(weight) * grad).sum(), delta.scores)[0], grad * weight)
+    torch.testing.assert_close(
+        torch.autograd.grad((delta(weight) * grad).sum(), delta.scores)[0], grad * weight
+    )
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merged_weights_are_zero_or_the_pretrained_bits(kind: Any, dtype: torch.dtype) -> None:
     precision: Any = "fp32" if dtype == torch.float32 else "bf16"
-    session = contract.finish(contract.begin(AMT(), kind, replace(contract.TRAIN, precision=precision), model=contract.tiny(kind).to(dtype)))
+    session = contract.finish(
+        contract.begin(
+            AMT(), kind, replace(contract.TRAIN, precision=precision), model=contract.tiny(kind).to(dtype)
+        )
+    )
     names = list(patched(session.model))
     merge(session.model, session.states)
     original, zeros, total = contract.tiny(kind).to(dtype), 0, 0
@@ -80,7 +88,9 @@ def test_merged_weights_are_zero_or_the_pretrained_bits(kind: Any, dtype: torch.
     assert 0.05 < zeros / total < 0.95
 
 
-A, B = torch.randn(2, 4000, generator=torch.Generator().manual_seed(1)) * 1e-9  # as small as gradients of means may be
+A, B = (
+    torch.randn(2, 4000, generator=torch.Generator().manual_seed(1)) * 1e-9
+)  # as small as gradients of means may be
 UNIFORM = torch.rand(4000, generator=torch.Generator().manual_seed(2))
 
 
@@ -120,7 +130,9 @@ def test_distilled_gradient_is_that_of_dense_models(kind: Any) -> None:
     """Over unequal micro-batches, examples or tokens; the teacher has the pretrained weights and the head of now."""
     method = AMT(gdr=0.0, temperature=2.0)
     session = contract.finish(contract.begin(method, kind, replace(contract.TRAIN, micro_batch_size=3)))
-    assert sum(int(m.off().sum()) for m in masks(session)) / sum(m.scores.numel() for m in masks(session)) > 0.01
+    assert (
+        sum(int(m.off().sum()) for m in masks(session)) / sum(m.scores.numel() for m in masks(session)) > 0.01
+    )
     session.run.batch = [*next(session.batches.steps(0, 1)), None]
     found = method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)])
     student, teacher = dense(session, kind, True), dense(session, kind, False)
@@ -130,7 +142,15 @@ def test_distilled_gradient_is_that_of_dense_models(kind: Any) -> None:
         for i in range(len(logits)):
             places = [...] if kind == "vit" else range(int(batch.inputs["attention_mask"][i].sum()) - 1)
             for place in places:
-                loss = loss + F.kl_div(F.log_softmax(logits[i, place] / 2, -1), F.softmax(wanted[i, place].detach() / 2, -1), reduction="sum") * 4
+                loss = (
+                    loss
+                    + F.kl_div(
+                        F.log_softmax(logits[i, place] / 2, -1),
+                        F.softmax(wanted[i, place].detach() / 2, -1),
+                        reduction="sum",
+                    )
+                    * 4
+                )
                 counted += 1
     names = list(patched(session.model))
     grads = torch.autograd.grad(loss / counted, [student.get_submodule(name).weight for name in names])
@@ -172,7 +192,11 @@ def test_at_the_first_step_the_teacher_is_the_student_and_drops_nothing() -> Non
     session.start()
     session.run.batch = next(session.batches.steps(0, 1))
     session._backward(session.run.batch)
-    for mask, b in zip(masks(session), method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)]), strict=True):
+    for mask, b in zip(
+        masks(session),
+        method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)]),
+        strict=True,
+    ):
         assert mask.scores.grad is not None
         assert b.abs().max() < 1e-5 * mask.scores.grad.abs().max()
 
@@ -207,7 +231,9 @@ def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 def test_nothing_is_masked_before_adam_can_have_moved_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
     """0 while 3.2 t lr < initial - threshold; and within a few times as many steps as the ratio of the two, something is."""
     settings(monkeypatch, lr=4e-4)
-    steps = [s.metrics["masked"] for s in contract.begin(AMT(), train=replace(contract.TRAIN, steps=20)).steps()]
+    steps = [
+        s.metrics["masked"] for s in contract.begin(AMT(), train=replace(contract.TRAIN, steps=20)).steps()
+    ]
     assert steps[:3] == [0, 0, 0]
     assert steps[-1] > 0.01
     session = contract.finish(contract.begin(AMT(), train=replace(contract.TRAIN, steps=20)))
@@ -239,7 +265,9 @@ def test_where_the_loss_does_not_push_only_the_penalty_does() -> None:
     (delta,) = patched(session.model)[name].deltas
     assert isinstance(delta, Mask)
     assert delta.scores.grad is not None
-    torch.testing.assert_close(delta.scores.grad[:4], torch.full((4, 32), 0.5 / 32))  # all 1024 are equal: s / ||s|| = 1 / 32
+    torch.testing.assert_close(
+        delta.scores.grad[:4], torch.full((4, 32), 0.5 / 32)
+    )  # all 1024 are equal: s / ||s|| = 1 / 32
     assert (delta.scores.grad[4:] - 0.5 / 32).abs().max() > 1e-6
     contract.finish(session)
     assert len(delta.scores[:4].unique()) == 1
@@ -261,7 +289,10 @@ def test_weight_decay_leaves_scores_alone() -> None:
 def test_a_stored_mask_is_a_bit_a_weight() -> None:
     delta = Mask((3, 5), 1e-2, 5e-3)
     delta.scores.data.view(-1)[torch.tensor([0, 7, 8, 14])] = 0.0
-    assert delta.pack()["on"].tolist() == [0b01111110, 0b01111100]  # the first in the highest place, zeros at the end
+    assert delta.pack()["on"].tolist() == [
+        0b01111110,
+        0b01111100,
+    ]  # the first in the highest place, zeros at the end
     other = Mask((3, 5), 1e-2, 5e-3)
     other.unpack(delta.pack())
     assert torch.equal(other.off(), delta.off())
@@ -271,7 +302,9 @@ def test_a_stored_mask_is_a_bit_a_weight() -> None:
 
 
 @pytest.mark.parametrize("scale", [(1e-2, 5e-3), (1.0, 0.5), (0.0, -3.0)])
-def test_storing_gives_identical_logits_in_an_eighth_of_a_byte_a_weight(scale: tuple[float, float], tmp_path: Path) -> None:
+def test_storing_gives_identical_logits_in_an_eighth_of_a_byte_a_weight(
+    scale: tuple[float, float], tmp_path: Path
+) -> None:
     method = AMT(initial=scale[0], threshold=scale[1])
     session = contract.begin(method)
     for mask in masks(session):
@@ -281,7 +314,11 @@ def test_storing_gives_identical_logits_in_an_eighth_of_a_byte_a_weight(scale: t
     stored.load(tmp_path / "delta", new.states)
     assert any(m.off().any() for m in masks(new))
     assert torch.equal(contract.logits(new.tuned), contract.logits(session.tuned))
-    sizes = {k: t.numel() * t.element_size() for k, t in stored.tensors(session.states).items() if k.startswith("method.")}
+    sizes = {
+        k: t.numel() * t.element_size()
+        for k, t in stored.tensors(session.states).items()
+        if k.startswith("method.")
+    }
     assert list(sizes.values()) == [32 * 32 // 8] * 8
 
 

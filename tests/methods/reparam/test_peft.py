@@ -20,11 +20,15 @@ def test_their_lora_trains_as_ours_does() -> None:
         delta.a.data.copy_(values[f"{key}/lora_A/default/weight"])
     contract.finish(ours)
     contract.finish(theirs)
-    torch.testing.assert_close(contract.logits(ours.tuned), contract.logits(theirs.tuned), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        contract.logits(ours.tuned), contract.logits(theirs.tuned), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks")  # torch, at the sparse tensors of peft's SHiRA
-@pytest.mark.parametrize(("type_", "config"), [("VERA", {"r": 4}), ("SHIRA", {"r": 2}), ("OFT", {"oft_block_size": 4})])
+@pytest.mark.parametrize(
+    ("type_", "config"), [("VERA", {"r": 4}), ("SHIRA", {"r": 2}), ("OFT", {"oft_block_size": 4})]
+)
 def test_other_tuners_keep_the_contract(type_: str, config: dict[str, object]) -> None:
     for check in (contract.check_base_untouched, contract.check_merge, contract.check_stored):
         check(lambda: Peft(type=type_, config=dict(config)))

@@ -82,7 +82,10 @@ def test_initial_size_at_and_above_sparsity_zero() -> None:
     """The card's figures for rank 32 and 768x768: 4.9e-4 at 0, 3.8e-7 above."""
     torch.manual_seed(0)
     weight = torch.zeros(768, 768)
-    dense, sparse = (Kernel((768, 768), SNELL(rank=32, sparsity=s))(weight).detach().abs().mean().item() for s in (0.0, 0.001))
+    dense, sparse = (
+        Kernel((768, 768), SNELL(rank=32, sparsity=s))(weight).detach().abs().mean().item()
+        for s in (0.0, 0.001)
+    )
     assert 4.4e-4 < dense < 5.4e-4
     assert 3.4e-7 < sparse < 4.2e-7
 
@@ -145,7 +148,9 @@ def test_no_matrix_is_kept_for_backward_nor_in_optimizer_or_checkpoint() -> None
     session = contract.finish(contract.begin(SNELL(rank=4)))
     shapes = {site.original.shape for site in session.model.modules() if hasattr(site, "original")}
     saved = session.state_dict()
-    kept = [t for entry in saved["optimizer"]["state"].values() for t in entry.values()] + list(saved["states"].values())
+    kept = [t for entry in saved["optimizer"]["state"].values() for t in entry.values()] + list(
+        saved["states"].values()
+    )
     assert kept
     assert not [t.shape for t in kept if t.shape in shapes]
 
@@ -178,7 +183,9 @@ def test_class_token_is_trained_where_there_is_one() -> None:
 
 
 def test_threshold_beyond_what_torch_quantile_takes() -> None:
-    x = torch.arange(2**24 + 5, 0, -1, dtype=torch.int32).float()  # 2**24 + 1 is where float32 stops telling integers apart
+    x = torch.arange(
+        2**24 + 5, 0, -1, dtype=torch.int32
+    ).float()  # 2**24 + 1 is where float32 stops telling integers apart
     with pytest.raises(RuntimeError, match="too large"):
         torch.quantile(x, 0.5)
     assert kth_smallest(x, 1000).item() == 1001.0

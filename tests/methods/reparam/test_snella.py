@@ -94,7 +94,9 @@ def test_alpha_and_beta_zero_reproduce_snell() -> None:
 def test_sums_of_the_softmax_term_are_alpha() -> None:
     delta, without = make(), make(softmax=False)
     delta.mix.data.copy_(torch.tensor([0.8, 0.5, 0.0]))
-    torch.testing.assert_close((delta.kernel() - without.kernel()).sum(0), torch.full((40,), 0.8, dtype=torch.float64))
+    torch.testing.assert_close(
+        (delta.kernel() - without.kernel()).sum(0), torch.full((40,), 0.8, dtype=torch.float64)
+    )
 
 
 def test_at_the_start_the_kernel_is_lifted_by_one_over_the_outputs() -> None:
@@ -117,7 +119,11 @@ def test_budget_follows_the_cubic_curve() -> None:
 
 
 def test_budget_never_grows_and_meets_both_ends() -> None:
-    for method in (SNELLA(initial=0.2, sparsity=0.85), SNELLA(sparsity=0.99, start=0.3, end=1.0), SNELLA(initial=0.5, sparsity=0.5)):
+    for method in (
+        SNELLA(initial=0.2, sparsity=0.85),
+        SNELLA(sparsity=0.99, start=0.3, end=1.0),
+        SNELLA(initial=0.5, sparsity=0.5),
+    ):
         budgets = [method.budget(t, 50, 12347) for t in range(50)]
         assert budgets == sorted(budgets, reverse=True)
         assert budgets[0] == round((1 - method.initial) * 12347)
@@ -171,7 +177,9 @@ def test_scores_are_the_written_out_recursions(monkeypatch: pytest.MonkeyPatch) 
 
     def spy(self: SNELLA, run: Any, state: Any) -> None:
         real(self, run, state)
-        steps.append([(p * p.grad).detach().abs().double() for d in deltas(session) for p in (d.rows, d.cols)])
+        steps.append(
+            [(p * p.grad).detach().abs().double() for d in deltas(session) for p in (d.rows, d.cols)]
+        )
 
     monkeypatch.setattr(SNELLA, "after_step", spy)
     session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=3))
@@ -180,7 +188,9 @@ def test_scores_are_the_written_out_recursions(monkeypatch: pytest.MonkeyPatch) 
     importance, uncertainty = ([torch.zeros_like(t) for t in steps[0]] for _ in range(2))
     for seen in steps:
         importance = [0.8 * i + 0.2 * s for i, s in zip(importance, seen, strict=True)]
-        uncertainty = [0.6 * u + 0.4 * (s - i).abs() for u, s, i in zip(uncertainty, seen, importance, strict=True)]
+        uncertainty = [
+            0.6 * u + 0.4 * (s - i).abs() for u, s, i in zip(uncertainty, seen, importance, strict=True)
+        ]
     means = [(i * u).mean().item() for i, u in zip(importance, uncertainty, strict=True)]
     for delta, a, b in zip(deltas(session), means[::2], means[1::2], strict=True):
         assert delta.score().item() == pytest.approx(a + b, rel=1e-4)
@@ -201,7 +211,9 @@ class Fake:
         self.logged |= metrics
 
 
-def divided(method: SNELLA, scores: list[float], shapes: list[tuple[int, int]], step: int = 9) -> list[Competing]:
+def divided(
+    method: SNELLA, scores: list[float], shapes: list[tuple[int, int]], step: int = 9
+) -> list[Competing]:
     """What one division makes of layers with these scores."""
     state = nn.ModuleList([Competing(shape, method) for shape in shapes])
     for delta, score in zip(state, scores, strict=True):
@@ -252,7 +264,10 @@ def test_an_empty_layer_changes_nothing_and_its_score_only_decays() -> None:
 
 def test_gradients_that_are_no_numbers_count_as_zero() -> None:
     delta = make(betas=(0.8, 0.6))
-    delta.rows.grad, delta.cols.grad = torch.full_like(delta.rows, float("nan")), torch.full_like(delta.cols, float("inf"))
+    delta.rows.grad, delta.cols.grad = (
+        torch.full_like(delta.rows, float("nan")),
+        torch.full_like(delta.cols, float("inf")),
+    )
     delta.observe((0.8, 0.6))
     assert delta.score() == 0
 
@@ -293,7 +308,9 @@ def test_no_matrix_is_kept_for_backward_nor_in_optimizer_or_checkpoint() -> None
     session = run(SNELLA(rank=4), lambda *_: None)
     shapes = {layer.original.shape for layer in patched(session.model).values()}
     saved = session.state_dict()
-    held = [t for entry in saved["optimizer"]["state"].values() for t in entry.values()] + list(saved["states"].values())
+    held = [t for entry in saved["optimizer"]["state"].values() for t in entry.values()] + list(
+        saved["states"].values()
+    )
     assert not [t.shape for t in held if t.shape in shapes]
 
 

@@ -31,7 +31,11 @@ def llama(layers: int, width: int = 8, inner: int = 12, keys: int = 2) -> Any:
 
     heads = {"num_attention_heads": 2 if keys <= 2 else 32, "num_key_value_heads": keys}
     with torch.device("meta"):
-        return LlamaForCausalLM(LlamaConfig(vocab_size=40, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, **heads))
+        return LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=40, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers, **heads
+            )
+        )
 
 
 def bert() -> Any:
@@ -63,7 +67,11 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 def resting(session: Session, step: int, rounds: int) -> set[str]:
     """The wrapped parameters that rest at a step."""
     state = session.states["method"]
-    return {name for name in state.trained() if name.rpartition(".")[0] in state.frozen[math.floor(step * rounds / contract.STEPS)]}
+    return {
+        name
+        for name in state.trained()
+        if name.rpartition(".")[0] in state.frozen[math.floor(step * rounds / contract.STEPS)]
+    }
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
@@ -80,7 +88,9 @@ def test_bert_freezes_its_biases_with_their_matrices_and_never_the_pooler() -> N
     names = frozen(bert(), HFT())
     assert count(names, ATTENTION) == dict.fromkeys(range(3), 2)
     assert count(names, MLP) == dict.fromkeys(range(3), 1)
-    assert {name.replace("bias", "weight") for name in names if name.endswith("bias")} == {name for name in names if name.endswith("weight")}
+    assert {name.replace("bias", "weight") for name in names if name.endswith("bias")} == {
+        name for name in names if name.endswith("weight")
+    }
     assert len(names) == 2 * (3 * 2 + 3)
 
 
@@ -90,8 +100,18 @@ def test_fused_attention_is_one_matrix_and_tied_embeddings_train() -> None:
     assert count(names, ATTENTION) == count(names, MLP) == {0: 1, 1: 1}
     assert model.lm_head.weight is model.transformer.wte.weight
     assert model.lm_head.weight.requires_grad
-    seen = {name for seed in range(12) for name in frozen(contract.tiny("gpt2"), HFT(), seed) if re.search(ATTENTION, name)}
-    assert {name.split(".attn.")[1] for name in seen} == {"c_attn.weight", "c_attn.bias", "c_proj.weight", "c_proj.bias"}
+    seen = {
+        name
+        for seed in range(12)
+        for name in frozen(contract.tiny("gpt2"), HFT(), seed)
+        if re.search(ATTENTION, name)
+    }
+    assert {name.split(".attn.")[1] for name in seen} == {
+        "c_attn.weight",
+        "c_attn.bias",
+        "c_proj.weight",
+        "c_proj.bias",
+    }
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
@@ -123,7 +143,9 @@ def test_the_seed_alone_decides_and_another_changes_half() -> None:
     assert first == again
     for pattern, size in ((ATTENTION, 4 * 32), (MLP, 3 * 32)):
         assert 0.35 < sum(count(first ^ other, pattern).values()) / size < 0.65
-    assert {b for b, n in count(first, MLP).items() if n == 2} != {b for b, n in count(other, MLP).items() if n == 2}
+    assert {b for b, n in count(first, MLP).items() if n == 2} != {
+        b for b, n in count(other, MLP).items() if n == 2
+    }
 
 
 def test_independent_draws_leave_a_matrix_alone_with_probability_two_to_the_minus_rounds() -> None:
@@ -148,7 +170,9 @@ def test_half_of_the_entries_only_where_matrices_are_equal_in_size() -> None:
         shares = []
         for block in model.model.layers:
             matrices = [p for name, p in block.self_attn.named_parameters() if name.endswith("weight")]
-            shares.append(sum(p.numel() * p.requires_grad for p in matrices) / sum(p.numel() for p in matrices))
+            shares.append(
+                sum(p.numel() * p.requires_grad for p in matrices) / sum(p.numel() for p in matrices)
+            )
         assert shares == [0.5] * 32 if keys == 32 else len(set(shares)) > 1
         assert abs(sum(shares) / 32 - 0.5) < 0.1
         up = [p for name, p in model.named_parameters() if ".mlp." in name]
@@ -195,11 +219,15 @@ def test_one_of_a_block_s_two_norms_if_asked(kind: Kind) -> None:
 
 
 @pytest.mark.parametrize("rounds", [2, 4])
-def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(rounds: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(
+    rounds: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """With weight decay: what rests in a round neither moves, nor decays, nor keeps moments."""
     settings = OptimizerConfig(lr=1e-2, weight_decay=0.5)
     monkeypatch.setattr(contract, "OPTIMIZER", settings)
-    session = contract.begin(HFT(rounds=rounds), model=contract.tiny().double())  # Adam's first step would show float32's noise
+    session = contract.begin(
+        HFT(rounds=rounds), model=contract.tiny().double()
+    )  # Adam's first step would show float32's noise
     bare, made = contract.tiny().double().train(), -1
     fixed = {name for name, p in session.model.named_parameters() if not p.requires_grad}
     ours = session.steps()
@@ -223,11 +251,15 @@ def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(rounds: int, monkeyp
         next(ours)
         still = {name for name, p in session.model.named_parameters() if torch.equal(p, before[name])}
         assert still == rest
-        assert {id(p) for p in session.optimizer.state} == {id(p) for name, p in session.model.named_parameters() if name not in rest}
+        assert {id(p) for p in session.optimizer.state} == {
+            id(p) for name, p in session.model.named_parameters() if name not in rest
+        }
     for name, parameter in bare.named_parameters():
         torch.testing.assert_close(values(session.model)[name], parameter.detach(), atol=1e-5, rtol=0)
     assert made == rounds - 1
-    assert all(p.requires_grad for p in session.states.parameters()), "between steps everything counts as trained"
+    assert all(p.requires_grad for p in session.states.parameters()), (
+        "between steps everything counts as trained"
+    )
     assert len({frozenset(f) for f in session.states["method"].frozen}) == rounds
     assert sum(p.adapted() for p in session.states.modules() if isinstance(p, Part)) == sum(
         p.numel() for name, p in session.model.named_parameters() if name not in fixed
@@ -252,4 +284,6 @@ def test_a_model_of_unknown_layers_needs_a_wider_scope() -> None:
         HFT().build(model)
     names = frozen(model, HFT(scope="model"))
     assert len(names) == 6
-    assert {name[0] for name in names if name.endswith("bias")} == {name[0] for name in names if name.endswith("weight")}
+    assert {name[0] for name in names if name.endswith("bias")} == {
+        name[0] for name in names if name.endswith("weight")
+    }

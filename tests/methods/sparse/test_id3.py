@@ -55,7 +55,9 @@ def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
         assert before < now
         assert len(now) == round(k * number / contract.STEPS)
         new = now - before
-        outside = [scores[i][[at for at in range(len(s)) if (i, at) not in now]].max() for i, s in enumerate(scores)]
+        outside = [
+            scores[i][[at for at in range(len(s)) if (i, at) not in now]].max() for i, s in enumerate(scores)
+        ]
         assert min(float(scores[i][at]) for i, at in new) >= float(max(outside)) * (1 - 1e-4)
         for i, layer in enumerate(patched(session.model).values()):
             kept = torch.ones(layer.original.numel(), dtype=torch.bool)
@@ -104,7 +106,9 @@ def test_an_entry_has_no_moments_before_it_is_chosen() -> None:
             if (i, at) not in before:
                 g = float(state["exp_avg"][slot]) / (1 - b1)
                 root = (float(state["exp_avg_sq"][slot]) / (1 - b2**3)) ** 0.5
-                assert float(bank.values.detach()[slot]) == pytest.approx(-step.lr * (1 - b1) * g / (1 - b1**3) / (root + eps), rel=1e-3)
+                assert float(bank.values.detach()[slot]) == pytest.approx(
+                    -step.lr * (1 - b1) * g / (1 - b1**3) / (root + eps), rel=1e-3
+                )
                 assert float(state["exp_avg_sq"][slot]) == pytest.approx((1 - b2) * g * g, rel=1e-3)
                 new += 1
     assert new > 10

@@ -62,7 +62,11 @@ def look(w: Tensor) -> Tensor:
 
 
 def top(score: Tensor, k: int) -> Tensor:
-    return torch.zeros(score.numel(), dtype=torch.bool).index_fill(0, score.reshape(-1).topk(k).indices, True).view(score.shape)
+    return (
+        torch.zeros(score.numel(), dtype=torch.bool)
+        .index_fill(0, score.reshape(-1).topk(k).indices, True)
+        .view(score.shape)
+    )
 
 
 def test_follows_the_signal_and_not_the_noise() -> None:
@@ -96,7 +100,9 @@ def test_refresh_keeps_moments_and_values() -> None:
         assert torch.equal(layer.weight[~trained], was[~trained])
         assert not torch.equal(layer.weight, was)
     held = [bank.where(i).tolist() for i in range(len(bank.sizes))]
-    moments = {k: t.clone() for k, t in session.optimizer.state[bank.values].items() if t.shape == bank.values.shape}
+    moments = {
+        k: t.clone() for k, t in session.optimizer.state[bank.values].items() if t.shape == bank.values.shape
+    }
     values, starts = [layer.weight.clone() for layer in layers], bank.bounds()
     session.run.step = 2
     with torch.no_grad():

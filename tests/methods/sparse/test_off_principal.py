@@ -71,6 +71,10 @@ def test_what_is_outside_the_mask_stays_to_the_bit() -> None:
     bank = session.states["method"]["bank"]
     contract.finish(session)
     for i, layer in enumerate(patched(session.model).values()):
-        trained = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill(0, bank.where(i).long(), True).view(layer.original.shape)
+        trained = (
+            torch.zeros(layer.original.numel(), dtype=torch.bool)
+            .index_fill(0, bank.where(i).long(), True)
+            .view(layer.original.shape)
+        )
         assert torch.equal(layer.weight[~trained], layer.original[~trained])
         assert not torch.equal(layer.weight[trained], layer.original[trained])

@@ -23,7 +23,12 @@ from finetune.training.session import Session, rate
 
 EACH = S2FT(v=0.5, o=0.5, u=0.2, d=0.3)
 SETTINGS = OptimizerConfig(lr=1e-2)
-WIDTH, GROUP, INNER, LAYERS = 8, 2, 48, 2  # of the tiny llama: columns of a head, queries a key, channels, blocks
+WIDTH, GROUP, INNER, LAYERS = (
+    8,
+    2,
+    48,
+    2,
+)  # of the tiny llama: columns of a head, queries a key, channels, blocks
 
 
 def started(method: S2FT, kind: Kind = "llama", seed: int = 0, model: Any = None) -> Session:
@@ -43,7 +48,9 @@ def masks(session: Session) -> dict[str, Tensor]:
     """Which entries of each weight are trained."""
     bank, found = bank_of(session), {}
     for i, (name, layer) in enumerate(patched(session.model).items()):
-        flat = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill_(0, bank.where(i).long(), True)
+        flat = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill_(
+            0, bank.where(i).long(), True
+        )
         found[name] = flat.view(layer.original.shape)
     return found
 
@@ -68,7 +75,11 @@ class Pair:
         both = [u for u in first if u in second]
         chosen = [*(u for u in first if u not in both), *both, *(u for u in second if u not in both)]
         start = len(first) - len(both)
-        return Pair(chosen + [u for u in range(count) if u not in chosen], slice(0, len(first)), slice(start, len(chosen)))
+        return Pair(
+            chosen + [u for u in range(count) if u not in chosen],
+            slice(0, len(first)),
+            slice(start, len(chosen)),
+        )
 
     def wide(self, size: int) -> Tensor:
         return torch.cat([torch.arange(u * size, (u + 1) * size) for u in self.order])
@@ -78,7 +89,9 @@ def scaled(part: slice, size: int) -> slice:
     return slice(part.start * size, part.stop * size)
 
 
-def permuted(model: nn.Module, found: dict[str, Tensor]) -> tuple[nn.Module, dict[str, tuple[Tensor, bool, slice]]]:
+def permuted(
+    model: nn.Module, found: dict[str, Tensor]
+) -> tuple[nn.Module, dict[str, tuple[Tensor, bool, slice]]]:
     """The model with permuted heads and channels; and by layer its order along the permuted side, whether that is rows, and the trained slice."""
     new, plan = copy.deepcopy(model), dict[str, tuple[Tensor, bool, slice]]()
     for block in range(LAYERS):
@@ -108,17 +121,29 @@ def test_training_equals_the_slices_of_a_permuted_model(monkeypatch: pytest.Monk
     model, plan = permuted(original, found)
     model.requires_grad_(False)
     tokens = torch.arange(1, 13).view(2, 6)
-    torch.testing.assert_close(model(input_ids=tokens).logits, original(input_ids=tokens).logits, atol=1e-12, rtol=0)
-    cached = model(input_ids=tokens[:, 5:], past_key_values=model(input_ids=tokens[:, :5], use_cache=True).past_key_values).logits
+    torch.testing.assert_close(
+        model(input_ids=tokens).logits, original(input_ids=tokens).logits, atol=1e-12, rtol=0
+    )
+    cached = model(
+        input_ids=tokens[:, 5:],
+        past_key_values=model(input_ids=tokens[:, :5], use_cache=True).past_key_values,
+    ).logits
     torch.testing.assert_close(cached, original(input_ids=tokens).logits[:, 5:], atol=1e-12, rtol=0)
-    slices = {n: torch.zeros_like(_part(model.get_submodule(n).weight, r, s)).requires_grad_() for n, (_, r, s) in plan.items()}
+    slices = {
+        n: torch.zeros_like(_part(model.get_submodule(n).weight, r, s)).requires_grad_()
+        for n, (_, r, s) in plan.items()
+    }
     optimizer = torch.optim.AdamW(list(slices.values()), weight_decay=0.0)
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
         batch = collate([contract.examples("llama")[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
-        fused = {f"{n}.weight": _fused(model.get_submodule(n).weight, t, *plan[n][1:]) for n, t in slices.items()}
+        fused = {
+            f"{n}.weight": _fused(model.get_submodule(n).weight, t, *plan[n][1:]) for n, t in slices.items()
+        }
         logits = functional_call(model, fused, kwargs=batch.inputs).logits
         optimizer.zero_grad()
-        nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED).backward()
+        nn.functional.cross_entropy(
+            logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+        ).backward()
         for group in optimizer.param_groups:
             group["lr"] = SETTINGS.lr * rate(SETTINGS, number, contract.STEPS)
         optimizer.step()
@@ -155,7 +180,11 @@ def test_counts_over_the_model_are_exact(kind: Kind) -> None:
     groups, queries, width = {"llama": (2, 2, 8), "vit": (2, 1, 16)}[kind]
     heads = int(0.5 * groups * LAYERS)
     up, down = int(0.2 * INNER * LAYERS), int(0.3 * INNER * LAYERS)
-    assert len(bank_of(session).values) == bank_of(session).active == 32 * (heads * width + heads * queries * width + up + down)
+    assert (
+        len(bank_of(session).values)
+        == bank_of(session).active
+        == 32 * (heads * width + heads * queries * width + up + down)
+    )
     found = masks(session)
     ends = {"llama": ("up_proj", "down_proj"), "vit": ("fc1", "fc2")}[kind]
     assert sum(len(rows(m)) for n, m in found.items() if n.endswith(ends[0])) == up
@@ -173,7 +202,11 @@ def test_fused_attention_trains_heads_of_the_last_third() -> None:
 def test_draws_are_over_the_model_and_of_the_seed() -> None:
     """Layers differ; every channel has the same chance; two seeds differ and one seed agrees."""
     session = started(S2FT(d=0.3))
-    first, counts, seen = torch.cat([m.T.all(1) for m in masks(session).values()]), set[int](), torch.zeros(LAYERS * INNER)
+    first, counts, seen = (
+        torch.cat([m.T.all(1) for m in masks(session).values()]),
+        set[int](),
+        torch.zeros(LAYERS * INNER),
+    )
     session.run.generator.manual_seed(0)
     for _ in range(300):
         session.current.begin(session.run, session.states["method"], None)
@@ -251,7 +284,9 @@ def test_layers_of_different_widths_have_room_for_the_largest_units() -> None:
 def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="all 0"):
         S2FT(d=0.0)
-    with pytest.raises(ConfigError, match=r"method\.d=0\.001 of the model's 96 channels is none; take 0\.01 or more"):
+    with pytest.raises(
+        ConfigError, match=r"method\.d=0\.001 of the model's 96 channels is none; take 0\.01 or more"
+    ):
         S2FT(d=0.001).build(contract.tiny("llama"))
     with pytest.raises(ConfigError, match=r"method\.v=0\.1 of the model's 4 heads is none"):
         S2FT(v=0.1).build(contract.tiny("llama"))

@@ -97,7 +97,12 @@ def test_narrowing_leaves_those_that_are_still_below_the_threshold(method: SaRA)
             moments = {name: state[name].clone() for name in ("exp_avg", "exp_avg_sq")}
             before, starts = weights(session), bank_of(session).bounds()
             expected = [p[w[p].abs() < theta] for p, w in zip(first, before, strict=True)]
-            kept = torch.cat([torch.isin(p, e).nonzero().view(-1) + a for p, e, a in zip(first, expected, starts, strict=False)])
+            kept = torch.cat(
+                [
+                    torch.isin(p, e).nonzero().view(-1) + a
+                    for p, e, a in zip(first, expected, starts, strict=False)
+                ]
+            )
             assert 0 < len(kept) < starts[-1]
             session.run.step = NARROWED
             session.current.before_step(session.run, session.states["method"])
@@ -128,9 +133,14 @@ def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
     model = contract.tiny().double()
     weight = model.get_submodule(LAYER).weight.detach()
     where = (weight.view(-1).float().abs() < THETA).nonzero().view(-1)
-    vector, frozen = weight.view(-1)[where].clone().requires_grad_(), torch.zeros(len(where), dtype=torch.bool)
+    vector, frozen = (
+        weight.view(-1)[where].clone().requires_grad_(),
+        torch.zeros(len(where), dtype=torch.bool),
+    )
     head = [p.detach().clone().requires_grad_() for p in model.classifier.parameters()]
-    optimizer = torch.optim.AdamW([{"params": [vector, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": [vector, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}]
+    )
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
         if number == NARROWED:
             frozen = vector.detach().float().abs() >= THETA
@@ -138,8 +148,14 @@ def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
         now = weight.view(-1).index_put((where,), vector).view_as(weight)
         batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
         swapped = {f"{LAYER}.weight": now, "classifier.weight": head[0], "classifier.bias": head[1]}
-        logits = functional_call(model, swapped, kwargs={"pixel_values": batch.inputs["pixel_values"].double()}).logits
-        alive = torch.zeros(weight.numel(), dtype=torch.float64).index_fill(0, where[~frozen], 1.0).view_as(weight)
+        logits = functional_call(
+            model, swapped, kwargs={"pixel_values": batch.inputs["pixel_values"].double()}
+        ).logits
+        alive = (
+            torch.zeros(weight.numel(), dtype=torch.float64)
+            .index_fill(0, where[~frozen], 1.0)
+            .view_as(weight)
+        )
         penalty = torch.linalg.matrix_norm(now * alive, "nuc")
         optimizer.zero_grad()
         (nn.functional.cross_entropy(logits, batch.labels) + 0.05 * penalty).backward()
@@ -159,15 +175,21 @@ def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
 
 
 @pytest.mark.parametrize("shape", [(9, 5), (5, 9), (7, 7)])
-def test_nuclear_norm_and_its_gradient_are_those_of_the_singular_value_decomposition(shape: tuple[int, int]) -> None:
+def test_nuclear_norm_and_its_gradient_are_those_of_the_singular_value_decomposition(
+    shape: tuple[int, int],
+) -> None:
     generator = torch.Generator().manual_seed(0)
-    where = torch.randperm(shape[0] * shape[1], generator=generator)[: shape[0] * shape[1] // 2 + 5].sort().values
+    where = (
+        torch.randperm(shape[0] * shape[1], generator=generator)[: shape[0] * shape[1] // 2 + 5].sort().values
+    )
     values = torch.randn(len(where), generator=generator, dtype=torch.float64, requires_grad=True)
     ours = nuclear_norm(values, where, torch.Size(shape))
     dense = torch.zeros(shape[0] * shape[1], dtype=torch.float64).index_put((where,), values).view(shape)
     theirs = torch.linalg.matrix_norm(dense, "nuc")
     torch.testing.assert_close(ours, theirs)
-    torch.testing.assert_close(torch.autograd.grad(ours, values)[0], torch.autograd.grad(theirs, values)[0], atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(
+        torch.autograd.grad(ours, values)[0], torch.autograd.grad(theirs, values)[0], atol=1e-6, rtol=1e-6
+    )
 
 
 def test_nuclear_norm_of_a_matrix_of_low_rank_has_no_slope_in_its_null_space() -> None:
@@ -194,8 +216,12 @@ def test_the_penalty_takes_one_matrix_a_step_and_reaches_its_values_alone() -> N
         (i,) = [i for i in range(len(bank.sizes)) if grad[bounds[i] : bounds[i + 1]].any()]
         hit.append(i)
         layer = list(patched(session.model).values())[i]
-        dense = torch.zeros(layer.original.numel()).index_copy(0, places(session)[i], originals(session)[i][places(session)[i]])
-        torch.testing.assert_close(loss, 0.3 * torch.linalg.matrix_norm(dense.view(layer.original.shape), "nuc"))
+        dense = torch.zeros(layer.original.numel()).index_copy(
+            0, places(session)[i], originals(session)[i][places(session)[i]]
+        )
+        torch.testing.assert_close(
+            loss, 0.3 * torch.linalg.matrix_norm(dense.view(layer.original.shape), "nuc")
+        )
         torch.rand(3, generator=session.run.generator)
         assert torch.equal(method.loss(session.run, session.states["method"], None), loss)
     assert len(set(hit)) > 4
@@ -214,7 +240,9 @@ def test_above_all_weights_it_is_adamw_on_everything() -> None:
     bare = contract.tiny().double().requires_grad_(False).train()
     matrices = [bare.get_submodule(name).weight.requires_grad_() for name in patched(session.model)]
     head = [p.requires_grad_() for p in bare.classifier.parameters()]
-    optimizer = torch.optim.AdamW([{"params": [*matrices, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}])
+    optimizer = torch.optim.AdamW(
+        [{"params": [*matrices, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}]
+    )
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
         batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
         optimizer.zero_grad()
@@ -233,8 +261,12 @@ def test_resumes_to_the_bit_on_both_sides_of_the_narrowing() -> None:
 
 def test_a_base_in_another_dtype_has_its_own_entries_and_is_rejected() -> None:
     session = started(SaRA(threshold=THETA))
-    half = contract.begin(SaRA(threshold=THETA), train=replace(UNCLIPPED, precision="bf16"), model=contract.tiny().bfloat16())
-    assert len(bank_of(half).values) == sum(int((w.bfloat16().float().abs() < THETA).sum()) for w in originals(session))
+    half = contract.begin(
+        SaRA(threshold=THETA), train=replace(UNCLIPPED, precision="bf16"), model=contract.tiny().bfloat16()
+    )
+    assert len(bank_of(half).values) == sum(
+        int((w.bfloat16().float().abs() < THETA).sum()) for w in originals(session)
+    )
     assert len(bank_of(half).values) != len(bank_of(session).values)
     with pytest.raises(RuntimeError, match="size mismatch"):
         half.states.load_state_dict(session.states.state_dict())

@@ -41,7 +41,10 @@ def test_exactly_k_entries_ever_differ_and_always_the_same() -> None:
         assert len(place) == layer.original.numel() - round(0.9 * layer.original.numel())
 
 
-@pytest.mark.parametrize(("size", "sparsity", "expected"), [((100, 10), 0.9, 100), ((100, 10), 0.99, 10), ((3, 1), 0.99, 1), ((10, 10), 0.0, 100)])
+@pytest.mark.parametrize(
+    ("size", "sparsity", "expected"),
+    [((100, 10), 0.9, 100), ((100, 10), 0.99, 10), ((3, 1), 0.99, 1), ((10, 10), 0.0, 100)],
+)
 def test_count_is_rounded_and_never_zero(size: tuple[int, int], sparsity: float, expected: int) -> None:
     model = nn.Sequential(nn.Linear(size[1], size[0]))
     state = SHiRA(sparsity=sparsity).build(model)
@@ -59,7 +62,9 @@ def test_change_has_high_rank() -> None:
     """The card: out = in = 256 and the budget of a LoRA of rank 4 gave rank 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
     bank = Bank([site], 4 * 512)
-    bank.place([torch.randperm(256 * 256, generator=torch.Generator().manual_seed(0))[: 4 * 512].sort().values])
+    bank.place(
+        [torch.randperm(256 * 256, generator=torch.Generator().manual_seed(0))[: 4 * 512].sort().values]
+    )
     bank.values.data.normal_(generator=torch.Generator().manual_seed(1))
     assert int(torch.linalg.matrix_rank(SparseDelta(bank, 0, site)(site.module.weight))) > 200
 
@@ -74,7 +79,10 @@ def changes(method: SHiRA) -> list[torch.Tensor]:
 @pytest.mark.parametrize("grain", ["element", "row", "column"])
 def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
     """The card's invariant 6: below a half."""
-    top, bottom = (places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain))) for d in ("largest", "smallest"))
+    top, bottom = (
+        places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain)))
+        for d in ("largest", "smallest")
+    )
     for a, b in zip(top, bottom, strict=True):
         assert len(a)
         assert not set(a.tolist()) & set(b.tolist())
@@ -83,11 +91,16 @@ def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
 def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
     """The card's invariant 8: S1^T S2 = 0 exactly. Adapters of single entries do interfere."""
     for grain in ("row", "element"):
-        first, second = (changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain)) for d in ("largest", "smallest"))
+        first, second = (
+            changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain))
+            for d in ("largest", "smallest")
+        )
         assert all(s.any() for s in [*first, *second])
         assert (grain == "row") == all(not (a.T @ b).any() for a, b in zip(first, second, strict=True))
         if grain == "row":
-            assert all(set(s.any(1).tolist()) == {False, True} and s[s.any(1)].all() for s in first), "whole rows, and not all of them"
+            assert all(set(s.any(1).tolist()) == {False, True} and s[s.any(1)].all() for s in first), (
+                "whole rows, and not all of them"
+            )
 
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
@@ -105,12 +118,18 @@ def test_vector_form_equals_gradient_masked_form(optimizer: str) -> None:
     masks = {}
     for i, (name, layer) in enumerate(patched(session.model).items()):
         weight = masked.get_submodule(name).weight.requires_grad_()
-        masks[name] = torch.zeros(weight.numel(), dtype=torch.float64).index_fill(0, bank.where(i).long(), 1.0).view_as(weight)
+        masks[name] = (
+            torch.zeros(weight.numel(), dtype=torch.float64)
+            .index_fill(0, bank.where(i).long(), 1.0)
+            .view_as(weight)
+        )
         assert layer.original.dtype == torch.float64
     weights = [masked.get_submodule(name).weight for name in masks]
     ours, theirs = OPTIMIZERS[optimizer]([bank.values]), OPTIMIZERS[optimizer](weights)
     x, y = torch.randn(8, 3, 16, 16, dtype=torch.float64), torch.arange(8) % 3
-    masked.classifier.load_state_dict({k: v.double() for k, v in session.model.classifier.state_dict().items()})
+    masked.classifier.load_state_dict(
+        {k: v.double() for k, v in session.model.classifier.state_dict().items()}
+    )
     for _ in range(5):
         for model, step in ((session.model, ours), (masked, theirs)):
             step.zero_grad()
@@ -162,4 +181,6 @@ def test_casting_a_model_leaves_the_indices_alone() -> None:
     session = started(SHiRA(sparsity=0.9))
     before = places(session)
     session.states.bfloat16()
-    assert all(torch.equal(a, b) and a.dtype == torch.int32 for a, b in zip(places(session), before, strict=True))
+    assert all(
+        torch.equal(a, b) and a.dtype == torch.int32 for a, b in zip(places(session), before, strict=True)
+    )

@@ -50,7 +50,9 @@ def drawn(number: int, seed: int) -> list[Crossing]:
     while len(found) < number:
         settings = {axis: dice.choice(options) for axis, options in AXES.items()}
         settings |= {"targets": ("attention",)} if settings["grain"] == "head" else {}
-        settings |= {"sparsity": 0.5} if settings["grain"] == "2:4" else {"sparsity": dice.choice([0.7, 0.95])}
+        settings |= (
+            {"sparsity": 0.5} if settings["grain"] == "2:4" else {"sparsity": dice.choice([0.7, 0.95])}
+        )
         settings |= {"rank": 4} if "rank" in SCORES[settings["score"]].uses else {}
         try:
             method = Crossing(**settings)

@@ -38,12 +38,18 @@ LR = 1e-2
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """SM3 where the criterion is ma."""
     criterion = getattr(request.node, "callspec", None) and request.node.callspec.params.get("criterion")
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(name="sm3" if criterion == "ma" else "adamw", lr=LR))
+    monkeypatch.setattr(
+        contract, "OPTIMIZER", OptimizerConfig(name="sm3" if criterion == "ma" else "adamw", lr=LR)
+    )
 
 
-def made(criterion: Any = "ag", sparsity: float = 0.9, targets: tuple[str, ...] = ("all",), **moves: Any) -> SpIEL:
+def made(
+    criterion: Any = "ag", sparsity: float = 0.9, targets: tuple[str, ...] = ("all",), **moves: Any
+) -> SpIEL:
     """Moves before the steps 2 and 5 of 6."""
-    return SpIEL(targets, criterion=criterion, sparsity=sparsity, schedule=DropGrow(every=3, **moves), window=2)
+    return SpIEL(
+        targets, criterion=criterion, sparsity=sparsity, schedule=DropGrow(every=3, **moves), window=2
+    )
 
 
 def places(bank: Bank) -> list[Tensor]:
@@ -93,7 +99,9 @@ def test_at_the_start_the_output_is_the_base_s_to_the_bit(criterion: str) -> Non
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize(("sparsity", "scope"), [(0.4, "matrix"), (0.9, "model")])
-def test_every_matrix_keeps_its_count_of_distinct_entries(criterion: str, sparsity: float, scope: Any) -> None:
+def test_every_matrix_keeps_its_count_of_distinct_entries(
+    criterion: str, sparsity: float, scope: Any
+) -> None:
     """Invariant 2; the first choice may differ in number between matrices."""
     session = contract.begin(replace(made(criterion, sparsity), scope=scope))
     session.start()
@@ -113,12 +121,18 @@ def test_a_move_changes_the_weights_only_where_entries_are_dropped(criterion: st
     """Invariants 3 and 4."""
     session, bank, move = before_move(made(criterion, rate=0.9), step)
     layers = list(patched(session.model).values())
-    before, old, values = [layer.weight.clone() for layer in layers], places(bank), [bank.slice(i).detach().clone() for i in range(len(bank.sizes))]
+    before, old, values = (
+        [layer.weight.clone() for layer in layers],
+        places(bank),
+        [bank.slice(i).detach().clone() for i in range(len(bank.sizes))],
+    )
     move()
     for i, layer in enumerate(layers):
         stays = torch.isin(old[i], bank.where(i))
         dropped = old[i][~stays].long()
-        expected = before[i].flatten().index_copy(0, dropped, layer.original.reshape(-1)[dropped]).view_as(before[i])
+        expected = (
+            before[i].flatten().index_copy(0, dropped, layer.original.reshape(-1)[dropped]).view_as(before[i])
+        )
         assert torch.equal(layer.weight, expected)
         assert bool((values[i][stays] != 0).any()) or criterion == "ma" or step == 2
         grown = bank.slice(i)[~torch.isin(bank.where(i), old[i])]
@@ -154,8 +168,14 @@ def test_after_the_first_move_the_entries_are_the_candidates(micro: int | None) 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_share_of_later_swaps_falls_linearly(criterion: str) -> None:
     """Invariant 5: all at first, then rate * (1 - step / steps), rounded down; under another decay never all."""
-    method = SpIEL(("q", "down"), criterion=criterion, sparsity=0.7, schedule=DropGrow(every=2, rate=0.8), window=1)  # type: ignore[arg-type]
-    for decay, shares in (("linear", {1: 1.0, 3: 0.4, 5: 0.8 / 6}), ("constant", {1: 0.8, 3: 0.8, 5: 0.8}), ("cosine", {3: 0.4})):
+    method = SpIEL(
+        ("q", "down"), criterion=criterion, sparsity=0.7, schedule=DropGrow(every=2, rate=0.8), window=1
+    )  # type: ignore[arg-type]
+    for decay, shares in (
+        ("linear", {1: 1.0, 3: 0.4, 5: 0.8 / 6}),
+        ("constant", {1: 0.8, 3: 0.8, 5: 0.8}),
+        ("cosine", {3: 0.4}),
+    ):
         session = contract.begin(replace(method, schedule=replace(method.schedule, decay=decay)))
         bank, before = session.states["method"]["bank"], []
         for step in session.steps():
@@ -164,7 +184,9 @@ def test_the_share_of_later_swaps_falls_linearly(criterion: str) -> None:
                 gone = [int((~torch.isin(a, b)).sum()) for a, b in zip(before, places(bank), strict=True)]
                 counts = [int(share * len(a) + 1e-9) for a in before]
                 if criterion == "ma":
-                    assert gone == [min(n, size - len(a)) for n, a, size in zip(counts, before, bank.sizes, strict=True)]
+                    assert gone == [
+                        min(n, size - len(a)) for n, a, size in zip(counts, before, bank.sizes, strict=True)
+                    ]
                 else:
                     assert all(found <= n for found, n in zip(gone, counts, strict=True))
                     assert sum(gone) > 0.3 * sum(counts)
@@ -178,9 +200,21 @@ def test_what_is_offered_and_grown_stays_and_too_few_candidates_swap_the_smalles
         return lambda kept, n: torch.tensor([i for i in index if i not in kept][:n])
 
     assert swap(where, change, 0.6, grow(1, 3, 4)).tolist() == [1, 3, 4, 8, 9]  # 5, 7 and 2 go
-    assert swap(where, change, 0.6, grow(8, 1, 5, 3)).tolist() == [1, 3, 5, 8, 9]  # 8 is kept anyway; 5 goes and comes
+    assert swap(where, change, 0.6, grow(8, 1, 5, 3)).tolist() == [
+        1,
+        3,
+        5,
+        8,
+        9,
+    ]  # 8 is kept anyway; 5 goes and comes
     assert swap(where, change, 0.6, grow(1)).tolist() == [1, 2, 7, 8, 9]  # only 5, the smallest
-    assert swap(where, change, 0.6, grow(5, 1)).tolist() == [1, 2, 5, 8, 9]  # one new one: 7 goes, as 5 comes back
+    assert swap(where, change, 0.6, grow(5, 1)).tolist() == [
+        1,
+        2,
+        5,
+        8,
+        9,
+    ]  # one new one: 7 goes, as 5 comes back
     assert swap(where, change, 0.6, grow()).tolist() == where.tolist()
     assert swap(where, change, 0.59, grow(1, 3, 4)).tolist() == [1, 2, 3, 8, 9]
     assert swap(where, change, 1.0, grow(6, 0, 1, 3, 4)).tolist() == [0, 1, 3, 4, 6]
@@ -205,7 +239,9 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
     for i, name in enumerate(patched(session.model)):
         wanted = plain.get_submodule(name).weight.grad.view(-1)[bank.where(i).long()]
         for grad in found:
-            torch.testing.assert_close(grad[bank.bounds()[i] : bank.bounds()[i + 1]], wanted, rtol=1e-9, atol=1e-12)
+            torch.testing.assert_close(
+                grad[bank.bounds()[i] : bank.bounds()[i + 1]], wanted, rtol=1e-9, atol=1e-12
+            )
 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
@@ -219,21 +255,29 @@ def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest
     for module in (*plain.modules(), *session.model.modules()):
         if isinstance(module, nn.Dropout):
             module.p = 0.0
-    trained = [plain.get_submodule(name).weight for name in patched(session.model)] + (list(plain.classifier.parameters()) if kind == "vit" else [])
+    trained = [plain.get_submodule(name).weight for name in patched(session.model)] + (
+        list(plain.classifier.parameters()) if kind == "vit" else []
+    )
     optimizer = torch.optim.AdamW([p.requires_grad_() for p in trained], weight_decay=0.0)
-    for step, (micro, _) in enumerate(zip(session.batches.steps(0, contract.STEPS), session.steps(), strict=True)):
+    for step, (micro, _) in enumerate(
+        zip(session.batches.steps(0, contract.STEPS), session.steps(), strict=True)
+    ):
         batch = micro[0]
         assert batch
         logits = plain(**batch.inputs).logits
         labels = batch.labels if kind == "vit" else batch.labels[:, 1:]
         optimizer.zero_grad()
-        F.cross_entropy(*((logits, labels) if kind == "vit" else (logits[:, :-1].flatten(0, 1), labels.flatten()))).backward()
+        F.cross_entropy(
+            *((logits, labels) if kind == "vit" else (logits[:, :-1].flatten(0, 1), labels.flatten()))
+        ).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.param_groups[0]["lr"] = LR * rate(contract.OPTIMIZER, step, contract.STEPS)
         optimizer.step()
         for name, layer in patched(session.model).items():
             weight = plain.get_submodule(name).weight
-            torch.testing.assert_close(layer.weight, weight.T if layer.transposed else weight, rtol=1e-6, atol=1e-7)
+            torch.testing.assert_close(
+                layer.weight, weight.T if layer.transposed else weight, rtol=1e-6, atol=1e-7
+            )
     bank = session.states["method"]["bank"]
     assert session.optimizer.state[bank.values]["step"].unique().tolist() == [contract.STEPS]
 
@@ -257,7 +301,11 @@ class Dense:
         self.m[a] = 0.9 * self.m[a] + 0.1 * grad[a]
         self.v[a] = 0.999 * self.v[a] + 0.001 * grad[a] ** 2
         self.change[a] -= lr * decay * self.change[a]
-        self.change[a] -= lr * (self.m[a] / (1 - 0.9 ** self.age[a])) / ((self.v[a] / (1 - 0.999 ** self.age[a])).sqrt() + 1e-8)
+        self.change[a] -= (
+            lr
+            * (self.m[a] / (1 - 0.9 ** self.age[a]))
+            / ((self.v[a] / (1 - 0.999 ** self.age[a])).sqrt() + 1e-8)
+        )
 
     def select(self, share: float) -> None:
         active = self.active.nonzero().view(-1).tolist()
@@ -278,12 +326,18 @@ class Dense:
             self.v[i] = (g**2).mean() * (1 - 0.999 ** len(g))
 
 
-def simulated(session: Session, sites: dict[str, Dense], every: int, window: int, share: float, decay: float) -> Iterator[None]:
+def simulated(
+    session: Session, sites: dict[str, Dense], every: int, window: int, share: float, decay: float
+) -> Iterator[None]:
     """Train the plain model beside the session, a step at a time, and yield after each."""
     plain, total = contract.tiny().double().train(), contract.STEPS
     base = {name: plain.get_submodule(name).weight.detach().flatten().clone() for name in sites}
     head = torch.optim.AdamW(
-        [{"params": [plain.classifier.weight], "weight_decay": decay}, {"params": [plain.classifier.bias], "weight_decay": 0.0}], lr=LR
+        [
+            {"params": [plain.classifier.weight], "weight_decay": decay},
+            {"params": [plain.classifier.bias], "weight_decay": 0.0},
+        ],
+        lr=LR,
     )
     for step, micro in enumerate(session.batches.steps(0, total)):
         if step % every == window:
@@ -296,7 +350,9 @@ def simulated(session: Session, sites: dict[str, Dense], every: int, window: int
             for name, site in sites.items():
                 weight = plain.get_submodule(name).weight
                 weight.data.copy_((base[name] + site.change).view_as(weight))
-            (F.cross_entropy(plain(**batch.inputs).logits, batch.labels, reduction="sum") / counted).backward()
+            (
+                F.cross_entropy(plain(**batch.inputs).logits, batch.labels, reduction="sum") / counted
+            ).backward()
             for name, site in sites.items():
                 if step % every == 0 and part == 0:
                     site.open(plain.get_submodule(name).weight.grad.flatten())
@@ -312,11 +368,15 @@ def simulated(session: Session, sites: dict[str, Dense], every: int, window: int
 
 
 @pytest.mark.parametrize(("micro", "sparsity"), [(None, 0.5), (3, 0.97)])
-def test_two_whole_cycles_equal_a_dense_model_with_masks(micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_whole_cycles_equal_a_dense_model_with_masks(
+    micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Candidates, sums over micro-batches and steps, both moves, seeds, ages and decay: the same entries, values to 1e-6."""
     monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(lr=LR, weight_decay=0.3))
     train = replace(contract.TRAIN, micro_batch_size=micro, clip=None)
-    session = contract.begin(made(sparsity=sparsity, targets=("q", "down"), rate=0.9), train=train, model=contract.tiny().double())
+    session = contract.begin(
+        made(sparsity=sparsity, targets=("q", "down"), rate=0.9), train=train, model=contract.tiny().double()
+    )
     session.start()
     session.states.double()
     bank = session.states["method"]["bank"]
@@ -359,18 +419,28 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
 
 
 @pytest.mark.parametrize("step", [2, 5])
-def test_ma_grows_the_largest_products_of_sm3_s_accumulators(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ma_grows_the_largest_products_of_sm3_s_accumulators(
+    step: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(name="sm3", lr=LR))
     session, bank, move = before_move(made("ma", rate=0.9), step)
-    state, old, values = session.optimizer.state[bank.values], places(bank), [bank.slice(i).detach().clone() for i in range(len(bank.sizes))]
+    state, old, values = (
+        session.optimizer.state[bank.values],
+        places(bank),
+        [bank.slice(i).detach().clone() for i in range(len(bank.sizes))],
+    )
     held = {name: t.clone() for name, t in state.items()}
     move()
     assert all(torch.equal(held[name], t) for name, t in state.items()), "accumulators stay"
     for i, shape in enumerate(bank.shapes):
-        scores = torch.outer(state[f"row.{i}"].view(-1).double(), state[f"col.{i}"].view(-1).double()).flatten()
+        scores = torch.outer(
+            state[f"row.{i}"].view(-1).double(), state[f"col.{i}"].view(-1).double()
+        ).flatten()
         n = len(old[i]) if step == 2 else int(0.9 * (1 - 5 / 6) * len(old[i]))
         gone = set(old[i][values[i].abs().argsort(stable=True)[:n]].tolist())
-        free = sorted(set(range(shape[0] * shape[1])) - set(old[i].tolist()), key=lambda j: (-float(scores[j]), j))
+        free = sorted(
+            set(range(shape[0] * shape[1])) - set(old[i].tolist()), key=lambda j: (-float(scores[j]), j)
+        )
         assert set(bank.where(i).tolist()) == (set(old[i].tolist()) - gone) | set(free[:n])
 
 
@@ -394,7 +464,10 @@ def test_a_window_that_would_end_with_the_run_is_not_begun() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_resumes_to_the_bit_with_micro_batches_and_kept_entries(criterion: str) -> None:
-    contract.check_resume(lambda: made(criterion, targets=("q", "down"), dropped="kept"), train=replace(contract.TRAIN, micro_batch_size=3))
+    contract.check_resume(
+        lambda: made(criterion, targets=("q", "down"), dropped="kept"),
+        train=replace(contract.TRAIN, micro_batch_size=3),
+    )
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -408,7 +481,9 @@ def test_under_ist_resting_blocks_keep_entries_without_candidates(criterion: str
         ages = session.optimizer.state[bank.values]["step"]
         assert 1 < len(ages.unique()) <= contract.STEPS
         assert float(ages.max()) <= contract.STEPS
-    assert [len(bank.where(i)) for i in range(len(bank.sizes))] == [size - round(0.9 * size) for size in bank.sizes]
+    assert [len(bank.where(i)) for i in range(len(bank.sizes))] == [
+        size - round(0.9 * size) for size in bank.sizes
+    ]
 
 
 def test_a_checkpoint_of_a_move_gone_wrong_can_be_gone_on_from(tmp_path: Any) -> None:
@@ -420,7 +495,9 @@ def test_a_checkpoint_of_a_move_gone_wrong_can_be_gone_on_from(tmp_path: Any) ->
     other = contract.begin(made())
     checkpoint.load(tmp_path / "c", other)
     next(other.steps())
-    assert all(torch.equal(a, b) for a, b in zip(places(bank), places(other.states["method"]["bank"]), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(places(bank), places(other.states["method"]["bank"]), strict=True)
+    )
 
 
 def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
@@ -429,12 +506,17 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
     bank.place([torch.arange(k) for k in (3, 2)])
     size, found = bank.sizes[0], []
     for scale in (1.0, 1024.0):
-        run: Any = SimpleNamespace(agree=lambda t: t, optimizer=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale)))
+        run: Any = SimpleNamespace(
+            agree=lambda t: t,
+            optimizer=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale)),
+        )
         candidates = Candidates(2)
         candidates.resize(len(bank.values))
         for step, bad in enumerate((True, False, False)):
             candidates.begin_step(bank)
-            x = torch.randn(size, generator=torch.Generator().manual_seed(step)) * (float("inf") if bad else scale)
+            x = torch.randn(size, generator=torch.Generator().manual_seed(step)) * (
+                float("inf") if bad else scale
+            )
             candidates.see(run, bank, 0, SimpleNamespace(dense=x.view(bank.shapes[0])))  # type: ignore[arg-type]
             candidates.end_step(run)
         found.append(candidates.of(bank, 0))
@@ -451,7 +533,9 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
 def test_what_cannot_mean_anything_is_refused() -> None:
     for fault, settings in {
         "schedule=static does not say when": {"schedule": Static()},
-        "method.window=5 must end before its period does; take less than schedule.every=5": {"schedule": DropGrow(every=5)},
+        "method.window=5 must end before its period does; take less than schedule.every=5": {
+            "schedule": DropGrow(every=5)
+        },
         "method.grain=row: entries are dropped": {"grain": "row"},
         "method.score=change is 0 everywhere": {"score": "change"},
     }.items():

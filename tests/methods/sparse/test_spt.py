@@ -23,7 +23,9 @@ from finetune.storage import delta as stored
 from finetune.testing import contract
 from finetune.training.session import Session
 
-BOTH = SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2)  # of the tiny model some matrices get a branch, some entries
+BOTH = SPT(
+    sparsity=0.9, rank=4, alpha=4.0, batches=2
+)  # of the tiny model some matrices get a branch, some entries
 
 
 def started(method: SPT, seed: int = 0) -> Session:
@@ -53,7 +55,9 @@ def batches(session: Session, count: int) -> list[Any]:
     return [collate([contract.examples()[int(i)] for i in micro[0].ids]) for micro in steps]  # type: ignore[union-attr]
 
 
-def tried(scores: list[Tensor], branches: list[int], alpha: float, budget: int) -> tuple[list[list[int]], list[bool], int]:
+def tried(
+    scores: list[Tensor], branches: list[int], alpha: float, budget: int
+) -> tuple[list[list[int]], list[bool], int]:
     """The rule at every tau: the places of each site's entries, which sites get a branch, and the cost, at the largest tau within the budget."""
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     site = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
@@ -64,7 +68,10 @@ def tried(scores: list[Tensor], branches: list[int], alpha: float, budget: int) 
     tau = int((cost <= budget).nonzero().max())
     entries = order[:tau].sort().values
     starts = [sum(len(s) for s in scores[:i]) for i in range(len(scores))]
-    own = [[] if structured[tau, i] else (entries[site[entries] == i] - start).tolist() for i, start in enumerate(starts)]
+    own = [
+        [] if structured[tau, i] else (entries[site[entries] == i] - start).tolist()
+        for i, start in enumerate(starts)
+    ]
     return own, structured[tau].tolist(), int(cost[tau])
 
 
@@ -78,15 +85,23 @@ def test_division_is_that_of_the_best_tau(seed: int) -> None:
     levels = 6 if seed % 2 else 10**6
     scores = [torch.randint(0, levels, (n,), generator=generator).float() for n in sizes]
     limits = [math.ceil(p / alpha) for p in branches]
-    at = [s.sort(descending=True, stable=True).indices[:limit].sort().values for s, limit in zip(scores, limits, strict=True)]
+    at = [
+        s.sort(descending=True, stable=True).indices[:limit].sort().values
+        for s, limit in zip(scores, limits, strict=True)
+    ]
     chosen, structured = divide([s[a] for s, a in zip(scores, at, strict=True)], limits, branches, budget)
     entries, expected, cost = tried(scores, branches, alpha, budget)
     assert structured.tolist() == expected
     assert [a[c].tolist() for a, c in zip(at, chosen, strict=True)] == entries
-    assert sum(int(c.sum()) for c in chosen) + sum(p for p, s in zip(branches, expected, strict=True) if s) == cost
+    assert (
+        sum(int(c.sum()) for c in chosen) + sum(p for p, s in zip(branches, expected, strict=True) if s)
+        == cost
+    )
 
 
-@pytest.mark.parametrize("method", [BOTH, replace(BOTH, alpha=1.0, sparsity=0.7), replace(BOTH, batches=1, rank=1)])
+@pytest.mark.parametrize(
+    "method", [BOTH, replace(BOTH, alpha=1.0, sparsity=0.7), replace(BOTH, batches=1, rank=1)]
+)
 def test_selection_is_global_over_the_squared_gradients_of_batches(method: SPT) -> None:
     session, model = started(method), contract.tiny().requires_grad_(False)
     names = list(patched(session.model))
@@ -125,14 +140,18 @@ def test_a_matrix_has_a_branch_or_entries_and_the_branch_starts_at_nothing() -> 
 def test_gradients_are_the_dense_one_gathered_and_by_the_chain_rule() -> None:
     session = started(BOTH)
     bank, names = bank_of(session), list(patched(session.model))
-    bank.values.data[: bank.active] += 0.05 * torch.randn(bank.active, generator=torch.Generator().manual_seed(0))
+    bank.values.data[: bank.active] += 0.05 * torch.randn(
+        bank.active, generator=torch.Generator().manual_seed(0)
+    )
     plain = contract.tiny().requires_grad_(False)
     for name, layer in patched(session.model).items():
         plain.get_submodule(name).weight.data = layer.weight
     (batch,) = batches(session, 1)
     dense = gradients(plain, names, batch)
     session.model.eval()
-    nn.functional.cross_entropy(session.model(pixel_values=batch.inputs["pixel_values"]).logits, batch.labels).backward()
+    nn.functional.cross_entropy(
+        session.model(pixel_values=batch.inputs["pixel_values"]).logits, batch.labels
+    ).backward()
     assert bank.values.grad is not None
     for i, (view, g) in enumerate(zip(session.states["method"]["views"], dense, strict=True)):
         found = bank.values.grad[bank.bounds()[i] : bank.bounds()[i + 1]]
@@ -147,7 +166,9 @@ def test_gradients_are_the_dense_one_gathered_and_by_the_chain_rule() -> None:
 
 def test_entries_that_were_not_chosen_never_change_and_branches_have_their_rank() -> None:
     session = contract.finish(started(BOTH))
-    for place, (name, layer), view in zip(places(session), patched(session.model).items(), session.states["method"]["views"], strict=True):
+    for place, (name, layer), view in zip(
+        places(session), patched(session.model).items(), session.states["method"]["views"], strict=True
+    ):
         base = contract.tiny().get_submodule(name).weight
         changed = (layer.weight != base).view(-1).nonzero().view(-1)
         if view.additive:
@@ -157,7 +178,9 @@ def test_entries_that_were_not_chosen_never_change_and_branches_have_their_rank(
     assert not bank_of(session).values[bank_of(session).active :].any()
 
 
-def chosen_with(session: Session, upcoming: list[list[Any]], factor: float = 1.0) -> tuple[list[list[int]], list[bool]]:
+def chosen_with(
+    session: Session, upcoming: list[list[Any]], factor: float = 1.0
+) -> tuple[list[list[int]], list[bool]]:
     """What another look at these micro-batches chooses, with the loss scaled."""
 
     def backward(batch: Any, micro: list[Any], summed: bool) -> None:
@@ -183,7 +206,9 @@ def test_scale_and_order_of_batches_do_not_matter_and_their_division_does() -> N
     assert chosen_with(session, [[halves[0]], [halves[1]], [second]]) != plain
 
 
-@pytest.mark.parametrize("make", [lambda: BOTH, lambda: replace(BOTH, sparsity=0.999), lambda: replace(BOTH, sparsity=0.0)])
+@pytest.mark.parametrize(
+    "make", [lambda: BOTH, lambda: replace(BOTH, sparsity=0.999), lambda: replace(BOTH, sparsity=0.0)]
+)
 def test_comes_back_from_disk_whatever_the_seed(make: Callable[[], SPT], tmp_path: Path) -> None:
     """Entries alone, both, and branches alone."""
     session, other = contract.finish(started(make())), started(make(), seed=5)
@@ -210,7 +235,9 @@ def test_a_resting_site_rests_with_its_branch() -> None:
     rest = bank.structured.tolist().index(True)
     bank.frozen[rest] = True
     (batch,) = batches(session, 1)
-    nn.functional.cross_entropy(session.model(pixel_values=batch.inputs["pixel_values"]).logits, batch.labels).backward()
+    nn.functional.cross_entropy(
+        session.model(pixel_values=batch.inputs["pixel_values"]).logits, batch.labels
+    ).backward()
     assert bank.values.grad is not None
     for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
         assert bank.values.grad[a:b].any() == (i != rest and b > a)
@@ -230,14 +257,18 @@ def test_class_token_is_trained_outside_the_budget() -> None:
 def test_room_is_no_more_than_can_ever_be_trained() -> None:
     sizes = [layer.original.shape for layer in patched(started(BOTH).model).values()]
     assert len(bank_of(started(replace(BOTH, sparsity=0.0))).values) == sum(4 * sum(shape) for shape in sizes)
-    whole = started(replace(BOTH, sparsity=0.0, rank=32, alpha=1.0))  # a branch would be larger than the matrix, and is never reached
+    whole = started(
+        replace(BOTH, sparsity=0.0, rank=32, alpha=1.0)
+    )  # a branch would be larger than the matrix, and is never reached
     assert bank_of(whole).active == len(bank_of(whole).values) == sum(shape.numel() for shape in sizes)
     assert all(isinstance(view, MixedDelta) and not view.additive for view in whole.states["method"]["views"])
 
 
 def test_branches_are_no_sparse_change_that_could_be_added_to_another() -> None:
     sparse, mixed = (started(replace(BOTH, class_token=False, sparsity=s)) for s in (0.999, 0.9))
-    changes = sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse)))  # type: ignore[arg-type]
+    changes = sparse_changes(
+        SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse))
+    )  # type: ignore[arg-type]
     assert sum(len(c.values) for c in changes.values()) == bank_of(sparse).active
     with pytest.raises(ConfigError, match="it stores MixedDelta"):
         sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=mixed))  # type: ignore[arg-type]

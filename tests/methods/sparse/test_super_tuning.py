@@ -22,7 +22,13 @@ def test_the_largest_of_each_matrix() -> None:
     session = contract.begin(SuperTuning(sparsity=0.9))
     for chosen, layer in zip(found, patched(session.model).values(), strict=True):
         size = layer.original.numel()
-        assert chosen == set(layer.original.abs().reshape(-1).sort(descending=True, stable=True).indices[: size - round(0.9 * size)].tolist())
+        assert chosen == set(
+            layer.original.abs()
+            .reshape(-1)
+            .sort(descending=True, stable=True)
+            .indices[: size - round(0.9 * size)]
+            .tolist()
+        )
 
 
 def test_top_and_bottom_are_disjoint() -> None:
@@ -48,4 +54,6 @@ def test_supra_adds_a_branch_of_its_rank() -> None:
         assert branch.scale == 2.0
         change = branch.scale * branch.b @ branch.a
         assert int(torch.linalg.matrix_rank(change)) == 2
-        torch.testing.assert_close(rest, change.reshape(-1).index_fill(0, bank.where(i).long(), 0.0), atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(
+            rest, change.reshape(-1).index_fill(0, bank.where(i).long(), 0.0), atol=1e-6, rtol=1e-5
+        )

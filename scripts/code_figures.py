@@ -1,0 +1,218 @@
+"""Measure the code: sizes, density, import circles. ``python scripts/code_figures.py [--by-folder] [--root DIR] [--json]``.
+
+DIR is any checkout of this project, so two commits can be compared by the same ruler. Nothing is imported.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+WIDTH = 110
+COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
+# Classes that a method attaches or is; outside of core and methods nobody may ask for one of them by its class.
+CONCRETE = {
+    "Bank", "InPlace", "Kernel", "Kernelized", "LowRank", "Mixed", "MixedDelta", "Patched", "Reparam", "Restorable", "Sparse", "SparseDelta",
+}  # fmt: skip
+INTERNAL = ("hydra._internal", "accelerate.state", "accelerate.commands")
+
+
+@dataclass
+class Measured:
+    """Counts over some files."""
+
+    files: int = 0
+    lines: int = 0
+    long: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    places: dict[str, list[str]] = field(default_factory=dict)
+
+    def add(self, kind: str, place: str) -> None:
+        """Count one occurrence of ``kind`` and remember where it is."""
+        self.counts[kind] += 1
+        self.places.setdefault(kind, []).append(place)
+
+    def per_thousand(self, kind: str) -> float:
+        """Occurrences of ``kind`` in a thousand lines."""
+        return 1000 * self.counts[kind] / max(1, self.lines)
+
+
+def is_choosing(node: ast.AST) -> bool:
+    """Tell whether ``a and b or c`` stands for ``b if a else c``."""
+    if not isinstance(node, ast.BoolOp) or not isinstance(node.op, ast.Or):
+        return False
+    return any(isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And) for value in node.values[:-1])
+
+
+def asks_for_class(node: ast.AST) -> bool:
+    """Tell whether an expression asks for a concrete part or method: isinstance, hasattr, or the name of a class."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
+        named = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+        if node.func.id in ("isinstance", "issubclass"):
+            return bool(named & CONCRETE)
+        return node.func.id == "hasattr" and "config" not in ast.unparse(node.args[0])
+    if isinstance(node, ast.Compare):
+        sides = [node.left, *node.comparators]
+        names = any(isinstance(side, ast.Attribute) and side.attr == "__name__" for side in sides)
+        return names and not any(
+            isinstance(side, ast.Constant) and side.value == "__main__" for side in sides
+        )
+    return False
+
+
+def measure_file(path: Path, label: str, total: Measured) -> None:
+    """Add one file to ``total``."""
+    text = path.read_text(encoding="utf-8")
+    rows = text.splitlines()
+    total.files += 1
+    total.lines += len(rows)
+    for number, row in enumerate(rows, 1):
+        if len(row) > WIDTH:
+            total.long += 1
+            total.places.setdefault("long lines", []).append(f"{label}:{number}")
+    outside = not label.startswith(("finetune/core/", "finetune/methods/"))
+    for node in ast.walk(ast.parse(text)):
+        place = f"{label}:{getattr(node, 'lineno', 0)}"
+        called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        if isinstance(node, COMPREHENSIONS) or called in ("map", "filter"):
+            total.add("comprehensions", place)
+        elif isinstance(node, ast.IfExp) or is_choosing(node):
+            total.add("ternaries", place)
+        if outside and asks_for_class(node):
+            total.add("isinstance", place)
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(INTERNAL):
+            for name in node.names:
+                total.add("internal names", f"{place} {node.module}.{name.name}")
+
+
+def modules(root: Path) -> dict[str, Path]:
+    """Every module of the package by its dotted name."""
+    found = {}
+    for path in sorted((root / "finetune").rglob("*.py")):
+        parts = path.relative_to(root).with_suffix("").parts
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+def imports_of(path: Path, root: Path, known: set[str]) -> set[str]:
+    """The modules of this package that a file imports: at its top, inside functions and for type checking alike."""
+    folder = list(path.relative_to(root).parent.parts)
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            above = folder[: len(folder) - node.level + 1] if node.level else []
+            source = ".".join([*above, *filter(None, [node.module])])
+            for name in node.names:
+                full = f"{source}.{name.name}"
+                found.add(full if full in known else source)
+    return found & known
+
+
+def import_graph(root: Path) -> dict[str, set[str]]:
+    """For every module the modules that it imports."""
+    known = modules(root)
+    return {name: imports_of(path, root, set(known)) - {name} for name, path in known.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """The groups of nodes that reach each other, each sorted (strongly connected components of more than one node)."""
+    reach: dict[str, set[str]] = {}
+    for start in graph:
+        seen, waiting = set(), [start]
+        while waiting:
+            for target in graph.get(waiting.pop(), ()):
+                if target not in seen:
+                    seen.add(target)
+                    waiting.append(target)
+        reach[start] = seen
+    found = []
+    for name in graph:
+        circle = sorted(other for other in reach[name] if name in reach.get(other, ()))
+        if len(circle) > 1 and circle not in found:
+            found.append(circle)
+    return found
+
+
+def folder_of(module: str) -> str:
+    """The folder or top-level module right below the package."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+def folder_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """The same graph between the folders of the package."""
+    found: dict[str, set[str]] = {}
+    for module, targets in graph.items():
+        here = folder_of(module)
+        found.setdefault(here, set()).update(folder_of(target) for target in targets)
+        found[here].discard(here)
+    return found
+
+
+def collect(root: Path) -> tuple[Measured, dict[str, Measured], dict[str, Any]]:
+    """All figures of a checkout: in total, by folder, and of its imports."""
+    total, by_folder = Measured(), dict[str, Measured]()
+    for name, path in modules(root).items():
+        label = path.relative_to(root).as_posix()
+        measure_file(path, label, total)
+        measure_file(path, label, by_folder.setdefault(folder_of(name), Measured()))
+    graph = import_graph(root)
+    facts = {
+        "circles of modules": circles(graph),
+        "circles of folders": circles(folder_graph(graph)),
+        "files at the top level": len(list((root / "finetune").glob("*.py"))),
+    }
+    return total, by_folder, facts
+
+
+def main() -> None:
+    """Print the figures."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--by-folder", action="store_true", help="also a line a folder")
+    parser.add_argument(
+        "--where", choices=["long lines", "comprehensions", "ternaries", "isinstance", "internal names"]
+    )
+    parser.add_argument("--json", action="store_true")
+    given = parser.parse_args()
+    total, by_folder, facts = collect(given.root)
+    if given.where:
+        print(*total.places.get(given.where, []), sep="\n")
+        return
+    figures = {
+        "files": total.files,
+        "lines": total.lines,
+        f"lines over {WIDTH} characters": total.long,
+        "comprehensions a thousand lines": round(total.per_thousand("comprehensions"), 1),
+        "ternaries a thousand lines": round(total.per_thousand("ternaries"), 1),
+        "isinstance outside core and methods": total.counts["isinstance"],
+        "internal names of hydra and accelerate": total.counts["internal names"],
+        "import circles of modules": len(facts["circles of modules"]),
+        "import circles of folders": len(facts["circles of folders"]),
+        "files at the package's top level": facts["files at the top level"],
+    }
+    if given.json:
+        print(
+            json.dumps(
+                figures | {"circles": facts["circles of modules"] + facts["circles of folders"]}, indent=2
+            )
+        )
+        return
+    for name, value in figures.items():
+        print(f"{value:>8}  {name}")
+    if given.by_folder:
+        print(f"\n{'folder':<12}{'files':>6}{'lines':>7}{'long':>6}{'comp.':>7}{'tern.':>7}")
+        for name, part in sorted(by_folder.items()):
+            density = f"{part.per_thousand('comprehensions'):>7.1f}{part.per_thousand('ternaries'):>7.1f}"
+            print(f"{name:<12}{part.files:>6}{part.lines:>7}{part.long:>6}{density}")
+
+
+if __name__ == "__main__":
+    main()
