@@ -97,8 +97,8 @@ def models(folder: Path) -> None:
 
 def train(name: str) -> None:
     """Train one run in the working directory; the unfinished one kills this process."""
-    from finetune.config import load
-    from finetune.train import run
+    from finetune.config.load import load
+    from finetune.training import run
 
     def progress(done: int, steps: int, words: str) -> None:
         if name == "unfinished" and done == KILLED:
@@ -134,7 +134,7 @@ def machine() -> dict[str, str]:
 
 def record(name: str) -> dict[str, Any]:
     """Say what a run in the working directory ended with; of the unfinished one, whose end it must reach."""
-    from finetune.config import load
+    from finetune.config.load import load
 
     folder = Path(name)
     found: dict[str, Any] = {"config_hash": load([], None, folder / "config.yaml").hash()}

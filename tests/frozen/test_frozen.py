@@ -19,9 +19,12 @@ import torch
 import yaml
 
 from finetune import registry
-from finetune.config import load
-from finetune.train import finished, manifest, run, stored
-from finetune.train.files import RunFolder
+from finetune.artifacts import reopen as finished
+from finetune.config.load import load
+from finetune.storage import delta as stored
+from finetune.storage import manifest
+from finetune.storage.run_folder import RunFolder
+from finetune.training import run
 
 from .make import SAVED, STEPS, digest, machine
 

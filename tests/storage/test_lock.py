@@ -25,7 +25,7 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from finetune.errors import ConfigError
-from finetune.train.lock import held
+from finetune.storage.lock import held
 try:
     with held(Path(sys.argv[1])):
         print("held", flush=True)

@@ -34,9 +34,9 @@ def names(folder: Path) -> list[str]:
 
 
 def test_import_brings_no_torch() -> None:
-    light = ", ".join(
-        f"finetune.train.{name}" for name in ("disk", "files", "lock", "manifest", "result", "tracker")
-    )
+    names = ["system.disk", "training.tracker"]
+    names += [f"storage.{name}" for name in ("run_folder", "lock", "manifest", "result")]
+    light = ", ".join(f"finetune.{name}" for name in names)
     code = f"import sys, {light}; print({{'torch', 'wandb', 'pyarrow'}} & set(sys.modules))"
     assert (
         subprocess.run(

@@ -138,7 +138,7 @@ def catches(child: Child, number: int) -> bool:
 
 PATIENT = """
 import time
-from finetune.train.signals import Signals
+from finetune.system.signals import Signals
 with Signals() as signals, signals.patient():
     print("ready", flush=True)
     while not signals.name:

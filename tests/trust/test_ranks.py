@@ -225,7 +225,7 @@ def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bit
 
 FAILS = """
 import os
-from finetune.train import loop
+from finetune.training import session as loop
 real = loop.Session._backward
 def fails(self, micro):
     if os.environ.get("RANK") == "1" and self.number == 3:
