@@ -1,38 +1,5 @@
-"""A configuration that needs no registered method, for tests of what is written about a run."""
+"""Fixtures of this folder."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import ClassVar
-
-import pytest
-
-from finetune.config.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
-
-
-@dataclass(frozen=True)
-class SomeMethod:
-    name: ClassVar[str] = "lora"
-    rank: int = 4
-    alpha: float = 1e-5
-
-
-@dataclass(frozen=True)
-class SomeData:
-    name: ClassVar[str] = "digits"
-
-
-@pytest.fixture
-def some_config() -> Config:
-    model = ModelConfig("tiny_vit", "builtin:tiny_vit")
-    return Config(
-        "trial",
-        None,
-        3,
-        model,
-        SomeMethod(),
-        SomeData(),
-        OptimizerConfig(),
-        TrainConfig(),
-        LoggerConfig(tags=("mine",), group="grid"),
-    )
+from ..support.some_config import some_config as some_config

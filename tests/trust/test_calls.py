@@ -14,7 +14,7 @@ CALLS = {
     "hydra.utils.instantiate",
     "instantiate", "OmegaConf.register_new_resolver", "shutil.unpack_archive", "tarfile.open", "zipfile.ZipFile",
 }  # fmt: skip
-IMPORTERS = {"registry.py", "imports.py"}  # by names that stand in this package's own source
+IMPORTERS = {"registry.py", "preload.py"}  # by names that stand in this package's own source
 
 
 def calls() -> list[tuple[Path, ast.Call, str]]:

@@ -24,7 +24,7 @@ from finetune.storage.run_folder import RunFolder
 from finetune.training import run
 
 ROOT = Path(__file__).parents[2]
-MODEL = ROOT / "tests" / "train" / "fixtures" / "format-1" / "model"
+MODEL = ROOT / "tests" / "fixtures" / "format-1" / "model"
 SMALL = ["model=hf", f"model.path={MODEL}", "method=lora", "method.rank=2", "train.steps=6", "train.batch_size=8", "train.eval_every=2",
          "train.save_every=2", "train.device=cpu", "train.threads=1", "optimizer.lr=0.02"]  # fmt: skip
 Then = Callable[[], object]
