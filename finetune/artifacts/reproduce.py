@@ -10,25 +10,26 @@ import math
 import os
 import statistics
 import subprocess
-import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from ..config.load import load
 from ..config.settings import LoggerConfig
-from ..errors import ConfigError, FinetuneError, RunFailed
+from ..errors import ConfigError, RunFailed
+from ..launch.start import NO_OPTIONS, StartOptions, child_command, child_main
 from ..storage.run_folder import RunFolder
 from ..system import safe
+from ..system.exit_code import print_line
 
 MAIN = ("accuracy", "bits_per_byte")
 LEVEL = 0.95
 
 
-def reproduce(path: Path, keep: Path | None = None) -> dict[str, Any]:
+def reproduce(path: Path, keep: Path | None = None, options: StartOptions = NO_OPTIONS) -> dict[str, Any]:
     """Run ``path`` again and say what came of it, as plain data; ``verdict`` is identical, inside (the seeds' interval) or different.
 
     ``keep``: where the repetition stays; by default it is removed. Raises ``ConfigError`` for no finished run, ``RunFailed`` if it fails.
@@ -37,7 +38,7 @@ def reproduce(path: Path, keep: Path | None = None) -> dict[str, Any]:
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise ConfigError(f"--keep {keep} exists and is not empty. Give a folder that does not exist yet.")
     with _scratch(keep) as folder:
-        after = _again(path, folder)
+        after = _again(path, folder, options)
         return _judge(path, before, RunFolder(folder), after) | {"kept": str(keep) if keep else None}
 
 
@@ -62,11 +63,11 @@ def _scratch(keep: Path | None) -> Any:
         yield Path(folder) / "run"
 
 
-def _again(path: Path, folder: Path) -> dict[str, Any]:
+def _again(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
     """Train in ``folder``, from where the run was started, since its settings may hold relative paths."""
     outputs = path.resolve().parent.parent
     started = outputs.parent if outputs.name == "outputs" else Path.cwd()
-    command = [sys.executable, "-m", __name__, str(RunFolder(path.resolve()).config), str(folder.resolve())]
+    command = child_command(__name__, options, str(RunFolder(path.resolve()).config), str(folder.resolve()))
     threads = RunFolder(path).read_result().get("threads")
     same = (
         {"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {}
@@ -200,25 +201,22 @@ def words(found: Mapping[str, Any]) -> str:
     return f"Not identical ({was}; {change}), {place} the interval of its {found['seeds']} seeds, [{low:.6g}, {high:.6g}]."
 
 
-def _train(config_file: Path, folder: Path, to: IO[str]) -> None:
-    """What the process does. Nothing is sent to W&B a second time."""
+def repeat(config_file: str, target: str, options: StartOptions) -> int:
+    """Train the run again in the folder ``target``; what the process for ``reproduce`` runs. Nothing is sent to W&B a second time."""
     from ..training import run
 
-    config = replace(
-        load([], config_file=config_file), name="reproduce", run=folder.name, logger=LoggerConfig()
-    )
+    folder, say = Path(target), print_line
+    frozen = load([], config_file=Path(config_file))
+    config = replace(frozen, name="reproduce", run=folder.name, logger=LoggerConfig())
     steps = max(1, config.train.steps // 10)
 
     def progress(done: int, total: int, what: str) -> None:
         if done % steps == 0 or done == total:
-            print(f"step {done:,} of {total:,}{what and ': ' + what}", file=to, flush=True)
+            say(f"step {done:,} of {total:,}{what and ': ' + what}")
 
-    run.train(config, folder, lambda line: print(line, file=to), progress)
+    run.train(config, folder, say, progress)
+    return 0
 
 
 if __name__ == "__main__":
-    try:
-        _train(Path(sys.argv[1]), Path(sys.argv[2]), sys.stderr)
-    except FinetuneError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+    child_main(repeat)

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
-import tempfile
-import traceback
-from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .. import __version__
-from ..errors import ConfigError, FinetuneError, visible
+from ..errors import ConfigError
+from ..system.exit_code import exit_code_of
 from . import artifacts as cli_finished
 from . import results as cli_report
 from . import sweep as cli_sweep
@@ -23,7 +19,6 @@ from .display import show_table, show_tree
 
 if TYPE_CHECKING:
     from ..config.settings import Config
-    from ..system.signals import Signals
 
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
@@ -109,28 +104,26 @@ def train(
 
     SIGINT (Ctrl-C), SIGTERM and SIGHUP save at the end of the step, tell the command to go on, and exit with 130; a second one ends at once.
     """
-    from ..system.signals import CODE, Interrupted, Signals
+    from ..launch import child
+    from ..launch.start import StartOptions
 
-    folder: Path | None = None
-    try:
-        with Signals() as signals:
-            config, folder = _asked(overrides or [], config_dir, config_file, resume)
-            if dry_run:
-                from ..training.plan import plan
+    def read() -> tuple[Config, Path]:
+        return _run_to_train(overrides or [], config_dir, config_file, resume)
 
-                show_tree(plan(config), as_json)
-            else:
-                processes = processes or _as_before(folder)
-                _train(config, folder, signals, processes, as_json)
-    except Interrupted as stop:
-        from ..launch.resume import command
+    def report(result: dict[str, Any], folder: Path) -> None:
+        from ..report.summary import summary
 
-        with suppress(OSError):  # after SIGHUP nobody may be there to read it
-            _tell(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes or 1)}")
-        raise typer.Exit(CODE) from None
+        print(json.dumps(result, indent=2) if as_json else summary(result, folder))
+
+    def preview(config: Config) -> None:
+        from ..training.plan import plan
+
+        show_tree(plan(config), as_json)
+
+    raise typer.Exit(child.train(read, StartOptions(), processes, report, preview if dry_run else None))
 
 
-def _asked(
+def _run_to_train(
     overrides: list[str], config_dir: Path | None, config_file: Path | None, resume: Path | None
 ) -> tuple[Config, Path]:
     """The configuration to train, and where its run lies."""
@@ -147,41 +140,6 @@ def _asked(
     from ..launch.resume import frozen
 
     return frozen(resume, overrides), resume
-
-
-def _as_before(folder: Path) -> int:
-    """How many processes go on with the run in ``folder``: those that a launcher has started, or as many as it had."""
-    from ..launch import resume
-
-    before = 1 if "LOCAL_RANK" in os.environ else resume.processes(folder) or 1
-    if before > 1:
-        _tell(f"Going on with {before} processes, as before (--processes takes another number).")
-    return before
-
-
-def _train(config: Config, folder: Path, signals: Signals, processes: int, as_json: bool) -> None:
-    from ..launch.ranks import launch, work
-    from ..report.summary import summary
-    from ..storage.run_folder import RunFolder
-    from ..system.environment import rank
-
-    files = RunFolder(folder)
-    if files.finished:
-        files.open_or_check(config)
-        _tell(f"{folder} holds the finished result of this very run, so nothing was run again.")
-        result = files.read_result()
-    else:
-        result = launch(config, folder, processes) if processes > 1 else work(config, folder, signals)
-    if not rank():
-        print(json.dumps(result, indent=2) if as_json else summary(result, folder))
-
-
-def _tell(line: str, always: bool = False) -> None:
-    """A line on standard error. Of several processes that a launcher started the first one speaks, and another only what the first cannot know."""
-    from ..system.environment import rank
-
-    if always or not rank():
-        print(f"Process {rank()}: {line}" if rank() else line, file=sys.stderr, flush=True)
 
 
 @app.command()
@@ -228,28 +186,4 @@ def show(
 
 def main() -> None:
     """Run the command line. Ends with 0, or 1 for a failed run, or 2 for a mistake of the user's; never shows a traceback unasked."""
-    try:
-        app()
-    except ConfigError as error:
-        for fault in error.faults:
-            _tell(f"Error: {fault}")
-        sys.exit(error.exit_code)
-    except FinetuneError as error:
-        _tell(f"Error: {visible(str(error))}", always=isinstance(error.__cause__, OSError))  # of its own disk
-        sys.exit(error.exit_code)
-    except Exception as error:
-        if os.environ.get("FINETUNE_DEBUG") == "1":
-            raise
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            _tell(
-                f"Error: {visible(str(error.filename))[:60]}... is too long for the name of a file or folder. Give a shorter one."
-            )
-            sys.exit(ConfigError.exit_code)
-        with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
-            log.write(traceback.format_exc())
-        what = visible(f"{type(error).__name__}: {error}")
-        _tell(
-            f"Error: finetune failed unexpectedly: {what} (details in {log.name}; FINETUNE_DEBUG=1 shows them)",
-            always=True,
-        )
-        sys.exit(1)
+    sys.exit(exit_code_of(app))

@@ -3,7 +3,7 @@
 import os
 import signal
 
-from .child import end_with
+from .start import end_with
 
 end_with(os.getppid())
 for number in (signal.SIGTERM, signal.SIGHUP):

@@ -15,6 +15,7 @@ from multiprocessing.context import ForkServerContext
 from typing import Any
 
 from ..storage.lock import INHERITED
+from .start import StartOptions, end_with, run_child
 
 LOADS = "finetune.launch.preload"  # what the server imports
 LOADED_BY = (
@@ -37,14 +38,14 @@ def _received(passed: Any) -> _Inherited:
 
 
 class Forked:
-    """As much of ``subprocess.Popen`` as a sweep uses: a process that runs the command line ``words`` in ``environment``."""
+    """As much of ``subprocess.Popen`` as a sweep uses: a process that trains the frozen configuration in the file ``config``."""
 
-    def __init__(self, words: list[str], environment: dict[str, str], held: int) -> None:
+    def __init__(self, config: str, options: StartOptions, environment: dict[str, str], held: int) -> None:
         read, write = os.pipe()
         self.stderr = os.fdopen(read, "rb", buffering=0)
         try:
             self._process = context(environment).Process(
-                target=_enter, args=(words, environment, _Inherited(write), _Inherited(held))
+                target=_enter, args=(config, options, environment, _Inherited(write), _Inherited(held))
             )
             self._process.start()
         except BaseException:
@@ -80,10 +81,10 @@ def context(environment: dict[str, str]) -> ForkServerContext:
     return context
 
 
-def _enter(words: list[str], environment: dict[str, str], errors: _Inherited, held: _Inherited) -> None:
-    """The child: set up as a process of its own, then the command line."""
-    from .child import end_with
-
+def _enter(
+    config: str, options: StartOptions, environment: dict[str, str], errors: _Inherited, held: _Inherited
+) -> None:
+    """The child: set up as a process of its own, then trained."""
     os.setpgid(0, 0)
     end_with(LOADED_BY)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
@@ -94,11 +95,10 @@ def _enter(words: list[str], environment: dict[str, str], errors: _Inherited, he
     os.close(errors.fd)
     os.environ.clear()
     os.environ.update(environment, **{INHERITED: str(held.fd)})
-    sys.argv = ["finetune", *words]
     import torch
 
     if environment.get("OMP_NUM_THREADS"):
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
-    from ..cli.app import main
+    from .child import train_frozen
 
-    main()
+    sys.exit(run_child(train_frozen, options, config))

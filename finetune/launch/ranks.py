@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any
 
+from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError, FinetuneError, RunFailed, visible
 from ..storage.run_folder import RunFolder
@@ -24,11 +25,11 @@ from ..system.environment import cores, rank
 from ..system.progress import ProgressBar
 from ..system.signals import CODE, Interrupted, Signals
 from .resume import command
+from .start import StartOptions, end_with
 
 GRACE = 10.0  # seconds that the others have to end by themselves when one process has failed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
 QUIET = "ignore:resource_tracker:UserWarning"  # locks of libraries whose process is ended at once are given back by Python's tracker, which says so
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 SEVERED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 
 
@@ -43,16 +44,6 @@ class ProcessFailed(Exception):
 def severed(error: BaseException) -> bool:
     """Whether an exchange failed, as it does in all processes when one of them has ended."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in SEVERED)
-
-
-def end_with(parent: int) -> None:
-    """Have the kernel end this process when ``parent`` ends, however that happens; end now if it already has. Only Linux can."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    if os.getppid() != parent:
-        sys.exit("The process that started this one has ended.")
 
 
 def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
@@ -72,7 +63,7 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
         ) from error
 
 
-def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
+def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
     """Train ``config`` in ``folder`` by ``count`` processes of this machine; the content of the run's ``result.json``.
 
     Raises what the first process to fail has raised, ``RunFailed`` where a signal ended it, and ``Interrupted`` where one asked the run to stop.
@@ -87,7 +78,7 @@ def launch(config: Config, folder: Path, count: int) -> dict[str, Any]:
     with _threads(count):
         started = start_processes(
             _work,
-            (count, store.port, os.getpid(), config, folder, [writer for _, writer in pipes]),
+            (count, store.port, os.getpid(), options, config.as_dict(), folder, [w for _, w in pipes]),
             count,
             join=False,
         )
@@ -197,9 +188,19 @@ def _judge(codes: list[int], words: list[dict[str, Any]], folder: Path) -> None:
 
 
 def _work(
-    number: int, count: int, port: int, parent: int, config: Config, folder: Path, said: Sequence[Any]
+    number: int,
+    count: int,
+    port: int,
+    parent: int,
+    options: StartOptions,
+    settings: dict[str, Any],
+    folder: Path,
+    said: Sequence[Any],
 ) -> None:
-    """One of the processes; ``said`` has a pipe for the last words of each."""
+    """One of the processes; ``said`` has a pipe for the last words of each.
+
+    The configuration comes as plain values, since a class of a plug-in can be unpickled only after ``options`` are applied.
+    """
     end_with(parent)
     os.setpgid(0, 0)  # a terminal's Ctrl-C is passed on by the launching process, and does not come twice
     os.environ |= {
@@ -217,7 +218,8 @@ def _work(
     words: dict[str, Any] = {"rank": number, "severed": False, "trace": ""}
     try:
         with Signals() as signals:
-            work(config, folder, signals)
+            options.apply()
+            work(strict.build(strict.Composed(settings, {})), folder, signals)
         return
     except Interrupted as stop:
         words |= {"code": CODE, "lines": [stop.name, stop.saved]}

@@ -8,14 +8,16 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError
 from ..launch.forkserver import context
+from ..launch.start import NO_OPTIONS, StartOptions
 from .grid import Point, where
 from .process import environment
 
 
-def check(runs: Sequence[Point], retry: bool = False) -> None:
+def check(runs: Sequence[Point], retry: bool = False, options: StartOptions = NO_OPTIONS) -> None:
     """Raise ``ConfigError`` with every such fault of the ``runs`` that are to be made, those that failed before only with ``retry``.
 
     Each data set and model is read once, in another process.
@@ -36,7 +38,7 @@ def check(runs: Sequence[Point], retry: bool = False) -> None:
     together = sorted(
         kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model))
     )
-    found = _elsewhere([points[0].config for points in together]) if together else []
+    found = _elsewhere([points[0].config for points in together], options) if together else []
     told: dict[str, list[Point]] = {}
     for points, faults in zip(together, found, strict=True):
         for fault in faults:
@@ -50,11 +52,13 @@ def check(runs: Sequence[Point], retry: bool = False) -> None:
         )
 
 
-def _elsewhere(configs: list[Config]) -> list[tuple[str, ...]]:
+def _elsewhere(configs: list[Config], options: StartOptions) -> list[tuple[str, ...]]:
     """``faults_of``, in a process of its own; no faults where that was ended: a run will meet what ended it."""
     server = context(environment(1, None))
     receiver, sender = server.Pipe(duplex=False)
-    process = server.Process(target=_send, args=(configs, sender), daemon=True)
+    process = server.Process(
+        target=_send, args=([config.as_dict() for config in configs], options, sender), daemon=True
+    )
     process.start()
     sender.close()
     try:
@@ -67,11 +71,12 @@ def _elsewhere(configs: list[Config]) -> list[tuple[str, ...]]:
         process.join()
 
 
-def _send(configs: list[Config], sender: Connection) -> None:
+def _send(settings: list[dict[str, Any]], options: StartOptions, sender: Connection) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     for standard in (1, 2):
         os.dup2(nowhere, standard)
-    sender.send(faults_of(configs))
+    options.apply()
+    sender.send(faults_of([strict.build(strict.Composed(values, {})) for values in settings]))
 
 
 def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """What a sweep would take, before it starts: time and memory of each point, from finished runs like it or else from a few measured steps.
 
-``python -m finetune.sweep.forecast CONFIG`` makes those steps in a process of its own, in a temporary folder.
+``python -m finetune.sweep.forecast PARENT OPTIONS CONFIG`` makes those steps in a process of its own, in a temporary folder.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import json
 import statistics
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config.load import load
 from ..config.settings import Config
+from ..launch.start import NO_OPTIONS, StartOptions, child_command, child_main
 from ..storage.result import group_hash
 from ..storage.run_folder import RunFolder
 from ..system import safe
@@ -34,7 +34,7 @@ Row = dict[str, Any]
 
 def forecast(
     runs: Sequence[Point], jobs: int, retry: bool = False, say: Callable[[str], None] = lambda line: None, room: int | None = None,
-    tuning: Tuning | None = None,
+    tuning: Tuning | None = None, options: StartOptions = NO_OPTIONS,
 ) -> Row:  # fmt: skip
     """The folder, every run with what would become of it, and totals; writes nothing.
 
@@ -69,7 +69,7 @@ def forecast(
         else:
             kind = _kind(point.config)
             if kind not in measured:
-                measured[kind] = _measure(point.config, say)
+                measured[kind] = _measure(point.config, say, options)
             rows[-1] |= _from(measured[kind], point.config)
         used = rows[-1]["memory_bytes"]
         rows[-1]["fits"] = None if used is None else used <= room
@@ -159,14 +159,14 @@ def _from(probe: Row, config: Config) -> Row:
     }
 
 
-def _measure(config: Config, say: Callable[[str], None]) -> Row:
+def _measure(config: Config, say: Callable[[str], None], options: StartOptions) -> Row:
     """A few steps of ``config`` in a process of its own."""
     say(f"Measuring {STEPS} steps of method={config.method.name} on {config.dataset.name}")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "config.yaml"
         file.write_text(json.dumps(config.as_dict()), encoding="utf-8")  # JSON is YAML
         done = subprocess.run(
-            [sys.executable, "-m", __name__, str(file)],
+            child_command(__name__, options, str(file)),
             env=environment(None, None),
             capture_output=True,
             text=True,
@@ -176,14 +176,16 @@ def _measure(config: Config, say: Callable[[str], None]) -> Row:
         return probe
     except (IndexError, ValueError):
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        why = (
-            f"ended by signal {-done.returncode}"
-            if done.returncode < 0
-            else lines[-1]
-            if lines
-            else f"exit code {done.returncode}"
-        )
+        why = lines[-1].removeprefix("Error: ") if lines else f"exit code {done.returncode}"
+        if done.returncode < 0:
+            why = f"ended by signal {-done.returncode}"
         return {"step": None, "memory_bytes": None, "fault": why}
+
+
+def measure(config: str, options: StartOptions) -> int:
+    """Print what ``probe`` finds as JSON on standard output; what the process for ``_measure`` runs."""
+    print(json.dumps(probe(Path(config), memory(1))))
+    return 0
 
 
 def probe(file: Path, room: int) -> Row:
@@ -239,4 +241,4 @@ def memory(jobs: int) -> int:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(Path(sys.argv[1]), memory(1))))
+    child_main(measure)

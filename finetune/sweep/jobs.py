@@ -1,10 +1,9 @@
-"""Hydra's multirun, as a process of its own: ``python -m finetune.sweep.jobs PARENT FILE``, where FILE says what to run (see ``launch``)."""
+"""Hydra's multirun, as a process of its own: ``python -m finetune.sweep.jobs PARENT OPTIONS FILE``, where FILE says what to run (see ``launch``)."""
 
 from __future__ import annotations
 
 import json
 import logging
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +13,18 @@ from hydra._internal.utils import create_config_search_path
 from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 
-from ..launch.child import end_with
+from ..launch.start import StartOptions, child_main
 from .launch import job
 
 
-def multirun(told: dict[str, Any]) -> None:
+def multirun(file: str, options: StartOptions) -> int:
     """One Hydra job for each of ``files``. ``hydra.main`` would read the command line and change folders; this is what it calls."""
+    logging.getLogger("submitit").setLevel(logging.ERROR)
+    told = json.loads(Path(file).read_text(encoding="utf-8"))
     version.setbase("1.3")
     ConfigStore.instance().store(
-        name="finetune_job", node={"file": None, **{key: told[key] for key in ("threads", "gpus", "home")}}
+        name="finetune_job",
+        node={"file": None, **{key: told[key] for key in ("threads", "gpus", "home", "options")}},
     )
     quiet = [
         "hydra/job_logging=disabled",
@@ -45,6 +47,7 @@ def multirun(told: dict[str, Any]) -> None:
     hydra.multirun(
         "finetune_job", job, [f"file={files}", *place, *quiet, *changes], with_log_configuration=False
     )
+    return 0
 
 
 def _written(value: Any) -> str:
@@ -57,6 +60,4 @@ def _written(value: Any) -> str:
 
 
 if __name__ == "__main__":
-    end_with(int(sys.argv[1]))
-    logging.getLogger("submitit").setLevel(logging.ERROR)
-    multirun(json.loads(Path(sys.argv[2]).read_text(encoding="utf-8")))
+    child_main(multirun)

@@ -11,7 +11,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +22,7 @@ import yaml
 
 from ..config.load import conf_dir, load
 from ..errors import ConfigError, near
+from ..launch.start import StartOptions, child_command
 from ..storage.run_folder import RunFolder, write_json_atomic
 from ..system import safe
 from ..system.environment import cores
@@ -113,7 +113,7 @@ def _absent(name: str) -> list[str]:
 
 
 def run_all(
-    runs: Sequence[Point], where: Launcher, jobs: int | None, retry: bool, say: Say
+    runs: Sequence[Point], where: Launcher, jobs: int | None, retry: bool, say: Say, options: StartOptions
 ) -> dict[Path, dict[str, Any]]:
     """Run by ``where`` what is not finished, wait for all of it, and return the results that there are by folder. A job's death is no error here."""
     todo = [point for point in runs if not _kept(point, retry)]
@@ -122,7 +122,7 @@ def run_all(
         for point in todo:
             point.folder.result.unlink(missing_ok=True)  # of an earlier failure
         home = runs[0].folder.path.parent / ".launcher" / time.strftime("%Y%m%d-%H%M%S")
-        _submit(todo, where, jobs, home, say)
+        _submit(todo, where, jobs, home, say, options)
     return {point.folder.path: point.folder.read_result() for point in runs if point.folder.result.is_file()}
 
 
@@ -133,7 +133,9 @@ def _kept(point: Point, retry: bool) -> bool:
     return result["status"] == "finished" or not (retry or again(result))
 
 
-def _submit(todo: Sequence[Point], where: Launcher, jobs: int | None, home: Path, say: Say) -> None:
+def _submit(
+    todo: Sequence[Point], where: Launcher, jobs: int | None, home: Path, say: Say, options: StartOptions
+) -> None:
     """Start Hydra's launcher in a process of its own, whose words go to a file, and wait until every job has ended."""
     parallel, settings, threads = (
         jobs or cores(),
@@ -147,11 +149,12 @@ def _submit(todo: Sequence[Point], where: Launcher, jobs: int | None, home: Path
         "settings": settings,
         "threads": threads,
         "gpus": where.name == "joblib",
+        "options": options.to_json(),
     }
     told = about | {"home": str(home), "files": [str(point.folder.config) for point in todo]}
     write_json_atomic(home / "jobs.json", told)
     with (home / "log.txt").open("wb") as log:
-        words = [sys.executable, "-m", f"{__package__}.jobs", str(os.getpid()), str(home / "jobs.json")]
+        words = child_command(f"{__package__}.jobs", options, str(home / "jobs.json"))
         process = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, process_group=0)
     try:
         _wait(process, todo, home if where.name == "slurm" else None)
@@ -210,11 +213,12 @@ def _queued(numbers: Sequence[str]) -> bool:
 
 def job(config: Any) -> str:
     """What a job does: run the configuration in ``config.file`` to its end, here, and say what became of it. Never raises for a failed run."""
-    file = Path(config.file)
+    options, file = StartOptions.from_json(config.options), Path(config.file)
+    options.apply()
     loaded = load([], config_file=file)
     point = Point(loaded.method.name, loaded, RunFolder(file.parent))
     with _gpu(Path(config.home)) if config.gpus else _none() as device:
-        return str(run_to_end(point, config.threads or None, device)["status"])
+        return str(run_to_end(point, options, config.threads or None, device)["status"])
 
 
 @contextmanager

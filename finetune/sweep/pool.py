@@ -13,6 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..launch.start import NO_OPTIONS, StartOptions
 from ..storage.lock import holder
 from ..system.environment import cores
 from .grid import Point
@@ -76,6 +77,7 @@ class Pool:
     def __init__(
         self, jobs: int | None, say: Say, *, retry: bool = False, attempts: int = 1, fail_fast: bool = False,
         look: Callable[[Pool], None] = lambda pool: None, gpus: Sequence[str] | None = None,
+        options: StartOptions = NO_OPTIONS,
     ) -> None:  # fmt: skip
         self._free = list(devices() if gpus is None else gpus)
         self.places = min(jobs or len(self._free), len(self._free)) if self._free else jobs or 1
@@ -88,6 +90,7 @@ class Pool:
             fail_fast,
             look,
         )
+        self._options = options
         self.running: list[Process] = []
         self.results: dict[Path, Result] = {}
         self._queue: list[Point] = []  # begun by another process, or to be tried again
@@ -194,7 +197,7 @@ class Pool:
         if len(self.running) >= self.places:
             return False
         device = self._free.pop() if self._free else None
-        process = Process.start(point, self._threads, device or self._without, warm=True)
+        process = Process.start(point, self._options, self._threads, device or self._without, warm=True)
         if process is None:
             self._free += [device] if device else []
             self._tell_busy(point)

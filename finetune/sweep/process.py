@@ -19,6 +19,7 @@ from typing import Any
 
 from ..errors import FinetuneError
 from ..launch.forkserver import Forked
+from ..launch.start import StartOptions, child_command
 from ..storage import lock as locks
 from ..storage.result import make_result
 from ..storage.run_folder import RunFolder, write_json_atomic
@@ -67,14 +68,9 @@ def environment(threads: int | None, device: str | None) -> dict[str, str]:
     return made if device is None else {**made, "CUDA_VISIBLE_DEVICES": device}
 
 
-def words(point: Point) -> list[str]:
-    """The command line that trains ``point``, whose configuration is frozen."""
-    return ["train", "--json", "--config", str(point.folder.config)]
-
-
-def command(point: Point) -> list[str]:
-    """The same in a new process, which ends with this one."""
-    return [sys.executable, "-m", "finetune.launch.child", str(os.getpid()), *words(point)]
+def command(point: Point, options: StartOptions) -> list[str]:
+    """The command that trains ``point``, whose configuration is frozen, in a new process, which ends with this one."""
+    return child_command("finetune.launch.child", options, str(point.folder.config))
 
 
 class Process:
@@ -83,17 +79,25 @@ class Process:
     ``point`` is the run; ``began`` the time of its start in seconds of ``time.monotonic``.
     """
 
-    def __init__(self, point: Point, held: int, threads: int | None, device: str | None, warm: bool) -> None:
+    def __init__(
+        self,
+        point: Point,
+        held: int,
+        options: StartOptions,
+        threads: int | None,
+        device: str | None,
+        warm: bool,
+    ) -> None:
         self.point, self.device, self.began = point, device, time.monotonic()
         self._lock, self._said, self._stopped = held, b"", ""
         point.folder.result.unlink(missing_ok=True)  # of an earlier failure
         surroundings = environment(threads, device) | {locks.INHERITED: str(held)}
         self._process: Forked | subprocess.Popen[bytes]
         if warm and FORKS and not device:
-            self._process = Forked(words(point), surroundings, held)
+            self._process = Forked(str(point.folder.config), options, surroundings, held)
         else:
             self._process = subprocess.Popen(
-                command(point), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=surroundings,
+                command(point, options), stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, env=surroundings,
                 pass_fds=(held,), process_group=0,
             )  # fmt: skip
         assert self._process.stderr is not None
@@ -103,7 +107,12 @@ class Process:
 
     @classmethod
     def start(
-        cls, point: Point, threads: int | None = None, device: str | None = None, warm: bool = False
+        cls,
+        point: Point,
+        options: StartOptions,
+        threads: int | None = None,
+        device: str | None = None,
+        warm: bool = False,
     ) -> Process | None:
         """Start ``point``, whose configuration is frozen in its folder; ``None`` if another process is running it, or has
         just finished it. Raises ``DiskFull``.
@@ -118,7 +127,7 @@ class Process:
             locks.release(held)
             return None
         try:
-            return cls(point, held, threads, device, warm)
+            return cls(point, held, options, threads, device, warm)
         except BaseException:
             locks.release(held)
             raise
@@ -229,9 +238,11 @@ def last_step(folder: RunFolder) -> int:
     )
 
 
-def run_to_end(point: Point, threads: int | None = None, device: str | None = None) -> dict[str, Any]:
+def run_to_end(
+    point: Point, options: StartOptions, threads: int | None = None, device: str | None = None
+) -> dict[str, Any]:
     """Run one point, wait for it, and return its result; waits first while another process runs it. Raises ``DiskFull``."""
-    while (process := Process.start(point, threads, device)) is None:
+    while (process := Process.start(point, options, threads, device)) is None:
         if point.folder.finished:
             return point.folder.read_result()
         time.sleep(0.1)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
+from ..launch.start import NO_OPTIONS, StartOptions
 from ..report.metric import main_metric
 from ..storage.result import make_result
 from ..storage.run_folder import write_json_atomic
@@ -34,6 +35,7 @@ Result = dict[str, Any]
 def run(
     overrides: list[str], trials: int, name: str | None = None, jobs: int | None = 1, *, config_dir: Path | None = None,
     config_file: Path | None = None, attempts: int = 1, fail_fast: bool = False, board: Board | None = None, command: str = "",
+    options: StartOptions = NO_OPTIONS,
 ) -> list[tuple[Point, Result]]:  # fmt: skip
     """Search until there are ``trials`` in all, those of earlier calls included, and return runs and results: finished ones first, the best first.
 
@@ -57,6 +59,7 @@ def run(
         look=board.look,
         attempts=attempts,
         fail_fast=fail_fast,
+        options=options,
         gpus=[] if first.config.train.device == "cpu" else None,
     )
     folder = first.folder.path.parent

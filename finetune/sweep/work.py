@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..launch.start import NO_OPTIONS, StartOptions
 from . import launch
 from .check import check
 from .grid import Point, freeze
@@ -30,6 +31,7 @@ class Work:
     retry: bool = False
     attempts: int = 1
     fail_fast: bool = False
+    options: StartOptions = NO_OPTIONS
 
     def run(
         self, runs: Sequence[Point], tuning: Tuning | None = None
@@ -37,7 +39,7 @@ class Work:
         """The runs, with ``tuning`` those with the values that it chose, and all results by folder. No run follows trials that did not all end."""
         tried, folder = tuning.tried if tuning else [], runs[0].folder.path.parent
         if self.where is None:  # a cluster's machines may see what this one does not
-            check(tried or runs, self.retry)
+            check(tried or runs, self.retry, self.options)
         freeze(tried or runs)
         if tuning:
             self.board.say(
@@ -66,6 +68,7 @@ class Work:
             "retry": self.retry,
             "attempts": self.attempts,
             "fail_fast": self.fail_fast,
+            "options": self.options,
         }
         return Pool(self.jobs, self.board.say, look=self.board.look, gpus=gpus, **about)
 
@@ -75,4 +78,6 @@ class Work:
             pool = self._pool(runs)
             return pool.run(runs), pool.failed
         with interruptible():
-            return launch.run_all(runs, self.where, self.jobs, self.retry, self.board.say), False
+            return launch.run_all(
+                runs, self.where, self.jobs, self.retry, self.board.say, self.options
+            ), False

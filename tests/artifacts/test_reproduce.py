@@ -17,6 +17,7 @@ from finetune.artifacts import reproduce as reproducing
 from finetune.artifacts.reproduce import reproduce
 from finetune.config.load import load
 from finetune.errors import ConfigError, RunFailed
+from finetune.launch.start import StartOptions
 from finetune.storage.run_folder import write_json_atomic
 from finetune.training import run as running
 
@@ -54,7 +55,7 @@ def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def repeated(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The repetition is the run itself, at once."""
 
-    def again(path: Path, folder: Path) -> dict[str, Any]:
+    def again(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
         shutil.copytree(made, folder)
         return dict(json.loads((folder / "result.json").read_text()))
 

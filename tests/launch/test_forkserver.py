@@ -14,6 +14,7 @@ import pytest
 
 from finetune import sweep
 from finetune.launch import forkserver as warm
+from finetune.launch.start import NO_OPTIONS
 from finetune.sweep.process import Process, environment
 
 from ..sweep.conftest import alive
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """An open file, as the lock of a run is; the server imports next to nothing."""
-    monkeypatch.setattr(warm, "LOADS", "finetune.launch.child")
+    monkeypatch.setattr(warm, "LOADS", "finetune.launch.start")
     handle = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     yield handle
     os.close(handle)
@@ -37,24 +38,30 @@ def ended(child: warm.Forked) -> tuple[int | None, str]:
     return child.poll(), said
 
 
-def test_the_command_line_runs_in_the_child_with_its_environment(held: int, tmp_path: Path) -> None:
-    child = warm.Forked(["show", "method=nope"], environment(1, None) | {"COLUMNS": "80"}, held)
+def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_it(
+    held: int, tmp_path: Path
+) -> None:
+    file = tmp_path / "config.yaml"
+    file.write_text("method: {name: nope}\n", encoding="utf-8")
+    child = warm.Forked(str(file), NO_OPTIONS, environment(1, None) | {"COLUMNS": "80"}, held)
     code, said = ended(child)
     assert code == 2
-    assert said.startswith("Error: method=nope is not an option")
+    assert "Error: method=nope is not known." in said
     assert child.pid != os.getpid()
 
 
 def test_a_killed_child_says_by_which_signal(held: int) -> None:
-    child = warm.Forked(["train"], environment(1, None), held)
+    child = warm.Forked("config.yaml", NO_OPTIONS, environment(1, None), held)
     os.kill(child.pid, signal.SIGKILL)
     assert ended(child)[0] == -signal.SIGKILL
 
 
 def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     code = (
-        "import os, sys, time; from finetune.sweep import warm; warm.LOADS = 'finetune.launch.child'\n"
-        "child = warm.Forked(['train', 'train.steps=100000'], dict(os.environ), 0); print(child.pid, flush=True); time.sleep(600)"
+        "import os, time; from finetune.launch import forkserver, start\n"
+        "forkserver.LOADS = 'finetune.launch.start'\n"
+        "child = forkserver.Forked('config.yaml', start.NO_OPTIONS, dict(os.environ), 0)\n"
+        "print(child.pid, flush=True); time.sleep(600)"
     )
     parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=tmp_path)
     assert parent.stdout
@@ -85,7 +92,7 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
             ]
         )
         sweep.freeze([point])
-        process = Process.start(point, threads=1, warm=how)
+        process = Process.start(point, NO_OPTIONS, threads=1, warm=how)
         assert process
         assert isinstance(process._process, warm.Forked) is how
         while (result := process.poll()) is None:

@@ -15,6 +15,7 @@ from finetune.config.load import load
 from finetune.config.settings import TrainConfig
 from finetune.errors import ConfigError, RunFailed
 from finetune.launch import ranks as launcher
+from finetune.launch.start import NO_OPTIONS
 from finetune.system.environment import sharding
 from finetune.system.signals import Interrupted
 from finetune.training.prepare import make_accelerator, prepare
@@ -120,10 +121,10 @@ def test_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     with pytest.raises(
         ConfigError, match=r"--processes 3, but there are 2 GPUs here. Take fewer, or train.device=cpu."
     ):
-        launcher.launch(load([]), tmp_path, 3)
+        launcher.launch(load([]), tmp_path, 3, NO_OPTIONS)
     monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(ConfigError, match="leave one of them out"):
-        launcher.launch(load(["train.device=cpu"]), tmp_path, 2)
+        launcher.launch(load(["train.device=cpu"]), tmp_path, 2, NO_OPTIONS)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import pytest
 
 from finetune.cli import app as cli
 from finetune.config.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.launch.start import NO_OPTIONS, StartOptions
 from finetune.storage.run_folder import RunFolder
 from finetune.sweep import process, work
 from finetune.sweep.grid import Point, freeze
@@ -52,7 +53,7 @@ def point(seed: int, name: str = "s", steps: int = 10) -> Point:
     return Point("method=m", config, RunFolder(Path("outputs", name, f"m-s{seed}-x")))
 
 
-def stubbed(of: Point) -> list[str]:
+def stubbed(of: Point, options: StartOptions = NO_OPTIONS) -> list[str]:
     """In place of ``process.command``."""
     return [sys.executable, "-S", "-E", str(STUB), str(of.folder.config)]
 
@@ -80,7 +81,7 @@ def typed(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(process, "command", stubbed)
     monkeypatch.setattr(process, "FORKS", False)
-    monkeypatch.setattr(work, "check", lambda runs, retry: None)
+    monkeypatch.setattr(work, "check", lambda runs, retry, options: None)
     monkeypatch.setenv("COLUMNS", "160")
 
     def run(*words: str) -> tuple[int, str, str]:

@@ -30,7 +30,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported everything."""
-    monkeypatch.setattr(check, "_elsewhere", check.faults_of)
+    monkeypatch.setattr(check, "_elsewhere", lambda configs, options: check.faults_of(configs))
 
 
 @pytest.mark.usefixtures("here")

@@ -36,9 +36,9 @@ except Interrupted as error:
 """
 STUBBED = "process.command, process.FORKS = stubbed, False"
 BOUND = (
-    "process.FORKS = False\nprocess.command = lambda p: [sys.executable, '-c', 'import os, runpy, sys; "
+    "process.FORKS = False\nprocess.command = lambda p, options: [sys.executable, '-c', 'import os, runpy, sys; "
     + (
-        "from finetune.launch.child import end_with; end_with(int(sys.argv.pop(1))); "
+        "from finetune.launch.start import end_with; end_with(int(sys.argv.pop(1))); "
         "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
     )
 )

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from finetune.errors import ConfigError
+from finetune.launch.start import NO_OPTIONS
 from finetune.sweep import launch
 from finetune.sweep.grid import Point
 from finetune.sweep.launch import Launcher, launcher
@@ -126,7 +127,7 @@ def test_joblib_runs_each_config_in_a_process(
     said = list[str]()
     where = launcher("joblib", [])
     assert where
-    found = launch.run_all(points, where, 2, False, said.append)
+    found = launch.run_all(points, where, 2, False, said.append, NO_OPTIONS)
     log = next(Path("outputs/s/.launcher").glob("*/log.txt")).read_text()
     assert {path.name.split("-")[1]: result["status"] for path, result in found.items()} == {
         "s1": "finished",
@@ -182,7 +183,7 @@ def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
     points = stub(1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     said = list[str]()
-    assert launch.run_all(points, Launcher("joblib", {}), 1, False, said.append) == {}
+    assert launch.run_all(points, Launcher("joblib", {}), 1, False, said.append, NO_OPTIONS) == {}
     assert "not all jobs of joblib ended with a result" in said[-1]
 
 

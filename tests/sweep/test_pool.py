@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.launch.start import NO_OPTIONS
 from finetune.sweep import pool as pools
 from finetune.sweep.grid import Point
 from finetune.sweep.pool import Pool
@@ -195,9 +196,9 @@ def test_threads_are_divided_and_a_lower_wish_stays(monkeypatch: pytest.MonkeyPa
 
 def test_what_another_process_runs_is_waited_for_and_not_run_again(stub: Make) -> None:
     first, second = stub(60, 1)
-    other = Process.start(first)
+    other = Process.start(first, NO_OPTIONS)
     assert other
-    assert Process.start(first) is None
+    assert Process.start(first, NO_OPTIONS) is None
     said = list[str]()
     order = list[str]()
     with_other = threading.Thread(target=_finish, args=[other])
@@ -221,7 +222,7 @@ def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
     (point,) = stub(1)
     Pool(1, lambda line: None, gpus=[]).run([point])
     before = point.folder.result.read_bytes()
-    assert Process.start(point) is None
+    assert Process.start(point, NO_OPTIONS) is None
     assert point.folder.result.read_bytes() == before
     held = lock(point.folder.path)
     assert held is not None
@@ -231,7 +232,7 @@ def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
 def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
     """As after kill -9 on a machine whose kernel cannot end the child: it inherited the lock, so nobody starts the run again."""
     (slow,) = stub(60)
-    process = Process.start(slow)
+    process = Process.start(slow, NO_OPTIONS)
     assert process
     os.close(process._lock)
     assert lock(slow.folder.path) is None

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from finetune.launch.start import NO_OPTIONS
 from finetune.sweep import grid, process
 from finetune.sweep.process import Process
 
@@ -228,7 +229,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     )
     one = point(1)
     grid.freeze([one])
-    made = Process.start(one)
+    made = Process.start(one, NO_OPTIONS)
     assert made
     _until((one.folder.path / "ready").exists)
     return made

@@ -1,0 +1,57 @@
+"""Turn the errors of a command into messages on standard error and an exit code. Imports no torch.
+
+0 success, 1 a run failed, 2 the user's mistake, 130 interrupted. The command line and every child process end this way.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+
+from ..errors import ConfigError, FinetuneError, visible
+from .environment import rank
+
+
+def exit_code_of(action: Callable[[], int]) -> int:
+    """Call ``action`` and return its exit code; if it raises, print what went wrong and return the exit code of the error.
+
+    An unexpected error is printed in one line and its traceback goes to a temporary file. With ``FINETUNE_DEBUG=1`` it is raised instead.
+    """
+    try:
+        return action()
+    except ConfigError as error:
+        for fault in error.faults:
+            print_line(f"Error: {fault}")
+        return error.exit_code
+    except FinetuneError as error:
+        failed_disk = isinstance(error.__cause__, OSError)  # each rank may write to a disk of its own
+        print_line(f"Error: {visible(str(error))}", every_rank=failed_disk)
+        return error.exit_code
+    except Exception as error:
+        if os.environ.get("FINETUNE_DEBUG") == "1":
+            raise
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            name = visible(str(error.filename))[:60]
+            print_line(f"Error: {name}... is too long for the name of a file or folder. Give a shorter one.")
+            return ConfigError.exit_code
+        with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
+            log.write(traceback.format_exc())
+        what = visible(f"{type(error).__name__}: {error}")
+        where = f"(details in {log.name}; FINETUNE_DEBUG=1 shows them)"
+        print_line(f"Error: finetune failed unexpectedly: {what} {where}", every_rank=True)
+        return 1
+
+
+def print_line(line: str, every_rank: bool = False) -> None:
+    """Print a line on standard error.
+
+    Of several ranks only rank 0 prints, unless ``every_rank`` is set for a message that rank 0 cannot know.
+    """
+    if rank() == 0:
+        print(line, file=sys.stderr, flush=True)
+    elif every_rank:
+        print(f"Process {rank()}: {line}", file=sys.stderr, flush=True)
