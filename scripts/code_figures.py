@@ -15,10 +15,12 @@ from typing import Any
 
 WIDTH = 110
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-# Classes that a method attaches or is; outside of core and methods nobody may ask for one of them by its class.
-CONCRETE = {
-    "Bank", "InPlace", "Kernel", "Kernelized", "LowRank", "Mixed", "MixedDelta", "Patched", "Reparam", "Restorable", "Sparse", "SparseDelta",
-}  # fmt: skip
+# What a method, schedule or selector is, attaches or keeps derives from one of these, or is one of these.
+KINDS = {"Method", "Schedule", "Selector", "Part", "Patched", "StateModule", "Bank"}
+# Names under which code outside of core and methods holds such objects.
+HOLDERS = ("bank", "current", "delta", "method", "module", "part", "schedule", "selector", "state", "states")
+# Attributes of other packages' objects that may be asked for by hasattr.
+FOREIGN = {"use_cache": "configurations of transformers", "item": "scalars of numpy and torch"}
 INTERNAL = ("hydra._internal", "accelerate.state", "accelerate.commands")
 
 
@@ -49,24 +51,44 @@ def is_choosing(node: ast.AST) -> bool:
     return any(isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And) for value in node.values[:-1])
 
 
-def asks_for_class(node: ast.AST) -> bool:
-    """Tell whether an expression asks for a concrete part or method: isinstance, hasattr, or the name of a class."""
+def classes_of_kinds(root: Path) -> set[str]:
+    """Return the names of all classes of the package that derive from one of ``KINDS``, and ``KINDS`` itself."""
+    bases: dict[str, set[str]] = {}
+    for path in (root / "finetune").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                bases.setdefault(node.name, set()).update(ast.unparse(base) for base in node.bases)
+    found, grown = set(KINDS), True
+    while grown:
+        more = {name for name, above in bases.items() if above & found} - found
+        found |= more
+        grown = bool(more)
+    return found
+
+
+def asks_for_class(node: ast.AST, classes: set[str]) -> bool:
+    """Tell whether an expression finds out what a part or method is instead of using what it declares.
+
+    That is ``isinstance`` with one of ``classes``, ``hasattr``, ``getattr`` with a default, and a comparison of the
+    name of an object's class.
+    """
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
-        named = {name.id for name in ast.walk(node.args[1]) if isinstance(name, ast.Name)}
+        asked, attribute = node.args[0], node.args[1]
         if node.func.id in ("isinstance", "issubclass"):
-            return bool(named & CONCRETE)
-        return node.func.id == "hasattr" and "config" not in ast.unparse(node.args[0])
+            named = {name.id for name in ast.walk(attribute) if isinstance(name, ast.Name)}
+            return bool(named & classes)
+        if node.func.id == "hasattr":
+            return not (isinstance(attribute, ast.Constant) and attribute.value in FOREIGN)
+        holder = ast.unparse(asked).rpartition(".")[2]
+        return node.func.id == "getattr" and len(node.args) > 2 and holder in HOLDERS
     if isinstance(node, ast.Compare):
-        sides = [node.left, *node.comparators]
-        names = any(isinstance(side, ast.Attribute) and side.attr == "__name__" for side in sides)
-        return names and not any(
-            isinstance(side, ast.Constant) and side.value == "__main__" for side in sides
-        )
+        sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
+        return any(side.endswith((").__name__", ".__class__.__name__")) for side in sides)
     return False
 
 
-def measure_file(path: Path, label: str, total: Measured) -> None:
-    """Add one file to ``total``."""
+def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> None:
+    """Add one file to ``total``. ``classes``: those that other folders must not ask for."""
     text = path.read_text(encoding="utf-8")
     rows = text.splitlines()
     total.files += 1
@@ -83,7 +105,7 @@ def measure_file(path: Path, label: str, total: Measured) -> None:
             total.add("comprehensions", place)
         elif isinstance(node, ast.IfExp) or is_choosing(node):
             total.add("ternaries", place)
-        if outside and asks_for_class(node):
+        if outside and asks_for_class(node, classes):
             total.add("isinstance", place)
         if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(INTERNAL):
             for name in node.names:
@@ -158,11 +180,11 @@ def folder_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 def collect(root: Path) -> tuple[Measured, dict[str, Measured], dict[str, Any]]:
     """All figures of a checkout: in total, by folder, and of its imports."""
-    total, by_folder = Measured(), dict[str, Measured]()
+    total, by_folder, classes = Measured(), dict[str, Measured](), classes_of_kinds(root)
     for name, path in modules(root).items():
         label = path.relative_to(root).as_posix()
-        measure_file(path, label, total)
-        measure_file(path, label, by_folder.setdefault(folder_of(name), Measured()))
+        measure_file(path, label, total, classes)
+        measure_file(path, label, by_folder.setdefault(folder_of(name), Measured()), classes)
     graph = import_graph(root)
     facts = {
         "circles of modules": circles(graph),

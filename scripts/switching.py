@@ -20,8 +20,9 @@ from typing import Any
 
 import torch
 
+from finetune.core.changes import SparseChange
 from finetune.core.site import Site, find_sites
-from finetune.core.sparse.switch import Change, Switch
+from finetune.core.sparse.switch import Switch
 
 SHARES, RANKS, SCALE = (0.01, 0.02), (8, 16, 32), 2.0
 MODELS = {
@@ -67,7 +68,7 @@ def sparse(model: Any, sites: list[Site], share: float) -> Callable[[], tuple[Ac
     changes = {}
     for site in sites:
         index = (torch.rand(site.size) < share).nonzero().view(-1)
-        changes[site.name] = Change(index, 0.01 * torch.randn(len(index)))
+        changes[site.name] = SparseChange(index, 0.01 * torch.randn(len(index)))
 
     def ready() -> tuple[Act, Act]:
         switch = Switch(model)

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.part import Part, patched
+from ..core.changes import SparseChange
+from ..core.part import parts, patched
 from ..core.site import all_sites
-from ..core.sparse.bank import SparseDelta
-from ..core.sparse.switch import Change, add, pack
+from ..core.sparse.switch import add, pack
 from ..errors import ConfigError
 from ..registry import get
 from ..storage import delta as stored
@@ -28,39 +28,44 @@ from .reopen import rebuild, run_of
 
 
 @torch.no_grad()
-def sparse_changes(setup: Setup) -> dict[str, Change]:
+def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
     """The change of each layer of a rebuilt run, by the layer's name, without the entries that came back to 0.
 
     Raises ``ConfigError`` where it changes anything in another way; the head is not looked at.
     """
-    name = setup.config.method.name
     layers = patched(setup.session.model)
-    parts = [p for p in setup.session.states["method"].modules() if isinstance(p, Part)]
-    other = sorted(
-        {type(p).__name__ for p in parts if not isinstance(p, SparseDelta) or p.additive}
-    )  # additive: a branch beside the weight
-    if other or not layers:
-        what = f"it stores {' and '.join(other)}" if other else "it trains the head only"
-        raise ConfigError(
-            f"method={name} has no sparse change that could be added: {what}. Compose runs of sparse methods, for example method=shira."
-        )
-    found = {}
-    for layer, module in layers.items():
-        views = [d for d in module.deltas if isinstance(d, SparseDelta)]
+    other = set()  # the parts that are no sparse change
+    on_layers = set()
+    found: dict[str, SparseChange] = {}
+    for name, layer in layers.items():
         changes = []
-        for values, where in (view.bank.all(view.i) for view in views):
-            order = where.argsort()
-            changes.append(Change(where[order].long().cpu(), values[order].float().cpu()))
-        found[layer] = _without_zeros(add(changes))
+        for delta in layer.deltas:
+            on_layers.add(delta)
+            entries = delta.changes().entries
+            if entries is None:
+                other.add(delta.describe())
+            else:
+                changes.append(SparseChange(entries.index.cpu(), entries.values.cpu()))
+        if changes:
+            found[name] = _without_zeros(add(changes))
+    for part in parts(setup.session.states["method"]):
+        if part not in on_layers:
+            other.add(part.describe())
+    if other or not layers:
+        what = f"it stores {' and '.join(sorted(other))}" if other else "it trains the head only"
+        raise ConfigError(
+            f"method={setup.config.method.name} has no sparse change that could be added: {what}. "
+            "Compose runs of sparse methods, for example method=shira."
+        )
     return found
 
 
-def _without_zeros(change: Change) -> Change:
+def _without_zeros(change: SparseChange) -> SparseChange:
     here = change.values != 0
-    return Change(change.index[here], change.values[here])
+    return SparseChange(change.index[here], change.values[here])
 
 
-def conflicts(changes: Sequence[Change]) -> tuple[int, int]:
+def conflicts(changes: Sequence[SparseChange]) -> tuple[int, int]:
     """How many entries more than one of ``changes`` moves, and how many of those in opposite directions."""
     index = torch.cat([c.index for c in changes]).unique()
     count, up, down = (torch.zeros(len(index), dtype=torch.int16) for _ in range(3))
@@ -81,15 +86,15 @@ def compose(
     weights = [1.0] * len(runs) if weights is None else weights
     _check(runs, out, weights, head)
     chosen = _same(runs, head) if head else len(runs) - 1
-    parts: list[dict[str, Change]] = []
+    per_run: list[dict[str, SparseChange]] = []
     setup, values, methods = None, dict[str, Tensor](), []
     for i, run in enumerate(runs):
         rebuilt = rebuild(run)
         methods.append(rebuilt.config.method.name)
         try:
-            parts.append(
+            per_run.append(
                 {
-                    n: _without_zeros(Change(c.index, weights[i] * c.values))
+                    n: _without_zeros(SparseChange(c.index, weights[i] * c.values))
                     for n, c in sparse_changes(rebuilt).items()
                 }
             )
@@ -98,7 +103,7 @@ def compose(
         if i == chosen:
             setup, values = rebuilt, {k: v.clone() for k, v in _head(rebuilt).state_dict().items()}
     assert setup is not None
-    rows, total = _added(setup, parts)
+    rows, total = _added(setup, per_run)
     composed = _as_run(setup, rows, total, values)
     entries = sum(len(c.index) for c in total.values())
     told = {
@@ -109,7 +114,7 @@ def compose(
                 "weight": weight,
                 "entries": sum(len(c.index) for c in part.values()),
             }
-            for run, method, weight, part in zip(runs, methods, weights, parts, strict=True)
+            for run, method, weight, part in zip(runs, methods, weights, per_run, strict=True)
         ],
         "head": str(runs[chosen]) if values else None,
         "entries": entries,
@@ -171,14 +176,14 @@ def _head(setup: Setup) -> nn.Module:
 
 
 def _added(
-    setup: Setup, parts: Sequence[Mapping[str, Change]]
-) -> tuple[list[dict[str, Any]], dict[str, Change]]:
+    setup: Setup, per_run: Sequence[Mapping[str, SparseChange]]
+) -> tuple[list[dict[str, Any]], dict[str, SparseChange]]:
     """A row for each layer that any run changes, in the model's order, and the sum of its changes."""
     rows, total = [], {}
-    nothing = Change(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    nothing = SparseChange(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     for site in all_sites(setup.session.model):
-        if any(site.name in part for part in parts):
-            mine = [part.get(site.name, nothing) for part in parts]
+        if any(site.name in part for part in per_run):
+            mine = [part.get(site.name, nothing) for part in per_run]
             total[site.name] = _without_zeros(add(mine))
             twice, opposite = conflicts(mine)
             entries = len(total[site.name].index)
@@ -195,7 +200,10 @@ def _added(
 
 
 def _as_run(
-    setup: Setup, rows: Sequence[Mapping[str, Any]], total: Mapping[str, Change], head: Mapping[str, Tensor]
+    setup: Setup,
+    rows: Sequence[Mapping[str, Any]],
+    total: Mapping[str, SparseChange],
+    head: Mapping[str, Tensor],
 ) -> Setup:
     """The sum as the state of a sparse method on exactly these layers, in the setting of ``setup``."""
     sizes = [row["size"] for row in rows]

@@ -7,7 +7,6 @@ new head goes into ``modules_to_save``.
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections import Counter
 from pathlib import Path
@@ -17,12 +16,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..core.inplace import InPlace
-from ..core.lowrank import LowRank
-from ..core.part import Part, Patched, patched
-from ..core.sparse.bank import SparseDelta
-from ..core.sparse.mixed import MixedDelta
-from ..core.sparse.switch import Change
+from ..core.changes import LowRankChange, SparseChange
+from ..core.part import Patched, parts, patched, trained_in_place
 from ..errors import ConfigError
 from ..models.folder import find
 from ..models.load import quiet, read_model
@@ -99,64 +94,73 @@ def _base(setup: Setup) -> Any:
 
 
 def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
-    """A configuration of peft's, and the tensors by their names in its file."""
+    """Return a configuration of peft and the tensors by their names in its file.
+
+    Raises ``ConfigError`` if peft has no format for what the run changed.
+    """
     state = setup.session.states["method"]
-    parts = [m for m in state.modules() if isinstance(m, Part)]
-    layers = {
-        name: layer
-        for name, layer in patched(setup.session.model).items()
-        if any(d.acts for d in layer.deltas)
-    }
-    if hasattr(state, "tuner"):
-        return _adapters(state.tuner)
-    deltas = [d for layer in layers.values() for d in layer.deltas]
-    in_place = [name for part in parts if isinstance(part, InPlace) for name in part.names]
-    fault = (
-        f"it trains parameters in place, such as {in_place[0]}"
-        if in_place
-        else ""
-        if deltas
-        else "it changes no layer but the head"
-    )
-    if (
-        not fault
-        and all(map(_is_branch, deltas))
-        and all(len(layer.deltas) == 1 for layer in layers.values())
-    ):
-        return _lora(layers)
-    if not fault and all(isinstance(d, SparseDelta) and not d.additive for d in deltas):
+    for part in parts(state):
+        written = part.export_as("peft")
+        if written is not None:
+            return written
+    layers = {}
+    for name, layer in patched(setup.session.model).items():
+        if any(delta.acts for delta in layer.deltas):
+            layers[name] = layer
+    fault = _misfit_of_all(state, layers)
+    if not fault:
+        factors = _factors(layers)
+        if factors is not None:
+            return _lora(layers, factors)
         changes = sparse_changes(setup)
         fault = _misfit({name: layers[name] for name in changes}, changes)
         if not fault:
             return _shira(layers, changes)
-    kinds = " and ".join(sorted({type(d).__name__ for d in deltas}))
-    fault = fault or f"a {kinds} change is neither two factors nor single entries a layer"
     raise ConfigError(
         f"method={setup.config.method.name}: peft has no such format: {fault}. "
         f"Nearest is a plain Hugging Face folder: finetune merge ckpt={path} out=DIR."
     )
 
 
-def _is_branch(delta: nn.Module) -> bool:
-    return isinstance(delta, LowRank) or (isinstance(delta, MixedDelta) and delta.additive)
+def _misfit_of_all(state: nn.Module, layers: dict[str, Patched]) -> str:
+    """Return why the change is neither two factors a layer nor single entries; empty if it is."""
+    in_place = trained_in_place(state)
+    if in_place:
+        return f"it trains parameters in place, such as {next(iter(in_place))}"
+    if not layers:
+        return "it changes no layer but the head"
+    deltas = [delta for layer in layers.values() for delta in layer.deltas]
+    if _factors(layers) is not None or all(delta.changes().entries is not None for delta in deltas):
+        return ""
+    kinds = " and ".join(sorted({delta.describe() for delta in deltas}))
+    return f"{kinds} is neither two factors nor single entries a layer"
 
 
-def _lora(layers: dict[str, Patched]) -> tuple[Any, dict[str, Tensor]]:
-    """peft computes ``alpha / rank * B A``."""
+def _factors(layers: dict[str, Patched]) -> dict[str, LowRankChange] | None:
+    """Return the two factors of each layer; None if some layer's change is anything else."""
+    found = {}
+    for name, layer in layers.items():
+        factors = layer.deltas[0].changes().factors
+        if factors is None or len(layer.deltas) > 1:
+            return None
+        found[name] = factors
+    return found
+
+
+def _lora(layers: dict[str, Patched], factors: dict[str, LowRankChange]) -> tuple[Any, dict[str, Tensor]]:
+    """Write factors as a LoRA of peft, which computes ``alpha / rank * B A``."""
     from peft import LoraConfig
 
     tensors, ranks, alphas = dict[str, Tensor](), dict[str, int](), dict[str, float]()
-    for name, layer in layers.items():
-        delta: Any = layer.deltas[0]
-        a, b = (delta.a, delta.b) if isinstance(delta, LowRank) else delta.factors()
-        tensors |= {f"{PREFIX}{name}.lora_A.weight": a, f"{PREFIX}{name}.lora_B.weight": b}
-        ranks[name], alphas[name] = (
-            len(a),
-            len(a) * delta.gate * (delta.scale if isinstance(delta, LowRank) else 1.0),
-        )
-    rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
+    for name, change in factors.items():
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = change.a
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = change.b
+        ranks[name] = len(change.a)
+        alphas[name] = len(change.a) * layers[name].deltas[0].gate * change.scale
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    alpha = Counter(alphas.values()).most_common(1)[0][0]
     config = LoraConfig(
-        r=int(rank),
+        r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft multiplies by it, whatever number it is
         target_modules=list(layers),
         rank_pattern={name: r for name, r in ranks.items() if r != rank},
@@ -166,14 +170,14 @@ def _lora(layers: dict[str, Patched]) -> tuple[Any, dict[str, Tensor]]:
     return config, tensors
 
 
-def _rank(layers: dict[str, Patched], changes: dict[str, Change]) -> int:
+def _rank(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> int:
     """The smallest r whose ``r * (in + out)`` entries suffice in every layer."""
     return max(
         1, *(-(-len(change.index) // sum(layers[name].original.shape)) for name, change in changes.items())
     )
 
 
-def _misfit(layers: dict[str, Patched], changes: dict[str, Change]) -> str:
+def _misfit(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> str:
     """Why peft's SHiRA cannot hold the changes; empty if it can."""
     rank = _rank(layers, changes)
     for name, layer in layers.items():
@@ -184,7 +188,7 @@ def _misfit(layers: dict[str, Patched], changes: dict[str, Change]) -> str:
     return ""
 
 
-def _shira(layers: dict[str, Patched], changes: dict[str, Change]) -> tuple[Any, dict[str, Tensor]]:
+def _shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> tuple[Any, dict[str, Tensor]]:
     from peft import ShiraConfig
 
     rank, tensors = _rank(layers, changes), dict[str, Tensor]()
@@ -197,14 +201,3 @@ def _shira(layers: dict[str, Patched], changes: dict[str, Change]) -> tuple[Any,
         tensors[f"{PREFIX}{name}.shira_weight"] = torch.cat([change.values, torch.zeros(len(more))])[order]
         tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([index // in_, index % in_]).to(torch.int32)
     return ShiraConfig(r=rank, target_modules=list(changes)), tensors
-
-
-def _adapters(tuner: Any) -> tuple[Any, dict[str, Tensor]]:
-    """What peft's own tuner would save."""
-    from peft import get_peft_model_state_dict
-
-    whole: Any = nn.Module()  # as a PeftModel holds it
-    whole.base_model, whole.peft_config = tuner, tuner.peft_config
-    return copy.deepcopy(tuner.peft_config["default"]), get_peft_model_state_dict(
-        whole, save_embedding_layers=False
-    )

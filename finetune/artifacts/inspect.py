@@ -17,9 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.inplace import InPlace
 from ..core.linalg import kth_smallest
-from ..core.part import base, patched
+from ..core.part import base, patched, trained_in_place
 from ..core.site import Site, all_sites
 from ..errors import ConfigError
 from ..storage import delta as stored
@@ -165,8 +164,7 @@ def _spectral(old: Spectrum, w1: Tensor, change: Tensor, k: int) -> dict[str, fl
 def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
     """The layers that a rebuilt run may have changed, in the model's order, the new head left out."""
     session, new = setup.session, set(setup.base.head)
-    parts = [p for p in session.states.modules() if isinstance(p, InPlace)]
-    trained = {name: p for part in parts for name, p in part.trained().items() if name not in new}
+    trained = {name: p for name, p in trained_in_place(session.states).items() if name not in new}
     layers = patched(session.model)
     grads = _gradients(setup, gradient) if gradient else {}
     sites = all_sites(session.model)
@@ -177,27 +175,16 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
     with base(session.states):
         for site in sites:
             if (name := f"{site.name}.weight") in trained and site.name not in layers:
-                before = _matrix(site, site.module.get_parameter("weight"))
-                yield Update(
-                    site, before, _matrix(site, trained[name]).to(before.dtype), grads.get(site.name)
-                )
-
-
-def _matrix(site: Site, weight: Tensor) -> Tensor:
-    """A layer's parameter as [out, in]; GPT-2's are stored transposed."""
-    return (weight.T if type(site.module).__name__ == "Conv1D" else weight).detach()
+                before = site.as_matrix(site.module.get_parameter("weight"))
+                after = site.as_matrix(trained[name]).to(before.dtype)
+                yield Update(site, before, after, grads.get(site.name))
 
 
 def others(setup: Setup) -> list[dict[str, Any]]:
     """What else was trained in place: embeddings, norms, biases; the new head left out."""
     session, matrices = setup.session, {f"{s.name}.weight" for s in all_sites(setup.session.model)}
     skip = matrices | set(setup.base.head)
-    found = {
-        n.replace(".base.", "."): p.detach()
-        for m in session.states.modules()
-        if isinstance(m, InPlace)
-        for n, p in m.trained().items()
-    }
+    found = {n.replace(".base.", "."): p.detach() for n, p in trained_in_place(session.states).items()}
     trained = {name: p for name, p in found.items() if name not in skip}
     rows = []
     with base(session.states):
@@ -236,7 +223,7 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
                 logits = session.tuned(**session.on_device(batch.inputs))
             (example_losses(logits, batch.labels.to(logits.device)).sum() / count(batch)).backward()
         found = {
-            name: _matrix(sites[name], w.grad).float() for name, w in weights.items() if w.grad is not None
+            name: sites[name].as_matrix(w.grad).float() for name, w in weights.items() if w.grad is not None
         }
         for weight in weights.values():
             weight.requires_grad_(False)

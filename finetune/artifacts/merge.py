@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.inplace import InPlace
-from ..core.part import Part, patched, unpatch
+from ..core.part import check_mergeable, parts, patched, trained_in_place, unpatch
 from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save
@@ -47,6 +46,7 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
     config, model = setup.config, setup.session.model
     if not config.method.mergeable:
         raise ConfigError(f"method={config.method.name} cannot be merged: it changes more than weights.")
+    check_mergeable(setup.session.states)
     dtype = dtype or config.model.dtype
     tolerance = (
         max(TOLERANCE[dtype], TOLERANCE[PRECISION[config.train.precision]])
@@ -103,11 +103,10 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
     weight and of the change.
     """
     session, rows = setup.session, list[dict[str, Any]]()
-    for part in session.states.modules():
-        if isinstance(part, Part):
-            if type(part).fold is not Part.fold:  # it computes in the model's type
-                session.model.float()
-            part.fold()
+    for part in parts(session.states):
+        if part.folds_itself:
+            session.model.float()  # the part computes in the model's dtype
+        part.fold()
     for name, layer in patched(session.model).items():
         change = torch.zeros(layer.original.shape, dtype=torch.float64, device=layer.original.device)
         for delta in layer.deltas:
@@ -117,7 +116,7 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
         rows.append(_row(name, rounded, exact, change))
         layer.base.weight.data = (rounded.T if layer.transposed else rounded).contiguous()
     unpatch(session.model)
-    in_place = {n for part in session.states.modules() if isinstance(part, InPlace) for n in part.names}
+    in_place = trained_in_place(session.states)
     for name, parameter in session.model.named_parameters():
         exact = parameter.data
         parameter.data = exact.to(dtype)

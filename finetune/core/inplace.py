@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.hooks import RemovableHandle
 
-from .part import Part
-
-Source = Callable[[], Iterator[tuple[str, Tensor]]]
+from .changes import Changes, Unit
+from .part import Part, Source
 
 
 def untrained(model: nn.Module) -> list[str]:
@@ -43,6 +41,7 @@ class InPlace(Part):
     read again through ``source`` when the base is needed; the engine sets it. The gate is 0 or 1.
     """
 
+    gate_is_switch = True
     source: Source | None = None
 
     def __init__(self, model: nn.Module, names: list[str], keep: bool) -> None:
@@ -108,8 +107,24 @@ class InPlace(Part):
         """The trained parameters under the model's names."""
         return {n: self.get_parameter(self._key(n)) for n in self.names}
 
+    def describe(self) -> str:
+        return "parameters trained in place"
+
     def adapted(self) -> int:
         return sum(p.numel() for p in self.parameters())
+
+    @property
+    def recoverable(self) -> bool:
+        return self.keep
+
+    def changes(self) -> Changes:
+        return Changes(parameters=self.trained())
+
+    def units(self) -> list[Unit]:
+        return [Unit(name, name, p) for name, p in self.trained().items() if p.requires_grad]
+
+    def use_source(self, source: Source | None) -> None:
+        self.source = source
 
     def detach(self) -> None:
         """Give the model its originals back; the trained values stay here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Lt, MultipleOf
@@ -14,8 +14,8 @@ from torch.nn import functional as F
 
 from .inplace import InPlace
 from .linalg import kth_smallest
-from .method import Reparam
-from .part import Delta, Kept, WeightGrad, changed_linear
+from .method import Reparam, Run
+from .part import Delta, Kept, WeightGrad, changed_linear, patched
 
 TINY = 1e-12  # the least squared distance: rows that coincide get a gradient of 0 without a case of their own
 BLOCK = 512  # rows or columns of the kernel made at once on the CPU: they stay in its cache, and the products are large enough to be fast
@@ -48,6 +48,24 @@ class Kernelized(Reparam):
         if self.class_token and tokens:
             state["class_token"] = InPlace(model, tokens, keep=True)
         return state
+
+    @torch.no_grad()
+    def check_trained(self, run: Run, state: Any) -> list[str]:
+        """Count the entries of the kernels' changes that are 0. Equal ones at the threshold may be 0 together."""
+        if not self.sparsity or not self.ready(run.step, run.total):
+            return []
+        size = zeros = count = 0
+        for layer in patched(run.model).values():
+            for delta in layer.deltas:
+                if isinstance(delta, Kernel):
+                    change = delta(layer.original)
+                    size, zeros, count = size + change.numel(), zeros + int((change == 0).sum()), count + 1
+        requested = self.sparsity * size
+        if not size or -count <= zeros - requested <= count + 0.01 * size:
+            return []
+        return [
+            f"{zeros} entries of the change are 0, but method.sparsity={self.sparsity:g} asks for {requested:.0f}"
+        ]
 
 
 class Kernel(Delta):
@@ -96,14 +114,17 @@ class Kernel(Delta):
             return kernel.new_zeros(())
         return kth_smallest(kernel.abs(), int(self.method.sparsity * (kernel.numel() - 1)))
 
+    def describe(self) -> str:
+        return "a kernel change"
+
     def forward(self, weight: Tensor) -> Tensor:
         change = torch.zeros(self.shape, dtype=self.rows.dtype, device=self.rows.device)
         self._add(change, 1.0, ())
         return change
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        return self._add(weight, self.gate, kept)
+    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+        return self._add(weight, gate, kept)
 
     @torch.no_grad()
     def _add(self, weight: Tensor, gate: float, kept: Kept) -> Kept:
@@ -131,7 +152,7 @@ class Kernel(Delta):
         weight.addcmul_(kernel, factor, value=gate)
 
     @torch.no_grad()
-    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
+    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
         """dL/drow_j = sum_i e_ji (row_j - col_i) with e = dL/dK / distance, and likewise for the columns, with both signs."""
         slopes = grad.dense
         grads = [torch.zeros_like(p) for p in self.inputs()]
@@ -144,8 +165,8 @@ class Kernel(Delta):
             grads[0][:, j] += self.rows[:, j] * by_row[..., -1:] - by_row[..., :-1]
             grads[1][:, i] += self.cols[:, i] * by_col[..., -1:] - by_col[..., :-1]
         # one scale from K = scale * difference, one because the distances come with it
-        signs = self.rows.new_tensor([1.0, -1.0]).view(2, 1, 1) * self.gate * self.method.scale**2
-        return grads[0].mul_(signs), grads[1].mul_(signs), *(g.mul_(self.gate) for g in grads[2:])
+        signs = self.rows.new_tensor([1.0, -1.0]).view(2, 1, 1) * gate * self.method.scale**2
+        return grads[0].mul_(signs), grads[1].mul_(signs), *(g.mul_(gate) for g in grads[2:])
 
     def _slope(self, grad: Tensor, distance: Tensor, kept: Kept, more: list[Tensor]) -> Tensor:
         """dL/d(distance[0] - distance[1]) of a block from dL/dchange. A subclass with more trained tensors adds their gradients to ``more``."""
@@ -163,6 +184,6 @@ class Kernel(Delta):
         return self.training and bool(self.method.dropout or self.method.drop_path)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        y = changed_linear(F.dropout(x, self.method.dropout), torch.zeros_like(weight), None, [self])
+        y = changed_linear(F.dropout(x, self.method.dropout), torch.zeros_like(weight), None, [self], [1.0])
         kept = torch.rand(len(y), *[1] * (y.ndim - 1), device=y.device) >= self.method.drop_path
         return y * kept / (1 - self.method.drop_path)

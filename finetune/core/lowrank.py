@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .changes import Changes, LowRankChange
 from .part import Delta
 
 
@@ -20,6 +21,12 @@ class LowRank(Delta):
         self.b = nn.Parameter(torch.zeros(shape[0], rank))
         self.scale, self.dropout = alpha / rank, dropout
         nn.init.kaiming_uniform_(self.a, a=math.sqrt(5))
+
+    def describe(self) -> str:
+        return "a low-rank change"
+
+    def changes(self) -> Changes:
+        return Changes(factors=LowRankChange(self.a, self.b, self.scale))
 
     def forward(self, weight: Tensor) -> Tensor:
         return self.scale * (self.b @ self.a)

@@ -12,7 +12,7 @@ The loop calls them in this order and knows no method by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from .collective import agree
 from .part import Delta, attach, base
 from .site import Site, find_sites
+from .state import Shapes, stored_shapes
 
 
 @dataclass
@@ -57,6 +58,11 @@ class Run:
         """Inside, the model is the pretrained one, to the bit."""
         with base(self.states):
             yield
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the optimizer's tensors that have one element for each element of ``parameter``."""
+        state = self.optimizer.state.get(parameter, {})
+        return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
 
     def log(self, **metrics: float) -> None:
         """Add to what is logged with the current step."""
@@ -104,8 +110,8 @@ class Method:
 
     def before_step(self, run: Run, state: Any) -> None: ...
 
-    def again(self, run: Run, state: Any) -> None:
-        """The backward pass is done again, after memory or fp16's range was exceeded: make ready anew what ``before_step`` made ready for it."""
+    def prepare_retry(self, run: Run, state: Any) -> None:
+        """Redo the set-up of ``before_step``. Called before a step is retried (out of memory, fp16 overflow)."""
 
     def after_backward(self, run: Run, state: Any) -> None: ...
 
@@ -114,6 +120,26 @@ class Method:
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
         """A term added to the task's loss."""
         return 0.0
+
+    def check_trained(self, run: Run, state: Any) -> list[str]:
+        """Compare what is trained with what the settings ask for. Returns each difference as a sentence."""
+        return []
+
+    def check_stored(
+        self, run: Run, state: Any, shapes: Mapping[str, tuple[int, ...]], step: int
+    ) -> list[str]:
+        """Compare the change stored after ``step`` (from 0, within the phase) with what the settings ask for.
+
+        ``shapes``: of the stored tensors, by their name in ``state``. Returns each difference as a sentence.
+        """
+        return []
+
+    def stored_shapes(self, state: nn.Module, steps: int) -> Shapes | None:
+        """Return dtype and shape of every tensor that a run of ``steps`` steps stores, by its name in ``state``.
+
+        None if training decides. ``state`` may be on the meta device, where tensors have no values.
+        """
+        return stored_shapes(state)
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,13 @@
-"""Attach changes to a frozen model, switch them off, fold them in, take them away.
+"""Attach trained changes to a frozen model, switch them off, merge them into the weights, take them away.
 
-A *part* is what a method attaches: a ``Delta`` changes the weight of one linear layer, an ``Edit`` the output of one module. Parts belong to the
-state that a method builds; the model only refers to them, so its own parameters stay exactly the pretrained ones.
+A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit`` changes the
+output of one module, and ``InPlace`` (``inplace.py``) trains parameters of the model itself. Parts belong to the
+state that a method builds. The model only refers to them, so its own parameters stay the pretrained ones.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -16,35 +17,76 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ..errors import ConfigError
+from .changes import Changes, Unit
+from .state import StateModule
+
 Kept = tuple[Tensor, ...]
+Source = Callable[[], Iterator[tuple[str, Tensor]]]  # reads the model's original parameters again, by name
 
 
-class Part(nn.Module):
-    """Anything that a method attaches. ``gate`` scales its effect; at 0 it is absent, and the model is the base to the bit."""
+class Part(StateModule):
+    """Anything that a method attaches to the model.
+
+    ``gate`` scales its effect. At 0 the part is absent and the model computes what the pretrained one computes,
+    to the bit. The attributes and methods below declare what other code needs to know of a part.
+    """
 
     gate: float = 1.0
+    gate_is_switch: bool = False  # whether the gate can only be 0 or 1
     decays: bool = True  # whether weight decay may pull its matrices towards zero
+    mergeable: bool = True  # whether ``merge`` can make its change permanent
+    folds_itself: bool = False  # whether ``fold`` writes into the model's weights, in their dtype
+
+    def describe(self) -> str:
+        """Return a noun phrase for messages."""
+        return f"a change of type {type(self).__name__}"
 
     def adapted(self) -> int:
-        """Entries of the model that this part can change; deltas are counted by the layer they sit on."""
+        """Count the model's entries that this part can change. Deltas return 0: their layers are counted."""
         return 0
 
+    @property
+    def recoverable(self) -> bool:
+        """Tell whether gate 0 gives the pretrained model back without reading a file."""
+        return True
+
+    def changes(self) -> Changes:
+        """Return the trained change in the simplest form that it has, without the gate."""
+        return Changes()
+
+    def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
+        """Return configuration and tensors in an external format, if the part has its own way to write them."""
+        return None
+
+    def units(self) -> list[Unit]:
+        """Return the groups of values that are trained now, each with its place in the model."""
+        return [Unit(name, None, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def use_source(self, source: Source | None) -> None:
+        """Receive the function that reads the original parameters again. Most parts have no use for it."""
+
     def detach(self) -> None:
-        """Leave the model as it was before this part. Deltas need nothing: ``unpatch`` removes the layer they sit on."""
+        """Leave the model as it was before this part. Deltas do nothing: ``unpatch`` removes their layers."""
 
     def fold(self) -> None:
-        """Make the change permanent where ``merge`` cannot: for parts that are no deltas."""
+        """Make the change permanent. Deltas do nothing: ``merge`` writes their layers' weights."""
 
 
 class Edit(Part):
-    """A trained change of one module's output."""
+    """A trained change of one module's output. It is no change of a weight, so it cannot be merged into one."""
+
+    mergeable = False
+
+    def describe(self) -> str:
+        return f"an edit of a module's output ({type(self).__name__})"
 
     def forward(self, y: Tensor) -> Tensor:
-        """The change, of the shape of ``y``."""
+        """Return the change, of the shape of the output ``y``."""
         raise NotImplementedError
 
     def on(self, module: nn.Module) -> Edit:
-        """Add ``gate * self(y)`` to every output of ``module``; ``detach`` ends it."""
+        """Add ``gate * self(y)`` to every output of ``module`` until ``detach`` is called."""
         self._hook = module.register_forward_hook(
             lambda _module, _args, y: y + self.gate * self(y) if self.gate else y
         )
@@ -55,9 +97,10 @@ class Edit(Part):
 
 
 class WeightGrad:
-    """The gradient of one layer's weight, computed only when asked for: ``grad_y`` is [n, out], ``x`` what the delta kept of [n, in].
+    """The gradient of one layer's weight, computed only on request.
 
-    ``examples``: how many examples the n rows are, each as many rows as the others.
+    ``grad_y``: [n, out]. ``x``: what the delta kept of the input, [n, in] or fewer columns. ``examples``: the
+    number of examples in the n rows; each has the same number of rows.
     """
 
     def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1) -> None:
@@ -65,15 +108,23 @@ class WeightGrad:
 
     @cached_property
     def dense(self) -> Tensor:
-        """[out, in], float32 or wider; of all of x."""
+        """Return the gradient, [out, in], float32 or wider. Requires that ``x`` has all columns."""
         return self._product(self.grad_y, self.x)
 
     @property
+    def is_formed(self) -> bool:
+        """Tell whether ``dense`` has been computed already."""
+        return "dense" in self.__dict__
+
+    @property
     def squares(self) -> Tensor:
-        """[out, in]: the sum over examples of the square of each one's gradient."""
-        pairs = zip(self.grad_y.chunk(self.examples), self.x.chunk(self.examples), strict=True)
-        first, *rest = (self._product(y, x).square_() for y, x in pairs)
-        return sum(rest, first)
+        """Return the sum over examples of each example's squared gradient, [out, in]."""
+        total: Tensor | None = None
+        for y, x in zip(self.grad_y.chunk(self.examples), self.x.chunk(self.examples), strict=True):
+            square = self._product(y, x).square_()
+            total = square if total is None else total.add_(square)
+        assert total is not None
+        return total
 
     @staticmethod
     def _product(grad_y: Tensor, x: Tensor) -> Tensor:
@@ -82,90 +133,120 @@ class WeightGrad:
 
 
 class Delta(Part):
-    """A trained change of one weight [out, in]. A subclass writes ``forward``; the rest are cheaper equals of it."""
+    """A trained change of one weight [out, in]. A subclass writes ``forward``; other methods make it cheaper.
+
+    ``gate`` is read once, when a forward pass begins. ``add_`` and ``pull`` receive that value, so that the
+    backward pass computes with the gate of its forward pass.
+    """
+
+    layer: str | None = None  # dotted name of the layer that ``attach`` put it on
+    restores: bool = False  # whether ``restore_`` undoes ``add_`` to the bit, so that no copy is needed
 
     def forward(self, weight: Tensor) -> Tensor:
-        """The change, [out, in], without the gate."""
+        """Return the change, [out, in], without the gate."""
         raise NotImplementedError
 
     @property
     def additive(self) -> bool:
-        """Whether the layer adds ``linear`` to its output, instead of running once with the changed weight."""
+        """Tell whether the layer adds ``linear`` to its output instead of using the changed weight."""
         return type(self).linear is not Delta.linear
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """The change as seen from the input, [..., out]; overridden where that is cheaper than forming the matrix."""
+        """Return ``x`` times the change, [..., out], without the gate. Override it if it is cheaper than a matrix."""
         raise NotImplementedError
 
     @property
     def acts(self) -> bool:
-        """Whether this delta has anything to do now; if not, the layer runs as if it were not there."""
+        """Tell whether this delta has any effect now; if not, the layer skips it."""
         return True
 
     def inputs(self) -> tuple[Tensor, ...]:
-        """The trained tensors, in the order in which ``pull`` returns their gradients."""
+        """Return the trained tensors, in the order in which ``pull`` returns their gradients."""
         return tuple(self.parameters())
 
+    def units(self) -> list[Unit]:
+        return [Unit(name, self.layer, p) for name, p in self.named_parameters() if p.requires_grad]
+
     def keep(self, x: Tensor) -> Tensor:
-        """What ``pull`` needs of the input [..., in]: itself, or less."""
+        """Return what ``pull`` needs of the input [..., in]: all of it, or less."""
         return x
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        """Add the gated change to ``weight`` in place. Returns the small tensors which make the next call, given them, do exactly the same."""
-        weight.add_(self(original), alpha=self.gate)
+    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+        """Add ``gate`` times the change to ``weight`` in place.
+
+        Returns small tensors to cache; pass them back as ``kept`` to reproduce the same change in backward.
+        """
+        weight.add_(self(original), alpha=gate)
         return ()
 
-    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
-        """The gradients of ``inputs()``, by forming the change again."""
-        with torch.enable_grad():
-            change = self.gate * self(original)
-        return torch.autograd.grad(change, self.inputs(), grad.dense.to(change.dtype), allow_unused=True)
-
-
-class Restorable(Delta):
-    """A delta which can undo its ``add_`` to the bit, so that it may work inside the base weight itself."""
-
     def restore_(self, weight: Tensor) -> None:
-        """Put the original entries back."""
-        raise NotImplementedError
+        """Put back the entries that ``add_`` overwrote, if it has written any that are still there."""
+
+    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
+        """Return the gradients of ``inputs()``; by default from forming the change again."""
+        with torch.enable_grad():
+            change = gate * self(original)
+        return torch.autograd.grad(change, self.inputs(), grad.dense.to(change.dtype), allow_unused=True)
 
 
 @contextmanager
 def changed(
-    weight: Tensor, deltas: Sequence[Delta], kept: Sequence[Kept] | None = None
+    weight: Tensor, deltas: Sequence[Delta], gates: Sequence[float], kept: Sequence[Kept] | None = None
 ) -> Iterator[tuple[Tensor, list[Kept]]]:
-    """The weight with the changes of ``deltas`` in it, float32 or wider unless lent, and what the deltas kept, for as long as the block lasts.
+    """Give the weight with the changes of ``deltas`` in it, and what the deltas want cached, inside the block.
 
-    Deltas that can restore what they overwrite are lent the weight itself and no copy is made; ``.data`` because autograd's version counter must not
-    see a change that is undone before anyone can use the weight again.
+    The weight is a copy in float32 or wider. If every delta can restore what it overwrites, it is the weight
+    itself and no copy is made. That goes through ``.data``: autograd's version counter must not count a change
+    that is undone before the weight is used again.
     """
-    lent = all(isinstance(d, Restorable) for d in deltas)
-    wide = torch.promote_types(weight.dtype, torch.float32)
-    w = weight.data if lent else weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+    in_place = all(delta.restores for delta in deltas)
+    if in_place:
+        w = weight.data
+    else:
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        w = weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
+    cached = kept or [()] * len(deltas)
     try:
-        yield w, [d.add_(w, weight, k) for d, k in zip(deltas, kept or [()] * len(deltas), strict=True)]
+        yield w, [d.add_(w, weight, g, k) for d, g, k in zip(deltas, gates, cached, strict=True)]
     finally:
-        for delta in reversed(deltas) if lent else ():
-            assert isinstance(delta, Restorable)
-            delta.restore_(weight.data)
+        if in_place:
+            for delta in reversed(deltas):
+                delta.restore_(w)
 
 
 class _ChangedLinear(torch.autograd.Function):
-    """``F.linear(x, weight + changes, bias)``; keeps what the deltas need of the input for backward, never a matrix of the weight's size."""
+    """``F.linear(x, weight + changes, bias)``.
+
+    For backward it keeps what the deltas need of the input, and never a matrix of the weight's size.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta], *trained: Tensor
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        deltas: list[Delta],
+        gates: list[float],
+        *trained: Tensor,
     ) -> Tensor:
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
-        with changed(weight, deltas) as (w, kept), torch.autocast(device, enabled=False):
+        with changed(weight, deltas, gates) as (w, kept), torch.autocast(device, enabled=False):
             y = F.linear(x, w.to(dtype), None if bias is None else bias.to(dtype))
-        if any(ctx.needs_input_grad[4:]):
-            ctx.save_for_backward(*(d.keep(x) for d in deltas))
-        ctx.weight, ctx.deltas, ctx.kept = weight, deltas, kept
+        if any(ctx.needs_input_grad[5:]):
+            saved: list[Tensor] = []
+            ctx.places = []  # for each delta, which saved tensor it kept: several may have kept the same
+            for delta in deltas:
+                kept_x = delta.keep(x)
+                place = next((i for i, t in enumerate(saved) if t is kept_x), len(saved))
+                if place == len(saved):
+                    saved.append(kept_x)
+                ctx.places.append(place)
+            ctx.save_for_backward(*saved)
+        ctx.weight, ctx.deltas, ctx.gates, ctx.kept = weight, deltas, gates, kept
         return y
 
     @staticmethod
@@ -173,28 +254,40 @@ class _ChangedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            with changed(ctx.weight, ctx.deltas, ctx.kept) as (w, _):
+            with changed(ctx.weight, ctx.deltas, ctx.gates, ctx.kept) as (w, _):
                 grad_x = grad_y @ w.to(grad_y.dtype)
         flat_y = grad_y.flatten(0, -2)
         if ctx.needs_input_grad[2]:
             grad_bias = flat_y.sum(0)
-        grads: dict[int, WeightGrad] = {}
-        pulled: list[Tensor | None] = []
-        for delta, kept, x in zip(ctx.deltas, ctx.kept, ctx.saved_tensors, strict=bool(ctx.saved_tensors)):
-            grad = grads.setdefault(
-                id(x), WeightGrad(flat_y, x.flatten(0, -2), len(grad_y))
-            )  # one product serves all that kept the same
-            pulled += delta.pull(grad, ctx.weight, kept)
-        return grad_x, None, grad_bias, None, *(pulled or [None] * len(ctx.needs_input_grad[4:]))
+        pulled: list[Tensor | None] = [None] * len(ctx.needs_input_grad[5:])
+        if any(ctx.needs_input_grad[5:]):
+            pulled = []
+            # Read the saved tensors once: activation checkpointing recomputes them on the first access only.
+            grads = [WeightGrad(flat_y, x.flatten(0, -2), len(grad_y)) for x in ctx.saved_tensors]
+            for delta, gate, kept, place in zip(ctx.deltas, ctx.gates, ctx.kept, ctx.places, strict=True):
+                pulled += delta.pull(grads[place], ctx.weight, gate, kept)
+        return grad_x, None, grad_bias, None, None, *pulled
 
 
-def changed_linear(x: Tensor, weight: Tensor, bias: Tensor | None, deltas: list[Delta]) -> Tensor:
-    """``F.linear(x, weight + sum of gate * delta, bias)`` with the memory of a frozen layer plus its input."""
-    return _ChangedLinear.apply(x, weight, bias, deltas, *(t for d in deltas for t in d.inputs()))  # type: ignore[no-any-return, no-untyped-call]
+def changed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    deltas: list[Delta],
+    gates: list[float] | None = None,
+) -> Tensor:
+    """Compute ``F.linear(x, weight + sum of gate * delta, bias)``. Memory: that of a frozen layer, plus its input.
+
+    ``gates``: by default the gates that the deltas have now. Backward uses the same values.
+    """
+    if gates is None:
+        gates = [delta.gate for delta in deltas]
+    trained = [t for delta in deltas for t in delta.inputs()]
+    return _ChangedLinear.apply(x, weight, bias, deltas, gates, *trained)  # type: ignore[no-any-return, no-untyped-call]
 
 
 class Patched(nn.Module):
-    """A frozen linear layer and the deltas stacked on it. ``weight`` is always [out, in], GPT-2's transposed layers included."""
+    """A frozen linear layer and the deltas stacked on it. ``weight`` is [out, in], also for GPT-2's Conv1D."""
 
     base: Any  # a linear layer, or GPT-2's Conv1D
 
@@ -206,7 +299,7 @@ class Patched(nn.Module):
 
     @property
     def original(self) -> Tensor:
-        """The pretrained weight, [out, in]."""
+        """Return the pretrained weight, [out, in]."""
         weight: Tensor = self.base.weight
         return weight.T if self.transposed else weight
 
@@ -218,12 +311,15 @@ class Patched(nn.Module):
     @property
     @torch.no_grad()
     def weight(self) -> Tensor:
-        """What the layer computes with, as one new matrix [out, in] of the base's dtype: the one definition of merging."""
+        """Return the weight that the layer computes with, as a new matrix [out, in] of the base's dtype.
+
+        Merging writes exactly this matrix.
+        """
         wide = torch.promote_types(self.original.dtype, torch.float32)
         total = self.original.to(wide, copy=True, memory_format=torch.contiguous_format)
         for delta in self.deltas:
             if delta.gate:
-                delta.add_(total, self.original)
+                delta.add_(total, self.original, delta.gate)
         return total.to(self.original.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -235,6 +331,19 @@ class Patched(nn.Module):
                 change = delta.linear(x, self.original)
                 y = y + (change if delta.gate == 1 else delta.gate * change)
         return y
+
+
+def parts(states: nn.Module) -> list[Part]:
+    """Return every part inside ``states``."""
+    return [module for module in states.modules() if isinstance(module, Part)]
+
+
+def trained_in_place(states: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters of the model that the parts of ``states`` train in place, by the model's names."""
+    found: dict[str, nn.Parameter] = {}
+    for part in parts(states):
+        found |= part.changes().parameters
+    return found
 
 
 def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
@@ -250,18 +359,18 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
         module = Patched(module)
         setattr(owner, leaf, module)
     module.deltas.append(delta)
+    delta.layer = name
 
 
 def patched(model: nn.Module) -> dict[str, Patched]:
-    """The patched layers by name."""
+    """Return the patched layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Patched)}
 
 
 def detach(model: nn.Module, states: nn.Module) -> None:
     """Take every part of ``states`` away: the model is as it was before ``build``."""
-    for part in states.modules():
-        if isinstance(part, Part):
-            part.detach()
+    for part in parts(states):
+        part.detach()
     unpatch(model)
 
 
@@ -272,12 +381,24 @@ def unpatch(model: nn.Module) -> None:
         setattr(owner, leaf, module.base)
 
 
+def check_mergeable(states: nn.Module) -> None:
+    """Raise ``ConfigError`` if some part of ``states`` cannot be merged into weights."""
+    unmergeable = sorted({part.describe() for part in parts(states) if not part.mergeable})
+    if unmergeable:
+        raise ConfigError(
+            f"The model cannot be merged: the method attaches {' and '.join(unmergeable)}, which no weight can hold."
+        )
+
+
 @torch.no_grad()
 def merge(model: nn.Module, states: nn.Module) -> None:
-    """Fold every part of ``states`` into the model, for good, and put the plain layers back."""
-    for part in states.modules():
-        if isinstance(part, Part):
-            part.fold()
+    """Write every part of ``states`` into the model's weights and put the plain layers back. Cannot be undone.
+
+    Raises ``ConfigError``, with nothing changed, if some part cannot be merged.
+    """
+    check_mergeable(states)
+    for part in parts(states):
+        part.fold()
     for module in patched(model).values():
         weight = module.weight
         module.base.weight.copy_(weight.T if module.transposed else weight)
@@ -286,13 +407,13 @@ def merge(model: nn.Module, states: nn.Module) -> None:
 
 @contextmanager
 def base(states: nn.Module) -> Iterator[None]:
-    """Inside, the model is the pretrained one, to the bit: every part of ``states`` has gate 0."""
-    parts = [m for m in states.modules() if isinstance(m, Part)]
-    gates = [p.gate for p in parts]
-    for part in parts:
+    """Make the model the pretrained one, to the bit, inside the block: every part of ``states`` has gate 0."""
+    attached = parts(states)
+    gates = [part.gate for part in attached]
+    for part in attached:
         part.gate = 0.0
     try:
         yield
     finally:
-        for part, gate in zip(parts, gates, strict=True):
+        for part, gate in zip(attached, gates, strict=True):
             part.gate = gate

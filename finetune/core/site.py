@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..errors import ConfigError, near
 from .part import Patched
@@ -38,6 +38,10 @@ class Site:
     @property
     def size(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    def as_matrix(self, weight: Tensor) -> Tensor:
+        """Return a parameter of the layer as [out, in]: a Conv1D, as in GPT-2, stores it transposed."""
+        return (weight.T if type(self.module).__name__ == "Conv1D" else weight).detach()
 
 
 def all_sites(model: nn.Module) -> list[Site]:

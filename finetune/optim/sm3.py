@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.sparse.bank import Bank
+from ..core.state import EntryStore
 
 
 class SM3(torch.optim.Optimizer):
@@ -20,9 +20,9 @@ class SM3(torch.optim.Optimizer):
     they stay when entries move. Nothing lowers an accumulator. No momentum. Weight decay is decoupled, as in AdamW.
     """
 
-    def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[Bank] = ()) -> None:
+    def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[EntryStore] = ()) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0})
-        self.banks: dict[Tensor, Bank] = {bank.values: bank for bank in banks}
+        self.banks: dict[Tensor, EntryStore] = {bank.values: bank for bank in banks}
         for p in (p for group in self.param_groups for p in group["params"]):
             self.state[p] = _of_bank(self.banks[p]) if p in self.banks else _of_dense(p)
 
@@ -63,6 +63,6 @@ def _of_dense(p: Tensor) -> dict[str, Tensor]:
     return {f"cover.{d}": p.new_zeros(shape) for d, shape in enumerate(shapes)}
 
 
-def _of_bank(bank: Bank) -> dict[str, Tensor]:
+def _of_bank(bank: EntryStore) -> dict[str, Tensor]:
     rows = {f"row.{i}": bank.values.new_zeros(out, 1) for i, (out, _) in enumerate(bank.shapes)}
     return rows | {f"col.{i}": bank.values.new_zeros(1, in_) for i, (_, in_) in enumerate(bank.shapes)}

@@ -17,44 +17,39 @@ are kept for all blocks, so the optimizer's memory does not fall. A sparse bank 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Annotated, ClassVar, Literal
 
 import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
-from ..core.inplace import InPlace
+from ..core.changes import Unit
 from ..core.method import Run
-from ..core.part import Delta, Part, patched
+from ..core.part import Part, parts
 from ..core.roles import block_of
 from ..core.selector import Selector
-from ..core.sparse.bank import Bank, SparseDelta
-from ..core.sparse.engine import moments
+from ..core.state import StateModule
 from ..errors import ConfigError
 from ..registry import register
 
 TRIES = 100  # draws for each probe to find sets that differ; scores may have made all but one very rare
 
 
-class Blocks(nn.Module):
-    """The score of each block, and the deltas in it. Only the scores are state; they are no part of the change that a run stores."""
+class Blocks(StateModule):
+    """The score of each block, and the parts in it. Only the scores are state, and a run does not store them."""
 
     scores: Tensor
 
-    def __init__(self, deltas: dict[int, list[Delta]]) -> None:
+    def __init__(self, parts: dict[int, list[Part]]) -> None:
         super().__init__()
-        self.deltas = deltas  # by block; in plain containers, since they belong to the method's state
-        self.banks: dict[Bank, dict[int, int]] = {}  # the block of each of a bank's sites
-        for block, found in deltas.items():
-            for delta in found:
-                if isinstance(delta, SparseDelta):
-                    self.banks.setdefault(delta.bank, {})[delta.i] = block
-        self.register_buffer("scores", torch.zeros(len(deltas), dtype=torch.float64))
+        self.parts = parts  # by block; in plain containers, since they belong to the method's state
+        self.register_buffer("scores", torch.zeros(len(parts), dtype=torch.float64))
         self.chosen: list[int] = []
-        self.rested: list[nn.Parameter] = []
-        self.held: list[tuple[Tensor, slice, Tensor]] = []
+        self.frozen: list[Unit] = []
+        self.resting: dict[nn.Parameter, list[slice]] = {}  # slices of shared parameters, in ascending order
+        self.copies: list[tuple[Tensor, slice, Tensor]] = []
 
     def pack(self) -> dict[str, Tensor]:
         return {}
@@ -63,7 +58,7 @@ class Blocks(nn.Module):
 
     def draw(self, weights: Tensor, count: int, generator: torch.Generator) -> list[int]:
         """``count`` blocks without replacement, ascending. All of them need no draw, so that the method's own draws stay as they are."""
-        blocks = list(self.deltas)
+        blocks = list(self.parts)
         if count >= len(blocks):
             return blocks
         return sorted(
@@ -101,26 +96,26 @@ class IST(Selector):
         )
 
     def build(self, model: nn.Module, states: nn.Module) -> Blocks:
-        deltas: dict[int, list[Delta]] = {}
-        for name, layer in patched(model).items():
-            deltas.setdefault(block_of(name), []).extend(layer.deltas)
-        placed = {id(delta) for found in deltas.values() for delta in found}
-        faults = [
-            why
-            for part in states.modules()
-            if isinstance(part, Part) and id(part) not in placed and (why := _unfit(part))
-        ]
-        deltas.pop(-1, None)
-        if not faults and not deltas:
+        blocks: dict[int, list[Part]] = {}
+        faults: list[str] = []
+        for part in parts(states):
+            units = part.units()
+            fault = _unfit(part, units)
+            if fault:
+                faults.append(fault)
+            for block in sorted({block_of(unit.place) for unit in units if unit.place is not None}):
+                if block >= 0:
+                    blocks.setdefault(block, []).append(part)
+        if not faults and not blocks:
             faults = ["chooses among numbered blocks, and this method changes no linear layer in one."]
         if faults:
             cure = "Choose a method of changes to single layers, for example method=lora or method=shira, or selector=none."
             raise ConfigError(*(f"selector={self.name} {why} {cure}" for why in faults))
-        return Blocks(dict(sorted(deltas.items())))
+        return Blocks(dict(sorted(blocks.items())))
 
     def count(self, share: float, state: Blocks) -> int:
         """A share of the blocks, rounded down (as a decimal: 0.29 of 100 are 29), and at least one."""
-        return max(1, int(round(share * len(state.deltas), 9)))
+        return max(1, int(round(share * len(state.parts), 9)))
 
     def before_step(self, run: Run, state: Blocks) -> None:
         if self.probes and run.step and run.step % self.every == 0:
@@ -128,67 +123,71 @@ class IST(Selector):
         state.chosen = state.draw(
             torch.sigmoid(-state.scores), self.count(self.trained, state), run.generator
         )
-        used = {id(p) for block in state.chosen for delta in state.deltas[block] for p in delta.parameters()}
-        for parameter in (
-            p for found in state.deltas.values() for delta in found for p in delta.parameters()
-        ):
-            if parameter.requires_grad and id(parameter) not in used:
-                state.rested.append(parameter)
-                parameter.requires_grad_(False)
-        for bank, blocks in state.banks.items():
-            bank.frozen = [i in blocks and blocks[i] not in state.chosen for i in range(len(bank.sizes))]
-            state.held += [
-                (t, part, t[part].clone())
-                for t in (bank.values.data, *moments(run, bank).values())
-                for part in _resting(bank)
-            ]
+        used: set[int] = set()
+        resting: list[Unit] = []
+        for block, members in state.parts.items():
+            for part in members:
+                for unit in part.units():
+                    if block in state.chosen:
+                        used.add(id(unit.parameter))
+                    else:
+                        resting.append(unit)
+        for unit in resting:
+            if unit.span is not None:
+                state.resting.setdefault(unit.parameter, []).append(unit.span)
+            elif id(unit.parameter) in used:  # shared with a block that trains
+                continue
+            unit.set_frozen(True)
+            state.frozen.append(unit)
+        for parameter, spans in state.resting.items():
+            state.resting[parameter] = list(_joined(spans))
+            for tensor in (parameter.data, *run.moments(parameter).values()):
+                for span in state.resting[parameter]:
+                    state.copies.append((tensor, span, tensor[span].clone()))
 
     @torch.no_grad()
     def after_step(self, run: Run, state: Blocks) -> None:
-        """A bank is one tensor to the optimizer, whose momentum and decay move all of it: the resting slices go back to what they were."""
-        for parameter in state.rested:
-            parameter.requires_grad_(True)
-        known = {id(t) for t, _, _ in state.held}
-        for bank in state.banks:
-            fresh = [
-                (t, part, torch.zeros_like(t[part]))
-                for t in moments(run, bank).values()
-                if id(t) not in known
-                for part in _resting(bank)
-            ]
-            for t, part, before in state.held + fresh:
-                t[part] = before
-            bank.frozen = [False] * len(bank.sizes)
-        state.rested, state.held = [], []
+        """Put the resting slices of shared parameters back: the optimizer's momentum and decay move all of one."""
+        known = {id(tensor) for tensor, _, _ in state.copies}
+        for tensor, span, before in state.copies:
+            tensor[span] = before
+        for parameter, spans in state.resting.items():
+            for tensor in run.moments(parameter).values():
+                if id(tensor) not in known:  # the optimizer has made it in this step
+                    for span in spans:
+                        tensor[span] = 0
+        for unit in state.frozen:
+            unit.set_frozen(False)
+        state.frozen, state.resting, state.copies = [], {}, []
 
     def _score(self, run: Run, state: Blocks) -> None:
         """Measure what damping does, and move the scores. The gates are what they were afterwards."""
         losses, sets = [], self._sets(run, state)
         for damped in sets if len(sets) > 1 else ():
-            deltas = [delta for block in damped for delta in state.deltas[block]]
-            gates = [delta.gate for delta in deltas]
+            members = [part for block in damped for part in state.parts[block]]
+            gates = [part.gate for part in members]
             try:
-                for delta, gate in zip(deltas, gates, strict=True):
-                    delta.gate = gate * self.factor
+                for part, gate in zip(members, gates, strict=True):
+                    part.gate = gate * self.factor
                 losses.append(float(run.evaluate(run.batch)))
             finally:
-                for delta, gate in zip(deltas, gates, strict=True):
-                    delta.gate = gate
+                for part, gate in zip(members, gates, strict=True):
+                    part.gate = gate
         if losses and all(map(math.isfinite, losses)):
             state.scores += self.change(
-                state.scores, [[list(state.deltas).index(b) for b in damped] for damped in sets], losses
+                state.scores, [[list(state.parts).index(b) for b in damped] for damped in sets], losses
             )
             run.log(
                 **{
                     f"score_{block}": score
-                    for block, score in zip(state.deltas, state.scores.tolist(), strict=True)
+                    for block, score in zip(state.parts, state.scores.tolist(), strict=True)
                 }
             )
 
     def _sets(self, run: Run, state: Blocks) -> list[list[int]]:
         """Distinct sets of blocks to damp: ``probes`` of them, or as many as there are and as chance gives in so many tries."""
         count = self.count(self.damped, state)
-        wanted = min(self.probes, math.comb(len(state.deltas), count))
+        wanted = min(self.probes, math.comb(len(state.parts), count))
         found: list[list[int]] = []
         for _ in range(TRIES * wanted if wanted > 1 else 0):
             drawn = state.draw(torch.sigmoid(state.scores), count, run.generator)
@@ -208,24 +207,24 @@ class IST(Selector):
         return change
 
 
-def _unfit(part: Part) -> str | None:
-    """Why a part that sits on no patched layer cannot be selected by block; None where it lies outside all blocks."""
-    if not isinstance(part, InPlace):
-        return (
-            f"freezes and damps what sits on a block's layers, and {type(part).__name__} is not tied to one."
-        )
-    inside = [name for name in part.names if block_of(name) >= 0]
-    return (
-        f"damps the changes in a block, and {inside[0]} is trained in place, where a change is all there or gone."
-        if inside
-        else None
-    )
+def _unfit(part: Part, units: list[Unit]) -> str | None:
+    """Return why a part cannot be selected by block; None if it can, or if it lies outside all blocks."""
+    if any(unit.place is None for unit in units):
+        return f"freezes and damps what sits on a block's layers, and {part.describe()} is not tied to one."
+    inside = [unit.name for unit in units if unit.place is not None and block_of(unit.place) >= 0]
+    if inside and part.gate_is_switch:
+        return f"damps the changes in a block, and {inside[0]} is trained in place, where a change is all there or gone."
+    return None
 
 
-def _resting(bank: Bank) -> list[slice]:
-    """Where the values of the frozen sites are; neighbours as one."""
-    bounds, runs = (
-        bank.bounds(),
-        [(frozen, [*sites]) for frozen, sites in groupby(range(len(bank.sizes)), bank.frozen.__getitem__)],
-    )
-    return [slice(bounds[sites[0]], bounds[sites[-1] + 1]) for frozen, sites in runs if frozen]
+def _joined(spans: list[slice]) -> Iterator[slice]:
+    """Join neighbouring slices, so that few large copies are made instead of many small ones."""
+    start = stop = 0
+    for span in sorted(spans, key=lambda span: (span.start, span.stop)):
+        if span.start != stop:
+            if stop > start:
+                yield slice(start, stop)
+            start = span.start
+        stop = span.stop
+    if stop > start:
+        yield slice(start, stop)

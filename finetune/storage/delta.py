@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..core.state import packed_modules
 from ..errors import ConfigError
 from ..system import safe
 from ..system.disk import writing
@@ -21,25 +22,9 @@ ABOUT = {
 }  # fmt: skip
 
 
-class Packed(Protocol):
-    """What a state's module may bring to be stored in a form of its own."""
-
-    def pack(self) -> dict[str, Tensor]: ...
-
-    def unpack(self, stored: dict[str, Tensor]) -> None: ...
-
-
-def _packed(states: nn.Module) -> dict[str, Packed]:
-    return {
-        f"{name}.": cast(Packed, module)
-        for name, module in states.named_modules()
-        if hasattr(module, "unpack")
-    }
-
-
 def tensors(states: nn.Module) -> dict[str, Tensor]:
     """Everything of ``states`` that is stored, by name; some modules in their packed form."""
-    packed = _packed(states)
+    packed = packed_modules(states)
     plain = {k: v.detach() for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
     return plain | {prefix + key: t for prefix, module in packed.items() for key, t in module.pack().items()}
 
@@ -95,7 +80,7 @@ def load(folder: Path, states: nn.Module) -> None:
     manifest.check(folder)
     file = folder / "delta.safetensors"
     stored = read(file)
-    packed = _packed(states)
+    packed = packed_modules(states)
     names = {prefix: list(module.pack()) for prefix, module in packed.items()}
     own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
     wanted = {k: tuple(v.shape) for k, v in own.items()} | {

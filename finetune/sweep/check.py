@@ -97,8 +97,7 @@ def _try(config: Config, known: dict[str, Any]) -> None:
     """Read and build as a run does; ``known`` keeps the last data set and model."""
     from torch import nn
 
-    from ..core.inplace import InPlace
-    from ..core.part import detach
+    from ..core.part import detach, parts
     from ..data.encode import encode
     from ..models.load import load, pristine
     from ..training.prepare import check_machine
@@ -115,7 +114,6 @@ def _try(config: Config, known: dict[str, Any]) -> None:
     for phase in config.method.phases():
         states = nn.ModuleDict({"method": phase.method.build(base.model)})
         config.selector.build(base.model, states)
-        for part in states.modules():
-            if isinstance(part, InPlace):
-                part.source = partial(pristine, base)
+        for part in parts(states):
+            part.use_source(partial(pristine, base))
         detach(base.model, states)

@@ -12,13 +12,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ..config.settings import Config
 from ..core.inplace import InPlace
 from ..core.method import Method
-from ..core.sparse.bank import Bank
-from ..core.sparse.mixed import Mixed
+from ..core.state import Shapes, stored_shapes
 from ..errors import ConfigError
 from ..models.load import load as load_model
 from ..storage import manifest
@@ -26,7 +25,6 @@ from ..storage.run_folder import plain, run_folder
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip
-Shapes = dict[str, tuple[torch.dtype, tuple[int, ...]]]
 
 
 @dataclass(frozen=True)
@@ -107,59 +105,15 @@ def _counted(
 
 
 def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
-    """Every tensor that is stored, by name; ``None`` where training decides how much that is."""
-    packed = {f"{name}.": module for name, module in states.named_modules() if hasattr(module, "unpack")}
-    found = {k: _shape(v) for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
-    for prefix, module in packed.items():
-        if isinstance(module, Mixed) or (isinstance(module, Bank) and _gathers(method, steps)):
+    """Return dtype and shape of every stored tensor, by name; None if training decides."""
+    found: Shapes = {}
+    for name, state in states.items():
+        shapes = method.stored_shapes(state, steps) if name == "method" else stored_shapes(state)
+        if shapes is None:
             return None
-        inner = (
-            _bank(module, method)
-            if isinstance(module, Bank)
-            else {k: _shape(t) for k, t in module.pack().items()}
-        )
-        found |= {prefix + k: s for k, s in inner.items()}
+        for inner, shape in shapes.items():
+            found[f"{name}.{inner}"] = shape
     return found
-
-
-def _gathers(method: Any, steps: int) -> bool:
-    """Whether entries that come in later are stored beside those that left."""
-    schedule = method.schedule if hasattr(method, "schedule") else None
-    if schedule is None or schedule.dropped != "kept":
-        return False
-    moves = (schedule.move(step, steps) for step in range(1, steps))
-    return any(move.redraw or (move.drop and move.by == "change") for move in moves if move)
-
-
-def _shape(t: Tensor) -> tuple[torch.dtype, tuple[int, ...]]:
-    return t.dtype, tuple(t.shape)
-
-
-def _bank(bank: Bank, method: Any) -> Shapes:
-    """What ``pack`` will give: values, starts, and the code of the gaps."""
-    count = round(len(bank.values) / (method.schedule.peak if hasattr(method, "schedule") else 1))
-    gaps = _gap_bytes(count, sum(bank.sizes), _run(bank, method))
-    return {
-        "values": (torch.float32, (count,)),
-        "starts": (torch.int64, (len(bank.sizes) + 1,)),
-        "gaps": (torch.uint8, (gaps,)),
-    }
-
-
-def _run(bank: Bank, method: Any) -> int:
-    """How many neighbours are chosen together: the least over the sites."""
-    grain = getattr(method, "grain", "element")
-    if grain.startswith("block:"):
-        return int(grain.removeprefix("block:"))
-    whole = {"row": lambda s: s[1], "head": lambda s: s[1], "matrix": lambda s: s[0] * s[1]}.get(grain)
-    return min(map(whole, bank.shapes)) if whole else 1
-
-
-def _gap_bytes(count: int, size: int, run: int) -> int:
-    """Expected bytes of the gaps between ``count`` of ``size`` positions in runs of ``run``: one each, and more for those of 128, 128^2, ..."""
-    apart = 1 - count / size if count < size else 0.0
-    more = sum(apart ** ((128**j - 1) / run) for j in range(1, 5)) if apart else 0.0
-    return count + math.ceil(count / run * more)
 
 
 def _file(shapes: Shapes) -> int:

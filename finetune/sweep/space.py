@@ -73,7 +73,7 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
         raise ConfigError(
             f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with several."
         )
-    if not hasattr(value, "end"):  # only an interval has that
+    if not item.is_interval_sweep():
         words = configuration.expand([text], config_dir)
         return Dimension(key, tuple(dict.fromkeys(word.partition("=")[2] for [word] in words)))
     low, high, log = float(value.start), float(value.end), "log" in value.tags

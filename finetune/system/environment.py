@@ -13,7 +13,10 @@ SHARDED = {
 
 def cores() -> int:
     """How many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        return len(os.sched_getaffinity(0))
+    except AttributeError:  # there is no such function on macOS and Windows
+        return os.cpu_count() or 1
 
 
 def rank() -> int:

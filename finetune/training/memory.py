@@ -18,7 +18,7 @@ from torch import nn
 
 from ..core.collective import BrokenOff, anyone, break_off, meet
 from ..core.part import patched
-from ..core.sparse.bank import Bank, SparseDelta
+from ..core.state import state_modules
 from ..errors import RunFailed
 from ..storage.result import peak_memory
 
@@ -45,8 +45,7 @@ def put_back(model: nn.Module) -> None:
         torch.cuda.empty_cache()
     for layer in patched(model).values():
         for delta in reversed(layer.deltas):
-            if isinstance(delta, SparseDelta):
-                delta.restore_(layer.original.data)
+            delta.restore_(layer.original.data)
 
 
 def draws(session: Session) -> dict[str, Any]:
@@ -94,7 +93,7 @@ class Memory:
 
         Raises ``RunFailed`` when the micro-batch cannot be halved, or the work cannot be done twice.
         """
-        start, entries = draws(self.session), self._entries()
+        start, revisions = draws(self.session), self._revisions()
         while True:
             try:
                 found = work()
@@ -107,7 +106,7 @@ class Memory:
                     raise
                 break_off()
             self.recover()  # outside of the clause: the error holds every tensor of the stack
-            if self._entries() != entries:
+            if self._revisions() != revisions:
                 raise RunFailed(
                     f"Memory ran out at step {self.session.number + 1} as trained entries moved, which cannot be done twice. {ADVICE}"
                 )
@@ -115,9 +114,9 @@ class Memory:
             redraw(self.session, start)
             again()
 
-    def _entries(self) -> list[int]:
-        """Changes whenever trained entries do."""
-        return [bank.changes for bank in self.session.states.modules() if isinstance(bank, Bank)]
+    def _revisions(self) -> list[int]:
+        """Return numbers that change whenever a state changes in a way that cannot be repeated."""
+        return [module.revision for module in state_modules(self.session.states)]
 
     def recover(self) -> None:
         """Let go of what the interrupted work held."""

@@ -8,8 +8,8 @@ import torch
 from torch import nn
 
 from ..config.settings import OptimizerConfig
-from ..core.part import Part
-from ..core.sparse.bank import Bank
+from ..core.part import parts
+from ..core.state import entry_stores
 from ..optim.adamw import AdamW
 from ..optim.sm3 import SM3
 
@@ -27,11 +27,11 @@ def rate(settings: OptimizerConfig, step: int, steps: int) -> float:
 
 def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
     """Over the trained tensors. Vectors (biases, norms) and some parts do not decay; a bank's values do: towards the pretrained weight."""
-    banks = [m for m in states.modules() if isinstance(m, Bank)]
-    banked = {id(bank.values) for bank in banks}
+    stores = entry_stores(states)
+    entries = {id(store.values) for store in stores}
     trained = [p for p in states.parameters() if p.requires_grad]
-    spared = {id(p) for m in states.modules() if isinstance(m, Part) and not m.decays for p in m.parameters()}
-    decays = [p for p in trained if (p.ndim > 1 or id(p) in banked) and id(p) not in spared]
+    spared = {id(p) for part in parts(states) if not part.decays for p in part.parameters()}
+    decays = [p for p in trained if (p.ndim > 1 or id(p) in entries) and id(p) not in spared]
     rest = [p for p in trained if all(p is not d for d in decays)]
     groups = [
         {"params": decays, "weight_decay": settings.weight_decay},
@@ -39,10 +39,10 @@ def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.
     ]
     groups = [g for g in groups if g["params"]]
     if settings.name == "sm3":
-        return SM3(groups, settings.lr, settings.eps, banks)
+        return SM3(groups, settings.lr, settings.eps, stores)
     return AdamW(
         groups,
-        [bank.values for bank in banks if bank.ages],
+        [store.values for store in stores if store.ages],
         lr=settings.lr,
         betas=settings.betas,
         eps=settings.eps,

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 
 from ..config.settings import Config
-from ..core.inplace import InPlace
-from ..core.part import patched
+from ..core.part import patched, trained_in_place
 from ..storage import delta as stored
 from .memory import resident
 from .prepare import params, prepare
@@ -38,12 +37,8 @@ def plan(config: Config) -> dict[str, Any]:
         }
         for name, m in patched(session.model).items()
     ]
-    inplace = [m for m in session.states.modules() if isinstance(m, InPlace)]
-    layers += [
-        {"layer": name, "shape": list(p.shape), "trained": p.numel()}
-        for m in inplace
-        for name, p in m.trained().items()
-    ]
+    for name, parameter in trained_in_place(session.states).items():
+        layers.append({"layer": name, "shape": list(parameter.shape), "trained": parameter.numel()})
     notes = ["The phases before the last decide how many entries each layer gets."] if open_yet else []
     return {
         "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":

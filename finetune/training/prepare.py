@@ -12,7 +12,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from ..config.settings import Config, TrainConfig
-from ..core.part import Part, base, patched
+from ..core.part import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
 from ..models.load import Base, fingerprint, pristine
@@ -146,9 +146,8 @@ def prepare(config: Config) -> Setup:
 
 def params(setup: Setup) -> Params:
     """Counts of entries: trained ones, those of the model that they can change, and all of the model."""
-    parts = [m for m in setup.session.states.modules() if isinstance(m, Part)]
     adapted = sum(m.original.numel() for m in patched(setup.session.model).values()) + sum(
-        p.adapted() for p in parts
+        part.adapted() for part in parts(setup.session.states)
     )
     trained = sum(p.numel() for p in setup.session.states.parameters() if p.requires_grad)
     return {"trained": trained, "adapted": adapted, "total": setup.total}

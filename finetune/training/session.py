@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from ..config.settings import OptimizerConfig, TrainConfig
 from ..core.collective import add_gradients, share_, total
-from ..core.inplace import InPlace, Source
+from ..core.inplace import InPlace
 from ..core.method import Method, Run
-from ..core.part import detach
+from ..core.part import Source, detach, parts
 from ..core.selector import Selector
 from ..data.encode import Batch
 from ..errors import ConfigError, RunFailed
@@ -117,9 +117,8 @@ class Session:
             states["head"] = InPlace(self.model, self.head, keep=True)
         states["method"] = self.current.build(self.model)
         self.states = states
-        for part in states.modules():
-            if isinstance(part, InPlace):
-                part.source = self.source
+        for part in parts(states):
+            part.use_source(self.source)
         if not any(p.requires_grad for p in states.parameters()):
             raise ConfigError(
                 f"method={self.current.name} has nothing to train here: a language model has no new head. Choose another method, for example lora."
@@ -275,7 +274,7 @@ class Session:
         )
 
     def _again(self) -> None:
-        self.current.again(self.run, self.states["method"])
+        self.current.prepare_retry(self.run, self.states["method"])
 
     def _gradients(self) -> float:
         loss = self._backward(self.run.batch)

@@ -15,13 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.inplace import InPlace
-from ..core.part import Part, base
-from ..core.sparse.bank import SparseDelta
+from ..core.part import base, parts
 from ..core.sparse.switch import BITS
+from ..core.state import entry_stores
 from ..models.load import fingerprint
-from .achieved import sparsity
 from .prepare import Setup
+from .requested import differences
 from .session import Session, Step
 
 WINDOW, LEAST = 32, 16  # steps that a value is compared with, at most and at least
@@ -154,14 +153,17 @@ def _stands(still: dict[str, int], session: Session) -> str:
 
 @torch.no_grad()
 def units(states: nn.Module) -> dict[str, Tensor]:
-    """What should move: every trained tensor, but a sparse store layer by layer."""
-    views = [m for m in states.modules() if isinstance(m, SparseDelta)]
-    banks = {id(view.bank.values) for view in views}
-    found: dict[str, Tensor] = {
-        n: p for n, p in states.named_parameters() if p.requires_grad and id(p) not in banks
-    }
-    slices = {f"entries of {view.site.name}": view.bank.slice(view.i) for view in views}
-    return found | {name: t for name, t in slices.items() if len(t)}
+    """Return what should move, by name: every trained tensor, but a store of entries layer by layer."""
+    divided = {id(store.values) for store in entry_stores(states)}
+    found: dict[str, Tensor] = {}
+    for name, parameter in states.named_parameters():
+        if parameter.requires_grad and id(parameter) not in divided:
+            found[name] = parameter
+    for part in parts(states):
+        for unit in part.units():
+            if unit.span is not None and len(unit.values):
+                found[unit.name] = unit.values
+    return found
 
 
 @torch.no_grad()
@@ -183,17 +185,13 @@ class Frozen:
 
     @property
     def _recoverable(self) -> bool:
-        parts = [m for m in self.setup.session.states.modules() if isinstance(m, Part)]
-        return not any(
-            (isinstance(part, InPlace) and not part.keep) or hasattr(part, "tuner") for part in parts
-        )
+        return all(part.recoverable for part in parts(self.setup.session.states))
 
     def _own(self) -> set[str]:
         """The model's names of what the parts brought or train."""
-        parts = [m for m in self.setup.session.states.modules() if isinstance(m, Part)]
         return {
             n.replace("/", ".")
-            for part in parts
+            for part in parts(self.setup.session.states)
             for n, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False))
         }
 
@@ -252,4 +250,4 @@ def suspicions(
     still = _unmoved(state["still"] or {}, session) if state["seen"] > 1 else {}
     if still and not (_may_rest(session) and len(still) < len(units(session.states))):
         found.append(_stands(still, session))
-    return [*found, *frozen.changed(), *sparsity(session, delta, best_step)]
+    return [*found, *frozen.changed(), *differences(session, delta, best_step)]

@@ -23,8 +23,9 @@ from finetune.artifacts import reopen as finished
 from finetune.artifacts.compose import compose, conflicts, sparse_changes
 from finetune.cli import artifacts as cli
 from finetune.config.load import load
+from finetune.core.changes import SparseChange
 from finetune.core.part import patched
-from finetune.core.sparse.switch import Change, Switch
+from finetune.core.sparse.switch import Switch
 from finetune.errors import ConfigError
 from finetune.models.load import load as load_model
 from finetune.storage import delta as stored
@@ -269,7 +270,7 @@ def test_the_command_takes_runs_and_settings_in_any_order(
 )
 def test_conflicts_are_counted_entry_by_entry(parts: list[dict[int, float]]) -> None:
     made = [
-        Change(torch.tensor(sorted(p), dtype=torch.int64), torch.tensor([p[i] for i in sorted(p)]))
+        SparseChange(torch.tensor(sorted(p), dtype=torch.int64), torch.tensor([p[i] for i in sorted(p)]))
         for p in parts
     ]
     meet = {i: [p[i] for p in parts if p.get(i)] for i in range(10)}

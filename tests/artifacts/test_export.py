@@ -143,7 +143,7 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "words", "why"),
     [
-        ("llama", ["method=snell"], "a Kernel change is neither two factors nor single entries a layer"),
+        ("llama", ["method=snell"], "a kernel change is neither two factors nor single entries a layer"),
         ("vit", ["method=snell"], "it trains parameters in place, such as vit.embeddings.cls_token"),
         ("vit", ["method=head"], "it changes no layer but the head"),
         (

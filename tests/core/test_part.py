@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from finetune.core.kernel import Kernel
+from finetune.core.lowrank import LowRank
+from finetune.core.method import Method
 from finetune.core.part import (
     Delta,
     Edit,
@@ -20,6 +27,13 @@ from finetune.core.part import (
 )
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
+from finetune.core.sparse.mixed import Mixed, MixedDelta
+from finetune.errors import ConfigError
+from finetune.methods.reparam.amt import Mask
+from finetune.methods.reparam.lora import LoRA
+from finetune.methods.reparam.snell import SNELL
+from finetune.methods.sparse.shira import SHiRA
+from finetune.testing import contract
 
 
 class Shift(Delta):
@@ -180,3 +194,172 @@ def test_patching_twice_stacks_on_one_layer() -> None:
     assert len(list(model.parameters())) == 2  # the parts belong to the state, not to the model
     unpatch(model)
     assert type(model[0]) is nn.Linear
+
+
+def mask(linear: nn.Linear) -> Mask:
+    delta = Mask((4, 5), 1e-2, 5e-3)
+    delta.scores.data.add_(1e-2 * torch.randn(4, 5))
+    return delta.double()
+
+
+def branch(linear: nn.Linear) -> MixedDelta:
+    site = Site("l", linear, 0, "q", (4, 5))
+    bank = Mixed([site], 9, rank=1)
+    bank.mix([torch.zeros(0, dtype=torch.int32)], torch.tensor([True]))
+    bank.values.data = torch.randn(9, dtype=torch.float64)
+    return MixedDelta(bank, 0, site)
+
+
+def low_rank(linear: nn.Linear) -> LowRank:
+    delta = LowRank((4, 5), 2, 4.0, 0.0).double()
+    nn.init.normal_(delta.b)
+    return delta
+
+
+DELTAS: dict[str, Callable[[nn.Linear], Delta]] = {
+    "dense": lambda linear: Shift(4, 5).double(),
+    "sparse": lambda linear: sparse(linear).double(),
+    "kernel": lambda linear: Kernel((4, 5), SNELL(rank=2, sparsity=0.4, sparsifier="paper")).double(),
+    "mask": mask,
+    "low rank": low_rank,
+    "branch": branch,
+}
+STACKS = [("sparse",), ("kernel",), ("dense", "sparse", "mask"), ("low rank", "kernel"), ("branch", "sparse")]
+
+
+@pytest.mark.parametrize("gate", [1.0, 0.5])
+@pytest.mark.parametrize("later", [0.0, 2.0])
+@pytest.mark.parametrize("names", STACKS, ids=" and ".join)
+def test_backward_uses_the_gates_of_the_forward_pass(
+    names: tuple[str, ...], gate: float, later: float
+) -> None:
+    """The oracle is autograd through the dense matrices, with the gates that the forward pass saw."""
+    model = nn.Sequential(layer())
+    linear = model[0]
+    deltas = [DELTAS[name](linear) for name in names]
+    for delta in deltas:
+        if isinstance(delta, SparseDelta):
+            delta.bank.double()
+        attach(model, "0", delta)
+        delta.gate = gate
+    deltas[-1].gate = 0.25
+    gates = [delta.gate for delta in deltas]
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+    trained = [t for delta in deltas for t in delta.inputs()]
+    weights = torch.randn(2, 3, 4, dtype=torch.float64)
+    total = linear.weight + sum(g * dense_change(d, linear) for g, d in zip(gates, deltas, strict=True))
+    expected = torch.autograd.grad(
+        (nn.functional.linear(x, total, linear.bias) * weights).sum(), [x, *trained]
+    )
+    loss = (model(x) * weights).sum()
+    for delta in deltas:
+        delta.gate = later
+    for mine, true in zip(torch.autograd.grad(loss, [x, *trained]), expected, strict=True):
+        torch.testing.assert_close(mine, true, rtol=1e-9, atol=1e-9)
+
+
+def dense_change(delta: Delta, linear: nn.Linear) -> Tensor:
+    """The change as a matrix with autograd's gradient; a kernel's is written again, since its own has none."""
+    if not isinstance(delta, Kernel):
+        return delta(linear.weight)
+    scale = delta.method.scale
+    distances = (delta.rows[:, :, None] - delta.cols[:, None, :]).square().sum(-1).sqrt()
+    kernel = scale * (distances[0] - distances[1])
+    cut = kernel.detach().abs().flatten().sort().values[int(delta.method.sparsity * (kernel.numel() - 1))]
+    return kernel * (kernel.abs() - cut).relu()
+
+
+def test_an_edit_is_differentiated_with_the_gate_of_the_forward_pass() -> None:
+    class Scale(Edit):
+        def __init__(self) -> None:
+            super().__init__()
+            self.s = nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, y: Tensor) -> Tensor:
+            return self.s * y
+
+    model = nn.Sequential(layer(torch.float32))
+    x = torch.randn(3, 5)
+    y = model(x)
+    edit = Scale()
+    edit.on(model[0])
+    edit.gate = 0.5
+    loss = model(x).sum()
+    edit.gate = 0.0
+    loss.backward()
+    torch.testing.assert_close(edit.s.grad, 0.5 * y.sum())
+
+
+def test_dropout_of_a_kernel_scales_its_change_by_the_gate_once() -> None:
+    torch.manual_seed(0)
+    linear = layer()
+    kernel = Kernel((4, 5), SNELL(rank=2, sparsity=0.4, drop_path=1e-12)).double().train()
+    kernel.gate = 0.5
+    model = nn.Sequential(linear)
+    attach(model, "0", kernel)
+    x = torch.randn(3, 5, dtype=torch.float64)
+    expected = nn.functional.linear(x, linear.weight + 0.5 * kernel(linear.weight), linear.bias)
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(
+    "method", [LoRA(rank=2), SHiRA(sparsity=0.9), SNELL(rank=4)], ids=lambda method: method.name
+)
+def test_activation_checkpointing_gives_the_same_gradients(method: Method) -> None:
+    session = contract.begin(method)
+    session.start()
+    for parameter in session.states.parameters():
+        if parameter.requires_grad:
+            parameter.data.add_(0.01 * torch.randn_like(parameter))
+    (batch,) = next(session.batches.steps(0, 1))
+    assert batch is not None
+    pixels = batch.inputs["pixel_values"]
+    trained = [p for p in session.states.parameters() if p.requires_grad]
+
+    def gradients(run: Callable[..., Tensor]) -> list[Tensor | None]:
+        for parameter in trained:
+            parameter.grad = None
+        run(pixels).square().sum().backward()
+        return [None if p.grad is None else p.grad.clone() for p in trained]
+
+    def forward(pixel_values: Tensor) -> Tensor:
+        logits: Tensor = session.tuned(pixel_values=pixel_values)
+        return logits
+
+    plain = gradients(forward)
+    recomputed = gradients(lambda x: checkpoint(forward, x, use_reentrant=False))
+    assert any(grad is not None and grad.any() for grad in plain)
+    for one, other in zip(plain, recomputed, strict=True):
+        assert (one is None and other is None) or torch.equal(one, other)  # type: ignore[arg-type]
+
+
+def test_a_model_with_a_bank_can_be_copied_after_a_forward_pass() -> None:
+    session = contract.begin(SHiRA(sparsity=0.9))
+    session.start()
+    (batch,) = next(session.batches.steps(0, 1))
+    assert batch is not None
+    live = session.tuned(**batch.inputs)
+    twin = copy.deepcopy(session.tuned)
+    assert torch.equal(twin(**batch.inputs), live)
+    twin(**batch.inputs).square().sum().backward()
+    values, other = session.states["method"]["bank"].values, twin.states["method"]["bank"].values
+    assert values.grad is None
+    assert other.grad.any()
+    other.data.fill_(1.0)
+    assert torch.equal(session.tuned(**batch.inputs), live)
+    assert not torch.allclose(twin(**batch.inputs), live)
+
+
+def test_an_edit_is_not_merged_silently() -> None:
+    """Its hook would go on changing the output of the model that is called merged."""
+    model = nn.Sequential(layer(torch.float32), nn.Tanh())
+    states = nn.ModuleList([Shift(4, 5), Half().on(model[1])])
+    attach(model, "0", states[0])  # type: ignore[arg-type]
+    x = torch.randn(3, 5)
+    before = model(x)
+    with pytest.raises(
+        ConfigError, match="cannot be merged: the method attaches an edit of a module's output"
+    ):
+        merge(model, states)
+    assert torch.equal(model(x), before)
+    assert isinstance(model[0], Patched)

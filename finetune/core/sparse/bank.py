@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
-from ..part import Kept, Restorable, WeightGrad
+from ..changes import Changes, SparseChange, Unit
+from ..part import Delta, Kept, WeightGrad
 from ..site import Site
-from .coding import decode_sorted, encode_sorted
+from ..state import EntryStore, Shapes, StateModule
+from .coding import decode_sorted, encode_sorted, expected_bytes
 from .gradient import Layout, entries_gradient, keep, read, write_
 
 
-class Bank(nn.Module):
+class Bank(StateModule):
     """Room for ``capacity`` float32 values (the change, starting at 0) over ``sites``.
 
     ``index`` [capacity] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1]
@@ -47,10 +50,18 @@ class Bank(nn.Module):
         self.watch: Callable[[int, WeightGrad], bool] | None = (
             None  # sees every site's whole gradient; True: nobody else needs it
         )
-        self.changes = 0  # how often indices moved in this process: what is derived from them is made again
+        self.revision = 0  # how often indices moved in this process: what is derived from them is made again
         self._bounds: dict[str, tuple[tuple[int, int], list[int]]] = {}
         self._slices: tuple[Tensor, ...] = ()
         self._slices_of = (0, -1, -1)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave the cached slices out of copies: they are part of a graph, which torch does not copy."""
+        return self.__dict__ | {"_slices": (), "_slices_of": (0, -1, -1)}
+
+    @property
+    def entry_store(self) -> EntryStore:
+        return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """The settled entries may be any number."""
@@ -58,7 +69,7 @@ class Bank(nn.Module):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
-        self.changes += 1
+        self.revision += 1
         if not (
             self._whole(self.starts, self.index) and self._whole(self.settled_starts, self.settled_index)
         ):
@@ -77,7 +88,7 @@ class Bank(nn.Module):
     def bounds(self, of: str = "starts") -> list[int]:
         """``starts`` (or ``settled_starts``) as numbers, read from the device once."""
         starts = getattr(self, of)
-        now = (self.changes, starts._version)
+        now = (self.revision, starts._version)
         if self._bounds.get(of, (None,))[0] != now:
             self._bounds[of] = (now, starts.tolist())
         return self._bounds[of][1]
@@ -92,7 +103,7 @@ class Bank(nn.Module):
         bounds = self.bounds()
         if not torch.is_grad_enabled():
             return self.values.detach()[bounds[i] : bounds[i + 1]]
-        now = (id(self.values), self.values._version, self.changes)
+        now = (id(self.values), self.values._version, self.revision)
         if now != self._slices_of:
             counts = [b - a for a, b in zip(bounds, [*bounds[1:], len(self.values)], strict=True)]
             self._slices, self._slices_of = torch.split(self.values, counts), now
@@ -130,7 +141,7 @@ class Bank(nn.Module):
             self.index[a : a + len(where)] = where
         self.starts.copy_(_starts(index))
         self.index[int(self.starts[-1]) :] = 0
-        self.changes += 1
+        self.revision += 1
 
     def _fits(self, index: list[Tensor]) -> None:
         if sum(map(len, index)) > len(self.values):
@@ -169,7 +180,7 @@ class Bank(nn.Module):
             where, order = torch.cat([still[stays], old[keep]]).sort()
             settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
             sources.append(source.to(torch.int32))
-        self.changes += 1  # from here on it cannot be done again, should memory run out
+        self.revision += 1  # from here on it cannot be done again, should memory run out
         for name, t in {"": self.values.data, **moments}.items():
             if name:
                 del fresh  # before the next is made
@@ -204,6 +215,17 @@ class Bank(nn.Module):
             "gaps": encode_sorted(flat),
         }
 
+    def stored_shapes(self) -> Shapes | None:
+        return self.packed_shapes(len(self.values))
+
+    def packed_shapes(self, count: int, neighbours: int = 1) -> Shapes:
+        """Return dtypes and shapes of what ``pack`` gives for ``count`` entries in random runs of ``neighbours``."""
+        return {
+            "values": (torch.float32, (count,)),
+            "starts": (torch.int64, (len(self.sizes) + 1,)),
+            "gaps": (torch.uint8, (expected_bytes(count, sum(self.sizes), neighbours),)),
+        }
+
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
         """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit these sites."""
@@ -226,7 +248,7 @@ class Bank(nn.Module):
         self.starts, self.index = stored["starts"].to(self.starts), index.to(self.index)
         self.settled_values, self.settled_index = self.settled_values[:0], self.settled_index[:0]
         self.settled_starts = torch.zeros_like(self.settled_starts)
-        self.changes += 1
+        self.revision += 1
 
 
 def _starts(index: list[Tensor]) -> Tensor:
@@ -241,8 +263,26 @@ def _places(wanted: Tensor, among: Tensor) -> Tensor:
     return torch.where(among[at] == wanted, at, -1)
 
 
-class SparseDelta(Restorable):
+@dataclass(frozen=True, eq=False)
+class SiteEntries(Unit):
+    """The trained entries of one site of a bank."""
+
+    bank: Bank
+    i: int
+
+    @property
+    def span(self) -> slice:
+        bounds = self.bank.bounds()
+        return slice(bounds[self.i], bounds[self.i + 1])
+
+    def set_frozen(self, frozen: bool) -> None:
+        self.bank.frozen[self.i] = frozen
+
+
+class SparseDelta(Delta):
     """One site's view of a bank: written into the base weight for the length of a product, then restored to the bit."""
+
+    restores = True
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
@@ -252,10 +292,24 @@ class SparseDelta(Restorable):
             site,
         )  # in a list: the bank is registered once, as the method's state
         self._layouts_of = (0, -1)
+        self._lent: tuple[Tensor, Tensor] | None = None  # positions and originals while the weight is changed
 
     @property
     def bank(self) -> Bank:
         return self._bank[0]
+
+    def describe(self) -> str:
+        return "single entries"
+
+    def changes(self) -> Changes:
+        values, where = self.bank.all(self.i)
+        order = where.argsort()
+        return Changes(entries=SparseChange(where[order].long(), values.detach()[order].float()))
+
+    def units(self) -> list[Unit]:
+        return [
+            SiteEntries(f"entries of {self.site.name}", self.site.name, self.bank.values, self.bank, self.i)
+        ]
 
     def forward(self, weight: Tensor) -> Tensor:
         values, where = self.bank.all(self.i)
@@ -274,7 +328,7 @@ class SparseDelta(Restorable):
 
     def _laid(self) -> tuple[Layout, Layout]:
         """The layouts of the trained entries and of all that differ; made again when they have moved."""
-        now = (id(self.bank.index), self.bank.changes)
+        now = (id(self.bank.index), self.bank.revision)
         if now != self._layouts_of:
             where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
             trained = Layout.of(where, self.site.shape)
@@ -290,7 +344,7 @@ class SparseDelta(Restorable):
         return read(weight, self.bank.where(self.i), self._laid()[0])
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
+    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
         (values, where), layout = self.bank.all(self.i), self._laid()[1]
         entries = read(weight, where, layout)
         if weight.data_ptr() == original.data_ptr():
@@ -299,26 +353,24 @@ class SparseDelta(Restorable):
             weight,
             where,
             layout,
-            (entries.to(torch.promote_types(entries.dtype, torch.float32)) + self.gate * values).to(
-                entries.dtype
-            ),
+            (entries.to(torch.promote_types(entries.dtype, torch.float32)) + gate * values).to(entries.dtype),
         )
         return ()
 
     @torch.no_grad()
     def restore_(self, weight: Tensor) -> None:
-        if hasattr(self, "_lent"):  # else memory ran out before anything was written
+        if self._lent is not None:  # else memory ran out before anything was written
             where, entries = self._lent
             write_(weight, where, self._laid()[1], entries)
-            del self._lent
+            self._lent = None
 
     def keep(self, x: Tensor) -> Tensor:
         return x if self.bank.watch else keep(x, self._laid()[0])
 
-    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
+    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
         if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
             return (None,)
         where = self.bank.where(self.i)
-        if "dense" in grad.__dict__:  # somebody formed it already
-            return (self.gate * grad.dense.reshape(-1).index_select(0, where),)
-        return (self.gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, self._laid()[0]),)
+        if grad.is_formed:
+            return (gate * grad.dense.reshape(-1).index_select(0, where),)
+        return (gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, self._laid()[0]),)

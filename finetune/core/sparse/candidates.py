@@ -5,15 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..method import Run
 from ..part import WeightGrad
+from ..state import StateModule
 from .bank import Bank
 from .select import TopK
 
 
-class Candidates(nn.Module):
+class Candidates(StateModule):
     """As many entries of each site as it trains, in the order of the bank's slots, and the sums of their gradients. Empty outside of the windows.
 
     State, but no part of the change that a run stores.

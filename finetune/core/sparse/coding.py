@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,16 @@ def encode_sorted(index: Tensor) -> Tensor:
             size[here] > place + 1, 128, 0
         )
     return torch.from_numpy(code)
+
+
+def expected_bytes(count: int, size: int, neighbours: int) -> int:
+    """Return the expected length of the code of ``count`` indices below ``size``, in random runs of ``neighbours``.
+
+    Each gap takes one byte, and one more for each of 128, 128^2, ... that it reaches.
+    """
+    apart = 1 - count / size if count < size else 0.0
+    more = sum(apart ** ((128**j - 1) / neighbours) for j in range(1, 5)) if apart else 0.0
+    return count + math.ceil(count / neighbours * more)
 
 
 def decode_sorted(code: Tensor, count: int) -> Tensor:

@@ -13,7 +13,7 @@ Published methods are presets of it. The values are the change, from 0, in float
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -25,6 +25,7 @@ from ..inplace import InPlace
 from ..method import Method, Phase, Run
 from ..part import attach, patched
 from ..site import Site, find_sites
+from ..state import Shapes
 from .bank import Bank, SparseDelta
 from .grain import PATTERN, Grain, grain_of
 from .probe import scan
@@ -65,9 +66,6 @@ class Sparse(Method):
 
     family: ClassVar[str] = "sparse delta"
     size: ClassVar[str] = "sparsity"
-    narrows_by_value: ClassVar[bool] = (
-        False  # whether schedule=narrow keeps all entries of some values, and not a share of them
-    )
 
     def __post_init__(self) -> None:
         faults = list(self._misfits())
@@ -179,7 +177,7 @@ class Sparse(Method):
         if move:
             bank: Bank = state["bank"]
             chosen = self._choose(run, state, move.density) if move.redraw else self._moved(run, state, move)
-            fresh = bank.revise(chosen, moments(run, bank), self.schedule.dropped)
+            fresh = bank.revise(chosen, run.moments(bank.values), self.schedule.dropped)
             run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
 
     def after_step(self, run: Run, state: Any) -> None:
@@ -188,6 +186,80 @@ class Sparse(Method):
         pull = group["lr"] * group["weight_decay"] if self.decay == "zero" else 0.0
         if pull:
             decay_base_(run.model, state, pull)
+
+    @property
+    def counts_exactly(self) -> bool:
+        """Whether ``sparsity`` and the schedule say how many entries are trained."""
+        return True
+
+    @property
+    def narrows_by_value(self) -> bool:
+        """Whether the values of the entries decide how many of them stay trained."""
+        return False
+
+    def requested(self, run: Run, state: Any, step: int) -> tuple[float, int]:
+        """Return how many entries the settings ask for after ``step``, and by how much rounding may miss it.
+
+        ``step`` counts from 0 within the phase. Rounding may miss by one unit a layer.
+        """
+        share = self.schedule.first(run.total)
+        if not self.narrows_by_value:
+            for earlier in range(1, step + 1):
+                if (move := self.schedule.move(earlier, run.total)) is not None:
+                    share = move.density
+        sites, grains = self._sites(run, state)
+        unit = max(grain.size for grain in grains)
+        return (1 - self.sparsity) * share * sum(site.size for site in sites), unit * len(sites)
+
+    def check_trained(self, run: Run, state: Any) -> list[str]:
+        if not self.counts_exactly:
+            return []
+        requested, slack = self.requested(run, state, run.step)
+        found = state["bank"].active
+        if -slack <= found - requested <= slack or (self.narrows_by_value and found < requested):
+            return []
+        return [
+            f"{found} entries are trained, but method.sparsity={self.sparsity:g} asks for {requested:.0f}"
+        ]
+
+    def check_stored(
+        self, run: Run, state: Any, shapes: Mapping[str, tuple[int, ...]], step: int
+    ) -> list[str]:
+        """Entries that are no longer trained may have kept their change: then more are stored than requested."""
+        if not self.counts_exactly or self.narrows_by_value:
+            return []
+        requested, slack = self.requested(run, state, step)
+        found = shapes["bank.values"][0]
+        may_exceed = self.schedule.dropped == "kept"
+        if -slack <= found - requested <= slack or (may_exceed and found > requested):
+            return []
+        return [f"{found} entries are stored, but method.sparsity={self.sparsity:g} asks for {requested:.0f}"]
+
+    def stored_shapes(self, state: nn.Module, steps: int) -> Shapes | None:
+        """Expect K entries in random places. None if entries that come in later are stored beside those that left."""
+        if self.schedule.dropped == "kept":
+            for step in range(1, steps):
+                move = self.schedule.move(step, steps)
+                if move and (move.redraw or (move.drop and move.by == "change")):
+                    return None
+        shapes = super().stored_shapes(state, steps)
+        assert shapes is not None
+        bank = state.get_submodule("bank")
+        assert isinstance(bank, Bank)
+        count = round(len(bank.values) / self.schedule.peak)
+        for name, shape in bank.packed_shapes(count, self._neighbours(bank.shapes)).items():
+            shapes[f"bank.{name}"] = shape
+        return shapes
+
+    def _neighbours(self, shapes: list[tuple[int, int]]) -> int:
+        """How many neighbours in memory are chosen together: the least over the weights ``shapes``."""
+        if self.grain.startswith("block:"):
+            return int(self.grain.removeprefix("block:"))
+        if self.grain in ("row", "head"):
+            return min(in_ for _, in_ in shapes)
+        if self.grain == "matrix":
+            return min(out * in_ for out, in_ in shapes)
+        return 1
 
     def _sites(self, run: Run, state: Any) -> tuple[list[Site], list[Grain]]:
         sites = [view.site for view in state["views"]]
@@ -230,7 +302,7 @@ class Sparse(Method):
         sites, layers = self._sites(run, state)[0], patched(run.model)
         dense = {}
         if isinstance(previous, InPlace):
-            dense = {s.name: _as_matrix(previous.trained()[f"{s.name}.weight"], s) for s in sites}
+            dense = {s.name: s.as_matrix(previous.trained()[f"{s.name}.weight"]) for s in sites}
 
         def offer_to(offer: Callable[[int, Tensor], None]) -> None:
             def better(i: int, score: Tensor) -> None:
@@ -320,15 +392,6 @@ def _n_of_m(score: Tensor, grain: Grain) -> Tensor:
     return (best + start).reshape(-1).sort().values.to(torch.int32)
 
 
-def moments(run: Run, bank: Bank) -> dict[str, Tensor]:
-    """The optimizer's tensors that belong to the bank's values one by one."""
-    return {
-        k: t
-        for k, t in run.optimizer.state.get(bank.values, {}).items()
-        if isinstance(t, Tensor) and t.shape == bank.values.shape
-    }
-
-
 @torch.no_grad()
 def decay_base_(model: nn.Module, state: Any, pull: float) -> None:
     """Subtract ``pull`` times the pretrained entry from every trained value."""
@@ -349,12 +412,3 @@ def _changes(bank: Bank, i: int, grain: Grain) -> Tensor:
     dense = torch.zeros(grain.shape, device=bank.values.device)
     dense.view(-1)[bank.where(i).long()] = bank.slice(i).detach().abs().float()
     return dense
-
-
-def _as_matrix(weight: Tensor, site: Site) -> Tensor:
-    """A parameter as the site's [out, in]; GPT-2 stores it transposed."""
-    return (
-        weight.detach()
-        if tuple(weight.shape) == site.shape and type(site.module).__name__ != "Conv1D"
-        else weight.detach().T
-    )

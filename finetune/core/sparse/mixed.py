@@ -7,8 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ..changes import Changes, LowRankChange
 from ..part import Delta, Kept
 from ..site import Site
+from ..state import Shapes
 from .bank import Bank, SparseDelta
 
 
@@ -39,7 +41,10 @@ class Mixed(Bank):
             ]
         )
         self.structured.copy_(structured)
-        self.changes += 1
+        self.revision += 1
+
+    def stored_shapes(self) -> Shapes | None:
+        return None  # which sites get a branch follows from data
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
@@ -86,6 +91,15 @@ class MixedDelta(SparseDelta):
     def acts(self) -> bool:
         return self.additive or super().acts
 
+    def describe(self) -> str:
+        return "a low-rank branch" if self.additive else super().describe()
+
+    def changes(self) -> Changes:
+        if not self.additive:
+            return super().changes()
+        a, b = self.factors()
+        return Changes(factors=LowRankChange(a, b, 1.0))
+
     def factors(self) -> tuple[Tensor, Tensor]:
         """A [rank, in] and B [out, rank]."""
         (out, in_), values = self.site.shape, self.bank.slice(self.i)
@@ -102,9 +116,7 @@ class MixedDelta(SparseDelta):
         a, b = self.factors()
         return F.linear(F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a), b)
 
-    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        return (
-            Delta.add_(self, weight, original, kept)
-            if self.additive
-            else super().add_(weight, original, kept)
-        )
+    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+        if self.additive:
+            return Delta.add_(self, weight, original, gate, kept)
+        return super().add_(weight, original, gate, kept)

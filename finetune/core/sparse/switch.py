@@ -1,7 +1,7 @@
 """Sparse changes on a live plain model: put into the weights in place and taken out again, to the bit.
 
     switch = Switch(model)
-    switch.load("french", changes)          Change by layer name; kept beside the model, with the original entries
+    switch.load("french", changes)          SparseChange by layer name; kept beside the model, with the original entries
     switch.load("law", others)
     switch.apply("french")                  writes K entries a layer and nothing else
     switch.apply("law")                     the sum of both, rounded once to the weights' type
@@ -15,26 +15,18 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, near
+from ..changes import SparseChange
 from ..part import Patched
 from ..roles import is_matrix
 from .coding import decode_sorted, encode_sorted
 
 
-@dataclass(frozen=True)
-class Change:
-    """What a weight [out, in] is changed by: ``values`` [n] float32 at the flat positions ``index`` [n] int64, ascending, each once."""
-
-    index: Tensor
-    values: Tensor
-
-
-def pack(changes: Sequence[Change], sizes: Sequence[int]) -> dict[str, Tensor]:
+def pack(changes: Sequence[SparseChange], sizes: Sequence[int]) -> dict[str, Tensor]:
     """The form that ``Bank.pack`` gives, of one change for each weight; ``sizes``: their entries."""
     starts = torch.tensor([0, *(len(c.index) for c in changes)]).cumsum(0)
     offsets = torch.tensor([0, *sizes]).cumsum(0)[:-1].tolist()
@@ -46,7 +38,7 @@ def pack(changes: Sequence[Change], sizes: Sequence[int]) -> dict[str, Tensor]:
     }
 
 
-def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Change]:
+def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseChange]:
     """One change for each weight from what ``Bank.pack`` gave. Raises ``ConfigError`` where it does not fit weights of these sizes."""
     counts = packed["starts"].diff().tolist()
     flat = decode_sorted(packed["gaps"], len(packed["values"]))
@@ -60,16 +52,16 @@ def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[Change]:
         raise ConfigError(
             "The stored sparse change has positions outside the weights given. Give those that it was trained on."
         )
-    return [Change(i, v) for i, v in zip(index, packed["values"].split(counts), strict=True)]
+    return [SparseChange(i, v) for i, v in zip(index, packed["values"].split(counts), strict=True)]
 
 
-def add(changes: Sequence[Change]) -> Change:
+def add(changes: Sequence[SparseChange]) -> SparseChange:
     """The sum, on the union of the positions: taken in float64 and rounded once, so that the order hardly ever shows."""
     index = torch.cat([c.index for c in changes]).unique()
     values = torch.zeros(len(index), dtype=torch.float64, device=index.device)
     for change in changes:
         values[torch.searchsorted(index, change.index)] += change.values
-    return Change(index, values.float())
+    return SparseChange(index, values.float())
 
 
 PROBE = 8  # entries a weight that are compared before a switch
@@ -90,14 +82,14 @@ class _Weight:
     def _remember(self, index: Tensor, entries: Tensor) -> None:
         self.version, self.probe = self.weight._version, (index[:PROBE], entries[:PROBE].clone())
 
-    def stored(self, change: Change) -> Change:
+    def stored(self, change: SparseChange) -> SparseChange:
         """The same with positions in storage, on the weight's device."""
         index, values = change.index.to(self.flat.device), change.values.to(self.flat.device)
         if self.transposed:
             in_, out = self.weight.shape
             index, order = (index % in_ * out + index // in_).sort()
             values = values[order]
-        return Change(index, values)
+        return SparseChange(index, values)
 
     @property
     def touched(self) -> bool:
@@ -123,7 +115,7 @@ class _Weight:
 class _Placed:
     """A change of one weight, ready to be written: the original entries are kept from now on."""
 
-    def __init__(self, weight: _Weight, stored: Change) -> None:
+    def __init__(self, weight: _Weight, stored: SparseChange) -> None:
         self.weight, self.change = weight, stored
         self.original = weight.flat.index_select(0, stored.index)
 
@@ -159,7 +151,7 @@ class Switch:
         """The names of all changes."""
         return tuple(self._loaded)
 
-    def load(self, name: str, changes: Mapping[str, Change]) -> None:
+    def load(self, name: str, changes: Mapping[str, SparseChange]) -> None:
         """Keep ``changes`` (by layer name) ready under ``name``. Raises ``ConfigError`` with all that does not fit; nothing is loaded then."""
         faults = (
             [f"A change called {name!r} is loaded already; take another name."]
@@ -219,7 +211,7 @@ class Switch:
 
     def _sums(self, names: tuple[str, ...]) -> dict[str, _Placed]:
         """The changes of several names as one; the base must be in place."""
-        found: dict[str, list[Change]] = {}
+        found: dict[str, list[SparseChange]] = {}
         for name in names:
             for layer, placed in self._loaded[name].items():
                 found.setdefault(layer, []).append(placed.change)
@@ -234,7 +226,9 @@ class Switch:
             )
 
 
-def _faults(name: str, layers: Mapping[str, nn.Module], change: Change, uses: Mapping[int, int]) -> list[str]:
+def _faults(
+    name: str, layers: Mapping[str, nn.Module], change: SparseChange, uses: Mapping[int, int]
+) -> list[str]:
     """Why ``change`` cannot be written into the layer called ``name``."""
     layer = layers.get(name)
     if layer is None:

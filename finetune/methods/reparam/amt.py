@@ -48,18 +48,21 @@ class Mask(Delta):
         """Where the weight is masked, [out, in] bool."""
         return ~(self.scores.detach() > self.threshold)
 
+    def describe(self) -> str:
+        return "a mask of weights"
+
     def forward(self, weight: Tensor) -> Tensor:
         through = self.scores - self.scores.detach()  # zero, with the gradient of the scores
         return (through - self.off().to(through.dtype)) * weight
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, kept: Kept = ()) -> Kept:
-        weight.sub_(original.where(self.off(), 0), alpha=self.gate)
+    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+        weight.sub_(original.where(self.off(), 0), alpha=gate)
         return ()
 
     @torch.no_grad()
-    def pull(self, grad: WeightGrad, original: Tensor, kept: Kept) -> tuple[Tensor | None, ...]:
-        return (grad.dense.mul(original).mul_(self.gate),)
+    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
+        return (grad.dense.mul(original).mul_(gate),)
 
     def pack(self) -> dict[str, Tensor]:
         """What is stored of a finished run: a bit a weight, the first in the highest place of a byte."""

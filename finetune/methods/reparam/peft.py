@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -12,6 +13,7 @@ from torch import nn
 from ...core.method import Method, Run
 from ...core.part import Part
 from ...core.site import find_sites
+from ...core.state import StateModule
 from ...errors import ConfigError, near
 from ...registry import register
 
@@ -22,7 +24,7 @@ UNFIT = (
 )  # they ask for the number of a task, a second model, or tokens instead of layers
 
 
-class Ranks(nn.Module):
+class Ranks(StateModule):
     """What AdaLoRA chooses its ranks by, as buffers, so that a checkpoint holds it: peft keeps it in dictionaries. No change on disk needs it.
 
     ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: sensitivity and uncertainty of each entry; ``kept/NAME``: which ranks are left, once ``decided``.
@@ -83,6 +85,9 @@ class Ranks(nn.Module):
 class Adapters(Part):
     """What a peft tuner put into the model: its parameters and buffers, under one switch (gate 0 or 1)."""
 
+    gate_is_switch = True
+    folds_itself = True
+
     def __init__(self, tuner: Any) -> None:
         super().__init__()
         self._tuner = [tuner]  # in a list: registered as a submodule, the whole model would become our state
@@ -99,8 +104,26 @@ class Adapters(Part):
 
     @property
     def tuner(self) -> Any:
-        """peft's own, which export asks for its format."""
+        """Return peft's tuner."""
         return self._tuner[0]
+
+    def describe(self) -> str:
+        return f"an adapter of peft ({self.tuner.peft_config['default'].peft_type.value})"
+
+    @property
+    def recoverable(self) -> bool:
+        return False
+
+    def export_as(self, format_name: str) -> tuple[Any, dict[str, torch.Tensor]] | None:
+        """Return what peft's tuner itself saves, for the format ``peft``."""
+        if format_name != "peft":
+            return None
+        from peft import get_peft_model_state_dict
+
+        whole: Any = nn.Module()  # stands for the PeftModel that holds a tuner
+        whole.base_model, whole.peft_config = self.tuner, self.tuner.peft_config
+        tensors = get_peft_model_state_dict(whole, save_embedding_layers=False)
+        return copy.deepcopy(self.tuner.peft_config["default"]), tensors
 
     @property
     def gate(self) -> float:  # a property, because peft keeps the switch in its layers

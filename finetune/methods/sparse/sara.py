@@ -22,7 +22,7 @@ from ...core.method import Run
 from ...core.part import Patched, patched
 from ...core.site import Site
 from ...core.sparse.bank import Bank, SparseDelta
-from ...core.sparse.engine import Direction, Scope, ScoreName, Sparse, moments
+from ...core.sparse.engine import Direction, Scope, ScoreName, Sparse
 from ...core.sparse.grain import Grain
 from ...core.sparse.schedule import Schedule
 from ...errors import ConfigError
@@ -47,7 +47,6 @@ class SaRA(Sparse):
     decay: Literal["base", "zero"] = "zero"
 
     family: ClassVar[str] = "sparse delta"
-    narrows_by_value: ClassVar[bool] = True
     trains: ClassVar[str] = "the smallest weights of the model, halfway narrowed to those that stayed small"
     paper: ClassVar[str] = "arXiv 2409.06633"
 
@@ -86,6 +85,14 @@ class SaRA(Sparse):
             )
         return [(list(range(len(sites))), k)]
 
+    @property
+    def counts_exactly(self) -> bool:
+        return self.threshold is None
+
+    @property
+    def narrows_by_value(self) -> bool:
+        return isinstance(self.schedule, Narrow)
+
     def build(self, model: nn.Module) -> nn.ModuleDict:
         state = super().build(model)
         state.register_buffer("theta", torch.tensor(self.threshold or 0.0))
@@ -103,7 +110,7 @@ class SaRA(Sparse):
             bank: Bank = state["bank"]
             stays = [bank.where(i)[_below(w, state.theta)] for i, w in enumerate(self._trained(run, state))]
             before = bank.active
-            bank.revise(stays, moments(run, bank), self.schedule.dropped)
+            bank.revise(stays, run.moments(bank.values), self.schedule.dropped)
             run.log(kept=bank.active / max(1, before), trained=float(bank.active))
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from ...core.method import Run
 from ...core.sparse.bank import Bank
 from ...core.sparse.candidates import Candidates
-from ...core.sparse.engine import Sparse, moments
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
 from ...core.sparse.select import TopK
 from ...errors import ConfigError
@@ -109,9 +109,9 @@ class SpIEL(Sparse):
         if run.step % self._moves.every == self.window:
             self._reselect(run, state["bank"], state["candidates"])
             state["candidates"].resize(0)
-        self.again(run, state)
+        self.prepare_retry(run, state)
 
-    def again(self, run: Run, state: Any) -> None:
+    def prepare_retry(self, run: Run, state: Any) -> None:
         bank, candidates, place = state["bank"], state["candidates"], run.step % self._moves.every
         if self.criterion == "ag" and place < self.window and run.step - place + self.window < run.total:
             if place == 0:
@@ -138,7 +138,7 @@ class SpIEL(Sparse):
             "betas", (0.0, 0.0)
         )  # an optimizer without them takes no seeds
         fresh = bank.revise(
-            found, moments(run, bank), self._moves.dropped, candidates.seeds(bank, found, betas)
+            found, run.moments(bank.values), self._moves.dropped, candidates.seeds(bank, found, betas)
         )
         run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
 

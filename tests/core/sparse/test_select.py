@@ -299,7 +299,7 @@ def bare_run(model: nn.Module) -> Any:
         "generator": torch.Generator(),
         "optimizer": SimpleNamespace(state={}),
     }
-    return SimpleNamespace(**given, agree=lambda t: t, log=lambda **_: None)
+    return SimpleNamespace(**given, agree=lambda t: t, log=lambda **_: None, moments=lambda parameter: {})
 
 
 @pytest.mark.parametrize(

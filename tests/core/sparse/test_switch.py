@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from finetune.core.changes import SparseChange
 from finetune.core.part import attach
 from finetune.core.site import find_sites
 from finetune.core.sparse.coding import encode_sorted
-from finetune.core.sparse.switch import Change, Switch, add, pack, unpack
+from finetune.core.sparse.switch import Switch, add, pack, unpack
 from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LowRank
 from finetune.methods.sparse.shira import SHiRA
@@ -23,17 +24,17 @@ from finetune.testing.contract import tiny
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
-def changes(model: nn.Module, seed: int, share: float = 0.3) -> dict[str, Change]:
+def changes(model: nn.Module, seed: int, share: float = 0.3) -> dict[str, SparseChange]:
     """Random changes, as large as the weights, of every linear layer."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for site in find_sites(model, ("all",)):
         index = (torch.rand(site.size, generator=generator) < share).nonzero().view(-1)
-        found[site.name] = Change(index, 0.02 * torch.randn(len(index), generator=generator))
+        found[site.name] = SparseChange(index, 0.02 * torch.randn(len(index), generator=generator))
     return found
 
 
-def dense(model: nn.Module, *parts: dict[str, Change]) -> dict[str, Tensor]:
+def dense(model: nn.Module, *parts: dict[str, SparseChange]) -> dict[str, Tensor]:
     """What the weights must be: for each layer [out, in] the float32 sum of the changes, added to the weight and rounded once."""
     wanted = {}
     for site in find_sites(model, ("all",)):
@@ -222,13 +223,13 @@ def test_what_does_not_fit_is_refused_all_at_once_and_nothing_is_loaded() -> Non
     attach(model, fifth, LowRank((32, 32), 2, 1.0, 0.0))
     one = torch.ones(2)
     wrong = {
-        "nowhere": Change(torch.tensor([0, 1]), one),
-        "vit.layernorm": Change(torch.tensor([0, 1]), one),
-        first: Change(torch.tensor([1, 1]), one),
-        second: Change(torch.tensor([0, 32 * 32]), one),
-        third: Change(torch.tensor([0, 1, 2]), one),
-        fourth: Change(torch.tensor([-1, 1]), one),
-        fifth: Change(torch.tensor([0, 1]), one),
+        "nowhere": SparseChange(torch.tensor([0, 1]), one),
+        "vit.layernorm": SparseChange(torch.tensor([0, 1]), one),
+        first: SparseChange(torch.tensor([1, 1]), one),
+        second: SparseChange(torch.tensor([0, 32 * 32]), one),
+        third: SparseChange(torch.tensor([0, 1, 2]), one),
+        fourth: SparseChange(torch.tensor([-1, 1]), one),
+        fifth: SparseChange(torch.tensor([0, 1]), one),
     }
     switch = Switch(model)
     with pytest.raises(ConfigError) as caught:
@@ -244,7 +245,7 @@ def test_tied_weights_are_refused() -> None:
     head: Any = model.lm_head
     assert head.weight is model.transformer.wte.weight
     with pytest.raises(ConfigError, match="shares its weight"):
-        Switch(model).load("a", {"lm_head": Change(torch.tensor([3]), torch.ones(1))})
+        Switch(model).load("a", {"lm_head": SparseChange(torch.tensor([3]), torch.ones(1))})
 
 
 def test_names_are_used_once() -> None:
@@ -292,8 +293,8 @@ def test_unpack_refuses_other_weights() -> None:
 def test_add_joins_positions_and_sums_where_they_meet() -> None:
     total = add(
         [
-            Change(torch.tensor([1, 4]), torch.tensor([1.0, 2.0])),
-            Change(torch.tensor([0, 4, 9]), torch.tensor([3.0, -0.5, 4.0])),
+            SparseChange(torch.tensor([1, 4]), torch.tensor([1.0, 2.0])),
+            SparseChange(torch.tensor([0, 4, 9]), torch.tensor([3.0, -0.5, 4.0])),
         ]
     )
     assert total.index.tolist() == [0, 1, 4, 9]

@@ -330,5 +330,5 @@ def test_a_mask_that_would_start_off_is_refused() -> None:
 def test_stacked_on_another_change_a_mask_takes_away_the_pretrained_weight_only() -> None:
     delta, weight = make(), torch.randn(6, 5)
     total = weight + 3.0
-    delta.add_(total, weight)
+    delta.add_(total, weight, delta.gate)
     torch.testing.assert_close(total, torch.where(delta.off(), 3.0, weight + 3.0))

@@ -270,5 +270,5 @@ def test_branches_are_no_sparse_change_that_could_be_added_to_another() -> None:
         SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse))
     )  # type: ignore[arg-type]
     assert sum(len(c.values) for c in changes.values()) == bank_of(sparse).active
-    with pytest.raises(ConfigError, match="it stores MixedDelta"):
+    with pytest.raises(ConfigError, match="it stores a low-rank branch"):
         sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=mixed))  # type: ignore[arg-type]
