@@ -265,8 +265,8 @@ class Fewer(SHiRA):
     name: ClassVar[str] = "fewer"
     by: float = 0.5
 
-    def _choose(self, *args: Any, **more: Any) -> list[torch.Tensor]:
-        return [where[: int(self.by * len(where))] for where in super()._choose(*args, **more)]
+    def choose(self, *args: Any, **more: Any) -> list[torch.Tensor]:
+        return [where[: int(self.by * len(where))] for where in super().choose(*args, **more)]
 
 
 def test_another_sparsity_than_asked_is_found(tmp_path: Path) -> None:

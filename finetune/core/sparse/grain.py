@@ -1,4 +1,4 @@
-"""The units that are chosen as a whole: entries, rows, columns, heads, blocks, matrices, or n of every m inputs."""
+"""Units of a weight that are chosen as a whole: entries, rows, columns, heads, blocks, matrices, or n of every m inputs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,23 @@ from ...errors import ConfigError
 from ..site import Site
 
 PATTERN = r"element|row|column|head|matrix|block:[1-9]\d*|[1-9]\d*:[1-9]\d*"
+N_OF_M = r"(\d+):(\d+)"
+ROLES_WITH_HEADS = ("q", "k", "v", "qkv", "o")
 
 
 @dataclass(frozen=True)
 class Grain:
-    """A partition of a weight [out, in] into equal blocks, ``height`` x ``width``. With ``of``: ``best`` of every ``of`` entries of a row."""
+    """A partition of a weight ``shape`` = [out, in] into equal units of ``height`` x ``width`` entries.
+
+    Units are numbered row by row. With ``m`` the units are single entries, of which the best ``n`` of every ``m`` in a
+    row are chosen; 0 where there is no such rule.
+    """
 
     shape: tuple[int, int]
     height: int
     width: int
-    best: int = 0
-    of: int = 0
+    n: int = 0
+    m: int = 0
 
     @property
     def size(self) -> int:
@@ -32,51 +38,63 @@ class Grain:
 
     @property
     def units(self) -> int:
+        """Number of units."""
         return self.shape[0] * self.shape[1] // self.size
 
-    def _grid(self) -> tuple[int, int, int, int]:
-        return self.shape[0] // self.height, self.height, self.shape[1] // self.width, self.width
+    @property
+    def across(self) -> int:
+        """Number of units side by side."""
+        return self.shape[1] // self.width
 
     def pool(self, scores: Tensor) -> Tensor:
-        """Score by unit, [units] float32: the mean over its entries."""
-        return scores.reshape(-1) if self.size == 1 else scores.reshape(self._grid()).mean((1, 3)).reshape(-1)
+        """Return the mean score of each unit, [units] float32, from ``scores`` [out, in].
+
+        A unit of one entry needs no mean: the result then shares the memory of ``scores``.
+        """
+        if self.size == 1:
+            return scores.reshape(-1)
+        down = self.shape[0] // self.height
+        return scores.reshape(down, self.height, self.across, self.width).mean((1, 3)).reshape(-1)
 
     def expand(self, units: Tensor) -> Tensor:
-        """The flat positions of the entries of ``units``, int32, ascending."""
+        """Return the flat positions of the entries of ``units`` [count], int32, ascending."""
         if self.size == 1:
             return units
-        down, right = (
-            units.long() // self._grid()[2] * self.height,
-            units.long() % self._grid()[2] * self.width,
-        )
-        rows = down[:, None, None] + torch.arange(self.height, device=units.device)[:, None]
-        cols = right[:, None, None] + torch.arange(self.width, device=units.device)
+        top = units.long() // self.across * self.height
+        left = units.long() % self.across * self.width
+        rows = top[:, None, None] + torch.arange(self.height, device=units.device)[:, None]
+        cols = left[:, None, None] + torch.arange(self.width, device=units.device)
         return (rows * self.shape[1] + cols).reshape(-1).sort().values.to(torch.int32)
 
     def members(self, index: Tensor) -> Tensor:
-        """Which units hold an entry at the flat positions ``index``: [units] bool."""
+        """Tell which units hold an entry at one of the flat positions ``index`` [count]: [units] bool."""
         at = index.long()
-        unit = at // self.shape[1] // self.height * self._grid()[2] + at % self.shape[1] // self.width
+        row, col = at // self.shape[1], at % self.shape[1]
+        unit = row // self.height * self.across + col // self.width
         return torch.zeros(self.units, dtype=torch.bool, device=index.device).index_fill_(0, unit, True)
 
 
 def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
-    """The grain ``kind`` on a site. Raises ``ConfigError`` where it does not divide the weight or means nothing there."""
+    """Return the grain called ``kind`` for the weight of a site.
+
+    Raises ``ConfigError`` where its units do not divide the weight, or where the site has no such units.
+    """
     out, in_ = site.shape
     if kind == "head":
-        return _heads(site, model)
-    if fits := re.fullmatch(r"(\d+):(\d+)", kind):
-        best, of = int(fits[1]), int(fits[2])
-        if in_ % of or best >= of:
+        return _head_grain(site, model)
+    if match := re.fullmatch(N_OF_M, kind):
+        n, m = int(match[1]), int(match[2])
+        if in_ % m or n >= m:
             raise ConfigError(
                 f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m divides."
             )
-        return Grain(site.shape, 1, 1, best, of)
+        return Grain(site.shape, 1, 1, n, m)
     if kind.startswith("block:"):
         side = int(kind.removeprefix("block:"))
         if out % side or in_ % side:
             raise ConfigError(
-                f"method.grain={kind} does not divide the weight of {site.name}, {out} x {in_}; choose a common divisor."
+                f"method.grain={kind} does not divide the weight of {site.name}, {out} x {in_}; "
+                "choose a common divisor."
             )
         return Grain(site.shape, side, side)
     height, width = {"element": (1, 1), "row": (1, in_), "column": (out, 1), "matrix": (out, in_)}[kind]
@@ -84,18 +102,28 @@ def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
 
 
 def head_width(model: nn.Module) -> int:
-    """Rows of q, k, v (and columns of o) that make one attention head; 0 where the model does not say."""
+    """Return the width of one attention head: rows of q, k or v, columns of o. 0 where the model's config lacks it."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
-    heads = getattr(config, "num_attention_heads", 0) or 0
-    return getattr(config, "head_dim", None) or (config.hidden_size // heads if heads else 0)
+    width = getattr(config, "head_dim", None)
+    if width:
+        return int(width)
+    heads = getattr(config, "num_attention_heads", 0)
+    return int(config.hidden_size // heads) if heads else 0
 
 
-def _heads(site: Site, model: nn.Module) -> Grain:
-    """Heads are counted by their width, so that the fewer key and value heads of grouped-query attention come out right."""
+def _head_grain(site: Site, model: nn.Module) -> Grain:
+    """Return one unit a head: rows of q, k, v or qkv, columns of o.
+
+    Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k and v
+    have fewer heads than q.
+    """
     width, (out, in_) = head_width(model), site.shape
-    if site.role not in ("q", "k", "v", "qkv", "o") or not width:
+    if site.role not in ROLES_WITH_HEADS or not width:
         raise ConfigError(
-            f"method.grain=head: {site.name} ({site.role}) has no heads. Use method.targets=attention, and a model whose heads are known."
+            f"method.grain=head: {site.name} ({site.role}) has no heads. Use method.targets=attention, and a model "
+            "whose configuration gives the width or the number of its heads."
         )
-    return Grain(site.shape, out, width) if site.role == "o" else Grain(site.shape, width, in_)
+    if site.role == "o":
+        return Grain(site.shape, out, width)
+    return Grain(site.shape, width, in_)

@@ -1,8 +1,12 @@
-"""Scores of every site, one weight at a time; those of gradients from backward passes that keep no more of them than a choice may need."""
+"""Compute the scores of every site, one weight at a time.
+
+Scores of gradients come from backward passes. Gradients are stored only as long as a score needs them.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -14,45 +18,54 @@ from ..part import Patched, WeightGrad
 from .bank import Bank
 from .scores import SCORES, Look
 
+Visit = Callable[[int, Tensor], None]  # takes a site's position and its scores, [out, in] float32
+
 
 def scan(
-    method: Any, run: Run, bank: Bank, layers: list[Patched], trained: list[Tensor | None], offer: Callable[[int, Tensor], None]
-) -> None:  # fmt: skip
-    """Call ``offer(i, score)`` once for each site, of the score that ``method.score`` names. ``trained``: the weights after a dense phase, if any.
+    method: Any, run: Run, bank: Bank, layers: list[Patched], trained: list[Tensor | None], visit: Visit
+) -> None:
+    """Call ``visit(i, score)`` once for each site i, with the score that ``method.score`` names.
 
-    Where one backward pass tells all (one micro-batch), each gradient is scored as it comes by and forgotten. Otherwise gradients must be summed: the
-    sites take turns in groups no larger than the largest of them, one round of passes each.
+    ``trained``: the weight [out, in] of each site after a dense phase, or None; it replaces the layer's weight.
+    ``visit`` may overwrite the score. Raises ``ConfigError`` where the gradient of a layer comes in several pieces and
+    the score needs it in one.
+
+    With a single micro-batch, one backward pass serves all sites, and each gradient is scored and released as it
+    arrives. With several, gradients must be summed first: the sites then take turns in groups no larger than the
+    largest site, with one round of backward passes for each group.
     """
     score = SCORES[method.score]
 
-    def give(i: int, grad: Tensor | None = None) -> None:
+    def visit_score(i: int, grad: Tensor | None = None) -> None:
         with torch.no_grad():
-            offer(i, score.of(Look(layers[i], run.generator, grad, trained[i]), method).float())
+            visit(i, score.of(Look(layers[i], run.generator, grad, trained[i]), method).float())
 
     if score.needs == "weight":
         for i in range(len(layers)):
-            give(i)
+            visit_score(i)
         return
     steps = run.upcoming(method.batches)
-    whole = len(steps) == 1 and len(steps[0]) == 1
-    for group in (
-        [list(range(len(layers)))] if whole else _turns([layer.original.numel() for layer in layers])
-    ):
-        sums = _Sums(group, score.needs, run, give if whole else None)
-        with watching(bank, sums):
+    if len(steps) == 1 and len(steps[0]) == 1:
+        groups = [list(range(len(layers)))]
+        visit_at_once = visit_score
+    else:
+        groups = list(_groups([layer.original.numel() for layer in layers]))
+        visit_at_once = None
+    for group in groups:
+        sums = _GradientSums(group, score.needs, run, visit_at_once)
+        with watching_gradients(bank, sums.add):
             for micro in steps:
                 for batch in micro:
-                    sums.seen = set()
+                    sums.begin_pass()
                     run.backward(batch, micro, score.needs == "squares")
-                sums.end_of_batch()
+                sums.end_step()
         for i in group:
-            if i not in sums.given:
-                found = sums.take(i)
-                give(i, torch.zeros_like(layers[i].original, dtype=torch.float32) if found is None else found)
+            if i not in sums.visited:
+                visit_score(i, sums.take(i, layers[i].original))
 
 
-def _turns(sizes: list[int]) -> Iterator[list[int]]:
-    """Consecutive sites in groups of at most the largest site's size."""
+def _groups(sizes: list[int]) -> Iterator[list[int]]:
+    """Yield consecutive sites in groups whose sizes add up to no more than the largest site."""
     group: list[int] = []
     for i, size in enumerate(sizes):
         if group and sum(sizes[j] for j in group) + size > max(sizes):
@@ -62,61 +75,80 @@ def _turns(sizes: list[int]) -> Iterator[list[int]]:
     yield group
 
 
-class _Sums:
-    """Collects, for the sites of ``group``, gradients over micro-batches and what the score needs of them over batches."""
+class _GradientSums:
+    """Sums the gradients of the sites of ``group`` over micro-batches, and what a score needs of them over steps.
+
+    ``needs``: "gradient" (the sum over all micro-batches), "squares" (the sum over examples of the square of each
+    gradient) or "batch squares" (the sum over steps of the square of a step's gradient). With ``visit`` a gradient is
+    passed on as soon as it arrives, and nothing is stored.
+    """
 
     def __init__(
-        self, group: list[int], needs: str, run: Run, at_once: Callable[[int, Tensor], None] | None
+        self, group: list[int], needs: str, run: Run, visit: Callable[[int, Tensor], None] | None
     ) -> None:
-        self.group, self.needs, self.run, self.at_once = set(group), needs, run, at_once
-        self.given: set[int] = set()
-        self.seen: set[int] = set()  # in this backward pass
-        self.batch: dict[int, Tensor] = {}
-        self.total: dict[int, Tensor] = {}  # stays empty where sums over batches are sums over micro-batches
+        self.group, self.needs, self.run, self.visit = set(group), needs, run, visit
+        self.visited: set[int] = set()
+        self.arrived: set[int] = set()  # sites whose gradient came in the current backward pass
+        self.sums: dict[
+            int, Tensor
+        ] = {}  # over the micro-batches of a step, for "batch squares"; else over all
+        self.squares: dict[int, Tensor] = {}  # over steps, for "batch squares" only
 
-    def __call__(self, i: int, grad: WeightGrad) -> bool:
-        if i in self.group:
-            if i in self.seen and (self.at_once or self.needs == "squares"):
-                raise ConfigError(
-                    "method.score needs the gradient of a layer in one piece, and a layer of this model runs more than once a pass. "
-                    "Choose a score of the weights, such as magnitude, or leave the layer out of method.targets."
-                )
-            self.seen.add(i)
-            found = grad.squares if self.needs == "squares" else grad.dense
-            if self.at_once:
-                found = self.run.agree(found)
-                self.at_once(i, found.square_() if self.needs == "batch squares" else found)
-                self.given.add(i)
-            else:
-                self.batch[i] = self.batch[i].add_(found) if i in self.batch else found
+    def begin_pass(self) -> None:
+        """Begin a backward pass."""
+        self.arrived = set()
+
+    def add(self, i: int, grad: WeightGrad) -> bool:
+        """Add the gradient of site ``i``; return True, since nothing else needs it.
+
+        Raises ``ConfigError`` for the second gradient of a site in one pass, where the sum of both is needed at once.
+        """
+        if i not in self.group:
+            return True
+        if i in self.arrived and (self.visit or self.needs == "squares"):
+            raise ConfigError(
+                "method.score needs the gradient of a layer in one piece, and a layer of this model runs more than "
+                "once a forward pass. Choose a score of the weights, such as score=magnitude, or leave the layer out "
+                "of method.targets."
+            )
+        self.arrived.add(i)
+        found = grad.squares if self.needs == "squares" else grad.dense
+        if self.visit:
+            found = self.run.agree(found)
+            self.visit(i, found.square_() if self.needs == "batch squares" else found)
+            self.visited.add(i)
+        else:
+            _accumulate(self.sums, i, found)
         return True
 
-    def end_of_batch(self) -> None:
-        """The gradients of one batch are complete."""
+    def end_step(self) -> None:
+        """Square the gradients of a step whose micro-batches are complete, where squares of steps are needed."""
         if self.needs == "batch squares":
-            for i in sorted(self.batch):
-                found = self.run.agree(self.batch.pop(i)).square_()
-                self.total[i] = self.total[i].add_(found) if i in self.total else found
+            for i in sorted(self.sums):
+                _accumulate(self.squares, i, self.run.agree(self.sums.pop(i)).square_())
 
-    def take(self, i: int) -> Tensor | None:
-        """What has been collected of a site; None where no gradient came by."""
-        if i in self.total:
-            return self.total.pop(i)
-        return self.run.agree(self.batch.pop(i)) if i in self.batch else None
+    def take(self, i: int, weight: Tensor) -> Tensor:
+        """Return what was collected of site ``i``, float32 of the shape of ``weight``; 0 where no gradient came."""
+        if i in self.squares:
+            return self.squares.pop(i)
+        if i in self.sums:
+            return self.run.agree(self.sums.pop(i))
+        return torch.zeros_like(weight, dtype=torch.float32)
 
 
-class watching:
-    """While it lasts, ``bank`` shows every gradient to ``see``, and no site rests."""
+def _accumulate(sums: dict[int, Tensor], i: int, tensor: Tensor) -> None:
+    """Add ``tensor`` to the sum of site ``i`` in place, or begin the sum with it."""
+    if i in sums:
+        sums[i].add_(tensor)
+    else:
+        sums[i] = tensor
 
-    def __init__(self, bank: Bank, see: Callable[[int, WeightGrad], bool]) -> None:
-        self.bank, self.see = bank, see
 
-    def __enter__(self) -> None:
-        self.frozen, self.bank.frozen, self.bank.watch = (
-            self.bank.frozen,
-            [False] * len(self.bank.frozen),
-            self.see,
-        )
-
-    def __exit__(self, *_: Any) -> None:
-        self.bank.frozen, self.bank.watch = self.frozen, None
+@contextmanager
+def watching_gradients(bank: Bank, watch: Callable[[int, WeightGrad], bool]) -> Iterator[None]:
+    """Inside, ``bank`` passes every gradient of its sites to ``watch``, and no site is frozen."""
+    frozen, bank.frozen, bank.watch = bank.frozen, [False] * len(bank.frozen), watch
+    try:
+        yield
+    finally:
+        bank.frozen, bank.watch = frozen, None

@@ -11,8 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ...core.sparse.engine import Scope, ScoreName, Sparse
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import Scope, ScoreName
 from ...registry import register
 from ...schedules.grow import Grow
 

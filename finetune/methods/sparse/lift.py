@@ -13,8 +13,9 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Lt
 
-from ...core.sparse.engine import ScoreName, Sparse
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import ScoreName
 from ...registry import register
 from ...schedules.redraw import Redraw
 

@@ -16,8 +16,9 @@ from annotated_types import Ge
 from torch import Tensor
 
 from ...core.method import Run
-from ...core.sparse.engine import Scope, ScoreName, Sparse
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import Scope, ScoreName
 from ...registry import register
 from ...schedules.one_shot import OneShot
 

@@ -18,8 +18,9 @@ from typing import Annotated, ClassVar
 
 from annotated_types import Ge, Lt
 
-from ...core.sparse.engine import ScoreName, Sparse
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import ScoreName
 from ...registry import register
 from ...schedules.static import Static
 

@@ -22,9 +22,11 @@ from ...core.method import Run
 from ...core.part import Patched, patched
 from ...core.site import Site
 from ...core.sparse.bank import Bank, SparseDelta
-from ...core.sparse.engine import Direction, Scope, ScoreName, Sparse
+from ...core.sparse.budgets import Budget
+from ...core.sparse.engine import Sparse
 from ...core.sparse.grain import Grain
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import Direction, Scope, ScoreName
 from ...errors import ConfigError
 from ...registry import register
 from ...schedules.narrow import Narrow
@@ -50,8 +52,8 @@ class SaRA(Sparse):
     trains: ClassVar[str] = "the smallest weights of the model, halfway narrowed to those that stayed small"
     paper: ClassVar[str] = "arXiv 2409.06633"
 
-    def _misfits(self) -> list[str]:
-        found = super()._misfits()
+    def contradictions(self) -> list[str]:
+        found = super().contradictions()
         defaults = {name: item.default for name, item in type(self).__dataclass_fields__.items()}
         for name in FIXED:
             if (value := getattr(self, name)) != defaults[name]:
@@ -72,7 +74,7 @@ class SaRA(Sparse):
             )
         return found
 
-    def budgets(self, sites: list[Site], grains: list[Grain]) -> list[tuple[list[int], int]]:
+    def budgets(self, sites: list[Site], grains: list[Grain]) -> list[Budget]:
         if self.threshold is None:
             return super().budgets(sites, grains)
         counts: list[int] = [
@@ -83,7 +85,7 @@ class SaRA(Sparse):
             raise ConfigError(
                 f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; raise it."
             )
-        return [(list(range(len(sites))), k)]
+        return [Budget(list(range(len(sites))), k)]
 
     @property
     def counts_exactly(self) -> bool:

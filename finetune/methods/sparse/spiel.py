@@ -67,8 +67,8 @@ class SpIEL(Sparse):
     )
     paper: ClassVar[str] = "arXiv 2401.16405"
 
-    def _misfits(self) -> list[str]:
-        return [*super()._misfits(), *self._unfit()]
+    def contradictions(self) -> list[str]:
+        return [*super().contradictions(), *self._unfit()]
 
     def _unfit(self) -> Iterator[str]:
         if self.schedule.name != "drop_grow":

@@ -16,8 +16,9 @@ from torch import nn
 from ...core.lowrank import LowRank
 from ...core.part import attach
 from ...core.site import find_sites
-from ...core.sparse.engine import ScoreName, Sparse
+from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule
+from ...core.sparse.settings import ScoreName
 from ...registry import register
 from ...schedules.static import Static
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from finetune.core.site import Site, find_sites
-from finetune.core.sparse.engine import _n_of_m
+from finetune.core.sparse.choosing import choose_n_of_m
 from finetune.core.sparse.grain import Grain, grain_of, head_width
 from finetune.errors import ConfigError
 from finetune.testing.contract import Kind, tiny
@@ -72,7 +72,7 @@ def site(out: int, in_: int, role: str = "q") -> Site:
 )
 def test_kinds(kind: str, unit: tuple[int, int]) -> None:
     grain = grain_of(kind, site(4, 6), nn.Module())
-    assert (grain.height, grain.width, grain.of) == (*unit, 0)
+    assert (grain.height, grain.width, grain.m) == (*unit, 0)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +158,10 @@ def test_n_of_m_takes_the_best_n_of_every_m_inputs(of: int, data: Any) -> None:
     wanted = []
     for start in range(0, entries, of):
         wanted += sorted(sorted(range(start, start + of), key=lambda i: (-scores[i], i))[:best])
-    found = _n_of_m(torch.tensor(scores).view(rows, groups * of), grain)
+    found = choose_n_of_m(torch.tensor(scores).view(rows, groups * of), grain)
     assert (found.tolist(), found.dtype) == (wanted, torch.int32)
 
 
 def test_n_of_m_refuses_nan() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        _n_of_m(torch.tensor([[0.0, float("nan")]]), grain_of("1:2", site(1, 2), nn.Module()))
+        choose_n_of_m(torch.tensor([[0.0, float("nan")]]), grain_of("1:2", site(1, 2), nn.Module()))

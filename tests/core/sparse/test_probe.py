@@ -1,4 +1,4 @@
-"""Passes that score: what they agree on, what they hold at once, and that they leave no trace."""
+"""Test the backward passes that compute scores: their sums, the memory that they use, and that they leave no trace."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from finetune.core.part import patched
 from finetune.core.sparse import probe
-from finetune.core.sparse.engine import ScoreName
 from finetune.core.sparse.probe import scan
+from finetune.core.sparse.settings import ScoreName
 from finetune.errors import ConfigError
 from finetune.methods.sparse.sparse import Crossing
 from finetune.testing import contract
@@ -24,44 +24,42 @@ SCORES: tuple[ScoreName, ...] = ("gradient", "fisher", "sensitivity")
 
 
 def session(micro: int | None = None, model: Any = None, targets: tuple[str, ...] = ("o", "mlp")) -> Session:
-    started = contract.begin(
-        Crossing(sparsity=0.7, targets=targets),
-        train=replace(contract.TRAIN, micro_batch_size=micro),
-        model=model,
-    )
+    """Start a session whose steps have micro-batches of ``micro`` examples; None: one micro-batch a step."""
+    method = Crossing(sparsity=0.7, targets=targets)
+    started = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=micro), model=model)
     started.start()
     return started
 
 
 def scores(s: Session, score: ScoreName, batches: int = 1) -> list[Tensor]:
+    """Return the scores of every site."""
     layers = list(patched(s.model).values())
     found: dict[int, Tensor] = {}
 
-    def take(i: int, one: Tensor) -> None:
-        assert i not in found, "a site was offered twice"
-        found[i] = one
+    def visit(i: int, values: Tensor) -> None:
+        assert i not in found, "a site was visited twice"
+        found[i] = values
 
-    scan(
-        replace(s.method, score=score, batches=batches),
-        s.run,
-        s.states["method"]["bank"],
-        layers,
-        [None] * len(layers),
-        take,
-    )  # type: ignore[type-var]
+    method: Any = replace(s.method, score=score, batches=batches)  # type: ignore[type-var]
+    scan(method, s.run, s.states["method"]["bank"], layers, [None] * len(layers), visit)
     return [found[i] for i in range(len(layers))]
 
 
 @pytest.mark.parametrize("score", SCORES)
 def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step in one micro-batch is scored as backward goes by; in two, the sites take turns."""
-    asked = []
+    """Score a step of one micro-batch during its single backward pass, and one of two in turns of the sites."""
+    passes = []
     backward = Session._probe
-    monkeypatch.setattr(Session, "_probe", lambda self, *args: [asked.append(1), backward(self, *args)][1])
+
+    def count_and_run(self: Session, *args: Any) -> None:
+        passes.append(1)
+        backward(self, *args)
+
+    monkeypatch.setattr(Session, "_probe", count_and_run)
     whole = scores(session(), score)
-    assert len(asked) == 1
+    assert len(passes) == 1
     parts = scores(session(5), score)
-    assert len(asked) == 1 + 2 * 6  # no two of o, up and down together are as small as up
+    assert len(passes) == 1 + 2 * 6  # no two of o, up and down together are as small as up
     for a, b in zip(whole, parts, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6 * float(a.max()))
         assert float(a.max()) > 0
@@ -69,8 +67,8 @@ def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytes
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 @settings(deadline=None)
-def test_turns_are_consecutive_and_no_larger_than_the_largest(sizes: list[int]) -> None:
-    groups = list(probe._turns(sizes))
+def test_groups_are_consecutive_and_no_larger_than_the_largest_site(sizes: list[int]) -> None:
+    groups = list(probe._groups(sizes))
     assert [i for group in groups for i in group] == list(range(len(sizes)))
     assert all(group and sum(sizes[i] for i in group) <= max(sizes) for group in groups)
 
@@ -81,29 +79,29 @@ def test_turns_are_consecutive_and_no_larger_than_the_largest(sizes: list[int]) 
 def test_sums_never_hold_more_than_the_largest_site(
     score: ScoreName, micro: int | None, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice that where sums are squared batch by batch. One pass that tells all holds nothing."""
-    held = []
+    """Twice that where the gradients of steps are squared. Where one pass serves all sites nothing is stored."""
+    stored = []
 
-    class Counting(probe._Sums):
+    class Counting(probe._GradientSums):
         def count(self) -> None:
-            held.append(sum(t.numel() for t in [*self.batch.values(), *self.total.values()]))
+            stored.append(sum(t.numel() for t in [*self.sums.values(), *self.squares.values()]))
 
-        def __call__(self, i: int, grad: Any) -> bool:
-            found = super().__call__(i, grad)
+        def add(self, i: int, grad: Any) -> bool:
+            seen = super().add(i, grad)
             self.count()
-            return found
+            return seen
 
-        def end_of_batch(self) -> None:
+        def end_step(self) -> None:
             self.count()
-            super().end_of_batch()
+            super().end_step()
             self.count()
 
-    monkeypatch.setattr(probe, "_Sums", Counting)
+    monkeypatch.setattr(probe, "_GradientSums", Counting)
     s = session(micro)
     largest = max(s.states["method"]["bank"].sizes)
     scores(s, score, batches)
     squares = score == "sensitivity" and batches > 1
-    assert max(held) == (0 if micro is None and batches == 1 else largest * (1 + squares))
+    assert max(stored) == (0 if micro is None and batches == 1 else largest * (1 + squares))
 
 
 def test_a_layer_that_the_loss_does_not_reach_has_gradient_zero() -> None:
@@ -115,6 +113,8 @@ def test_a_layer_that_the_loss_does_not_reach_has_gradient_zero() -> None:
 
 
 class Twice(nn.Module):
+    """A layer that runs twice in one forward pass."""
+
     def __init__(self) -> None:
         super().__init__()
         self.inner = nn.Linear(48, 48)
@@ -125,16 +125,16 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize(("micro", "score"), [(None, "gradient"), (3, "fisher")])
-def test_a_layer_that_runs_twice_is_refused_where_its_parts_cannot_be_joined(
+def test_a_layer_that_runs_twice_is_refused_where_its_gradients_cannot_be_summed(
     micro: int | None, score: ScoreName
 ) -> None:
     model = contract.tiny()
     model.vit.layers[0].mlp.fc1 = nn.Sequential(model.vit.layers[0].mlp.fc1, Twice())
-    with pytest.raises(ConfigError, match=r"more than once a pass.*magnitude"):
+    with pytest.raises(ConfigError, match=r"more than once a forward pass.*score=magnitude"):
         scores(session(micro, model, ("inner",)), score)
 
 
-def test_looking_leaves_no_trace() -> None:
+def test_scoring_leaves_no_trace() -> None:
     s = session(3)
     s.tuned.train()
     bank = s.states["method"]["bank"]
@@ -142,7 +142,7 @@ def test_looking_leaves_no_trace() -> None:
     rng, drawn = torch.get_rng_state(), s.run.generator.get_state()
     before = {k: v.clone() for k, v in s.tuned.state_dict().items()}
     found = scores(s, "gradient", 2)
-    assert float(found[1].max()) > 0, "a site that rests is seen too"
+    assert float(found[1].max()) > 0, "a frozen site is scored too"
     assert bank.frozen == [False, True, *[False] * (len(bank.sizes) - 2)]
     assert bank.watch is None
     assert s.tuned.training
@@ -150,11 +150,11 @@ def test_looking_leaves_no_trace() -> None:
     assert torch.equal(torch.get_rng_state(), rng)
     assert torch.equal(s.run.generator.get_state(), drawn)
     assert all(torch.equal(v, before[k]) for k, v in s.tuned.state_dict().items())
-    again = scores(s, "gradient", 2)
-    assert all(torch.equal(a, b) for a, b in zip(found, again, strict=True))
+    second = scores(s, "gradient", 2)
+    assert all(torch.equal(a, b) for a, b in zip(found, second, strict=True))
 
 
-def test_the_watch_ends_when_a_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_watching_ends_when_a_backward_pass_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     s = session()
     monkeypatch.setattr(s.run, "backward", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):

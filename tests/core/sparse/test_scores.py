@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from finetune.core.linalg import low_rank
 from finetune.core.part import merge, patched
-from finetune.core.sparse.engine import ScoreName
 from finetune.core.sparse.probe import scan
 from finetune.core.sparse.scores import SCORES, Look
 from finetune.core.sparse.select import TopK
+from finetune.core.sparse.settings import ScoreName
 from finetune.methods.sparse.sparse import Crossing
 from finetune.testing import contract
 from finetune.testing.contract import Kind

@@ -17,9 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune.core.part import patched
 from finetune.core.sparse import select
-from finetune.core.sparse.engine import Scope
 from finetune.core.sparse.schedule import Schedule
 from finetune.core.sparse.select import TopK, apportion, kth_largest, sort_keys
+from finetune.core.sparse.settings import Scope
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw

@@ -18,7 +18,6 @@ from finetune.config.settings import OptimizerConfig
 from finetune.core.part import patched
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.candidates import Candidates
-from finetune.core.sparse.engine import moments
 from finetune.errors import ConfigError
 from finetune.methods.sparse.spiel import SpIEL, swap
 from finetune.schedules.drop_grow import DropGrow
@@ -383,7 +382,7 @@ def test_two_whole_cycles_equal_a_dense_model_with_masks(
     sites = {name: Dense(bank.sizes[i], bank.where(i)) for i, name in enumerate(patched(session.model))}
     ages = set[float]()
     for _ in zip(session.steps(), simulated(session, sites, 3, 2, 0.9, 0.3), strict=True):
-        of = moments(session.run, bank)
+        of = session.run.moments(bank.values)
         held = {"change": bank.values.detach(), "age": of["step"], "m": of["exp_avg"], "v": of["exp_avg_sq"]}
         for i, site in enumerate(sites.values()):
             assert torch.equal(bank.where(i).long(), site.active.nonzero().view(-1))
@@ -400,7 +399,7 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
     candidates = session.states["method"]["candidates"]
     old, found = places(bank), [candidates.of(bank, i) for i in range(len(bank.sizes))]
     sums = [dict(zip(index.tolist(), total.tolist(), strict=True)) for index, total, _, _ in found]
-    state = moments(session.run, bank)
+    state = session.run.moments(bank.values)
     before = {name: dense(bank, t.clone()) for name, t in state.items()}
     move()
     assert set(state) == {"step", "exp_avg", "exp_avg_sq"}

@@ -1,0 +1,80 @@
+"""Budgets of the sparse engine: which sites compete with each other, and for how many trained entries."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..site import Site
+from .grain import Grain
+from .select import apportion
+from .settings import Scope
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Sites that compete with each other, by position, and the number K of their entries that may be trained."""
+
+    sites: list[int]
+    entries: int
+
+
+def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[Grain]) -> list[Budget]:
+    """Return one budget for each group of sites that ``scope`` puts together.
+
+    K is the group's count of entries minus the rounded share ``sparsity`` of it. Where all units are of one size it
+    is rounded to whole units. At least one unit is trained. A grain n:m says exactly how many entries each row has,
+    ``sparsity`` only nearly, so n:m decides.
+    """
+    groups: dict[Hashable, list[int]] = {}
+    for i, site in enumerate(sites):
+        groups.setdefault(_group_key(scope, i, site), []).append(i)
+    return [Budget(members, _budget_entries(sparsity, members, sites, grains)) for members in groups.values()]
+
+
+def _group_key(scope: Scope, i: int, site: Site) -> Hashable:
+    """Return the same key for sites that compete with each other. ``layer`` first counts over the whole model."""
+    if scope == "matrix":
+        return i
+    if scope == "role":
+        return site.role
+    if scope == "block":
+        return site.block
+    return "model"
+
+
+def _budget_entries(sparsity: float, members: list[int], sites: list[Site], grains: list[Grain]) -> int:
+    """Return K of one group."""
+    size = sum(sites[i].size for i in members)
+    k = size - round(sparsity * size)
+    if grains[members[0]].m:
+        k = sum(sites[i].size // grains[i].m * grains[i].n for i in members)
+    units = {grains[i].size for i in members}
+    unit = min(units)
+    if len(units) > 1:
+        return max(k, unit)
+    return max(round(k / unit), 1) * unit
+
+
+def count_entries(budget: Budget, share: float, sites: list[Site], grains: list[Grain]) -> int:
+    """Return how many entries are trained at a ``share`` of the budget, in multiples of the smallest unit.
+
+    The result is at least one unit and at most all entries of the budget's sites.
+    """
+    unit = min(grains[i].size for i in budget.sites)
+    units = max(round(share * budget.entries / unit), 1)
+    return min(units * unit, sum(sites[i].size for i in budget.sites))
+
+
+def divide_entries(total: int, weights: Tensor, limits: list[int], grains: list[Grain]) -> list[int]:
+    """Divide ``total`` entries among the sites in proportion to ``weights`` [sites], none above its limit.
+
+    Whole units are given where all units are of one size, else single entries. Raises ``ValueError`` where the limits
+    do not hold the total.
+    """
+    sizes = {grain.size for grain in grains}
+    unit = sizes.pop() if len(sizes) == 1 else 1
+    units = apportion(total // unit, weights, [limit // unit for limit in limits])
+    return [unit * count for count in units]
