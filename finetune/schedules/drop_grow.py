@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from annotated_types import Ge
 
-from ..core.sparse.schedule import Dropped, Move, Schedule, Share, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, Share, period_faults
 from ..registry import register
 
 
@@ -36,4 +36,4 @@ class DropGrow(Schedule):
         return Move(drop=self.replaced(step, total)) if step % self.every == 0 else None
 
     def faults(self, total: int) -> list[str]:
-        return never(self.every, total)
+        return period_faults(self.every, total)

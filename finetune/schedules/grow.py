@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ..core.sparse.schedule import Move, Schedule, Share, never
+from ..core.sparse.schedule import Move, Schedule, Share, period_faults
 from ..registry import register
 
 
@@ -35,7 +35,7 @@ class Grow(Schedule):
         )
 
     def faults(self, total: int) -> list[str]:
-        found = never(self.every, total)
+        found = period_faults(self.every, total)
         if not found and self.parts(total) < 2:
             found.append(
                 f"schedule.every={self.every} is no less than the share schedule.end={self.end:g} of the run's {total} steps, so nothing would grow; "

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 
-from ..core.sparse.schedule import Dropped, Move, Schedule, Share, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, Share, period_faults
 from ..registry import register
 
 
@@ -60,7 +60,7 @@ class Ramp(Schedule):
         return self.density(step, total) <= 1
 
     def faults(self, total: int) -> list[str]:
-        found = never(self.every, total)
+        found = period_faults(self.every, total)
         if not found and self._updates(total) < 1:
             found.append(
                 f"schedule.start={self.start:g} to schedule.end={self.end:g} of the run's {total} steps is less than one "

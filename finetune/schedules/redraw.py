@@ -7,7 +7,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 
-from ..core.sparse.schedule import Dropped, Move, Schedule, never
+from ..core.sparse.schedule import Dropped, Move, Schedule, period_faults
 from ..registry import register
 
 
@@ -23,4 +23,4 @@ class Redraw(Schedule):
         return Move(redraw=True) if step % self.every == 0 else None
 
     def faults(self, total: int) -> list[str]:
-        return never(self.every, total)
+        return period_faults(self.every, total)

@@ -1,4 +1,4 @@
-"""Entries that may be trained next, and what training sees of their gradients meanwhile."""
+"""Candidates: untrained entries that may be trained next, with the sums of their gradients (SpIEL, arXiv 2401.16405)."""
 
 from __future__ import annotations
 
@@ -15,91 +15,102 @@ from .select import TopK
 
 
 class Candidates(StateModule):
-    """As many entries of each site as it trains, in the order of the bank's slots, and the sums of their gradients. Empty outside of the windows.
+    """As many candidates for each site as it trains entries, in the order of the bank's slots.
 
-    State, but no part of the change that a run stores.
+    Empty while no gradients are collected. The tensors are part of a checkpoint but not of the stored change.
     """
 
-    index: Tensor  # [capacity] int32, ascending within a site
-    sums: Tensor  # [capacity], of the steps' gradients
-    squares: Tensor  # [capacity], of the steps' squared gradients
-    steps: Tensor  # [sites] int64: how many were summed; 0: the site has no candidates yet
+    index: Tensor  # [capacity] int32: flat positions, ascending within a site
+    sums: Tensor  # [capacity] float32: sums of the gradients of the steps
+    squares: Tensor  # [capacity] float32: sums of their squares
+    steps: Tensor  # [sites] int64: how many steps were summed; 0: the site has no candidates yet
 
     def __init__(self, sites: int) -> None:
         super().__init__()
         for name, dtype in (("index", torch.int32), ("sums", torch.float32), ("squares", torch.float32)):
             self.register_buffer(name, torch.zeros(0, dtype=dtype))
         self.register_buffer("steps", torch.zeros(sites, dtype=torch.int64))
-        self.now: Tensor | None = None  # [capacity], of the step under way
-        self.seen: set[int] = set()  # sites whose gradient came in the step under way
+        self.step_sums: Tensor | None = (
+            None  # [capacity]: the gradient of the current step; None between steps
+        )
+        self.arrived: set[int] = set()  # sites whose gradient came in the current step
+        self.chosen: set[int] = set()  # sites that have candidates
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """There may be candidates or none."""
+        """Resize before loading: a checkpoint has candidates or none."""
         self.resize(len(state_dict.get(f"{prefix}index", self.index)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pack(self) -> dict[str, Tensor]:
+        """Return nothing: candidates are no part of the stored change."""
         return {}
 
-    def unpack(self, stored: dict[str, Tensor]) -> None: ...
+    def unpack(self, stored: dict[str, Tensor]) -> None:
+        """Take nothing from a stored change."""
 
     def resize(self, size: int) -> None:
-        """Start with nothing, in a room of ``size``."""
-        self.index, self.sums, self.squares = (
-            t.new_zeros(size) for t in (self.index, self.sums, self.squares)
-        )
+        """Forget all candidates, and make room for ``size``."""
+        self.index, self.sums = self.index.new_zeros(size), self.sums.new_zeros(size)
+        self.squares = self.squares.new_zeros(size)
         self.steps.zero_()
 
     def begin_step(self, bank: Bank) -> None:
-        """Make ready for a step's gradients."""
-        self.now, self.seen = torch.zeros_like(bank.values.data), set()
-        self._chosen = {i for i, steps in enumerate(self.steps.tolist()) if steps}
+        """Prepare for the gradients of a step."""
+        self.step_sums, self.arrived = torch.zeros_like(bank.values.data), set()
+        self.chosen = {i for i, steps in enumerate(self.steps.tolist()) if steps}
 
     @torch.no_grad()
-    def see(self, run: Run, bank: Bank, i: int, grad: WeightGrad) -> None:
-        """Take what is needed of one micro-batch's gradient of site ``i``."""
-        assert self.now is not None
-        a, b = bank.bounds()[i : i + 2]
-        if i not in self._chosen:
-            top = TopK(b - a, {i: 1})
-            top.add(
-                i, run.agree(grad.dense).abs().nan_to_num_().float()
-            )  # a loss that is not finite has its own report
-            self.index[a:b] = top.take()[i]
-            self._chosen.add(i)
-        self.now[a:b] += grad.dense.reshape(-1)[self.index[a:b].long()]
-        self.seen.add(i)
+    def add_gradient(self, run: Run, bank: Bank, i: int, grad: WeightGrad) -> None:
+        """Add the gradient of site ``i`` of one micro-batch to the current step.
+
+        The first one chooses the candidates: the entries with the largest absolute gradient.
+        """
+        assert self.step_sums is not None
+        start, end = bank.bounds()[i : i + 2]
+        if i not in self.chosen:
+            top = TopK(end - start, {i: 1})
+            # Selection refuses NaN; a loss that is not finite is reported elsewhere.
+            top.add(i, run.agree(grad.dense).abs().nan_to_num_().float())
+            self.index[start:end] = top.take()[i]
+            self.chosen.add(i)
+        self.step_sums[start:end] += grad.dense.reshape(-1)[self.index[start:end].long()]
+        self.arrived.add(i)
 
     @torch.no_grad()
     def end_step(self, run: Run) -> None:
-        """Sum up the step, unless a scaled loss (fp16) overflowed in it."""
-        assert self.now is not None
+        """Add the step to the sums, unless a scaled fp16 loss overflowed in it."""
+        assert self.step_sums is not None
         scaler = getattr(run.optimizer, "scaler", None)
-        now = run.agree(self.now).div_(scaler.get_scale() if scaler else 1.0)
-        if scaler is None or now.isfinite().all():
-            self.sums += now
-            self.squares.addcmul_(now, now)
-            self.steps[sorted(self.seen)] += 1
-        self.now = None
+        scale = scaler.get_scale() if scaler else 1.0
+        grad = run.agree(self.step_sums).div_(scale)
+        if scaler is None or grad.isfinite().all():
+            self.sums += grad
+            self.squares.addcmul_(grad, grad)
+            self.steps[sorted(self.arrived)] += 1
+        self.step_sums = None
 
-    def of(self, bank: Bank, i: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Site ``i``'s candidates, none if its gradient was never seen: index, sums, squares, steps."""
-        a, b = bank.bounds()[i : i + 2] if len(self.index) and self.steps[i] else (0, 0)
-        return self.index[a:b], self.sums[a:b], self.squares[a:b], int(self.steps[i])
+    def at_site(self, bank: Bank, i: int) -> tuple[Tensor, Tensor, Tensor, int]:
+        """Return index, sums, squares and number of steps of site ``i``; empty where its gradient never came."""
+        start, end = 0, 0
+        if len(self.index) and self.steps[i]:
+            start, end = bank.bounds()[i : i + 2]
+        return self.index[start:end], self.sums[start:end], self.squares[start:end], int(self.steps[i])
 
     def seeds(self, bank: Bank, found: list[Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
-        """Adam's ages and moments [capacity] for those of the ``found`` entries of each site, ascending, that are candidates; 0 for the others.
+        """Return Adam's state for newly trained entries: ``step``, ``exp_avg`` and ``exp_avg_sq``, each [capacity].
 
-        With n the steps seen: the age n, and the moments for which the bias-corrected ones are the mean gradient and the mean square.
+        ``found``: the entries that each site trains next, ascending; those that are no candidates get 0. With n steps
+        summed, an entry gets the age n and the moments whose bias-corrected values are the mean gradient and the mean
+        square: exp_avg = (1 - beta1^n) sum(g) / n, exp_avg_sq = (1 - beta2^n) sum(g^2) / n.
         """
         seeds = {name: torch.zeros_like(bank.values.data) for name in ("step", "exp_avg", "exp_avg_sq")}
         offset = 0
         for i, chosen in enumerate(found):
-            index, sums, squares, steps = self.of(bank, i)
+            index, sums, squares, steps = self.at_site(bank, i)
             new = torch.isin(index, chosen)
-            at = offset + torch.searchsorted(chosen, index[new])
-            seeds["step"][at] = float(steps)
+            slots = offset + torch.searchsorted(chosen, index[new])
+            seeds["step"][slots] = float(steps)
             for name, total, beta in (("exp_avg", sums, betas[0]), ("exp_avg_sq", squares, betas[1])):
-                seeds[name][at] = total[new] * ((1 - beta**steps) / max(1, steps))
+                seeds[name][slots] = total[new] * ((1 - beta**steps) / max(1, steps))
             offset += len(chosen)
         return seeds

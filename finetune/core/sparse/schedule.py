@@ -1,4 +1,4 @@
-"""When the trained entries change, and how many they are: one axis of the sparse engine (``core/sparse.py``)."""
+"""Schedules of the sparse engine: when the trained entries change, and how many are trained."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ Dropped = Literal["base", "kept"]
 
 @dataclass(frozen=True)
 class Move:
-    """What becomes of the trained entries at one step.
+    """A change of the trained entries before one step.
 
-    ``density``: the share of K that is trained afterwards. ``redraw``: all of it is chosen anew by the score. Otherwise at least the share ``drop``
-    of the current entries leaves, those with the smallest change or the worst score (``by``); the best untrained ones fill up to ``density``.
+    ``density``: the share of the budget K that is trained afterwards. ``redraw``: all entries are chosen again by
+    score. Otherwise at least the share ``drop`` of the trained entries leaves, those with the smallest change or the
+    worst score (``by``), and the best other entries fill up to ``density``.
     """
 
     density: float = 1.0
@@ -27,50 +28,53 @@ class Move:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of all schedules. Steps count from 0; the first choice is made before step 0, and a move happens before the step that it is due at.
+    """Base of all schedules. Steps count from 0 within a phase; ``total`` is the number of steps of the phase.
 
-    ``dropped``: an entry that is no longer trained goes back to its pretrained value (``base``), or stays where it got to (``kept``).
+    The first choice is made before step 0, and a move before the step for which ``move`` returns it.
     """
 
     name: ClassVar[str]
 
     @property
     def dropped(self) -> Dropped:
+        """Say what becomes of an entry that is no longer trained.
+
+        ``base``: it returns to its pretrained value. ``kept``: it keeps the value that it has.
+        """
         return "base"
 
     @property
     def dense(self) -> float:
-        """The share of the run that trains all entries before any is chosen."""
+        """Return the share of the run that trains all entries before the first choice."""
         return 0.0
-
-    def move(self, step: int, total: int) -> Move | None:
-        """What is due before ``step`` (1 to ``total`` - 1), if anything."""
-        return None
-
-    def first(self, total: int) -> float:
-        """The share of K that is trained from step 0."""
-        return 1.0
-
-    def ready(self, step: int, total: int) -> bool:
-        """Whether no more than K entries are trained at ``step``."""
-        return True
 
     @property
     def peak(self) -> float:
-        """The largest share of K that is ever trained at once."""
+        """Return the largest share of the budget that is ever trained at once."""
         return 1.0
 
+    def first(self, total: int) -> float:
+        """Return the share of the budget that is trained from step 0."""
+        return 1.0
+
+    def move(self, step: int, total: int) -> Move | None:
+        """Return the move that is due before ``step`` (1 to ``total`` - 1), or None."""
+        return None
+
+    def ready(self, step: int, total: int) -> bool:
+        """Tell whether no more entries than the budget are trained at ``step``."""
+        return True
+
     def faults(self, total: int) -> list[str]:
-        """Why this schedule cannot mean anything in a run of ``total`` steps, each as a sentence that names the setting."""
+        """Return one sentence for each setting that has no effect in a phase of ``total`` steps; it names the setting."""
         return []
 
 
-def never(every: int, total: int) -> list[str]:
-    """The fault of a period that does not end within ``total`` steps."""
-    return (
-        [
-            f"schedule.every={every} does not end before the run's {total} steps do, so nothing would ever move; take less."
-        ]
-        if every >= total
-        else []
-    )
+def period_faults(every: int, total: int) -> list[str]:
+    """Return the fault of a period ``every`` that does not end within ``total`` steps, if it does not."""
+    if every < total:
+        return []
+    return [
+        f"schedule.every={every} is not shorter than the run, which has {total} steps, so no entry would ever move; "
+        "take less."
+    ]

@@ -117,7 +117,7 @@ class SpIEL(Sparse):
             if place == 0:
                 candidates.resize(len(bank.values))
             candidates.begin_step(bank)
-            bank.watch = lambda i, grad: candidates.see(run, bank, i, grad)
+            bank.watch = lambda i, grad: candidates.add_gradient(run, bank, i, grad)
 
     def after_backward(self, run: Run, state: Any) -> None:
         if state["bank"].watch is not None:
@@ -144,7 +144,7 @@ class SpIEL(Sparse):
 
     @staticmethod
     def _summed(bank: Bank, candidates: Candidates, i: int) -> Best:
-        index, sums, _, _ = candidates.of(bank, i)
+        index, sums, _, _ = candidates.at_site(bank, i)
         ranked = index[sums.abs().sort(descending=True, stable=True).indices]
         return lambda kept, n: ranked[~torch.isin(ranked, kept)][:n]
 

@@ -397,7 +397,7 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
     """Invariant 8."""
     session, bank, move = before_move(made(rate=0.9), 5)
     candidates = session.states["method"]["candidates"]
-    old, found = places(bank), [candidates.of(bank, i) for i in range(len(bank.sizes))]
+    old, found = places(bank), [candidates.at_site(bank, i) for i in range(len(bank.sizes))]
     sums = [dict(zip(index.tolist(), total.tolist(), strict=True)) for index, total, _, _ in found]
     state = session.run.moments(bank.values)
     before = {name: dense(bank, t.clone()) for name, t in state.items()}
@@ -516,9 +516,9 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
             x = torch.randn(size, generator=torch.Generator().manual_seed(step)) * (
                 float("inf") if bad else scale
             )
-            candidates.see(run, bank, 0, SimpleNamespace(dense=x.view(bank.shapes[0])))  # type: ignore[arg-type]
+            candidates.add_gradient(run, bank, 0, SimpleNamespace(dense=x.view(bank.shapes[0])))  # type: ignore[arg-type]
             candidates.end_step(run)
-        found.append(candidates.of(bank, 0))
+        found.append(candidates.at_site(bank, 0))
     first, second = (torch.randn(size, generator=torch.Generator().manual_seed(step)) for step in (1, 2))
     best = first.abs().topk(3).indices.sort().values
     for index, sums, squares, steps in found:
@@ -526,7 +526,7 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
         torch.testing.assert_close(sums, (first + second)[best])
         torch.testing.assert_close(squares, (first**2 + second**2)[best])
         assert steps == 2
-    assert [len(t) for t in candidates.of(bank, 1)[:3]] == [0, 0, 0]
+    assert [len(t) for t in candidates.at_site(bank, 1)[:3]] == [0, 0, 0]
 
 
 def test_what_cannot_mean_anything_is_refused() -> None:
