@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_refused_all_at_once_and_nothing_is_written(
         assert words in said
     assert len(caught.value.faults) == 6
     assert [p.name for p in full.iterdir()] == ["mine.txt"]
-    for name, what in (("lora", "LowRank"), ("head", "the head only")):
+    for name, what in (("lora", "a low-rank change"), ("head", "the head only")):
         with pytest.raises(ConfigError, match=f"{name}: method={name} has no sparse change.*{what}"):
             compose([runs["a"], runs[name]], tmp_path / "out")
     with pytest.raises(ConfigError, match="two runs or more"):

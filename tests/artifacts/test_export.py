@@ -111,7 +111,10 @@ def test_ranks_and_scales_may_differ_by_layer(tmp_path: Path) -> None:
         delta = LowRank(site.shape, 1 + i % 3, 2.5 * (1 + i % 2), 0.0)
         torch.nn.init.normal_(delta.b, std=0.1)
         attach(model, site.name, delta)
-    config, tensors = module._lora(patched(model))
+    layers = patched(model)
+    factors = module._factors(layers)
+    assert factors is not None
+    config, tensors = module._lora(layers, factors)
     assert set(config.rank_pattern.values()) | {config.r} == {1, 2, 3}
     assert config.alpha_pattern
     config.save_pretrained(tmp_path)

@@ -272,7 +272,7 @@ class Fewer(SHiRA):
 def test_another_sparsity_than_asked_is_found(tmp_path: Path) -> None:
     asked = sum(s[0] * s[1] - round(0.9 * s[0] * s[1]) for s in [(32, 32)] * 8 + [(48, 32), (32, 48)] * 2)
     (words,) = watched(Fewer(sparsity=0.9))[1]
-    count, wanted = (int(words.split()[i]) for i in (0, 5))
+    count, wanted = int(words.split()[0]), int(words.split()[-1])
     assert wanted == pytest.approx(asked, abs=12)
     assert count == pytest.approx(asked / 2, abs=12)
     session = contract.finish(contract.begin(SHiRA(sparsity=0.9)))
@@ -290,7 +290,7 @@ def test_a_kernel_that_is_not_thresholded_is_found(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(Kernel, "threshold", lambda self, kernel: kernel.new_zeros(()))
     (words,) = watched(SNELL(sparsity=0.9))[1]
-    assert "entries of the change are 0 and" in words
+    assert "entries of the change are 0, but" in words
 
 
 @pytest.mark.parametrize("clip", [None, 0.01])
