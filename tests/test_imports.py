@@ -27,7 +27,7 @@ ALLOWED = {
     "data": BOTTOM | {"registry", "system"},
     "models": BOTTOM | {"system", "config", "core"},
     "report": BOTTOM | {"system", "config"},
-    "storage": BOTTOM | {"system", "config"},
+    "storage": BOTTOM | {"system", "config", "core"},  # what a state declares of how it is stored
     "training": RUNS,
     "testing": RUNS,
     "launch": RUNS | {"report"},
