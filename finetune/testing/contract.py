@@ -1,16 +1,21 @@
-"""What every method must keep, as checks to call from a test: ``check(lambda: LoRA(rank=4))``.
+"""Check what every method must guarantee: ``check(lambda: LoRA(rank=4))``.
 
-The oracle is never the method itself: the untouched model, an uninterrupted run, the whole batch, the plain merged layers. Models are tiny, with
-random weights, and the data is random with a rule that can be learned; a check takes about a second.
+No check compares a method with itself alone. The references are the untouched model, an uninterrupted run, the
+whole batch, and the plain model after merging. The models are tiny and have random weights. The data is random
+and follows a rule that can be learned. One training of six steps serves most checks (see ``Trial``).
 """
 
 from __future__ import annotations
 
 import copy
 import json
+import shutil
 import tempfile
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +37,13 @@ from ..training.session import Session, Step
 Make = Callable[[], Method]
 Kind = Literal["vit", "gpt2", "llama"]
 STEPS = 6
+SAVED = (1, STEPS // 2, STEPS - 1, STEPS)  # the steps after which a training writes checkpoints
 TRAIN = TrainConfig(steps=STEPS, batch_size=8, device="cpu")
 OPTIMIZER = OptimizerConfig(lr=1e-2)
 
 
 def tiny(kind: Kind = "vit") -> Any:
-    """A two-block model with random weights, the same at every call."""
+    """Make a two-block model with random weights, the same at every call."""
     import transformers
 
     t: Any = transformers
@@ -69,7 +75,7 @@ def tiny(kind: Kind = "vit") -> Any:
 
 
 def examples(kind: Kind = "vit", n: int = 21) -> list[dict[str, Any]]:
-    """``n`` items as the data module gives them; language-model items differ in length."""
+    """Make ``n`` items as the data module gives them; items of a language model differ in length."""
     generator = torch.Generator().manual_seed(1)
     items: list[dict[str, Any]] = []
     for i in range(n):
@@ -89,9 +95,15 @@ def examples(kind: Kind = "vit", n: int = 21) -> list[dict[str, Any]]:
 
 
 def begin(
-    method: Method, kind: Kind = "vit", train: TrainConfig = TRAIN, seed: int = 0, model: Any = None, selector: Selector | None = None
-) -> Session:  # fmt: skip
-    """A session of ``method`` on a tiny model."""
+    method: Method,
+    kind: Kind = "vit",
+    train: TrainConfig = TRAIN,
+    seed: int = 0,
+    model: Any = None,
+    selector: Selector | None = None,
+    optimizer: OptimizerConfig | None = None,
+) -> Session:
+    """Make a session of ``method`` on a tiny model, or on ``model``."""
     model = model if model is not None else tiny(kind)
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
     batches = Batches(examples(kind), train.batch_size, train.micro_batch_size, seed, workers=train.workers)  # type: ignore[arg-type]  # a list serves
@@ -103,7 +115,7 @@ def begin(
         method,
         head,
         batches,
-        OPTIMIZER,
+        optimizer or OPTIMIZER,
         train,
         seed,
         accelerator,
@@ -113,7 +125,7 @@ def begin(
 
 
 def finish(session: Session) -> Session:
-    """Train to the end."""
+    """Train to the end and return the session."""
     for _ in session.steps():
         pass
     return session
@@ -121,7 +133,7 @@ def finish(session: Session) -> Session:
 
 @torch.no_grad()
 def logits(model: nn.Module, kind: Kind = "vit") -> Tensor:
-    """The model's output on a fixed batch, in eval mode."""
+    """Return the model's output on a fixed batch, in eval mode, as float32."""
     model.eval()
     inputs = collate(examples(kind)[:5]).inputs
     if kind == "vit":
@@ -132,168 +144,286 @@ def logits(model: nn.Module, kind: Kind = "vit") -> Tensor:
 
 
 def same_values(a: nn.Module, b: nn.Module) -> None:
-    """Raise ``AssertionError`` unless both have the same state to the bit."""
+    """Raise ``AssertionError`` unless two modules have the same state to the bit."""
     left, right = a.state_dict(), b.state_dict()
     assert left.keys() == right.keys(), f"names differ: {sorted(left.keys() ^ right.keys())}"
     for name, tensor in left.items():
         assert torch.equal(tensor, right[name]), f"{name} differs"
 
 
-def check_base_untouched(make: Make, kind: Kind = "vit") -> None:
-    """After training the model has changed; inside ``base`` and after ``detach`` it is the pretrained one to the bit."""
-    original = tiny(kind)
-    session = finish(begin(make(), kind))
-    assert not torch.equal(logits(session.tuned, kind), logits(original, kind)), "training changed nothing"
+@dataclass(frozen=True)
+class Standing:
+    """Everything that the rest of a run depends on: values, optimizer, random generators, place in the run."""
+
+    tensors: dict[str, Tensor]
+    optimizer_settings: str
+    place: list[int]
+
+    @classmethod
+    def read(cls, session: Session) -> Standing:
+        """Copy the standing of a session."""
+        tensors = {}
+        for name, tensor in checkpoint.tensors(session.state_dict()).items():
+            tensors[name] = tensor.clone()
+        settings = json.dumps(session.optimizer.state_dict()["param_groups"])  # JSON turns tuples into lists
+        return cls(tensors, settings, [session.run.step, *session.stage])
+
+    def check_equal(self, other: Standing) -> None:
+        """Raise ``AssertionError`` unless ``other`` is the same to the bit."""
+        left, right = self.tensors, other.tensors
+        assert left.keys() == right.keys(), f"names differ: {sorted(left.keys() ^ right.keys())}"
+        for name, tensor in left.items():
+            # compared as bytes, so that NaN equals NaN and 0.0 differs from -0.0
+            a, b = (t.reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
+            assert torch.equal(a, b), f"{name} differs"
+        assert self.optimizer_settings == other.optimizer_settings, "the optimizer's settings differ"
+        assert self.place == other.place, "step, phase or readiness differ"
+
+
+def same_session(a: Session, b: Session) -> None:
+    """Raise ``AssertionError`` unless two sessions would continue to the same bits."""
+    Standing.read(a).check_equal(Standing.read(b))
+
+
+def trained_values(session: Session) -> dict[str, Tensor]:
+    """Copy the trained tensors of a session by name."""
+    found = {}
+    for name, parameter in session.states.named_parameters():
+        if parameter.requires_grad:
+            found[name] = parameter.detach().clone()
+    return found
+
+
+class Trained:
+    """One training of a case from start to end, and what was recorded on the way.
+
+    ``session``: the session after the last step. ``start``: the logits before the first step. ``live``: the
+    logits after the last. ``steps``: each step as text. ``standings``: what the run depended on after each of
+    ``SAVED``, where a checkpoint was written, too. ``still``: trained tensors that no step moved.
+    ``frozen_gradients``: names of frozen parameters that hold a gradient.
+    """
+
+    def __init__(self, trial: Trial) -> None:
+        self._folder = Path(tempfile.mkdtemp())
+        weakref.finalize(self, shutil.rmtree, self._folder)
+        self.session = session = trial.begin()
+        session.start()
+        self.start = logits(session.tuned, trial.kind)
+        before = trained_values(session)
+        self.steps: list[str] = []
+        self.standings: dict[int, Standing] = {}
+        for step in session.steps():
+            self.steps.append(_as_text(step))
+            if step.number in SAVED:
+                self.standings[step.number] = Standing.read(session)
+                checkpoint.save(self.checkpoint(step.number), session, {"at": step.number})
+        self.still = []
+        for name, parameter in session.states.named_parameters():
+            if name in before and torch.equal(parameter, before[name]):
+                self.still.append(name)
+        trained = {id(p) for p in session.states.parameters()}
+        self.frozen_gradients = []
+        for name, parameter in session.model.named_parameters():
+            if id(parameter) not in trained and parameter.grad is not None:
+                self.frozen_gradients.append(name)
+        self.live = logits(session.tuned, trial.kind)
+        stored.save(self.delta, session.states, {})
+
+    @property
+    def delta(self) -> Path:
+        """The folder of the stored change."""
+        return self._folder / "delta"
+
+    def checkpoint(self, step: int) -> Path:
+        """The folder of the checkpoint after ``step``."""
+        return self._folder / str(step)
+
+
+class Trial:
+    """One method on one kind of model, as the checks try it. It is trained once, when a check first asks for it.
+
+    ``make`` gives a new instance of the method, ``choose`` a new selector. Without ``optimizer`` it is ``OPTIMIZER``.
+    """
+
+    def __init__(
+        self,
+        make: Make,
+        kind: Kind = "vit",
+        train: TrainConfig = TRAIN,
+        choose: Callable[[], Selector] = Selector,
+        optimizer: OptimizerConfig | None = None,
+    ) -> None:
+        self.make, self.kind, self.train = make, kind, train
+        self.choose, self.optimizer = choose, optimizer
+
+    @cached_property
+    def trained(self) -> Trained:
+        """The training that the checks share. A check that changes its session must use ``take_trained``."""
+        return Trained(self)
+
+    def take_trained(self) -> Trained:
+        """Hand over the training to a check that takes its session apart; a later check trains again."""
+        taken = self.trained
+        del self.trained
+        return taken
+
+    def begin(self, seed: int = 0, model: Any = None, **train: Any) -> Session:
+        """Make a new session, on ``model`` if one is given, with changes to the settings of training."""
+        settings, selector = replace(self.train, **train), self.choose()
+        return begin(self.make(), self.kind, settings, seed, model, selector, self.optimizer)
+
+    def resume(self, step: int) -> Session:
+        """Make a new session that continues the training from its checkpoint after ``step``."""
+        session = self.begin()
+        rng.seed(step)  # a new process starts with other random states
+        assert checkpoint.load(self.trained.checkpoint(step), session) == {"at": step}
+        return session
+
+
+def check_step_zero(trial: Trial) -> None:
+    """Before the first step the output equals the base's if the method says ``neutral_start``, and differs if not."""
+    neutral, base_logits = trial.make().neutral_start, logits(tiny(trial.kind), trial.kind)
+    if neutral:
+        equal = torch.allclose(trial.trained.start, base_logits, atol=1e-6)
+        assert equal, "neutral_start=True, but the output before the first step is not the base's"
+    else:
+        differs = not torch.equal(trial.trained.start, base_logits)
+        assert differs, "neutral_start=False, but the output before the first step is the base's"
+
+
+def check_gradients(trial: Trial) -> None:
+    """Training moves every trained tensor, and no frozen parameter gets a gradient."""
+    still = trial.trained.still
+    assert trial.make().unused_parameters or not still, f"never moved: {still}"
+    frozen = trial.trained.frozen_gradients
+    assert not frozen, f"frozen, but with a gradient: {frozen}"
+
+
+def check_stored(trial: Trial) -> None:
+    """The stored change, loaded onto a new base, gives the same output to the bit."""
+    trained, new = trial.trained, trial.begin()
+    new.enter(trained.session.phase)
+    stored.load(trained.delta, new.states)
+    assert torch.equal(trained.live, logits(new.tuned, trial.kind)), "the stored change gives another output"
+
+
+def check_merge(trial: Trial) -> None:
+    """Merged into plain layers, the model computes what it computed with parts attached."""
+    if not trial.make().mergeable:
+        return
+    session = trial.resume(STEPS)
+    live = logits(session.tuned, trial.kind)
+    merge(session.model, session.states)
+    original = tiny(trial.kind)
+    assert not patched(session.model), "a patched layer is left"
+    assert type(session.model) is type(original)
+    names = {name for name, _ in session.model.named_parameters()}
+    assert names == {name for name, _ in original.named_parameters()}, "the merged model is not plain"
+    torch.testing.assert_close(logits(session.model, trial.kind), live, atol=2e-5, rtol=1e-4)
+
+
+def check_resume(trial: Trial) -> None:
+    """A run that continues from any of its checkpoints reaches the next one, and the end, with the same bits.
+
+    Each of the stretches between two checkpoints is run again by a new session. A value that a checkpoint lacks
+    is missed in the stretch in which the run uses it.
+    """
+    whole = trial.trained
+    for start, end in pairwise((*SAVED, STEPS)):
+        resumed, steps = trial.resume(start), []
+        for step in resumed.steps():
+            steps.append(_as_text(step))
+            if step.number == end:
+                break
+        assert steps == whole.steps[start:end], f"what is reported of the steps after {start} differs"
+        Standing.read(resumed).check_equal(whole.standings[end])
+
+
+def check_base_untouched(trial: Trial) -> None:
+    """Training changes the model; inside ``base`` and after ``detach`` it is the pretrained one to the bit."""
+    original, trained = tiny(trial.kind), trial.take_trained()
+    session, base_logits = trained.session, logits(original, trial.kind)
+    assert not torch.equal(trained.live, base_logits), "training changed nothing"
     with base(session.states):
-        assert torch.equal(logits(session.tuned, kind), logits(original, kind)), (
-            "inside base() the output differs from the base's"
-        )
+        inside = logits(session.tuned, trial.kind)
+    assert torch.equal(inside, base_logits), "inside base() the output differs from the base's"
     detach(session.model, session.states)
     same_values(session.model, original)
 
 
-def check_step_zero(make: Make, kind: Kind = "vit") -> None:
-    """Before the first step the output is the base's if the method says ``neutral_start``, and differs if not."""
-    session = begin(make(), kind)
-    session.start()
-    close = torch.allclose(logits(session.tuned, kind), logits(tiny(kind), kind), atol=1e-6)
-    exact = torch.equal(logits(session.tuned, kind), logits(tiny(kind), kind))
-    assert close if session.method.neutral_start else not exact, (
-        f"neutral_start={session.method.neutral_start} is not so"
-    )
+def check_same_seed(trial: Trial) -> None:
+    """A second run of the same seed has the same bits, and a run of another seed other ones.
+
+    Both take one step, since ``check_resume`` repeats the others.
+    """
+    same = trial.begin()
+    next(same.steps())
+    Standing.read(same).check_equal(trial.trained.standings[1])
+    other = trial.begin(seed=1)
+    next(other.steps())
+    left, right = same.states.state_dict(), other.states.state_dict()
+    equal = left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert not equal, "the seed changes nothing"
 
 
-def check_merge(make: Make, kind: Kind = "vit") -> None:
-    """Merged into plain layers, the model computes what it computed with parts attached."""
-    session = finish(begin(make(), kind))
-    live = logits(session.tuned, kind)
-    merge(session.model, session.states)
-    assert not patched(session.model), "a patched layer is left"
-    assert type(session.model) is type(tiny(kind))
-    assert {n for n, _ in session.model.named_parameters()} == {
-        n for n, _ in tiny(kind).named_parameters()
-    }, "the merged model is not plain"
-    torch.testing.assert_close(logits(session.model, kind), live, atol=2e-5, rtol=1e-4)
-
-
-def same_session(a: Session, b: Session) -> None:
-    """Raise ``AssertionError`` unless all that the rest of a run depends on is the same to the bit: values, optimizer, random generators."""
-    left, right = (checkpoint.tensors(session.state_dict()) for session in (a, b))
-    assert left.keys() == right.keys(), f"names differ: {sorted(left.keys() ^ right.keys())}"
-    for name, tensor in left.items():
-        bits = (t.reshape(-1).view(torch.uint8) for t in (tensor, right[name]))
-        assert torch.equal(next(bits), next(bits)), f"{name} differs"
-    groups = (
-        json.dumps(session.optimizer.state_dict()["param_groups"]) for session in (a, b)
-    )  # in which tuples are lists
-    assert next(groups) == next(groups), "the optimizer's settings differ"
-
-
-def check_resume(
-    make: Make, kind: Kind = "vit", train: TrainConfig = TRAIN, choose: Callable[[], Selector] = Selector
-) -> None:
-    """Saved to disk at several steps and gone on from in a new session, the run ends with the same bits as without a break."""
-    whole, saved, steps = begin(make(), kind, train, selector=choose()), (1, STEPS // 2, STEPS - 1, STEPS), []
-    with tempfile.TemporaryDirectory() as folder:
-        for step in whole.steps():
-            steps.append(_said(step))
-            if step.number in saved:
-                checkpoint.save(Path(folder) / str(step.number), whole, {"at": step.number})
-        for at in saved:
-            resumed = begin(make(), kind, train, selector=choose())
-            rng.seed(at)  # a new process stands anywhere
-            assert checkpoint.load(Path(folder) / str(at), resumed) == {"at": at}
-            assert [_said(step) for step in resumed.steps()] == steps[at:], (
-                f"what is said of the steps after {at} differs"
-            )
-            same_session(resumed, whole)
-            assert (resumed.run.step, resumed.stage) == (whole.run.step, whole.stage), (
-                "they do not stand at the same place"
-            )
-
-
-def _said(step: Step) -> str:
-    """All of a step but its time, as text: NaN is equal to itself there."""
-    return repr((step.number, step.loss, step.lr, sorted(step.metrics.items())))
-
-
-def check_same_seed(make: Make, kind: Kind = "vit") -> None:
-    """Two runs of one seed end with the same bits; another seed's differ."""
-    first, second, other = (finish(begin(make(), kind, seed=seed)) for seed in (3, 3, 4))
-    same_values(first.states, second.states)
-    assert not torch.equal(logits(first.tuned, kind), logits(other.tuned, kind)), "the seed changes nothing"
-
-
-def check_stored(make: Make, kind: Kind = "vit") -> None:
-    """The stored change, put on a new base, gives the same output to the bit."""
-    trained, new = finish(begin(make(), kind)), begin(make(), kind)
-    with tempfile.TemporaryDirectory() as folder:
-        stored.save(Path(folder) / "delta", trained.states, {})
-        new.enter(trained.phase)
-        stored.load(Path(folder) / "delta", new.states)
-    assert torch.equal(logits(trained.tuned, kind), logits(new.tuned, kind))
-
-
-def check_accumulation(make: Make, kind: Kind = "vit") -> None:
+def check_accumulation(trial: Trial) -> None:
     """Micro-batches of unequal size (and token count) give the gradients and the loss of the whole batch."""
-    found = []
-    for micro in (None, 3):
-        session = begin(make(), kind, replace(TRAIN, micro_batch_size=micro))
+    losses, gradients = [], []
+    for size in (None, 3):
+        session = trial.begin(micro_batch_size=size)
         session.start()
         session.tuned.eval()  # without dropout, whose draws depend on the batch's shape
-        loss = session._backward(next(session.batches.steps(0, 1)))
-        found.append((loss, [p.grad for p in session.states.parameters() if p.requires_grad]))
-    (whole_loss, whole), (loss, grads) = found
-    assert abs(loss - whole_loss) < 1e-5
-    largest = max(float(g.abs().max()) for g in whole if g is not None)
-    for a, b in zip(whole, grads, strict=True):
-        assert (a is None) == (b is None)
-        if a is not None and b is not None:
-            torch.testing.assert_close(b, a, rtol=1e-3, atol=1e-6 * largest)
+        losses.append(session._backward(next(session.batches.steps(0, 1))))
+        gradients.append([p.grad for p in session.states.parameters() if p.requires_grad])
+    assert abs(losses[0] - losses[1]) < 1e-5, "the loss differs"
+    largest = max(float(gradient.abs().max()) for gradient in gradients[0] if gradient is not None)
+    for whole, summed in zip(*gradients, strict=True):
+        assert (whole is None) == (summed is None)
+        if whole is not None and summed is not None:
+            torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6 * largest)
 
 
-def check_bf16(make: Make, kind: Kind = "vit") -> None:
-    """On a bfloat16 base under autocast the trained values are float32, finite and moved, and the base stays as it was."""
-    original = tiny(kind).bfloat16()
-    train = replace(TRAIN, precision="bf16")
-    session = begin(make(), kind, train, model=tiny(kind).bfloat16())
+def check_bf16(trial: Trial) -> None:
+    """On a bfloat16 base the trained values are float32, finite and moved, and the base stays as it was."""
+    original = tiny(trial.kind).bfloat16()
+    session = trial.begin(model=tiny(trial.kind).bfloat16(), precision="bf16")
     session.start()
-    before = {name: p.detach().clone() for name, p in session.states.named_parameters() if p.requires_grad}
+    before = trained_values(session)
     finish(session)
-    moved = 0
-    for name, p in session.states.named_parameters():
-        if p.requires_grad:
-            assert p.dtype == torch.float32, f"{name} is {p.dtype}"
-            assert p.isfinite().all(), f"{name} is not finite"
-            moved += int(
-                not torch.equal(p, before.get(name, torch.zeros_like(p)))
-            )  # a later phase's parameters are new; banks start at 0
+    moved = False
+    for name, value in trained_values(session).items():
+        assert value.dtype == torch.float32, f"{name} is {value.dtype}"
+        assert value.isfinite().all(), f"{name} is not finite"
+        start = before.get(
+            name, torch.zeros_like(value)
+        )  # a later phase has new parameters; banks start at 0
+        moved |= not torch.equal(value, start)
     assert moved, "nothing moved"
     detach(session.model, session.states)
     same_values(session.model, original)
 
 
-def check_gradients(make: Make, kind: Kind = "vit") -> None:
-    """Within the run every trained tensor moves, and no frozen one gets a gradient."""
-    session = begin(make(), kind)
-    session.start()
-    before = {name: p.detach().clone() for name, p in session.states.named_parameters() if p.requires_grad}
-    finish(session)
-    still = [n for n, p in session.states.named_parameters() if n in before and torch.equal(p, before[n])]
-    assert session.method.unused_parameters or not still, f"never moved: {still}"
-    trained = {id(p) for p in session.states.parameters()}
-    assert all(p.grad is None for p in session.model.parameters() if id(p) not in trained)
-
-
-def checks() -> Iterator[tuple[str, Callable[..., None]]]:
-    """Every check by name."""
-    for name, value in globals().items():
-        if name.startswith("check_"):
-            yield name, value
+# in this order; check_base_untouched is the last of those that share one training, for it takes the session apart
+CHECKS: dict[str, Callable[[Trial], None]] = {
+    "step_zero": check_step_zero,
+    "gradients": check_gradients,
+    "stored": check_stored,
+    "merge": check_merge,
+    "resume": check_resume,
+    "same_seed": check_same_seed,
+    "base_untouched": check_base_untouched,
+    "accumulation": check_accumulation,
+    "bf16": check_bf16,
+}
 
 
 def check(make: Make, kind: Kind = "vit") -> None:
-    """Every check of this module; ``make`` gives a new instance of the method."""
-    for name, one in checks():
-        if name != "check_merge" or make().mergeable:
-            one(make, kind)
+    """Run every check of ``CHECKS``. ``make`` gives a new instance of the method."""
+    trial = Trial(make, kind)
+    for run_check in CHECKS.values():
+        run_check(trial)
+
+
+def _as_text(step: Step) -> str:
+    """Write all of a step but its time as text, in which NaN equals itself."""
+    return repr((step.number, step.loss, step.lr, sorted(step.metrics.items())))

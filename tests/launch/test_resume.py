@@ -80,7 +80,7 @@ class Drawing(LoRA):
 
 
 def test_every_generator_goes_on_where_it_stood() -> None:
-    contract.check_resume(lambda: Drawing(rank=2))
+    contract.check_resume(contract.Trial(lambda: Drawing(rank=2)))
 
 
 SCHEDULES = {
@@ -101,7 +101,8 @@ def _schedule(name: str) -> Any:
 
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_every_schedule(schedule: str) -> None:
-    contract.check_resume(lambda: Crossing(sparsity=0.8, score="snip", schedule=_schedule(schedule)))
+    make = lambda: Crossing(sparsity=0.8, score="snip", schedule=_schedule(schedule))  # noqa: E731
+    contract.check_resume(contract.Trial(make))
 
 
 @pytest.mark.parametrize(
@@ -111,7 +112,7 @@ def test_every_schedule(schedule: str) -> None:
     "selector", [lambda: IST(every=2, probes=2), lambda: IST(probes=0)], ids=["ist", "rst"]
 )
 def test_selectors(method: contract.Make, selector: Callable[[], Selector]) -> None:
-    contract.check_resume(method, choose=selector)
+    contract.check_resume(contract.Trial(method, choose=selector))
 
 
 @pytest.mark.parametrize(
@@ -121,16 +122,16 @@ def test_selectors(method: contract.Make, selector: Callable[[], Selector]) -> N
 )
 def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:
     train = replace(contract.TRAIN, **change)
-    contract.check_resume(lambda: LTSFT(sparsity=0.9), train=train)
-    contract.check_resume(lambda: LoRA(rank=2, dropout=0.3), "gpt2", train)
+    contract.check_resume(contract.Trial(lambda: LTSFT(sparsity=0.9), train=train))
+    contract.check_resume(contract.Trial(lambda: LoRA(rank=2, dropout=0.3), "gpt2", train))
 
 
 def test_another_optimizer_and_schedule_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         contract, "OPTIMIZER", OptimizerConfig("sm3", 0.05, weight_decay=0.1, schedule="linear", warmup=0.5)
     )
-    contract.check_resume(lambda: Crossing(sparsity=0.9, schedule=_schedule("drop_grow")))
-    contract.check_resume(lambda: LoRA(rank=2))
+    for make in (lambda: Crossing(sparsity=0.9, schedule=_schedule("drop_grow")), lambda: LoRA(rank=2)):
+        contract.check_resume(contract.Trial(make))
 
 
 # Runs: all their files, ended by real signals and by exceptions at bad moments.

@@ -73,8 +73,9 @@ def test_a_second_phase_starts_from_the_base_and_sees_the_first() -> None:
 
 
 def test_phases_resume_to_the_bit_within_and_between() -> None:
-    contract.check_resume(Rewound)
-    contract.check_same_seed(Rewound)
+    trial = contract.Trial(Rewound)
+    contract.check_resume(trial)
+    contract.check_same_seed(trial)
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_step_with_its_examples() -> None:

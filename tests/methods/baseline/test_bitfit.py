@@ -7,6 +7,11 @@ import pytest
 from finetune.errors import ConfigError
 from finetune.methods.baseline.bitfit import BitFit
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [Case("bitfit", BitFit, ("vit", "gpt2"), selectable=False, budget=7_936)]
+
+test_contract = contract_test(CASES)
 
 
 def test_trains_every_bias_and_nothing_else() -> None:

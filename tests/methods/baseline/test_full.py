@@ -8,7 +8,12 @@ from torch import nn
 from finetune.data.encode import collate
 from finetune.methods.baseline.full import Full
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import rate
+
+CASES = [Case("full", Full, ("vit", "gpt2"), selectable=False, budget=1_007_232)]
+
+test_contract = contract_test(CASES)
 
 
 def test_equals_a_bare_torch_loop() -> None:

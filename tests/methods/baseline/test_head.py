@@ -7,6 +7,11 @@ import pytest
 from finetune.errors import ConfigError
 from finetune.methods.baseline.head import Head
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [Case("head", Head, selectable=False, budget=0)]
+
+test_contract = contract_test(CASES)
 
 
 def test_trains_the_head_and_nothing_else() -> None:

@@ -17,7 +17,15 @@ from finetune.errors import ConfigError
 from finetune.methods.reparam.amt import AMT, Mask, damped
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session, make_optimizer
+
+CASES = [
+    Case("amt", AMT, ("vit", "gpt2"), data_dependent=True, budget=393_216),
+    Case("amt plain", lambda: AMT(gdr=0.0), data_dependent=True),
+]
+
+test_contract = contract_test(CASES)
 
 
 def masks(session: Session) -> list[Mask]:

@@ -9,6 +9,18 @@ from finetune.core.lowrank import LowRank
 from finetune.core.part import Patched
 from finetune.methods.reparam.lora import LoRA
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case("lora", lambda: LoRA(rank=4), ("vit", "gpt2", "llama")),
+    Case(
+        "lora dropout",
+        lambda: LoRA(rank=4, dropout=0.2, targets=("q", "v", "mlp")),
+        data_dependent=True,
+    ),
+]
+
+test_contract = contract_test(CASES)
 
 
 def test_layer_computes_the_formula() -> None:

@@ -14,6 +14,21 @@ from finetune.core.part import changed_linear
 from finetune.core.site import Site
 from finetune.methods.reparam.snell import SNELL
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case("snell", lambda: SNELL(rank=8, sparsity=0.9), ("vit", "gpt2", "llama"), data_dependent=True),
+    Case("snell dense", lambda: SNELL(rank=8, sparsity=0.0)),
+    Case("snell paper", lambda: SNELL(rank=8, sparsity=0.5, sparsifier="paper"), data_dependent=True),
+    Case(
+        "snell dropout",
+        lambda: SNELL(rank=8, sparsity=0.5, dropout=0.1, drop_path=0.1),
+        ("vit", "gpt2"),
+        data_dependent=True,
+    ),
+]
+
+test_contract = contract_test(CASES)
 
 
 def make(shape: tuple[int, int] = (60, 40), grow: float = 10.0, **options: object) -> Kernel:

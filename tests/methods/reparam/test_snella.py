@@ -17,7 +17,25 @@ from finetune.methods.reparam.snell import SNELL
 from finetune.methods.reparam.snella import SNELLA, Competing
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
+
+CASES = [
+    Case(
+        "snella",
+        lambda: SNELLA(rank=8, every=2),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("method.every=2",),
+    ),
+    Case(
+        "snella plain",
+        lambda: SNELLA(rank=8, softmax=False, sparsity=0.5, dropout=0.1, drop_path=0.1),
+        data_dependent=True,
+    ),
+]
+
+test_contract = contract_test(CASES)
 
 SIZES = [32 * 32] * 4 + [48 * 32] * 2  # of the tiny model's layers, a block
 

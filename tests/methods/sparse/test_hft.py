@@ -18,8 +18,17 @@ from finetune.errors import ConfigError
 from finetune.methods.baseline.full import Full
 from finetune.methods.sparse.hft import HFT, draw
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
+
+CASES = [
+    Case("hft", HFT, selectable=False, budget="cannot meet budget=49k", settings=("method.rounds=3",)),
+    Case("hft rounds", lambda: HFT(rounds=3), ("vit", "gpt2")),
+    Case("hft block norms", lambda: HFT(scope="block", norms=True)),
+]
+
+test_contract = contract_test(CASES)
 
 ATTENTION = r"\.(q_proj|k_proj|v_proj|o_proj|query|key|value|attention\.output\.dense|c_attn|attn\.c_proj)\."
 MLP = r"\.(fc1|fc2|up_proj|gate_proj|down_proj|intermediate\.dense|\d\.output\.dense|c_fc|mlp\.c_proj)\."
@@ -264,10 +273,6 @@ def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(
     assert sum(p.adapted() for p in session.states.modules() if isinstance(p, Part)) == sum(
         p.numel() for name, p in session.model.named_parameters() if name not in fixed
     )
-
-
-def test_rounds_resume_to_the_bit_wherever_the_run_was_cut() -> None:
-    contract.check_resume(lambda: HFT(rounds=3))
 
 
 def test_what_cannot_mean_anything_is_refused() -> None:

@@ -14,7 +14,12 @@ from finetune.methods.sparse.id3 import ID3
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.grow import Grow
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.loss import count, example_losses
+
+CASES = [Case("id3", lambda: ID3(sparsity=0.9), ("vit", "gpt2"), data_dependent=True)]
+
+test_contract = contract_test(CASES)
 
 SITES: dict[str, Any] = {"targets": ("q", "down"), "sparsity": 0.9}
 

@@ -13,6 +13,19 @@ from finetune.core.sparse.scores import SCORES, Look
 from finetune.methods.sparse.lift import LIFT
 from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case(
+        "lift",
+        lambda: LIFT(sparsity=0.9, rank=4, schedule=Redraw(every=2)),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("schedule.every=2",),
+    )
+]
+
+test_contract = contract_test(CASES)
 
 ROLES = ("q", "up")
 

@@ -11,6 +11,19 @@ from finetune.core.sparse.engine import Dense
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.schedules.one_shot import OneShot
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case(
+        "lt_sft",
+        lambda: LTSFT(sparsity=0.9, l1=0.1),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("schedule.dense=0.5",),
+    )
+]
+
+test_contract = contract_test(CASES)
 
 SITES: dict[str, Any] = {"targets": ("v", "up")}
 

@@ -10,6 +10,11 @@ from torch import Tensor
 from finetune.core.part import patched
 from finetune.methods.sparse.off_principal import OffPrincipal
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [Case("off_principal", lambda: OffPrincipal(rank=4))]
+
+test_contract = contract_test(CASES)
 
 HALF: dict[str, Any] = {"targets": ("k", "down"), "rank": 3}
 

@@ -18,8 +18,13 @@ from finetune.data.encode import IGNORED, collate
 from finetune.errors import ConfigError
 from finetune.methods.sparse.s2ft import S2FT
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
+
+CASES = [Case("s2ft", lambda: S2FT(d=0.1, u=0.1))]
+
+test_contract = contract_test(CASES)
 
 EACH = S2FT(v=0.5, o=0.5, u=0.2, d=0.3)
 SETTINGS = OptimizerConfig(lr=1e-2)

@@ -20,7 +20,12 @@ from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.narrow import Narrow
 from finetune.schedules.static import Static
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session, rate
+
+CASES = [Case("sara", lambda: SaRA(sparsity=0.9), ("vit", "gpt2"), data_dependent=True)]
+
+test_contract = contract_test(CASES)
 
 THETA = 8e-3
 SETTINGS = OptimizerConfig(lr=2e-3, weight_decay=0.5)
@@ -256,7 +261,7 @@ def test_above_all_weights_it_is_adamw_on_everything() -> None:
 
 
 def test_resumes_to_the_bit_on_both_sides_of_the_narrowing() -> None:
-    contract.check_resume(lambda: SaRA(threshold=THETA, penalty=0.1))
+    contract.check_resume(contract.Trial(lambda: SaRA(threshold=THETA, penalty=0.1)))
 
 
 def test_a_base_in_another_dtype_has_its_own_entries_and_is_rejected() -> None:

@@ -15,7 +15,12 @@ from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.methods.sparse.shira import SHiRA
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
+
+CASES = [Case("shira", lambda: SHiRA(sparsity=0.9), ("vit", "gpt2", "llama"))]
+
+test_contract = contract_test(CASES)
 
 
 def started(method: SHiRA, seed: int = 0) -> Session:

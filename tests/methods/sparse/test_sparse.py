@@ -19,6 +19,20 @@ from finetune.schedules.ramp import Ramp
 from finetune.schedules.redraw import Redraw
 from finetune.schedules.static import Static
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case(
+        "sparse",
+        lambda: Crossing(sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("schedule=cubic", "schedule.every=1", "method.score=snip"),
+    ),
+    Case("sparse redraw", lambda: Crossing(sparsity=0.9, schedule=Redraw(every=2))),
+]
+
+test_contract = contract_test(CASES)
 
 SCHEDULES: tuple[Schedule, ...] = (
     Static(),
@@ -40,7 +54,6 @@ AXES: dict[str, tuple[Any, ...]] = {
     "schedule": SCHEDULES,
     "decay": ("base", "zero"),
 }
-CHECKS = ("base_untouched", "step_zero", "merge", "resume", "stored")
 
 
 def drawn(number: int, seed: int) -> list[Crossing]:
@@ -70,15 +83,9 @@ def label(m: Crossing) -> str:
     return f"{m.score} {m.direction} {m.scope} {m.grain} {m.schedule.name} {m.decay}"
 
 
-@pytest.mark.parametrize("check", CHECKS)
 @pytest.mark.parametrize("method", CROSSINGS, ids=label)
-def test_crossing(method: Crossing, check: str) -> None:
-    getattr(contract, f"check_{check}")(lambda: method)
-
-
-@pytest.mark.parametrize("method", CROSSINGS[:3], ids=label)
-def test_the_seed_decides(method: Crossing) -> None:
-    contract.check_same_seed(lambda: method)
+def test_crossing_keeps_the_whole_contract(method: Crossing) -> None:
+    contract.check(lambda: method)
 
 
 def test_the_draw_leaves_no_option_out() -> None:

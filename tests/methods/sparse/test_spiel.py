@@ -26,8 +26,30 @@ from finetune.selectors.ist import IST
 from finetune.storage import checkpoint
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
+
+CASES = [
+    Case(
+        "spiel",
+        lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("schedule.every=2", "method.window=1"),
+    ),
+    # The contract resumes after the steps 1, 3 and 5 of 6: in the first window, between two, right before a move.
+    # GPT-2 stores its weights transposed.
+    Case(
+        "spiel ma",
+        lambda: SpIEL(criterion="ma", sparsity=0.9, schedule=DropGrow(every=3), window=2),
+        ("vit", "gpt2"),
+        OptimizerConfig("sm3", 1e-2),
+        data_dependent=True,
+    ),
+]
+
+test_contract = contract_test(CASES)
 
 CRITERIA = ("ag", "ma")
 LR = 1e-2
@@ -72,20 +94,6 @@ def before_move(method: SpIEL, step: int, kind: Kind = "vit") -> tuple[Session, 
     session.run.step = step
     state = session.states["method"]
     return session, state["bank"], lambda: session.current.before_step(session.run, state)
-
-
-@pytest.mark.parametrize("criterion", ["ma"])
-@pytest.mark.parametrize("check", dict(contract.checks()))
-def test_contract_with_sm3(check: str, criterion: str) -> None:
-    """The other criterion is among the cases of test_contract.py. Merging is invariant 9."""
-    dict(contract.checks())[check](lambda: made(criterion, targets=("attention", "down")))
-
-
-@pytest.mark.parametrize("criterion", CRITERIA)
-def test_transposed_weights_merge_and_resume(criterion: str) -> None:
-    """Invariant 9; resuming after steps 1, 3 and 5 of 6 is in the first window, between two, and right before a move."""
-    contract.check_merge(lambda: made(criterion, targets=("qkv", "down")), "gpt2")
-    contract.check_resume(lambda: made(criterion, targets=("qkv", "down")), "gpt2")
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -463,10 +471,9 @@ def test_a_window_that_would_end_with_the_run_is_not_begun() -> None:
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_resumes_to_the_bit_with_micro_batches_and_kept_entries(criterion: str) -> None:
-    contract.check_resume(
-        lambda: made(criterion, targets=("q", "down"), dropped="kept"),
-        train=replace(contract.TRAIN, micro_batch_size=3),
-    )
+    train = replace(contract.TRAIN, micro_batch_size=3)
+    trial = contract.Trial(lambda: made(criterion, targets=("q", "down"), dropped="kept"), train=train)
+    contract.check_resume(trial)
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)

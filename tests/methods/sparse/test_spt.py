@@ -21,7 +21,20 @@ from finetune.errors import ConfigError
 from finetune.methods.sparse.spt import SPT, divide
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
+
+CASES = [
+    Case(
+        "spt",
+        lambda: SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2),
+        ("vit", "gpt2"),
+        data_dependent=True,
+        settings=("method.batches=2",),
+    )
+]
+
+test_contract = contract_test(CASES)
 
 BOTH = SPT(
     sparsity=0.9, rank=4, alpha=4.0, batches=2
@@ -245,7 +258,7 @@ def test_a_resting_site_rests_with_its_branch() -> None:
 
 @pytest.mark.parametrize("make", [lambda: BOTH, lambda: replace(BOTH, class_token=False)])
 def test_resumes_to_the_bit(make: Callable[[], SPT]) -> None:
-    contract.check_resume(make)
+    contract.check_resume(contract.Trial(make))
 
 
 def test_class_token_is_trained_outside_the_budget() -> None:

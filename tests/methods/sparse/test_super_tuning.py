@@ -8,6 +8,14 @@ from finetune.core.lowrank import LowRank
 from finetune.core.part import patched
 from finetune.methods.sparse.super_tuning import SuperTuning
 from finetune.testing import contract
+from finetune.testing.cases import Case, contract_test
+
+CASES = [
+    Case("super_tuning", lambda: SuperTuning(sparsity=0.9)),
+    Case("super_tuning branch", lambda: SuperTuning(sparsity=0.9, branch=2), ("vit", "gpt2")),
+]
+
+test_contract = contract_test(CASES)
 
 
 def masks(method: SuperTuning) -> list[set[int]]:

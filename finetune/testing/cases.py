@@ -1,0 +1,150 @@
+"""Declare what a method's own test file tells the tests that try every method, and find it in a folder of tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ..config.settings import OptimizerConfig
+from ..core.method import Method
+from ..core.sparse.engine import Sparse
+from . import contract
+from .contract import Kind
+
+
+@dataclass(frozen=True)
+class Case:
+    """One method with settings under which a training of six steps does all that the method can do.
+
+    ``name``: the registered name; a second case of the method adds a word ("lora dropout").
+    ``make``: gives a new instance.
+    ``kinds``: the tiny models on which the contract is tried.
+    ``optimizer``: the optimizer's settings in the contract.
+    ``data_dependent``: the data or random draws decide what is trained, so two processes that split a batch end
+    nearly where one does, and not within rounding.
+    ``settings``: the same for the command line, where defaults do nothing in a short run ("method.window=1").
+    ``selectable``: False if ``selector=ist`` refuses the method.
+    ``budget``: None if ``budget=49k`` is met within 2 %; else the number of values that the method trains of the
+    built-in model without its head, which no setting changes, or words of the refusal.
+    """
+
+    name: str
+    make: Callable[[], Method]
+    kinds: tuple[Kind, ...] = ("vit",)
+    optimizer: OptimizerConfig = contract.OPTIMIZER
+    data_dependent: bool = False
+    settings: tuple[str, ...] = ()
+    selectable: bool = True
+    budget: int | str | None = None
+
+    @property
+    def method(self) -> str:
+        """The registered name of the method."""
+        return self.make().name
+
+
+@dataclass(frozen=True)
+class Published:
+    """The default hyperparameters of a paper, and where this project departs from them.
+
+    ``source``: the arXiv number, or the code that was read. ``values``: the value of each field as published.
+    ``departures``: for each field whose default here is another one, that default and the reason.
+    """
+
+    source: str
+    values: dict[str, Any]
+    departures: dict[str, tuple[Any, str]]
+
+
+SMOKE = ("step_zero", "gradients", "stored", "merge", "base_untouched")
+
+
+def checks_for(method: Method) -> tuple[str, ...]:
+    """Name the checks of the contract that a method is put to.
+
+    A preset of the sparse engine is a subclass of ``Sparse`` that sets defaults and overrides no function. It gets
+    the checks of one training only (``SMOKE``). What the others look at is code of the engine alone: resuming, the
+    seed, micro-batches and bfloat16. They are tried on the engine with every score, schedule and grain in
+    tests/methods/sparse/test_sparse.py.
+    """
+    if isinstance(method, Sparse) and not _overridden(type(method)):
+        return SMOKE
+    return tuple(contract.CHECKS)
+
+
+def _overridden(cls: type[Sparse]) -> list[str]:
+    """Names of the functions that a subclass of ``Sparse`` or its bases below ``Sparse`` define."""
+    names = []
+    for base in cls.__mro__[: cls.__mro__.index(Sparse)]:
+        for name, value in vars(base).items():
+            function = inspect.isroutine(value) or isinstance(value, property)
+            generated = name.startswith("__") and name != "__post_init__"  # by dataclass
+            if function and not generated:
+                names.append(name)
+    return names
+
+
+def contract_test(cases: Iterable[Case]) -> Callable[..., None]:
+    """Make a test function for pytest that puts every case to its checks on each of its models.
+
+    Write ``test_contract = contract_test(CASES)`` in the method's test file.
+    """
+    import pytest
+
+    parameters = []
+    for case in cases:
+        for kind in case.kinds:
+            for check in checks_for(case.make()):
+                parameters.append(pytest.param(case, kind, check, id=f"{case.name}-{kind}-{check}"))
+
+    @lru_cache(maxsize=1)  # pytest runs the checks of one case one after the other
+    def trial(case: Case, kind: Kind) -> contract.Trial:
+        return contract.Trial(case.make, kind, optimizer=case.optimizer)
+
+    @pytest.mark.parametrize(("case", "kind", "check"), parameters)
+    def test_contract(case: Case, kind: Kind, check: str) -> None:
+        contract.CHECKS[check](trial(case, kind))
+
+    return test_contract
+
+
+def find_cases(folder: Path) -> list[Case]:
+    """Collect the ``CASES`` of every test file below ``folder``, in the order of the files' names."""
+    found: list[Case] = []
+    for module in _test_modules(folder):
+        found += getattr(module, "CASES", [])
+    return found
+
+
+def find_published(folder: Path) -> dict[str, Published]:
+    """Collect the ``PUBLISHED`` of every test file below ``folder``, by the name of the method of its first case."""
+    found = {}
+    for module in _test_modules(folder):
+        if hasattr(module, "PUBLISHED"):
+            found[module.CASES[0].method] = module.PUBLISHED
+    return found
+
+
+@lru_cache
+def _test_modules(folder: Path) -> list[ModuleType]:
+    """Import every test file below ``folder`` that defines ``CASES``, under a name of its own."""
+    modules = []
+    for path in sorted(folder.rglob("test_*.py")):
+        if "\nCASES = [" not in path.read_text(encoding="utf-8"):
+            continue
+        name = "cases_of_" + "_".join(path.relative_to(folder).with_suffix("").parts)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+        modules.append(module)
+    return modules
