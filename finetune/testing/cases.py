@@ -46,8 +46,13 @@ class Case:
 
     @property
     def method(self) -> str:
-        """The registered name of the method."""
+        """Return the registered name of the method."""
         return self.make().name
+
+    @property
+    def family(self) -> str:
+        """Return the name of the folder of the method in ``finetune/methods``, or of its package elsewhere."""
+        return type(self.make()).__module__.split(".")[-2]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Several processes that train together: they end alike to the bit, and as one process at the same global batch. Two, then four, started once."""
+"""Several processes that train together have the same bits, and end as one process does at the same global batch."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,164 +15,124 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from finetune import registry
 from finetune.core import collective
 from finetune.core.method import Method
 from finetune.errors import RunFailed
-from finetune.methods.baseline.bitfit import BitFit
-from finetune.methods.baseline.full import Full
-from finetune.methods.baseline.head import Head
-from finetune.methods.reparam.amt import AMT
 from finetune.methods.reparam.lora import LoRA
-from finetune.methods.reparam.peft import Peft
-from finetune.methods.reparam.snell import SNELL
-from finetune.methods.reparam.snella import SNELLA
-from finetune.methods.sparse.hft import HFT
-from finetune.methods.sparse.id3 import ID3
-from finetune.methods.sparse.lift import LIFT
-from finetune.methods.sparse.lt_sft import LTSFT
-from finetune.methods.sparse.off_principal import OffPrincipal
-from finetune.methods.sparse.s2ft import S2FT
-from finetune.methods.sparse.sara import SaRA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
-from finetune.methods.sparse.spiel import SpIEL
-from finetune.methods.sparse.spt import SPT
-from finetune.methods.sparse.super_tuning import SuperTuning
 from finetune.schedules.drop_grow import DropGrow
-from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST
 from finetune.testing import contract, ranks
+from finetune.testing.cases import Case, find_cases
 from finetune.training.evaluate import evaluate
 from finetune.training.prepare import make_accelerator
 from finetune.training.session import Session
 
-# what is trained does not depend on the data, so that one process must end where two do
-FIXED: dict[str, Callable[[], Method]] = {
-    "full": Full,
-    "head": Head,
-    "bitfit": BitFit,
-    "lora": lambda: LoRA(rank=4),
-    "snell": lambda: SNELL(rank=8, sparsity=0.0),
-    "shira": lambda: SHiRA(sparsity=0.9),
-    "super_tuning": lambda: SuperTuning(sparsity=0.9, branch=2),
-    "off_principal": lambda: OffPrincipal(rank=4),
-    "s2ft": lambda: S2FT(d=0.1, u=0.1),
-    "hft": lambda: HFT(rounds=3),
-    "peft": lambda: Peft(config={"r": 4}),
-    "sparse": lambda: Crossing(sparsity=0.9, schedule=Redraw(every=2)),
-}
-# entries, thresholds or masks go by gradients or by what training did, where nearly tied numbers may change places
-CHOSEN: dict[str, Callable[[], Method]] = {
-    "snell": lambda: SNELL(rank=8, sparsity=0.9, dropout=0.1),
-    "snella": lambda: SNELLA(rank=8, every=2),
-    "lift": lambda: LIFT(sparsity=0.9, rank=4, schedule=Redraw(every=2)),
-    "id3": lambda: ID3(sparsity=0.9),
-    "lt_sft": lambda: LTSFT(sparsity=0.9, l1=0.1),
-    "sparse": lambda: Crossing(
-        sparsity=0.9, score="snip", scope="role", grain="row", schedule=DropGrow(every=2)
-    ),
-    "spiel": lambda: SpIEL(sparsity=0.9, schedule=DropGrow(every=3), window=2),
-    "sara": lambda: SaRA(sparsity=0.9),
-    "spt": lambda: SPT(sparsity=0.9, rank=4, alpha=4.0, batches=2),
-    "amt": AMT,
-}
+CASES = {case.name: case for case in find_cases(Path(__file__).parents[1] / "methods")}
+FAMILIES = sorted({case.family for case in CASES.values()})
+SAMPLE = ("lora", "shira", "peft lora", "spiel")  # one of each kind of part; all are among the slow tests
+SPIEL = CASES["spiel"].make
 TRAIN = replace(contract.TRAIN, steps=4)
-CASES = {
-    "some": (["lora", "shira", "peft"], ["spiel"]),
-    "most": (list(FIXED), ["spiel"]),
-    "all": (list(FIXED), list(CHOSEN)),
-}
+OPTIMIZER = replace(contract.OPTIMIZER, eps=1e-3)  # so large that noise in gradients that are 0 moves nothing
 Kept = dict[str, Tensor]
 
 
-def test_every_method_is_a_case() -> None:
-    assert FIXED.keys() | CHOSEN.keys() == registry.catalog("method").keys()
+def cases_named(which: str) -> list[Case]:
+    """The cases of the sample, of a family, or all that do not depend on the data."""
+    if which == "sample":
+        return [CASES[name] for name in SAMPLE]
+    if which == "fixed":
+        return [case for case in CASES.values() if not case.data_dependent] + [CASES["spiel"]]
+    return [case for case in CASES.values() if case.family == which]
 
 
 def trained(name: str, session: Session) -> Kept:
-    """What a run goes through and ends with."""
+    """Train, and return the loss of each step, the examples seen and the final state."""
     kept, seen = {}, list[str]()
     for step in session.steps():
         kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss, dtype=torch.float64)
-        seen += [i for batch in session.run.batch if batch for i in batch.ids]
-    kept[f"{name}/seen"] = torch.tensor(sorted(map(int, seen)))
-    return kept | {
-        f"{name}/state {key}": t.clone().contiguous() for key, t in session.states.state_dict().items()
-    }
+        for batch in session.run.batch:
+            seen += batch.ids if batch else []
+    kept[f"{name}/seen"] = torch.tensor(sorted(int(number) for number in seen))
+    for key, tensor in session.states.state_dict().items():
+        kept[f"{name}/state {key}"] = tensor.clone().contiguous()
+    return kept
 
 
-def everything(fixed: list[str], chosen: list[str]) -> Kept:
-    """These cases, and some others. With Adam's ``eps`` large, noise in gradients that are 0 moves nothing."""
-    contract.OPTIMIZER = replace(contract.OPTIMIZER, eps=1e-3)
+def begin(method: Method, **options: Any) -> Session:
+    return contract.begin(method, **{"train": TRAIN, "optimizer": OPTIMIZER, **options})
+
+
+def everything(cases: list[Case]) -> Kept:
+    """Train these cases and a few special ones. ``chosen`` marks those whose trained entries depend on the data."""
     kept: Kept = {}
-    cases = {f"fixed {name}": FIXED[name] for name in fixed} | {
-        f"chosen {name}": CHOSEN[name] for name in chosen
-    }
-    for name, make in cases.items():  # every third batch has five examples: three here and two there
-        kept |= trained(name, contract.begin(make(), train=replace(TRAIN, micro_batch_size=3)))
-    kept |= trained("fixed llama", contract.begin(LoRA(rank=2), "llama", replace(TRAIN, micro_batch_size=2)))
-    kept |= trained("chosen ist", contract.begin(LoRA(rank=2), train=TRAIN, selector=IST(every=2)))
-    # one example a step: all but one process have none, also where gradients are looked at before the step
+    uneven = replace(
+        TRAIN, micro_batch_size=3
+    )  # every third batch has five examples: three here and two there
+    for case in cases:
+        how, optimizer = "chosen" if case.data_dependent else "fixed", replace(case.optimizer, eps=1e-3)
+        kept |= trained(f"{how} {case.name}", begin(case.make(), train=uneven, optimizer=optimizer))
+    uneven = replace(TRAIN, micro_batch_size=2)
+    kept |= trained("fixed llama", begin(LoRA(rank=2), kind="llama", train=uneven))
+    kept |= trained("chosen ist", begin(LoRA(rank=2), selector=IST(every=2)))
+    # one example a step: only one process has it, also where gradients are looked at before the step
     one = replace(TRAIN, batch_size=1)
-    kept |= trained("fixed few", contract.begin(LoRA(rank=4), train=one))
-    kept |= trained(
-        "chosen few",
-        contract.begin(Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2)), train=one),
-    )
-    kept |= trained("chosen few spiel", contract.begin(CHOSEN["spiel"](), train=one))
+    gradient = Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2))
+    kept |= trained("fixed few", begin(LoRA(rank=4), train=one))
+    kept |= trained("chosen few", begin(gradient, train=one))
+    kept |= trained("chosen few spiel", begin(SPIEL(), train=one))
     return kept | evaluated() | exchanged()
 
 
 def evaluated() -> Kept:
-    """The rows of an evaluation in batches of four, the last one smaller, as this process has them."""
+    """Return, as bytes, the rows of an evaluation in batches of four, the last one smaller."""
     session = contract.begin(SHiRA(sparsity=0.9))
     found = evaluate(session.tuned, contract.examples(n=21), 4, session.accelerator)
-    few = evaluate(
-        session.tuned, contract.examples(n=2), 4, session.accelerator
-    )  # of which only the first process has any
+    few = evaluate(session.tuned, contract.examples(n=2), 4, session.accelerator)  # all on the first process
     text = json.dumps([found.metrics, found.rows, few.metrics, few.rows])
     return {"evaluated": torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)}
 
 
 def exchanged() -> Kept:
-    """Sums of gradients: one that nobody has, one that only the last process has, and more than one bucket."""
+    """Sum gradients: one that no process has, one that only the last has, and more than one bucket."""
     rank = make_accelerator(contract.TRAIN).process_index
     collective.BUCKET = 5
-    parameters = [torch.zeros(n, requires_grad=True) for n in (4, 3, 7)] + [
-        torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    ]
-    parameters[0].grad, parameters[2].grad, parameters[3].grad = (
-        torch.ones(4) * (rank + 1),
-        torch.arange(7.0),
-        torch.ones(2).double(),
-    )
+    parameters = [torch.zeros(n, requires_grad=True) for n in (4, 3, 7)]
+    parameters.append(torch.zeros(2, dtype=torch.float64, requires_grad=True))
+    parameters[0].grad = torch.ones(4) * (rank + 1)
+    parameters[2].grad = torch.arange(7.0)
+    parameters[3].grad = torch.ones(2).double()
     if rank == int(os.environ.get("WORLD_SIZE", "1")) - 1:
         parameters[1].grad = torch.ones(3)
     collective.add_gradients(parameters)
     collective.BUCKET = 1 << 23
-    kept = {f"sums {i}": p.grad if p.grad is not None else torch.empty(0) for i, p in enumerate(parameters)}
+    kept = {}
+    for i, parameter in enumerate(parameters):
+        kept[f"sums {i}"] = torch.empty(0) if parameter.grad is None else parameter.grad
     kept["gathered"] = torch.tensor(collective.gather(rank))
-    return kept | {"anyone": torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])}
+    kept["anyone"] = torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])
+    return kept
 
 
-@pytest.fixture(
-    scope="module",
-    params=["2 some", *(pytest.param(which, marks=pytest.mark.slow) for which in ("2 all", "4 most"))],
-)
+PROCESSES, SLOW = [pytest.mark.processes], [pytest.mark.processes, pytest.mark.slow]
+SETS = [
+    pytest.param("2 sample", marks=PROCESSES),
+    *(pytest.param(f"2 {family}", marks=SLOW) for family in FAMILIES),
+    pytest.param("4 fixed", marks=SLOW),
+]
+
+
+@pytest.fixture(scope="module", params=SETS)
 def asked(request: pytest.FixtureRequest) -> tuple[int, str]:
-    """How many processes, and which cases."""
+    """The number of processes, and the name of a set of cases."""
     world, cases = request.param.split()
     return int(world), cases
 
 
 @pytest.fixture(scope="module")
 def alone(asked: tuple[int, str]) -> Kept:
-    before = contract.OPTIMIZER
-    try:
-        return everything(CASES[asked[1]][0], ["spiel"])
-    finally:
-        contract.OPTIMIZER = before
+    return everything(cases_named(asked[1]))
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +151,8 @@ def test_all_processes_end_alike_to_the_bit(together: list[Kept]) -> None:
 
 def test_they_end_as_one_process_does(together: list[Kept], alone: Kept, asked: tuple[int, str]) -> None:
     names = [name for name in together[0] if name.startswith("fixed")]
-    assert sum(name.endswith("/seen") for name in names) == len(CASES[asked[1]][0]) + 2
+    fixed = [case for case in cases_named(asked[1]) if not case.data_dependent]
+    assert sum(name.endswith("/seen") for name in names) == len(fixed) + 2
     for name in names:
         if not name.endswith("/seen"):
             torch.testing.assert_close(
@@ -265,11 +227,7 @@ def _no_memory(grad: Tensor) -> None:
 def short_of_memory(most: int | None) -> Kept:
     """Runs that find memory for ``most`` examples a pass, or are told so from the start (None)."""
     kept: Kept = {}
-    for name, method in {
-        "lora": LoRA(rank=2),
-        "spiel": CHOSEN["spiel"](),
-        "lt_sft": CHOSEN["lt_sft"](),
-    }.items():
+    for name, method in {"lora": LoRA(rank=2), "spiel": SPIEL(), "lt_sft": CASES["lt_sft"].make()}.items():
         for where in ("forward", "backward"):
             session = contract.begin(method, train=replace(TRAIN, micro_batch_size=None if most else 2))
             if most:
@@ -287,6 +245,7 @@ def short(tmp_path_factory: pytest.TempPathFactory) -> list[Kept]:
         return ranks.run(__file__, tmp_path_factory.mktemp("short"))
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_all_processes_halve_where_one_runs_out(short: list[Kept]) -> None:
     first, second = short
@@ -298,15 +257,17 @@ def test_all_processes_halve_where_one_runs_out(short: list[Kept]) -> None:
             assert torch.equal(tensor, first[name.replace("found", "told")]), name
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_a_process_that_cannot_halve_ends_all(short: list[Kept]) -> None:
     assert [kept["failed"].item() for kept in short] == [1, 1]
 
 
 def shortage() -> Kept:
-    kept = {f"found {k}": t for k, t in short_of_memory(2).items()} | {
-        f"told {k}": t for k, t in short_of_memory(None).items()
-    }
+    kept = {}
+    for name, most in (("found", 2), ("told", None)):
+        for key, tensor in short_of_memory(most).items():
+            kept[f"{name} {key}"] = tensor
     session = contract.begin(LoRA(rank=2))
     session.model.register_forward_hook(limited(0, "forward"), with_kwargs=True)
     try:
@@ -317,4 +278,7 @@ def shortage() -> Kept:
 
 
 if __name__ == "__main__":
-    save_file(shortage() if os.environ.get("SHORT") else everything(*CASES[os.environ["CASES"]]), sys.argv[1])
+    if os.environ.get("SHORT"):
+        save_file(shortage(), sys.argv[1])
+    else:
+        save_file(everything(cases_named(os.environ["CASES"])), sys.argv[1])
