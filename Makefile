@@ -1,7 +1,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 READY := .venv/ready
+DOCS := .venv/ready-docs
 
-.PHONY: help setup demo test slow browser slurm lint types check bench
+.PHONY: help setup demo test slow browser slurm lint types check bench docs
 
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.* ## \(.*\)/make \1\t\2/p' $(MAKEFILE_LIST)
@@ -23,6 +24,10 @@ types: $(READY) ## static types, strict
 check: lint types test ## style, types and tests
 bench: $(READY) ## the table of docs/benchmarks.md: memory and speed beside their peers
 	for t in snell sparse curve; do .venv/bin/python scripts/benchmark.py --table $$t || exit; done
+docs: $(DOCS) ## the documentation, built into site/; warnings are errors, and nothing is fetched
+	NO_MKDOCS_2_WARNING=1 .venv/bin/mkdocs build --strict --quiet
 
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test,dev]' && touch $@
+$(DOCS): $(READY)
+	.venv/bin/pip install -q -c constraints.txt -e '.[docs]' && touch $@

@@ -1,0 +1,310 @@
+"""Write the generated pages of the documentation as Markdown: one a method, the settings, the interfaces.
+
+``doc_hook.py`` hands these pages to MkDocs. ``python scripts/doc_pages.py NAME`` prints the page of one method,
+and names on standard error what its file does not say yet.
+"""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from doc_source import (  # noqa: E402  # the repository is on the path from here on
+    LABELS,
+    OPTIONS,
+    ROOT,
+    Definition,
+    Option,
+    class_chain,
+    find_definition,
+    module_file,
+    parse_module,
+    public_definitions,
+    read_options,
+    split_docstring,
+)
+
+from finetune.registry import Entry, catalog  # noqa: E402
+
+HEADINGS = {
+    "Formula": "Formula",
+    "Paper": "Paper",
+    "Reading": "Reading taken",
+    "Differs": "Where the released code differs",
+    "Cost": "Cost",
+}
+SECTIONS = {
+    "model": "ModelConfig",
+    "optimizer": "OptimizerConfig",
+    "train": "TrainConfig",
+    "logger": "LoggerConfig",
+}
+API = {
+    "methods": ("What a method is", ["finetune.core.method", "finetune.core.site", "finetune.registry"]),
+    "parts": ("What a method attaches", ["finetune.core.part", "finetune.core.inplace", "finetune.core.lowrank"]),
+    "sparse": ("The sparse engine", ["finetune.core.sparse.engine", "finetune.core.sparse.bank",
+                                     "finetune.core.sparse.schedule", "finetune.core.sparse.scores"]),
+    "training": ("The training loop", ["finetune.training.session", "finetune.training.run"]),
+    "testing": ("Checks for methods", ["finetune.testing", "finetune.testing.contract"]),
+    "errors": ("Errors", ["finetune.errors"]),
+}  # fmt: skip
+
+
+@dataclass
+class MethodFile:
+    """What the file of one method says, read from its source."""
+
+    entry: Entry
+    found: Definition
+    facts: dict[str, object]
+    options: list[Option]
+    missing: list[str] = field(default_factory=list)
+
+
+def read_method(entry: Entry) -> MethodFile:
+    """Read a method's class, its facts and its options, and note what its file does not say."""
+    target = find_definition(entry.module, str(entry.facts["class"]))
+    assert target is not None
+    assert isinstance(target[1], ast.ClassDef)
+    found = Definition(*target)
+    facts: dict[str, object] = {}
+    for definition in reversed(class_chain(found)):
+        facts |= literal_class_variables(definition.node)
+    method = MethodFile(entry, found, facts, read_options(found))
+    sections = split_docstring(module_doc(entry.module), LABELS)
+    required = {"title": sections.title, "family": facts.get("family"), "trains": facts.get("trains")}
+    required |= {label: sections.labelled.get(label) for label in LABELS}
+    required |= {f"option {option.name}": option.meaning for option in method.options}
+    method.missing = [name for name, text in required.items() if not text]
+    return method
+
+
+def literal_class_variables(node: ast.AST) -> dict[str, object]:
+    """Return the values of the ``ClassVar`` lines of a class, where they are literals."""
+    values: dict[str, object] = {}
+    for line in ast.iter_child_nodes(node):
+        if isinstance(line, ast.AnnAssign) and line.value and "ClassVar" in ast.unparse(line.annotation):
+            try:
+                values[ast.unparse(line.target)] = ast.literal_eval(line.value)
+            except ValueError:
+                continue
+    return values
+
+
+def module_doc(module: str) -> str:
+    """Return the docstring of a module, or an empty text."""
+    return ast.get_docstring(parse_module(module)) or ""
+
+
+def method_page(entry: Entry) -> str:
+    """Write the page of one method."""
+    method = read_method(entry)
+    sections = split_docstring(module_doc(entry.module), LABELS)
+    name, _, about = sections.title.partition(": ")
+    lines = [f"# {name if about else entry.name}", "", to_markdown(about or sections.title), ""]
+    lines += ["| | |", "|---|---|"]
+    lines += [f"| {key} | {value} |" for key, value in method_facts(method)]
+    lines += ["", to_markdown(sections.text), ""]
+    for label in LABELS:
+        if label == "Paper":
+            lines += ["## Options", "", *options_table(method.options, "method."), *defaults_file(entry.name)]
+        text = to_markdown(sections.labelled.get(label, "Not described yet."))
+        lines += [f"## {HEADINGS[label]}", "", link_papers(text), ""]
+    return "\n".join(lines)
+
+
+def method_facts(method: MethodFile) -> list[tuple[str, str]]:
+    """Return the rows of the table at the top of a method's page."""
+    facts = method.facts
+    rows = [
+        ("use", f"`finetune train method={method.entry.name}`"),
+        ("trains", to_markdown(str(facts.get("trains", "")))),
+        ("family", str(facts.get("family", ""))),
+    ]
+    if facts.get("paper"):
+        rows.append(("paper", link_papers(str(facts["paper"]))))
+    size = facts.get("size")
+    rows.append(("size", f"set by `method.{size}`, and by `budget=` in a sweep" if size else "fixed"))
+    if facts.get("neutral_start") is False:
+        rows.append(("at step 0", "the output differs from that of the base model"))
+    else:
+        rows.append(("at step 0", "the output is that of the base model"))
+    if facts.get("mergeable") is False:
+        rows.append(("merge", "refused: no plain weight can hold the change"))
+    else:
+        rows.append(("merge", "`finetune merge` writes a plain Hugging Face folder"))
+    rows.append(("source", f"`{module_file(method.entry.module).relative_to(ROOT)}`"))
+    return rows
+
+
+def defaults_file(name: str) -> list[str]:
+    """Show the YAML file that ``method=NAME`` selects, if it sets more than the name."""
+    file = ROOT / "conf" / "method" / f"{name}.yaml"
+    text = file.read_text(encoding="utf-8").strip()
+    if text == f"name: {name}":
+        return []
+    return [
+        f"`method={name}` reads `conf/method/{name}.yaml`, which also sets:",
+        "",
+        "```yaml",
+        text,
+        "```",
+        "",
+    ]
+
+
+def options_table(options: list[Option], prefix: str) -> list[str]:
+    """Write options as the lines of a table; ``prefix`` stands before each name."""
+    if not options:
+        return ["There are no options.", ""]
+    lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
+    for option in options:
+        default = f"`{option.default}`" if option.default else "required"
+        meaning = to_markdown(option.meaning)
+        cells = [f"`{prefix}{option.name}`", default, option.values, meaning]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return [*lines, ""]
+
+
+def methods_page() -> str:
+    """Write the list of all methods, by family."""
+    families: dict[str, list[MethodFile]] = {}
+    for entry in catalog("method").values():
+        method = read_method(entry)
+        families.setdefault(str(method.facts.get("family", "")), []).append(method)
+    lines = [
+        "# Methods",
+        "",
+        "`finetune methods` prints this list. Each page is made from the file of its method.",
+        "",
+    ]
+    for family in sorted(families):
+        lines += [f"## {family.capitalize()}", "", "| method | trains | paper |", "|---|---|---|"]
+        for method in families[family]:
+            name = method.entry.name
+            paper = link_papers(str(method.facts.get("paper", "")))
+            lines.append(f"| [{name}]({name}.md) | {to_markdown(str(method.facts['trains']))} | {paper} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def settings_page() -> str:
+    """Write every setting that does not belong to a method, with its default and its values."""
+    lines = [
+        "# Settings", "",
+        "Every setting is written `key=value`. `finetune show` prints all of them with the file or the word that",
+        "set each. The settings of a method are on [its page](../methods/index.md).", "",
+    ]  # fmt: skip
+    for section, name in SECTIONS.items():
+        target = find_definition("finetune.config.settings", name)
+        assert target is not None
+        assert isinstance(target[1], ast.ClassDef)
+        lines += settings_section(Definition(*target), section, f"{section}.")
+    for kind in ("dataset", "schedule", "selector"):
+        lines += [f"## `{kind}=`", ""]
+        for entry in catalog(kind).values():
+            target = find_definition(entry.module, str(entry.facts["class"]))
+            assert target is not None
+            assert isinstance(target[1], ast.ClassDef)
+            lines += settings_section(Definition(*target), f"{kind}={entry.name}", f"{kind}.", "###")
+    return "\n".join(lines)
+
+
+def settings_section(found: Definition, title: str, prefix: str, level: str = "##") -> list[str]:
+    """Write the options of one settings class under a heading."""
+    sections = split_docstring(found.doc, (OPTIONS,))
+    text = "\n".join([sections.title, sections.text])
+    return [f"{level} `{title}`", "", to_markdown(text), "", *options_table(read_options(found), prefix)]
+
+
+def api_page(title: str, modules: list[str]) -> str:
+    """Write the public classes and functions of some modules, each with its signature and docstring."""
+    lines = [f"# {title}", ""]
+    for module in modules:
+        lines += [f"## `{module}`", "", to_markdown(module_doc(module)), ""]
+        for found in public_definitions(module):
+            lines += describe_definition(found, "###")
+            if isinstance(found.node, ast.ClassDef):
+                for node in found.node.body:
+                    if isinstance(node, ast.FunctionDef) and not node.name.startswith("_"):
+                        lines += describe_definition(Definition(module, node), "####")
+    return "\n".join(lines)
+
+
+def describe_definition(found: Definition, level: str) -> list[str]:
+    """Write the heading, the signature and the docstring of a class or a function."""
+    node = found.node
+    if isinstance(node, ast.ClassDef):
+        bases = ", ".join(ast.unparse(base) for base in node.bases)
+        signature = f"class {node.name}({bases})" if bases else f"class {node.name}"
+        fields = [ast.unparse(line) for line in node.body if isinstance(line, ast.AnnAssign)]
+        body = "\n".join([signature, *(f"    {line}" for line in fields)])
+    else:
+        returns = f" -> {ast.unparse(node.returns)}" if node.returns else ""
+        body = f"def {node.name}({ast.unparse(node.args)}){returns}"
+    return [f"{level} {node.name}", "", "```python", body, "```", "", to_markdown(found.doc), ""]
+
+
+def to_markdown(text: str) -> str:
+    """Turn a docstring into Markdown: names in double backticks become code, indented lines a code block."""
+    lines: list[str] = []
+    block: list[str] = []
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("    ") or (block and not line):
+            block.append(line)
+            continue
+        if block:
+            lines += ["", "```text", *inspect.cleandoc("\n" + "\n".join(block)).splitlines(), "```", ""]
+            block = []
+        if line.startswith("- ") and lines and lines[-1] and not lines[-1].startswith(("- ", "  ")):
+            lines.append("")
+        lines.append(escape_prose(line))
+    if block:
+        lines += ["", "```text", *inspect.cleandoc("\n" + "\n".join(block)).splitlines(), "```"]
+    return "\n".join(lines).strip("\n")
+
+
+def escape_prose(line: str) -> str:
+    """Escape what Markdown would read as markup, outside of ``code``."""
+    parts = re.split(r"``(.+?)``", line)
+    for place, part in enumerate(parts):
+        if place % 2:
+            parts[place] = f"`{part}`"
+        else:
+            parts[place] = re.sub(r"([*_\[\]#|])", r"\\\1", part).replace("<", "&lt;")
+    return "".join(parts)
+
+
+def link_papers(text: str) -> str:
+    """Turn ``arXiv 2106.09685`` into a link to the paper."""
+    return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
+
+
+def generated_pages() -> dict[str, str]:
+    """Return all generated pages: the path below docs/, and the Markdown."""
+    pages = {"methods/index.md": methods_page(), "reference/settings.md": settings_page()}
+    for entry in catalog("method").values():
+        pages[f"methods/{entry.name}.md"] = method_page(entry)
+    for name, (title, modules) in API.items():
+        pages[f"api/{name}.md"] = api_page(title, modules)
+    return pages
+
+
+def main() -> None:
+    """Print the page of the method named on the command line."""
+    for name in sys.argv[1:]:
+        entry = catalog("method")[name]
+        print(method_page(entry))
+        missing = read_method(entry).missing
+        if missing:
+            print(f"{name}: not said: {', '.join(missing)}", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    main()
