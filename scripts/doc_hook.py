@@ -5,23 +5,24 @@ The pages exist only in the build, so a new method gets its page without an edit
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from doc_pages import API, generated_pages  # noqa: E402  # this folder is on the path from here on
+from doc_pages import API, generated_pages, methods_by_family  # noqa: E402  # this folder is on the path from here on
 
 PAGES = generated_pages()
+LOADED = re.compile(r'src="https?://[^"]*"|<link[^>]*rel="stylesheet"[^>]*href="https?://[^"]*"')
 
 
 def on_config(config: Any) -> Any:
     """Add the generated pages to the navigation, below the entries ``Methods`` and ``API``."""
     methods: list[Any] = ["methods/index.md"]
-    for path in PAGES:
-        if path.startswith("methods/") and path not in methods:
-            methods.append({Path(path).stem: path})
+    for family, names in methods_by_family().items():
+        methods.append({family: [{name: f"methods/{name}.md"} for name in names]})
     api = []
     for name, (title, _) in API.items():
         api.append({title: f"api/{name}.md"})
@@ -40,3 +41,13 @@ def on_files(files: Any, config: Any) -> Any:
     for path, text in PAGES.items():
         files.append(File.generated(config, path, content=text))
     return files
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Stop the build if a page would load a script, a style sheet or an image from another host."""
+    from mkdocs.exceptions import PluginError
+
+    found = LOADED.search(output)
+    if found:
+        raise PluginError(f"{page.file.src_uri} loads from another host: {found[0]}")
+    return output

@@ -107,8 +107,9 @@ def method_page(entry: Entry) -> str:
     method = read_method(entry)
     sections = split_docstring(module_doc(entry.module), LABELS)
     name, _, about = sections.title.partition(": ")
-    lines = [f"# {name if about else entry.name}", "", to_markdown(about or sections.title), ""]
-    lines += ["| | |", "|---|---|"]
+    first = about or sections.title
+    lines = [f"# {name if about else entry.name}", "", to_markdown(first[:1].upper() + first[1:]), ""]
+    lines += [f"| method | `{entry.name}` |", "|---|---|"]
     lines += [f"| {key} | {value} |" for key, value in method_facts(method)]
     lines += ["", to_markdown(sections.text), ""]
     for label in LABELS:
@@ -172,24 +173,29 @@ def options_table(options: list[Option], prefix: str) -> list[str]:
     return [*lines, ""]
 
 
+def methods_by_family() -> dict[str, list[str]]:
+    """Return the names of the methods of each family; families and names in alphabetical order."""
+    families: dict[str, list[str]] = {}
+    for name, entry in catalog("method").items():
+        family = str(read_method(entry).facts.get("family", "other"))
+        families.setdefault(family.capitalize(), []).append(name)
+    return dict(sorted(families.items()))
+
+
 def methods_page() -> str:
     """Write the list of all methods, by family."""
-    families: dict[str, list[MethodFile]] = {}
-    for entry in catalog("method").values():
-        method = read_method(entry)
-        families.setdefault(str(method.facts.get("family", "")), []).append(method)
     lines = [
         "# Methods",
         "",
         "`finetune methods` prints this list. Each page is made from the file of its method.",
         "",
     ]
-    for family in sorted(families):
-        lines += [f"## {family.capitalize()}", "", "| method | trains | paper |", "|---|---|---|"]
-        for method in families[family]:
-            name = method.entry.name
-            paper = link_papers(str(method.facts.get("paper", "")))
-            lines.append(f"| [{name}]({name}.md) | {to_markdown(str(method.facts['trains']))} | {paper} |")
+    for family, names in methods_by_family().items():
+        lines += [f"## {family}", "", "| method | trains | paper |", "|---|---|---|"]
+        for name in names:
+            facts = read_method(catalog("method")[name]).facts
+            trains = to_markdown(str(facts.get("trains", "")))
+            lines.append(f"| [{name}]({name}.md) | {trains} | {link_papers(str(facts.get('paper', '')))} |")
         lines.append("")
     return "\n".join(lines)
 

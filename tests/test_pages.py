@@ -147,6 +147,14 @@ def test_pages_name_targets_and_scripts_that_exist() -> None:
             assert (ROOT / script).is_file(), f"{page.name}: {script}"
 
 
+def test_links_of_the_readme_lead_somewhere() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)", text)
+    assert len(links) > 15
+    for link in links:
+        assert (ROOT / link).is_file(), link
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_every_method_has_a_page(pages: Any, name: str) -> None:
     text = pages.generated_pages()[f"methods/{name}.md"]
