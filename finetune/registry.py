@@ -1,6 +1,8 @@
-"""Names of methods, data sets, schedules and selectors, read from the source so that listing them imports nothing.
+"""List the kinds of things that can be added by name, and the classes registered for each.
 
-A class joins by ``@register("name")`` in a module of its kind's package; its literal class variables are its *facts*.
+``KINDS`` is the only table of kinds; whatever asks what kinds there are derives its answer from it.
+A class joins by ``@register("name")`` in a module of a folder of its kind. Names, first lines of docstrings
+and literal class variables (the *facts*) are read from the source, so that a listing imports nothing.
 """
 
 from __future__ import annotations
@@ -8,22 +10,76 @@ from __future__ import annotations
 import ast
 import importlib
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from .errors import ConfigError, near
 
-Kind = Literal["method", "dataset", "schedule", "selector"]
-PACKAGES: dict[Kind, str] = {
-    "method": "methods",
-    "dataset": "data",
-    "schedule": "schedules",
-    "selector": "selectors",
-}
 ROOT = Path(__file__).parent
 C = TypeVar("C", bound=type)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of thing that can be added by name.
+
+    ``base``: dotted name of the class that all classes of the kind derive from.
+    ``folders``: where their modules lie, below the package, at any depth. Without folders the options of the
+    kind are YAML files alone, which fill ``base``.
+    ``place``: the dotted key in a configuration; a kind without a place is no part of a run's configuration.
+    ``is_value``: the value at ``place`` is the name itself, and not a mapping with ``name`` and settings.
+    ``absent``: the name that a configuration without the section means.
+    ``unnamed``: the name that a section without ``name`` means; ``name`` can then be set as a value, too.
+    ``needs_torch``: importing a class of this kind imports torch, so it is avoided where possible.
+    """
+
+    name: str
+    base: str = ""
+    folders: tuple[str, ...] = ()
+    place: str = ""
+    is_value: bool = False
+    absent: str | None = None
+    unnamed: str | None = None
+    needs_torch: bool = False
+
+
+KINDS = {
+    kind.name: kind
+    for kind in (
+        Kind("method", "finetune.core.method.Method", ("methods",), "method", needs_torch=True),
+        Kind("schedule", "finetune.core.sparse.schedule.Schedule", ("schedules",), "method.schedule"),
+        Kind(
+            "score",
+            "finetune.core.sparse.scores.Score",
+            ("core/sparse", "methods"),
+            "method.score",
+            is_value=True,
+        ),
+        Kind("dataset", "finetune.data.dataset.Dataset", ("data",), "dataset"),
+        Kind(
+            "optimizer",
+            "finetune.core.optimizer.Optimizer",
+            ("optim",),
+            "optimizer",
+            unnamed="adamw",
+            needs_torch=True,
+        ),
+        Kind("selector", "finetune.core.selector.Selector", ("selectors",), "selector", absent="none"),
+        Kind("model", "finetune.config.settings.ModelConfig", place="model"),
+        Kind("sweep"),
+        Kind("launcher"),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Named:
+    """Mark a text setting whose value is the name of a registered class: ``Annotated[str, Named("score")]``."""
+
+    kind: str
 
 
 @dataclass(frozen=True)
@@ -36,6 +92,21 @@ class Entry:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def sections() -> list[Kind]:
+    """Return the kinds whose class is chosen by the ``name`` in a section of their own."""
+    return [kind for kind in KINDS.values() if kind.folders and kind.place == kind.name]
+
+
+def nested() -> dict[str, Kind]:
+    """Return, by place, the kinds whose class is chosen by the ``name`` in a mapping inside another section."""
+    return {kind.place: kind for kind in KINDS.values() if "." in kind.place and not kind.is_value}
+
+
+def outside_runs() -> list[str]:
+    """Return the groups of YAML files that are no part of a run's configuration."""
+    return [kind.name for kind in KINDS.values() if not kind.place]
+
+
 def register(name: str) -> Callable[[C], C]:
     """Give the decorated class its public ``name``."""
 
@@ -46,56 +117,85 @@ def register(name: str) -> Callable[[C], C]:
     return add
 
 
-def _registered(node: ast.stmt) -> str | None:
-    """The name in a class's ``@register("name")``, if it has one."""
-    for call in node.decorator_list if isinstance(node, ast.ClassDef) else []:
-        if (
-            isinstance(call, ast.Call)
-            and getattr(call.func, "id", None) == "register"
-            and isinstance(call.args[0], ast.Constant)
-        ):
+def _registered_name(node: ast.ClassDef) -> str | None:
+    """Return the name in a class's ``@register("name")``, if it has one."""
+    for call in node.decorator_list:
+        if not isinstance(call, ast.Call) or getattr(call.func, "id", None) != "register" or not call.args:
+            continue
+        if isinstance(call.args[0], ast.Constant):
             return str(call.args[0].value)
     return None
 
 
 def _facts(node: ast.ClassDef) -> dict[str, Any]:
-    """Literal ``ClassVar`` assignments of a class body."""
-    found = {}
+    """Return the ``ClassVar`` assignments of a class body whose values are literals."""
+    found = {"class": node.name}
     for line in node.body:
-        if (
-            isinstance(line, ast.AnnAssign)
-            and isinstance(line.target, ast.Name)
-            and "ClassVar" in ast.unparse(line.annotation)
-            and line.value
-        ):
-            found[line.target.id] = ast.literal_eval(line.value)
+        if not isinstance(line, ast.AnnAssign) or not isinstance(line.target, ast.Name) or not line.value:
+            continue
+        if "ClassVar" in ast.unparse(line.annotation):
+            with suppress(ValueError):
+                found[line.target.id] = ast.literal_eval(line.value)
+    return found
+
+
+def _kind_of(node: ast.ClassDef, folder: str) -> str:
+    """Return the kind whose base class ``node`` names as a base, else the kind that lives in ``folder``."""
+    bases = {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+    for kind in KINDS.values():
+        if kind.folders and kind.base.rpartition(".")[2] in bases:
+            return kind.name
+    return next(kind.name for kind in KINDS.values() if folder in kind.folders)
+
+
+@cache
+def _read_folder(folder: str) -> list[tuple[str, Entry]]:
+    """Return each registered class in a folder of the package, with its kind."""
+    found = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if "@register(" not in text:
+            continue
+        module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.ClassDef) and (name := _registered_name(node)):
+                doc = (ast.get_docstring(node) or "").split("\n")[0]
+                found.append((_kind_of(node, folder), Entry(name, module, doc, _facts(node))))
     return found
 
 
 @cache
-def catalog(kind: Kind) -> dict[str, Entry]:
-    """Every registered class of a kind by name, sorted. Raises ``ValueError`` when two share a name."""
+def catalog(kind: str) -> dict[str, Entry]:
+    """Return every registered class of a kind by name, sorted. Raises ``ValueError`` when two share a name."""
     entries: dict[str, Entry] = {}
-    for path in sorted((ROOT / PACKAGES[kind]).rglob("*.py")):
-        for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and (name := _registered(node)):
-                if name in entries:
-                    raise ValueError(
-                        f"{kind} {name!r} is registered in {entries[name].module} and in {path.stem}"
-                    )
-                module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-                entries[name] = Entry(
-                    name,
-                    module,
-                    (ast.get_docstring(node) or "").split("\n")[0],
-                    {"class": node.name, **_facts(node)},
-                )
+    for folder in KINDS[kind].folders:
+        for its_kind, entry in _read_folder(folder):
+            if its_kind != kind:
+                continue
+            if entry.name in entries:
+                first = entries[entry.name].module
+                raise ValueError(f"{kind} {entry.name!r} is registered in {first} and in {entry.module}")
+            entries[entry.name] = entry
     return dict(sorted(entries.items()))
 
 
-def get(kind: Kind, name: str) -> Any:
-    """The class registered under ``name``; raises ``ConfigError`` naming the known ones."""
+def get(kind: str, name: str) -> Any:
+    """Import the class registered under ``name``; raises ``ConfigError`` naming the known ones."""
     entries = catalog(kind)
     if name not in entries:
         raise ConfigError(f"{kind}={name} is not known.{near(name, entries)} Known: {', '.join(entries)}.")
-    return getattr(importlib.import_module(entries[name].module), entries[name].facts["class"])
+    entry = entries[name]
+    return getattr(importlib.import_module(entry.module), entry.facts["class"])
+
+
+def import_all() -> None:
+    """Import every registered class of every kind."""
+    for kind in KINDS:
+        for name in catalog(kind):
+            get(kind, name)
+
+
+def clear() -> None:
+    """Forget what was read from the source."""
+    _read_folder.cache_clear()
+    catalog.cache_clear()

@@ -87,7 +87,8 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
     """The seconds of each step of this package's own loop."""
     import torch
 
-    from finetune.config.settings import OptimizerConfig, TrainConfig
+    from finetune.config.settings import TrainConfig
+    from finetune.optim.adamw import AdamW
     from finetune.training.batches import Batches
     from finetune.training.prepare import make_accelerator
     from finetune.training.session import Session
@@ -106,7 +107,7 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
         method,
         ("classifier.weight", "classifier.bias"),
         batches,
-        OptimizerConfig(lr=1e-4),
+        AdamW(lr=1e-4),
         train,
         0,
         make_accelerator(train),

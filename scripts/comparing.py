@@ -25,7 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from finetune.config.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig, _plain
+from finetune.config.settings import LoggerConfig, ModelConfig, TrainConfig, _plain
+from finetune.optim.adamw import AdamW
 
 METHODS = ("lora", "snell", "spiel", "shira", "sara", "lift", "spt", "s2ft", "id3", "hft")
 SEEDS = 5
@@ -103,7 +104,7 @@ def write(folder: Path, method: str, sparsity: float, seed: int, predicted: tupl
     """One run folder."""
     folder.mkdir(parents=True)
     ids, labels, right = predicted
-    parts = {"optimizer": OptimizerConfig(), "train": TrainConfig(), "logger": LoggerConfig()}
+    parts = {"optimizer": AdamW(), "train": TrainConfig(), "logger": LoggerConfig()}
     config = {
         "name": "sweep", "run": folder.name, "seed": seed, "model": _plain(ModelConfig("tiny_vit", "builtin:tiny_vit")),
         "method": {"name": method, "targets": ["all"], "rank": 8, "sparsity": sparsity}, "dataset": {"name": "digits"},

@@ -18,7 +18,7 @@ ALLOWED = {
     "errors": set(),
     "registry": BOTTOM | {"system"},
     "system": BOTTOM,
-    "core": BOTTOM,
+    "core": BOTTOM | {"registry"},
     "config": BOTTOM | {"registry", "system"},
     "schedules": KINDS,
     "selectors": KINDS,

@@ -16,12 +16,12 @@ from hydra.core.override_parser.types import (
 )
 from hydra.errors import HydraException
 
+from .. import registry
 from ..errors import ConfigError
 
 ALIASES = {"sparsity": "method.sparsity"}
-PLACED = {
-    "schedule": "method.schedule"
-}  # groups whose file becomes a value inside a section; their settings may be written without it
+# Groups whose file becomes a value inside a section; their settings may be written without the section's name.
+PLACED = {kind.name: place for place, kind in registry.nested().items()}
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
 FUNCTION = re.compile(r"(range|choice|interval|glob|tag|sort|shuffle)\(")
 LONGEST, NESTED = (

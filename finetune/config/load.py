@@ -7,6 +7,7 @@ are laid on top; ``strict`` checks the whole. Every fault found on the way is ra
 from __future__ import annotations
 
 import io
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import islice, product
@@ -27,9 +28,10 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from .. import registry
 from ..errors import ConfigError, near
 from ..system import safe
-from . import groups, references, strict
+from . import groups, later, references, strict
 from .grammar import ALIASES, PLACED, parsed, unlisted
 from .groups import conf_dir as conf_dir  # part of what this module offers
 from .origins import flat, leaves, yaml_origins
@@ -37,7 +39,10 @@ from .settings import Config
 from .strict import Composed
 
 COMMAND_LINE = "command line"
-OF_SWEEPS = ("sweep", "launcher")  # folders of files that say nothing of one run
+# Keys that no value may be given to, since the name follows from the choice of an option.
+NAMES = [
+    f"{kind.place}.name" for kind in (*registry.sections(), *registry.nested().values()) if not kind.unnamed
+]
 
 
 def load(overrides: list[str], config_dir: Path | None = None, config_file: Path | None = None) -> Config:
@@ -136,8 +141,11 @@ def _request(overrides: list[str], options: dict[str, set[str]], config_file: Pa
             request.chosen[key] = str(item.value())
         else:
             request.values[key] = item
-    if request.faults and not any(key.startswith("method.") for key in request.values):
-        request.spoiled.add("method")  # nothing was asked of it, and looking at it imports torch
+    if request.faults:
+        for kind in registry.sections():
+            asked = any(key.startswith(f"{kind.place}.") for key in request.values)
+            if kind.needs_torch and not asked:
+                request.spoiled.add(kind.place)
     return request
 
 
@@ -148,7 +156,7 @@ def _fault_of(item: Override, options: dict[str, set[str]], config_file: Path | 
             "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
         )
         return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
-    if key in {f"{place}.name" for place in (*strict.CHOSEN, *PLACED.values())}:
+    if key in NAMES:
         return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
     if key not in options:
         return None
@@ -170,7 +178,7 @@ def _options(config_dir: Path | None) -> dict[str, set[str]]:
         if file.parent not in (conf_dir(), config_dir) and file.parent.name not in (
             *strict.ROOT,
             *ALIASES,
-            *OF_SWEEPS,
+            *registry.outside_runs(),
         ):
             found.setdefault(file.parent.name, set()).add(file.stem)
     return found
@@ -220,7 +228,7 @@ def _compose(
                 )
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_composing_fault(error)) from None
-    composed = Composed(_plain(config, resolve=False), origins)
+    composed = Composed(later.enter(_plain(config, resolve=False), sections_only=True), origins)
     for group, place in PLACED.items():
         composed = _placed(composed, group, place)
     return composed
@@ -270,9 +278,24 @@ def _read(file: Path) -> Composed:
         config = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"--config {file} is not a mapping of settings.")
-        return Composed(_plain(config, resolve=False), yaml_origins(text, str(file)))
+        return _with_later(Composed(_plain(config, resolve=False), yaml_origins(text, str(file))), file)
     except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
         raise ConfigError(f"--config {file} cannot be read as YAML: {' '.join(str(error).split())}") from None
+
+
+def _with_later(composed: Composed, file: Path) -> Composed:
+    """Enter the settings that the frozen configuration ``file`` lacks because they came later."""
+    values = later.enter(composed.values)
+    before, origins = dict(_leaves(composed.values)), dict(composed.origins)
+    for key, _ in _leaves(values):
+        if key not in before:
+            origins[key] = f"not in {file}, so as before the setting came"
+    return replace(composed, values=values, origins=origins)
+
+
+def _leaves(values: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    for section, value in values.items():
+        yield from flat(value, section)
 
 
 def _plain(config: Any, resolve: bool) -> dict[str, Any]:

@@ -10,18 +10,12 @@ import json
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
-from annotated_types import Ge, Gt, Le, Lt
+from annotated_types import Ge, Gt
 
-Share = Annotated[float, Ge(0), Lt(1)]
-# Settings newer than some runs, with what stands for their absence; at it they leave a configuration's hash as it was.
-LATER = {"train.patience": None}
-NOT_THE_RUN = (
-    "name",
-    "run",
-    "logger",
-    "train.save_every",
-    "train.keep_last",
-)  # settings that cannot change a run's result
+from . import later
+
+# Settings that cannot change a run's result.
+NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")
 
 
 @dataclass(frozen=True)
@@ -33,25 +27,6 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     download: bool = False
     revision: str | None = None
-
-
-@dataclass(frozen=True)
-class OptimizerConfig:
-    """The optimizer and its schedule; ``warmup`` is the share of all steps over which the rate rises from zero. ``betas`` are AdamW's."""
-
-    name: Literal["adamw", "sm3"] = "adamw"
-    lr: Annotated[float, Gt(0)] = 1e-3
-    weight_decay: Annotated[float, Ge(0)] = 0.0
-    betas: tuple[Share, Share] = (0.9, 0.999)
-    eps: Annotated[float, Gt(0)] = 1e-8
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
-
-    def __post_init__(self) -> None:
-        if self.name == "sm3" and self.betas != OptimizerConfig.betas:
-            raise ValueError(
-                f"optimizer.betas={list(self.betas)} means nothing to optimizer=sm3, which has no moving averages; leave it out."
-            )
 
 
 @dataclass(frozen=True)
@@ -105,7 +80,7 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, complete. ``method``, ``dataset`` and ``selector`` are instances of registered frozen dataclasses."""
+    """One run, complete. ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses."""
 
     name: str | None
     run: str | None
@@ -113,7 +88,7 @@ class Config:
     model: ModelConfig
     method: Any
     dataset: Any
-    optimizer: OptimizerConfig
+    optimizer: Any
     train: TrainConfig
     logger: LoggerConfig
     selector: Any = None
@@ -124,32 +99,43 @@ class Config:
         return plain
 
     def deciding(self) -> dict[str, Any]:
-        """``as_dict`` with only what can change the result: not the run's name, nor where it logs, nor how often it is saved."""
-        return {key: _deciding(key, part) for key, part in self.as_dict().items() if decides(key)}
+        """Return ``as_dict`` with only the settings that can change the result, as the configuration's hash covers them.
+
+        A setting that is newer than some runs is left out at the value that its absence means.
+        """
+        found: dict[str, Any] = _deciding(later.without(self.as_dict()), "")
+        return found
 
     def hash(self) -> str:
-        """Ten hex digits of everything that can change the result."""
+        """Return ten hex digits of everything that can change the result."""
         return hashlib.sha256(json.dumps(self.deciding(), sort_keys=True).encode()).hexdigest()[:10]
 
 
 def decides(key: str) -> bool:
-    """Whether a setting, by its dotted key, can change a run's result."""
+    """Return whether a setting, by its dotted key, can change a run's result."""
     return not f"{key}.".startswith(tuple(f"{free}." for free in NOT_THE_RUN))
 
 
-def _deciding(key: str, part: Any) -> Any:
+def _deciding(part: Any, prefix: str) -> Any:
     if not isinstance(part, dict):
         return part
-    return {
-        name: value
-        for name, value in part.items()
-        if decides(f"{key}.{name}") and LATER.get(f"{key}.{name}", ...) != value
-    }
+    kept = {}
+    for name, value in part.items():
+        if decides(f"{prefix}{name}"):
+            kept[name] = _deciding(value, f"{prefix}{name}.")
+    return kept
 
 
 def _plain(value: Any) -> Any:
-    """Dataclasses as mappings, at any depth; a registered one with its name in front."""
+    """Return dataclasses as mappings, at any depth: a registered one with its name in front, and its former settings."""
     if not is_dataclass(value):
         return value
-    named = {"name": name} if isinstance(name := getattr(value, "name", None), str) else {}
-    return named | {f.name: _plain(getattr(value, f.name)) for f in fields(value) if f.init}
+    plain: dict[str, Any] = {}
+    name = getattr(value, "name", None)
+    if isinstance(name, str):
+        plain["name"] = name
+    plain |= getattr(value, "former", {})
+    for item in fields(value):
+        if item.init:
+            plain[item.name] = _plain(getattr(value, item.name))
+    return plain

@@ -18,18 +18,12 @@ from typing import Any, get_type_hints
 import pydantic
 
 from .. import registry
-from ..core.sparse.schedule import Schedule
-from ..errors import ConfigError
+from ..errors import ConfigError, near
 from .origins import flat, origin_of
 from .settings import Config
 
-CHOSEN: tuple[registry.Kind, ...] = (
-    "method",
-    "dataset",
-    "selector",
-)  # sections whose class the registry knows by the value of ``name``
-NESTED: dict[type, registry.Kind] = {Schedule: "schedule"}  # likewise fields of these types, inside a section
-ABSENT = {"selector": {"name": "none"}}  # sections that frozen configurations of earlier versions lack
+CHOSEN = {kind.place: kind for kind in registry.sections()}  # sections whose class is chosen by ``name``
+NESTED = {kind.name: kind for kind in registry.nested().values()}  # likewise, for mappings inside a section
 WORDS = {
     "a valid array": "a list, written [a,b]",
     "an object": "a mapping",
@@ -55,8 +49,6 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
 
     Raises ``ConfigError`` with every fault found.
     """
-    given = {key: value for key, value in composed.values.items() if key not in ABSENT or value is not None}
-    composed = replace(composed, values={**ABSENT, **given})
     root = {key: value for key, value in composed.values.items() if key not in SECTIONS}
     parts, faults = _check(Config, ROOT, root, "", composed)
     for section in [s for s in SECTIONS if s not in skip]:
@@ -107,14 +99,18 @@ def _instance(
         return None, [f"{_what(section, cls)}: {error}"]
 
 
-def _nested(cls: type) -> dict[str, tuple[Field[Any], registry.Kind]]:
-    """The fields of ``cls`` that hold an instance of a registered class, by name."""
-    hints = get_type_hints(cls)
-    return {f.name: (f, kind) for f in fields(cls) for base, kind in NESTED.items() if hints[f.name] is base}
+def _nested(cls: type) -> dict[str, tuple[Field[Any], str]]:
+    """Return, by name, the fields of ``cls`` that are annotated with the base class of a nested kind, and the kind."""
+    hints, found = get_type_hints(cls), {}
+    for item in fields(cls):
+        kind = vars(hints[item.name]).get("KIND") if isinstance(hints[item.name], type) else None
+        if kind in NESTED:
+            found[item.name] = (item, kind)
+    return found
 
 
 def _inner(
-    item: Field[Any], kind: registry.Kind, key: str, composed: Composed
+    item: Field[Any], kind: str, key: str, composed: Composed
 ) -> tuple[type, Callable[..., Any], dict[str, Any]]:
     """The class in a nested field, what makes its instance, and the values for it: without a ``name`` they change the field's default."""
     values = _value(key.rpartition(".")[0], composed).get(item.name, "???" if _is_required(item) else {})
@@ -136,33 +132,34 @@ def _no_mapping(key: str, choice: str, value: Any, composed: Composed) -> str:
 
 def _class_of(section: str, values: dict[str, Any], composed: Composed) -> tuple[type, dict[str, Any]]:
     """The dataclass of a section, and its values without the name that chose the class."""
-    kind = next((k for k in CHOSEN if k == section), None)
-    return (
-        (get_type_hints(Config)[section], values)
-        if kind is None
-        else _chosen(kind, values, section, composed)
-    )
+    if section in CHOSEN:
+        return _chosen(section, values, section, composed)
+    return get_type_hints(Config)[section], values
 
 
-def _chosen(
-    kind: registry.Kind, values: dict[str, Any], key: str, composed: Composed
-) -> tuple[type, dict[str, Any]]:
+def _chosen(kind: str, values: dict[str, Any], key: str, composed: Composed) -> tuple[type, dict[str, Any]]:
     """The registered class that ``values`` name, and the other values. Raises ``ConfigError`` where there is none."""
-    name = values.get("name")
+    name = values.get("name", registry.KINDS[kind].unnamed)
     if not isinstance(name, str):
         raise ConfigError(
             f"{key}.name is not set. Its file must say which {kind} it is, one of: {', '.join(registry.catalog(kind))}."
         )
     try:
-        return registry.get(kind, name), {key: value for key, value in values.items() if key != "name"}
+        cls: Any = registry.get(kind, name)
     except ConfigError as error:
         raise ConfigError(f"{error} ({composed.origins.get(f'{key}.name', key)})") from None
+    former = getattr(cls, "former", {})
+    given = {}
+    for setting, value in values.items():
+        if setting != "name" and not (setting in former and value == former[setting]):
+            given[setting] = value
+    return cls, given
 
 
 def _what(section: str, cls: type) -> str:
     """``method=lora``, ``schedule=grow``; for a section without a choice of classes its name."""
     leaf = section.rpartition(".")[2]
-    return f"{leaf}={cls.name}" if leaf in (*CHOSEN, *NESTED.values()) else leaf  # type: ignore[attr-defined]  # registered, so it has a name
+    return f"{leaf}={cls.name}" if leaf in (*CHOSEN, *NESTED) else leaf  # type: ignore[attr-defined]  # registered, so it has a name
 
 
 @cache
@@ -191,13 +188,28 @@ def _check(
     given = {key: value for key, value in values.items() if value != "???"}
     try:
         model = _schema(cls, wanted).model_validate_json(json.dumps(given, default=str))
-        return {name[2:]: getattr(model, name) for name in model.model_fields_set}, []
+        parts = {name[2:]: getattr(model, name) for name in model.model_fields_set}
+        return parts, _unknown_names(parts, cls, section, composed)
     except pydantic.ValidationError as error:
         errors: list[Any] = error.errors(include_url=False)
     as_text = {e["loc"][0]: text for e in errors if (text := _text_of(e, section, composed)) is not None}
     if as_text:
         return _check(cls, wanted, {**values, **as_text}, section, composed)
     return {}, _faults(errors, cls, section, composed)
+
+
+def _unknown_names(parts: dict[str, Any], cls: type, section: str, composed: Composed) -> list[str]:
+    """Return a fault for each setting that must be the name of a registered class and is not."""
+    hints, found = get_type_hints(cls, include_extras=True), list[str]()
+    for name, value in parts.items():
+        for mark in getattr(hints[name], "__metadata__", ()):
+            if isinstance(mark, registry.Named) and value not in registry.catalog(mark.kind):
+                known = registry.catalog(mark.kind)
+                given = _given(_dotted(section, (name,)), value, composed)
+                found.append(
+                    f"{given} is not a {mark.kind}.{near(value, known)} There is: {', '.join(known)}."
+                )
+    return found
 
 
 def _text_of(error: Any, section: str, composed: Composed) -> str | None:
@@ -250,7 +262,7 @@ def _fault(key: str, errors: list[Any], cls: type, section: str, composed: Compo
         return [f"{key} is not set{_origin(key, composed, ' ({} leaves it open)')}. Add {key}=VALUE."]
     if kind == "extra_forbidden":
         of = f" of {_what(section, cls)}" if section else ""
-        if section in CHOSEN and (nested := key.rpartition(".")[2]) in NESTED.values():
+        if section in CHOSEN and (nested := key.rpartition(".")[2]) in NESTED:
             choice = value.get("name") if isinstance(value, dict) else None
             whats = (
                 [f"{nested}={choice}"] if choice else [_given(*item, composed) for item in flat(value, key)]
@@ -297,7 +309,7 @@ def _suggestion(key: str, composed: Composed) -> str:
     known = [*ROOT, *SECTIONS, *(full for section in SECTIONS for full in _settings(section, composed))]
     parent, _, leaf = key.rpartition(".")
     beside = [full for full in known if full.rpartition(".")[0] == parent]
-    if not beside and (parent in SECTIONS or parent.rpartition(".")[2] in NESTED.values()):
+    if not beside and (parent in SECTIONS or parent.rpartition(".")[2] in NESTED):
         return " It has none."
     for pool in (beside, known):
         names = difflib.get_close_matches(leaf, [full.rpartition(".")[2] for full in pool], n=1, cutoff=0.6)

@@ -81,6 +81,7 @@ class Phase:
 class Method:
     """Base of all methods."""
 
+    KIND: ClassVar[str] = "method"
     name: ClassVar[str]
     family: ClassVar[str]
     trains: ClassVar[str]

@@ -18,6 +18,7 @@ if TYPE_CHECKING:  # the configuration asks for selectors where torch is not wan
 class Selector:
     """Base of all selectors; it selects everything."""
 
+    KIND: ClassVar[str] = "selector"
     name: ClassVar[str]
     unused_parameters: ClassVar[bool] = False  # some trained tensors may get no gradient in a step
 

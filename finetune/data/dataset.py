@@ -32,6 +32,7 @@ class Raw:
 class Dataset:
     """Base of all data sets."""
 
+    KIND: ClassVar[str] = "dataset"
     name: ClassVar[str]
 
     def read(self) -> Raw:

@@ -1,68 +1,103 @@
-"""AdamW with an age for each entry: bias correction counts the steps of that entry alone."""
+"""AdamW with an age for each entry: the bias correction of an entry counts the steps of that entry alone."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import torch
-from torch import Tensor
+from annotated_types import Ge, Gt, Lt
+from torch import Tensor, nn
 
-CHUNK = {"cpu": 2**17}  # entries that are moved together: the temporaries stay in cache, by device type
+from ..core.optimizer import Optimizer
+from ..core.state import entry_stores
+from ..registry import register
+
+CHUNK = {"cpu": 2**17}  # entries updated together, by device type: the temporaries stay in cache
 CHUNK_ELSEWHERE = 2**24
+Rate = Annotated[float, Ge(0), Lt(1)]
 
 
-class AdamW(torch.optim.AdamW):
-    """torch's AdamW, fused. For the parameters ``aged`` its ``state["step"]`` has their shape; who adds entries may set it as the moments.
+@register("adamw")
+@dataclass(frozen=True)
+class AdamW(Optimizer):
+    """AdamW: moving averages of the gradient and of its square."""
 
-    m and v as ever; with the age t of an entry, this step included, p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+    betas: tuple[Rate, Rate] = (0.9, 0.999)
+    eps: Annotated[float, Gt(0)] = 1e-8
+
+    def make(self, groups: list[dict[str, Any]], states: nn.Module) -> AdamWOptimizer:
+        """Return the torch optimizer; the values of stores with ages are its ``aged`` parameters."""
+        aged = [store.values for store in entry_stores(states) if store.ages]
+        return AdamWOptimizer(groups, aged, lr=self.lr, betas=self.betas, eps=self.eps)
+
+
+class AdamWOptimizer(torch.optim.AdamW):
+    """torch's fused AdamW, in which the entries of some parameters have ages of their own.
+
+    For the parameters ``aged``, ``state["step"]`` has the shape of the parameter; code that adds entries may set it
+    as it sets the moments. The moments m and v are those of AdamW. With the age t of an entry, this step included:
+    p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """
 
     def __init__(self, params: Any, aged: Iterable[Tensor] = (), **settings: Any) -> None:
         super().__init__(params, fused=True, **settings)
         self.aged = list(aged)
-        self._step_supports_amp_scaling = not self.aged  # fp16: gradients must come unscaled
+        self._step_supports_amp_scaling = not self.aged  # with fp16, gradients must come unscaled
 
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # gradients are set aside, so a closure cannot make them
-        """Move everything that has a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure could not set .grad
+        """Update every parameter that has a gradient."""
         grads = [p.grad for p in self.aged]
         for p in self.aged:
-            p.grad = None
+            p.grad = None  # torch's step leaves these parameters alone
         super().step()
         for p, grad in zip(self.aged, grads, strict=True):
             p.grad = grad
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is not None and any(p is a for a in self.aged):
-                    self._move(p, p.grad, group)
+                    self._update(p, p.grad, group)
 
     @torch.no_grad()
-    def _move(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
+    def _update(self, p: Tensor, grad: Tensor, group: dict[str, Any]) -> None:
         state = self.state[p]
-        for name in ("step", "exp_avg", "exp_avg_sq") if not state else ():
-            state[name] = torch.zeros_like(p)
+        if not state:
+            for name in ("step", "exp_avg", "exp_avg_sq"):
+                state[name] = torch.zeros_like(p)
+        settings = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
         size = CHUNK.get(p.device.type, CHUNK_ELSEWHERE)
-        views = (
-            t.view(-1).split(size) for t in (p, grad, state["step"], state["exp_avg"], state["exp_avg_sq"])
-        )
-        for parts in zip(*views, strict=True):
-            _move_(*parts, **{k: group[k] for k in ("lr", "betas", "eps", "weight_decay")})
+        chunks = []
+        for tensor in (p, grad, state["step"], state["exp_avg"], state["exp_avg_sq"]):
+            chunks.append(tensor.view(-1).split(size))
+        for parts in zip(*chunks, strict=True):
+            _update_(*parts, **settings)
 
 
-def _move_(
-    p: Tensor, grad: Tensor, age: Tensor, m: Tensor, v: Tensor, lr: float, betas: tuple[float, float], eps: float, weight_decay: float
-) -> None:  # fmt: skip
+def _update_(
+    p: Tensor,
+    grad: Tensor,
+    age: Tensor,
+    m: Tensor,
+    v: Tensor,
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    weight_decay: float,
+) -> None:
+    """Update one chunk of entries in place."""
     age.add_(1)
     if weight_decay:
         p.mul_(1 - lr * weight_decay)
     m.lerp_(grad, 1 - betas[0])
     v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
-    decayed = _decayed(age, betas[1])
-    scale = v.sqrt().div_(decayed.neg_().sqrt_()).add_(eps)
-    p.addcdiv_(m, scale.mul_(_decayed(age, betas[0], decayed)), value=lr)
+    correction = _power_minus_one(age, betas[1])
+    scale = v.sqrt().div_(correction.neg_().sqrt_()).add_(eps)
+    p.addcdiv_(m, scale.mul_(_power_minus_one(age, betas[0], correction)), value=lr)
 
 
-def _decayed(age: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """beta^age - 1, without the cancellation of float32 at small ages."""
-    return torch.mul(age, math.log(beta) if beta else -math.inf, out=out).expm1_()
+def _power_minus_one(age: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
+    """Return beta^age - 1, without the cancellation that float32 would have at small ages."""
+    exponent = math.log(beta) if beta else -math.inf
+    return torch.mul(age, exponent, out=out).expm1_()

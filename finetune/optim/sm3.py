@@ -3,66 +3,104 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar
 
 import torch
-from torch import Tensor
+from annotated_types import Gt
+from torch import Tensor, nn
 
-from ..core.state import EntryStore
+from ..core.optimizer import Optimizer
+from ..core.state import EntryStore, entry_stores
+from ..registry import register
 
 
-class SM3(torch.optim.Optimizer):
-    """v = the least of an entry's accumulators + g^2; each accumulator becomes the largest v among its entries; p -= lr * g / sqrt(v + eps).
+@register("sm3")
+@dataclass(frozen=True)
+class SM3(Optimizer):
+    """SM3: one accumulator a row and a column in place of one an entry."""
 
-    A matrix has an accumulator for every row and every column, any other tensor one for every index of every dimension: for vectors this is Adagrad.
-    The values of a bank are entries of its sites: ``state[bank.values]`` has ``row.i`` [out, 1] and ``col.i`` [1, in] for site i, from the start, and
-    they stay when entries move. Nothing lowers an accumulator. No momentum. Weight decay is decoupled, as in AdamW.
+    eps: Annotated[float, Gt(0)] = 1e-8
+
+    former: ClassVar[dict[str, Any]] = {"betas": [0.9, 0.999]}
+
+    def make(self, groups: list[dict[str, Any]], states: nn.Module) -> SM3Optimizer:
+        """Return the torch optimizer, which knows the rows and columns of the entries of banks."""
+        return SM3Optimizer(groups, self.lr, self.eps, entry_stores(states))
+
+
+class SM3Optimizer(torch.optim.Optimizer):
+    """The SM3 update: v = the smallest accumulator of an entry + g^2, then p -= lr * g / sqrt(v + eps).
+
+    Each accumulator then becomes the largest v among its entries; nothing lowers an accumulator. A matrix has an
+    accumulator for every row and every column; any other tensor has one for every index of every dimension, which for
+    vectors is Adagrad. The values of a bank are entries of its sites: ``state[bank.values]`` holds ``row.i`` [out, 1]
+    and ``col.i`` [1, in] for site i from the start, and they stay when entries move. There is no momentum. Weight decay
+    is decoupled, as in AdamW.
     """
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[EntryStore] = ()) -> None:
         super().__init__(params, {"lr": lr, "eps": eps, "weight_decay": 0.0})
         self.banks: dict[Tensor, EntryStore] = {bank.values: bank for bank in banks}
-        for p in (p for group in self.param_groups for p in group["params"]):
-            self.state[p] = _of_bank(self.banks[p]) if p in self.banks else _of_dense(p)
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p] = _bank_state(self.banks[p]) if p in self.banks else _dense_state(p)
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]  # there is nothing to evaluate again
-        """Move everything that has a gradient."""
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is evaluated again
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
-            for p in (p for p in group["params"] if p.grad is not None):
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                move = self._move_bank if p in self.banks else self._move
-                move(p, p.grad, self.state[p], group["lr"], group["eps"])
+                update = self._update_bank if p in self.banks else self._update_dense
+                update(p, p.grad, self.state[p], group["lr"], group["eps"])
 
-    def _move(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, eps: float) -> None:
+    def _update_dense(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, eps: float) -> None:
         v = reduce(torch.minimum, state.values())
         v = torch.addcmul(v, grad, grad)
         for accumulator in state.values():
             others = [d for d in range(v.ndim) if accumulator.shape[d] != v.shape[d]]
-            torch.maximum(accumulator, v.amax(others, keepdim=True) if others else v, out=accumulator)
+            largest = v.amax(others, keepdim=True) if others else v
+            torch.maximum(accumulator, largest, out=accumulator)
         p.addcdiv_(grad, v.add_(eps).sqrt_(), value=-lr)
 
-    def _move_bank(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, eps: float) -> None:
+    def _update_bank(self, p: Tensor, grad: Tensor, state: dict[str, Tensor], lr: float, eps: float) -> None:
         bank = self.banks[p]
-        for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
-            if a == b:
+        bounds = bank.bounds()
+        for i, (start, end) in enumerate(pairwise(bounds)):
+            if start == end:
                 continue
-            at, g = bank.where(i).long(), grad[a:b]
-            sums = state[f"row.{i}"].view(-1), state[f"col.{i}"].view(-1)
-            width = len(sums[1])
-            places = at // width, at % width
-            v = torch.minimum(sums[0][places[0]], sums[1][places[1]]).addcmul_(g, g)
-            for accumulator, place in zip(sums, places, strict=True):
-                accumulator.scatter_reduce_(0, place, v, "amax")
-            p[a:b].addcdiv_(g, v.add_(eps).sqrt_(), value=-lr)
+            positions, g = bank.where(i).long(), grad[start:end]
+            rows, columns = state[f"row.{i}"].view(-1), state[f"col.{i}"].view(-1)
+            width = len(columns)
+            row, column = positions // width, positions % width
+            v = torch.minimum(rows[row], columns[column]).addcmul_(g, g)
+            rows.scatter_reduce_(0, row, v, "amax")
+            columns.scatter_reduce_(0, column, v, "amax")
+            p[start:end].addcdiv_(g, v.add_(eps).sqrt_(), value=-lr)
 
 
-def _of_dense(p: Tensor) -> dict[str, Tensor]:
-    shapes = [[n if d == e else 1 for e, n in enumerate(p.shape)] for d in range(p.ndim)] or [[]]
-    return {f"cover.{d}": p.new_zeros(shape) for d, shape in enumerate(shapes)}
+def _dense_state(p: Tensor) -> dict[str, Tensor]:
+    """Return an accumulator for each dimension, all 0, of size 1 in every other dimension; one scalar for a scalar."""
+    if not p.ndim:
+        return {"cover.0": p.new_zeros([])}
+    state = {}
+    for dimension, size in enumerate(p.shape):
+        shape = [1] * p.ndim
+        shape[dimension] = size
+        state[f"cover.{dimension}"] = p.new_zeros(shape)
+    return state
 
 
-def _of_bank(bank: EntryStore) -> dict[str, Tensor]:
-    rows = {f"row.{i}": bank.values.new_zeros(out, 1) for i, (out, _) in enumerate(bank.shapes)}
-    return rows | {f"col.{i}": bank.values.new_zeros(1, in_) for i, (_, in_) in enumerate(bank.shapes)}
+def _bank_state(bank: EntryStore) -> dict[str, Tensor]:
+    """Return the row and the column accumulators of every site of ``bank``, all 0: first all rows, then all columns."""
+    state = {}
+    for i, (rows, _) in enumerate(bank.shapes):
+        state[f"row.{i}"] = bank.values.new_zeros(rows, 1)
+    for i, (_, columns) in enumerate(bank.shapes):
+        state[f"col.{i}"] = bank.values.new_zeros(1, columns)
+    return state

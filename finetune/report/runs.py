@@ -12,7 +12,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..config.settings import LATER
+from ..config import later
 from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
 from ..system import safe
@@ -226,9 +226,9 @@ def _config(path: Path) -> tuple[Settings, int | None] | None:
     if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
         return None
     seed = found.get("seed")
-    kept = {key: value for key, value in found.items() if key not in NOT_THE_RUN}
+    kept = {key: value for key, value in later.enter(found).items() if key not in NOT_THE_RUN}
     leaves = {key: value for key, value in _leaves(kept, "") if key not in NOT_THE_RUN}
-    return LATER | leaves, seed if isinstance(seed, int) else None
+    return leaves, seed if isinstance(seed, int) else None
 
 
 def _yaml(file: Path) -> Any:

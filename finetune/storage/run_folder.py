@@ -21,7 +21,8 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..config.settings import LATER, Config, decides
+from ..config import later
+from ..config.settings import Config, decides
 from ..errors import ConfigError
 from ..system import safe
 
@@ -204,6 +205,15 @@ def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     }
 
 
+def _compared(tree: Any, free: tuple[str, ...]) -> dict[str, Any]:
+    """Return the settings by which two configurations are the same run, by dotted key; later ones are entered."""
+    compared = {}
+    for key, value in _leaves(later.enter(tree) if isinstance(tree, dict) else tree).items():
+        if decides(key) and key not in free:
+            compared[key] = value
+    return compared
+
+
 @dataclasses.dataclass(frozen=True)
 class RunFolder:
     """The paths of one run's files; making it touches nothing."""
@@ -336,10 +346,7 @@ class RunFolder:
             theirs = safe.read_yaml(self.config)
         except (OSError, ValueError, yaml.YAMLError):
             return "its config.yaml cannot be read"
-        there, here = (
-            {k: v for k, v in (LATER | _leaves(tree)).items() if decides(k) and k not in free}
-            for tree in (theirs, ours)
-        )
+        there, here = _compared(theirs, free), _compared(ours, free)
         keys = [key for key in {**there, **here} if there.get(key, "absent") != here.get(key, "absent")]
         shown = [
             f"{key} is {there.get(key, 'absent')} there and {here.get(key, 'absent')} here"

@@ -12,8 +12,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..config.settings import OptimizerConfig
 from ..core.method import Method
+from ..core.optimizer import Optimizer
 from ..core.sparse.engine import Sparse
 from . import contract
 from .contract import Kind
@@ -38,7 +38,7 @@ class Case:
     name: str
     make: Callable[[], Method]
     kinds: tuple[Kind, ...] = ("vit",)
-    optimizer: OptimizerConfig = contract.OPTIMIZER
+    optimizer: Optimizer = contract.OPTIMIZER
     data_dependent: bool = False
     settings: tuple[str, ...] = ()
     selectable: bool = True

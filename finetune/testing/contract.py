@@ -22,11 +22,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from ..config.settings import OptimizerConfig, TrainConfig
+from ..config.settings import TrainConfig
 from ..core.method import Method
+from ..core.optimizer import Optimizer
 from ..core.part import base, detach, merge, patched
 from ..core.selector import Selector
 from ..data.encode import collate
+from ..optim.adamw import AdamW
 from ..storage import checkpoint
 from ..storage import delta as stored
 from ..system import random_state as rng
@@ -39,7 +41,7 @@ Kind = Literal["vit", "gpt2", "llama"]
 STEPS = 6
 SAVED = (1, STEPS // 2, STEPS - 1, STEPS)  # the steps after which a training writes checkpoints
 TRAIN = TrainConfig(steps=STEPS, batch_size=8, device="cpu")
-OPTIMIZER = OptimizerConfig(lr=1e-2)
+OPTIMIZER = AdamW(lr=1e-2)
 
 
 def tiny(kind: Kind = "vit") -> Any:
@@ -101,7 +103,7 @@ def begin(
     seed: int = 0,
     model: Any = None,
     selector: Selector | None = None,
-    optimizer: OptimizerConfig | None = None,
+    optimizer: Optimizer | None = None,
 ) -> Session:
     """Make a session of ``method`` on a tiny model, or on ``model``."""
     model = model if model is not None else tiny(kind)
@@ -251,7 +253,7 @@ class Trial:
         kind: Kind = "vit",
         train: TrainConfig = TRAIN,
         choose: Callable[[], Selector] = Selector,
-        optimizer: OptimizerConfig | None = None,
+        optimizer: Optimizer | None = None,
     ) -> None:
         self.make, self.kind, self.train = make, kind, train
         self.choose, self.optimizer = choose, optimizer

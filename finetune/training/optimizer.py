@@ -7,14 +7,12 @@ import math
 import torch
 from torch import nn
 
-from ..config.settings import OptimizerConfig
+from ..core.optimizer import Optimizer
 from ..core.part import parts
 from ..core.state import entry_stores
-from ..optim.adamw import AdamW
-from ..optim.sm3 import SM3
 
 
-def rate(settings: OptimizerConfig, step: int, steps: int) -> float:
+def rate(settings: Optimizer, step: int, steps: int) -> float:
     """The share of ``lr`` at ``step`` (from 0): linear warm-up, then cosine or linear to zero, or constant."""
     warm = round(settings.warmup * steps)
     if step < warm:
@@ -25,7 +23,7 @@ def rate(settings: OptimizerConfig, step: int, steps: int) -> float:
     return 1 - done if settings.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * done))
 
 
-def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.Optimizer:
+def make_optimizer(states: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
     """Over the trained tensors. Vectors (biases, norms) and some parts do not decay; a bank's values do: towards the pretrained weight."""
     stores = entry_stores(states)
     entries = {id(store.values) for store in stores}
@@ -38,12 +36,4 @@ def make_optimizer(states: nn.Module, settings: OptimizerConfig) -> torch.optim.
         {"params": rest, "weight_decay": 0.0},
     ]
     groups = [g for g in groups if g["params"]]
-    if settings.name == "sm3":
-        return SM3(groups, settings.lr, settings.eps, stores)
-    return AdamW(
-        groups,
-        [store.values for store in stores if store.ages],
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-    )
+    return settings.make(groups, states)

@@ -13,10 +13,11 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..config.settings import OptimizerConfig, TrainConfig
+from ..config.settings import TrainConfig
 from ..core.collective import add_gradients, share_, total
 from ..core.inplace import InPlace
 from ..core.method import Method, Run
+from ..core.optimizer import Optimizer
 from ..core.part import Source, detach, parts
 from ..core.selector import Selector
 from ..data.encode import Batch
@@ -65,7 +66,7 @@ class Session:
     """One method being trained on one model. ``steps()`` runs it; ``state_dict`` at any yield is enough to go on to the bit."""
 
     def __init__(
-        self, model: nn.Module, method: Method, head: tuple[str, ...], batches: Batches, optimizer: OptimizerConfig, train: TrainConfig, seed: int,
+        self, model: nn.Module, method: Method, head: tuple[str, ...], batches: Batches, optimizer: Optimizer, train: TrainConfig, seed: int,
         accelerator: Accelerator, source: Source | None = None, selector: Selector | None = None,
     ) -> None:  # fmt: skip
         self.selector = selector or Selector()

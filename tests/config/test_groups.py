@@ -11,14 +11,14 @@ import yaml
 from PIL import Image
 
 from finetune import registry
-from finetune.config.load import OF_SWEEPS, conf_dir, load
+from finetune.config.load import conf_dir, load
 from finetune.testing import contract
 from finetune.training import run
 
 FILES = sorted(
     str(f.relative_to(conf_dir()).with_suffix(""))
     for f in conf_dir().glob("*/*.yaml")
-    if f.parent.name not in OF_SWEEPS
+    if f.parent.name not in registry.outside_runs()
 )
 SHORT = {"train.steps": "3", "train.batch_size": "4", "train.threads": "1"}
 FITTING = {

@@ -24,7 +24,7 @@ FITS = {"redraw": ["schedule.every=100"]}  # where the default period is no less
 FILES = sorted(
     f"{file.parent.name}={file.stem}"
     for file in config.conf_dir().glob("*/*.yaml")
-    if file.parent.name not in config.OF_SWEEPS
+    if file.parent.name not in registry.outside_runs()
 )
 
 
@@ -80,7 +80,7 @@ def crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     real = registry.catalog
     more: dict[str, list[Any]] = {"method": [Crossed, Bare], "schedule": [Odd]}
 
-    def catalog(kind: registry.Kind) -> dict[str, registry.Entry]:
+    def catalog(kind: str) -> dict[str, registry.Entry]:
         return {
             **real(kind),
             **{
@@ -228,6 +228,12 @@ def test_peft_config_is_free() -> None:
         (["optimizer.betas=[0.9,1]"], r"optimizer.betas.1=1 \(command line\) should be less than 1"),
         (["train.precision=fp8"], "'fp32', 'bf16' or 'fp16'"),
         (["method.targets=q"], r"should be a list, written \[a,b\]"),
+        (
+            ["method=sparse", "method.score=snp"],
+            r"method.score='snp' \(command line\) is not a score. Did you mean 'snip'\? There is: change, d3",
+        ),
+        (["optimizer=sm4"], r"Did you mean 'sm3'\?"),
+        (["optimizer.bets=[0,0]"], r"is not a setting of optimizer=adamw. Did you mean 'optimizer.betas'\?"),
         (["sparsity=1.2"], r"method.sparsity=1.2 \(command line\) should be less than 1"),
         (
             ["method=lora", "sparsity=0.1"],

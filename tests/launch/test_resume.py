@@ -18,7 +18,7 @@ import torch
 
 from finetune import registry
 from finetune.config.load import load
-from finetune.config.settings import Config, OptimizerConfig
+from finetune.config.settings import Config
 from finetune.core.method import Run
 from finetune.core.selector import Selector
 from finetune.errors import ConfigError
@@ -26,6 +26,7 @@ from finetune.launch import resume
 from finetune.methods.reparam.lora import LoRA
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.methods.sparse.sparse import Crossing
+from finetune.optim.sm3 import SM3
 from finetune.selectors.ist import IST
 from finetune.storage import checkpoint, lock
 from finetune.storage import delta as stored
@@ -127,9 +128,7 @@ def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:
 
 
 def test_another_optimizer_and_schedule_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(
-        contract, "OPTIMIZER", OptimizerConfig("sm3", 0.05, weight_decay=0.1, schedule="linear", warmup=0.5)
-    )
+    monkeypatch.setattr(contract, "OPTIMIZER", SM3(lr=0.05, weight_decay=0.1, schedule="linear", warmup=0.5))
     for make in (lambda: Crossing(sparsity=0.9, schedule=_schedule("drop_grow")), lambda: LoRA(rank=2)):
         contract.check_resume(contract.Trial(make))
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.optim import adamw
-from finetune.optim.adamw import AdamW
+from finetune.optim.adamw import AdamWOptimizer
 
 SETTINGS: dict[str, Any] = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
 
@@ -33,7 +33,7 @@ def test_equal_ages_are_torch_s(
     ours, theirs = trained(start), trained(start)
     settings = {**SETTINGS, "betas": betas}
     optimizer, plain = (
-        AdamW([ours], [ours], **settings),
+        AdamWOptimizer([ours], [ours], **settings),
         torch.optim.AdamW([theirs], fused=False, foreach=False, **settings),
     )
     for grad in grads:
@@ -52,7 +52,7 @@ def test_the_first_step_is_exact_in_float32() -> None:
     start, grad = noise(50, dtype=torch.float32), noise(50, dtype=torch.float32)
     p = trained(start)
     p.grad = grad
-    AdamW([p], [p], lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0).step()
+    AdamWOptimizer([p], [p], lr=1.0, betas=(0.9, 0.999), eps=0.0, weight_decay=0.0).step()
     torch.testing.assert_close(start - p.data, grad.sign(), rtol=1e-6, atol=1e-6)
 
 
@@ -61,7 +61,10 @@ def test_each_entry_counts_its_own_steps() -> None:
     joined = [0, 0, 2, 3, 7]
     start, grads = noise(5), noise(12, 5)
     p, singles = trained(start), [trained(v.view(1)) for v in start]
-    optimizer, plain = AdamW([p], [p], **SETTINGS), [torch.optim.AdamW([s], **SETTINGS) for s in singles]
+    optimizer, plain = (
+        AdamWOptimizer([p], [p], **SETTINGS),
+        [torch.optim.AdamW([s], **SETTINGS) for s in singles],
+    )
     for step, grad in enumerate(grads):
         new = torch.tensor([at == step for at in joined])
         for t in optimizer.state[p].values():
@@ -88,7 +91,7 @@ def test_other_parameters_are_torch_s_to_the_bit() -> None:
         trained(noise(6, dtype=torch.float32)),
     )
     optimizer, plain = (
-        AdamW([{"params": [aged, a]}], [aged], **SETTINGS),
+        AdamWOptimizer([{"params": [aged, a]}], [aged], **SETTINGS),
         torch.optim.AdamW([b], fused=True, **SETTINGS),
     )
     for grad in noise(5, 4, 3, dtype=torch.float32):
@@ -104,11 +107,11 @@ def test_other_parameters_are_torch_s_to_the_bit() -> None:
 def test_saved_state_goes_on_to_the_bit() -> None:
     grads = noise(10, 6, dtype=torch.float32)
 
-    def made(values: Tensor) -> tuple[nn.Parameter, AdamW]:
+    def made(values: Tensor) -> tuple[nn.Parameter, AdamWOptimizer]:
         p = trained(values)
-        return p, AdamW([p], [p], **SETTINGS)
+        return p, AdamWOptimizer([p], [p], **SETTINGS)
 
-    def run(p: nn.Parameter, optimizer: AdamW, part: Tensor) -> None:
+    def run(p: nn.Parameter, optimizer: AdamWOptimizer, part: Tensor) -> None:
         for grad in part:
             p.grad = grad.clone()
             optimizer.step()
@@ -135,8 +138,8 @@ def test_a_gradient_scaler_unscales_first_and_skips_overflow() -> None:
     """The fused kernel would do it itself, the ages' own arithmetic does not."""
     p, q = trained(noise(3, dtype=torch.float32)), trained(noise(3, dtype=torch.float32))
     ours, theirs, scaler = (
-        AdamW([p], [p], **SETTINGS),
-        AdamW([q], [q], **SETTINGS),
+        AdamWOptimizer([p], [p], **SETTINGS),
+        AdamWOptimizer([q], [q], **SETTINGS),
         torch.amp.GradScaler("cpu", init_scale=1024.0),
     )
     scaler.scale(torch.zeros(()))

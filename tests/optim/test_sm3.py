@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor, nn
 
-from finetune.config.settings import OptimizerConfig
+from finetune.config.load import load
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank
+from finetune.errors import ConfigError
 from finetune.methods.sparse.shira import SHiRA
-from finetune.optim.adamw import AdamW
-from finetune.optim.sm3 import SM3
+from finetune.optim.adamw import AdamW, AdamWOptimizer
+from finetune.optim.sm3 import SM3, SM3Optimizer
 from finetune.testing import contract
 from finetune.training.session import make_optimizer
 
@@ -56,7 +59,7 @@ def entries(t: Tensor) -> dict[Place, float]:
 def test_dense_tensors_follow_the_definition(shape: tuple[int, ...]) -> None:
     p = nn.Parameter(noise(*shape))
     values, naive = entries(p.detach()), Naive(0.1, decay=0.2)
-    optimizer = SM3([{"params": [p], "weight_decay": 0.2}], lr=0.1)
+    optimizer = SM3Optimizer([{"params": [p], "weight_decay": 0.2}], lr=0.1)
     for step in range(6):
         p.grad = noise(*shape, seed=step)
         optimizer.step()
@@ -68,7 +71,7 @@ def test_dense_tensors_follow_the_definition(shape: tuple[int, ...]) -> None:
 
 def test_for_a_vector_it_is_adagrad() -> None:
     p, q = nn.Parameter(noise(7)), nn.Parameter(noise(7))
-    ours, theirs = SM3([p], lr=0.1, eps=1e-30), torch.optim.Adagrad([q], lr=0.1, eps=1e-30)
+    ours, theirs = SM3Optimizer([p], lr=0.1, eps=1e-30), torch.optim.Adagrad([q], lr=0.1, eps=1e-30)
     for step in range(5):
         p.grad, q.grad = noise(7, seed=step), noise(7, seed=step)
         ours.step()
@@ -87,7 +90,7 @@ def test_a_bank_with_all_entries_is_the_dense_matrix() -> None:
         banked([list(range(12)), list(range(10))], (4, 3), (2, 5)),
         [nn.Parameter(torch.zeros(4, 3).double()), nn.Parameter(torch.zeros(2, 5).double())],
     )
-    ours, theirs = SM3([bank.values], lr=0.1, banks=[bank]), SM3(dense, lr=0.1)
+    ours, theirs = SM3Optimizer([bank.values], lr=0.1, banks=[bank]), SM3Optimizer(dense, lr=0.1)
     for step in range(5):
         grads = noise(4, 3, seed=step), noise(2, 5, seed=step + 50)
         bank.values.grad = torch.cat([g.view(-1) for g in grads])
@@ -103,7 +106,7 @@ def test_a_sparse_bank_follows_the_definition_and_keeps_its_sums_when_entries_mo
     chosen, shape = [0, 1, 6, 7], (3, 4)
     bank = banked([chosen, [2, 3]], shape, (2, 2), room=3)
     optimizer, naive, values = (
-        SM3([bank.values], lr=0.1, banks=[bank]),
+        SM3Optimizer([bank.values], lr=0.1, banks=[bank]),
         Naive(0.1),
         {divmod(i, 4): 0.0 for i in chosen},
     )
@@ -136,7 +139,7 @@ def test_a_sparse_bank_follows_the_definition_and_keeps_its_sums_when_entries_mo
 
 def test_a_row_without_entries_stays_at_zero() -> None:
     bank = banked([[0, 1, 6, 7]], (3, 4))
-    optimizer = SM3([bank.values], lr=0.1, banks=[bank])
+    optimizer = SM3Optimizer([bank.values], lr=0.1, banks=[bank])
     for step in range(3):
         bank.values.grad = noise(4, seed=step)
         optimizer.step()
@@ -144,14 +147,14 @@ def test_a_row_without_entries_stays_at_zero() -> None:
 
 
 def test_saved_state_goes_on_to_the_bit() -> None:
-    def made(bank: Bank, head: nn.Parameter) -> SM3:
-        return SM3([bank.values, head], lr=0.1, banks=[bank])
+    def made(bank: Bank, head: nn.Parameter) -> SM3Optimizer:
+        return SM3Optimizer([bank.values, head], lr=0.1, banks=[bank])
 
     bank, head = banked([[0, 1, 6, 7]], (3, 4)), nn.Parameter(noise(2, 3))
     first = made(bank, head)
     ends: list[tuple[Tensor, Tensor]] = []
 
-    def step(optimizer: SM3, seed: int) -> None:
+    def step(optimizer: SM3Optimizer, seed: int) -> None:
         params: Any = optimizer.param_groups[0]["params"]
         for p in params:
             p.grad = noise(*p.shape, seed=seed)
@@ -177,22 +180,33 @@ def test_saved_state_goes_on_to_the_bit() -> None:
 def test_the_loop_makes_what_the_settings_name() -> None:
     states = contract.begin(SHiRA(sparsity=0.9)).states
     bank = next(m for m in states.modules() if isinstance(m, Bank))
-    sm3 = make_optimizer(states, OptimizerConfig(name="sm3", lr=0.3, eps=1e-6, weight_decay=0.1))
-    assert isinstance(sm3, SM3)
+    sm3 = make_optimizer(states, SM3(lr=0.3, eps=1e-6, weight_decay=0.1))
+    assert isinstance(sm3, SM3Optimizer)
     assert [g["weight_decay"] for g in sm3.param_groups] == [0.1, 0.0]
     assert {(g["lr"], g["eps"]) for g in sm3.param_groups} == {(0.3, 1e-6)}
     assert sm3.state[bank.values]["row.0"].shape == (bank.shapes[0][0], 1)
-    adamw = make_optimizer(states, OptimizerConfig(betas=(0.8, 0.9)))
-    assert isinstance(adamw, AdamW)
+    adamw = make_optimizer(states, AdamW(betas=(0.8, 0.9)))
+    assert isinstance(adamw, AdamWOptimizer)
     assert not adamw.aged
     assert {g["betas"] for g in adamw.param_groups} == {(0.8, 0.9)}
     bank.ages = True
-    aged = make_optimizer(states, OptimizerConfig())
-    assert isinstance(aged, AdamW)
+    aged = make_optimizer(states, AdamW())
+    assert isinstance(aged, AdamWOptimizer)
     assert [id(p) for p in aged.aged] == [id(bank.values)]
 
 
 def test_betas_are_refused_where_there_are_none() -> None:
-    with pytest.raises(ValueError, match=r"optimizer\.betas=\[0\.9, 0\.99\] means nothing to optimizer=sm3"):
-        OptimizerConfig(name="sm3", betas=(0.9, 0.99))
-    assert OptimizerConfig(name="sm3").betas == (0.9, 0.999)
+    with pytest.raises(ConfigError) as caught:
+        load(["optimizer=sm3", "optimizer.betas=[0.9,0.99]"])
+    (fault,) = caught.value.faults
+    assert fault.startswith("optimizer.betas=[0.9, 0.99] (command line) is not a setting of optimizer=sm3.")
+
+
+def test_the_betas_that_sm3_never_had_stay_in_its_configurations(tmp_path: Path) -> None:
+    """Earlier versions wrote AdamW's default into every configuration, so the hash covers it."""
+    config = load(["optimizer=sm3", "optimizer.betas=[0.9,0.999]"])
+    assert config == load(["optimizer=sm3"])
+    assert config.as_dict()["optimizer"]["betas"] == [0.9, 0.999]
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(config.as_dict()))
+    assert load([], None, file) == config

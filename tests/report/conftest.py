@@ -12,7 +12,8 @@ from typing import Any
 
 import pytest
 
-from finetune.config.settings import LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.config.settings import LoggerConfig, ModelConfig, TrainConfig
+from finetune.optim.adamw import AdamW
 from finetune.storage.run_folder import write_json_atomic, write_predictions, write_yaml
 
 
@@ -96,7 +97,7 @@ def made(tmp_path: Path) -> Callable[..., Path]:
 def _config(method: str, seed: int, settings: dict[str, Any]) -> dict[str, Any]:
     parts = {
         "model": ModelConfig("tiny_vit", "builtin:tiny_vit"),
-        "optimizer": OptimizerConfig(),
+        "optimizer": AdamW(),
         "train": TrainConfig(),
         "logger": LoggerConfig(),
     }

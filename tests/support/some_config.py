@@ -7,7 +7,8 @@ from typing import ClassVar
 
 import pytest
 
-from finetune.config.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.config.settings import Config, LoggerConfig, ModelConfig, TrainConfig
+from finetune.optim.adamw import AdamW
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ def some_config() -> Config:
         model,
         SomeMethod(),
         SomeData(),
-        OptimizerConfig(),
+        AdamW(),
         TrainConfig(),
         LoggerConfig(tags=("mine",), group="grid"),
     )

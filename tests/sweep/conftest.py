@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from finetune.cli import app as cli
-from finetune.config.settings import Config, LoggerConfig, ModelConfig, OptimizerConfig, TrainConfig
+from finetune.config.settings import Config, LoggerConfig, ModelConfig, TrainConfig
 from finetune.launch.start import NO_OPTIONS, StartOptions
+from finetune.optim.adamw import AdamW
 from finetune.storage.run_folder import RunFolder
 from finetune.sweep import process, work
 from finetune.sweep.grid import Point, freeze
@@ -46,7 +47,7 @@ def point(seed: int, name: str = "s", steps: int = 10) -> Point:
         ModelConfig("a", "b"),
         Named("m"),
         Named("d"),
-        OptimizerConfig(),
+        AdamW(),
         train,
         LoggerConfig(),
     )

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.method import Method, Phase, Run
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import collate
@@ -17,6 +16,7 @@ from finetune.methods.baseline.bitfit import BitFit
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
 from finetune.methods.sparse.shira import SHiRA
+from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.training.loss import count, example_losses
 from finetune.training.session import NotFinite, make_optimizer, rate
@@ -31,7 +31,7 @@ from finetune.training.session import NotFinite, make_optimizer, rate
     ],
 )
 def test_rates(schedule: Any, expected: list[float]) -> None:
-    settings = OptimizerConfig(schedule=schedule, warmup=1 / 3)
+    settings = AdamW(schedule=schedule, warmup=1 / 3)
     assert [rate(settings, step, 6) for step in range(6)] == pytest.approx(expected)
 
 
@@ -109,7 +109,7 @@ def test_language_model_loss_is_the_mean_over_tokens_not_over_examples() -> None
 
 
 def test_only_matrices_and_banks_decay() -> None:
-    settings = OptimizerConfig(weight_decay=0.1)
+    settings = AdamW(weight_decay=0.1)
     bank = contract.begin(SHiRA(sparsity=0.9)).states
     groups = make_optimizer(bank, settings).param_groups
     assert {id(p) for p in groups[0]["params"]} == {

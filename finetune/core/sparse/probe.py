@@ -16,7 +16,7 @@ from ...errors import ConfigError
 from ..method import Run
 from ..part import Patched, WeightGrad
 from .bank import Bank
-from .scores import SCORES, Look
+from .scores import ScoredSite, score_named
 
 Visit = Callable[[int, Tensor], None]  # takes a site's position and its scores, [out, in] float32
 
@@ -34,11 +34,11 @@ def scan(
     arrives. With several, gradients must be summed first: the sites then take turns in groups no larger than the
     largest site, with one round of backward passes for each group.
     """
-    score = SCORES[method.score]
+    score = score_named(method.score)
 
     def visit_score(i: int, grad: Tensor | None = None) -> None:
         with torch.no_grad():
-            visit(i, score.of(Look(layers[i], run.generator, grad, trained[i]), method).float())
+            visit(i, score(ScoredSite(layers[i], run.generator, grad, trained[i]), method).float())
 
     if score.needs == "weight":
         for i in range(len(layers)):

@@ -33,6 +33,7 @@ class Schedule:
     The first choice is made before step 0, and a move before the step for which ``move`` returns it.
     """
 
+    KIND: ClassVar[str] = "schedule"
     name: ClassVar[str]
 
     @property

@@ -9,23 +9,10 @@ from annotated_types import Ge, Gt, Lt
 
 from ..method import Method
 from .schedule import Schedule
+from .scores import ScoreName as ScoreName  # part of what this module offers
 
 Direction = Literal["largest", "smallest"]
 Scope = Literal["matrix", "role", "block", "model", "layer"]
-ScoreName = Literal[
-    "random",
-    "magnitude",
-    "change",
-    "gradient",
-    "gradient_weight",
-    "snip",
-    "fisher",
-    "sensitivity",
-    "d3",
-    "lowrank_magnitude",
-    "principal",
-    "off_principal",
-]
 
 
 @dataclass(frozen=True)

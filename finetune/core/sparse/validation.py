@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import re
 
+from ... import registry
+from ...errors import near
 from .grain import N_OF_M, PATTERN
-from .scores import SCORES
+from .scores import settings_used
 from .settings import SparseSettings
 
 SCORE_OPTIONS = ("batches", "rank", "power", "eps")
 SCHEDULES_OF_N_OF_M = ("static", "one_shot", "redraw")  # those that never change the number of entries
-SIGNED_SCORES = ("gradient_weight", "off_principal")
 
 
 def find_contradictions(settings: SparseSettings) -> list[str]:
     """Return one sentence for each contradiction; it names the settings, their values and the cure."""
+    scores = registry.catalog("score")
+    if settings.score not in scores:
+        return [
+            f"method.score={settings.score} is not known.{near(settings.score, scores)} Known: {', '.join(scores)}."
+        ]
     found = _unused_options(settings)
     found += _grain_contradictions(settings)
     if settings.grain == "matrix" and settings.scope in ("matrix", "layer"):
@@ -22,7 +28,9 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
             f"method.grain=matrix leaves scope={settings.scope} nothing to choose from: a matrix is one unit. "
             "Take scope=role, block or model."
         )
-    if settings.scope == "layer" and (settings.direction == "smallest" or settings.score in SIGNED_SCORES):
+    if settings.scope == "layer" and (
+        settings.direction == "smallest" or scores[settings.score].facts.get("signed")
+    ):
         found.append(
             "method.scope=layer divides the budget by the mean of scores that are never negative, which "
             f"score={settings.score} with direction={settings.direction} are not. Take scope=matrix or scope=model."
@@ -38,11 +46,11 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
 
 def _unused_options(settings: SparseSettings) -> list[str]:
     """Name options of other scores that are set and would be ignored."""
-    found = []
+    found, used = [], settings_used()
     for name in SCORE_OPTIONS:
         value, default = getattr(settings, name), type(settings).__dataclass_fields__[name].default
-        if name not in SCORES[settings.score].uses and value != default:
-            users = ", ".join(score for score, entry in SCORES.items() if name in entry.uses)
+        if name not in used[settings.score] and value != default:
+            users = ", ".join(score for score, names in used.items() if name in names)
             found.append(
                 f"method.{name}={value} has no effect with score={settings.score}; it belongs to {users}."
             )

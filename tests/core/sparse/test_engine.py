@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import patched
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.bank import Bank
@@ -19,6 +18,7 @@ from finetune.core.sparse.grain import grain_of
 from finetune.core.sparse.schedule import Schedule
 from finetune.core.sparse.settings import Direction, Scope
 from finetune.methods.sparse.sparse import Crossing
+from finetune.optim.adamw import AdamW
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
 from finetune.schedules.narrow import Narrow
@@ -28,7 +28,7 @@ from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
 from finetune.training.session import Session, rate
 
-DECAYING = OptimizerConfig(lr=1e-2, weight_decay=0.3)
+DECAYING = AdamW(lr=1e-2, weight_decay=0.3)
 
 
 def double(session: Session) -> Session:
@@ -480,10 +480,13 @@ def test_one_shot_rewinds_everything_and_takes_the_largest_changes() -> None:
     [
         (
             {"score": "random", "rank": 8},
-            "method.rank=8 .* score=random; it belongs to lowrank_magnitude, principal, off_principal",
+            "method.rank=8 .* score=random; it belongs to lowrank_magnitude, off_principal, principal",
         ),
         ({"score": "snip", "power": 2.0}, "method.power=2.0 .* score=snip; it belongs to d3"),
-        ({"score": "magnitude", "batches": 2}, "method.batches=2 .* score=magnitude; it belongs to gradient"),
+        (
+            {"score": "magnitude", "batches": 2},
+            "method.batches=2 .* score=magnitude; it belongs to d3, fisher, gradient,",
+        ),
         ({"grain": "rows"}, "method.grain=rows is not a grain. Take element, row"),
         ({"grain": "block:0"}, "method.grain=block:0 is not a grain\\. .*block:16"),
         ({"grain": "4:2"}, "method.grain=4:2 .* n below m, as 2:4"),

@@ -11,10 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune import registry
 from finetune.core.linalg import low_rank
 from finetune.core.part import merge, patched
 from finetune.core.sparse.probe import scan
-from finetune.core.sparse.scores import SCORES, Look
+from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.core.sparse.select import TopK
 from finetune.core.sparse.settings import ScoreName
 from finetune.methods.sparse.sparse import Crossing
@@ -108,6 +109,7 @@ def case(kind: Kind, micro: int | None, batches: int) -> tuple[Session, dict[str
     return session, {k: [t.T if transposed else t for t in v] for k, v in found.items()}
 
 
+OF_GRADIENTS = [name for name, entry in registry.catalog("score").items() if "needs" in entry.facts]
 CASES: list[tuple[Kind, int | None, int]] = [
     ("vit", None, 1),
     ("vit", 3, 2),
@@ -117,7 +119,7 @@ CASES: list[tuple[Kind, int | None, int]] = [
 
 
 @pytest.mark.parametrize(("kind", "micro", "batches"), CASES)
-@pytest.mark.parametrize("score", [name for name, s in SCORES.items() if s.needs != "weight"])
+@pytest.mark.parametrize("score", OF_GRADIENTS)
 def test_scores_of_gradients(score: ScoreName, kind: Kind, micro: int | None, batches: int) -> None:
     session, seen = case(kind, micro, batches)
     formulas = {
@@ -145,7 +147,7 @@ def test_fisher_squares_each_example_and_not_their_sum() -> None:
 # Scores of the weights
 
 
-def look(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None) -> Look:
+def look(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None) -> ScoredSite:
     """A layer of weight ``w``, and a change of it as a delta would make it."""
     from finetune.core.part import Delta, Patched
 
@@ -159,16 +161,16 @@ def look(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None)
     made = Patched(layer)
     if change is not None:
         made.deltas.append(Fixed())
-    return Look(made, torch.Generator().manual_seed(0), None, trained)
+    return ScoredSite(made, torch.Generator().manual_seed(0), None, trained)
 
 
 def test_magnitude_and_change_see_the_weight_as_it_is_now() -> None:
     w, change, trained = torch.randn(3, 6, 5).unbind()
     method = Crossing()
-    assert torch.equal(SCORES["magnitude"].of(look(w, change), method), (w + change).abs())
-    assert torch.equal(SCORES["change"].of(look(w, change), method), (w + change - w).abs())
-    assert torch.equal(SCORES["magnitude"].of(look(w, None, trained), method), trained.abs())
-    assert torch.equal(SCORES["change"].of(look(w, None, trained), method), (trained - w).abs())
+    assert torch.equal(score_named("magnitude")(look(w, change), method), (w + change).abs())
+    assert torch.equal(score_named("change")(look(w, change), method), (w + change - w).abs())
+    assert torch.equal(score_named("magnitude")(look(w, None, trained), method), trained.abs())
+    assert torch.equal(score_named("change")(look(w, None, trained), method), (trained - w).abs())
 
 
 @pytest.mark.parametrize("score", ["magnitude", "change", "lowrank_magnitude", "principal", "off_principal"])
@@ -178,7 +180,7 @@ def test_a_score_leaves_the_weights_alone_and_is_float32(score: str) -> None:
         before = w.clone(), trained.clone()
         for given in (None, trained):
             assert (
-                SCORES[score].of(look(w, None, given), Crossing(score="lowrank_magnitude", rank=2)).dtype
+                score_named(score)(look(w, None, given), Crossing(score="lowrank_magnitude", rank=2)).dtype
                 == torch.float32
             )
         assert torch.equal(w, before[0])
@@ -187,7 +189,7 @@ def test_a_score_leaves_the_weights_alone_and_is_float32(score: str) -> None:
 
 def test_random_is_drawn_from_the_runs_generator() -> None:
     first, again = look(torch.randn(300, 200)), look(torch.randn(300, 200))
-    a, b, c = (SCORES["random"].of(x, Crossing()) for x in (first, again, first))
+    a, b, c = (score_named("random")(x, Crossing()) for x in (first, again, first))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
     assert abs(float(a.mean()) - 0.5) < 0.01
@@ -203,7 +205,7 @@ def test_low_rank_is_the_truncated_singular_value_decomposition(shape: tuple[int
     assert int(torch.linalg.matrix_rank(found.double(), rtol=1e-5)) == rank
     torch.testing.assert_close(found, best.float(), rtol=1e-4, atol=1e-5)
     for name in ("lowrank_magnitude", "principal"):
-        score = SCORES[name].of(look(w), Crossing(score="principal", rank=rank))
+        score = score_named(name)(look(w), Crossing(score="principal", rank=rank))
         torch.testing.assert_close(score, best.abs().float(), rtol=1e-4, atol=1e-5)
 
 
@@ -223,5 +225,5 @@ def test_off_principal_takes_the_union_of_the_small_and_the_small_after_rank_red
     for a in range(1, 108, 7):
         union = set(by_weight[:a].tolist()) | set(by_rank[:a].tolist())
         top = TopK(len(union), {0: 1})
-        top.add(0, SCORES["off_principal"].of(look(w), Crossing(score="off_principal", rank=3)))
+        top.add(0, score_named("off_principal")(look(w), Crossing(score="off_principal", rank=3)))
         assert set(top.take()[0].tolist()) == union

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import changed_linear, merge, patched
 from finetune.errors import ConfigError
 from finetune.methods.reparam.amt import AMT, Mask, damped
+from finetune.optim.adamw import AdamW
 from finetune.storage import delta as stored
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
@@ -233,7 +233,7 @@ def test_masks_that_rest_are_left_out() -> None:
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(schedule="constant", warmup=0.0, **options))
+    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(schedule="constant", warmup=0.0, **options))
 
 
 def test_nothing_is_masked_before_adam_can_have_moved_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -284,7 +284,7 @@ def test_where_the_loss_does_not_push_only_the_penalty_does() -> None:
 
 def test_weight_decay_leaves_scores_alone() -> None:
     session = contract.begin(AMT())
-    optimizer = make_optimizer(session.states, OptimizerConfig(lr=0.1, weight_decay=0.5))
+    optimizer = make_optimizer(session.states, AdamW(lr=0.1, weight_decay=0.5))
     before = {k: p.detach().clone() for k, p in session.states.named_parameters()}
     for p in session.states.parameters():
         p.grad = torch.zeros_like(p)

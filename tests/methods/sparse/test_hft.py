@@ -11,12 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import Part
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.baseline.full import Full
 from finetune.methods.sparse.hft import HFT, draw
+from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
@@ -232,7 +232,7 @@ def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(
     rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With weight decay: what rests in a round neither moves, nor decays, nor keeps moments."""
-    settings = OptimizerConfig(lr=1e-2, weight_decay=0.5)
+    settings = AdamW(lr=1e-2, weight_decay=0.5)
     monkeypatch.setattr(contract, "OPTIMIZER", settings)
     session = contract.begin(
         HFT(rounds=rounds), model=contract.tiny().double()

@@ -74,14 +74,14 @@ def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
 
 def test_power_zero_does_not_see_the_weight() -> None:
     """Invariant 5, by the score itself: with a power the smaller of two weights goes first."""
-    from finetune.core.sparse.scores import SCORES, Look
+    from finetune.core.sparse.scores import ScoredSite, score_named
 
     g = torch.tensor([[1.0, 1.0]])
 
     def score(power: float) -> Tensor:
         w = torch.tensor([[3.0, 0.5]])
         layer: Any = type("Layer", (), {"weight": w, "original": w})()
-        return SCORES["d3"].of(Look(layer, torch.Generator(), g.clone()), ID3(power=power))
+        return score_named("d3")(ScoredSite(layer, torch.Generator(), g.clone()), ID3(power=power))
 
     assert torch.equal(score(0.0), g)
     torch.testing.assert_close(score(1.0), torch.tensor([[1 / 3.001, 1 / 0.501]]))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.part import patched
-from finetune.core.sparse.scores import SCORES, Look
+from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.methods.sparse.lift import LIFT
 from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
@@ -71,7 +71,7 @@ def test_at_full_rank_it_is_plain_magnitude_and_at_a_small_one_hardly() -> None:
 
 def look(w: Tensor) -> Tensor:
     layer: Any = type("Layer", (), {"weight": w, "original": w})()
-    return SCORES["lowrank_magnitude"].of(Look(layer, torch.Generator()), LIFT(rank=2))
+    return score_named("lowrank_magnitude")(ScoredSite(layer, torch.Generator()), LIFT(rank=2))
 
 
 def top(score: Tensor, k: int) -> Tensor:

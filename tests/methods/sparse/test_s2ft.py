@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import merge, patched
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import IGNORED, collate
 from finetune.errors import ConfigError
 from finetune.methods.sparse.s2ft import S2FT
+from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
@@ -27,7 +27,7 @@ CASES = [Case("s2ft", lambda: S2FT(d=0.1, u=0.1))]
 test_contract = contract_test(CASES)
 
 EACH = S2FT(v=0.5, o=0.5, u=0.2, d=0.3)
-SETTINGS = OptimizerConfig(lr=1e-2)
+SETTINGS = AdamW(lr=1e-2)
 WIDTH, GROUP, INNER, LAYERS = (
     8,
     2,

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import patched
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.sparse import sara
 from finetune.methods.sparse.sara import SaRA, nuclear_norm
+from finetune.optim.adamw import AdamW
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.narrow import Narrow
 from finetune.schedules.static import Static
@@ -28,7 +28,7 @@ CASES = [Case("sara", lambda: SaRA(sparsity=0.9), ("vit", "gpt2"), data_dependen
 test_contract = contract_test(CASES)
 
 THETA = 8e-3
-SETTINGS = OptimizerConfig(lr=2e-3, weight_decay=0.5)
+SETTINGS = AdamW(lr=2e-3, weight_decay=0.5)
 UNCLIPPED = replace(contract.TRAIN, clip=None)
 LAYER = "vit.layers.0.mlp.fc1"
 NARROWED = contract.STEPS // 2

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from finetune.core.sparse.schedule import Schedule
-from finetune.core.sparse.scores import SCORES
+from finetune.core.sparse.scores import settings_used
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
@@ -47,7 +47,20 @@ SCHEDULES: tuple[Schedule, ...] = (
     Grow(every=2),
 )
 AXES: dict[str, tuple[Any, ...]] = {
-    "score": tuple(SCORES),
+    "score": (
+        "random",
+        "magnitude",
+        "change",
+        "gradient",
+        "gradient_weight",
+        "snip",
+        "fisher",
+        "sensitivity",
+        "d3",
+        "lowrank_magnitude",
+        "principal",
+        "off_principal",
+    ),
     "direction": ("largest", "smallest"),
     "scope": ("matrix", "role", "block", "model", "layer"),
     "grain": ("element", "element", "row", "column", "head", "block:4", "matrix", "2:4"),
@@ -66,7 +79,7 @@ def drawn(number: int, seed: int) -> list[Crossing]:
         settings |= (
             {"sparsity": 0.5} if settings["grain"] == "2:4" else {"sparsity": dice.choice([0.7, 0.95])}
         )
-        settings |= {"rank": 4} if "rank" in SCORES[settings["score"]].uses else {}
+        settings |= {"rank": 4} if "rank" in settings_used()[settings["score"]] else {}
         try:
             method = Crossing(**settings)
         except ValueError:
@@ -92,5 +105,6 @@ def test_the_draw_leaves_no_option_out() -> None:
     for axis in ("direction", "scope", "grain", "decay"):
         seen = Counter(getattr(m, axis) for m in CROSSINGS)
         assert set(seen) == set(AXES[axis]), axis
+    assert sorted(AXES["score"]) == sorted(settings_used())
     assert {m.schedule.name for m in CROSSINGS} == {s.name for s in SCHEDULES}
     assert len({m.score for m in CROSSINGS}) > 8

@@ -14,12 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.config.settings import OptimizerConfig
 from finetune.core.part import patched
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.candidates import Candidates
 from finetune.errors import ConfigError
 from finetune.methods.sparse.spiel import SpIEL, swap
+from finetune.optim.adamw import AdamW
+from finetune.optim.sm3 import SM3
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.static import Static
 from finetune.selectors.ist import IST
@@ -44,7 +45,7 @@ CASES = [
         "spiel ma",
         lambda: SpIEL(criterion="ma", sparsity=0.9, schedule=DropGrow(every=3), window=2),
         ("vit", "gpt2"),
-        OptimizerConfig("sm3", 1e-2),
+        SM3(lr=1e-2),
         data_dependent=True,
     ),
 ]
@@ -59,9 +60,7 @@ LR = 1e-2
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """SM3 where the criterion is ma."""
     criterion = getattr(request.node, "callspec", None) and request.node.callspec.params.get("criterion")
-    monkeypatch.setattr(
-        contract, "OPTIMIZER", OptimizerConfig(name="sm3" if criterion == "ma" else "adamw", lr=LR)
-    )
+    monkeypatch.setattr(contract, "OPTIMIZER", (SM3 if criterion == "ma" else AdamW)(lr=LR))
 
 
 def made(
@@ -254,7 +253,7 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Invariant 7: torch's AdamW on the plain matrices; nothing can be swapped, and every entry is as old as the run."""
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(lr=LR))
+    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR))
     model = contract.tiny(kind).double()
     session = contract.begin(made(sparsity=0.0), kind, model=model)
     session.states.double()
@@ -379,7 +378,7 @@ def test_two_whole_cycles_equal_a_dense_model_with_masks(
     micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Candidates, sums over micro-batches and steps, both moves, seeds, ages and decay: the same entries, values to 1e-6."""
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(lr=LR, weight_decay=0.3))
+    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR, weight_decay=0.3))
     train = replace(contract.TRAIN, micro_batch_size=micro, clip=None)
     session = contract.begin(
         made(sparsity=sparsity, targets=("q", "down"), rate=0.9), train=train, model=contract.tiny().double()
@@ -429,7 +428,7 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
 def test_ma_grows_the_largest_products_of_sm3_s_accumulators(
     step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", OptimizerConfig(name="sm3", lr=LR))
+    monkeypatch.setattr(contract, "OPTIMIZER", SM3(lr=LR))
     session, bank, move = before_move(made("ma", rate=0.9), step)
     state, old, values = (
         session.optimizer.state[bank.values],

@@ -1,0 +1,67 @@
+"""Settings that are newer than some runs, each with the value that its absence means.
+
+A frozen configuration without such a setting is read as if it had that value, whatever the default is by now. At that
+value the setting leaves a configuration's hash as it was before the setting came.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import Any
+
+from .. import registry
+
+# By dotted key. A step may be limited to classes, as in "method[lora,snell].dropout" or "method.schedule[ramp].power":
+# without a limit every class of the kind must have the setting. A whole section is a key, too.
+LATER: dict[str, Any] = {"train.patience": None}
+for _kind in registry.KINDS.values():
+    if _kind.absent:
+        LATER[_kind.place] = {"name": _kind.absent}
+# Entered, too, but part of the hash at any value: runs have been recorded with it.
+HASHED = ("selector",)
+
+
+def enter(values: Mapping[str, Any], sections_only: bool = False) -> dict[str, Any]:
+    """Return ``values`` with every later setting that they lack; a section that is null counts as lacking.
+
+    ``sections_only``: enter whole sections and nothing inside them.
+    """
+    filled = copy.deepcopy(dict(values))
+    for key, value in LATER.items():
+        if sections_only and "." in key:
+            continue
+        parent, name = _parent(filled, key)
+        if parent is None:
+            continue
+        if name not in parent or (parent is filled and parent[name] is None):
+            parent[name] = copy.deepcopy(value)
+    return filled
+
+
+def without(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return ``values`` without the later settings that have the value of their absence, but for those of ``HASHED``."""
+    rest = copy.deepcopy(dict(values))
+    for key in sorted(LATER, key=_depth, reverse=True):  # a section is compared after the settings inside it
+        parent, name = _parent(rest, key)
+        if key not in HASHED and parent is not None and name in parent and parent[name] == LATER[key]:
+            del parent[name]
+    return rest
+
+
+def _depth(key: str) -> int:
+    return key.count(".")
+
+
+def _parent(values: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
+    """Return the mapping that holds ``key``, None where there is none of the classes asked for, and the last name."""
+    *steps, last = key.split(".")
+    parent: Any = values
+    for step in steps:
+        name, _, classes = step.partition("[")
+        parent = parent.get(name)
+        if not isinstance(parent, dict):
+            return None, last
+        if classes and parent.get("name") not in classes.rstrip("]").split(","):
+            return None, last
+    return parent, last

@@ -1,0 +1,39 @@
+"""What an optimizer is: a frozen dataclass of its settings, which makes the torch optimizer of a run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+from annotated_types import Ge, Gt, Le
+
+if TYPE_CHECKING:  # a configuration is checked where torch is not wanted
+    import torch
+    from torch import nn
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Base of all optimizers, with the settings that all have.
+
+    ``warmup``: the share of all steps over which the learning rate rises from 0 to ``lr``; ``schedule``: its course
+    afterwards. A subclass adds the settings that only it uses.
+    ``former``: settings that earlier versions wrote into configurations of this optimizer and that it ignores, with the
+    only value that they may have; they are still written, so that no configuration changes its hash.
+    """
+
+    KIND: ClassVar[str] = "optimizer"
+    name: ClassVar[str]
+    former: ClassVar[dict[str, Any]] = {}
+
+    lr: Annotated[float, Gt(0)] = 1e-3
+    weight_decay: Annotated[float, Ge(0)] = 0.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup: Annotated[float, Ge(0), Le(1)] = 0.1
+
+    def make(self, groups: list[dict[str, Any]], states: nn.Module) -> torch.optim.Optimizer:
+        """Return the torch optimizer over ``groups``: dictionaries of ``params`` and ``weight_decay``.
+
+        ``states`` holds the method's parts, for an optimizer that treats those of one class in its own way.
+        """
+        raise NotImplementedError
