@@ -164,11 +164,14 @@ def options_table(options: list[Option], prefix: str) -> list[str]:
     """Write options as the lines of a table; ``prefix`` stands before each name."""
     if not options:
         return ["There are no options.", ""]
-    lines = ["| option | default | values | meaning |", "|---|---|---|---|"]
+    columns = ["option", "default", "values", "meaning"]
+    if not any(option.meaning for option in options):
+        columns.pop()
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for option in options:
         default = f"`{option.default}`" if option.default else "required"
-        meaning = to_markdown(option.meaning)
-        cells = [f"`{prefix}{option.name}`", default, option.values, meaning]
+        cells = [f"`{prefix}{option.name}`", default, option.values, to_markdown(option.meaning)]
+        cells = cells[: len(columns)]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return [*lines, ""]
 
@@ -205,7 +208,9 @@ def settings_page() -> str:
     lines = [
         "# Settings", "",
         "Every setting is written `key=value`. `finetune show` prints all of them with the file or the word that",
-        "set each. The settings of a method are on [its page](../methods/index.md).", "",
+        "set each. `model=`, `dataset=`, `optimizer=`, `train=`, `logger=`, `schedule=`, `selector=` and `method=`",
+        "choose a file of `conf/`, which sets several values at once. The settings of a method are on",
+        "[its page](../methods/index.md).", "",
     ]  # fmt: skip
     for section, name in SECTIONS.items():
         target = find_definition("finetune.config.settings", name)
@@ -226,7 +231,8 @@ def settings_section(found: Definition, title: str, prefix: str, level: str = "#
     """Write the options of one settings class under a heading."""
     sections = split_docstring(found.doc, (OPTIONS,))
     text = "\n".join([sections.title, sections.text])
-    return [f"{level} `{title}`", "", to_markdown(text), "", *options_table(read_options(found), prefix)]
+    options = [option for option in read_options(found) if option.name != "name"]  # `model=hf` sets the name
+    return [f"{level} `{title}`", "", to_markdown(text), "", *options_table(options, prefix)]
 
 
 def api_page(title: str, modules: list[str]) -> str:
@@ -284,6 +290,7 @@ def escape_prose(line: str) -> str:
             parts[place] = f"`{part}`"
         else:
             parts[place] = re.sub(r"([*_\[\]#|])", r"\\\1", part).replace("<", "&lt;")
+            parts[place] = re.sub(r"(?<!\w)\\\*(\w+)\\\*(?!\w)", r"*\1*", parts[place])  # *emphasis* stays
     return "".join(parts)
 
 

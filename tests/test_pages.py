@@ -216,10 +216,19 @@ def test_the_settings_page_has_every_setting(pages: Any) -> None:
     text = pages.settings_page()
     for section in ("model", "optimizer", "train", "logger"):
         for field in dataclasses.fields(type(getattr(load([]), section))):
-            assert f"| `{section}.{field.name}` |" in text
+            assert field.name == "name" or f"| `{section}.{field.name}` |" in text
     for kind in ("dataset", "schedule", "selector"):
         for name in registry.catalog(kind):
             assert f"`{kind}={name}`" in text
+
+
+def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
+    shown = pages.to_markdown(
+        "A *part* of a * b, x_i [out, in] and ``m W * x_i``:\n    K = a * b\n- one\n- two"
+    )
+    assert shown.splitlines() == [
+        r"A *part* of a \* b, x\_i \[out, in\] and `m W * x_i`:", "", "```text", "K = a * b", "```", "", "- one", "- two",
+    ]  # fmt: skip
 
 
 def test_interfaces_are_described(pages: Any) -> None:
