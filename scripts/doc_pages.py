@@ -11,11 +11,8 @@ import inspect
 import re
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
-
-from doc_source import (  # noqa: E402  # the repository is on the path from here on
+from doc_source import (
     LABELS,
     OPTIONS,
     ROOT,
@@ -30,7 +27,7 @@ from doc_source import (  # noqa: E402  # the repository is on the path from her
     split_docstring,
 )
 
-from finetune.registry import Entry, catalog  # noqa: E402
+from finetune.registry import KINDS, Entry, Kind, catalog
 
 HEADINGS = {
     "Formula": "Formula",
@@ -39,12 +36,7 @@ HEADINGS = {
     "Differs": "Where the released code differs",
     "Cost": "Cost",
 }
-SECTIONS = {
-    "model": "ModelConfig",
-    "optimizer": "OptimizerConfig",
-    "train": "TrainConfig",
-    "logger": "LoggerConfig",
-}
+SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
 API = {
     "methods": ("What a method is", ["finetune.core.method", "finetune.core.site", "finetune.registry"]),
     "parts": ("What a method attaches", ["finetune.core.part", "finetune.core.inplace", "finetune.core.lowrank"]),
@@ -69,10 +61,7 @@ class MethodFile:
 
 def read_method(entry: Entry) -> MethodFile:
     """Read a method's class, its facts and its options, and note what its file does not say."""
-    target = find_definition(entry.module, str(entry.facts["class"]))
-    assert target is not None
-    assert isinstance(target[1], ast.ClassDef)
-    found = Definition(*target)
+    found = find_class(entry.module, str(entry.facts["class"]))
     facts: dict[str, object] = {}
     for definition in reversed(class_chain(found)):
         facts |= literal_class_variables(definition.node)
@@ -205,34 +194,53 @@ def methods_page() -> str:
 
 def settings_page() -> str:
     """Write every setting that does not belong to a method, with its default and its values."""
+    kinds = [kind for kind in KINDS.values() if kind.place and kind.name != "method"]
+    groups = ", ".join(f"`{name}=`" for name in ["method", "train", "logger", *(kind.name for kind in kinds)])
     lines = [
         "# Settings", "",
         "Every setting is written `key=value`. `finetune show` prints all of them with the file or the word that",
-        "set each. `model=`, `dataset=`, `optimizer=`, `train=`, `logger=`, `schedule=`, `selector=` and `method=`",
-        "choose a file of `conf/`, which sets several values at once. The settings of a method are on",
-        "[its page](../methods/index.md).", "",
+        f"set each. {groups} choose a file of `conf/`, which can set several values at once. The settings of a",
+        "method are on [its page](../methods/index.md).", "",
     ]  # fmt: skip
     for section, name in SECTIONS.items():
-        target = find_definition("finetune.config.settings", name)
-        assert target is not None
-        assert isinstance(target[1], ast.ClassDef)
-        lines += settings_section(Definition(*target), section, f"{section}.")
-    for kind in ("dataset", "schedule", "selector"):
-        lines += [f"## `{kind}=`", ""]
-        for entry in catalog(kind).values():
-            target = find_definition(entry.module, str(entry.facts["class"]))
-            assert target is not None
-            assert isinstance(target[1], ast.ClassDef)
-            lines += settings_section(Definition(*target), f"{kind}={entry.name}", f"{kind}.", "###")
+        found = find_class("finetune.config.settings", name)
+        lines += [f"## `{section}`", "", *settings_section(found, f"{section}.")]
+    for kind in kinds:
+        lines += kind_settings(kind)
     return "\n".join(lines)
 
 
-def settings_section(found: Definition, title: str, prefix: str, level: str = "##") -> list[str]:
-    """Write the options of one settings class under a heading."""
+def kind_settings(kind: Kind) -> list[str]:
+    """Write what can be chosen of one kind, and the settings of each choice."""
+    lines = [f"## `{kind.place if kind.is_value else kind.name}`", ""]
+    if kind.is_value:
+        lines += [f"`{kind.place}=NAME` takes one of these names.", "", "| name | meaning |", "|---|---|"]
+        for entry in catalog(kind.name).values():
+            lines.append(f"| `{entry.name}` | {to_markdown(entry.doc)} |")
+        return [*lines, ""]
+    if not kind.folders:
+        module, _, name = kind.base.rpartition(".")
+        return [*lines, *settings_section(find_class(module, name), f"{kind.name}.")]
+    for entry in catalog(kind.name).values():
+        lines += [f"### `{kind.name}={entry.name}`", ""]
+        lines += settings_section(find_class(entry.module, str(entry.facts["class"])), f"{kind.name}.")
+    return lines
+
+
+def find_class(module: str, name: str) -> Definition:
+    """Return the class ``name`` of ``module``. Raise ``LookupError`` if there is none."""
+    target = find_definition(module, name)
+    if target is None or not isinstance(target[1], ast.ClassDef):
+        raise LookupError(f"{module} has no class {name}")
+    return Definition(target[0], target[1])
+
+
+def settings_section(found: Definition, prefix: str) -> list[str]:
+    """Write what a settings class says of itself, and its options."""
     sections = split_docstring(found.doc, (OPTIONS,))
     text = "\n".join([sections.title, sections.text])
     options = [option for option in read_options(found) if option.name != "name"]  # `model=hf` sets the name
-    return [f"{level} `{title}`", "", to_markdown(text), "", *options_table(options, prefix)]
+    return [to_markdown(text), "", *options_table(options, prefix)]
 
 
 def api_page(title: str, modules: list[str]) -> str:

@@ -9,9 +9,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
+import sys
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
+
+from finetune.registry import catalog  # noqa: E402  # the repository is on the path from here on
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("Formula", "Paper", "Reading", "Differs", "Cost")
@@ -229,12 +234,7 @@ def show_subscript(module: str, generic: str, inner: ast.expr) -> str:
     if generic == "Literal":
         return ", ".join(f"`{show_value(ast.literal_eval(part))}`" for part in parts)
     if generic == "Annotated":
-        bounds = []
-        for part in parts[1:]:
-            if isinstance(part, ast.Call) and ast.unparse(part.func) in BOUNDS:
-                limit = show_bound(part.args[0])
-                bounds.append(BOUNDS[ast.unparse(part.func)].format(limit))
-        return ", ".join([show_values(module, parts[0]), *bounds])
+        return show_annotated(show_values(module, parts[0]), parts[1:])
     if generic == "tuple":
         if isinstance(parts[-1], ast.Constant) and parts[-1].value is ...:
             return f"list of {show_values(module, parts[0])}"
@@ -242,6 +242,20 @@ def show_subscript(module: str, generic: str, inner: ast.expr) -> str:
     if generic == "dict":
         return "mapping"
     return f"`{generic}`"
+
+
+def show_annotated(values: str, marks: list[ast.expr]) -> str:
+    """Say in words which ``values`` remain within the marks of an ``Annotated`` type."""
+    said = [values]
+    for mark in marks:
+        if not isinstance(mark, ast.Call):
+            continue
+        name = ast.unparse(mark.func).rpartition(".")[2]
+        if name == "Named":  # the value is the name of a registered class
+            return ", ".join(f"`{each}`" for each in catalog(ast.literal_eval(mark.args[0])))
+        if name in BOUNDS:
+            said.append(BOUNDS[name].format(show_bound(mark.args[0])))
+    return ", ".join(said)
 
 
 def show_bound(bound: ast.expr) -> str:

@@ -217,9 +217,10 @@ def test_the_settings_page_has_every_setting(pages: Any) -> None:
     for section in ("model", "optimizer", "train", "logger"):
         for field in dataclasses.fields(type(getattr(load([]), section))):
             assert field.name == "name" or f"| `{section}.{field.name}` |" in text
-    for kind in ("dataset", "schedule", "selector"):
-        for name in registry.catalog(kind):
-            assert f"`{kind}={name}`" in text
+    for kind in registry.KINDS.values():
+        if kind.place and kind.name != "method":
+            for name in registry.catalog(kind.name):
+                assert f"| `{name}` |" in text or f"`{kind.name}={name}`" in text
 
 
 def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
