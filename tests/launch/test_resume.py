@@ -32,6 +32,7 @@ from finetune.storage import checkpoint, lock
 from finetune.storage import delta as stored
 from finetune.system.signals import Interrupted, Signals
 from finetune.testing import contract
+from finetune.testing.cases import find_cases
 from finetune.training import run
 from finetune.training.evaluate import Evaluation
 from finetune.training.prepare import Setup
@@ -41,16 +42,7 @@ from ..support.same_run import differences
 
 STEPS = 6
 SMALL = [f"train.steps={STEPS}", "train.eval_every=2"]
-ASKED = {  # so that something happens within six steps
-    "hft": ["method.rounds=3"],
-    "lift": ["schedule.every=2"],
-    "lt_sft": ["schedule.dense=0.5"],
-    "peft": ["method.config={r: 2, lora_dropout: 0.2}"],
-    "snella": ["method.every=2"],
-    "sparse": ["schedule=cubic", "schedule.every=1", "method.score=snip"],
-    "spiel": ["schedule.every=3", "method.window=1"],
-    "spt": ["method.batches=2"],
-}
+CASES = find_cases(Path(__file__).parents[1] / "methods")
 OFTEN = ("lt_sft", "spiel")  # the contract, which is quicker, looks at every method every time
 
 
@@ -185,7 +177,8 @@ def kill(settings: Config, folder: Path, patch: Callable[[pytest.MonkeyPatch], N
 def test_every_method_ends_the_same_whenever_it_was_stopped(
     place: list[str], here: Path, method: str
 ) -> None:
-    settings = config(place, f"method={method}", *ASKED.get(method, []), "train.save_every=6")
+    short = next(case.settings for case in CASES if case.method == method)
+    settings = config(place, f"method={method}", *short, "train.save_every=6")
     go(settings, here / "whole")
     go(settings, here / "again", (2, 4) if method in OFTEN else (0, 1, 2, 4, 6))
     assert differences(here / "whole", here / "again") == []

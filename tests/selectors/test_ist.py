@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import re
 from collections import Counter
@@ -16,7 +17,6 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from finetune import registry
 from finetune.core.method import Method
 from finetune.core.part import patched
 from finetune.core.selector import Selector
@@ -37,6 +37,7 @@ from finetune.selectors.none import Nothing
 from finetune.storage import checkpoint
 from finetune.storage import delta as stored
 from finetune.testing import contract
+from finetune.testing.cases import Case, find_cases
 from finetune.training.session import Session
 
 LAYERS = 4
@@ -470,19 +471,19 @@ def test_resumes_to_the_bit(case: str, tmp_path: Path) -> None:
         contract.same_values(resumed.states, whole.states)
 
 
-@pytest.mark.parametrize("name", sorted(registry.catalog("method")))
-def test_every_method_is_selected_from_or_refused(name: str) -> None:
-    method = registry.get("method", name)()
-    in_place = ("bitfit", "full", "hft", "lt_sft")
-    if name in (*in_place, "head", "peft"):
-        with pytest.raises(ConfigError, match="trained in place" if name in in_place else "selector=ist "):
-            contract.begin(method, selector=IST(every=2))
-    else:
-        session = contract.finish(
-            contract.begin(method, selector=IST(every=2), train=replace(contract.TRAIN, steps=3))
-        )
-        assert len(state_of(session).scores) == 2
-        assert state_of(session).scores.isfinite().all()
+CASES = find_cases(Path(__file__).parents[1] / "methods")
+
+
+@pytest.mark.parametrize("case", [pytest.param(case, id=case.name) for case in CASES])
+def test_every_method_is_selected_from_or_refused(case: Case) -> None:
+    begin = functools.partial(contract.begin, case.make(), optimizer=case.optimizer, selector=IST(every=2))
+    if not case.selectable:
+        with pytest.raises(ConfigError, match=r"trained in place|selector=ist "):
+            begin()
+        return
+    session = contract.finish(begin(train=replace(contract.TRAIN, steps=3)))
+    assert len(state_of(session).scores) == 2
+    assert state_of(session).scores.isfinite().all()
 
 
 @both

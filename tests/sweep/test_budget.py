@@ -14,6 +14,7 @@ from finetune.data import digits
 from finetune.errors import ConfigError
 from finetune.storage.run_folder import run_folder
 from finetune.sweep import budget, size
+from finetune.testing.cases import Case, find_cases
 from finetune.training import run
 
 ENTRIES = "49k"  # near what low ranks reach, so that all methods can
@@ -25,16 +26,19 @@ SHORT = [
     "train.threads=1",
     "dataset.retention_images=0",
 ]
-MOVES = {"spiel": ["method.window=1", "schedule.every=2"], "lift": ["schedule.every=3"]}
-FIXED = {
-    "amt": 393_216,
-    "bitfit": 7_936,
-    "full": 1_007_232,
-    "head": 0,
-}  # of the built-in model, without its head
-UNREACHED = {"hft": "cannot meet budget=49k"}
-QUICK = ("lora", "snell", "shira", "s2ft")
-SOLVED = sorted(registry.catalog("method").keys() - FIXED.keys() - UNREACHED.keys())
+QUICK = ("lora", "snell", "shira", "s2ft")  # one of each kind of size
+
+
+def first_cases() -> dict[str, Case]:
+    """Return the first case of each method by the method's name."""
+    found: dict[str, Case] = {}
+    for case in find_cases(Path(__file__).parents[1] / "methods"):
+        found.setdefault(case.method, case)
+    return found
+
+
+CASES = first_cases()
+SOLVED = [name for name, case in CASES.items() if case.budget is None]
 
 
 @pytest.fixture(scope="module")
@@ -79,14 +83,14 @@ def test_what_is_no_budget(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=[pytest.mark.slow] * (name not in QUICK)) for name in SOLVED]
+    "method", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in SOLVED]
 )
 def test_real_runs_report_what_was_asked_for(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits, "SIZES", {"train": 64, "val": 16, "test": 16})
-    words = budget.solve(ENTRIES, [f"method={method}", *MOVES.get(method, []), "name=n", "seed=1", *SHORT])
+    words = budget.solve(ENTRIES, [f"method={method}", *CASES[method].settings, "name=n", "seed=1", *SHORT])
     config = load(words)
     config = replace(config, run=run_folder(config).name)  # as the points of a sweep have it
     result = run.train(config, run_folder(config), lambda line: None, lambda done, total, words: None)
@@ -101,17 +105,18 @@ def test_real_runs_report_what_was_asked_for(
         assert result["stored_bytes"] == pytest.approx(counted.stored, rel=0.02)
 
 
-def test_every_method_is_solved_or_says_why() -> None:
-    assert {
-        name for name, entry in registry.catalog("method").items() if registry.get("method", name).size
-    } == {*SOLVED, *UNREACHED}
-    for method, trained in FIXED.items():
-        with pytest.raises(budget.FixedSize, match="no setting for its size") as caught:
-            budget.solve(ENTRIES, [f"method={method}"])
-        assert f"{trained:,} trained" in caught.value.words
-    for method, words in UNREACHED.items():
-        with pytest.raises(ConfigError, match=words):
-            budget.solve(ENTRIES, [f"method={method}"])
+@pytest.mark.parametrize("method", sorted(CASES.keys() - set(SOLVED)))
+def test_a_method_that_meets_no_budget_says_why(method: str) -> None:
+    expected, fixed = CASES[method].budget, isinstance(CASES[method].budget, int)
+    assert bool(registry.get("method", method).size) == (not fixed)
+    words = f"no setting for its size.*{expected:,} trained" if fixed else expected
+    with pytest.raises(budget.FixedSize if fixed else ConfigError, match=words):
+        budget.solve(ENTRIES, [f"method={method}"])
+
+
+def test_every_other_method_names_its_setting() -> None:
+    for method in SOLVED:
+        assert registry.get("method", method).size, method
 
 
 @pytest.mark.parametrize(("method", "knob"), [("lora", "rank"), ("peft", "config.r"), ("snell", "rank")])

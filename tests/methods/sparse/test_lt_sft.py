@@ -20,6 +20,7 @@ CASES = [
         ("vit", "gpt2"),
         data_dependent=True,
         settings=("schedule.dense=0.5",),
+        selectable=False,
     )
 ]
 
