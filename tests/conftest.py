@@ -1,16 +1,84 @@
-"""For all tests."""
+"""Fixtures and rules for all tests."""
 
 from __future__ import annotations
 
+import _posixsubprocess
 import gc
+import sys
+import traceback
+from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
+# Audit events of Python that say that a process is about to be started. "multiprocessing" is ours, see below.
+STARTS = frozenset(
+    {
+        "subprocess.Popen",
+        "os.fork",
+        "os.forkpty",
+        "os.posix_spawn",
+        "os.spawn",
+        "os.system",
+        "os.exec",
+        "multiprocessing",
+    }
+)
+MAY_START = ("processes", "slow", "browser", "slurm")
+running: pytest.Item | None = None  # the test that runs now, if it may not start a process
+
+
+def refuse_processes(event: str, arguments: tuple[Any, ...]) -> None:
+    """Fail the running test if it starts a process without being marked for it."""
+    if event not in STARTS or running is None:
+        return
+    for frame in traceback.extract_stack():
+        if "importlib._bootstrap" in frame.filename:
+            return  # what a library does while it is imported is not the test's doing
+    marks = ", ".join(MAY_START)
+    pytest.fail(
+        f"{running.nodeid} starts a process ({event}: {arguments[0] if arguments else ''}). "
+        f"`make test` runs none of these. Call the code in this process instead, or mark the test "
+        f"`@pytest.mark.processes` (marks that may: {marks})."
+    )
+
+
+def report_fork_exec(*arguments: Any) -> Any:
+    """Start a process for ``multiprocessing``, which raises no audit event of its own."""
+    sys.audit("multiprocessing", *arguments[:1])
+    return fork_exec(*arguments)
+
+
+sys.addaudithook(refuse_processes)
+fork_exec = _posixsubprocess.fork_exec
+_posixsubprocess.fork_exec = report_fork_exec
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """Watch a test, and the fixtures that it is the first to need, for processes."""
+    global running
+    running = None if any(item.get_closest_marker(mark) for mark in MAY_START) else item
+    try:
+        return (yield)
+    finally:
+        running = None
+
+
+def pytest_collection_finish() -> None:
+    """Ask Git for the commit that every result records, before a test does."""
+    from finetune.storage.result import git_commit
+
+    git_commit()
+
 
 @pytest.fixture(scope="session", autouse=True)
-def imported_modules_are_no_garbage() -> None:
-    """Every session ends with a full collection, which would look through all of torch and transformers each time."""
+def exclude_modules_from_collection() -> None:
+    """Import the large libraries once and exclude them from garbage collection.
+
+    Every session of training ends with a full collection, which would search all of torch and transformers.
+    """
     from finetune.testing import contract
 
-    contract.tiny()  # imports them
+    contract.tiny()
     gc.freeze()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -125,8 +126,12 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def git_commit() -> str | None:
-    """The commit of the checkout that this package runs from, ``-dirty`` if tracked files differ; ``None`` when installed from a wheel."""
+    """Return the commit of the checkout that this package runs from, once per process.
+
+    ``-dirty`` is added if tracked files differ. None when the package was installed from a wheel.
+    """
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

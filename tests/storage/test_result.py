@@ -11,7 +11,7 @@ import pytest
 
 from finetune.config.settings import Config
 from finetune.storage import result as module
-from finetune.storage.result import git_commit, group_hash, make_result, peak_memory, versions
+from finetune.storage.result import group_hash, make_result, peak_memory, versions
 
 PEAK = "from finetune.storage.result import peak_memory; {}; print(peak_memory()[0])"
 
@@ -58,6 +58,7 @@ def test_every_key_is_documented(some_config: Config) -> None:
         assert f"`{key}`" in text
 
 
+@pytest.mark.processes
 def test_peak_memory_is_this_process_own() -> None:
     """Half a GiB held by the launching process must not show; 200 MB held by the process itself must."""
     ballast = bytearray(512 << 20)
@@ -85,10 +86,12 @@ def test_versions_leave_out_what_is_not_installed(monkeypatch: pytest.MonkeyPatc
     assert list(versions()) == ["finetune", "python", "torch"]
 
 
+@pytest.mark.processes
 def test_git_commit_is_of_this_checkout_or_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     repo = tmp_path / "repo"
     (repo / "finetune" / "train").mkdir(parents=True)
     monkeypatch.setattr(module, "__file__", str(repo / "finetune" / "storage" / "result.py"))
+    git_commit = module.git_commit.__wrapped__  # without its cache
     assert git_commit() is None
     git = ["git", "-C", str(repo), "-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "init", "-q"], check=True)
