@@ -38,14 +38,26 @@ HEADINGS = {
 }
 SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
 API = {
-    "methods": ("What a method is", ["finetune.core.method", "finetune.core.site", "finetune.registry"]),
-    "parts": ("What a method attaches", ["finetune.core.part", "finetune.core.inplace", "finetune.core.lowrank"]),
-    "sparse": ("The sparse engine", ["finetune.core.sparse.engine", "finetune.core.sparse.bank",
-                                     "finetune.core.sparse.schedule", "finetune.core.sparse.scores"]),
-    "training": ("The training loop", ["finetune.training.session", "finetune.training.run"]),
-    "testing": ("Checks for methods", ["finetune.testing", "finetune.testing.contract"]),
-    "errors": ("Errors", ["finetune.errors"]),
-}  # fmt: skip
+    "methods": ("What a method is", ["core.method", "core.site", "core.roles", "registry"]),
+    "parts": (
+        "What a method attaches",
+        ["core.part", "core.changes", "core.state", "core.inplace", "core.lowrank"],
+    ),
+    "sparse": (
+        "The sparse engine",
+        [
+            "core.sparse.settings",
+            "core.sparse.engine",
+            "core.sparse.bank",
+            "core.sparse.scores",
+            "core.sparse.schedule",
+        ],
+    ),
+    "kinds": ("Optimizers, selectors, data sets", ["core.optimizer", "core.selector", "data.dataset"]),
+    "training": ("The training loop", ["training.session", "training.run"]),
+    "testing": ("Checks for methods", ["testing.contract", "testing.cases", "testing.ranks"]),
+    "errors": ("Errors", ["errors"]),
+}
 
 
 @dataclass
@@ -246,7 +258,8 @@ def settings_section(found: Definition, prefix: str) -> list[str]:
 def api_page(title: str, modules: list[str]) -> str:
     """Write the public classes and functions of some modules, each with its signature and docstring."""
     lines = [f"# {title}", ""]
-    for module in modules:
+    for name in modules:
+        module = f"finetune.{name}"
         lines += [f"## `{module}`", "", to_markdown(module_doc(module)), ""]
         for found in public_definitions(module):
             lines += describe_definition(found, "###")
