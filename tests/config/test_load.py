@@ -527,7 +527,7 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         (["method=bare", "schedule.every=3"], "method.schedule.name is not set"),
         (
             ["method=crossed", "schedule.every=200"],
-            "schedule.every=200 does not end before the run's 200 steps do",
+            "schedule.every=200 is not below the run's 200 steps",
         ),
         (["method=crossed", "schedul.every=2"], r"schedul.every=2 .*is not a setting"),
         (["method=crossed", "scheduler=static"], "is not a setting"),

@@ -76,6 +76,5 @@ def period_faults(every: int, total: int) -> list[str]:
     if every < total:
         return []
     return [
-        f"schedule.every={every} is not shorter than the run, which has {total} steps, so no entry would ever move; "
-        "take less."
+        f"schedule.every={every} is not below the run's {total} steps, so no entry would ever move; take less."
     ]

@@ -1,4 +1,18 @@
-"""Linear probe: the task head alone is trained, on the frozen model's features."""
+"""Linear probe: train the task head alone, on the features of the frozen model.
+
+Every method trains the head of a classification task; this one trains nothing else.
+
+Formula:
+    logits = W h + b        W, b: the head, trained; h: features of the frozen model
+
+Paper: none; a baseline.
+
+Reading: There is no setting. ``method=head`` sets a learning rate of 3e-2; its file says how it was chosen.
+
+Differs: There is no released code.
+
+Cost: The parameters of the head, their gradients and two moments in Adam. Only the head is stored.
+"""
 
 from __future__ import annotations
 

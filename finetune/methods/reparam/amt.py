@@ -1,18 +1,41 @@
-"""AMT and R-AMT: switch off a few weights, learned through real-valued scores (2023, arXiv 2307.15049).
+"""AMT and R-AMT: switch off a few weights, chosen by trained scores.
 
-Read from the released code. W becomes m W with m = 1 where a score is above ``threshold``, else 0; the gradient passes the step unchanged,
-dL/ds = dL/d(m W) * W. All scores start at ``initial``, so all weights are on. ``penalty`` times the sum of the scores' norms is added to the loss.
-With Adam only the ratio of initial - threshold to the rate counts: a score that is always pushed down gets there in (initial - threshold) / lr
-steps. Weight decay leaves the scores alone: it would in time switch off everything.
+Every weight of the chosen layers has a score, which starts at ``initial``. A weight is on while its score is above
+``threshold``, so all are on at step 0. The gradient passes the step function unchanged, and the scores are trained with
+it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay leaves the scores alone, since
+it would in time switch off everything.
 
-``gdr`` is the strength l of R-AMT's gradient dropout, 0 being plain AMT. With a and b the gradients of the loss and of the cross-entropy to the
-untouched weights' predictions (at ``temperature``), an element whose signs differ becomes (1 - l) a with the probability |b| / (|a| + |b|), as in the
-code; the paper's figure has the complement. Elements of one sign stay as they are. The code's 1e-8 under the fraction is left out: gradients of means
-can be that small. The price is a forward and a backward pass, in eval mode, and the teacher's forward pass.
+R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. In every step a second gradient b is computed:
+that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and the gradient a of the
+loss differ in sign, a is damped with a probability that grows with the share of b.
 
-The paper's classes are text features of CLIP, which teacher and student share and nothing trains. There is no such thing here: a new head is trained
-as ever, and the teacher, pretrained but for it, predicts through it as it is by then. In a language model every token is a sample. The code masks
-the convolution of the patch embedding too, which is no linear layer here.
+Formula:
+    W' = m W,  m = 1 where s > threshold, else 0        s: [out, in], the scores
+    dL/ds = dL/d(m W) * W
+    a' = (1 - gdr) a  with probability |b| / (|a| + |b|)  where sign(a) and sign(b) differ, else a' = a
+    b: gradient of -temperature^2 mean(sum(p log q)), p and q: softmax(logits / temperature) of teacher and student
+
+With Adam only the ratio of ``initial`` - ``threshold`` to the learning rate matters: a score that is always pushed down
+reaches the threshold in (initial - threshold) / lr steps, so that a shorter run masks nothing.
+
+Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models", ICCV 2023,
+arXiv 2307.15049.
+
+Reading: The abstract, the project page and the released code were read, the text of the paper was not. The probability
+is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``, ``penalty`` and ``gdr`` are
+those of the released configurations; the documentation there also names gdr = 0.3 for some data sets. ``method=amt``
+sets other scores and another learning rate, as its file explains.
+
+Differs:
+- The paper's classes are text features of CLIP, which teacher and student share and nothing trains. Here a new head
+  is trained, and the teacher is the pretrained body with the current head. In a language model every token is a sample.
+- The code adds 1e-8 to the denominator of the probability. It is left out here, because gradients of means can be that
+  small.
+- The code also masks the convolution of the patch embedding, which is no linear layer here.
+- The code never calls backward when gradient dropout is off; here gdr=0 trains plain AMT.
+
+Cost: One score a weight, its gradient and two moments in Adam. One bit a weight is stored. Gradient dropout costs a
+forward and a backward pass in eval mode, and a forward pass of the teacher.
 """
 
 from __future__ import annotations
@@ -35,7 +58,10 @@ from ...registry import register
 
 
 class Mask(Delta):
-    """(m - 1) W, where ``scores`` [out, in], float32, are above the threshold (m = 1) or not (m = 0); they learn as if m were the scores."""
+    """The change (m - 1) W, where m is 1 where ``scores`` [out, in] float32 are above the threshold, else 0.
+
+    The gradient of the scores is that of m.
+    """
 
     decays = False
 
@@ -45,15 +71,15 @@ class Mask(Delta):
         self.scores = nn.Parameter(torch.full(shape, initial))
 
     def off(self) -> Tensor:
-        """Where the weight is masked, [out, in] bool."""
+        """Tell which weights are switched off, [out, in] bool."""
         return ~(self.scores.detach() > self.threshold)
 
     def describe(self) -> str:
         return "a mask of weights"
 
     def forward(self, weight: Tensor) -> Tensor:
-        through = self.scores - self.scores.detach()  # zero, with the gradient of the scores
-        return (through - self.off().to(through.dtype)) * weight
+        straight_through = self.scores - self.scores.detach()  # 0, with the gradient of the scores
+        return (straight_through - self.off().to(straight_through.dtype)) * weight
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
@@ -65,44 +91,54 @@ class Mask(Delta):
         return (grad.dense.mul(original).mul_(gate),)
 
     def pack(self) -> dict[str, Tensor]:
-        """What is stored of a finished run: a bit a weight, the first in the highest place of a byte."""
+        """Return what a finished run stores: one bit a weight, the first in the highest bit of a byte."""
         import numpy as np
 
         return {"on": torch.from_numpy(np.packbits(~self.off().cpu().numpy()))}
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over a mask; the scores become ones that give it. Raises ``ConfigError`` where it does not fit."""
+        """Take over a stored mask: set scores that give it. Raises ``ConfigError`` if it does not fit."""
         import numpy as np
 
         bits, count = stored["on"], self.scores.numel()
         if bits.numel() != math.ceil(count / 8):
             raise ConfigError(
-                f"the stored mask of {bits.numel()} bytes does not fit a weight of {count} entries."
+                f"The stored mask has {bits.numel()} bytes, which do not fit a weight of {count} entries."
             )
-        on = (
-            torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count))
-            .view(self.scores.shape)
-            .to(self.scores)
-        )
+        flat = torch.from_numpy(np.unpackbits(bits.cpu().numpy(), count=count))
+        on = flat.view(self.scores.shape).to(self.scores)
         self.scores.copy_(2 * self.threshold - self.initial + on * 2 * (self.initial - self.threshold))
 
 
-def damped(a: Tensor, b: Tensor, strength: float, uniform: Tensor) -> Tensor:
-    """``a``, less ``strength`` of it where the sign of ``b`` differs and ``uniform`` in [0, 1) is at least |a| / (|a| + |b|)."""
+def damp(a: Tensor, b: Tensor, strength: float, uniform: Tensor) -> Tensor:
+    """Return gradient ``a``, damped to ``(1 - strength) a`` where ``b`` has the other sign and chance says so.
+
+    Chance says so where ``uniform`` [0, 1) is at least |a| / (|a| + |b|). All tensors have one shape.
+    """
     size = a.abs()
     dropped = (a.sign() * b.sign() < 0) & (uniform * (size + b.abs()) >= size)
     return a.where(~dropped, a * (1 - strength))
 
 
-def _masks(state: nn.Module) -> list[Mask]:
-    return [m for m in state.modules() if isinstance(m, Mask)]
+def find_masks(state: nn.Module) -> list[Mask]:
+    """Return all masks of a state."""
+    return [module for module in state.modules() if isinstance(module, Mask)]
 
 
 @register("amt")
 @dataclass(frozen=True)
 class AMT(Reparam):
-    """AMT: binary masks on the attention weights, learned through scores; R-AMT where the pretrained model gates their gradients."""
+    """AMT: binary masks on the attention weights, learned through scores; R-AMT with gradient dropout.
+
+    Options:
+        targets: Layers whose weights are masked; the paper masks attention.
+        initial: Score of every weight at the start.
+        threshold: A weight is on while its score is above this.
+        penalty: Factor of the sum of the norms of the scores, which is added to the loss.
+        gdr: Strength of the gradient dropout; 0 is plain AMT.
+        temperature: Temperature of the softmax of teacher and student.
+    """
 
     targets: tuple[str, ...] = ("attention",)
     initial: float = 1e-2
@@ -118,44 +154,45 @@ class AMT(Reparam):
     def __post_init__(self) -> None:
         if self.initial <= self.threshold:
             raise ValueError(
-                f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}: all would start masked; raise it."
+                f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}, so every weight "
+                "would start switched off; raise method.initial."
             )
 
     def delta(self, site: Site) -> Mask:
         return Mask(site.shape, self.initial, self.threshold)
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
-        return (
-            self.penalty * torch.stack([m.scores.norm() for m in _masks(state)]).sum()
-            if self.penalty
-            else 0.0
-        )
+        if not self.penalty:
+            return 0.0
+        return self.penalty * torch.stack([mask.scores.norm() for mask in find_masks(state)]).sum()
 
     def after_backward(self, run: Run, state: Any) -> None:
-        trained = [m.scores for m in _masks(state) if m.scores.requires_grad]  # a selector may let some rest
+        # A selector may freeze some scores for a step.
+        trained = [mask.scores for mask in find_masks(state) if mask.scores.requires_grad]
         if not self.gdr or not trained:
             return
-        seed = int(
-            torch.randint(2**62, (), generator=run.generator)
-        )  # one for all processes, and the numbers are drawn where they are needed
+        # The seed is the same on all ranks, and the numbers are drawn on the device that uses them.
+        seed = int(torch.randint(2**62, (), generator=run.generator))
         generator = torch.Generator(trained[0].device).manual_seed(seed)
-        for scores, b in zip(trained, self.distilled(run, state, trained), strict=True):
+        for scores, b in zip(trained, self.teacher_gradients(run, state, trained), strict=True):
             if scores.grad is not None:
                 uniform = torch.rand(b.shape, generator=generator, device=b.device)
-                scores.grad = damped(scores.grad, b, self.gdr, uniform)
+                scores.grad = damp(scores.grad, b, self.gdr, uniform)
 
-    def distilled(self, run: Run, state: Any, trained: Sequence[Tensor]) -> list[Tensor]:
-        """The gradients of the mean cross-entropy to the predictions of the untouched weights, over all of the step's examples or tokens."""
-        sums, counted = [torch.zeros_like(t) for t in trained], 0
-        scaler = getattr(
-            run.optimizer, "scaler", None
-        )  # in fp16 the gradients at hand are scaled, so these must be
-        for batch in [b for b in run.batch if b is not None]:
+    def teacher_gradients(self, run: Run, state: Any, trained: Sequence[Tensor]) -> list[Tensor]:
+        """Return the gradients b of the mean cross-entropy to the teacher, over all examples or tokens of the step."""
+        sums, counted = [torch.zeros_like(scores) for scores in trained], 0
+        scaler = getattr(run.optimizer, "scaler", None)  # in fp16 a is scaled, so b must be
+        for batch in run.batch:
+            if batch is None:
+                continue
             with base(state), torch.no_grad():
                 wanted = F.softmax(run.logits(batch) / self.temperature, -1)
             given = F.log_softmax(run.logits(batch) / self.temperature, -1)
             loss = -(wanted * given).sum() * (self.temperature**2 / max(1, len(wanted)))
-            grads = torch.autograd.grad(scaler.scale(loss) if scaler else loss, trained, allow_unused=True)
+            if scaler:
+                loss = scaler.scale(loss)
+            grads = torch.autograd.grad(loss, trained, allow_unused=True)
             for total, grad in zip(sums, grads, strict=True):
                 if grad is not None:
                     total.add_(grad, alpha=len(wanted))
@@ -164,5 +201,6 @@ class AMT(Reparam):
         return [run.agree(total) / mean for total in sums]
 
     def after_step(self, run: Run, state: Any) -> None:
-        offs = [m.off() for m in _masks(state)]
-        run.log(masked=float(torch.stack([o.sum() for o in offs]).sum()) / sum(o.numel() for o in offs))
+        masks = find_masks(state)
+        off = torch.stack([mask.off().sum() for mask in masks]).sum()
+        run.log(masked=float(off) / sum(mask.scores.numel() for mask in masks))

@@ -1,4 +1,25 @@
-"""Tuners of the installed huggingface/peft, as baselines inside our loop, evaluation and result files."""
+"""peft: a tuner of the installed huggingface/peft, as a baseline in this project's loop, evaluation and result files.
+
+``type`` and ``config`` name one of peft's tuners and its own settings. If the tuner has target modules and ``config``
+names none, it gets the layers that ``targets`` matches. Trained parameters are float32 or wider. For AdaLoRA the tuner
+chooses its ranks again after every step, and what it chooses by is part of the checkpoint.
+
+Formula:
+    as the tuner defines it
+
+Paper: none; the software is huggingface/peft.
+
+Reading: The behaviour and the defaults are those of the installed version of peft. Tuners that do not adapt single
+layers are refused by name, and so are those that need the number of a task (POLY), a second model (SHADOW), or tokens
+instead of layers (TRAINABLE_TOKENS).
+
+Differs:
+- peft freezes the task head; here it stays trained.
+- peft keeps what AdaLoRA chooses ranks by in dictionaries outside of the model, so that a checkpoint lacks it; here it is
+  saved.
+
+Cost: As the tuner's own. The trained parameters are stored; finetune export writes them in peft's format.
+"""
 
 from __future__ import annotations
 
@@ -17,80 +38,88 @@ from ...core.state import StateModule
 from ...errors import ConfigError, near
 from ...registry import register
 
-UNFIT = (
-    "POLY",
-    "SHADOW",
-    "TRAINABLE_TOKENS",
-)  # they ask for the number of a task, a second model, or tokens instead of layers
+# Tuners that need the number of a task, a second model, or tokens instead of layers.
+UNSUPPORTED = ("POLY", "SHADOW", "TRAINABLE_TOKENS")
 
 
-class Ranks(StateModule):
-    """What AdaLoRA chooses its ranks by, as buffers, so that a checkpoint holds it: peft keeps it in dictionaries. No change on disk needs it.
+class AdaLoraRanks(StateModule):
+    """The averages by which AdaLoRA chooses its ranks, as buffers, so that a checkpoint has them.
 
-    ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: sensitivity and uncertainty of each entry; ``kept/NAME``: which ranks are left, once ``decided``.
+    peft keeps them in dictionaries. ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: average sensitivity and uncertainty of
+    each entry of parameter NAME. ``kept/NAME``: which ranks are left, once ``decided`` is true.
     """
 
-    SMOOTHED = ("exp_avg_ipt", "exp_avg_unc")
+    AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
 
     def __init__(self, tuner: Any) -> None:
         super().__init__()
-        self._tuner = [tuner]
+        self._tuner = [
+            tuner
+        ]  # in a list: registered as a submodule, the whole model would be part of the state
         adapter = tuner.trainable_adapter_name
-        trained = {
-            name: p for name, p in tuner.model.named_parameters() if "lora_" in name and adapter in name
-        }
-        for name, parameter in trained.items():
-            for kind in self.SMOOTHED:
-                self.register_buffer(f"{kind}/{name.replace('.', '/')}", torch.zeros_like(parameter))
+        for name, parameter in tuner.model.named_parameters():
+            if "lora_" not in name or adapter not in name:
+                continue
+            for average in self.AVERAGES:
+                self.register_buffer(_buffer_name(average, name), torch.zeros_like(parameter))
             if f"lora_E.{adapter}" in name:
-                self.register_buffer(
-                    f"kept/{name.replace('.', '/')}", torch.ones_like(parameter, dtype=torch.bool)
-                )
+                every = torch.ones_like(parameter, dtype=torch.bool)
+                self.register_buffer(_buffer_name("kept", name), every)
         self.register_buffer("decided", torch.zeros((), dtype=torch.bool))
 
-    def _of(self, kind: str) -> dict[str, torch.Tensor]:
-        """The buffers of one kind, by peft's names."""
-        return {
-            name.removeprefix(f"{kind}/").replace("/", "."): b
-            for name, b in self.named_buffers()
-            if name.startswith(f"{kind}/")
-        }
+    def _buffers_of(self, kind: str) -> dict[str, torch.Tensor]:
+        """Return the buffers of one kind by peft's names of the parameters."""
+        found = {}
+        for name, buffer in self.named_buffers():
+            if name.startswith(f"{kind}/"):
+                found[name.removeprefix(f"{kind}/").replace("/", ".")] = buffer
+        return found
 
     def after_step(self, step: int) -> None:
-        """Have peft choose, with what is known from the buffers, and take down what it knows then."""
-        tuner, decided, kept = self._tuner[0], self.get_buffer("decided"), self._of("kept")
+        """Give peft what the buffers hold, let it choose the ranks, and save what it then holds."""
+        tuner, decided, kept = self._tuner[0], self.get_buffer("decided"), self._buffers_of("kept")
         allocator, config = tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
-        smoothed = {kind: self._of(kind) for kind in self.SMOOTHED}
-        for kind, buffers in smoothed.items():
+        averages = {kind: self._buffers_of(kind) for kind in self.AVERAGES}
+        for kind, buffers in averages.items():
             getattr(allocator, kind).update(buffers)
-            allocator.ipt.update(dict.fromkeys(buffers))  # else peft takes them for new, and starts from zero
-        config.rank_pattern = {name: b.view(-1).tolist() for name, b in kept.items()} if decided else None
+            # A parameter that is missing here counts as new, and peft then starts its averages from zero.
+            allocator.ipt.update(dict.fromkeys(buffers))
+        config.rank_pattern = None
+        if decided:
+            config.rank_pattern = {name: buffer.view(-1).tolist() for name, buffer in kept.items()}
         tuner.update_and_allocate(step)
-        for kind, buffers in smoothed.items():
-            for name, found in getattr(allocator, kind).items():
-                buffers[name].copy_(found)
+        for kind, buffers in averages.items():
+            for name, average in getattr(allocator, kind).items():
+                buffers[name].copy_(average)
         if config.rank_pattern:
             decided.fill_(True)
             for name, buffer in kept.items():
                 buffer.copy_(torch.tensor(config.rank_pattern[name]).view_as(buffer))
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Nothing of it is part of the change."""
+        """Return nothing: the averages are no part of the stored change."""
         return {}
 
     def unpack(self, stored: dict[str, torch.Tensor]) -> None:
-        """Nor comes from one."""
+        """Take nothing from a stored change."""
+
+
+def _buffer_name(kind: str, parameter: str) -> str:
+    """Return the name of a buffer; torch allows no dots in it."""
+    return f"{kind}/{parameter.replace('.', '/')}"
 
 
 class Adapters(Part):
-    """What a peft tuner put into the model: its parameters and buffers, under one switch (gate 0 or 1)."""
+    """The parameters and buffers that a peft tuner put into the model, with one switch (gate 0 or 1)."""
 
     gate_is_switch = True
     folds_itself = True
 
     def __init__(self, tuner: Any) -> None:
         super().__init__()
-        self._tuner = [tuner]  # in a list: registered as a submodule, the whole model would become our state
+        self._tuner = [
+            tuner
+        ]  # in a list: registered as a submodule, the whole model would be part of the state
         self._gate = 1.0
         for name, parameter in tuner.model.named_parameters():
             if parameter.requires_grad:  # float32 beside a base of lower precision
@@ -100,7 +129,9 @@ class Adapters(Part):
         for name, buffer in tuner.model.named_buffers():
             if tuner.prefix in name:
                 self.register_buffer(name.replace(".", "/"), buffer)
-        self.ranks = Ranks(tuner) if hasattr(tuner, "rankallocator") else None
+        self.ranks: AdaLoraRanks | None = None
+        if hasattr(tuner, "rankallocator"):
+            self.ranks = AdaLoraRanks(tuner)
 
     @property
     def tuner(self) -> Any:
@@ -133,15 +164,24 @@ class Adapters(Part):
     def gate(self, value: float) -> None:
         if value not in (0.0, 1.0):
             raise ValueError(f"peft's adapters are on (1) or off (0), not {value}")
-        if value != self._gate:
-            (self.tuner.enable_adapter_layers if value else self.tuner.disable_adapter_layers)()
-            self._gate = value
+        if value == self._gate:
+            return
+        if value:
+            self.tuner.enable_adapter_layers()
+        else:
+            self.tuner.disable_adapter_layers()
+        self._gate = value
 
     def adapted(self) -> int:
         from peft.tuners.tuners_utils import BaseTunerLayer
 
-        layers = [m.get_base_layer() for m in self.tuner.model.modules() if isinstance(m, BaseTunerLayer)]
-        return sum(int(m.weight.numel()) for m in layers if isinstance(m, nn.Linear))
+        count = 0
+        for module in self.tuner.model.modules():
+            if isinstance(module, BaseTunerLayer):
+                layer = module.get_base_layer()
+                if isinstance(layer, nn.Linear):
+                    count += int(layer.weight.numel())
+        return count
 
     def detach(self) -> None:
         self.tuner.unload()
@@ -153,7 +193,13 @@ class Adapters(Part):
 @register("peft")
 @dataclass(frozen=True)
 class Peft(Method):
-    """A tuner of huggingface/peft for layers, by its own ``type`` and ``config``; without target modules of its own it gets ``targets``."""
+    """A tuner of huggingface/peft for layers, by its own ``type`` and ``config``.
+
+    Options:
+        type: Name of the tuner in peft's ``PeftType``, as LORA, OFT or VERA.
+        config: Settings of the tuner's own configuration class.
+        targets: Layers that are adapted if ``config`` names no target modules.
+    """
 
     type: str = "LORA"
     config: dict[str, Any] = field(default_factory=dict)
@@ -166,6 +212,31 @@ class Peft(Method):
     unused_parameters: ClassVar[bool] = True
 
     def build(self, model: nn.Module) -> Adapters:
+        tuner, config = self._tuner_and_config()
+        options = set(inspect.signature(config).parameters)
+        unknown = []
+        for name in self.config:
+            if name not in options:
+                hint = near(name, options)
+                unknown.append(f"method.config.{name} is not an option of peft's {config.__name__}.{hint}")
+        if unknown:
+            raise ConfigError(*unknown)
+        given = dict(self.config)
+        if "target_modules" in options and not given.get("target_modules"):
+            given["target_modules"] = [site.name for site in find_sites(model, self.targets)]
+        head = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        try:
+            state = Adapters(tuner(model, config(**given), "default"))
+        except (ValueError, TypeError, NotImplementedError) as error:
+            raise ConfigError(
+                f"method=peft: peft's {self.type} refuses this configuration: {error}"
+            ) from error
+        for parameter in head:  # peft freezes everything but its own parameters
+            parameter.requires_grad_(True)
+        return state
+
+    def _tuner_and_config(self) -> tuple[Any, Any]:
+        """Return peft's tuner class and configuration class. Raises ``ConfigError`` without peft or for another type."""
         try:
             from peft import PeftType
             from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -173,39 +244,18 @@ class Peft(Method):
             raise ConfigError(
                 "method=peft needs the peft package: pip install 'finetune-bench[peft]'."
             ) from None
-        layered = (
-            t
-            for t in PeftType
-            if t.value not in UNFIT and getattr(PEFT_TYPE_TO_TUNER_MAPPING.get(t), "prefix", None)
-        )
-        tuners = {t.value: PEFT_TYPE_TO_TUNER_MAPPING[t] for t in layered}
+        tuners: dict[str, Any] = {}
+        for kind in PeftType:
+            tuner = PEFT_TYPE_TO_TUNER_MAPPING.get(kind)
+            if kind.value not in UNSUPPORTED and getattr(tuner, "prefix", None):
+                tuners[kind.value] = tuner
         if self.type not in tuners:
             raise ConfigError(
-                f"method.type={self.type} is no tuner of the installed peft for layers.{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
+                f"method.type={self.type} is not a tuner of the installed peft for layers."
+                f"{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
             )
-        config = PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
-        options = set(inspect.signature(config).parameters)
-        unknown = [
-            f"method.config.{k} is no option of peft's {config.__name__}.{near(k, options)}"
-            for k in self.config
-            if k not in options
-        ]
-        if unknown:
-            raise ConfigError(*unknown)
-        given = dict(self.config)
-        if "target_modules" in options and not given.get("target_modules"):
-            given["target_modules"] = [s.name for s in find_sites(model, self.targets)]
-        head = [p for p in model.parameters() if p.requires_grad]
-        try:
-            state = Adapters(tuners[self.type](model, config(**given), "default"))
-        except (ValueError, TypeError, NotImplementedError) as error:
-            raise ConfigError(
-                f"method=peft: peft's {self.type} refuses this configuration: {error}"
-            ) from error
-        for parameter in head:  # peft freezes everything but its own
-            parameter.requires_grad_(True)
-        return state
+        return tuners[self.type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
 
     def after_step(self, run: Run, state: Adapters) -> None:
-        if state.ranks:  # AdaLoRA's; other tuners have nothing to do
+        if state.ranks:
             state.ranks.after_step(run.step)

@@ -1,15 +1,35 @@
-"""SNELL: sparse tuning with a kernelized low-rank change (Shen et al., 2024, arXiv 2411.01800).
+"""SNELL: sparse tuning with a kernelized low-rank change.
 
-The change of a weight is a signed difference of distances between the rows of small factors, thresholded at a quantile of its own magnitude. Paper
-and released code differ in the sparsifier; ``sparsifier`` chooses the reading, ``t`` being the threshold and K the kernel matrix:
+The change of a weight is not a product of two small factors but a signed difference of distances between their rows, so
+its rank is far above theirs. In every forward pass it is thresholded at a quantile of its own magnitude. No mask is
+stored: entries compete anew in every step. The factors do not start at 0, so the output at step 0 is close to that of
+the base model but not equal to it. The class token, where a model has one, is trained too, in place.
 
-    released   change = K |K| where |K| > t, with |K| held constant in the gradient; at sparsity 0 the released code switches to change = K,
-               without the factor |K|, so that going from 0 to the smallest positive sparsity shrinks the initial change a thousandfold
-    paper      change = K max(|K| - t, 0), eq. 5, differentiated through |K|; at sparsity 0, t is 0 and nothing switches
+Formula:
+    K[j, i] = scale (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|)
+    rows: [2, out, rank / 2], cols: [2, in, rank / 2], distances are Euclidean
+    t: the ``sparsity`` quantile of |K|, held constant in the gradient
+    sparsifier=released:  change = K |K| where |K| > t, else 0; the factor |K| is constant in the gradient
+    sparsifier=paper:     change = K max(|K| - t, 0), differentiated through |K|     (eq. 5)
 
-Both hold t constant, and ``sparsity`` is the share set to zero (the code; one sentence of the paper has it as the share kept). The released code's
-own further settings: ``dropout=0.1 drop_path=0.1``; its coefficients +-0.1 are fixed there (learnable in the paper) and fixed here. The class token
-is trained too, in place, where a model has one.
+Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024, arXiv 2411.01800.
+
+Reading: Paper and released code were read. They differ in the sparsifier, and ``sparsifier`` chooses; the default is the
+code's. ``sparsity`` is the share set to zero, as in the code; one sentence of the paper has it as the share that is
+kept. rank = 32 and scale = 0.1 are those of the released scripts, which choose ``sparsity`` for every task; 0.9 is one of
+their values. The released scripts also use dropout=0.1 and drop_path=0.1.
+
+Differs:
+- The coefficients +-0.1 are fixed in the code and here; the paper calls them trained.
+- At sparsity 0 the released code switches to change = K, without the factor |K|, so that the smallest positive sparsity
+  shrinks the initial change a thousandfold. ``sparsifier=released`` does the same; with ``paper`` t is 0 and nothing
+  switches.
+- With dropout the released code does not drop the input of the projection after attention, and q, k and v share one
+  dropout mask. Here every layer drops its own input.
+- The released code exempts the class token from weight decay.
+
+Cost: rank (in + out) trained values a layer, their gradients and two moments in Adam. The factors are stored. K is
+formed in blocks in every forward pass and again in backward, and its threshold is found without a sort.
 """
 
 from __future__ import annotations
@@ -34,7 +54,7 @@ class SNELL(Kernelized):
 
     @property
     def plain(self) -> bool:
-        """The released code's switch at sparsity 0: the change is K itself."""
+        """Tell whether the change is K itself: the switch of the released code at sparsity 0."""
         return self.sparsifier == "released" and self.sparsity == 0
 
     def delta(self, site: Site) -> Kernel:

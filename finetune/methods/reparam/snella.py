@@ -1,17 +1,37 @@
-"""SNELLA: SNELL whose layers compete for a shrinking number of non-zero entries (2025, arXiv 2510.24037).
+"""SNELLA: SNELL whose layers compete for a shrinking number of non-zero entries.
 
-Read from the released code, of the paper only the abstract. Two things are new to SNELL, whose kernel is K_0 (``core/kernel.py``):
+Two things are new to SNELL. A softmax term with three trained scalars is added to its kernel K_0, and the share of zeroed
+entries is no longer the same in every layer. A budget of non-zero entries of all layers together shrinks along a cubic
+curve between the shares ``start`` and ``end`` of the run. Every ``every`` steps it is divided among the layers in
+proportion to a score of their factors, no layer getting more than its size. After every step the score's averages take
+in the step's gradient.
 
-    K = K_0 + alpha softmax(K_0 / gamma) + beta     the softmax over a layer's outputs; alpha = gamma = 1, beta = 0 at first, all three trained
-    V(t) = V_end + (V_start - V_end) (1 - t')^3     non-zero entries of all layers together, t' from 0 to 1 between the shares ``start`` and ``end``
+Formula:
+    K = K_0 + alpha softmax(K_0 / gamma) + beta     over a layer's outputs; alpha = gamma = 1, beta = 0 at the start
+    change = K |K| (or as ``sparsifier`` says) for the V_l largest |K| of layer l, else 0
+    V(t) = V_end + (V_start - V_end) (1 - t)^3      t: from 0 at ``start`` to 1 at ``end``
+    V_start = (1 - initial) n,  V_end = (1 - sparsity) n      n: entries of all layers
+    i = |X dL/dX|,  I <- beta1 I + (1 - beta1) i,  U <- beta2 U + (1 - beta2) |i - I|      for both factors X of a layer
+    score of a layer = mean(I U) of its rows + mean(I U) of its columns
 
-Every ``every`` steps V is divided, no layer getting more than its size, in proportion to the sum of mean(I U) over the layer's two factors X. After
-every step I <- beta1 I + (1 - beta1) i and U <- beta2 U + (1 - beta2) |i - I| with i = |X dL/dX|, X being the updated factor. ``sparsity`` is the
-mean zeroed share of the change in the end, ``initial`` that at the start; at 0 only the least entry is zeroed, and the change is K |K| there too.
+Paper: "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025, arXiv 2510.24037.
 
-Other than the code: it counts epochs where this counts shares of the run and steps; V_end is reached at ``end``, or before the last step at the
-latest; layers that all score zero get parts in proportion to their sizes, where the code fails; the parts are whole numbers that add up to V. Left
-out are its average of the weights over time, which keeps the first division for good, and its variant without threshold, which three scripts run.
+Reading: The released code was read, and only the abstract of the paper; the paper's own values are unverified. X in i is
+the factor after the update, its gradient that from before it, as in the code. ``sparsity`` is the mean zeroed share at the
+end, ``initial`` that at the start. At 0 only the entry with the least |K| is zeroed, and the change keeps its factor |K|,
+unlike SNELL's. rank, scale and betas are those of the released scripts; 0.9 is the code's default for ``sparsity``.
+
+Differs:
+- The code counts epochs; this file counts shares of the run and steps. V_end is reached at ``end``, or before the last step
+  at the latest.
+- Layers that all score 0 get parts in proportion to their sizes; the code fails there.
+- The parts are whole numbers that add up to V; the code's float32 sums may miss V by a few entries.
+- The code keeps a layer's share outside of its checkpoints; here it is saved.
+- Left out: the average of the weights over time, which keeps the first division for good in the code, and the variant
+  without threshold, which three of the released scripts run under the name of SNELLA.
+
+Cost: rank (in + out) + 3 trained values a layer, their gradients and two moments in Adam, and two averages a value of the
+factors. The factors, the three scalars and V_l are stored.
 """
 
 from __future__ import annotations
@@ -33,26 +53,31 @@ from ...errors import ConfigError
 from ...registry import register
 
 FACTORS = ("rows", "cols")
-SMOOTHED = ("importance", "uncertainty")
+AVERAGES = ("importance", "uncertainty")
 Share = Annotated[float, Ge(0), Lt(1)]
 
 
 class Competing(Kernel):
-    """A kernel with its learned softmax term (``mix``: alpha, gamma, beta), of which the ``volume`` [] int64 largest entries count."""
+    """A kernel with a trained softmax term, of which only the ``volume`` largest entries count.
+
+    ``mix`` [3]: alpha, gamma, beta. ``volume``: int64 scalar, V_l.
+    """
 
     volume: Tensor
 
     def __init__(self, shape: tuple[int, int], method: SNELLA) -> None:
         super().__init__(shape, method)
-        self.across = method.softmax  # a softmax needs its column whole
+        self.across = method.softmax  # a softmax needs whole columns
         if method.softmax:
             self.mix = nn.Parameter(torch.tensor([1.0, 1.0, 0.0]))
         self.size = shape[0] * shape[1]
-        kept = self.size - 1 - int(method.initial * (self.size - 1)) if method.initial else self.size
-        self.register_buffer("volume", torch.tensor(kept))
+        volume = self.size
+        if method.initial:
+            volume = self.size - 1 - int(method.initial * (self.size - 1))
+        self.register_buffer("volume", torch.tensor(volume))
         for name in FACTORS:
-            for kind in SMOOTHED:
-                self.register_buffer(f"{name}_{kind}", torch.zeros_like(self.get_parameter(name)))
+            for average in AVERAGES:
+                self.register_buffer(f"{name}_{average}", torch.zeros_like(self.get_parameter(name)))
 
     def threshold(self, kernel: Tensor) -> Tensor:
         return kth_smallest(kernel.abs(), max(0, self.size - 1 - int(self.volume)))
@@ -78,37 +103,51 @@ class Competing(Kernel):
         return slope.add_(inner)
 
     @torch.no_grad()
-    def observe(self, betas: tuple[float, float]) -> None:
-        """Smooth importance and uncertainty with this step's gradient."""
+    def observe_gradient(self, betas: tuple[float, float]) -> None:
+        """Update importance and uncertainty with the gradient of the current step."""
         for name in FACTORS:
             x = self.get_parameter(name)
-            if x.grad is not None:
-                seen = (
-                    (x * x.grad).abs_().nan_to_num_(0.0, 0.0, 0.0)
-                )  # a scaled gradient may be infinite, and its step was left out
-                mean = self.get_buffer(f"{name}_importance").lerp_(seen, 1 - betas[0])
-                self.get_buffer(f"{name}_uncertainty").lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
+            if x.grad is None:
+                continue
+            # A scaled fp16 gradient may be infinite; its step was left out.
+            seen = (x * x.grad).abs_().nan_to_num_(0.0, 0.0, 0.0)
+            mean = self.get_buffer(f"{name}_importance").lerp_(seen, 1 - betas[0])
+            self.get_buffer(f"{name}_uncertainty").lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
 
     def score(self) -> Tensor:
-        """Importance times uncertainty, the mean over each factor; [] float64."""
-        pairs = [[self.get_buffer(f"{name}_{kind}").double() for kind in SMOOTHED] for name in FACTORS]
-        return torch.stack([(importance * uncertainty).mean() for importance, uncertainty in pairs]).sum()
+        """Return the sum over both factors of the mean of importance times uncertainty; float64 scalar."""
+        means = []
+        for name in FACTORS:
+            importance, uncertainty = (self.get_buffer(f"{name}_{kind}").double() for kind in AVERAGES)
+            means.append((importance * uncertainty).mean())
+        return torch.stack(means).sum()
 
     def pack(self) -> dict[str, Tensor]:
-        """What is stored of a finished run: all but what divisions go by."""
-        return {name: t for name, t in self.state_dict().items() if not name.endswith(SMOOTHED)}
+        """Return what a finished run stores: everything but the averages that the score is made of."""
+        return {name: t for name, t in self.state_dict().items() if not name.endswith(AVERAGES)}
 
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit."""
-        if any(t.shape != stored[name].shape for name, t in self.pack().items()):
-            raise ConfigError("the stored factors do not fit this model's layers.")
+        """Take over what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
+        for name, tensor in self.pack().items():
+            if tensor.shape != stored[name].shape:
+                raise ConfigError("The stored factors do not fit this model's layers.")
         self.load_state_dict(stored, strict=False)
 
 
 @register("snella")
 @dataclass(frozen=True)
 class SNELLA(Kernelized):
-    """SNELLA: SNELL with the non-zero entries divided among the layers by a score."""
+    """SNELLA: SNELL with the non-zero entries divided among the layers by a score.
+
+    Options:
+        sparsity: Mean share of the change's entries that is zeroed at the end.
+        softmax: Whether the softmax term is added to the kernel.
+        initial: Mean share of the change's entries that is zeroed at the start.
+        start: Share of the run after which the budget begins to shrink.
+        end: Share of the run after which the budget has its final size.
+        every: Number of steps from one division of the budget to the next.
+        betas: Decay of the average importance and of the average uncertainty.
+    """
 
     softmax: bool = True
     initial: Share = 0.0
@@ -127,35 +166,34 @@ class SNELLA(Kernelized):
     def __post_init__(self) -> None:
         if self.initial > self.sparsity:
             raise ValueError(
-                f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, and the budget only shrinks; lower it."
+                f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, but the budget can only "
+                "shrink; lower method.initial."
             )
         if self.start >= self.end:
-            raise ValueError(f"method.start={self.start:g} is not before method.end={self.end:g}; lower it.")
+            raise ValueError(
+                f"method.start={self.start:g} is not before method.end={self.end:g}; lower method.start."
+            )
 
     def faults(self, steps: int) -> list[str]:
         first, last = self._range(steps)
-        between = f"between method.start={self.start:g} and method.end={self.end:g}"
-        return (
-            []
-            if first < last
-            else [
-                f"train.steps={steps} leaves no step {between} at which to divide; take more, or move the two apart."
-            ]
-        )
+        if first < last:
+            return []
+        return [
+            f"train.steps={steps} leaves no step between method.start={self.start:g} and method.end={self.end:g} at "
+            "which the budget could be divided; take more steps, or move start and end apart."
+        ]
 
     def ready(self, step: int, total: int) -> bool:
         return step >= self._range(total)[1]
 
     def _range(self, steps: int) -> tuple[int, int]:
-        """The steps between which the budget shrinks; it is met before the last step, so that something is trained under it."""
+        """Return the steps between which the budget shrinks. The second is not the last step: its budget is trained."""
         return round(self.start * steps), min(round(self.end * steps), steps - 1)
 
     def budget(self, step: int, steps: int, entries: int) -> int:
-        """V: how many of all ``entries`` may be other than zero at ``step``."""
-        (first, last), (most, least) = (
-            self._range(steps),
-            (round((1 - s) * entries) for s in (self.initial, self.sparsity)),
-        )
+        """Return V: how many of all ``entries`` may be non-zero at ``step`` of ``steps``."""
+        first, last = self._range(steps)
+        most, least = round((1 - self.initial) * entries), round((1 - self.sparsity) * entries)
         done = min(max(step - first, 0) / max(last - first, 1), 1.0)
         return least + int((most - least) * (1 - done) ** 3)
 
@@ -164,19 +202,27 @@ class SNELLA(Kernelized):
 
     def before_step(self, run: Run, state: Any) -> None:
         first, last = self._range(run.total)
-        if run.step <= first or ((run.step - first) % self.every and run.step != last):
+        due = (run.step - first) % self.every == 0 or run.step == last
+        if run.step <= first or not due:
             return
-        deltas = [m for m in state.modules() if isinstance(m, Competing)]
-        sizes = [d.size for d in deltas]
+        deltas = competing_deltas(state)
+        sizes = [delta.size for delta in deltas]
         total = self.budget(run.step, run.total, sum(sizes))
-        scores = run.agree(torch.stack([d.score() for d in deltas]))
-        parts = apportion(total, scores if scores.any() else torch.tensor(sizes), sizes)
+        scores = run.agree(torch.stack([delta.score() for delta in deltas]))
+        if not scores.any():
+            scores = torch.tensor(sizes)
+        parts = apportion(total, scores, sizes)
+        zeroed = []
         for delta, part in zip(deltas, parts, strict=True):
             delta.volume.fill_(part)
-        zeroed = [1 - part / size for part, size in zip(parts, sizes, strict=True)]
+            zeroed.append(1 - part / delta.size)
         run.log(sparsity=1 - total / sum(sizes), sparsity_least=min(zeroed), sparsity_most=max(zeroed))
 
     def after_step(self, run: Run, state: Any) -> None:
-        for module in state.modules():
-            if isinstance(module, Competing):
-                module.observe(self.betas)
+        for delta in competing_deltas(state):
+            delta.observe_gradient(self.betas)
+
+
+def competing_deltas(state: nn.Module) -> list[Competing]:
+    """Return the changes that compete for the budget."""
+    return [module for module in state.modules() if isinstance(module, Competing)]

@@ -1,17 +1,30 @@
-"""HFT: half fine-tuning (Hui et al., ACL 2025, arXiv 2404.18466).
+"""HFT: half fine-tuning.
 
-A random half of the weight matrices is frozen and the rest of the model is trained in place; nothing is added to it. The authors released no code.
-The rule by category is the one that public readings of the paper agree on: of each block's attention matrices half (2 of q, k, v, o); of up, gate and
-down 2 in a random half of the blocks (rounded down) and 1 in the others. Embeddings, head, pooler and what lies outside the blocks always train.
+A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is added to it.
+The half is drawn once before training, or once for each of several rounds. Embeddings, head, pooler and everything
+outside the blocks always train. A bias follows its matrix. A fused matrix, as GPT-2's qkv, counts as one: to freeze some
+of its rows would need masks, and weight decay would move those rows all the same.
 
-    sparsity   share of the *matrices* that is frozen (of the entries only where matrices are equal in size). Shares other than the paper's half
-               follow the same rule: the nearest count over the model, halves down, and no block more than one away from its even share
-    scope      where the share is met: in each category of matrices (the paper), or of all matrices in a block or in the model (its coarser variants)
-    norms      also half of each block's norms, rounded likewise: only a third party's code does this
-    rounds     a new half is drawn for each of so many equal stretches of the run, from the weights as they are and with a new optimizer; the paper
-               draws once a stage (a task, or a round of tuning) and never within one. The learning rate's schedule spans the whole run
+Formula:
+    W <- W - rate M step(W)        M: 0 for a frozen matrix, 1 for a trained one
+    scope=category: of every block's q, k, v, o two are frozen; of up, gate, down two in a random half of the blocks
+                    (rounded down), one in the others
 
-A bias follows its matrix. A fused matrix (GPT-2's qkv) is one matrix: freezing rows of it would need masks, and weight decay would move those rows.
+Paper: Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025, arXiv 2404.18466.
+
+Reading: The body of the paper could not be read, and the authors released no code. The rule by category is the one on
+which the abstract, reviews and a third party's code agree; that embeddings and head train is unverified. ``sparsity`` is
+the share of the *matrices*, which is a share of the entries only where matrices are equal in size. Shares other than the
+paper's half follow the same rule: the nearest count over the model, halves down, and no block more than one away from
+its even share. ``norms`` is a rule of the third party's code only. The paper draws once a stage (a task, or a round of
+tuning), never within one: ``rounds`` makes stages of equal length within a run, each with the weights as they are and a
+new optimizer. The learning rate's schedule spans the whole run.
+
+Differs: The authors released no code. A third party's code freezes one norm a block and, for shares other than half,
+counts parameters instead of matrices.
+
+Cost: One gradient and two moments in Adam for every trained parameter; none for a matrix that is frozen in all rounds. The
+trained parameters are stored. Backward passes through every block, but skips the weight gradients of frozen matrices.
 """
 
 from __future__ import annotations
@@ -32,42 +45,59 @@ from ...core.site import GROUPS
 from ...errors import ConfigError
 from ...registry import register
 
-Pool = dict[int, list[str]]  # block -> names of modules
+Pool = dict[int, list[str]]  # names of modules by their block
 
 
-def draw(pool: Pool, share: Fraction) -> set[str]:
-    """A random ``share`` of the modules, the same in every block but for one."""
+def draw_frozen(pool: Pool, share: Fraction) -> set[str]:
+    """Draw a random ``share`` of the modules of a pool, the same number in every block except for one more in some.
+
+    The numbers come from torch's default generator.
+    """
     least = {block: int(share * len(names)) for block, names in pool.items()}
     uneven = [block for block, names in pool.items() if least[block] != share * len(names)]
-    extra = math.ceil(share * sum(map(len, pool.values())) - Fraction(1, 2)) - sum(least.values())
-    more = {uneven[i] for i in torch.randperm(len(uneven)).tolist()[:extra]}
-    return {
-        names[i]
-        for block, names in pool.items()
-        for i in torch.randperm(len(names)).tolist()[: least[block] + (block in more)]
-    }
+    total = math.ceil(share * sum(map(len, pool.values())) - Fraction(1, 2))
+    extra = total - sum(least.values())
+    blocks_with_more = {uneven[i] for i in torch.randperm(len(uneven)).tolist()[:extra]}
+    frozen: set[str] = set()
+    for block, names in pool.items():
+        count = least[block] + (block in blocks_with_more)
+        frozen |= {names[i] for i in torch.randperm(len(names)).tolist()[:count]}
+    return frozen
 
 
 class Halves(InPlace):
-    """Every parameter that is trained in some round. ``frozen`` names the modules that rest, by round; it follows from the seed."""
+    """Every parameter that is trained in some round.
+
+    ``frozen``: names of the modules that are frozen, for each round. They follow from the run's seed.
+    """
 
     def __init__(self, model: nn.Module, frozen: list[set[str]]) -> None:
-        never = set.intersection(*frozen)
-        super().__init__(
-            model, [name for name in untrained(model) if name.rpartition(".")[0] not in never], keep=False
-        )
+        always_frozen = set.intersection(*frozen)
+        names = [name for name in untrained(model) if name.rpartition(".")[0] not in always_frozen]
+        super().__init__(model, names, keep=False)
         self.frozen = frozen
 
-    def thaw(self, resting: set[str]) -> None:
-        """Train all parameters but those of the modules ``resting``: without gradient the optimizer neither moves nor decays them."""
+    def freeze(self, modules: set[str]) -> None:
+        """Freeze the parameters of ``modules`` and train all others.
+
+        The optimizer neither moves nor decays a parameter without gradient.
+        """
         for name, parameter in self.trained().items():
-            parameter.requires_grad_(name.rpartition(".")[0] not in resting)
+            parameter.requires_grad_(name.rpartition(".")[0] not in modules)
 
 
 @register("hft")
 @dataclass(frozen=True)
 class HFT(Method):
-    """HFT: a random half of the weight matrices is frozen, the rest of the model is trained."""
+    """HFT: a random half of the weight matrices is frozen, the rest of the model is trained.
+
+    Options:
+        sparsity: Share of the matrices that is frozen.
+        scope: Group in which the share is met: each ``category`` of matrices (attention and feed-forward, as in the
+            paper), or all matrices of a ``block`` or of the ``model``.
+        norms: Whether half of each block's norms is frozen too.
+        rounds: Number of equal stretches of the run, each with a new half and a new optimizer.
+    """
 
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.5
     scope: Literal["category", "block", "model"] = "category"
@@ -80,14 +110,15 @@ class HFT(Method):
     size: ClassVar[str] = "sparsity"
 
     @property
-    def unused_parameters(self) -> bool:  # type: ignore[override]  # with one round the frozen matrices are not wrapped at all
+    def unused_parameters(self) -> bool:  # type: ignore[override]  # with one round no frozen matrix is wrapped
         return self.rounds > 1
 
     def faults(self, steps: int) -> list[str]:
         found = []
         if self.rounds > steps:
             found.append(
-                f"method.rounds={self.rounds} is more than the run's {steps} steps, and a round needs one; take at most {steps}."
+                f"method.rounds={self.rounds} is more than the run's {steps} steps, and every round needs one; take "
+                f"at most {steps}."
             )
         if self.rounds > 1 and not self.sparsity:
             found.append(
@@ -96,45 +127,63 @@ class HFT(Method):
         return found
 
     def pools(self, model: nn.Module) -> list[Pool]:
-        """The modules that may be frozen; in each pool the share is met."""
+        """Return the modules that may be frozen, in pools each of which meets the share.
+
+        Raises ``ConfigError`` where the categories of the model's matrices are not known.
+        """
         pools: dict[str, Pool] = {}
         for name, role in roles(model).items():
-            category = next((c for c in ("attention", "mlp") if role in GROUPS[c]), role)
             block = block_of(name)
-            if role in GROUPS["all"] and self.scope != "category":
-                category, block = "matrix", block if self.scope == "block" else -1
-            if category in ("attention", "mlp", "matrix") or (
-                category == "norm" and self.norms and block >= 0
-            ):
-                pools.setdefault(category, {}).setdefault(block, []).append(name)
+            category = self._category(role, block)
+            if category is None:
+                continue
+            if category == "matrix" and self.scope == "model":
+                block = -1
+            pools.setdefault(category, {}).setdefault(block, []).append(name)
         if not pools.keys() - {"norm"}:
             raise ConfigError(
-                f"method.scope={self.scope}: which matrices of a {type(model).__name__} are attention and which feed-forward is not known. "
-                "Use method.scope=block or method.scope=model, which need not know."
+                f"method.scope={self.scope}: this project does not know which matrices of a {type(model).__name__} are "
+                "attention and which are feed-forward. Use method.scope=block or method.scope=model, which need not know."
             )
         return list(pools.values())
 
-    def build(self, model: nn.Module) -> Halves:
-        """All rounds are drawn here, from the generator that the run's seed has just set: alike on every rank and after a resume.
+    def _category(self, role: str, block: int) -> str | None:
+        """Return the category of a module by its role; None if it is never frozen."""
+        if role == "norm":
+            return "norm" if self.norms and block >= 0 else None
+        if self.scope != "category":
+            return "matrix" if role in GROUPS["all"] else None
+        for category in ("attention", "mlp"):
+            if role in GROUPS[category]:
+                return category
+        return None
 
-        It is put back after that, so that the model's own dropout is the same at every sparsity.
+    def build(self, model: nn.Module) -> Halves:
+        """Draw all rounds from the default generator, which the run's seed has just set.
+
+        So they are the same on all ranks and after a resume. The generator's state is restored afterwards, so that the
+        model's own dropout is the same at every sparsity.
         """
         pools, share = self.pools(model), Fraction(str(self.sparsity))
+        frozen: list[set[str]] = []
         with torch.random.fork_rng(devices=[]):
-            frozen = [set().union(*(draw(pool, share) for pool in pools)) for _ in range(self.rounds)]
+            for _ in range(self.rounds):
+                frozen.append(set().union(*(draw_frozen(pool, share) for pool in pools)))
         if self.sparsity and not any(frozen):
-            count = sum(len(names) for pool in pools for names in pool.values())
+            count = 0
+            for pool in pools:
+                count += sum(map(len, pool.values()))
             raise ConfigError(
                 f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, or method=full."
             )
         return Halves(model, frozen)
 
     def before_step(self, run: Run, state: Any) -> None:
-        now = run.step * self.rounds // run.total
-        if run.step and now != (run.step - 1) * self.rounds // run.total:
+        current = run.step * self.rounds // run.total
+        if run.step and current != (run.step - 1) * self.rounds // run.total:
             run.optimizer.state.clear()
-        state.thaw(state.frozen[now])
+        state.freeze(state.frozen[current])
 
     def after_step(self, run: Run, state: Any) -> None:
-        """Between steps everything counts as trained, as it was built."""
-        state.thaw(set())
+        """Train every parameter again: between steps the state is as it was built."""
+        state.freeze(set())

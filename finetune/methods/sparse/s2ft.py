@@ -1,13 +1,33 @@
-"""S2FT: train a few heads and channels, whole, across coupled layers (Yang et al., 2024, arXiv 2412.06289; the abstract and the code were read).
+"""S2FT: train a few heads and channels as whole rows and columns.
 
-``v`` and ``o`` are shares of attention heads (rows of v, columns of o), ``u`` and ``d`` of feed-forward channels (rows of up, columns of down); d
-alone by default, as released for Llama 3. Of all (layer, unit) pairs of the model int(share * pairs) are drawn, evenly, for each share by itself, so
-that layers differ and may get none. The gate is never trained.
+Attention heads and feed-forward channels are drawn at random over all layers. Their rows in the first matrix of a coupled
+pair, or their columns in the second, are trained whole. ``v`` and ``o`` are shares of heads (rows of v, columns of o), ``u``
+and ``d`` shares of channels (rows of up, columns of down); each share is drawn by itself. The gate is never trained.
 
-The released code first permutes both sides of a pair, v with o and gate and up with down, into [only first] [both] [only second] [rest], and trains a
-slice. That leaves the function as it is: training the same rows and columns where they are is the same, and what is stored belongs to the published
-weights. With grouped queries a head of v is one key and value head, and one of o the columns of all queries that it serves (the released code indexes
-query heads there, and fails). Of a fused qkv, as in GPT-2, the last third is v.
+Formula:
+    n = int(share * pairs)        pairs: all (layer, unit) of the model; n of them are drawn, evenly
+    v: rows of head h    o: columns of head h    u: row c of up    d: column c of down
+
+Layers differ in how many units they get, and some may get none. With grouped-query attention a unit of ``v`` is one key
+and value head, and a unit of ``o`` is the columns of all query heads that it serves. The last third of a fused qkv (GPT-2)
+is v.
+
+Paper: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity", NeurIPS 2024,
+arXiv 2412.06289.
+
+Reading: The abstract and the released code were read, the body of the paper could not be. d = 0.03 alone is what the
+released scripts use for Llama 3.
+
+Differs:
+- The released code permutes both sides of a pair (v with o; gate and up with down) so that the chosen units are
+  neighbours, and trains a slice. The function is the same, so training the rows and columns where they are is too, and
+  what is stored here fits the published weights; there the saved model stays permuted.
+- With grouped-query attention the released code indexes query heads among key and value heads, and fails.
+- The released efficient variant trains other sub-matrices: rows of down and o, columns of up and v.
+- Selection by weight, activation or gradient, which the paper names, is left out; units are drawn at random.
+
+Cost: in trained values for every row and out for every column, a head being as many of them as it is wide; their
+gradients and two moments in Adam. Values and positions are stored.
 """
 
 from __future__ import annotations
@@ -34,17 +54,40 @@ ROLES = {"v": ("v", "qkv"), "o": ("o",), "u": ("up",), "d": ("down",)}
 
 @dataclass(frozen=True)
 class Units:
-    """The ``count`` units of a site that may be chosen, of which ``first`` is the first of its grain."""
+    """The units of one site that may be chosen: ``count`` units of a grain, from unit ``first`` on."""
 
     grain: Grain
     first: int
     count: int
 
 
+@dataclass(frozen=True)
+class Draw:
+    """A draw of ``count`` units among those of several sites: ``sites`` by position, and the units of each."""
+
+    sites: list[int]
+    units: list[Units]
+    count: int
+
+    def most_entries(self) -> int:
+        """Return how many entries the drawn units have at most; units of different layers may differ in size."""
+        sizes: list[int] = []
+        for units in self.units:
+            sizes += [units.grain.size] * units.count
+        return sum(sorted(sizes, reverse=True)[: self.count])
+
+
 @register("s2ft")
 @dataclass(frozen=True)
 class S2FT(Method):
-    """S2FT: random attention heads and feed-forward channels, as whole rows and columns."""
+    """S2FT: random attention heads and feed-forward channels, as whole rows and columns.
+
+    Options:
+        v: Share of the attention heads whose rows of v are trained.
+        o: Share of the attention heads whose columns of o are trained.
+        u: Share of the feed-forward channels whose rows of up are trained.
+        d: Share of the feed-forward channels whose columns of down are trained.
+    """
 
     v: Share = 0.0
     o: Share = 0.0
@@ -62,85 +105,93 @@ class S2FT(Method):
 
     @property
     def shares(self) -> dict[str, float]:
+        """Return the four shares by their names."""
         return {name: getattr(self, name) for name in ROLES}
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = self.sites(model)
-        bank = Bank(sites, sum(self._largest(units, count) for _, units, count in self.draws(model, sites)))
-        views = [SparseDelta(bank, i, s) for i, s in enumerate(sites)]
+        bank = Bank(sites, sum(draw.most_entries() for draw in self.draws(model, sites)))
+        views = [SparseDelta(bank, i, site) for i, site in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
             attach(model, site.name, view)
         return nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
+        bank: Bank = state["bank"]
         sites = self.sites(run.model)
         index: dict[int, Tensor] = {}
-        for places, units, count in self.draws(run.model, sites):
-            counts = [u.count for u in units]
-            picked = torch.zeros(sum(counts), dtype=torch.bool)
-            picked[torch.randperm(len(picked), generator=run.generator)[:count]] = True
-            for i, unit, own in zip(places, units, picked.split(counts), strict=True):
-                index[i] = unit.grain.expand((own.nonzero().view(-1) + unit.first).to(torch.int32)).to(
-                    state["bank"].index.device
-                )
-        state["bank"].place([index[i] for i in range(len(sites))])
+        for draw in self.draws(run.model, sites):
+            counts = [units.count for units in draw.units]
+            drawn = torch.zeros(sum(counts), dtype=torch.bool)
+            drawn[torch.randperm(len(drawn), generator=run.generator)[: draw.count]] = True
+            for i, units, own in zip(draw.sites, draw.units, drawn.split(counts), strict=True):
+                numbers = (own.nonzero().view(-1) + units.first).to(torch.int32)
+                index[i] = units.grain.expand(numbers).to(bank.index.device)
+        bank.place([index[i] for i in range(len(sites))])
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """The layers that have a share. Raises ``ConfigError`` where a share has none, or would choose no unit of them."""
-        roles = {site.role for site in all_sites(model)}
-        absent = [name for name, share in self.shares.items() if share and not roles & set(ROLES[name])]
-        if absent:
-            whys = {name: f"this model has no layer of role {' or '.join(ROLES[name])}" for name in absent}
-            raise ConfigError(
-                *(f"method.{name}={self.shares[name]:g}: {why}; set it to 0." for name, why in whys.items())
-            )
-        return find_sites(
-            model, tuple(r for name, share in self.shares.items() if share for r in ROLES[name] if r in roles)
-        )
-
-    def draws(self, model: nn.Module, sites: list[Site]) -> Iterator[tuple[list[int], list[Units], int]]:
-        """For each share the places of its sites, their units, and how many of all these are trained."""
+        """Return the layers that have a share. Raises ``ConfigError`` for a share that no layer of the model has."""
+        present = {site.role for site in all_sites(model)}
+        targets: list[str] = []
+        faults: list[str] = []
         for name, share in self.shares.items():
-            places = [i for i, site in enumerate(sites) if site.role in ROLES[name]]
-            units = [_units(sites[i], model) for i in places] if share else []
-            total = sum(u.count for u in units)
-            if share and not int(share * total):
-                what = "heads" if name in "vo" else "channels"
-                raise ConfigError(
-                    f"method.{name}={share:g} of the model's {total} {what} is none; take {1 / total:.2g} or more."
+            roles = [role for role in ROLES[name] if role in present]
+            if share and not roles:
+                wanted = " or ".join(ROLES[name])
+                faults.append(
+                    f"method.{name}={share:g}: this model has no layer of role {wanted}; set it to 0."
                 )
             if share:
-                yield places, units, int(share * total)
+                targets += roles
+        if faults:
+            raise ConfigError(*faults)
+        return find_sites(model, tuple(targets))
 
-    @staticmethod
-    def _largest(units: list[Units], count: int) -> int:
-        """Entries of ``count`` units at most: layers may differ in size."""
-        return sum(sorted((u.grain.size for u in units for _ in range(u.count)), reverse=True)[:count])
+    def draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
+        """Yield one draw for each share that is not 0. Raises ``ConfigError`` for a share of less than one unit."""
+        for name, share in self.shares.items():
+            if not share:
+                continue
+            members = [i for i, site in enumerate(sites) if site.role in ROLES[name]]
+            units = [find_units(sites[i], model) for i in members]
+            total = sum(each.count for each in units)
+            if not int(share * total):
+                what = "heads" if name in "vo" else "channels"
+                raise ConfigError(
+                    f"method.{name}={share:g} of the model's {total} {what} is less than one; take {1 / total:.2g} or more."
+                )
+            yield Draw(members, units, int(share * total))
 
 
-def _units(site: Site, model: nn.Module) -> Units:
-    """What of a site is chosen as a whole. Raises ``ConfigError`` where its heads are not known."""
+def find_units(site: Site, model: nn.Module) -> Units:
+    """Return the units of a site: channels of up and down, heads of v, qkv and o.
+
+    Raises ``ConfigError`` where the heads of the site are not known.
+    """
     out, in_ = site.shape
-    if site.role in ("up", "down"):
-        return (
-            Units(Grain(site.shape, 1, in_), 0, out)
-            if site.role == "up"
-            else Units(Grain(site.shape, out, 1), 0, in_)
-        )
-    width = head_width(model)
-    rows = {s.block: s.shape[0] for s in all_sites(model) if s.role == "v"}.get(
-        site.block, in_ if site.role == "o" else out
-    )  # of v, by its block
+    if site.role == "up":
+        return Units(Grain(site.shape, 1, in_), 0, out)
+    if site.role == "down":
+        return Units(Grain(site.shape, out, 1), 0, in_)
+    width, rows = head_width(model), _value_rows(site, model)
     if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
         raise ConfigError(
-            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. Use u and d."
+            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. Use method.u "
+            "and method.d."
         )
     if site.role == "o":
         heads = rows // width
         return Units(Grain(site.shape, out, in_ // heads), 0, heads)
     heads = out // width
-    return (
-        Units(Grain(site.shape, width, in_), heads * 2 // 3, heads // 3)
-        if site.role == "qkv"
-        else Units(Grain(site.shape, width, in_), 0, heads)
-    )
+    if site.role == "qkv":
+        return Units(Grain(site.shape, width, in_), heads * 2 // 3, heads // 3)
+    return Units(Grain(site.shape, width, in_), 0, heads)
+
+
+def _value_rows(site: Site, model: nn.Module) -> int:
+    """Return the rows of v in the block of the site; without a v of its own, as many as o has columns or qkv rows."""
+    rows = site.shape[1] if site.role == "o" else site.shape[0]
+    for other in all_sites(model):
+        if other.role == "v" and other.block == site.block:
+            rows = other.shape[0]
+    return rows

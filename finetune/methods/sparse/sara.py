@@ -1,12 +1,30 @@
-"""SaRA: train the weights that matter least, the smallest (Hu et al., 2025, arXiv 2409.06633).
+"""SaRA: train the weights with the smallest magnitude, narrowed once, with a nuclear-norm penalty.
 
-One threshold theta for all: the trained set is M = {|w| < theta}. theta is ``threshold``, or the K-th smallest |w|, K from ``sparsity``. Narrow
-(at the share ``schedule.at`` of the run) leaves {i in M: |w_i| < theta now}; the others rest where they are. Decay pulls to 0, as AdamW in place.
-``penalty`` times the nuclear norm of M o w is added to the loss, in each step for one random matrix whose sides are above 64, as released; the paper
-sums over all. Its text finds 5e-3 best, the default here; the released commands have 5e-4.
+One threshold theta holds for all layers. The entries below it are trained; at the share ``schedule.at`` of the run, only
+those that are still below it stay trained, and the others keep the value they have reached. Decay pulls values towards 0,
+as AdamW does on the weights.
 
-Not taken from the released default code: its penalty reaches none of the trained values, its first forward pass takes |w| for w, and narrowing drops
-the moments. Its masks cover biases, norms and convolutions too, here the linear layers. Float32 compares: a float16 or bfloat16 base has its own M.
+Formula:
+    M = {|w| < theta}        theta: ``threshold``, or the K-th smallest |w| with K from ``sparsity``
+    narrowing leaves {i in M: |w_i| < theta}, with the values w at that step
+    loss = task loss + penalty ||M * W||_*        one random matrix in each step, if both its sides are above 64
+
+Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation" (SaRA), ICLR
+2025, arXiv 2409.06633.
+
+Reading: Paper and released code were read. The paper writes the threshold without the absolute value, but means it. Its
+penalty is the sum over all matrices; one random matrix in each step is what the code does. The paper's text finds
+penalty = 5e-3 best, which is the default; the released commands have 5e-4. Narrowing halfway through is the paper's.
+
+Differs: The faults of the released default optimizer are not taken over:
+- its penalty reaches none of the trained values,
+- its first forward pass takes |w| for w, and the same happens after narrowing,
+- narrowing drops Adam's moments.
+Its masks also cover biases, norms and convolutions; here the linear layers. Weights are compared with theta in float32,
+so a base in float16 or bfloat16 has its own M.
+
+Cost: One trained value for every entry of M, its gradient and two moments in Adam. Values and positions are stored. With a
+penalty, one eigendecomposition of the smaller Gram matrix of one layer in every step.
 """
 
 from __future__ import annotations
@@ -32,13 +50,18 @@ from ...registry import register
 from ...schedules.narrow import Narrow
 
 FIXED = ("score", "direction", "scope", "grain")
-LEAST = 64  # a matrix with a side of this length or less is not penalized
+LARGEST_UNPENALIZED = 64  # a matrix with a side of at most this length is not penalized
 
 
 @register("sara")
 @dataclass(frozen=True)
 class SaRA(Sparse):
-    """SaRA: the smallest weights, narrowed halfway, with a nuclear-norm penalty."""
+    """SaRA: the smallest weights, narrowed halfway, with a nuclear-norm penalty.
+
+    Options:
+        threshold: Magnitude below which an entry is trained; ``null``: ``sparsity`` decides.
+        penalty: Factor of the nuclear norm of one random matrix of trained entries, which is added to the loss.
+    """
 
     threshold: Annotated[float, Gt(0)] | None = None
     penalty: Annotated[float, Ge(0)] = 5e-3
@@ -54,38 +77,49 @@ class SaRA(Sparse):
 
     def contradictions(self) -> list[str]:
         found = super().contradictions()
-        defaults = {name: item.default for name, item in type(self).__dataclass_fields__.items()}
+        fields = type(self).__dataclass_fields__
         for name in FIXED:
-            if (value := getattr(self, name)) != defaults[name]:
+            value = getattr(self, name)
+            if value != fields[name].default:
                 found.append(
-                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse for other choices."
+                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse for other "
+                    "choices."
                 )
-        if self.threshold is not None and self.sparsity != defaults["sparsity"]:
-            found.append(
-                f"method.threshold={self.threshold:g} says how many entries are trained, and so does sparsity={self.sparsity:g}; give one."
-            )
-        if self.threshold is not None and self.schedule.name not in ("narrow", "static"):
-            found.append(
-                f"method.threshold={self.threshold:g} leaves nothing to schedule={self.schedule.name}; take narrow or static, or sparsity."
-            )
+        if self.threshold is not None:
+            found += self._threshold_contradictions(self.threshold)
         if isinstance(self.schedule, Narrow) and self.schedule.keep != Narrow.keep:
             found.append(
-                f"schedule.keep={self.schedule.keep:g} means nothing to SaRA, which narrows to what is below its threshold; leave it out."
+                f"schedule.keep={self.schedule.keep:g} has no effect with method=sara, which keeps the entries below "
+                "its threshold; leave it out."
+            )
+        return found
+
+    def _threshold_contradictions(self, threshold: float) -> list[str]:
+        """Name settings that say the same as a threshold, or that it leaves no room for."""
+        found = []
+        if self.sparsity != type(self).__dataclass_fields__["sparsity"].default:
+            found.append(
+                f"method.threshold={threshold:g} says how many entries are trained, and so does "
+                f"sparsity={self.sparsity:g}; give one of them."
+            )
+        if self.schedule.name not in ("narrow", "static"):
+            found.append(
+                f"method.threshold={threshold:g} fixes which entries are trained, so schedule={self.schedule.name} has "
+                "no effect; take schedule=narrow or schedule=static, or sparsity instead of a threshold."
             )
         return found
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[Budget]:
         if self.threshold is None:
             return super().budgets(sites, grains)
-        counts: list[int] = [
-            int(_below(s.module.get_parameter("weight"), self.threshold).sum()) for s in sites
-        ]
-        k = sum(counts)
-        if not k:
+        count = 0
+        for site in sites:
+            count += int(_is_below(site.module.get_parameter("weight"), self.threshold).sum())
+        if not count:
             raise ConfigError(
                 f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; raise it."
             )
-        return [Budget(list(range(len(sites))), k)]
+        return [Budget(list(range(len(sites))), count)]
 
     @property
     def counts_exactly(self) -> bool:
@@ -103,53 +137,59 @@ class SaRA(Sparse):
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         super().begin(run, state, previous)
         if self.threshold is None:
-            state.theta.copy_(torch.stack([w.abs().max() for w in self._trained(run, state) if len(w)]).max())
+            largest = [weights.abs().max() for weights in self._trained_weights(run, state) if len(weights)]
+            state.theta.copy_(torch.stack(largest).max())
 
     def before_step(self, run: Run, state: Any) -> None:
         if not isinstance(self.schedule, Narrow):
             super().before_step(run, state)
         elif run.step and self.schedule.move(run.step, run.total):
-            bank: Bank = state["bank"]
-            stays = [bank.where(i)[_below(w, state.theta)] for i, w in enumerate(self._trained(run, state))]
-            before = bank.active
-            bank.revise(stays, run.moments(bank.values), self.schedule.dropped)
-            run.log(kept=bank.active / max(1, before), trained=float(bank.active))
+            self._narrow(run, state)
+
+    def _narrow(self, run: Run, state: Any) -> None:
+        """Keep training the entries whose weight is below theta now."""
+        bank: Bank = state["bank"]
+        stays = []
+        for i, weights in enumerate(self._trained_weights(run, state)):
+            stays.append(bank.where(i)[_is_below(weights, state.theta)])
+        before = bank.active
+        bank.revise(stays, run.moments(bank.values), self.schedule.dropped)
+        run.log(kept=bank.active / max(1, before), trained=float(bank.active))
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
-        matrices = [view for view in state["views"] if min(view.site.shape) > LEAST]
+        matrices = [view for view in state["views"] if min(view.site.shape) > LARGEST_UNPENALIZED]
         if not self.penalty or not matrices:
             return 0.0
-        draw = torch.Generator().manual_seed(
-            run.generator.initial_seed() + 2654435761 * (run.step + 1)
-        )  # of the step alone: the same for all
-        view = matrices[int(torch.randint(len(matrices), (), generator=draw))]
+        # The draw depends on seed and step alone: it is the same for all micro-batches, ranks and retries.
+        generator = torch.Generator().manual_seed(run.generator.initial_seed() + 2654435761 * (run.step + 1))
+        view = matrices[int(torch.randint(len(matrices), (), generator=generator))]
         layer = cast(Patched, run.model.get_submodule(view.site.name))
-        return self.penalty * nuclear_norm(
-            _values(view, layer), state["bank"].where(view.i), layer.original.shape
-        )
+        where = state["bank"].where(view.i)
+        return self.penalty * nuclear_norm(_weights(view, layer), where, layer.original.shape)
 
     @torch.no_grad()
-    def _trained(self, run: Run, state: Any) -> list[Tensor]:
-        """The trained weights of each site as they are now."""
+    def _trained_weights(self, run: Run, state: Any) -> list[Tensor]:
+        """Return the trained weights of each site as they are now, [count] each."""
         layers = patched(run.model)
-        return [_values(view, layers[view.site.name]) for view in state["views"]]
+        return [_weights(view, layers[view.site.name]) for view in state["views"]]
 
 
-def _below(weight: Tensor, theta: float | Tensor) -> Tensor:
-    """Where |w| < theta, compared in float32."""
+def _is_below(weight: Tensor, theta: float | Tensor) -> Tensor:
+    """Tell where |w| < theta, compared in float32."""
     return weight.detach().float().abs() < torch.as_tensor(theta, dtype=torch.float32, device=weight.device)
 
 
-def _values(view: SparseDelta, layer: Patched) -> Tensor:
-    """The trained weights of a site, [count]: the pretrained ones and their change, which a gradient reaches."""
+def _weights(view: SparseDelta, layer: Patched) -> Tensor:
+    """Return the trained weights of a site, [count]: pretrained plus change, with the gradient of the change."""
     return view.pretrained(layer.original).to(view.bank.values.dtype) + view.bank.slice(view.i)
 
 
 def nuclear_norm(values: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
-    """The sum of the singular values of the matrix that has ``values`` [n] at the flat positions ``where`` and is 0 elsewhere.
+    """Return the sum of singular values of the matrix that has ``values`` [n] at flat positions ``where``, else 0.
 
-    Its gradient is U V^T over the singular values above 0 (a millionth of the largest), and the sum is <U V^T, matrix>: from the eigenvectors of the
-    smaller Gram matrix in float64, which is cheaper than a singular value decomposition.
+    Its gradient is U V^T over the singular values that are not 0 (above a millionth of the largest), and the norm is
+    <U V^T, matrix>. Both come from the eigenvectors of the smaller Gram matrix in float64, which is cheaper than a
+    singular value decomposition.
     """
     with torch.no_grad():
         w = torch.zeros(shape, dtype=torch.float64, device=values.device)

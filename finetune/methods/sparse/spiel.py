@@ -1,22 +1,46 @@
-"""SpIEL: drop the entries that changed least, grow others by their gradients (Ansell et al., 2024, arXiv 2401.16405).
+"""SpIEL: train a moving set of entries; those that changed least give way to those with the largest gradients.
 
-Read from the released code. Every ``schedule.every`` steps (S) each matrix swaps part of its k entries, ``window`` steps (g) into the period: before
-steps g, S + g, 2 S + g, ... The share is ``schedule.rate`` with its decay; under the linear one all k go the first time. The smallest |change| goes,
-as in the code; the abstract has the change of magnitude. ``score``, ``direction`` and ``scope`` choose the first entries only.
+Each matrix trains k entries. Every ``schedule.every`` steps (S) it exchanges part of them, ``window`` steps (g) into the
+period: before steps g, S + g, 2 S + g and so on. The share that is exchanged is ``schedule.rate`` with its decay; with the
+linear decay all k entries are exchanged the first time. The entries with the smallest absolute change leave, and there are two
+criteria for those that come in. ``score``, ``direction`` and ``scope`` choose the first entries only.
 
-    ag  Accumulated gradients. The first micro-batch of a period gives each matrix k candidates (the abstract: "a few"), the largest |g|, whose
-        gradients are summed over the g steps. The largest |sum| come in, with the age g and the moments that Adam has after g steps of the mean
-        gradient and the mean square; every entry has a bias correction of its own age. What would leave and come in stays untouched.
-    ma  Momentum approximation, with ``optimizer=sm3``: of the untrained entries the largest products of SM3's row and column accumulators come in. As
-        in the code a row without a trained entry has the accumulator 0, so nothing grows there while other products are left, and so with columns.
+- ag, accumulated gradients: The first micro-batch of a period gives each matrix k candidates, the entries with the largest
+  absolute gradient. Their gradients are summed over the g steps, and those with the largest absolute sum come in. They get
+  the age g, and the moments that Adam has after g steps of the mean gradient and the mean square. Each entry has a bias
+  correction by its own age. An entry that would both leave and come in is left untouched.
+- ma, momentum approximation, with ``optimizer=sm3``: Of the untrained entries those with the largest product of SM3's row
+  and column accumulators come in. A row without a trained entry has the accumulator 0, so nothing comes in there while
+  other products are left; likewise with columns.
 
-Squares are those of a step's gradient, over all its micro-batches and processes, so that their number does not matter; in the code they are those of
-micro-batches, and accumulation makes the seeds too small. Gradients are taken before clipping. Weight decay pulls towards the pretrained weights.
+Formula:
+    leaving: int(p k) entries with the smallest |change|        p = rate (1 - step / total), at first 1
+    ag: largest |sum of g steps' gradients| among the candidates
+        age = g,  m = (1 - beta1^g) mean(gradient),  v = (1 - beta2^g) mean(gradient^2)
+    ma: largest row[i] col[j]
+
+Paper: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024, arXiv 2401.16405.
+
+Reading: The abstract and the released code were read, the body of the paper could not be. The abstract drops by the change
+of magnitude and speaks of a few candidates; the code drops by |change| itself and has as many candidates as there are
+trained entries, and so has this file. Period 20, window 5 and rate 0.2 are the released defaults.
+
+Differs:
+- Squares are those of a step's gradient, over all its micro-batches and ranks, so their number does not matter. In the
+  released code they are those of micro-batches, and accumulation makes the moments too small.
+- From the second window on the released code sums g + 1 steps but gives the age g. Here it is g steps and the age g.
+- Ranks of the released code may choose different entries; here they agree.
+- Gradients are taken before clipping.
+- The released budget is a share of all parameters, embeddings included, spread over the layers; here it is ``sparsity`` of
+  the layers' entries.
+
+Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out accumulators a layer.
+During a window positions and two sums of as many candidates. Values and positions are stored.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, cast
 
@@ -34,28 +58,35 @@ from ...errors import ConfigError
 from ...registry import register
 from ...schedules.drop_grow import DropGrow
 
-Best = Callable[
-    [Tensor, int], Tensor
-]  # of the entries that are kept, and how many may come in: the best of the others, best first
+# Takes the entries that stay and the number n of those that may leave; returns at most n others, the best first.
+Ranking = Callable[[Tensor, int], Tensor]
 
 
-def swap(where: Tensor, change: Tensor, share: float, best: Best) -> Tensor:
-    """The entries of a site afterwards, ascending, as many as before: ``share`` of them, rounded down, gives way if there are others.
+def exchange_entries(where: Tensor, change: Tensor, share: float, ranking: Ranking) -> Tensor:
+    """Exchange a ``share`` of the entries of a site, rounded down; return as many entries as before, ascending.
 
-    If fewer come in than could leave, the smallest changes leave.
+    ``where`` [k]: flat positions of the trained entries, ``change`` [k]: their values. If fewer entries come in than
+    may leave, those with the smallest changes leave.
     """
     n, order = int(share * len(where)), change.abs().sort(stable=True).indices
-    offered, kept = where[order[:n]], where[order[n:]]
-    grown = best(kept, n)
-    leaving = offered[~torch.isin(offered, grown)]
+    may_leave, stays = where[order[:n]], where[order[n:]]
+    grown = ranking(stays, n)
+    leaving = may_leave[~torch.isin(may_leave, grown)]
     new = len(grown) - (n - len(leaving))
-    return torch.cat([kept, grown, leaving[new:]]).sort().values
+    return torch.cat([stays, grown, leaving[new:]]).sort().values
 
 
 @register("spiel")
 @dataclass(frozen=True)
 class SpIEL(Sparse):
-    """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients."""
+    """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients.
+
+    Options:
+        criterion: How entries that come in are chosen: by accumulated gradients (``ag``), or by the accumulators of
+            SM3 (``ma``, with ``optimizer=sm3``).
+        schedule: Period, share and decay of the exchanges; it must be ``drop_grow``.
+        window: Number of steps at the start of a period in which gradients of candidates are summed.
+    """
 
     criterion: Literal["ag", "ma"] = "ag"
     schedule: Schedule = DropGrow(every=20)
@@ -68,27 +99,39 @@ class SpIEL(Sparse):
     paper: ClassVar[str] = "arXiv 2401.16405"
 
     def contradictions(self) -> list[str]:
-        return [*super().contradictions(), *self._unfit()]
-
-    def _unfit(self) -> Iterator[str]:
+        found = super().contradictions()
         if self.schedule.name != "drop_grow":
-            yield f"schedule={self.schedule.name} does not say when entries are dropped and grown; take schedule=drop_grow, or method=sparse."
-        elif self.window >= self._moves.every:
-            yield f"method.window={self.window} must end before its period does; take less than schedule.every={self._moves.every}."
+            found.append(
+                f"schedule={self.schedule.name} does not say when entries are dropped and grown; take "
+                "schedule=drop_grow, or method=sparse."
+            )
+        elif self.window >= self._periods.every:
+            found.append(
+                f"method.window={self.window} must end before its period does; take less than "
+                f"schedule.every={self._periods.every}."
+            )
         if self.score == "change":
-            yield "method.score=change is 0 everywhere before training, and the first entries are chosen by it; take another score."
+            found.append(
+                "method.score=change is 0 for every entry before training, and it chooses the first entries; take "
+                "another score."
+            )
         if self.grain != "element":
-            yield f"method.grain={self.grain}: entries are dropped and grown one by one; take grain=element, or method=sparse."
+            found.append(
+                f"method.grain={self.grain}: entries are dropped and grown one by one; take grain=element, or "
+                "method=sparse."
+            )
+        return found
 
     def faults(self, steps: int) -> list[str]:
         if self.window < steps:
             return []
         return [
-            f"method.window={self.window} does not end before the run's {steps} steps do, so nothing would ever move; take less."
+            f"method.window={self.window} is not below the run's {steps} steps, so no entry would ever move; take less."
         ]
 
     @property
-    def _moves(self) -> DropGrow:
+    def _periods(self) -> DropGrow:
+        """Return the schedule; ``contradictions`` refuses any other."""
         return cast(DropGrow, self.schedule)
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
@@ -101,18 +144,20 @@ class SpIEL(Sparse):
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         if self.criterion == "ma" and "row.0" not in run.optimizer.state.get(state["bank"].values, {}):
             raise ConfigError(
-                "method.criterion=ma grows by the accumulators of SM3, which this optimizer has not; take optimizer=sm3, or criterion=ag."
+                "method.criterion=ma chooses by the accumulators of SM3, which this optimizer does not have; take "
+                "optimizer=sm3, or method.criterion=ag."
             )
         super().begin(run, state, previous)
 
     def before_step(self, run: Run, state: Any) -> None:
-        if run.step % self._moves.every == self.window:
-            self._reselect(run, state["bank"], state["candidates"])
+        if run.step % self._periods.every == self.window:
+            self._exchange(run, state["bank"], state["candidates"])
             state["candidates"].resize(0)
         self.prepare_retry(run, state)
 
     def prepare_retry(self, run: Run, state: Any) -> None:
-        bank, candidates, place = state["bank"], state["candidates"], run.step % self._moves.every
+        """Watch the gradients of a step in a window, unless the run ends before the window does."""
+        bank, candidates, place = state["bank"], state["candidates"], run.step % self._periods.every
         if self.criterion == "ag" and place < self.window and run.step - place + self.window < run.total:
             if place == 0:
                 candidates.resize(len(bank.values))
@@ -125,40 +170,49 @@ class SpIEL(Sparse):
             state["candidates"].end_step(run)
 
     @torch.no_grad()
-    def _reselect(self, run: Run, bank: Bank, candidates: Candidates) -> None:
-        first = run.step == self.window and self._moves.decay == "linear"
-        share = 1.0 if first else self._moves.replaced(run.step, run.total)
+    def _exchange(self, run: Run, bank: Bank, candidates: Candidates) -> None:
+        """Exchange entries of every site."""
+        share = self._periods.replaced(run.step, run.total)
+        if run.step == self.window and self._periods.decay == "linear":
+            share = 1.0
         found = []
         for i in range(len(bank.sizes)):
-            best = (
-                self._summed(bank, candidates, i) if self.criterion == "ag" else self._products(run, bank, i)
-            )
-            found.append(run.agree(swap(bank.where(i), bank.slice(i), share, best)))
-        betas = run.optimizer.param_groups[0].get(
-            "betas", (0.0, 0.0)
-        )  # an optimizer without them takes no seeds
-        fresh = bank.revise(
-            found, run.moments(bank.values), self._moves.dropped, candidates.seeds(bank, found, betas)
-        )
-        run.log(churn=len(fresh) / max(1, bank.active), trained=float(bank.active))
+            if self.criterion == "ag":
+                ranking = _by_gradient_sums(bank, candidates, i)
+            else:
+                ranking = _by_accumulators(run, bank, i)
+            found.append(run.agree(exchange_entries(bank.where(i), bank.slice(i), share, ranking)))
+        # An optimizer without betas takes no moments.
+        betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))
+        seeds = candidates.seeds(bank, found, betas)
+        newcomers = bank.revise(found, run.moments(bank.values), self._periods.dropped, seeds)
+        run.log(churn=len(newcomers) / max(1, bank.active), trained=float(bank.active))
 
-    @staticmethod
-    def _summed(bank: Bank, candidates: Candidates, i: int) -> Best:
-        index, sums, _, _ = candidates.at_site(bank, i)
-        ranked = index[sums.abs().sort(descending=True, stable=True).indices]
-        return lambda kept, n: ranked[~torch.isin(ranked, kept)][:n]
 
-    @staticmethod
-    def _products(run: Run, bank: Bank, i: int) -> Best:
-        """Of the square roots, which overflow and vanish later and have the same order."""
-        held = run.optimizer.state[bank.values]
-        untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device).index_fill_(
-            0, bank.where(i).long(), False
-        )
+def _by_gradient_sums(bank: Bank, candidates: Candidates, i: int) -> Ranking:
+    """Rank the candidates of site ``i`` by the absolute sums of their gradients."""
+    index, sums, _, _ = candidates.at_site(bank, i)
+    ranked = index[sums.abs().sort(descending=True, stable=True).indices]
 
-        def best(kept: Tensor, n: int) -> Tensor:
-            top = TopK(n, {i: 1})
-            top.add(i, (held[f"row.{i}"].sqrt() * held[f"col.{i}"].sqrt()).float(), untrained)
-            return top.take()[i]
+    def ranking(stays: Tensor, n: int) -> Tensor:
+        return ranked[~torch.isin(ranked, stays)][:n]
 
-        return best
+    return ranking
+
+
+def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
+    """Rank the untrained entries of site ``i`` by the products of SM3's accumulators.
+
+    The products are those of square roots, which have the same order and neither overflow nor vanish as early.
+    """
+    accumulators = run.optimizer.state[bank.values]
+    untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)
+    untrained.index_fill_(0, bank.where(i).long(), False)
+
+    def ranking(stays: Tensor, n: int) -> Tensor:
+        top = TopK(n, {i: 1})
+        products = accumulators[f"row.{i}"].sqrt() * accumulators[f"col.{i}"].sqrt()
+        top.add(i, products.float(), untrained)
+        return top.take()[i]
+
+    return ranking

@@ -1,13 +1,30 @@
-"""SPT: entries where few are sensitive, a low-rank branch where many are (He et al., 2023, arXiv 2303.08566; the abstract and the code were read).
+"""SPT: train single entries where few are sensitive, and a low-rank branch where many are.
 
-The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss, in eval mode (the code: in train mode). Of
-the tau most sensitive of all matrices' entries each is trained by itself, but a matrix with c >= P / ``alpha`` of them gets a branch B A of P =
-``rank`` (in + out) parameters instead. tau is the largest one at which all that is trained is within the budget, the entries less the share
-``sparsity`` of them; the code takes the nearest on a grid. ``alpha`` = 10 is the code's; the paper's rule, as remembered, is c >= P, ``alpha=1``.
+The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss, before training and
+in eval mode. The tau most sensitive entries of all matrices are chosen. In a matrix with few of them each is trained by
+itself; a matrix with many gets a low-rank branch B A instead. tau is the largest number at which all that is trained is
+within the budget. The class token, where a model has one, is trained too, in place and outside of the budget.
 
-A starts as in LoRA, B at 0, and there is no factor alpha / rank. One weight decay holds for factors and entries, where the code spares the latter.
-Left out are the dropout in its branch, and its rule for biases and norms, which is no part of the abstract. The class token, where there is one, is
-trained too, outside of the budget.
+Formula:
+    sensitivity = sum over batches of g^2
+    branch where c >= P / alpha        c: chosen entries of a matrix, P = rank (in + out): parameters of a branch
+    W' = W + S   or   W' = W + B A     A: [rank, in] as in LoRA, B: [out, rank] from 0
+    sum of entries and of branches' parameters <= (1 - sparsity) n        n: entries of all matrices
+
+Paper: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, arXiv 2303.08566.
+
+Reading: The abstract and the released code were read. alpha = 10 is the released scripts'; the paper's rule is remembered
+as c >= P, which is ``alpha=1``, and is unverified. 16 batches and rank 8 are the released defaults.
+
+Differs:
+- The released code computes sensitivities in train mode, and on the first examples of the training set in order.
+- It takes the nearest tau on a grid of steps of 20,000; here tau is exact.
+- One weight decay holds for factors and entries; the released code spares the entries and the class token.
+- Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for biases and
+  norms, which is no part of the abstract.
+
+Cost: (1 - sparsity) n trained values at most, their gradients and two moments in Adam. Entries with positions and factors
+are stored. ``batches`` backward passes before training, with the best entries of each matrix in memory.
 """
 
 from __future__ import annotations
@@ -30,21 +47,24 @@ from ...core.sparse.select import TopK
 from ...registry import register
 
 
-def divide(
+def divide_budget(
     scores: list[Tensor], limits: list[int], branches: list[int], budget: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Which of each site's best entries are trained, and which sites [sites] bool have a branch instead, of ``branches`` values.
+    """Divide the budget among single entries and branches.
 
-    ``scores``: the best of each site, as many as ``limits`` says or fewer, ties to the earlier. Entries of all sites come in from the best down; the
-    one that is its site's ``limits``-th turns all of these into a branch. Each adds to the cost (a limit is never above its branch), until one does
-    not fit.
+    ``scores``: the best scores of each site, at most ``limits`` of them. ``limits``: the number of chosen entries at which
+    a site gets a branch instead, and ``branches``: the number of values of that branch, never below the limit.
+
+    Entries of all sites are taken from the best down, ties from the earlier site. An entry costs 1; the one that
+    reaches its site's limit turns all of them into a branch and costs the difference. The first entry that does not fit
+    into the budget ends the choice. Returns which of each site's scores are trained as entries, bool, and which sites
+    have a branch, [sites] bool.
     """
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     counts = torch.tensor([len(s) for s in scores])
     site = torch.arange(len(scores)).repeat_interleave(counts)[order]
-    last = torch.zeros(len(scores), dtype=torch.int64).scatter_reduce_(
-        0, site, torch.arange(len(site)), "amax"
-    )
+    last = torch.zeros(len(scores), dtype=torch.int64)
+    last.scatter_reduce_(0, site, torch.arange(len(site)), "amax")
     full = (counts == torch.tensor(limits)).nonzero().view(-1)
     costs = torch.ones(len(site), dtype=torch.int64)
     costs[last[full]] += (torch.tensor(branches) - torch.tensor(limits))[full]
@@ -57,7 +77,17 @@ def divide(
 @register("spt")
 @dataclass(frozen=True)
 class SPT(Method):
-    """SPT: the most sensitive entries, and low-rank branches where they are many."""
+    """SPT: the most sensitive entries, and low-rank branches where they are many.
+
+    Options:
+        targets: Layers whose weights compete: roles, groups of roles, or patterns of layer names.
+        sparsity: Share of the entries of all layers that is not trained. The rest is the budget of entries and
+            branches together.
+        rank: Rank of a branch.
+        alpha: A matrix gets a branch if 1 / alpha as many of its entries are chosen as the branch has parameters.
+        batches: Number of steps whose batches the sensitivity is computed from.
+        class_token: Whether the class token is trained too.
+    """
 
     targets: tuple[str, ...] = ("all",)
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.98
@@ -76,13 +106,14 @@ class SPT(Method):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
-        size = sum(s.size for s in sites)
-        most = sum(
-            branch if limit <= s.size else s.size
-            for s, (limit, branch) in zip(sites, map(self.costs, sites), strict=True)
-        )
-        bank = Mixed(sites, min(max(1, size - round(self.sparsity * size)), most), self.rank)
-        views = [MixedDelta(bank, i, s) for i, s in enumerate(sites)]
+        size = most = 0
+        for site in sites:
+            limit, branch = self.costs(site)
+            size += site.size
+            most += branch if limit <= site.size else site.size
+        budget = max(1, size - round(self.sparsity * size))
+        bank = Mixed(sites, min(budget, most), self.rank)
+        views = [MixedDelta(bank, i, site) for i, site in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
             attach(model, site.name, view)
         state = nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})
@@ -92,29 +123,37 @@ class SPT(Method):
         return state
 
     def costs(self, site: Site) -> tuple[int, int]:
-        """At how many entries a site gets a branch, and of how many parameters."""
+        """Return the number of chosen entries at which a site gets a branch, and the branch's number of parameters."""
         branch = self.rank * sum(site.shape)
         return math.ceil(branch / self.alpha), branch
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         bank: Mixed = state["bank"]
         sites, layers, budget = find_sites(run.model, self.targets), patched(run.model), len(bank.values)
-        limits = [self.costs(s)[0] for s in sites]
-        best: dict[int, tuple[Tensor, Tensor]] = {}
+        limits = [self.costs(site)[0] for site in sites]
+        positions: dict[int, Tensor] = {}
+        scores: dict[int, Tensor] = {}
 
-        def add(i: int, score: Tensor) -> None:
+        def keep_best(i: int, score: Tensor) -> None:
             top = TopK(min(limits[i], budget), {i: 1})
-            top.add(
-                i, score
-            )  # which turns scores into keys, in place: of a score that is not negative the key has the same bits
-            at = run.agree(top.take()[i])
-            best[i] = at, run.agree(score.reshape(-1)[at.long()]).cpu()
+            # Selection makes keys of the scores, in place. The key of a score that is not negative has the same bits,
+            # so the scores can still be read.
+            top.add(i, score)
+            positions[i] = run.agree(top.take()[i])
+            scores[i] = run.agree(score.reshape(-1)[positions[i].long()]).cpu()
 
-        scan(self, run, bank, [layers[s.name] for s in sites], [None] * len(sites), add)
-        chosen, structured = divide([best[i][1] for i in range(len(sites))], limits, bank.branches, budget)
-        bank.mix([best[i][0][c.to(best[i][0].device)] for i, c in enumerate(chosen)], structured)
-        with torch.no_grad():
-            for a, _ in [view.factors() for view in state["views"] if view.additive]:
-                a.copy_(
-                    nn.init.kaiming_uniform_(torch.empty(a.shape), a=math.sqrt(5), generator=run.generator)
-                )
+        scan(self, run, bank, [layers[site.name] for site in sites], [None] * len(sites), keep_best)
+        in_order = [scores[i] for i in range(len(sites))]
+        chosen, structured = divide_budget(in_order, limits, bank.branches, budget)
+        bank.mix([positions[i][own.to(positions[i].device)] for i, own in enumerate(chosen)], structured)
+        self._start_branches(run, state)
+
+    @torch.no_grad()
+    def _start_branches(self, run: Run, state: Any) -> None:
+        """Draw the factor A of every branch from the run's generator."""
+        for view in state["views"]:
+            if view.additive:
+                a, _ = view.factors()
+                drawn = torch.empty(a.shape)
+                nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=run.generator)
+                a.copy_(drawn)

@@ -1,8 +1,25 @@
-"""Super-Tuning: train the largest weights, fixed (arXiv 2607.09287, as cited in huggingface/peft, whose code and documentation were read).
+"""Super-Tuning: train the largest entries of each weight, chosen once.
 
-The count is the size minus the share ``sparsity`` of it, rounded; peft truncates size * (1 - sparsity) in floating point, which loses an entry for
-1000 and 0.9. ``direction=smallest`` is peft's ``select_top=False``. Ties go to the lower position. Its variant Supra adds a low-rank branch beside
-the entries: ``branch`` is the rank of it, 0 for none; A as in LoRA, B zeros, the scale alpha / rank with alpha = 2 rank.
+K entries of each matrix are trained, those with the largest magnitude; ties go to the lower position. The variant Supra adds
+a low-rank branch beside the entries: ``branch`` is its rank, and 0 is none.
+
+Formula:
+    W' = W + S                 S: trained values at the K largest |w|, from 0
+    Supra: W' = W + S + 2 B A  A: [branch, in] as in LoRA, B: [out, branch] from 0
+
+Paper: arXiv 2607.09287, as cited in huggingface/peft.
+
+Reading: The code and the documentation of huggingface/peft were read, not the paper. sparsity = 0.99 is peft's default, and
+``direction=smallest`` is its ``select_top=False``. The scale of the branch is alpha / rank with peft's default
+alpha = 2 rank.
+
+Differs:
+- peft truncates size (1 - sparsity) in floating point, which loses an entry for 1000 and 0.9; here the number left out is
+  rounded.
+- peft can leave the positions out of its file and choose them again from the base weights; here they are always stored.
+
+Cost: K trained values, their gradients and two moments in Adam; with a branch also branch (in + out) of each a layer. Values,
+positions and factors are stored.
 """
 
 from __future__ import annotations
@@ -26,7 +43,11 @@ from ...schedules.static import Static
 @register("super_tuning")
 @dataclass(frozen=True)
 class SuperTuning(Sparse):
-    """Super-Tuning: the largest entries of each weight, fixed."""
+    """Super-Tuning: the largest entries of each weight, fixed.
+
+    Options:
+        branch: Rank of the low-rank branch beside the entries; 0: none.
+    """
 
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.99
     score: ScoreName = "magnitude"

@@ -522,8 +522,8 @@ def test_all_faults_are_told_at_once() -> None:
 @pytest.mark.parametrize(
     ("schedule", "words"),
     [
-        (DropGrow(every=6), "schedule.every=6 .* 6 steps .* take less"),
-        (Redraw(every=200), "schedule.every=200 .* 6 steps .* take less"),
+        (DropGrow(every=6), "schedule.every=6 .* 6 steps.*take less"),
+        (Redraw(every=200), "schedule.every=200 .* 6 steps.*take less"),
         (Grow(every=4, end=0.5), "schedule.every=4 .* schedule.end=0.5 .* take less"),
         (Ramp(every=5, end=0.5), "schedule.end=0.5 .* schedule.every=5; widen .* smaller period"),
         (Narrow(at=0.01), "schedule.at=0.01 .* 6 steps .* another share"),

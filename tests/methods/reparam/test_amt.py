@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from finetune.core.part import changed_linear, merge, patched
 from finetune.errors import ConfigError
-from finetune.methods.reparam.amt import AMT, Mask, damped
+from finetune.methods.reparam.amt import AMT, Mask, damp
 from finetune.optim.adamw import AdamW
 from finetune.storage import delta as stored
 from finetune.testing import contract
@@ -103,10 +103,10 @@ UNIFORM = torch.rand(4000, generator=torch.Generator().manual_seed(2))
 
 
 def test_gradient_dropout_leaves_what_does_not_conflict() -> None:
-    assert torch.equal(damped(A, torch.zeros_like(A), 1.0, UNIFORM), A)
-    assert torch.equal(damped(A, B.abs() * A.sign(), 1.0, UNIFORM), A)
-    assert torch.equal(damped(A, B, 0.0, UNIFORM), A)
-    assert not damped(torch.zeros_like(A), B, 1.0, UNIFORM).any()
+    assert torch.equal(damp(A, torch.zeros_like(A), 1.0, UNIFORM), A)
+    assert torch.equal(damp(A, B.abs() * A.sign(), 1.0, UNIFORM), A)
+    assert torch.equal(damp(A, B, 0.0, UNIFORM), A)
+    assert not damp(torch.zeros_like(A), B, 1.0, UNIFORM).any()
 
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
@@ -114,7 +114,7 @@ def test_gradient_dropout_in_the_mean(strength: float) -> None:
     """The formula of the card, element by element; with l = 1 and opposite signs E[g] = a |a| / (|a| + |b|)."""
     a, b = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor([-1.0, 3.0, -0.5, 2.0])
     generator = torch.Generator().manual_seed(0)
-    drawn = torch.stack([damped(a, b, strength, torch.rand(4, generator=generator)) for _ in range(20000)])
+    drawn = torch.stack([damp(a, b, strength, torch.rand(4, generator=generator)) for _ in range(20000)])
     p = (1 + a.sign() * (a + b) / (a.abs() + b.abs())) / 2
     assert p.tolist() == pytest.approx([2 / 3, 1 / 4, 1 / 2, 1])
     torch.testing.assert_close(drawn.mean(0), a * (1 - strength + strength * p), atol=0.03, rtol=0)
@@ -142,7 +142,9 @@ def test_distilled_gradient_is_that_of_dense_models(kind: Any) -> None:
         sum(int(m.off().sum()) for m in masks(session)) / sum(m.scores.numel() for m in masks(session)) > 0.01
     )
     session.run.batch = [*next(session.batches.steps(0, 1)), None]
-    found = method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)])
+    found = method.teacher_gradients(
+        session.run, session.states["method"], [m.scores for m in masks(session)]
+    )
     student, teacher = dense(session, kind, True), dense(session, kind, False)
     loss, counted = torch.zeros(()), 0
     for batch in session.run.batch[:-1]:
@@ -178,7 +180,7 @@ def test_scores_step_with_the_damped_gradient() -> None:
     session._backward(micro)
     a = [m.scores.grad.clone() for m in masks(session) if m.scores.grad is not None]
     rng = torch.get_rng_state()
-    b = method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)])
+    b = method.teacher_gradients(session.run, session.states["method"], [m.scores for m in masks(session)])
     method.after_backward(session.run, session.states["method"])
     assert torch.equal(rng, torch.get_rng_state())
     assert session.tuned.training
@@ -202,7 +204,7 @@ def test_at_the_first_step_the_teacher_is_the_student_and_drops_nothing() -> Non
     session._backward(session.run.batch)
     for mask, b in zip(
         masks(session),
-        method.distilled(session.run, session.states["method"], [m.scores for m in masks(session)]),
+        method.teacher_gradients(session.run, session.states["method"], [m.scores for m in masks(session)]),
         strict=True,
     ):
         assert mask.scores.grad is not None
@@ -305,7 +307,7 @@ def test_a_stored_mask_is_a_bit_a_weight() -> None:
     other.unpack(delta.pack())
     assert torch.equal(other.off(), delta.off())
     assert other.scores.dtype == torch.float32
-    with pytest.raises(ConfigError, match="2 bytes does not fit a weight of 17 entries"):
+    with pytest.raises(ConfigError, match="2 bytes, which do not fit a weight of 17 entries"):
         Mask((1, 17), 1e-2, 5e-3).unpack(delta.pack())
 
 

@@ -7,7 +7,7 @@ import torch
 
 from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LoRA
-from finetune.methods.reparam.peft import Peft, Ranks
+from finetune.methods.reparam.peft import AdaLoraRanks, Peft
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 
@@ -67,7 +67,9 @@ def test_adalora_goes_on_with_what_it_chooses_ranks_by() -> None:
 def test_adalora_is_as_peft_alone_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same run with peft's own dictionaries only."""
     ours = contract.finish(contract.begin(Peft(type="ADALORA", config=dict(ADALORA))))
-    monkeypatch.setattr(Ranks, "after_step", lambda self, step: self._tuner[0].update_and_allocate(step))
+    monkeypatch.setattr(
+        AdaLoraRanks, "after_step", lambda self, step: self._tuner[0].update_and_allocate(step)
+    )
     theirs = contract.finish(contract.begin(Peft(type="ADALORA", config=dict(ADALORA))))
     assert torch.equal(contract.logits(ours.tuned), contract.logits(theirs.tuned))
 
@@ -76,9 +78,9 @@ def test_adalora_is_as_peft_alone_makes_it(monkeypatch: pytest.MonkeyPatch) -> N
     ("method", "said"),
     [
         (Peft(type="LORAA"), "Did you mean 'LORA'"),
-        (Peft(type="POLY"), "no tuner of the installed peft for layers"),
-        (Peft(type="PREFIX_TUNING"), "no tuner of the installed peft for layers"),
-        (Peft(config={"rnak": 4}), "method.config.rnak is no option of peft's LoraConfig"),
+        (Peft(type="POLY"), "not a tuner of the installed peft for layers"),
+        (Peft(type="PREFIX_TUNING"), "not a tuner of the installed peft for layers"),
+        (Peft(config={"rnak": 4}), "method.config.rnak is not an option of peft's LoraConfig"),
         (Peft(config={"target_modules": ["nothing"]}), "peft's LORA refuses"),
     ],
 )

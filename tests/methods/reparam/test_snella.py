@@ -272,11 +272,11 @@ def test_an_empty_layer_changes_nothing_and_its_score_only_decays() -> None:
     assert not any(p.grad is None or p.grad.any() for p in delta.parameters())
     for name in ("rows_importance", "cols_importance"):
         delta.get_buffer(name).fill_(1.0)
-    delta.observe((0.8, 0.6))
+    delta.observe_gradient((0.8, 0.6))
     torch.testing.assert_close(delta.rows_importance, torch.full_like(delta.rows, 0.8))
     before = delta.score()
-    delta.observe((0.8, 0.6))
-    delta.observe((0.8, 0.6))
+    delta.observe_gradient((0.8, 0.6))
+    delta.observe_gradient((0.8, 0.6))
     assert delta.score() < before
 
 
@@ -286,7 +286,7 @@ def test_gradients_that_are_no_numbers_count_as_zero() -> None:
         torch.full_like(delta.rows, float("nan")),
         torch.full_like(delta.cols, float("inf")),
     )
-    delta.observe((0.8, 0.6))
+    delta.observe_gradient((0.8, 0.6))
     assert delta.score() == 0
 
 

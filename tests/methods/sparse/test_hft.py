@@ -15,7 +15,7 @@ from finetune.core.part import Part
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.baseline.full import Full
-from finetune.methods.sparse.hft import HFT, draw
+from finetune.methods.sparse.hft import HFT, draw_frozen
 from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
@@ -163,7 +163,7 @@ def test_independent_draws_leave_a_matrix_alone_with_probability_two_to_the_minu
     pool = {block: [f"{block}{name}" for name in "qkvo"] for block in range(500)}
     from fractions import Fraction
 
-    draws = [draw(pool, Fraction(1, 2)) for _ in range(4)]
+    draws = [draw_frozen(pool, Fraction(1, 2)) for _ in range(4)]
     for rounds in range(1, 5):
         assert abs(len(set.intersection(*draws[:rounds])) / 2000 - 0.5**rounds) < 0.03
     torch.manual_seed(0)

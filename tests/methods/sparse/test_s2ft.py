@@ -290,10 +290,10 @@ def test_what_cannot_be_is_refused() -> None:
     with pytest.raises(ValueError, match="all 0"):
         S2FT(d=0.0)
     with pytest.raises(
-        ConfigError, match=r"method\.d=0\.001 of the model's 96 channels is none; take 0\.01 or more"
+        ConfigError, match=r"method\.d=0\.001 of the model's 96 channels is less than one; take 0\.01 or more"
     ):
         S2FT(d=0.001).build(contract.tiny("llama"))
-    with pytest.raises(ConfigError, match=r"method\.v=0\.1 of the model's 4 heads is none"):
+    with pytest.raises(ConfigError, match=r"method\.v=0\.1 of the model's 4 heads is less than one"):
         S2FT(v=0.1).build(contract.tiny("llama"))
     with pytest.raises(ConfigError, match=r"method\.u=0\.1: .* up; .*\n.*method\.d=0\.03: .* down"):
         S2FT(u=0.1).build(nn.Sequential(nn.Linear(4, 4)))

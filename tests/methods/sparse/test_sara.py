@@ -36,7 +36,7 @@ NARROWED = contract.STEPS // 2
 
 @pytest.fixture(autouse=True)
 def small_matrices_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sara, "LEAST", 8)
+    monkeypatch.setattr(sara, "LARGEST_UNPENALIZED", 8)
     monkeypatch.setattr(contract, "OPTIMIZER", SETTINGS)
 
 
@@ -235,7 +235,7 @@ def test_the_penalty_takes_one_matrix_a_step_and_reaches_its_values_alone() -> N
 
 
 def test_small_matrices_are_not_penalized(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sara, "LEAST", 32)
+    monkeypatch.setattr(sara, "LARGEST_UNPENALIZED", 32)
     session = started(SaRA())
     assert session.current.loss(session.run, session.states["method"], None) == 0.0
 
@@ -287,8 +287,8 @@ def test_other_schedules_are_the_engines() -> None:
     ("settings", "fault"),
     [
         ({"threshold": 1e-3, "sparsity": 0.5}, r"method\.threshold=0\.001 says how many .* sparsity=0\.5"),
-        ({"threshold": 1e-3, "schedule": DropGrow()}, r"schedule=drop_grow; take narrow or static"),
-        ({"schedule": Narrow(keep=0.5)}, r"schedule\.keep=0\.5 means nothing"),
+        ({"threshold": 1e-3, "schedule": DropGrow()}, r"schedule=drop_grow has no effect; take schedule=narrow"),
+        ({"schedule": Narrow(keep=0.5)}, r"schedule\.keep=0\.5 has no effect"),
         ({"direction": "largest"}, r"method\.direction=largest: .* take method=sparse"),
         ({"grain": "row"}, r"method\.grain=row"),
     ],

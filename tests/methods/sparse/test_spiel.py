@@ -18,7 +18,7 @@ from finetune.core.part import patched
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.candidates import Candidates
 from finetune.errors import ConfigError
-from finetune.methods.sparse.spiel import SpIEL, swap
+from finetune.methods.sparse.spiel import SpIEL, exchange_entries
 from finetune.optim.adamw import AdamW
 from finetune.optim.sm3 import SM3
 from finetune.schedules.drop_grow import DropGrow
@@ -205,25 +205,25 @@ def test_what_is_offered_and_grown_stays_and_too_few_candidates_swap_the_smalles
     def grow(*index: int) -> Callable[[Tensor, int], Tensor]:
         return lambda kept, n: torch.tensor([i for i in index if i not in kept][:n])
 
-    assert swap(where, change, 0.6, grow(1, 3, 4)).tolist() == [1, 3, 4, 8, 9]  # 5, 7 and 2 go
-    assert swap(where, change, 0.6, grow(8, 1, 5, 3)).tolist() == [
+    assert exchange_entries(where, change, 0.6, grow(1, 3, 4)).tolist() == [1, 3, 4, 8, 9]  # 5, 7 and 2 go
+    assert exchange_entries(where, change, 0.6, grow(8, 1, 5, 3)).tolist() == [
         1,
         3,
         5,
         8,
         9,
     ]  # 8 is kept anyway; 5 goes and comes
-    assert swap(where, change, 0.6, grow(1)).tolist() == [1, 2, 7, 8, 9]  # only 5, the smallest
-    assert swap(where, change, 0.6, grow(5, 1)).tolist() == [
+    assert exchange_entries(where, change, 0.6, grow(1)).tolist() == [1, 2, 7, 8, 9]  # only 5, the smallest
+    assert exchange_entries(where, change, 0.6, grow(5, 1)).tolist() == [
         1,
         2,
         5,
         8,
         9,
     ]  # one new one: 7 goes, as 5 comes back
-    assert swap(where, change, 0.6, grow()).tolist() == where.tolist()
-    assert swap(where, change, 0.59, grow(1, 3, 4)).tolist() == [1, 2, 3, 8, 9]
-    assert swap(where, change, 1.0, grow(6, 0, 1, 3, 4)).tolist() == [0, 1, 3, 4, 6]
+    assert exchange_entries(where, change, 0.6, grow()).tolist() == where.tolist()
+    assert exchange_entries(where, change, 0.59, grow(1, 3, 4)).tolist() == [1, 2, 3, 8, 9]
+    assert exchange_entries(where, change, 1.0, grow(6, 0, 1, 3, 4)).tolist() == [0, 1, 3, 4, 6]
 
 
 def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> None:
@@ -455,7 +455,7 @@ def test_between_windows_nothing_is_watched_or_held_and_nothing_of_it_is_stored(
     state, sizes = session.states["method"], []
     for _ in session.steps():
         assert state["bank"].watch is None
-        assert state["candidates"].now is None
+        assert state["candidates"].step_sums is None
         sizes.append(len(state["candidates"].index))
     k = len(state["bank"].values)
     assert sizes == [k, k, 0, k, k, 0]
@@ -542,12 +542,12 @@ def test_what_cannot_mean_anything_is_refused() -> None:
             "schedule": DropGrow(every=5)
         },
         "method.grain=row: entries are dropped": {"grain": "row"},
-        "method.score=change is 0 everywhere": {"score": "change"},
+        "method.score=change is 0 for every entry": {"score": "change"},
     }.items():
         with pytest.raises(ValueError, match=re.escape(fault)):
             SpIEL(**settings)
     assert not SpIEL().faults(6)
-    assert "method.window=5 does not end before the run's 5 steps" in SpIEL().faults(5)[0]
+    assert "method.window=5 is not below the run's 5 steps" in SpIEL().faults(5)[0]
     session = contract.begin(made("ma"))
-    with pytest.raises(ConfigError, match="take optimizer=sm3, or criterion=ag"):
+    with pytest.raises(ConfigError, match="take optimizer=sm3, or method.criterion=ag"):
         session.start()

@@ -18,7 +18,7 @@ from finetune.core.part import patched
 from finetune.core.sparse.mixed import Mixed, MixedDelta
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
-from finetune.methods.sparse.spt import SPT, divide
+from finetune.methods.sparse.spt import SPT, divide_budget
 from finetune.storage import delta as stored
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
@@ -102,7 +102,9 @@ def test_division_is_that_of_the_best_tau(seed: int) -> None:
         s.sort(descending=True, stable=True).indices[:limit].sort().values
         for s, limit in zip(scores, limits, strict=True)
     ]
-    chosen, structured = divide([s[a] for s, a in zip(scores, at, strict=True)], limits, branches, budget)
+    chosen, structured = divide_budget(
+        [s[a] for s, a in zip(scores, at, strict=True)], limits, branches, budget
+    )
     entries, expected, cost = tried(scores, branches, alpha, budget)
     assert structured.tolist() == expected
     assert [a[c].tolist() for a, c in zip(at, chosen, strict=True)] == entries
