@@ -38,7 +38,7 @@ class Grow(Schedule):
         found = period_faults(self.every, total)
         if not found and self.parts(total) < 2:
             found.append(
-                f"schedule.every={self.every} is no less than the share schedule.end={self.end:g} of the run's {total} steps, so nothing would grow; "
-                "take less, or a larger share."
+                f"schedule.every={self.every} is no less than the share schedule.end={self.end:g} of the "
+                f"run's {total} steps, so nothing would grow; take less, or a larger share."
             )
         return found

@@ -22,5 +22,6 @@ class OneShot(Schedule):
         if 0 < round(self.dense * total) < total:
             return []
         return [
-            f"schedule.dense={self.dense:g} of the run's {total} steps leaves no step for one of the two phases; choose another share."
+            f"schedule.dense={self.dense:g} of the run's {total} steps leaves no step for one of the two "
+            "phases; choose another share."
         ]

@@ -1,8 +1,9 @@
 """The number of trained entries follows a curve (Zhu and Gupta, 2017, arXiv 1710.01878, equation 1: the cubic one).
 
-Between sparsities s_i and s_f, with n steps of length ``every`` from t_0:  s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n every))^power. The paper's
-masks prune weights; here they say which entries may differ from the base. n is rounded down, so that s_f is reached at an update, which the
-TensorFlow code misses where the interval does not divide the ramp.
+Between sparsities s_i and s_f, with n steps of length ``every`` from t_0:  s_t = s_f + (s_i - s_f) (1 - (t -
+t_0) / (n every))^power. The paper's masks prune weights; here they say which entries may differ from the
+base. n is rounded down, so that s_f is reached at an update, which the TensorFlow code misses where the
+interval does not divide the ramp.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from ..registry import register
 class Ramp(Schedule):
     """From ``start`` to ``end`` (shares of the run) the trained entries go from ``initial`` times K to K, every ``every`` steps.
 
-    ``initial`` above 1: entries are given up, the worst by score first; below 1: the best are added. ``power`` 3 is the cubic curve, 1 a line.
+    ``initial`` above 1: entries are given up, the worst by score first; below 1: the best are added.
+    ``power`` 3 is the cubic curve, 1 a line.
     """
 
     initial: Annotated[float, Ge(0)] = 5.0
@@ -63,7 +65,7 @@ class Ramp(Schedule):
         found = period_faults(self.every, total)
         if not found and self._updates(total) < 1:
             found.append(
-                f"schedule.start={self.start:g} to schedule.end={self.end:g} of the run's {total} steps is less than one "
-                f"schedule.every={self.every}; widen the range or take a smaller period."
+                f"schedule.start={self.start:g} to schedule.end={self.end:g} of the run's {total} steps is "
+                f"less than one schedule.every={self.every}; widen the range or take a smaller period."
             )
         return found

@@ -1,17 +1,20 @@
 """IST: in every step a few blocks train, those that matter more often (Yao et al., 2024, arXiv 2410.11772), and RST, its control.
 
-Every block has a score s, 0 at the start: its *un*importance. In each step a share of the blocks is drawn without replacement with weights
-sigmoid(-s); the others keep their values and moments to the bit. Every ``every`` steps a few distinct sets D_k of blocks are drawn with weights
-sigmoid(s), and the loss l_k with the changes in them damped is measured. With a_k = r_k - mean(r) and p = sigmoid(s) from before:
+Every block has a score s, 0 at the start: its *un*importance. In each step a share of the blocks is drawn
+without replacement with weights sigmoid(-s); the others keep their values and moments to the bit. Every
+``every`` steps a few distinct sets D_k of blocks are drawn with weights sigmoid(s), and the loss l_k with the
+changes in them damped is measured. With a_k = r_k - mean(r) and p = sigmoid(s) from before:
 
     s_i += rate * a_k * p_i * (1 - p_i)     for every k and every i in D_k
 
-The numbers and p (1 - p), the derivative of the sigmoid and not of its logarithm, are those of the released code, as is that only damped blocks
-are updated; the paper's body could not be read. The code probes with 16 training examples of their own; here it is the batch of the step.
-``reward=exp`` is its r = exp(-l), which all but vanishes at a high loss; ``loss`` is r = -l. ``probes=0`` is RST: every draw is uniform.
+The numbers and p (1 - p), the derivative of the sigmoid and not of its logarithm, are those of the released
+code, as is that only damped blocks are updated; the paper's body could not be read. The code probes with 16
+training examples of their own; here it is the batch of the step. ``reward=exp`` is its r = exp(-l), which all
+but vanishes at a high loss; ``loss`` is r = -l. ``probes=0`` is RST: every draw is uniform.
 
-Blocks are the numbered ones that hold parts of the method. All that lies outside them (head, class token) trains in every step. The moments of AdamW
-are kept for all blocks, so the optimizer's memory does not fall. A sparse bank is one tensor with one count of steps for Adam's bias correction.
+Blocks are the numbered ones that hold parts of the method. All that lies outside them (head, class token)
+trains in every step. The moments of AdamW are kept for all blocks, so the optimizer's memory does not fall. A
+sparse bank is one tensor with one count of steps for Adam's bias correction.
 """
 
 from __future__ import annotations
@@ -85,11 +88,13 @@ class IST(Selector):
     def faults(self, steps: int) -> list[str]:
         if self.probes and self.every >= steps:
             return [
-                f"selector.every={self.every} does not end before the run's {steps} steps do, so no block is ever scored; take less, or probes=0."
+                f"selector.every={self.every} does not end before the run's {steps} steps do, so no block is "
+                "ever scored; take less, or probes=0."
             ]
         return (
             [
-                f"selector.probes={self.probes}: a single probe has none to be compared with; take 2 or more, or 0."
+                f"selector.probes={self.probes}: a single probe has none to be compared with; take 2 or "
+                "more, or 0."
             ]
             if self.probes == 1
             else []

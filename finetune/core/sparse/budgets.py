@@ -15,7 +15,7 @@ from .settings import Scope
 
 @dataclass(frozen=True)
 class Budget:
-    """Sites that compete with each other, by position, and the number K of their entries that may be trained."""
+    """Sites that compete with each other, by position, and how many of their entries may be trained (K)."""
 
     sites: list[int]
     entries: int
@@ -24,9 +24,9 @@ class Budget:
 def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[Grain]) -> list[Budget]:
     """Return one budget for each group of sites that ``scope`` puts together.
 
-    K is the group's count of entries minus the rounded share ``sparsity`` of it. Where all units are of one size it
-    is rounded to whole units. At least one unit is trained. A grain n:m says exactly how many entries each row has,
-    ``sparsity`` only nearly, so n:m decides.
+    K is the group's count of entries minus the rounded share ``sparsity`` of it. Where all units are of one
+    size it is rounded to whole units. At least one unit is trained. A grain n:m says exactly how many entries
+    each row has, ``sparsity`` only nearly, so n:m decides.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, site in enumerate(sites):
@@ -35,7 +35,7 @@ def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[
 
 
 def _group_key(scope: Scope, i: int, site: Site) -> Hashable:
-    """Return the same key for sites that compete with each other. ``layer`` first counts over the whole model."""
+    """Return the same key for sites that compete with each other; ``layer`` counts over the model first."""
     if scope == "matrix":
         return i
     if scope == "role":
@@ -71,8 +71,8 @@ def count_entries(budget: Budget, share: float, sites: list[Site], grains: list[
 def divide_entries(total: int, weights: Tensor, limits: list[int], grains: list[Grain]) -> list[int]:
     """Divide ``total`` entries among the sites in proportion to ``weights`` [sites], none above its limit.
 
-    Whole units are given where all units are of one size, else single entries. Raises ``ValueError`` where the limits
-    do not hold the total.
+    Whole units are given where all units are of one size, else single entries. Raises ``ValueError`` where
+    the limits do not hold the total.
     """
     sizes = {grain.size for grain in grains}
     unit = sizes.pop() if len(sizes) == 1 else 1

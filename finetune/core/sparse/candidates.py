@@ -1,4 +1,4 @@
-"""Candidates: untrained entries that may be trained next, with the sums of their gradients (SpIEL, arXiv 2401.16405)."""
+"""Candidates of SpIEL (arXiv 2401.16405): entries that may be trained next, with sums of their gradients."""
 
 from __future__ import annotations
 
@@ -90,18 +90,20 @@ class Candidates(StateModule):
         self.step_sums = None
 
     def at_site(self, bank: Bank, i: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return index, sums, squares and number of steps of site ``i``; empty where its gradient never came."""
+        """Return index, sums, squares and number of steps of a site; empty where its gradient never came."""
         start, end = 0, 0
         if len(self.index) and self.steps[i]:
             start, end = bank.bounds()[i : i + 2]
         return self.index[start:end], self.sums[start:end], self.squares[start:end], int(self.steps[i])
 
     def seeds(self, bank: Bank, found: list[Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
-        """Return Adam's state for newly trained entries: ``step``, ``exp_avg`` and ``exp_avg_sq``, each [capacity].
+        """Return Adam's ``step``, ``exp_avg`` and ``exp_avg_sq`` for newly trained entries, each [capacity].
 
-        ``found``: the entries that each site trains next, ascending; those that are no candidates get 0. With n steps
-        summed, an entry gets the age n and the moments whose bias-corrected values are the mean gradient and the mean
-        square: exp_avg = (1 - beta1^n) sum(g) / n, exp_avg_sq = (1 - beta2^n) sum(g^2) / n.
+        ``found``: the entries that each site trains next, ascending; those that are no candidates get 0. With
+        n steps summed, an entry gets the age n and the moments whose bias-corrected values are the mean
+        gradient and the mean square:
+
+            exp_avg = (1 - beta1^n) sum(g) / n,  exp_avg_sq = (1 - beta2^n) sum(g^2) / n
         """
         seeds = {name: torch.zeros_like(bank.values.data) for name in ("step", "exp_avg", "exp_avg_sq")}
         offset = 0

@@ -1,4 +1,4 @@
-"""Choose the entries that a sparse method trains: at the start, at a redraw, and at a move of its schedule."""
+"""Choose the entries that a sparse method trains: at the start, and at each move of its schedule."""
 
 from __future__ import annotations
 
@@ -31,9 +31,9 @@ def allow_all(site: int) -> None:
 class Chooser:
     """Chooses entries of ``sites`` at one step of a run.
 
-    ``dense``: the weight [out, in] of each site after a dense phase, which scores see in place of the current weight;
-    None where there was no such phase. Every choice is returned as the flat positions of each site, int32, ascending,
-    and is the same on all ranks.
+    ``dense``: the weight [out, in] of each site after a dense phase, which scores see in place of the current
+    weight; None where there was no such phase. Every choice is returned as the flat positions of each site,
+    int32, ascending, and is the same on all ranks.
     """
 
     def __init__(
@@ -61,8 +61,9 @@ class Chooser:
     def apply_move(self, move: Move) -> list[Tensor]:
         """Choose the entries after a move that keeps some of the trained ones.
 
-        The trained entries with the largest change stay, and the best of the others by score fill the room that is
-        left. A move by score that leaves no room keeps the best of the trained entries by score.
+        The trained entries with the largest change stay, and the best of the others by score fill the room
+        that is left. If the move goes by score and there is no room for others, the best trained entries by
+        score stay.
         """
         budgets = self._budgets_at(move.density)
         if self.settings.scope == "layer":  # each matrix keeps its part
@@ -89,7 +90,7 @@ class Chooser:
         return [Budget(budget.sites, count) for budget, count in zip(self.budgets, counts, strict=True)]
 
     def _shrink(self, budget: Budget, drop: float) -> Budget:
-        """Return how many of a budget's trained entries stay when at least the share ``drop`` of them leaves."""
+        """Return how many trained entries of a budget stay when at least the share ``drop`` leaves."""
         trained = sum(len(self.bank.where(i)) for i in budget.sites)
         return Budget(budget.sites, min(trained - round(drop * trained), budget.entries))
 
@@ -126,7 +127,7 @@ class Chooser:
         scan(self.settings, self.run, self.bank, weights, self.dense, visit_larger_is_better)
 
     def _visit_changes(self, visit: Visit) -> None:
-        """Call ``visit`` with every site and the absolute change of its entries; those that are not trained have 0."""
+        """Call ``visit`` with every site and the absolute change of its entries; untrained ones have 0."""
         for i in range(len(self.sites)):
             visit(i, self._absolute_changes(i))  # no name here may hold one while the next is made
 

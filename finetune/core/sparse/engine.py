@@ -6,8 +6,8 @@ scope      which entries compete for one budget (``budgets.py``)
 grain      the units that are chosen as a whole (``grain.py``)
 schedule   when the choice is made again (``schedule.py``)
 
-Published methods are presets of these axes. The trained values are changes of the weights: they start at 0 and are
-float32; the base weights stay as they are.
+Published methods are presets of these axes. The trained values are changes of the weights: they start at 0
+and are float32; the base weights stay as they are.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ from .validation import find_contradictions
 class Sparse(SparseSettings):
     """Train a chosen set of existing entries of the weights.
 
-    Hooks of a subclass: ``contradictions`` checks its settings, ``budgets`` says how many entries are trained,
-    ``choose`` says which, and ``before_step`` when they move.
+    Hooks of a subclass: ``contradictions`` checks its settings, ``budgets`` says how many entries are
+    trained, ``choose`` says which, and ``before_step`` when they move.
     """
 
     family: ClassVar[str] = "sparse delta"
@@ -66,7 +66,7 @@ class Sparse(SparseSettings):
         return Phase(Dense(targets=self.targets), dense), Phase(self, 1 - dense)
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[Budget]:
-        """Return the budgets that the sites compete for; a share of 1 of the schedule is all of their entries."""
+        """Return the budgets that the sites compete for, at the full share of the schedule."""
         return make_budgets(self.scope, self.sparsity, sites, grains)
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
@@ -99,8 +99,8 @@ class Sparse(SparseSettings):
     def choose(self, run: Run, state: Any, share: float, previous: Any = None) -> list[Tensor]:
         """Choose the best entries of each site by score, at a ``share`` of the budgets.
 
-        ``previous``: the state of the phase before, whose weights the score sees if that phase trained all entries.
-        Returns flat positions, int32, ascending.
+        ``previous``: the state of the phase before, whose weights the score sees if that phase trained all
+        entries. Returns flat positions, int32, ascending.
         """
         return self.chooser(run, state, previous).choose_best(share)
 
@@ -120,7 +120,7 @@ class Sparse(SparseSettings):
 
     @torch.no_grad()
     def after_step(self, run: Run, state: Any) -> None:
-        """Complete a decay towards 0: subtract ``lr * weight_decay`` times the pretrained entry from the change.
+        """Complete a decay towards 0: subtract lr * weight_decay * pretrained entry from the change.
 
         The optimizer's own weight decay acts on the change alone.
         """
@@ -171,7 +171,10 @@ class Sparse(SparseSettings):
     def check_stored(
         self, run: Run, state: Any, shapes: Mapping[str, tuple[int, ...]], step: int
     ) -> list[str]:
-        """Compare the stored entries with the request; more may be stored where entries that left keep their change."""
+        """Compare the stored entries with the request.
+
+        More may be stored where entries that are no longer trained keep their change.
+        """
         if not self.counts_exactly or self.narrows_by_value:
             return []
         requested, slack = self.requested(run, state, step)

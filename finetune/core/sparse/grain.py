@@ -1,4 +1,4 @@
-"""Units of a weight that are chosen as a whole: entries, rows, columns, heads, blocks, matrices, or n of every m inputs."""
+"""Units of a weight that are chosen as a whole, such as entries, rows or heads, or n of every m inputs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ ROLES_WITH_HEADS = ("q", "k", "v", "qkv", "o")
 class Grain:
     """A partition of a weight ``shape`` = [out, in] into equal units of ``height`` x ``width`` entries.
 
-    Units are numbered row by row. With ``m`` the units are single entries, of which the best ``n`` of every ``m`` in a
-    row are chosen; 0 where there is no such rule.
+    Units are numbered row by row. With ``m`` the units are single entries, of which the best ``n`` of every
+    ``m`` in a row are chosen; 0 where there is no such rule.
     """
 
     shape: tuple[int, int]
@@ -86,7 +86,8 @@ def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
         n, m = int(match[1]), int(match[2])
         if in_ % m or n >= m:
             raise ConfigError(
-                f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m divides."
+                f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m "
+                "divides."
             )
         return Grain(site.shape, 1, 1, n, m)
     if kind.startswith("block:"):
@@ -102,7 +103,7 @@ def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
 
 
 def head_width(model: nn.Module) -> int:
-    """Return the width of one attention head: rows of q, k or v, columns of o. 0 where the model's config lacks it."""
+    """Return the width of one attention head (rows of q, k or v, columns of o); 0 if the config lacks it."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
     width = getattr(config, "head_dim", None)
@@ -115,14 +116,14 @@ def head_width(model: nn.Module) -> int:
 def _head_grain(site: Site, model: nn.Module) -> Grain:
     """Return one unit a head: rows of q, k, v or qkv, columns of o.
 
-    Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k and v
-    have fewer heads than q.
+    Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k
+    and v have fewer heads than q.
     """
     width, (out, in_) = head_width(model), site.shape
     if site.role not in ROLES_WITH_HEADS or not width:
         raise ConfigError(
-            f"method.grain=head: {site.name} ({site.role}) has no heads. Use method.targets=attention, and a model "
-            "whose configuration gives the width or the number of its heads."
+            f"method.grain=head: {site.name} ({site.role}) has no heads. Use method.targets=attention, and a "
+            "model whose configuration gives the width or the number of its heads."
         )
     if site.role == "o":
         return Grain(site.shape, out, width)

@@ -26,13 +26,13 @@ def scan(
 ) -> None:
     """Call ``visit(i, score)`` once for each site i, with the score that ``method.score`` names.
 
-    ``trained``: the weight [out, in] of each site after a dense phase, or None; it replaces the layer's weight.
-    ``visit`` may overwrite the score. Raises ``ConfigError`` where the gradient of a layer comes in several pieces and
-    the score needs it in one.
+    ``trained``: the weight [out, in] of each site after a dense phase, or None; it replaces the layer's
+    weight. ``visit`` may overwrite the score. Raises ``ConfigError`` where the gradient of a layer comes in
+    several pieces and the score needs it in one.
 
-    With a single micro-batch, one backward pass serves all sites, and each gradient is scored and released as it
-    arrives. With several, gradients must be summed first: the sites then take turns in groups no larger than the
-    largest site, with one round of backward passes for each group.
+    With a single micro-batch, one backward pass serves all sites, and each gradient is scored and released as
+    it arrives. With several, gradients must be summed first: the sites then take turns in groups no larger
+    than the largest site, with one round of backward passes for each group.
     """
     score = score_named(method.score)
 
@@ -76,11 +76,11 @@ def _groups(sizes: list[int]) -> Iterator[list[int]]:
 
 
 class _GradientSums:
-    """Sums the gradients of the sites of ``group`` over micro-batches, and what a score needs of them over steps.
+    """Sums gradients of the sites of ``group`` over micro-batches, and what a score needs of them over steps.
 
-    ``needs``: "gradient" (the sum over all micro-batches), "squares" (the sum over examples of the square of each
-    gradient) or "batch squares" (the sum over steps of the square of a step's gradient). With ``visit`` a gradient is
-    passed on as soon as it arrives, and nothing is stored.
+    ``needs``: "gradient" (the sum over all micro-batches), "squares" (the sum over examples of the square of
+    each gradient) or "batch squares" (the sum over steps of the square of a step's gradient). With ``visit``
+    a gradient is passed on as soon as it arrives, and nothing is stored.
     """
 
     def __init__(
@@ -101,15 +101,16 @@ class _GradientSums:
     def add(self, i: int, grad: WeightGrad) -> bool:
         """Add the gradient of site ``i``; return True, since nothing else needs it.
 
-        Raises ``ConfigError`` for the second gradient of a site in one pass, where the sum of both is needed at once.
+        Raises ``ConfigError`` for the second gradient of a site in one pass, where the sum of both is needed
+        at once.
         """
         if i not in self.group:
             return True
         if i in self.arrived and (self.visit or self.needs == "squares"):
             raise ConfigError(
-                "method.score needs the gradient of a layer in one piece, and a layer of this model runs more than "
-                "once a forward pass. Choose a score of the weights, such as score=magnitude, or leave the layer out "
-                "of method.targets."
+                "method.score needs the gradient of a layer in one piece, and a layer of this model runs "
+                "more than once a forward pass. Choose a score of the weights, such as score=magnitude, or "
+                "leave the layer out of method.targets."
             )
         self.arrived.add(i)
         found = grad.squares if self.needs == "squares" else grad.dense
@@ -122,13 +123,13 @@ class _GradientSums:
         return True
 
     def end_step(self) -> None:
-        """Square the gradients of a step whose micro-batches are complete, where squares of steps are needed."""
+        """Square the complete gradients of a step, where squares of steps are needed."""
         if self.needs == "batch squares":
             for i in sorted(self.sums):
                 _accumulate(self.squares, i, self.run.agree(self.sums.pop(i)).square_())
 
     def take(self, i: int, weight: Tensor) -> Tensor:
-        """Return what was collected of site ``i``, float32 of the shape of ``weight``; 0 where no gradient came."""
+        """Return the sum of site ``i``, float32 of the shape of ``weight``; 0 where no gradient came."""
         if i in self.squares:
             return self.squares.pop(i)
         if i in self.sums:

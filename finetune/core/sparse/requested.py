@@ -1,4 +1,4 @@
-"""Compare the entries that are trained or stored with the number that the settings of a sparse method ask for."""
+"""Compute how many entries the settings of a sparse method ask for."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ def scheduled_share(schedule: Schedule, step: int, total: int) -> float:
 def requested_entries(
     settings: SparseSettings, share: float, sites: list[Site], grains: list[Grain]
 ) -> tuple[float, int]:
-    """Return how many entries the settings ask for at a ``share`` of the budget, and how much rounding may miss it by.
+    """Return how many entries the settings ask for at a ``share`` of the budget, and the error of rounding.
 
-    Rounding may miss by one unit a site.
+    Rounding may miss the number by one unit a site.
     """
     size = sum(site.size for site in sites)
     unit = max(grain.size for grain in grains)
@@ -31,7 +31,7 @@ def requested_entries(
 
 
 def adjacent_entries(grain: str, shapes: list[tuple[int, int]]) -> int:
-    """Return how many entries that are chosen together are neighbours in memory: the least over weights of ``shapes``."""
+    """Return how many neighbours in memory are chosen together: the least over weights of ``shapes``."""
     if grain.startswith("block:"):
         return int(grain.removeprefix("block:"))
     if grain in ("row", "head"):
@@ -42,7 +42,10 @@ def adjacent_entries(grain: str, shapes: list[tuple[int, int]]) -> int:
 
 
 def settled_depend_on_training(schedule: Schedule, total: int) -> bool:
-    """Tell whether training decides how many entries are stored: entries that leave keep their change, and others enter."""
+    """Tell whether training decides how many entries are stored.
+
+    It does where entries that leave keep their change while others come in.
+    """
     if schedule.dropped != "kept":
         return False
     for step in range(1, total):

@@ -15,9 +15,9 @@ Dropped = Literal["base", "kept"]
 class Move:
     """A change of the trained entries before one step.
 
-    ``density``: the share of the budget K that is trained afterwards. ``redraw``: all entries are chosen again by
-    score. Otherwise at least the share ``drop`` of the trained entries leaves, those with the smallest change or the
-    worst score (``by``), and the best other entries fill up to ``density``.
+    ``density``: the share of the budget K that is trained afterwards. ``redraw``: all entries are chosen
+    again by score. Otherwise at least the share ``drop`` of the trained entries leaves, those with the
+    smallest change or the worst score (``by``), and the best other entries fill up to ``density``.
     """
 
     density: float = 1.0
@@ -28,7 +28,7 @@ class Move:
 
 @dataclass(frozen=True)
 class Schedule:
-    """Base of all schedules. Steps count from 0 within a phase; ``total`` is the number of steps of the phase.
+    """Base of all schedules. Steps count from 0 within a phase, and ``total`` is the phase's number of steps.
 
     The first choice is made before step 0, and a move before the step for which ``move`` returns it.
     """
@@ -67,7 +67,7 @@ class Schedule:
         return True
 
     def faults(self, total: int) -> list[str]:
-        """Return one sentence for each setting that has no effect in a phase of ``total`` steps; it names the setting."""
+        """Return one sentence, with the setting's name, for each setting without effect in ``total`` steps."""
         return []
 
 
@@ -76,5 +76,6 @@ def period_faults(every: int, total: int) -> list[str]:
     if every < total:
         return []
     return [
-        f"schedule.every={every} is not below the run's {total} steps, so no entry would ever move; take less."
+        f"schedule.every={every} is not below the run's {total} steps, so no entry would ever move; take "
+        "less."
     ]

@@ -1,9 +1,10 @@
 """Choose the best units of many weights at once, exactly, without a score tensor of the model's size.
 
-Scores arrive weight by weight, in any order. For each group of weights that compete, only the best units so far are
-kept, at 10 bytes for each unit that is wanted: an int32 key that sorts like the float32 score, an int32 position, and a
-quarter more room. The threshold among them comes from a histogram of the keys in two passes. Of equal scores the earlier
-weight wins, then the lower position, whatever the order of arrival: the result is that of one stable sort.
+Scores arrive weight by weight, in any order. For each group of weights that compete, only the best units so
+far are kept, at 10 bytes for each unit that is wanted: an int32 key that sorts like the float32 score, an
+int32 position, and a quarter more room. The threshold among them comes from a histogram of the keys in two
+passes. Of equal scores the earlier weight wins, then the lower position, whatever the order of arrival: the
+result is that of one stable sort.
 """
 
 from __future__ import annotations
@@ -68,9 +69,9 @@ def kth_largest(arrays: list[Tensor], k: int) -> int:
 class TopK:
     """Keeps the best units of several pieces (weights) that fit into one budget.
 
-    A unit of piece i costs ``costs[i]``. Units are taken from the best down until the next one would exceed ``budget``.
-    With the same cost for all, these are exactly ``budget // cost`` units, or all that there are. A unit that alone
-    costs more than the budget is never taken.
+    A unit of piece i costs ``costs[i]``. Units are taken from the best down until the next one would exceed
+    ``budget``. With the same cost for all, these are exactly ``budget // cost`` units, or all that there are.
+    A unit that alone costs more than the budget is never taken.
     """
 
     def __init__(self, budget: int, costs: dict[int, int]) -> None:
@@ -82,7 +83,7 @@ class TopK:
         self._keys: dict[int, Tensor] = {}
 
     def add(self, piece: int, scores: Tensor, allowed: Tensor | None = None) -> None:
-        """Add the units of a piece by their float32 ``scores`` [units]; the memory of the scores is overwritten.
+        """Add the units of a piece by their float32 ``scores`` [units], whose memory is overwritten.
 
         ``allowed`` [units] bool: only these units may be taken. Raises ``ValueError`` for NaN.
         """
@@ -121,7 +122,8 @@ class TopK:
 class _Pool:
     """Keeps the ``k`` best keys of all pieces.
 
-    It has room for a quarter more, so that most pieces can be added without sorting out the keys of earlier ones.
+    It has room for a quarter more, so that most pieces can be added without sorting out the keys of earlier
+    ones.
     """
 
     def __init__(self, k: int) -> None:
@@ -155,7 +157,7 @@ class _Pool:
             quota[piece] = min(ties, equal)
             ties -= quota[piece]
         self.used = 0
-        # The pooled keys move to the front, none further back than it was: nothing is overwritten before it is read.
+        # The pooled keys move to the front, none further back than before, so no key is overwritten unread.
         for piece, keys in pooled.items():
             start, end = self.ends[piece]
             self._append(piece, keys, self.index[start:end], self.floor, quota[piece])
@@ -192,11 +194,11 @@ class _Pool:
 
 
 def apportion(total: int, weights: Tensor, caps: list[int]) -> list[int]:
-    """Divide ``total`` in proportion to ``weights`` [n] (not negative) into n whole numbers, none above its cap.
+    """Divide ``total`` into n whole numbers in proportion to ``weights`` [n], none above its cap.
 
-    The parts add up to ``total``; the method of the largest remainder rounds them. What exceeds a cap goes to the other
-    parts. Weights that are all 0 count as equal. Raises ``ValueError`` where the caps do not hold ``total``, and for a
-    weight that is negative or not finite.
+    The parts add up to ``total``; the method of the largest remainder rounds them. What exceeds a cap goes to
+    the other parts. Weights that are all 0 count as equal. Raises ``ValueError`` where the caps do not hold
+    ``total``, and for a weight that is negative or not finite.
     """
     limit, share = torch.tensor(caps, dtype=torch.int64), weights.double().cpu()
     if total > int(limit.sum()):

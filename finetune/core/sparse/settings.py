@@ -1,4 +1,4 @@
-"""The settings that every method of the sparse engine has: the axes of the choice, its size, and the decay."""
+"""The settings that every method of the sparse engine has: axes of the choice, size, and decay."""
 
 from __future__ import annotations
 
@@ -21,17 +21,19 @@ class SparseSettings(Method):
 
     Options:
         targets: Layers whose weights compete: roles, groups of roles, or patterns of layer names.
-        sparsity: Share of the entries that is not trained. The entries that compete for one budget are counted,
-            and their number minus the rounded share of it is the budget K; at least one unit is trained.
+        sparsity: Share of the entries that is not trained. The entries that compete for one budget are
+            counted, and their number minus the rounded share of it is the budget K; at least one unit is
+            trained.
         score: Number that an entry is chosen by.
         direction: Whether entries with the largest or with the smallest scores are trained.
-        scope: Entries that compete for one budget: those of a ``matrix``, of all matrices of one ``role``, of a
-            ``block``, or of the ``model``. With ``layer`` the budget of the model is divided among the matrices in
-            proportion to size times mean score, and entries compete within each matrix.
-        grain: Unit that is chosen as a whole: ``element``, ``row``, ``column``, ``head``, ``matrix``, ``block:B``
-            (B x B entries) or ``N:M`` (the best N of every M inputs).
+        scope: Entries that compete for one budget: those of a ``matrix``, of all matrices of one ``role``, of
+            a ``block``, or of the ``model``. With ``layer`` the budget of the model is divided among the
+            matrices in proportion to size times mean score, and entries compete within each matrix.
+        grain: Unit that is chosen as a whole: ``element``, ``row``, ``column``, ``head``, ``matrix``,
+            ``block:B`` (B x B entries) or ``N:M`` (the best N of every M inputs).
         schedule: When entries are chosen again, and how many are trained meanwhile.
-        decay: Value that weight decay pulls trained entries towards: the pretrained weight (``base``) or 0 (``zero``).
+        decay: Value that weight decay pulls trained entries towards: the pretrained weight (``base``) or 0
+            (``zero``).
         batches: Number of steps whose batches a score of gradients is computed from.
         rank: Rank of the approximation that ``lowrank_magnitude``, ``principal`` and ``off_principal`` use.
         power: Exponent of the weight in the score ``d3``.

@@ -19,27 +19,29 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
     scores = registry.catalog("score")
     if settings.score not in scores:
         return [
-            f"method.score={settings.score} is not known.{near(settings.score, scores)} Known: {', '.join(scores)}."
+            f"method.score={settings.score} is not known.{near(settings.score, scores)} Known: "
+            f"{', '.join(scores)}."
         ]
     found = _unused_options(settings)
     found += _grain_contradictions(settings)
     if settings.grain == "matrix" and settings.scope in ("matrix", "layer"):
         found.append(
-            f"method.grain=matrix leaves scope={settings.scope} nothing to choose from: a matrix is one unit. "
-            "Take scope=role, block or model."
+            f"method.grain=matrix leaves scope={settings.scope} nothing to choose from: a matrix is one "
+            "unit. Take scope=role, block or model."
         )
     if settings.scope == "layer" and (
         settings.direction == "smallest" or scores[settings.score].facts.get("signed")
     ):
         found.append(
             "method.scope=layer divides the budget by the mean of scores that are never negative, which "
-            f"score={settings.score} with direction={settings.direction} are not. Take scope=matrix or scope=model."
+            f"score={settings.score} with direction={settings.direction} are not. Take scope=matrix or "
+            "scope=model."
         )
     schedule = settings.schedule
     if settings.score == "change" and not schedule.dense and schedule.name in ("static", "grow"):
         found.append(
-            f"method.score=change is 0 for every entry before training, and schedule={schedule.name} has no dense "
-            "phase before its first choice. Take schedule=one_shot."
+            f"method.score=change is 0 for every entry before training, and schedule={schedule.name} has no "
+            "dense phase before its first choice. Take schedule=one_shot."
         )
     return found
 
@@ -62,8 +64,8 @@ def _grain_contradictions(settings: SparseSettings) -> list[str]:
     grain, schedule = settings.grain, settings.schedule.name
     if not re.fullmatch(PATTERN, grain):
         return [
-            f"method.grain={grain} is not a grain. Take element, row, column, head, matrix, block:B (as block:16) "
-            "or N:M (as 2:4)."
+            f"method.grain={grain} is not a grain. Take element, row, column, head, matrix, block:B (as "
+            "block:16) or N:M (as 2:4)."
         ]
     match = re.fullmatch(N_OF_M, grain)
     if not match:
@@ -74,12 +76,13 @@ def _grain_contradictions(settings: SparseSettings) -> list[str]:
         found.append(f"method.grain={grain} leaves nothing out; n:m needs n below m, as 2:4.")
     elif abs(settings.sparsity - share) > 1e-6:
         found.append(
-            f"method.grain={grain} trains {n} of {m} entries: sparsity={settings.sparsity:g} must be {share:g}."
+            f"method.grain={grain} trains {n} of {m} entries: sparsity={settings.sparsity:g} must be "
+            f"{share:g}."
         )
     if settings.scope != "matrix":
         found.append(
-            f"method.grain={grain} fixes the count in every row, so scope={settings.scope} cannot move entries "
-            "between rows. Take scope=matrix."
+            f"method.grain={grain} fixes the count in every row, so scope={settings.scope} cannot move "
+            "entries between rows. Take scope=matrix."
         )
     if schedule not in SCHEDULES_OF_N_OF_M:
         found.append(

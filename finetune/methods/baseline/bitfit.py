@@ -1,22 +1,22 @@
 """BitFit: train the bias terms of the model and nothing else.
 
-Every parameter whose name ends in ``bias`` is trained in place, biases of norms included. The originals stay in memory,
-so that the base model can be restored to the bit. The task head is trained as with every method.
+Every parameter whose name ends in ``bias`` is trained in place, biases of norms included. The originals stay
+in memory, so that the base model can be restored to the bit. The task head is trained as with every method.
 
 Formula:
     y = W x + b        b is trained, W is frozen
 
-Paper: Ben Zaken, Ravfogel and Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based Masked
-Language-models", ACL 2022, arXiv 2106.10199.
+Paper: Ben Zaken, Ravfogel and Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
+Masked Language-models", ACL 2022, arXiv 2106.10199.
 
-Reading: The variant with all bias terms. There is no setting. ``method=bitfit`` sets a learning rate of 5e-3 for the
-examples of this project; it is not from the paper.
+Reading: The variant with all bias terms. There is no setting. The learning rate of 5e-3 that ``method=bitfit``
+sets was chosen for this project.
 
-Differs: The authors' code was not compared with this file. The paper's smaller variant, which trains only the biases of
-the query projections and of one feed-forward layer, is left out.
+Differs: The authors' code was not compared with this file. The paper's smaller variant, which trains only the
+biases of the query projections and of one feed-forward layer, is left out.
 
-Cost: One trained value a bias entry, with two moments in Adam and a copy of the original. The trained biases are
-stored. Models without bias terms are refused.
+Cost: One trained value a bias entry, with two moments in Adam and a copy of the original. The trained biases
+are stored. Models without bias terms are refused.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class BitFit(Method):
         names = [name for name in untrained(model) if name.rpartition(".")[2] == "bias"]
         if not names:
             raise ConfigError(
-                f"method=bitfit: {type(model).__name__} has no bias terms to train; choose another method, for "
-                "example method=lora."
+                f"method=bitfit: {type(model).__name__} has no bias terms to train; choose another method, "
+                "for example method=lora."
             )
         return InPlace(model, names, keep=True)

@@ -1,20 +1,20 @@
 """Full fine-tuning: train every parameter in place.
 
-The model's own tensors are trained, in float32 or wider, without a copy of the base in memory. The originals are read
-again from the model's file where the base is needed.
+The model's own tensors are trained, in float32 or wider, without a copy of the base in memory. The originals
+are read again from the model's file where the base is needed.
 
 Formula:
     W is trained, from its pretrained value
 
 Paper: none; a baseline.
 
-Reading: Every parameter that the task head does not already train is trained; frozen buffers stay. There is no setting.
-``method=full`` sets a learning rate of 5e-4; its file says how it was chosen.
+Reading: Every parameter that the task head does not already train is trained; frozen buffers stay. There is
+no setting. ``method=full`` sets a learning rate of 5e-4; its file says how it was chosen.
 
 Differs: There is no released code.
 
-Cost: One trained value a parameter, its gradient and two moments in Adam: 16 bytes a parameter in float32. The whole
-model is stored.
+Cost: One trained value a parameter, its gradient and two moments in Adam: 16 bytes a parameter in float32.
+The whole model is stored.
 """
 
 from __future__ import annotations

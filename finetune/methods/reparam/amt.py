@@ -1,41 +1,43 @@
 """AMT and R-AMT: switch off a few weights, chosen by trained scores.
 
-Every weight of the chosen layers has a score, which starts at ``initial``. A weight is on while its score is above
-``threshold``, so all are on at step 0. The gradient passes the step function unchanged, and the scores are trained with
-it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay leaves the scores alone, since
-it would in time switch off everything.
+Every weight of the chosen layers has a score, which starts at ``initial``. A weight is on while its score is
+above ``threshold``, so all are on at step 0. The gradient passes the step function unchanged, and the scores
+are trained with it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay
+leaves the scores alone, since it would in time switch off everything.
 
-R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. In every step a second gradient b is computed:
-that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and the gradient a of the
-loss differ in sign, a is damped with a probability that grows with the share of b.
+R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second gradient
+b, that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and the gradient
+a of the loss differ in sign, a is damped with a probability that grows with the share of b.
 
 Formula:
     W' = m W,  m = 1 where s > threshold, else 0        s: [out, in], the scores
     dL/ds = dL/d(m W) * W
     a' = (1 - gdr) a  with probability |b| / (|a| + |b|)  where sign(a) and sign(b) differ, else a' = a
-    b: gradient of -temperature^2 mean(sum(p log q)), p and q: softmax(logits / temperature) of teacher and student
+    b: gradient of -temperature^2 mean(sum(p log q))
+    p, q: softmax(logits / temperature) of teacher and student
 
-With Adam only the ratio of ``initial`` - ``threshold`` to the learning rate matters: a score that is always pushed down
-reaches the threshold in (initial - threshold) / lr steps, so that a shorter run masks nothing.
+With Adam only the ratio of ``initial`` - ``threshold`` to the learning rate matters: a score that is always
+pushed down reaches the threshold in (initial - threshold) / lr steps, so that a shorter run masks nothing.
 
-Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models", ICCV 2023,
-arXiv 2307.15049.
+Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models", ICCV
+2023, arXiv 2307.15049.
 
-Reading: The abstract, the project page and the released code were read, the text of the paper was not. The probability
-is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``, ``penalty`` and ``gdr`` are
-those of the released configurations; the documentation there also names gdr = 0.3 for some data sets. ``method=amt``
-sets other scores and another learning rate, as its file explains.
+Reading: The abstract, the project page and the released code were read, the text of the paper was not. The
+probability is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``,
+``penalty`` and ``gdr`` are those of the released configurations; the documentation there also names gdr = 0.3
+for some data sets. ``method=amt`` sets other scores and another learning rate, as its file explains.
 
 Differs:
-- The paper's classes are text features of CLIP, which teacher and student share and nothing trains. Here a new head
-  is trained, and the teacher is the pretrained body with the current head. In a language model every token is a sample.
-- The code adds 1e-8 to the denominator of the probability. It is left out here, because gradients of means can be that
-  small.
+- The paper's classes are text features of CLIP, which teacher and student share and nothing trains. Here a
+  new head is trained, and the teacher is the pretrained body with the current head. In a language model every
+  token is a sample.
+- The code adds 1e-8 to the denominator of the probability. It is left out here, because gradients of means
+  can be that small.
 - The code also masks the convolution of the patch embedding, which is no linear layer here.
 - The code never calls backward when gradient dropout is off; here gdr=0 trains plain AMT.
 
-Cost: One score a weight, its gradient and two moments in Adam. One bit a weight is stored. Gradient dropout costs a
-forward and a backward pass in eval mode, and a forward pass of the teacher.
+Cost: One score a weight, its gradient and two moments in Adam. One bit a weight is stored. Gradient dropout
+costs a forward and a backward pass in eval mode, and a forward pass of the teacher.
 """
 
 from __future__ import annotations
@@ -112,7 +114,7 @@ class Mask(Delta):
 
 
 def damp(a: Tensor, b: Tensor, strength: float, uniform: Tensor) -> Tensor:
-    """Return gradient ``a``, damped to ``(1 - strength) a`` where ``b`` has the other sign and chance says so.
+    """Return gradient ``a``, damped to (1 - strength) a where ``b`` has the other sign and chance says so.
 
     Chance says so where ``uniform`` [0, 1) is at least |a| / (|a| + |b|). All tensors have one shape.
     """
@@ -154,8 +156,8 @@ class AMT(Reparam):
     def __post_init__(self) -> None:
         if self.initial <= self.threshold:
             raise ValueError(
-                f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}, so every weight "
-                "would start switched off; raise method.initial."
+                f"method.initial={self.initial:g} is not above method.threshold={self.threshold:g}, so every "
+                "weight would start switched off; raise method.initial."
             )
 
     def delta(self, site: Site) -> Mask:
@@ -180,7 +182,7 @@ class AMT(Reparam):
                 scores.grad = damp(scores.grad, b, self.gdr, uniform)
 
     def teacher_gradients(self, run: Run, state: Any, trained: Sequence[Tensor]) -> list[Tensor]:
-        """Return the gradients b of the mean cross-entropy to the teacher, over all examples or tokens of the step."""
+        """Return the gradients b of the mean cross-entropy to the teacher, over all examples of the step."""
         sums, counted = [torch.zeros_like(scores) for scores in trained], 0
         scaler = getattr(run.optimizer, "scaler", None)  # in fp16 a is scaled, so b must be
         for batch in run.batch:

@@ -1,7 +1,7 @@
 """LoRA: a trained low-rank change of each weight.
 
-Two factors are added to every chosen layer. B starts at 0, so the output at step 0 is that of the base model. The
-change is applied to the input as two small products and never formed as a matrix, except for merging.
+Two factors are added to every chosen layer. B starts at 0, so the output at step 0 is that of the base model.
+The change is applied to the input as two small products and never formed as a matrix, except for merging.
 
 Formula:
     W' = W + (alpha / rank) B A        A: [rank, in], B: [out, rank]
@@ -9,12 +9,12 @@ Formula:
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685.
 
-Reading: A is drawn as by Kaiming with a = sqrt(5), which is uniform in +-1/sqrt(in), and B is 0. All linear layers of
-the blocks are adapted, where the paper adapts the query and value projections. rank 8 is a common choice, and
-alpha = 2 rank. The learning rate of ``method=lora`` was chosen as its file says.
+Reading: A is drawn as by Kaiming with a = sqrt(5), which is uniform in +-1/sqrt(in), and B is 0. All linear
+layers of the blocks are adapted, where the paper adapts the query and value projections. rank 8 is a common
+choice, and alpha = 2 rank. The learning rate of ``method=lora`` was chosen as its file says.
 
-Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of huggingface/peft, from the
-same factors, to the same output.
+Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of
+huggingface/peft, from the same factors, to the same output.
 
 Cost: rank (in + out) trained values a layer, their gradients and two moments in Adam. The factors are stored.
 """

@@ -1,22 +1,23 @@
-"""peft: a tuner of the installed huggingface/peft, as a baseline in this project's loop, evaluation and result files.
+"""peft: a tuner of the installed huggingface/peft, as a baseline under this project's loop and evaluation.
 
-``type`` and ``config`` name one of peft's tuners and its own settings. If the tuner has target modules and ``config``
-names none, it gets the layers that ``targets`` matches. Trained parameters are float32 or wider. For AdaLoRA the tuner
-chooses its ranks again after every step, and what it chooses by is part of the checkpoint.
+``type`` and ``config`` name one of peft's tuners and its own settings. If the tuner has target modules and
+``config`` names none, it gets the layers that ``targets`` matches. Trained parameters are float32 or wider.
+For AdaLoRA the tuner chooses its ranks again after every step, and what it chooses by is part of the
+checkpoint.
 
 Formula:
     as the tuner defines it
 
 Paper: none; the software is huggingface/peft.
 
-Reading: The behaviour and the defaults are those of the installed version of peft. Tuners that do not adapt single
-layers are refused by name, and so are those that need the number of a task (POLY), a second model (SHADOW), or tokens
-instead of layers (TRAINABLE_TOKENS).
+Reading: The behaviour and the defaults are those of the installed version of peft. Tuners that do not adapt
+single layers are refused by name, and so are those that need the number of a task (POLY), a second model
+(SHADOW), or tokens instead of layers (TRAINABLE_TOKENS).
 
 Differs:
 - peft freezes the task head; here it stays trained.
-- peft keeps what AdaLoRA chooses ranks by in dictionaries outside of the model, so that a checkpoint lacks it; here it is
-  saved.
+- peft keeps what AdaLoRA chooses ranks by in dictionaries outside of the model, so that a checkpoint lacks
+  it; here it is saved.
 
 Cost: As the tuner's own. The trained parameters are stored; finetune export writes them in peft's format.
 """
@@ -45,8 +46,9 @@ UNSUPPORTED = ("POLY", "SHADOW", "TRAINABLE_TOKENS")
 class AdaLoraRanks(StateModule):
     """The averages by which AdaLoRA chooses its ranks, as buffers, so that a checkpoint has them.
 
-    peft keeps them in dictionaries. ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: average sensitivity and uncertainty of
-    each entry of parameter NAME. ``kept/NAME``: which ranks are left, once ``decided`` is true.
+    peft keeps them in dictionaries. ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: average sensitivity and
+    uncertainty of each entry of parameter NAME. ``kept/NAME``: which ranks are left, once ``decided`` is
+    true.
     """
 
     AVERAGES = ("exp_avg_ipt", "exp_avg_unc")
@@ -236,7 +238,10 @@ class Peft(Method):
         return state
 
     def _tuner_and_config(self) -> tuple[Any, Any]:
-        """Return peft's tuner class and configuration class. Raises ``ConfigError`` without peft or for another type."""
+        """Return peft's tuner class and configuration class.
+
+        Raises ``ConfigError`` if peft is not installed, or has no such tuner for layers.
+        """
         try:
             from peft import PeftType
             from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING

@@ -1,37 +1,41 @@
 """SNELLA: SNELL whose layers compete for a shrinking number of non-zero entries.
 
-Two things are new to SNELL. A softmax term with three trained scalars is added to its kernel K_0, and the share of zeroed
-entries is no longer the same in every layer. A budget of non-zero entries of all layers together shrinks along a cubic
-curve between the shares ``start`` and ``end`` of the run. Every ``every`` steps it is divided among the layers in
-proportion to a score of their factors, no layer getting more than its size. After every step the score's averages take
-in the step's gradient.
+Two things are new to SNELL. A softmax term with three trained scalars is added to its kernel K_0, and the
+share of zeroed entries is no longer the same in every layer. A budget of non-zero entries of all layers
+together shrinks along a cubic curve between the shares ``start`` and ``end`` of the run. Every ``every``
+steps it is divided among the layers in proportion to a score of their factors, no layer getting more than its
+size. After every step the score's averages take in the step's gradient.
 
 Formula:
-    K = K_0 + alpha softmax(K_0 / gamma) + beta     over a layer's outputs; alpha = gamma = 1, beta = 0 at the start
+    K = K_0 + alpha softmax(K_0 / gamma) + beta     softmax over a layer's outputs
+    alpha, gamma, beta start at 1, 1, 0             all three are trained
     change = K |K| (or as ``sparsifier`` says) for the V_l largest |K| of layer l, else 0
     V(t) = V_end + (V_start - V_end) (1 - t)^3      t: from 0 at ``start`` to 1 at ``end``
     V_start = (1 - initial) n,  V_end = (1 - sparsity) n      n: entries of all layers
-    i = |X dL/dX|,  I <- beta1 I + (1 - beta1) i,  U <- beta2 U + (1 - beta2) |i - I|      for both factors X of a layer
+    i = |X dL/dX|                                   for both factors X of a layer
+    I <- beta1 I + (1 - beta1) i,  U <- beta2 U + (1 - beta2) |i - I|
     score of a layer = mean(I U) of its rows + mean(I U) of its columns
 
-Paper: "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025, arXiv 2510.24037.
+Paper: "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025, arXiv
+2510.24037.
 
-Reading: The released code was read, and only the abstract of the paper; the paper's own values are unverified. X in i is
-the factor after the update, its gradient that from before it, as in the code. ``sparsity`` is the mean zeroed share at the
-end, ``initial`` that at the start. At 0 only the entry with the least |K| is zeroed, and the change keeps its factor |K|,
-unlike SNELL's. rank, scale and betas are those of the released scripts; 0.9 is the code's default for ``sparsity``.
+Reading: The released code was read, and only the abstract of the paper; the paper's own values are
+unverified. X in i is the factor after the update, its gradient that from before it, as in the code.
+``sparsity`` is the mean zeroed share at the end, ``initial`` that at the start. At 0 only the entry with the
+least |K| is zeroed, and the change keeps its factor |K|, unlike SNELL's. rank, scale and betas are those of
+the released scripts; 0.9 is the code's default for ``sparsity``.
 
 Differs:
-- The code counts epochs; this file counts shares of the run and steps. V_end is reached at ``end``, or before the last step
-  at the latest.
+- The code counts epochs; this file counts shares of the run and steps. V_end is reached at ``end``, or before
+  the last step at the latest.
 - Layers that all score 0 get parts in proportion to their sizes; the code fails there.
 - The parts are whole numbers that add up to V; the code's float32 sums may miss V by a few entries.
 - The code keeps a layer's share outside of its checkpoints; here it is saved.
-- Left out: the average of the weights over time, which keeps the first division for good in the code, and the variant
-  without threshold, which three of the released scripts run under the name of SNELLA.
+- Left out: the average of the weights over time, which keeps the first division for good in the code, and the
+  variant without threshold, which three of the released scripts run under the name of SNELLA.
 
-Cost: rank (in + out) + 3 trained values a layer, their gradients and two moments in Adam, and two averages a value of the
-factors. The factors, the three scalars and V_l are stored.
+Cost: rank (in + out) + 3 trained values a layer, their gradients and two moments in Adam, and two averages a
+value of the factors. The factors, the three scalars and V_l are stored.
 """
 
 from __future__ import annotations
@@ -158,7 +162,8 @@ class SNELLA(Kernelized):
 
     family: ClassVar[str] = "reparameterization"
     trains: ClassVar[str] = (
-        "two factors a layer; their kernel, thresholded by a budget that layers compete for, changes the weight"
+        "two factors a layer; their kernel, thresholded by a budget that layers compete for, changes the "
+        "weight"
     )
     paper: ClassVar[str] = "arXiv 2510.24037"
     neutral_start: ClassVar[bool] = False
@@ -166,8 +171,8 @@ class SNELLA(Kernelized):
     def __post_init__(self) -> None:
         if self.initial > self.sparsity:
             raise ValueError(
-                f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, but the budget can only "
-                "shrink; lower method.initial."
+                f"method.initial={self.initial:g} is above method.sparsity={self.sparsity:g}, but the budget "
+                "can only shrink; lower method.initial."
             )
         if self.start >= self.end:
             raise ValueError(
@@ -179,15 +184,16 @@ class SNELLA(Kernelized):
         if first < last:
             return []
         return [
-            f"train.steps={steps} leaves no step between method.start={self.start:g} and method.end={self.end:g} at "
-            "which the budget could be divided; take more steps, or move start and end apart."
+            f"train.steps={steps} leaves no step between method.start={self.start:g} and "
+            f"method.end={self.end:g} at which the budget could be divided; take more steps, or move start "
+            "and end apart."
         ]
 
     def ready(self, step: int, total: int) -> bool:
         return step >= self._range(total)[1]
 
     def _range(self, steps: int) -> tuple[int, int]:
-        """Return the steps between which the budget shrinks. The second is not the last step: its budget is trained."""
+        """Return the steps between which the budget shrinks; one step or more is trained after the second."""
         return round(self.start * steps), min(round(self.end * steps), steps - 1)
 
     def budget(self, step: int, steps: int, entries: int) -> int:

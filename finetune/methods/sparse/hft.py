@@ -1,30 +1,33 @@
 """HFT: half fine-tuning.
 
-A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is added to it.
-The half is drawn once before training, or once for each of several rounds. Embeddings, head, pooler and everything
-outside the blocks always train. A bias follows its matrix. A fused matrix, as GPT-2's qkv, counts as one: to freeze some
-of its rows would need masks, and weight decay would move those rows all the same.
+A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is
+added to it. The half is drawn once before training, or once for each of several rounds. Embeddings, head,
+pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, as GPT-2's
+qkv, counts as one: to freeze some of its rows would need masks, and weight decay would move those rows all
+the same.
 
 Formula:
     W <- W - rate M step(W)        M: 0 for a frozen matrix, 1 for a trained one
-    scope=category: of every block's q, k, v, o two are frozen; of up, gate, down two in a random half of the blocks
-                    (rounded down), one in the others
+    scope=category: of every block's q, k, v, o two are frozen; of up, gate, down two in a random half of
+                    the blocks (rounded down), one in the others
 
 Paper: Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025, arXiv 2404.18466.
 
-Reading: The body of the paper could not be read, and the authors released no code. The rule by category is the one on
-which the abstract, reviews and a third party's code agree; that embeddings and head train is unverified. ``sparsity`` is
-the share of the *matrices*, which is a share of the entries only where matrices are equal in size. Shares other than the
-paper's half follow the same rule: the nearest count over the model, halves down, and no block more than one away from
-its even share. ``norms`` is a rule of the third party's code only. The paper draws once a stage (a task, or a round of
-tuning), never within one: ``rounds`` makes stages of equal length within a run, each with the weights as they are and a
-new optimizer. The learning rate's schedule spans the whole run.
+Reading: The body of the paper could not be read, and the authors released no code. The rule by category is
+the one on which the abstract, reviews and a third party's code agree; that embeddings and head train is
+unverified. ``sparsity`` is the share of the *matrices*, which is a share of the entries only where matrices
+are equal in size. Shares other than the paper's half follow the same rule: the nearest count over the model,
+halves down, and no block more than one away from its even share. ``norms`` is a rule of the third party's
+code only. The paper draws once a stage (a task, or a round of tuning), never within one: ``rounds`` makes
+stages of equal length within a run, each with the weights as they are and a new optimizer. The learning
+rate's schedule spans the whole run.
 
-Differs: The authors released no code. A third party's code freezes one norm a block and, for shares other than half,
-counts parameters instead of matrices.
+Differs: The authors released no code. A third party's code freezes one norm a block and, for shares other
+than half, counts parameters instead of matrices.
 
-Cost: One gradient and two moments in Adam for every trained parameter; none for a matrix that is frozen in all rounds. The
-trained parameters are stored. Backward passes through every block, but skips the weight gradients of frozen matrices.
+Cost: One gradient and two moments in Adam for every trained parameter; none for a matrix that is frozen in
+all rounds. The trained parameters are stored. Backward passes through every block, but skips the weight
+gradients of frozen matrices.
 """
 
 from __future__ import annotations
@@ -49,7 +52,7 @@ Pool = dict[int, list[str]]  # names of modules by their block
 
 
 def draw_frozen(pool: Pool, share: Fraction) -> set[str]:
-    """Draw a random ``share`` of the modules of a pool, the same number in every block except for one more in some.
+    """Draw a random ``share`` of the modules of a pool, in every block the same number or one more.
 
     The numbers come from torch's default generator.
     """
@@ -93,8 +96,8 @@ class HFT(Method):
 
     Options:
         sparsity: Share of the matrices that is frozen.
-        scope: Group in which the share is met: each ``category`` of matrices (attention and feed-forward, as in the
-            paper), or all matrices of a ``block`` or of the ``model``.
+        scope: Group in which the share is met: each ``category`` of matrices (attention and feed-forward, as
+            in the paper), or all matrices of a ``block`` or of the ``model``.
         norms: Whether half of each block's norms is frozen too.
         rounds: Number of equal stretches of the run, each with a new half and a new optimizer.
     """
@@ -110,19 +113,20 @@ class HFT(Method):
     size: ClassVar[str] = "sparsity"
 
     @property
-    def unused_parameters(self) -> bool:  # type: ignore[override]  # with one round no frozen matrix is wrapped
+    def unused_parameters(self) -> bool:  # type: ignore[override]
         return self.rounds > 1
 
     def faults(self, steps: int) -> list[str]:
         found = []
         if self.rounds > steps:
             found.append(
-                f"method.rounds={self.rounds} is more than the run's {steps} steps, and every round needs one; take "
-                f"at most {steps}."
+                f"method.rounds={self.rounds} is more than the run's {steps} steps, and every round needs "
+                f"one; take at most {steps}."
             )
         if self.rounds > 1 and not self.sparsity:
             found.append(
-                f"method.rounds={self.rounds} draws nothing at method.sparsity=0; take rounds=1, or a sparsity above 0."
+                f"method.rounds={self.rounds} draws nothing at method.sparsity=0; take rounds=1, or a "
+                "sparsity above 0."
             )
         return found
 
@@ -142,8 +146,9 @@ class HFT(Method):
             pools.setdefault(category, {}).setdefault(block, []).append(name)
         if not pools.keys() - {"norm"}:
             raise ConfigError(
-                f"method.scope={self.scope}: this project does not know which matrices of a {type(model).__name__} are "
-                "attention and which are feed-forward. Use method.scope=block or method.scope=model, which need not know."
+                f"method.scope={self.scope}: this project does not know which matrices of a "
+                f"{type(model).__name__} are attention and which are feed-forward. Use method.scope=block or "
+                "method.scope=model, which need not know."
             )
         return list(pools.values())
 
@@ -161,8 +166,8 @@ class HFT(Method):
     def build(self, model: nn.Module) -> Halves:
         """Draw all rounds from the default generator, which the run's seed has just set.
 
-        So they are the same on all ranks and after a resume. The generator's state is restored afterwards, so that the
-        model's own dropout is the same at every sparsity.
+        So they are the same on all ranks and after a resume. The generator's state is restored afterwards, so
+        that the model's own dropout is the same at every sparsity.
         """
         pools, share = self.pools(model), Fraction(str(self.sparsity))
         frozen: list[set[str]] = []
@@ -174,7 +179,8 @@ class HFT(Method):
             for pool in pools:
                 count += sum(map(len, pool.values()))
             raise ConfigError(
-                f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, or method=full."
+                f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, "
+                "or method=full."
             )
         return Halves(model, frozen)
 

@@ -1,32 +1,34 @@
 """ID3: train a few more entries at every step, those with large gradient and small weight.
 
-The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained, rounded. An
-entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step, which costs one more backward
-pass before the step; ``schedule.every`` makes these passes rarer. Weight decay pulls towards the pretrained weights, so
-entries that are not chosen keep their values.
+The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained,
+rounded. An entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step,
+which costs one more backward pass before the step; ``schedule.every`` makes these passes rarer. Weight decay
+pulls towards the pretrained weights, so entries that are not chosen keep their values.
 
 Formula:
     score = |g| / (|w| + eps)^power        g: gradient of the current weight w
     trained after part i of n: i K / n entries of the model, the best by score at each part
 
-Paper: Agarwal et al., "Step-by-Step Unmasking for Parameter-Efficient Fine-tuning of Large Language Models", TACL 2025,
-arXiv 2408.14470.
+Paper: Agarwal et al., "Step-by-Step Unmasking for Parameter-Efficient Fine-tuning of Large Language Models",
+TACL 2025, arXiv 2408.14470.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. eps = 1e-3 is from the example
-in the released documentation; that example has the exponent 0, the default here is 1.
+Reading: The abstract and the released code were read, the body of the paper could not be. eps = 1e-3 is from
+the example in the released documentation; that example has the exponent 0, the default here is 1.
 
 Differs:
-- The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is that of an
-  additional pass over the same batch, in eval mode; with dropout the two choose different entries.
-- Where scores are equal the released code chooses more than a step's part, and removes the surplus from entries that may
-  have been chosen earlier. Here ties go to the lower position, so every part is exact and no entry leaves.
-- The released code scores all trained tensors, embeddings, norms, biases and head included; here the linear layers.
+- The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
+  that of an additional pass over the same batch, in eval mode; with dropout the two choose different entries.
+- Where scores are equal the released code chooses more than a step's part, and removes the surplus from
+  entries that may have been chosen earlier. Here ties go to the lower position, so every part is exact and no
+  entry leaves.
+- The released code scores all trained tensors, embeddings, norms, biases and head included; here the linear
+  layers.
 - In the released code weight decay moves entries that are not chosen.
-- As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the bias
-  correction of the whole run.
+- As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the
+  bias correction of the whole run.
 
-Cost: K trained values, their gradients and two moments in Adam; the room for all K is there from the start. Values and
-positions are stored. One backward pass for every part.
+Cost: K trained values, their gradients and two moments in Adam; the room for all K is there from the start.
+Values and positions are stored. One backward pass for every part.
 """
 
 from __future__ import annotations

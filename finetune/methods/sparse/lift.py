@@ -1,31 +1,35 @@
 """LIFT: train the principal weights, which are the largest after rank reduction.
 
-Every ``schedule.every`` steps the entries of each matrix are chosen again, from the weights as they are then. Entries that
-stay keep their moments in Adam, entries that come in start with moments of 0, and entries that leave keep the value they
-have reached. So the stored change covers the union of all choices and is larger than the budget.
+Every ``schedule.every`` steps the entries of each matrix are chosen again, from the weights as they are then.
+Entries that stay keep their moments in Adam, entries that come in start with moments of 0, and entries that
+leave keep the value they have reached. So the stored change covers the union of all choices and is larger
+than the budget.
 
 Formula:
     W_R: best approximation of W of rank ``rank``
     trained: the K entries of each matrix with the largest |W_R|
 
-Paper: Liu et al., "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for Reasoning-Focused
-Supervised Fine-Tuning", ICML 2025, arXiv 2506.00772.
+Paper: Liu et al., "LIFT the Veil for the Truth: Principal Weights Emerge after Rank Reduction for
+Reasoning-Focused Supervised Fine-Tuning", ICML 2025, arXiv 2506.00772.
 
-Reading: Most of the paper's text and the released code were read. The paper's reading, the *largest* entries, is the
-default; ``direction=smallest`` trains what the released code trains. sparsity = 0.95 is about the paper's usual budget. The
-period of 50 steps is the shortest of a range in which the paper finds little difference. The paper finds the best rank of
-the approximation close to the rank whose parameters the budget equals; 64 is one of its values. Decay pulls towards 0, as
-AdamW does on the weights. The paper's structured variant is ``grain=block:4``.
+Reading: Most of the paper's text and the released code were read. The paper's reading, the *largest* entries,
+is the default; ``direction=smallest`` trains what the released code trains. sparsity = 0.95 is about the
+paper's usual budget. The period of 50 steps is the shortest of a range in which the paper finds little
+difference. The paper finds the best rank of the approximation close to the rank whose parameters the budget
+equals; 64 is one of its values. Decay pulls towards 0, as AdamW does on the weights. The paper's structured
+variant is ``grain=block:4``.
 
 Differs:
-- The released code's default mask type lacks the word "largest", so it trains the *smallest* entries of |W_R|.
+- The released code's default mask type lacks the word "largest", so it trains the *smallest* entries of
+  |W_R|.
 - There the budget is that of a low-rank change: rank (in + out) entries a matrix. Here it is ``sparsity``.
-- The released refresh is one step earlier, eps stands outside of Adam's bias correction, and weight decay acts on a copy
-  and has no effect.
-- The released code keeps moments and values in the type of the weights, often bfloat16; here they are float32.
+- The released refresh is one step earlier, eps stands outside of Adam's bias correction, and weight decay
+  acts on a copy and has no effect.
+- The released code keeps moments and values in the type of the weights, often bfloat16; here they are
+  float32.
 
-Cost: K trained values, their gradients and two moments in Adam. The union of all choices is stored. At every refresh one
-eigendecomposition of the smaller Gram matrix of each weight, in float64.
+Cost: K trained values, their gradients and two moments in Adam. The union of all choices is stored. At every
+refresh one eigendecomposition of the smaller Gram matrix of each weight, in float64.
 """
 
 from __future__ import annotations

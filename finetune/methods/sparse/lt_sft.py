@@ -1,9 +1,9 @@
 """LT-SFT: train all entries, keep those that moved most, rewind, and train these.
 
-The first phase trains every entry of the chosen layers and the head, for the share ``schedule.dense`` of the run. The K
-entries of the model with the largest change are chosen. Then everything, the head included, returns to where it started,
-and the second phase trains the chosen entries with a new optimizer. Exactly K entries are trained; ties go to the lower
-position.
+The first phase trains every entry of the chosen layers and the head, for the share ``schedule.dense`` of the
+run. The K entries of the model with the largest change are chosen. Then everything, the head included,
+returns to where it started, and the second phase trains the chosen entries with a new optimizer. Exactly K
+entries are trained; ties go to the lower position.
 
 Formula:
     chosen: the K largest |w - w_0| of the model, w the weight after the dense phase
@@ -11,20 +11,21 @@ Formula:
 
 Paper: Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022, arXiv 2110.07560.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. The released scripts use
-l1 = 0.1 for languages and 0 for tasks. The default of 0.25 for ``schedule.dense`` is a choice of this project; the released
-scripts give the first phase about a quarter to a half of the epochs.
+Reading: The abstract and the released code were read, the body of the paper could not be. The released
+scripts use l1 = 0.1 for languages and 0 for tasks. The default of 0.25 for ``schedule.dense`` is a choice of
+this project; the released scripts give the first phase about a quarter to a half of the epochs.
 
 Differs:
 - One round of choosing; the released code can repeat the phases and free a part of K in each.
 - The linear layers only; the released code also counts word embeddings and biases.
 - The released code frees the whole model if fewer than K entries moved.
 - The released penalty has no gradient, by a fault, and is meant for both phases.
-- The learning rate's schedule spans the whole run; in the released code each phase has its own, warm-up included.
+- The learning rate's schedule spans the whole run; in the released code each phase has its own, warm-up
+  included.
 - The released diff drops changes of at most 1e-7.
 
-Cost: The first phase needs a gradient and two moments in Adam for every entry of the layers, the second K of each. K values
-and positions are stored.
+Cost: The first phase needs a gradient and two moments in Adam for every entry of the layers, the second K of
+each. K values and positions are stored.
 """
 
 from __future__ import annotations
@@ -49,8 +50,8 @@ class LTSFT(Sparse):
     """LT-SFT: the entries that a dense phase moved most, rewound and trained.
 
     Options:
-        l1: Factor of the sum of absolute changes, divided by the number of the model's parameters, in the loss of the
-            second phase.
+        l1: Factor of the sum of absolute changes, divided by the number of the model's parameters, in the
+            loss of the second phase.
     """
 
     score: ScoreName = "change"

@@ -1,28 +1,29 @@
-"""Off-principal masks: train entries off the principal part of each weight, chosen once from the pretrained weights.
+"""Off-principal masks: train entries off the principal part of each weight, chosen once.
 
-There are four masks of K entries a matrix, each a choice of score and direction. The default is the "safe" mask, the
-union of the other two masks that avoid the principal part.
+The pretrained weights decide which. There are four masks of K entries a matrix, each a choice of score and
+direction. The default is the "safe" mask, the union of the other two masks that avoid the principal part.
 
 Formula:
     W_R: best approximation of W of rank ``rank``
-    safe        score=off_principal, the default: union of ``low`` and ``complement``, both with the share for which
-                the union has K entries
+    safe        score=off_principal, the default: union of ``low`` and ``complement``, both with the share
+                for which the union has K entries
     complement  score=principal direction=smallest: the K smallest |W_R|
     low         score=magnitude direction=smallest: the K smallest |w|
     principal   score=principal: the K largest |W_R|
 
-Paper: "The Path Not Taken: RLVR Provably Learns Off the Principals", 2025, arXiv 2511.08567; the masks are those of its
-case study.
+Paper: "The Path Not Taken: RLVR Provably Learns Off the Principals", 2025, arXiv 2511.08567; the masks are
+those of its case study.
 
-Reading: The paper was read. It does not state the rank, how a mask is applied, or what becomes of biases and norms; here
-the entries of the mask are trained and nothing else. Its case study takes half of the entries for a mask, which is the
-default. Weight decay pulls towards the pretrained weights, since any other decay would move entries outside of the mask.
+Reading: The paper was read. It does not state the rank, how a mask is applied, or what becomes of biases and
+norms; here the entries of the mask are trained and nothing else. Its case study takes half of the entries for
+a mask, which is the default. Weight decay pulls towards the pretrained weights, since any other decay would
+move entries outside of the mask.
 
-Differs: The authors released no code. In the paper the safe mask is the union of two masks of fixed shares, so its size
-follows from the weights; here its size is K.
+Differs: The authors released no code. In the paper the safe mask is the union of two masks of fixed shares,
+so its size follows from the weights; here its size is K.
 
-Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. One eigendecomposition of
-the smaller Gram matrix of each weight, in float64, before training.
+Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. One
+eigendecomposition of the smaller Gram matrix of each weight, in float64, before training.
 """
 
 from __future__ import annotations

@@ -1,33 +1,34 @@
 """S2FT: train a few heads and channels as whole rows and columns.
 
-Attention heads and feed-forward channels are drawn at random over all layers. Their rows in the first matrix of a coupled
-pair, or their columns in the second, are trained whole. ``v`` and ``o`` are shares of heads (rows of v, columns of o), ``u``
-and ``d`` shares of channels (rows of up, columns of down); each share is drawn by itself. The gate is never trained.
+Attention heads and feed-forward channels are drawn at random over all layers. Their rows in the first matrix
+of a coupled pair, or their columns in the second, are trained whole. ``v`` and ``o`` are shares of heads
+(rows of v, columns of o), ``u`` and ``d`` shares of channels (rows of up, columns of down); each share is
+drawn by itself. The gate is never trained.
 
 Formula:
     n = int(share * pairs)        pairs: all (layer, unit) of the model; n of them are drawn, evenly
     v: rows of head h    o: columns of head h    u: row c of up    d: column c of down
 
-Layers differ in how many units they get, and some may get none. With grouped-query attention a unit of ``v`` is one key
-and value head, and a unit of ``o`` is the columns of all query heads that it serves. The last third of a fused qkv (GPT-2)
-is v.
+Layers differ in how many units they get, and some may get none. With grouped-query attention a unit of ``v``
+is one key and value head, and a unit of ``o`` is the columns of all query heads that it serves. The last
+third of a fused qkv (GPT-2) is v.
 
-Paper: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity", NeurIPS 2024,
-arXiv 2412.06289.
+Paper: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
+NeurIPS 2024, arXiv 2412.06289.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. d = 0.03 alone is what the
-released scripts use for Llama 3.
+Reading: The abstract and the released code were read, the body of the paper could not be. d = 0.03 alone is
+what the released scripts use for Llama 3.
 
 Differs:
-- The released code permutes both sides of a pair (v with o; gate and up with down) so that the chosen units are
-  neighbours, and trains a slice. The function is the same, so training the rows and columns where they are is too, and
-  what is stored here fits the published weights; there the saved model stays permuted.
+- The released code permutes both sides of a pair (v with o; gate and up with down) so that the chosen units
+  are neighbours, and trains a slice. The function is the same, so training the rows and columns where they
+  are is too, and what is stored here fits the published weights; there the saved model stays permuted.
 - With grouped-query attention the released code indexes query heads among key and value heads, and fails.
 - The released efficient variant trains other sub-matrices: rows of down and o, columns of up and v.
 - Selection by weight, activation or gradient, which the paper names, is left out; units are drawn at random.
 
-Cost: in trained values for every row and out for every column, a head being as many of them as it is wide; their
-gradients and two moments in Adam. Values and positions are stored.
+Cost: in trained values for every row and out for every column, a head being as many of them as it is wide;
+their gradients and two moments in Adam. Values and positions are stored.
 """
 
 from __future__ import annotations
@@ -63,14 +64,14 @@ class Units:
 
 @dataclass(frozen=True)
 class Draw:
-    """A draw of ``count`` units among those of several sites: ``sites`` by position, and the units of each."""
+    """A draw of ``count`` units among those of several sites: positions of the sites, and units of each."""
 
     sites: list[int]
     units: list[Units]
     count: int
 
     def most_entries(self) -> int:
-        """Return how many entries the drawn units have at most; units of different layers may differ in size."""
+        """Return how many entries the drawn units have at most; units of layers may differ in size."""
         sizes: list[int] = []
         for units in self.units:
             sizes += [units.grain.size] * units.count
@@ -130,7 +131,7 @@ class S2FT(Method):
         bank.place([index[i] for i in range(len(sites))])
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """Return the layers that have a share. Raises ``ConfigError`` for a share that no layer of the model has."""
+        """Return the layers that have a share. Raises ``ConfigError`` for a share without layers."""
         present = {site.role for site in all_sites(model)}
         targets: list[str] = []
         faults: list[str] = []
@@ -148,7 +149,7 @@ class S2FT(Method):
         return find_sites(model, tuple(targets))
 
     def draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
-        """Yield one draw for each share that is not 0. Raises ``ConfigError`` for a share of less than one unit."""
+        """Yield one draw for each share above 0. Raises ``ConfigError`` for a share of less than one unit."""
         for name, share in self.shares.items():
             if not share:
                 continue
@@ -158,7 +159,8 @@ class S2FT(Method):
             if not int(share * total):
                 what = "heads" if name in "vo" else "channels"
                 raise ConfigError(
-                    f"method.{name}={share:g} of the model's {total} {what} is less than one; take {1 / total:.2g} or more."
+                    f"method.{name}={share:g} of the model's {total} {what} is less than one; take "
+                    f"{1 / total:.2g} or more."
                 )
             yield Draw(members, units, int(share * total))
 
@@ -176,8 +178,8 @@ def find_units(site: Site, model: nn.Module) -> Units:
     width, rows = head_width(model), _value_rows(site, model)
     if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
         raise ConfigError(
-            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. Use method.u "
-            "and method.d."
+            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. "
+            "Use method.u and method.d."
         )
     if site.role == "o":
         heads = rows // width
@@ -189,7 +191,7 @@ def find_units(site: Site, model: nn.Module) -> Units:
 
 
 def _value_rows(site: Site, model: nn.Module) -> int:
-    """Return the rows of v in the block of the site; without a v of its own, as many as o has columns or qkv rows."""
+    """Return the rows of v in the block of the site; without a v, the columns of o or the rows of qkv."""
     rows = site.shape[1] if site.role == "o" else site.shape[0]
     for other in all_sites(model):
         if other.role == "v" and other.block == site.block:

@@ -1,30 +1,31 @@
 """SaRA: train the weights with the smallest magnitude, narrowed once, with a nuclear-norm penalty.
 
-One threshold theta holds for all layers. The entries below it are trained; at the share ``schedule.at`` of the run, only
-those that are still below it stay trained, and the others keep the value they have reached. Decay pulls values towards 0,
-as AdamW does on the weights.
+One threshold theta holds for all layers. The entries below it are trained; at the share ``schedule.at`` of
+the run, only those that are still below it stay trained, and the others keep the value they have reached.
+Decay pulls values towards 0, as AdamW does on the weights.
 
 Formula:
     M = {|w| < theta}        theta: ``threshold``, or the K-th smallest |w| with K from ``sparsity``
     narrowing leaves {i in M: |w_i| < theta}, with the values w at that step
-    loss = task loss + penalty ||M * W||_*        one random matrix in each step, if both its sides are above 64
+    loss = task loss + penalty ||M * W||_*        one random matrix a step, of those with both sides above 64
 
-Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation" (SaRA), ICLR
-2025, arXiv 2409.06633.
+Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation"
+(SaRA), ICLR 2025, arXiv 2409.06633.
 
-Reading: Paper and released code were read. The paper writes the threshold without the absolute value, but means it. Its
-penalty is the sum over all matrices; one random matrix in each step is what the code does. The paper's text finds
-penalty = 5e-3 best, which is the default; the released commands have 5e-4. Narrowing halfway through is the paper's.
+Reading: Paper and released code were read. The paper writes the threshold without the absolute value, but
+means it. Its penalty is the sum over all matrices; one random matrix in each step is what the code does. The
+paper's text finds penalty = 5e-3 best, which is the default; the released commands have 5e-4. Narrowing
+halfway through is the paper's.
 
 Differs: The faults of the released default optimizer are not taken over:
 - its penalty reaches none of the trained values,
 - its first forward pass takes |w| for w, and the same happens after narrowing,
 - narrowing drops Adam's moments.
-Its masks also cover biases, norms and convolutions; here the linear layers. Weights are compared with theta in float32,
-so a base in float16 or bfloat16 has its own M.
+Its masks also cover biases, norms and convolutions; here the linear layers. Weights are compared with theta
+in float32, so a base in float16 or bfloat16 has its own M.
 
-Cost: One trained value for every entry of M, its gradient and two moments in Adam. Values and positions are stored. With a
-penalty, one eigendecomposition of the smaller Gram matrix of one layer in every step.
+Cost: One trained value for every entry of M, its gradient and two moments in Adam. Values and positions are
+stored. With a penalty, one eigendecomposition of the smaller Gram matrix of one layer in every step.
 """
 
 from __future__ import annotations
@@ -60,7 +61,8 @@ class SaRA(Sparse):
 
     Options:
         threshold: Magnitude below which an entry is trained; ``null``: ``sparsity`` decides.
-        penalty: Factor of the nuclear norm of one random matrix of trained entries, which is added to the loss.
+        penalty: Factor of the nuclear norm of one random matrix of trained entries, which is added to the
+            loss.
     """
 
     threshold: Annotated[float, Gt(0)] | None = None
@@ -82,15 +84,15 @@ class SaRA(Sparse):
             value = getattr(self, name)
             if value != fields[name].default:
                 found.append(
-                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse for other "
-                    "choices."
+                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse "
+                    "for other choices."
                 )
         if self.threshold is not None:
             found += self._threshold_contradictions(self.threshold)
         if isinstance(self.schedule, Narrow) and self.schedule.keep != Narrow.keep:
             found.append(
-                f"schedule.keep={self.schedule.keep:g} has no effect with method=sara, which keeps the entries below "
-                "its threshold; leave it out."
+                f"schedule.keep={self.schedule.keep:g} has no effect with method=sara, which keeps the "
+                "entries below its threshold; leave it out."
             )
         return found
 
@@ -104,8 +106,9 @@ class SaRA(Sparse):
             )
         if self.schedule.name not in ("narrow", "static"):
             found.append(
-                f"method.threshold={threshold:g} fixes which entries are trained, so schedule={self.schedule.name} has "
-                "no effect; take schedule=narrow or schedule=static, or sparsity instead of a threshold."
+                f"method.threshold={threshold:g} fixes which entries are trained, so "
+                f"schedule={self.schedule.name} has no effect; take schedule=narrow or schedule=static, or "
+                "sparsity instead of a threshold."
             )
         return found
 
@@ -117,7 +120,8 @@ class SaRA(Sparse):
             count += int(_is_below(site.module.get_parameter("weight"), self.threshold).sum())
         if not count:
             raise ConfigError(
-                f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; raise it."
+                f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; "
+                "raise it."
             )
         return [Budget(list(range(len(sites))), count)]
 
@@ -180,16 +184,16 @@ def _is_below(weight: Tensor, theta: float | Tensor) -> Tensor:
 
 
 def _weights(view: SparseDelta, layer: Patched) -> Tensor:
-    """Return the trained weights of a site, [count]: pretrained plus change, with the gradient of the change."""
+    """Return the trained weights of a site, [count], with the gradient of their change."""
     return view.pretrained(layer.original).to(view.bank.values.dtype) + view.bank.slice(view.i)
 
 
 def nuclear_norm(values: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
-    """Return the sum of singular values of the matrix that has ``values`` [n] at flat positions ``where``, else 0.
+    """Return the nuclear norm of the matrix that has ``values`` [n] at flat positions ``where``, else 0.
 
-    Its gradient is U V^T over the singular values that are not 0 (above a millionth of the largest), and the norm is
-    <U V^T, matrix>. Both come from the eigenvectors of the smaller Gram matrix in float64, which is cheaper than a
-    singular value decomposition.
+    Its gradient is U V^T over the singular values that are not 0 (above a millionth of the largest), and the
+    norm is <U V^T, matrix>. Both come from the eigenvectors of the smaller Gram matrix in float64, which is
+    cheaper than a singular value decomposition.
     """
     with torch.no_grad():
         w = torch.zeros(shape, dtype=torch.float64, device=values.device)

@@ -1,7 +1,7 @@
 """SHiRA: train a few entries of each weight, chosen once before training.
 
-K values are added to each weight at fixed positions; they start at 0. The change is very sparse but of high rank. The
-paper's masks are choices of score and grain:
+K values are added to each weight at fixed positions; they start at 0. The change is very sparse but of high
+rank. The paper's masks are choices of score and grain:
 
 - random (the default): score=random
 - WM: score=magnitude
@@ -14,18 +14,19 @@ Formula:
 
 Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13175.
 
-Reading: The paper was read, and the code of huggingface/peft, since the repository that the paper names holds no code. The
-form with a vector of values is trained, so weight decay pulls towards W. The paper trains 1 to 2 percent of the entries,
-hence sparsity = 0.98. The learning rate of ``method=shira`` was chosen as its file says.
+Reading: The paper was read, and the code of huggingface/peft, since the repository that the paper names holds
+no code. The form with a vector of values is trained, so weight decay pulls towards W. The paper trains 1 to 2
+percent of the entries, hence sparsity = 0.98. The learning rate of ``method=shira`` was chosen as its file
+says.
 
 Differs:
-- peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of one shape
-  get the same mask; here the run's seed draws the masks, and every layer gets its own.
+- peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of
+  one shape get the same mask; here the run's seed draws the masks, and every layer gets its own.
 - peft's budget is rank (in + out) entries a layer; here it is ``sparsity``.
 - The diagonal of the Struct mask is left out.
 
-Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. The masks of gradients
-cost one or more backward passes before training.
+Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. The masks of
+gradients cost one or more backward passes before training.
 """
 
 from __future__ import annotations

@@ -1,20 +1,21 @@
-"""sparse: train existing entries of the weights, chosen by any crossing of score, direction, scope, grain and schedule.
+"""sparse: train existing entries of the weights, chosen by any crossing of the sparse engine's axes.
 
-The published methods of this family are presets of these axes. This one leaves all of them open, so that crossings which no
-paper has tried can be compared.
+The axes are score, direction, scope, grain and schedule. The published methods of this family are presets of
+them. This one leaves all of them open, so that crossings which no paper has tried can be compared.
 
 Formula:
     W' = W + S        S: K trained values, from 0, at positions that the axes choose
 
 Paper: none; the axes are taken from the methods of this family.
 
-Reading: The meaning of every axis is described with its option. Settings that contradict each other, or that would have
-no effect, are refused.
+Reading: The meaning of every axis is described with its option. Settings that contradict each other, or that
+would have no effect, are refused.
 
 Differs: There is no released code.
 
-Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Scores of gradients cost
-backward passes at every choice, scores of a low-rank approximation one eigendecomposition a weight.
+Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Scores of
+gradients cost backward passes at every choice, scores of a low-rank approximation one eigendecomposition a
+weight.
 """
 
 from __future__ import annotations

@@ -1,17 +1,19 @@
-"""SpIEL: train a moving set of entries; those that changed least give way to those with the largest gradients.
+"""SpIEL: train a moving set of entries; those that changed least give way to those with large gradients.
 
-Each matrix trains k entries. Every ``schedule.every`` steps (S) it exchanges part of them, ``window`` steps (g) into the
-period: before steps g, S + g, 2 S + g and so on. The share that is exchanged is ``schedule.rate`` with its decay; with the
-linear decay all k entries are exchanged the first time. The entries with the smallest absolute change leave, and there are two
-criteria for those that come in. ``score``, ``direction`` and ``scope`` choose the first entries only.
+Each matrix trains k entries. Every ``schedule.every`` steps (S) it exchanges part of them, ``window`` steps
+(g) into the period: before steps g, S + g, 2 S + g and so on. The share that is exchanged is
+``schedule.rate`` with its decay; with the linear decay all k entries are exchanged the first time. The
+entries with the smallest absolute change leave, and there are two criteria for those that come in. ``score``,
+``direction`` and ``scope`` choose the first entries only.
 
-- ag, accumulated gradients: The first micro-batch of a period gives each matrix k candidates, the entries with the largest
-  absolute gradient. Their gradients are summed over the g steps, and those with the largest absolute sum come in. They get
-  the age g, and the moments that Adam has after g steps of the mean gradient and the mean square. Each entry has a bias
-  correction by its own age. An entry that would both leave and come in is left untouched.
-- ma, momentum approximation, with ``optimizer=sm3``: Of the untrained entries those with the largest product of SM3's row
-  and column accumulators come in. A row without a trained entry has the accumulator 0, so nothing comes in there while
-  other products are left; likewise with columns.
+- ag, accumulated gradients: The first micro-batch of a period gives each matrix k candidates, the entries
+  with the largest absolute gradient. Their gradients are summed over the g steps, and those with the largest
+  absolute sum come in. They get the age g, and the moments that Adam has after g steps of the mean gradient
+  and the mean square. Each entry has a bias correction by its own age. An entry that would both leave and
+  come in is left untouched.
+- ma, momentum approximation, with ``optimizer=sm3``: Of the untrained entries those with the largest product
+  of SM3's row and column accumulators come in. A row without a trained entry has the accumulator 0, so
+  nothing comes in there while other products are left; likewise with columns.
 
 Formula:
     leaving: int(p k) entries with the smallest |change|        p = rate (1 - step / total), at first 1
@@ -21,21 +23,24 @@ Formula:
 
 Paper: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024, arXiv 2401.16405.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. The abstract drops by the change
-of magnitude and speaks of a few candidates; the code drops by |change| itself and has as many candidates as there are
-trained entries, and so has this file. Period 20, window 5 and rate 0.2 are the released defaults.
+Reading: The abstract and the released code were read, the body of the paper could not be. The abstract drops
+by the change of magnitude and speaks of a few candidates; the code drops by |change| itself and has as many
+candidates as there are trained entries, and so has this file. Period 20, window 5 and rate 0.2 are the
+released defaults.
 
 Differs:
-- Squares are those of a step's gradient, over all its micro-batches and ranks, so their number does not matter. In the
-  released code they are those of micro-batches, and accumulation makes the moments too small.
-- From the second window on the released code sums g + 1 steps but gives the age g. Here it is g steps and the age g.
+- Squares are those of a step's gradient, over all its micro-batches and ranks, so their number does not
+  matter. In the released code they are those of micro-batches, and accumulation makes the moments too small.
+- From the second window on the released code sums g + 1 steps but gives the age g. Here it is g steps and the
+  age g.
 - Ranks of the released code may choose different entries; here they agree.
 - Gradients are taken before clipping.
-- The released budget is a share of all parameters, embeddings included, spread over the layers; here it is ``sparsity`` of
-  the layers' entries.
+- The released budget is a share of all parameters, embeddings included, spread over the layers; here it is
+  ``sparsity`` of the layers' entries.
 
-Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out accumulators a layer.
-During a window positions and two sums of as many candidates. Values and positions are stored.
+Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out
+accumulators a layer. During a window positions and two sums of as many candidates. Values and positions are
+stored.
 """
 
 from __future__ import annotations
@@ -58,15 +63,15 @@ from ...errors import ConfigError
 from ...registry import register
 from ...schedules.drop_grow import DropGrow
 
-# Takes the entries that stay and the number n of those that may leave; returns at most n others, the best first.
+# Takes the entries that stay and the number n that may leave; returns at most n others, the best first.
 Ranking = Callable[[Tensor, int], Tensor]
 
 
 def exchange_entries(where: Tensor, change: Tensor, share: float, ranking: Ranking) -> Tensor:
-    """Exchange a ``share`` of the entries of a site, rounded down; return as many entries as before, ascending.
+    """Exchange a ``share`` of the entries of a site, rounded down; return as many as before, ascending.
 
-    ``where`` [k]: flat positions of the trained entries, ``change`` [k]: their values. If fewer entries come in than
-    may leave, those with the smallest changes leave.
+    ``where`` [k]: flat positions of the trained entries, ``change`` [k]: their values. If fewer entries come
+    in than may leave, those with the smallest changes leave.
     """
     n, order = int(share * len(where)), change.abs().sort(stable=True).indices
     may_leave, stays = where[order[:n]], where[order[n:]]
@@ -82,8 +87,8 @@ class SpIEL(Sparse):
     """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients.
 
     Options:
-        criterion: How entries that come in are chosen: by accumulated gradients (``ag``), or by the accumulators of
-            SM3 (``ma``, with ``optimizer=sm3``).
+        criterion: How entries that come in are chosen: by accumulated gradients (``ag``), or by the
+            accumulators of SM3 (``ma``, with ``optimizer=sm3``).
         schedule: Period, share and decay of the exchanges; it must be ``drop_grow``.
         window: Number of steps at the start of a period in which gradients of candidates are summed.
     """
@@ -112,13 +117,13 @@ class SpIEL(Sparse):
             )
         if self.score == "change":
             found.append(
-                "method.score=change is 0 for every entry before training, and it chooses the first entries; take "
-                "another score."
+                "method.score=change is 0 for every entry before training, and it chooses the first "
+                "entries; take another score."
             )
         if self.grain != "element":
             found.append(
-                f"method.grain={self.grain}: entries are dropped and grown one by one; take grain=element, or "
-                "method=sparse."
+                f"method.grain={self.grain}: entries are dropped and grown one by one; take grain=element, "
+                "or method=sparse."
             )
         return found
 
@@ -126,7 +131,8 @@ class SpIEL(Sparse):
         if self.window < steps:
             return []
         return [
-            f"method.window={self.window} is not below the run's {steps} steps, so no entry would ever move; take less."
+            f"method.window={self.window} is not below the run's {steps} steps, so no entry would ever move; "
+            "take less."
         ]
 
     @property
@@ -144,8 +150,8 @@ class SpIEL(Sparse):
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         if self.criterion == "ma" and "row.0" not in run.optimizer.state.get(state["bank"].values, {}):
             raise ConfigError(
-                "method.criterion=ma chooses by the accumulators of SM3, which this optimizer does not have; take "
-                "optimizer=sm3, or method.criterion=ag."
+                "method.criterion=ma chooses by the accumulators of SM3, which this optimizer does not "
+                "have; take optimizer=sm3, or method.criterion=ag."
             )
         super().begin(run, state, previous)
 
@@ -203,7 +209,8 @@ def _by_gradient_sums(bank: Bank, candidates: Candidates, i: int) -> Ranking:
 def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
     """Rank the untrained entries of site ``i`` by the products of SM3's accumulators.
 
-    The products are those of square roots, which have the same order and neither overflow nor vanish as early.
+    The products are those of square roots, which have the same order and neither overflow nor vanish as
+    early.
     """
     accumulators = run.optimizer.state[bank.values]
     untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)

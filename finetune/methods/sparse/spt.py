@@ -1,30 +1,35 @@
 """SPT: train single entries where few are sensitive, and a low-rank branch where many are.
 
-The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss, before training and
-in eval mode. The tau most sensitive entries of all matrices are chosen. In a matrix with few of them each is trained by
-itself; a matrix with many gets a low-rank branch B A instead. tau is the largest number at which all that is trained is
-within the budget. The class token, where a model has one, is trained too, in place and outside of the budget.
+The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss,
+before training and in eval mode. The tau most sensitive entries of all matrices are chosen. In a matrix with
+few of them each is trained by itself; a matrix with many gets a low-rank branch B A instead. tau is the
+largest number at which all that is trained is within the budget. The class token, where a model has one, is
+trained too, in place and outside of the budget.
 
 Formula:
     sensitivity = sum over batches of g^2
-    branch where c >= P / alpha        c: chosen entries of a matrix, P = rank (in + out): parameters of a branch
+    branch where c >= P / alpha        c: chosen entries of a matrix
+    P = rank (in + out)                parameters of a branch
     W' = W + S   or   W' = W + B A     A: [rank, in] as in LoRA, B: [out, rank] from 0
     sum of entries and of branches' parameters <= (1 - sparsity) n        n: entries of all matrices
 
 Paper: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, arXiv 2303.08566.
 
-Reading: The abstract and the released code were read. alpha = 10 is the released scripts'; the paper's rule is remembered
-as c >= P, which is ``alpha=1``, and is unverified. 16 batches and rank 8 are the released defaults.
+Reading: The abstract and the released code were read. alpha = 10 is the released scripts'; the paper's rule
+is remembered as c >= P, which is ``alpha=1``, and is unverified. 16 batches and rank 8 are the released
+defaults.
 
 Differs:
-- The released code computes sensitivities in train mode, and on the first examples of the training set in order.
+- The released code computes sensitivities in train mode, and on the first examples of the training set in
+  order.
 - It takes the nearest tau on a grid of steps of 20,000; here tau is exact.
 - One weight decay holds for factors and entries; the released code spares the entries and the class token.
-- Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for biases and
-  norms, which is no part of the abstract.
+- Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for
+  biases and norms, which is no part of the abstract.
 
-Cost: (1 - sparsity) n trained values at most, their gradients and two moments in Adam. Entries with positions and factors
-are stored. ``batches`` backward passes before training, with the best entries of each matrix in memory.
+Cost: (1 - sparsity) n trained values at most, their gradients and two moments in Adam. Entries with positions
+and factors are stored. ``batches`` backward passes before training, with the best entries of each matrix in
+memory.
 """
 
 from __future__ import annotations
@@ -52,13 +57,14 @@ def divide_budget(
 ) -> tuple[list[Tensor], Tensor]:
     """Divide the budget among single entries and branches.
 
-    ``scores``: the best scores of each site, at most ``limits`` of them. ``limits``: the number of chosen entries at which
-    a site gets a branch instead, and ``branches``: the number of values of that branch, never below the limit.
+    ``scores``: the best scores of each site, at most ``limits`` of them. ``limits``: the number of chosen
+    entries at which a site gets a branch instead, and ``branches``: the number of values of that branch,
+    never below the limit.
 
-    Entries of all sites are taken from the best down, ties from the earlier site. An entry costs 1; the one that
-    reaches its site's limit turns all of them into a branch and costs the difference. The first entry that does not fit
-    into the budget ends the choice. Returns which of each site's scores are trained as entries, bool, and which sites
-    have a branch, [sites] bool.
+    Entries of all sites are taken from the best down, ties from the earlier site. An entry costs 1; the one
+    that reaches its site's limit turns all of them into a branch and costs the difference. The first entry
+    that does not fit into the budget ends the choice. Returns which of each site's scores are trained as
+    entries, bool, and which sites have a branch, [sites] bool.
     """
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     counts = torch.tensor([len(s) for s in scores])
@@ -81,10 +87,11 @@ class SPT(Method):
 
     Options:
         targets: Layers whose weights compete: roles, groups of roles, or patterns of layer names.
-        sparsity: Share of the entries of all layers that is not trained. The rest is the budget of entries and
-            branches together.
+        sparsity: Share of the entries of all layers that is not trained. The rest is the budget of entries
+            and branches together.
         rank: Rank of a branch.
-        alpha: A matrix gets a branch if 1 / alpha as many of its entries are chosen as the branch has parameters.
+        alpha: A matrix gets a branch if 1 / alpha as many of its entries are chosen as the branch has
+            parameters.
         batches: Number of steps whose batches the sensitivity is computed from.
         class_token: Whether the class token is trained too.
     """
@@ -123,7 +130,7 @@ class SPT(Method):
         return state
 
     def costs(self, site: Site) -> tuple[int, int]:
-        """Return the number of chosen entries at which a site gets a branch, and the branch's number of parameters."""
+        """Return the number of chosen entries at which a site gets a branch, and the branch's parameters."""
         branch = self.rank * sum(site.shape)
         return math.ceil(branch / self.alpha), branch
 
@@ -136,8 +143,8 @@ class SPT(Method):
 
         def keep_best(i: int, score: Tensor) -> None:
             top = TopK(min(limits[i], budget), {i: 1})
-            # Selection makes keys of the scores, in place. The key of a score that is not negative has the same bits,
-            # so the scores can still be read.
+            # Selection overwrites the scores with its keys. The key of a score that is not negative has the
+            # same bits, so the scores can still be read.
             top.add(i, score)
             positions[i] = run.agree(top.take()[i])
             scores[i] = run.agree(score.reshape(-1)[positions[i].long()]).cpu()

@@ -1,7 +1,7 @@
 """Super-Tuning: train the largest entries of each weight, chosen once.
 
-K entries of each matrix are trained, those with the largest magnitude; ties go to the lower position. The variant Supra adds
-a low-rank branch beside the entries: ``branch`` is its rank, and 0 is none.
+K entries of each matrix are trained, those with the largest magnitude; ties go to the lower position. The
+variant Supra adds a low-rank branch beside the entries: ``branch`` is its rank, and 0 is none.
 
 Formula:
     W' = W + S                 S: trained values at the K largest |w|, from 0
@@ -9,17 +9,18 @@ Formula:
 
 Paper: arXiv 2607.09287, as cited in huggingface/peft.
 
-Reading: The code and the documentation of huggingface/peft were read, not the paper. sparsity = 0.99 is peft's default, and
-``direction=smallest`` is its ``select_top=False``. The scale of the branch is alpha / rank with peft's default
-alpha = 2 rank.
+Reading: The code and the documentation of huggingface/peft were read, not the paper. sparsity = 0.99 is
+peft's default, and ``direction=smallest`` is its ``select_top=False``. The scale of the branch is alpha /
+rank with peft's default alpha = 2 rank.
 
 Differs:
-- peft truncates size (1 - sparsity) in floating point, which loses an entry for 1000 and 0.9; here the number left out is
-  rounded.
-- peft can leave the positions out of its file and choose them again from the base weights; here they are always stored.
+- peft truncates size (1 - sparsity) in floating point, which loses an entry for 1000 and 0.9; here the number
+  left out is rounded.
+- peft can leave the positions out of its file and choose them again from the base weights; here they are
+  always stored.
 
-Cost: K trained values, their gradients and two moments in Adam; with a branch also branch (in + out) of each a layer. Values,
-positions and factors are stored.
+Cost: K trained values, their gradients and two moments in Adam; with a branch also branch (in + out) of each
+a layer. Values, positions and factors are stored.
 """
 
 from __future__ import annotations

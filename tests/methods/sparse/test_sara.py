@@ -287,7 +287,10 @@ def test_other_schedules_are_the_engines() -> None:
     ("settings", "fault"),
     [
         ({"threshold": 1e-3, "sparsity": 0.5}, r"method\.threshold=0\.001 says how many .* sparsity=0\.5"),
-        ({"threshold": 1e-3, "schedule": DropGrow()}, r"schedule=drop_grow has no effect; take schedule=narrow"),
+        (
+            {"threshold": 1e-3, "schedule": DropGrow()},
+            r"schedule=drop_grow has no effect; take schedule=narrow",
+        ),
         ({"schedule": Narrow(keep=0.5)}, r"schedule\.keep=0\.5 has no effect"),
         ({"direction": "largest"}, r"method\.direction=largest: .* take method=sparse"),
         ({"grain": "row"}, r"method\.grain=row"),

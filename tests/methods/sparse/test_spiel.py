@@ -549,5 +549,5 @@ def test_what_cannot_mean_anything_is_refused() -> None:
     assert not SpIEL().faults(6)
     assert "method.window=5 is not below the run's 5 steps" in SpIEL().faults(5)[0]
     session = contract.begin(made("ma"))
-    with pytest.raises(ConfigError, match="take optimizer=sm3, or method.criterion=ag"):
+    with pytest.raises(ConfigError, match=r"take optimizer=sm3, or method\.criterion=ag"):
         session.start()
