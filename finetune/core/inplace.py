@@ -1,4 +1,4 @@
-"""Train existing parameters where they are."""
+"""Train existing parameters of the model under their own names."""
 
 from __future__ import annotations
 
@@ -13,32 +13,37 @@ from .part import Part, Source
 
 
 def untrained(model: nn.Module) -> list[str]:
-    """Names of the parameters that nothing trains yet."""
+    """List the names of the parameters that nothing trains yet."""
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 
 
 def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list[RemovableHandle]:
-    """While ``owner`` runs it finds the parameter in ``dtype``, as its other tensors are; the gradient reaches the float32 one."""
-    kept: list[nn.Parameter] = []
+    """Cast a float32 parameter to ``dtype``, that of its module's other tensors, while the module runs.
 
-    def lend(*_: Any) -> None:
+    The cast is differentiable, so the gradient reaches the float32 parameter.
+    """
+    replaced: list[nn.Parameter] = []
+
+    def cast_parameter(*_: Any) -> None:
         parameter = owner._parameters[leaf]
         if parameter is not None and parameter.dtype != dtype:
-            kept.append(parameter)
+            replaced.append(parameter)
             owner._parameters[leaf] = cast(nn.Parameter, parameter.to(dtype))
 
-    def restore(*_: Any) -> None:
-        if kept:
-            owner._parameters[leaf] = kept.pop()
+    def restore_parameter(*_: Any) -> None:
+        if replaced:
+            owner._parameters[leaf] = replaced.pop()
 
-    return [owner.register_forward_pre_hook(lend), owner.register_forward_hook(restore, always_call=True)]
+    before = owner.register_forward_pre_hook(cast_parameter)
+    after = owner.register_forward_hook(restore_parameter, always_call=True)
+    return [before, after]
 
 
 class InPlace(Part):
-    """Parameters of the model trained under their own names, in float32 or wider.
+    """Parameters of the model, trained in float32 or wider under the model's names. The gate is 0 or 1.
 
-    With ``keep`` the originals stay in memory (for few parameters). Without, the model's own tensors are trained with no copy, and the originals are
-    read again through ``source`` when the base is needed; the engine sets it. The gate is 0 or 1.
+    With ``keep`` the originals stay in memory, which is meant for few parameters. Without it the model's own tensors
+    are trained, no copy is made, and ``source`` reads the originals again when the base is needed.
     """
 
     gate_is_switch = True
@@ -47,49 +52,53 @@ class InPlace(Part):
     def __init__(self, model: nn.Module, names: list[str], keep: bool) -> None:
         super().__init__()
         self.names, self.keep, self._gate = names, keep, 1.0
-        uses = list(model.named_parameters(remove_duplicate=False))
-        parameters = dict(model.named_parameters())
-        self._places: dict[str, list[tuple[nn.Module, str]]] = {}
+        self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
         self._hooks: list[RemovableHandle] = []
+        parameters = dict(model.named_parameters())
+        name_of = {id(parameters[name]): name for name in names}
+        for used_as, parameter in model.named_parameters(
+            remove_duplicate=False
+        ):  # tied ones have several names
+            if id(parameter) in name_of:
+                owner, _, leaf = used_as.rpartition(".")
+                self._owners[name_of[id(parameter)]].append((model.get_submodule(owner), leaf))
         for name in names:
             old = parameters[name]
-            self._places[name] = [
-                (model.get_submodule(n.rpartition(".")[0]), n.rpartition(".")[2]) for n, p in uses if p is old
-            ]
-            self.register_parameter(
-                self._key(name),
-                nn.Parameter(old.detach().to(torch.promote_types(old.dtype, torch.float32), copy=keep)),
-            )
+            wide = torch.promote_types(old.dtype, torch.float32)
+            self.register_parameter(self._key(name), nn.Parameter(old.detach().to(wide, copy=keep)))
             if keep:
                 self.register_buffer(self._key(name) + ":original", old.detach(), persistent=False)
-            if old.dtype != self.get_parameter(self._key(name)).dtype:
-                self._hooks += [
-                    hook
-                    for owner, leaf in self._places[name]
-                    for hook in _cast_while_running(owner, leaf, old.dtype)
-                ]
+            if old.dtype != wide:
+                for module, leaf in self._owners[name]:
+                    self._hooks += _cast_while_running(module, leaf, old.dtype)
         self._install(self.trained())
 
     @staticmethod
     def _key(name: str) -> str:
+        """Return the name as torch allows it for a parameter."""
         return name.replace(".", "/")
 
     def _install(self, parameters: dict[str, nn.Parameter]) -> None:
+        """Put these parameters into the model."""
         for name, parameter in parameters.items():
-            for owner, leaf in self._places[name]:
+            for owner, leaf in self._owners[name]:
                 owner._parameters[leaf] = parameter
 
     def _originals(self) -> dict[str, nn.Parameter]:
+        """Return the original parameters, frozen, on the device of the trained ones."""
+        found: dict[str, nn.Parameter] = {}
         if self.keep:
-            tensors = {n: self.get_buffer(self._key(n) + ":original") for n in self.names}
-        elif self.source is None:
-            raise RuntimeError(
-                "the base's own tensors can only be read again where the model came from a file"
-            )
-        else:
-            device = next(self.parameters()).device
-            tensors = {n: t.to(device) for n, t in self.source() if n in self._places}
-        return {n: nn.Parameter(t, requires_grad=False) for n, t in tensors.items()}
+            for name in self.names:
+                original = self.get_buffer(self._key(name) + ":original")
+                found[name] = nn.Parameter(original, requires_grad=False)
+            return found
+        if self.source is None:
+            raise RuntimeError("the base's own tensors can only be read again if the model came from a file")
+        device = next(self.parameters()).device
+        for name, tensor in self.source():
+            if name in self._owners:
+                found[name] = nn.Parameter(tensor.to(device), requires_grad=False)
+        return found
 
     @property
     def gate(self) -> float:  # a property, because switching moves tensors
@@ -98,14 +107,14 @@ class InPlace(Part):
     @gate.setter
     def gate(self, value: float) -> None:
         if value not in (0.0, 1.0):
-            raise ValueError(f"parameters trained in place are on (1) or off (0), not {value}")
+            raise ValueError(f"the gate of parameters trained in place is 1 (on) or 0 (off), not {value}")
         if value != self._gate:
             self._install(self.trained() if value else self._originals())
             self._gate = value
 
     def trained(self) -> dict[str, nn.Parameter]:
-        """The trained parameters under the model's names."""
-        return {n: self.get_parameter(self._key(n)) for n in self.names}
+        """Return the trained parameters by the model's names."""
+        return {name: self.get_parameter(self._key(name)) for name in self.names}
 
     def describe(self) -> str:
         return "parameters trained in place"
@@ -127,7 +136,7 @@ class InPlace(Part):
         self.source = source
 
     def detach(self) -> None:
-        """Give the model its originals back; the trained values stay here."""
+        """Put the originals back into the model. The trained values stay in this part."""
         self.gate = 0.0
         for hook in self._hooks:
             hook.remove()

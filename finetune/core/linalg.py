@@ -1,4 +1,4 @@
-"""Small pieces of linear algebra that torch lacks or does slowly."""
+"""Linear algebra that torch lacks or does slowly."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def kth_smallest(x: Tensor, k: int) -> Tensor:
-    """The k-th smallest element (k from 0) of a tensor of any shape and size, as a scalar tensor of its dtype and device.
+    """Return the k-th smallest element (k from 0) of a tensor of any shape, as a scalar of its dtype and device.
 
-    Exact and without a sort; ``torch.quantile`` sorts and refuses more than 2**24 elements. On the CPU numpy's selection is several times faster
-    than ``torch.kthvalue``.
+    The result is exact. ``torch.quantile`` sorts and refuses more than 2**24 elements. On the CPU numpy's selection is
+    several times faster than ``torch.kthvalue``.
     """
     flat = x.detach().reshape(-1)
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
@@ -21,15 +21,19 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
 
 
 def low_rank(w: Tensor, rank: int) -> Tensor:
-    """The best approximation of ``w`` [out, in] (float32) of that rank, as a new matrix; ``w`` itself where it has no higher rank.
+    """Compute the best rank-``rank`` approximation of ``w`` [out, in], float32; a copy of ``w`` if its rank is no higher.
 
-    From the eigenvectors of the smaller Gram matrix in float64, which is several times cheaper than a singular value decomposition.
+    It is made from the eigenvectors of the smaller Gram matrix in float64, which is several times cheaper than a
+    singular value decomposition.
     """
     out, in_ = w.shape
     if rank >= min(out, in_):
         return w.clone()
     wide = w.double()
-    tall = out >= in_
-    vectors = torch.linalg.eigh(wide.mT @ wide if tall else wide @ wide.mT).eigenvectors[:, -rank:]
-    near: Tensor = wide @ vectors @ vectors.mT if tall else vectors @ (vectors.mT @ wide)
-    return near.float()
+    if out >= in_:
+        vectors = torch.linalg.eigh(wide.mT @ wide).eigenvectors[:, -rank:]
+        approximation: Tensor = wide @ vectors @ vectors.mT
+        return approximation.float()
+    vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -rank:]
+    approximation = vectors @ (vectors.mT @ wide)
+    return approximation.float()

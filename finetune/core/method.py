@@ -1,13 +1,13 @@
-"""What a method is: a frozen set of hyperparameters and a few functions over explicit state.
+"""The interface of a method: a frozen set of hyperparameters, and functions over explicit state.
 
-The loop calls them in this order and knows no method by name:
+The training loop calls them in this order and knows no method by name:
 
     for phase in method.phases():
-        state = method.build(model)                     shapes from config and model, never from data; parts attached
+        state = method.build(model)            attach parts; shapes follow from config and model, never from data
         load a checkpoint into state, or method.begin(run, state, previous)
         for every step:
             before_step -> forward, task loss + loss -> backward -> after_backward -> optimizer.step -> after_step
-        previous = state; its parts are detached         the base is as it was
+        previous = state                       its parts are detached, so the base is what it was
 """
 
 from __future__ import annotations
@@ -28,50 +28,55 @@ from .state import Shapes, stored_shapes
 
 @dataclass
 class Run:
-    """What a method may see and touch while it is trained. ``step`` counts from 0 within the phase, ``total`` is the phase's length."""
+    """What a method may see and use while it is trained.
+
+    A step's batch is a list of micro-batches; one is None where this process has no example of it.
+    """
 
     model: nn.Module
     states: nn.Module
     optimizer: torch.optim.Optimizer
-    total: int
+    total: int  # steps of the phase
     generator: torch.Generator
+    # Computes the mean loss over a step's batch, in eval mode, over all processes.
     evaluate: Callable[[Any], Tensor]
-    upcoming: Callable[
-        [int], list[list[Any]]
-    ]  # the micro-batches of the next so many steps; None where this process has no example
-    backward: Callable[
-        [Any, list[Any], bool], None
-    ]  # one of a step's micro-batches, outside training: only a bank's ``watch`` sees the gradients
-    logits: Callable[
-        [Any], Tensor
-    ]  # of a micro-batch in eval mode, at the places that the loss is averaged over: [places, classes]; not exchanged
-    step: int = 0
+    # Returns the batches of the next steps, as many as asked for.
+    upcoming: Callable[[int], list[list[Any]]]
+    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch`` sees the
+    # gradients. The flag: of the sum over examples instead of the step's mean loss.
+    backward: Callable[[Any, list[Any], bool], None]
+    # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this process alone.
+    logits: Callable[[Any], Tensor]
+    step: int = 0  # counts from 0 within the phase
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def agree(self, t: Tensor) -> Tensor:
-        """One value for all processes: floats averaged, integers from the first."""
+        """Return the same tensor on all processes: the mean of floats, the first process's tensor otherwise."""
         return agree(t)
 
     @contextmanager
     def base(self) -> Iterator[None]:
-        """Inside, the model is the pretrained one, to the bit."""
+        """Make the model the pretrained one, to the bit, inside the block."""
         with base(self.states):
             yield
 
     def moments(self, parameter: Tensor) -> dict[str, Tensor]:
         """Return the optimizer's tensors that have one element for each element of ``parameter``."""
-        state = self.optimizer.state.get(parameter, {})
-        return {k: t for k, t in state.items() if isinstance(t, Tensor) and t.shape == parameter.shape}
+        found = {}
+        for name, value in self.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                found[name] = value
+        return found
 
     def log(self, **metrics: float) -> None:
-        """Add to what is logged with the current step."""
+        """Log these numbers with the current step."""
         self.metrics |= metrics
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of the run, ``share`` of its steps, under one method."""
+    """A part of the run under one method; ``share`` is its share of the steps."""
 
     method: Method
     share: float
@@ -79,47 +84,57 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods."""
+    """Base of all methods. Its fields are hyperparameters; the class variables are facts that checks rely on."""
 
     KIND: ClassVar[str] = "method"
     name: ClassVar[str]
     family: ClassVar[str]
-    trains: ClassVar[str]
+    trains: ClassVar[str]  # what is trained, as a phrase
     paper: ClassVar[str] = ""
-    size: ClassVar[str] = ""  # the setting that decides how much is trained; none: that is fixed
-    neutral_start: ClassVar[bool] = True  # at step 0 the output is the base's
-    mergeable: ClassVar[bool] = True
-    unused_parameters: ClassVar[bool] = False  # some trained tensors may get no gradient in a step
+    size: ClassVar[str] = ""  # the setting that decides how much is trained; empty if none does
+    neutral_start: ClassVar[bool] = True  # whether the model computes what the base computes at step 0
+    mergeable: ClassVar[bool] = True  # whether plain weights can hold the change
+    unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
 
     def faults(self, steps: int) -> list[str]:
-        """What cannot mean anything in a run of so many steps, each as a sentence that names the setting."""
+        """Return why the settings make no sense in a run of ``steps`` steps: sentences that name the setting."""
         return []
 
     def ready(self, step: int, total: int) -> bool:
-        """Whether the state after ``step`` (from 0) of ``total`` is what was asked for; until then it is a means, and never kept as the best."""
+        """Tell whether the state after ``step`` (from 0) of ``total`` is what the settings ask for.
+
+        Before that the method trains more or something else, and no state is kept as the best one.
+        """
         return True
 
     def phases(self) -> tuple[Phase, ...]:
+        """Return the phases of a run, whose shares sum to 1."""
         return (Phase(self, 1.0),)
 
     def build(self, model: nn.Module) -> nn.Module:
-        """Attach parts to ``model`` and return the state that owns them. Raises ``ConfigError`` where the model does not fit."""
+        """Attach parts to ``model`` and return the state that owns them.
+
+        Raises ``ConfigError`` if the method does not fit the model.
+        """
         raise NotImplementedError
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
-        """Set values from data or from the previous phase's state; once a phase, not on resume."""
+        """Set values from data or from the previous phase's state. Called once a phase, and not on resume."""
 
-    def before_step(self, run: Run, state: Any) -> None: ...
+    def before_step(self, run: Run, state: Any) -> None:
+        """Called before the forward pass of a step."""
 
     def prepare_retry(self, run: Run, state: Any) -> None:
-        """Redo the set-up of ``before_step``. Called before a step is retried (out of memory, fp16 overflow)."""
+        """Called before a step is retried (out of memory, fp16 overflow): redo the set-up of ``before_step``."""
 
-    def after_backward(self, run: Run, state: Any) -> None: ...
+    def after_backward(self, run: Run, state: Any) -> None:
+        """Called when the gradients of a step are complete, before they are clipped."""
 
-    def after_step(self, run: Run, state: Any) -> None: ...
+    def after_step(self, run: Run, state: Any) -> None:
+        """Called after the optimizer's step."""
 
     def loss(self, run: Run, state: Any, batch: Any) -> Tensor | float:
-        """A term added to the task's loss."""
+        """Return a term that is added to the task's loss of a micro-batch."""
         return 0.0
 
     def check_trained(self, run: Run, state: Any) -> list[str]:
@@ -145,12 +160,17 @@ class Method:
 
 @dataclass(frozen=True)
 class Reparam(Method):
-    """One delta a site, of the method's own making. ``targets``: roles, groups of roles, or patterns of layer names."""
+    """Base of the methods that attach one delta to each layer.
+
+    Options:
+        targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or patterns of
+            layer names.
+    """
 
     targets: tuple[str, ...] = ("all",)
 
     def delta(self, site: Site) -> Delta:
-        """The change of one site."""
+        """Make the change of one layer."""
         raise NotImplementedError
 
     def build(self, model: nn.Module) -> nn.ModuleDict:

@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from ..errors import ConfigError
 from .changes import Changes, Unit
+from .roles import is_transposed
 from .state import StateModule
 
-Kept = tuple[Tensor, ...]
+Cache = tuple[Tensor, ...]
 Source = Callable[[], Iterator[tuple[str, Tensor]]]  # reads the model's original parameters again, by name
 
 
@@ -99,8 +100,8 @@ class Edit(Part):
 class WeightGrad:
     """The gradient of one layer's weight, computed only on request.
 
-    ``grad_y``: [n, out]. ``x``: what the delta kept of the input, [n, in] or fewer columns. ``examples``: the
-    number of examples in the n rows; each has the same number of rows.
+    ``grad_y``: [n, out]. ``x``: what the delta saved of the input, [n, in] or fewer columns. ``examples``: number of
+    examples in the n rows; each has the same number of rows.
     """
 
     def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1) -> None:
@@ -167,15 +168,15 @@ class Delta(Part):
     def units(self) -> list[Unit]:
         return [Unit(name, self.layer, p) for name, p in self.named_parameters() if p.requires_grad]
 
-    def keep(self, x: Tensor) -> Tensor:
-        """Return what ``pull`` needs of the input [..., in]: all of it, or less."""
+    def save_input(self, x: Tensor) -> Tensor:
+        """Return what ``pull`` needs of the input [..., in]: all of it, or fewer columns."""
         return x
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+    def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
         """Add ``gate`` times the change to ``weight`` in place.
 
-        Returns small tensors to cache; pass them back as ``kept`` to reproduce the same change in backward.
+        Returns small tensors to cache; pass them back as ``cache`` to reproduce the same change in backward.
         """
         weight.add_(self(original), alpha=gate)
         return ()
@@ -183,7 +184,9 @@ class Delta(Part):
     def restore_(self, weight: Tensor) -> None:
         """Put back the entries that ``add_`` overwrote, if it has written any that are still there."""
 
-    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
+    def pull(
+        self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
+    ) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``inputs()``; by default from forming the change again."""
         with torch.enable_grad():
             change = gate * self(original)
@@ -192,8 +195,8 @@ class Delta(Part):
 
 @contextmanager
 def changed(
-    weight: Tensor, deltas: Sequence[Delta], gates: Sequence[float], kept: Sequence[Kept] | None = None
-) -> Iterator[tuple[Tensor, list[Kept]]]:
+    weight: Tensor, deltas: Sequence[Delta], gates: Sequence[float], caches: Sequence[Cache] | None = None
+) -> Iterator[tuple[Tensor, list[Cache]]]:
     """Give the weight with the changes of ``deltas`` in it, and what the deltas want cached, inside the block.
 
     The weight is a copy in float32 or wider. If every delta can restore what it overwrites, it is the weight
@@ -206,9 +209,13 @@ def changed(
     else:
         wide = torch.promote_types(weight.dtype, torch.float32)
         w = weight.detach().to(wide, copy=True, memory_format=torch.contiguous_format)
-    cached = kept or [()] * len(deltas)
+    if caches is None:
+        caches = [()] * len(deltas)
     try:
-        yield w, [d.add_(w, weight, g, k) for d, g, k in zip(deltas, gates, cached, strict=True)]
+        found = []
+        for delta, gate, cache in zip(deltas, gates, caches, strict=True):
+            found.append(delta.add_(w, weight, gate, cache))
+        yield w, found
     finally:
         if in_place:
             for delta in reversed(deltas):
@@ -234,19 +241,17 @@ class _ChangedLinear(torch.autograd.Function):
         device = x.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
         x = x.to(dtype)
-        with changed(weight, deltas, gates) as (w, kept), torch.autocast(device, enabled=False):
+        with changed(weight, deltas, gates) as (w, caches), torch.autocast(device, enabled=False):
             y = F.linear(x, w.to(dtype), None if bias is None else bias.to(dtype))
         if any(ctx.needs_input_grad[5:]):
-            saved: list[Tensor] = []
-            ctx.places = []  # for each delta, which saved tensor it kept: several may have kept the same
+            saved: dict[int, Tensor] = {}  # deltas that need the same tensor share it
+            ctx.saved_by = []
             for delta in deltas:
-                kept_x = delta.keep(x)
-                place = next((i for i, t in enumerate(saved) if t is kept_x), len(saved))
-                if place == len(saved):
-                    saved.append(kept_x)
-                ctx.places.append(place)
-            ctx.save_for_backward(*saved)
-        ctx.weight, ctx.deltas, ctx.gates, ctx.kept = weight, deltas, gates, kept
+                needed = delta.save_input(x)
+                saved[id(needed)] = needed
+                ctx.saved_by.append(list(saved).index(id(needed)))
+            ctx.save_for_backward(*saved.values())
+        ctx.weight, ctx.deltas, ctx.gates, ctx.caches = weight, deltas, gates, caches
         return y
 
     @staticmethod
@@ -254,7 +259,7 @@ class _ChangedLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            with changed(ctx.weight, ctx.deltas, ctx.gates, ctx.kept) as (w, _):
+            with changed(ctx.weight, ctx.deltas, ctx.gates, ctx.caches) as (w, _):
                 grad_x = grad_y @ w.to(grad_y.dtype)
         flat_y = grad_y.flatten(0, -2)
         if ctx.needs_input_grad[2]:
@@ -262,10 +267,10 @@ class _ChangedLinear(torch.autograd.Function):
         pulled: list[Tensor | None] = [None] * len(ctx.needs_input_grad[5:])
         if any(ctx.needs_input_grad[5:]):
             pulled = []
-            # Read the saved tensors once: activation checkpointing recomputes them on the first access only.
+            # The saved tensors are read once: non-reentrant checkpointing refuses a second access.
             grads = [WeightGrad(flat_y, x.flatten(0, -2), len(grad_y)) for x in ctx.saved_tensors]
-            for delta, gate, kept, place in zip(ctx.deltas, ctx.gates, ctx.kept, ctx.places, strict=True):
-                pulled += delta.pull(grads[place], ctx.weight, gate, kept)
+            for delta, gate, cache, i in zip(ctx.deltas, ctx.gates, ctx.caches, ctx.saved_by, strict=True):
+                pulled += delta.pull(grads[i], ctx.weight, gate, cache)
         return grad_x, None, grad_bias, None, None, *pulled
 
 
@@ -294,7 +299,7 @@ class Patched(nn.Module):
     def __init__(self, base: nn.Module) -> None:
         super().__init__()
         self.base = base
-        self.transposed = type(base).__name__ == "Conv1D"
+        self.transposed = is_transposed(base)
         self.deltas: list[Delta] = []  # a plain list: the parts are owned by the method's state
 
     @property

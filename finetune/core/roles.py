@@ -1,7 +1,7 @@
-"""What each module of a transformer does: its *role*, read from its name by a table per architecture.
+"""What each module of a transformer does: its *role*, read from its name by a table for each architecture.
 
-Roles: q k v o qkv (attention), up gate down (mlp), embedding, norm, head, other (a recognised model's remaining matrices, such as BERT's
-pooler), and linear: every matrix of a model that no table knows.
+Roles: q k v o qkv (attention), up gate down (mlp), embedding, norm, head, other (the remaining matrices of a recognised
+model, such as BERT's pooler), and linear (every matrix of a model that no table knows).
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import re
 
 from torch import nn
 
-Table = dict[str, str]  # the end of a module's name -> role; the first match counts
+Table = dict[str, str]  # maps the end of a module's name to its role; the first match counts
 
 VIT: Table = {
     "attention.q_proj": "q",
@@ -21,17 +21,31 @@ VIT: Table = {
     "mlp.fc2": "down",
 }
 BERT: Table = {
-    "attention.self.query": "q", "attention.self.key": "k", "attention.self.value": "v", "attention.output.dense": "o",
-    "intermediate.dense": "up", "output.dense": "down",
-}  # fmt: skip
+    "attention.self.query": "q",
+    "attention.self.key": "k",
+    "attention.self.value": "v",
+    "attention.output.dense": "o",
+    "intermediate.dense": "up",
+    "output.dense": "down",
+}
 DISTILBERT: Table = {
-    "attention.q_lin": "q", "attention.k_lin": "k", "attention.v_lin": "v", "attention.out_lin": "o", "ffn.lin1": "up", "ffn.lin2": "down",
-}  # fmt: skip
+    "attention.q_lin": "q",
+    "attention.k_lin": "k",
+    "attention.v_lin": "v",
+    "attention.out_lin": "o",
+    "ffn.lin1": "up",
+    "ffn.lin2": "down",
+}
 GPT2: Table = {"attn.c_attn": "qkv", "attn.c_proj": "o", "mlp.c_fc": "up", "mlp.c_proj": "down"}
 LLAMA: Table = {
-    "self_attn.q_proj": "q", "self_attn.k_proj": "k", "self_attn.v_proj": "v", "self_attn.o_proj": "o",
-    "mlp.gate_proj": "gate", "mlp.up_proj": "up", "mlp.down_proj": "down",
-}  # fmt: skip
+    "self_attn.q_proj": "q",
+    "self_attn.k_proj": "k",
+    "self_attn.v_proj": "v",
+    "self_attn.o_proj": "o",
+    "mlp.gate_proj": "gate",
+    "mlp.up_proj": "up",
+    "mlp.down_proj": "down",
+}
 TABLES: dict[str, Table] = {
     **dict.fromkeys(["vit", "deit"], VIT),
     **dict.fromkeys(["bert", "roberta", "xlm-roberta", "camembert", "electra"], BERT),
@@ -39,55 +53,64 @@ TABLES: dict[str, Table] = {
     "gpt2": GPT2,
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma"], LLAMA),
 }
-HEADS = (
-    "classifier",
-    "pre_classifier",
-    "score",
-    "lm_head",
-    "head",
-)  # of models that do not say where their body is
+# Names of head modules in models that do not say where their body is.
+HEADS = ("classifier", "pre_classifier", "score", "lm_head", "head")
 
 
 def _table(model: nn.Module) -> Table | None:
+    """Return the table of the model's architecture, if there is one."""
     return TABLES.get(getattr(getattr(model, "config", None), "model_type", ""))
 
 
 def is_recognised(model: nn.Module) -> bool:
-    """Whether a table names this architecture's matrices."""
+    """Tell whether a table names this architecture's matrices."""
     return _table(model) is not None
 
 
 def in_head(model: nn.Module, name: str) -> bool:
-    """Whether a module or parameter of this name belongs to the task head: it lies outside the model's body."""
+    """Tell whether a module or parameter of this name belongs to the task head, outside the model's body."""
     body = getattr(model, "base_model_prefix", "")
     first = name.partition(".")[0]
-    return first != body if body and hasattr(model, body) else first in HEADS
+    if body and hasattr(model, body):
+        return first != body
+    return first in HEADS
 
 
 def block_of(name: str) -> int:
-    """The number of the block that a module or parameter lies in: the first number in its dotted name, -1 if there is none."""
+    """Return the number of the block that a module or parameter lies in: the first number in its name, or -1."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else -1
 
 
+def is_transposed(module: nn.Module) -> bool:
+    """Tell whether the layer stores its weight as [in, out]: the Conv1D of transformers, as in GPT-2."""
+    return type(module).__name__ == "Conv1D"
+
+
 def is_matrix(module: nn.Module) -> bool:
-    """Whether the module multiplies by one matrix: a linear layer, or the Conv1D of transformers ([in, out])."""
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+    """Tell whether the module multiplies by one matrix: a linear layer, or the Conv1D of transformers."""
+    return isinstance(module, nn.Linear) or is_transposed(module)
 
 
 def _role(name: str, module: nn.Module, table: Table | None) -> str | None:
-    """The role of a body module; None for what has no weight of its own."""
+    """Return the role of a module of the body; None if it has no weight of its own."""
     if is_matrix(module):
         if table is None:
             return "linear"
-        return next((role for end, role in table.items() if name == end or name.endswith("." + end)), "other")
+        for end, role in table.items():
+            if name == end or name.endswith("." + end):
+                return role
+        return "other"
     if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and "embed" in name):
         return "embedding"
     return "norm" if "norm" in type(module).__name__.lower() else None
 
 
 def roles(model: nn.Module) -> dict[str, str]:
-    """Role by module name, in the model's order. A patched layer (one with a module called ``base``) counts under its own name."""
+    """Return the role of each module by name, in the model's order.
+
+    A patched layer (one with a module called ``base``) counts under its own name.
+    """
     found: dict[str, str] = {}
     table = _table(model)
     wrapped: list[str] = []

@@ -1,4 +1,6 @@
-"""What a selector is: it says, before every step, which of a method's parts train in it. The method does not know.
+"""The interface of a selector: it decides before every step which parts of a method train in that step.
+
+The method does not know about it. The order within a step:
 
 method.before_step -> selector.before_step -> forward, backward, optimizer.step -> method.after_step -> selector.after_step
 """
@@ -8,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-if TYPE_CHECKING:  # the configuration asks for selectors where torch is not wanted
+if TYPE_CHECKING:  # the configuration uses selectors in places where torch must not be imported
     from torch import nn
 
     from .method import Run
@@ -16,21 +18,25 @@ if TYPE_CHECKING:  # the configuration asks for selectors where torch is not wan
 
 @dataclass(frozen=True)
 class Selector:
-    """Base of all selectors; it selects everything."""
+    """Base of all selectors. It selects everything."""
 
     KIND: ClassVar[str] = "selector"
     name: ClassVar[str]
-    unused_parameters: ClassVar[bool] = False  # some trained tensors may get no gradient in a step
+    unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
 
     def faults(self, steps: int) -> list[str]:
-        """What cannot mean anything in a run of so many steps, each as a sentence that names the setting."""
+        """Return why the settings make no sense in a run of ``steps`` steps: sentences that name the setting."""
         return []
 
     def build(self, model: nn.Module, states: nn.Module) -> nn.Module | None:
-        """The state, made when the method's parts are attached. Raises ``ConfigError`` where it cannot act on them."""
+        """Make the selector's state, after the method's parts are attached. None if there is nothing to remember.
+
+        Raises ``ConfigError`` if the selector cannot act on these parts.
+        """
         return None
 
-    def before_step(self, run: Run, state: Any) -> None: ...
+    def before_step(self, run: Run, state: Any) -> None:
+        """Called after the method's ``before_step``: freeze what does not train in this step."""
 
     def after_step(self, run: Run, state: Any) -> None:
-        """Undo what ``before_step`` set: between steps everything counts as trained, as it was built."""
+        """Undo what ``before_step`` set. Between steps everything is trainable, as it was built."""

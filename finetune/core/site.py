@@ -1,4 +1,4 @@
-"""Name the places of a model that a method may change."""
+"""The linear layers of a model that a method may change, called sites."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, near
 from .part import Patched
-from .roles import block_of, is_matrix, roles
+from .roles import block_of, is_matrix, is_transposed, roles
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o", "qkv"),
@@ -22,82 +22,88 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer: dotted name, the layer itself, its block (-1: none), its role, and its weight's shape [out, in]."""
+    """One linear layer of a model. ``shape`` is its weight's, as [out, in]."""
 
-    name: str
+    name: str  # dotted
     module: nn.Module
-    block: int
+    block: int  # -1: in no block
     role: str
     shape: tuple[int, int]
 
     @property
     def key(self) -> str:
-        """The name as torch allows it for a submodule."""
+        """Return the name as torch allows it for a submodule."""
         return self.name.replace(".", "/")
 
     @property
     def size(self) -> int:
+        """Return the number of entries of the weight."""
         return self.shape[0] * self.shape[1]
 
     def as_matrix(self, weight: Tensor) -> Tensor:
-        """Return a parameter of the layer as [out, in]: a Conv1D, as in GPT-2, stores it transposed."""
-        return (weight.T if type(self.module).__name__ == "Conv1D" else weight).detach()
+        """Return a parameter of the layer as [out, in], without gradient. A Conv1D stores it transposed."""
+        return (weight.T if is_transposed(self.module) else weight).detach()
 
 
 def all_sites(model: nn.Module) -> list[Site]:
-    """Every linear layer with a role, in the model's order; layers that are patched already are seen through."""
+    """List every linear layer that has a role, in the model's order. ``module`` is never a patched layer."""
     role_of = roles(model)
     found = []
     for name, module in model.named_modules():
         layer: Any = module.base if isinstance(module, Patched) else module
         if is_matrix(layer) and name in role_of:
-            shape = tuple(layer.weight.shape)
-            found.append(
-                Site(
-                    name,
-                    layer,
-                    block_of(name),
-                    role_of[name],
-                    shape[::-1] if type(layer).__name__ == "Conv1D" else shape,
-                )
-            )
+            rows, cols = layer.weight.shape
+            shape = (cols, rows) if is_transposed(layer) else (rows, cols)
+            found.append(Site(name, layer, block_of(name), role_of[name], shape))
     return found
 
 
 def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
-    """The sites that any of ``targets`` names: a role (``q``), a group of roles (``attention``, ``mlp``, ``all``) or a pattern of layer names.
+    """List the sites that any of ``targets`` names, in the model's order.
 
-    Raises ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in two places (merging it would change both).
+    A target is a role (``q``), a group of roles (``attention``, ``mlp``, ``all``) or a pattern of layer names. Raises
+    ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in two places: changing one
+    of them would change both.
     """
     sites = all_sites(model)
     chosen: dict[str, Site] = {}
     faults: list[str] = []
     for target in targets:
-        wanted = GROUPS.get(target, (target,))
-        hits = [
-            s
-            for s in sites
-            if (s.role in wanted and s.role != "head")
-            or fnmatchcase(s.name, target)
-            or fnmatchcase(s.name, f"*.{target}")
-        ]
-        if not hits:
-            here = sorted({s.role for s in sites})
-            known = [*here, *GROUPS, *sorted({s.name.rsplit(".", 1)[-1] for s in sites})]
-            faults.append(
-                f"method.targets: {target!r} matches no linear layer of this model.{near(target, known)} Roles here: {', '.join(here)}."
-            )
-        chosen |= {s.name: s for s in hits}
+        matches = [site for site in sites if _matches(site, target)]
+        if not matches:
+            faults.append(_no_match(target, sites))
+        for site in matches:
+            chosen[site.name] = site
     uses = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     for site in chosen.values():
-        if uses[id(site.module.weight)] > 1:
+        weight = site.module.get_parameter("weight")
+        if uses[id(weight)] > 1:
             faults.append(
-                f"method.targets: {site.name} shares its weight with another layer, so a change here would act there too; leave it out."
+                f"method.targets: {site.name} shares its weight with another layer, so a change here would act "
+                "there too; leave it out."
             )
-        elif site.role == "head" and site.module.weight.requires_grad:
+        elif site.role == "head" and weight.requires_grad:
             faults.append(
-                f"method.targets: {site.name} is trained already, in place, as the task's head; leave it out."
+                f"method.targets: {site.name} is the task's head, which is trained in place already; leave it out."
             )
     if faults:
         raise ConfigError(*faults)
-    return [s for s in sites if s.name in chosen]
+    return [site for site in sites if site.name in chosen]
+
+
+def _matches(site: Site, target: str) -> bool:
+    """Tell whether a target names the site. The head is matched by its name only, never by a role."""
+    if site.role != "head" and site.role in GROUPS.get(target, (target,)):
+        return True
+    return fnmatchcase(site.name, target) or fnmatchcase(site.name, f"*.{target}")
+
+
+def _no_match(target: str, sites: list[Site]) -> str:
+    """Say that a target matches nothing, and what the model has."""
+    here = sorted({site.role for site in sites})
+    last_names = sorted({site.name.rsplit(".", 1)[-1] for site in sites})
+    hint = near(target, [*here, *GROUPS, *last_names])
+    roles_here = ", ".join(here)
+    return (
+        f"method.targets: {target!r} matches no linear layer of this model.{hint} Roles here: {roles_here}."
+    )

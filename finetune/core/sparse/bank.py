@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError
 from ..changes import Changes, SparseChange, Unit
-from ..part import Delta, Kept, WeightGrad
+from ..part import Cache, Delta, WeightGrad
 from ..site import Site
 from ..state import EntryStore, Shapes, StateModule
 from .coding import decode_sorted, encode_sorted, expected_bytes
-from .gradient import Layout, entries_gradient, keep, read, write_
+from .gradient import Layout, entries_gradient, read, used_columns, write_
 
 
 class Bank(StateModule):
@@ -344,7 +344,7 @@ class SparseDelta(Delta):
         return read(weight, self.bank.where(self.i), self._laid()[0])
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+    def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
         (values, where), layout = self.bank.all(self.i), self._laid()[1]
         entries = read(weight, where, layout)
         if weight.data_ptr() == original.data_ptr():
@@ -364,10 +364,12 @@ class SparseDelta(Delta):
             write_(weight, where, self._laid()[1], entries)
             self._lent = None
 
-    def keep(self, x: Tensor) -> Tensor:
-        return x if self.bank.watch else keep(x, self._laid()[0])
+    def save_input(self, x: Tensor) -> Tensor:
+        return x if self.bank.watch else used_columns(x, self._laid()[0])
 
-    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
+    def pull(
+        self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
+    ) -> tuple[Tensor | None, ...]:
         if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
             return (None,)
         where = self.bank.where(self.i)

@@ -59,7 +59,7 @@ def _taken(numbers: Tensor, of: int) -> Tensor:
     return seen.index_fill_(0, numbers.long(), True).nonzero().view(-1)
 
 
-def keep(x: Tensor, layout: Layout) -> Tensor:
+def used_columns(x: Tensor, layout: Layout) -> Tensor:
     """What backward needs of the input [..., in]: itself, or a copy of the columns in use. The copy must be small, as other layers may keep ``x``."""
     if layout.cols is None or 4 * len(layout.cols) > x.shape[-1]:
         return x
@@ -70,7 +70,7 @@ def keep(x: Tensor, layout: Layout) -> Tensor:
 def entries_gradient(
     grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int, int], layout: Layout
 ) -> Tensor:
-    """The gradient at ``index``, [K], float32 or wider. ``grad_y``: [n, out]; ``x``: [n, in], or what ``keep`` made of it."""
+    """The gradient at ``index``, [K], float32 or wider. ``grad_y``: [n, out]; ``x``: [n, in], or what ``used_columns`` returned."""
     rows, cols = size = layout.size(shape)
     kept = x.shape[1] == cols
     at = index if layout.full else _inside(index, shape, layout)

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ..changes import Changes, LowRankChange
-from ..part import Delta, Kept
+from ..part import Cache, Delta
 from ..site import Site
 from ..state import Shapes
 from .bank import Bank, SparseDelta
@@ -116,7 +116,7 @@ class MixedDelta(SparseDelta):
         a, b = self.factors()
         return F.linear(F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a), b)
 
-    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+    def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
         if self.additive:
-            return Delta.add_(self, weight, original, gate, kept)
-        return super().add_(weight, original, gate, kept)
+            return Delta.add_(self, weight, original, gate, cache)
+        return super().add_(weight, original, gate, cache)

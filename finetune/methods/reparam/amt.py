@@ -53,7 +53,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core.method import Reparam, Run
-from ...core.part import Delta, Kept, WeightGrad, base
+from ...core.part import Cache, Delta, WeightGrad, base
 from ...core.site import Site
 from ...errors import ConfigError
 from ...registry import register
@@ -84,12 +84,14 @@ class Mask(Delta):
         return (straight_through - self.off().to(straight_through.dtype)) * weight
 
     @torch.no_grad()
-    def add_(self, weight: Tensor, original: Tensor, gate: float, kept: Kept = ()) -> Kept:
+    def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
         weight.sub_(original.where(self.off(), 0), alpha=gate)
         return ()
 
     @torch.no_grad()
-    def pull(self, grad: WeightGrad, original: Tensor, gate: float, kept: Kept) -> tuple[Tensor | None, ...]:
+    def pull(
+        self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
+    ) -> tuple[Tensor | None, ...]:
         return (grad.dense.mul(original).mul_(gate),)
 
     def pack(self) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ from torch import Tensor, nn
 from ...core.kernel import Kernel, Kernelized
 from ...core.linalg import kth_smallest
 from ...core.method import Run
-from ...core.part import Kept
+from ...core.part import Cache
 from ...core.site import Site
 from ...core.sparse.select import apportion
 from ...errors import ConfigError
@@ -93,13 +93,13 @@ class Competing(Kernel):
         alpha, gamma, beta = self.mix.detach()
         return kernel.addcmul_(torch.softmax(kernel / gamma, 0), alpha).add_(beta)
 
-    def _slope(self, grad: Tensor, distance: Tensor, kept: Kept, more: list[Tensor]) -> Tensor:
+    def _slope(self, grad: Tensor, distance: Tensor, cache: Cache, more: list[Tensor]) -> Tensor:
         if not self.across:
-            return super()._slope(grad, distance, kept, more)
+            return super()._slope(grad, distance, cache, more)
         alpha, gamma, beta = self.mix.detach()
         first = super()._difference(distance)
         soft = torch.softmax(first / gamma, 0)
-        slope = self._slope_of(first.addcmul(soft, alpha).add_(beta), kept).mul_(grad)  # dL/dK
+        slope = self._slope_of(first.addcmul(soft, alpha).add_(beta), cache).mul_(grad)  # dL/dK
         inner = soft * slope
         total = inner.sum(0)
         inner.sub_(soft.mul_(total)).mul_(alpha / gamma)  # dL/dK_0 through the softmax

@@ -13,10 +13,10 @@ from finetune.core.sparse.gradient import (
     Layout,
     dense,
     entries_gradient,
-    keep,
     read,
     sampled,
     sampled_pays,
+    used_columns,
     write_,
 )
 
@@ -84,7 +84,7 @@ def test_it_is_the_whole_gradient_at_those_entries(way, name):
     for tokens in (1, 37, 48):
         grad_y, x = draw(tokens, SHAPE[0]), draw(tokens, SHAPE[1], seed=1)
         expected = oracle(grad_y, x, index)
-        for given_x in (x, keep(x, layout)):
+        for given_x in (x, used_columns(x, layout)):
             found = entries_gradient(grad_y, given_x, index, SHAPE, layout)
             assert found.dtype == torch.float64
             torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
@@ -104,7 +104,7 @@ def test_any_size_any_entries(data):
     at = gradient._inside(index, (out, in_), layout)
     expected = oracle(grad_y, x, index)
     for found in (
-        entries_gradient(grad_y, keep(x, layout), index, (out, in_), layout),
+        entries_gradient(grad_y, used_columns(x, layout), index, (out, in_), layout),
         sampled(grad_y, x, at, layout.size((out, in_)), layout.rows, layout.cols),
         dense(grad_y, x, at, layout.size((out, in_)), layout.rows, layout.cols),
     ):
@@ -187,12 +187,12 @@ def test_the_product_is_in_full_precision_under_autocast(way):
 def test_only_columns_in_use_are_kept():
     x = draw(2, 6, 50)
     few = Layout.of(LAYOUTS["columns"], SHAPE)
-    assert torch.equal(keep(x, few), x[..., [2, 49]])
+    assert torch.equal(used_columns(x, few), x[..., [2, 49]])
     for name in ("scattered", "rows", "all"):
-        assert keep(x, Layout.of(LAYOUTS[name], SHAPE)) is x
+        assert used_columns(x, Layout.of(LAYOUTS[name], SHAPE)) is x
     half = Layout.of(positions(EVERY_ROW, torch.arange(25)), SHAPE)
     assert half.cols is not None
-    assert keep(x, half) is x
+    assert used_columns(x, half) is x
 
 
 def test_the_rule_samples_where_few_entries_are_trained():
