@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile
 
 from finetune.core.sparse.gradient import (
     CHUNK,
-    Layout,
     _inside,
     _transposed,
     dense,
     entries_gradient,
+    make_layout,
     read,
     sampled,
     sampled_pays,
@@ -95,7 +95,7 @@ def gradients(
         y, x = torch.randn(tokens, out).to(dtype), torch.randn(tokens, in_).to(dtype)
         for density in densities:
             index, size = scattered(out, in_, density), (out, in_)
-            layout = Layout.of(index, size)
+            layout = make_layout(index, size)
             at, inner = _inside(index, size, layout), layout.size(size)
             args = (y, x, at, inner, layout.rows, layout.cols)
             ways: dict[str, Way] = {
@@ -139,7 +139,7 @@ def grains(rounds: int) -> None:
     print("|---|---|---|---|---|---|---|")
     flat = weight.view(-1)
     for name, index in cases.items():
-        layout, values = Layout.of(index, size), flat[index]
+        layout, values = make_layout(index, size), flat[index]
         ways: dict[str, Way] = {
             "whole": lambda index=index: (y.T @ x).view(-1)[index.long()],
             "gradient": lambda index=index, layout=layout: entries_gradient(y, x, index, size, layout),

@@ -1,4 +1,4 @@
-"""The forms that a trained change can take, for everything that reads changes: export, compose, merge, inspect."""
+"""The forms that a trained change can take, for the code that exports, composes, merges or inspects it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LowRankChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """What one part changes, without its gate. A part that fills in nothing is known only as a dense matrix."""
+    """What one part changes, without its gate. If nothing is filled in, only the dense matrix is known."""
 
     entries: SparseChange | None = None
     factors: LowRankChange | None = None
@@ -39,7 +39,7 @@ class Changes:
 
 @dataclass(frozen=True, eq=False)
 class Unit:
-    """Trained values that are switched on and off together, and the place in the model that they belong to."""
+    """Trained values that are frozen and trained together, and the place in the model that they belong to."""
 
     name: str
     place: str | None  # dotted name of the layer or parameter; None: tied to no single place

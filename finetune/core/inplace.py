@@ -42,8 +42,8 @@ def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list
 class InPlace(Part):
     """Parameters of the model, trained in float32 or wider under the model's names. The gate is 0 or 1.
 
-    With ``keep`` the originals stay in memory, which is meant for few parameters. Without it the model's own tensors
-    are trained, no copy is made, and ``source`` reads the originals again when the base is needed.
+    With ``keep`` the originals stay in memory, which is meant for few parameters. Without it the model's own
+    tensors are trained, no copy is made, and ``source`` reads the originals again when the base is needed.
     """
 
     gate_is_switch = True

@@ -21,7 +21,8 @@ from .method import Reparam, Run
 from .part import Cache, Delta, WeightGrad, changed_linear, patched
 
 TINY = 1e-12  # lower bound of squared distances: rows that coincide then get a gradient of 0
-BLOCK = 512  # rows or columns of the kernel per step on the CPU: small enough for its cache, large enough to be fast
+# Rows or columns of the kernel that are made at once on the CPU: few enough for its cache, enough to be fast.
+BLOCK = 512
 
 BlockIndex = tuple[slice, slice]
 
@@ -33,8 +34,8 @@ class Kernelized(Reparam):
     Options:
         rank: Number of columns of the factors, summed over both distances.
         sparsity: Share of the entries of each change that is set to zero.
-        sparsifier: How the kernel K becomes the change, with the threshold t: ``released`` (the authors' code) is
-            K |K| where |K| > t, with |K| constant in the gradient; ``paper`` (eq. 5) is K max(|K| - t, 0).
+        sparsifier: How the kernel K becomes the change, with the threshold t. ``released`` (the authors' code)
+            is K |K| where |K| > t, with |K| constant in the gradient; ``paper`` (eq. 5) is K max(|K| - t, 0).
         scale: Factor of the distances.
         dropout: Dropout of the layer's input, for the change only.
         drop_path: Probability that the change is left out for an example.
@@ -65,7 +66,7 @@ class Kernelized(Reparam):
 
     @torch.no_grad()
     def check_trained(self, run: Run, state: Any) -> list[str]:
-        """Count the entries of the kernels' changes that are 0. More than requested may equal the threshold."""
+        """Count the entries of the kernels' changes that are 0. Several may equal the threshold."""
         if not self.sparsity or not self.ready(run.step, run.total):
             return []
         size = zeros = count = 0
@@ -80,15 +81,16 @@ class Kernelized(Reparam):
         if not size or -count <= zeros - requested <= count + 0.01 * size:
             return []
         return [
-            f"{zeros} entries of the change are 0, but method.sparsity={self.sparsity:g} asks for {requested:.0f}"
+            f"{zeros} entries of the change are 0, but method.sparsity={self.sparsity:g} "
+            f"asks for {requested:.0f}"
         ]
 
 
 class Kernel(Delta):
     """K[j, i] = scale * (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|), sparsified.
 
-    ``rows`` [2, out, rank / 2] and ``cols`` [2, in, rank / 2] are float32. From forward to backward only the factors,
-    the layer's input and the scalar threshold stay in memory.
+    ``rows`` [2, out, rank / 2] and ``cols`` [2, in, rank / 2] are float32. From forward to backward only the
+    factors, the layer's input and the scalar threshold stay in memory.
     """
 
     across = False  # whether a block is a range of columns of K instead of rows
@@ -178,9 +180,10 @@ class Kernel(Delta):
     def pull(
         self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of the factors: dL/drow_j = sum_i e_ji (row_j - col_i), and likewise for the columns.
+        """Return the gradients of the factors: dL/drow_j = sum_i e_ji (row_j - col_i).
 
-        e is dL/dK divided by the distance. The second distance enters with the opposite sign.
+        Those of the columns are likewise. e is dL/dK divided by the distance. The second distance enters with
+        the opposite sign.
         """
         slopes = grad.dense
         grads = [torch.zeros_like(p) for p in self.inputs()]

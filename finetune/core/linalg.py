@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def kth_smallest(x: Tensor, k: int) -> Tensor:
-    """Return the k-th smallest element (k from 0) of a tensor of any shape, as a scalar of its dtype and device.
+    """Return the k-th smallest element (k from 0) of a tensor, as a scalar of its dtype and device.
 
-    The result is exact. ``torch.quantile`` sorts and refuses more than 2**24 elements. On the CPU numpy's selection is
-    several times faster than ``torch.kthvalue``.
+    The result is exact. ``torch.quantile`` sorts and refuses more than 2**24 elements. On the CPU numpy's
+    selection is several times faster than ``torch.kthvalue``.
     """
     flat = x.detach().reshape(-1)
     if flat.device.type == "cpu" and flat.dtype in (torch.float32, torch.float64):
@@ -21,10 +21,10 @@ def kth_smallest(x: Tensor, k: int) -> Tensor:
 
 
 def low_rank(w: Tensor, rank: int) -> Tensor:
-    """Compute the best rank-``rank`` approximation of ``w`` [out, in], float32; a copy of ``w`` if its rank is no higher.
+    """Compute the best approximation of ``w`` [out, in] of a given rank, float32.
 
-    It is made from the eigenvectors of the smaller Gram matrix in float64, which is several times cheaper than a
-    singular value decomposition.
+    It is a copy of ``w`` if the shorter side is at most ``rank``. Otherwise it is made from the eigenvectors
+    of the smaller Gram matrix in float64, which is several times cheaper than a singular value decomposition.
     """
     out, in_ = w.shape
     if rank >= min(out, in_):

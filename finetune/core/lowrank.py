@@ -1,4 +1,4 @@
-"""A low-rank change of one weight: LoRA's, and a building block of others."""
+"""The low-rank change of one weight, as in LoRA (Hu et al., 2021, arXiv 2106.09685)."""
 
 from __future__ import annotations
 
@@ -33,5 +33,6 @@ class LowRank(Delta):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         x = F.dropout(x, self.dropout, self.training)
-        low = F.linear(x.to(self.a.dtype) if not torch.is_autocast_enabled(x.device.type) else x, self.a)
-        return F.linear(low * self.scale, self.b)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(self.a.dtype)
+        return F.linear(F.linear(x, self.a) * self.scale, self.b)

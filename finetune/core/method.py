@@ -3,11 +3,12 @@
 The training loop calls them in this order and knows no method by name:
 
     for phase in method.phases():
-        state = method.build(model)            attach parts; shapes follow from config and model, never from data
+        state = method.build(model)         attach parts; shapes follow from config and model, never from data
         load a checkpoint into state, or method.begin(run, state, previous)
         for every step:
-            before_step -> forward, task loss + loss -> backward -> after_backward -> optimizer.step -> after_step
-        previous = state                       its parts are detached, so the base is what it was
+            before_step -> forward, task loss + loss -> backward -> after_backward -> optimizer.step ->
+            after_step
+        previous = state                    its parts are detached, so the base is what it was
 """
 
 from __future__ import annotations
@@ -42,17 +43,18 @@ class Run:
     evaluate: Callable[[Any], Tensor]
     # Returns the batches of the next steps, as many as asked for.
     upcoming: Callable[[int], list[list[Any]]]
-    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch`` sees the
-    # gradients. The flag: of the sum over examples instead of the step's mean loss.
+    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch``
+    # sees the gradients. The flag: of the sum over examples instead of the step's mean loss.
     backward: Callable[[Any, list[Any], bool], None]
-    # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this process alone.
+    # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this
+    # process alone.
     logits: Callable[[Any], Tensor]
     step: int = 0  # counts from 0 within the phase
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
 
     def agree(self, t: Tensor) -> Tensor:
-        """Return the same tensor on all processes: the mean of floats, the first process's tensor otherwise."""
+        """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
         return agree(t)
 
     @contextmanager
@@ -84,7 +86,7 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Its fields are hyperparameters; the class variables are facts that checks rely on."""
+    """Base of all methods. Fields are hyperparameters; class variables are facts that checks rely on."""
 
     KIND: ClassVar[str] = "method"
     name: ClassVar[str]
@@ -97,7 +99,7 @@ class Method:
     unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
 
     def faults(self, steps: int) -> list[str]:
-        """Return why the settings make no sense in a run of ``steps`` steps: sentences that name the setting."""
+        """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
         return []
 
     def ready(self, step: int, total: int) -> bool:
@@ -125,7 +127,7 @@ class Method:
         """Called before the forward pass of a step."""
 
     def prepare_retry(self, run: Run, state: Any) -> None:
-        """Called before a step is retried (out of memory, fp16 overflow): redo the set-up of ``before_step``."""
+        """Redo the set-up of ``before_step``: a step is retried (out of memory, fp16 overflow)."""
 
     def after_backward(self, run: Run, state: Any) -> None:
         """Called when the gradients of a step are complete, before they are clipped."""
@@ -151,7 +153,7 @@ class Method:
         return []
 
     def stored_shapes(self, state: nn.Module, steps: int) -> Shapes | None:
-        """Return dtype and shape of every tensor that a run of ``steps`` steps stores, by its name in ``state``.
+        """Return dtype and shape of every tensor that a run of ``steps`` steps stores, by name.
 
         None if training decides. ``state`` may be on the meta device, where tensors have no values.
         """
@@ -163,8 +165,8 @@ class Reparam(Method):
     """Base of the methods that attach one delta to each layer.
 
     Options:
-        targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or patterns of
-            layer names.
+        targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or
+            patterns of layer names.
     """
 
     targets: tuple[str, ...] = ("all",)

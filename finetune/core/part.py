@@ -1,8 +1,9 @@
 """Attach trained changes to a frozen model, switch them off, merge them into the weights, take them away.
 
-A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit`` changes the
-output of one module, and ``InPlace`` (``inplace.py``) trains parameters of the model itself. Parts belong to the
-state that a method builds. The model only refers to them, so its own parameters stay the pretrained ones.
+A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit`` changes
+the output of one module, and ``InPlace`` (``inplace.py``) trains parameters of the model itself. Parts belong
+to the state that a method builds. The model only refers to them, so its own parameters stay the pretrained
+ones.
 """
 
 from __future__ import annotations
@@ -29,8 +30,8 @@ Source = Callable[[], Iterator[tuple[str, Tensor]]]  # reads the model's origina
 class Part(StateModule):
     """Anything that a method attaches to the model.
 
-    ``gate`` scales its effect. At 0 the part is absent and the model computes what the pretrained one computes,
-    to the bit. The attributes and methods below declare what other code needs to know of a part.
+    ``gate`` scales its effect. At 0 the part is absent and the model computes what the pretrained one
+    computes, to the bit. The attributes and methods below declare what other code needs to know of a part.
     """
 
     gate: float = 1.0
@@ -57,7 +58,7 @@ class Part(StateModule):
         return Changes()
 
     def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
-        """Return configuration and tensors in an external format, if the part has its own way to write them."""
+        """Return configuration and tensors in an external format, if the part writes it itself."""
         return None
 
     def units(self) -> list[Unit]:
@@ -75,7 +76,7 @@ class Part(StateModule):
 
 
 class Edit(Part):
-    """A trained change of one module's output. It is no change of a weight, so it cannot be merged into one."""
+    """A trained change of one module's output. By default it cannot be merged: no weight holds it."""
 
     mergeable = False
 
@@ -100,8 +101,8 @@ class Edit(Part):
 class WeightGrad:
     """The gradient of one layer's weight, computed only on request.
 
-    ``grad_y``: [n, out]. ``x``: what the delta saved of the input, [n, in] or fewer columns. ``examples``: number of
-    examples in the n rows; each has the same number of rows.
+    ``grad_y``: [n, out]. ``x``: what the delta saved of the input, [n, in] or fewer columns. ``examples``:
+    number of examples in the n rows; each has the same number of rows.
     """
 
     def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1) -> None:
@@ -153,7 +154,10 @@ class Delta(Part):
         return type(self).linear is not Delta.linear
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """Return ``x`` times the change, [..., out], without the gate. Override it if it is cheaper than a matrix."""
+        """Return ``x`` times the change, [..., out], without the gate.
+
+        Override it if that is cheaper than forming the matrix.
+        """
         raise NotImplementedError
 
     @property
@@ -197,11 +201,11 @@ class Delta(Part):
 def changed(
     weight: Tensor, deltas: Sequence[Delta], gates: Sequence[float], caches: Sequence[Cache] | None = None
 ) -> Iterator[tuple[Tensor, list[Cache]]]:
-    """Give the weight with the changes of ``deltas`` in it, and what the deltas want cached, inside the block.
+    """Give the weight with the changes of ``deltas`` in it, and what the deltas cache, inside the block.
 
     The weight is a copy in float32 or wider. If every delta can restore what it overwrites, it is the weight
-    itself and no copy is made. That goes through ``.data``: autograd's version counter must not count a change
-    that is undone before the weight is used again.
+    itself and no copy is made. That goes through ``.data``: autograd's version counter must not count a
+    change that is undone before the weight is used again.
     """
     in_place = all(delta.restores for delta in deltas)
     if in_place:
@@ -281,18 +285,20 @@ def changed_linear(
     deltas: list[Delta],
     gates: list[float] | None = None,
 ) -> Tensor:
-    """Compute ``F.linear(x, weight + sum of gate * delta, bias)``. Memory: that of a frozen layer, plus its input.
+    """Compute ``F.linear(x, weight + sum of gate * delta, bias)``.
 
-    ``gates``: by default the gates that the deltas have now. Backward uses the same values.
+    It needs the memory of a frozen layer, and that of the layer's input. ``gates``: by default the gates that
+    the deltas have now. Backward uses the same values.
     """
     if gates is None:
         gates = [delta.gate for delta in deltas]
     trained = [t for delta in deltas for t in delta.inputs()]
-    return _ChangedLinear.apply(x, weight, bias, deltas, gates, *trained)  # type: ignore[no-any-return, no-untyped-call]
+    run: Callable[..., Tensor] = _ChangedLinear.apply
+    return run(x, weight, bias, deltas, gates, *trained)
 
 
 class Patched(nn.Module):
-    """A frozen linear layer and the deltas stacked on it. ``weight`` is [out, in], also for GPT-2's Conv1D."""
+    """A frozen linear layer and its deltas. ``weight`` is [out, in], also for the Conv1D of GPT-2."""
 
     base: Any  # a linear layer, or GPT-2's Conv1D
 
@@ -344,7 +350,7 @@ def parts(states: nn.Module) -> list[Part]:
 
 
 def trained_in_place(states: nn.Module) -> dict[str, nn.Parameter]:
-    """Return the parameters of the model that the parts of ``states`` train in place, by the model's names."""
+    """Return the parameters that the parts of ``states`` train in place, by the model's names."""
     found: dict[str, nn.Parameter] = {}
     for part in parts(states):
         found |= part.changes().parameters
@@ -391,15 +397,16 @@ def check_mergeable(states: nn.Module) -> None:
     unmergeable = sorted({part.describe() for part in parts(states) if not part.mergeable})
     if unmergeable:
         raise ConfigError(
-            f"The model cannot be merged: the method attaches {' and '.join(unmergeable)}, which no weight can hold."
+            f"The model cannot be merged: the method attaches {' and '.join(unmergeable)}, "
+            "which no weight can hold."
         )
 
 
 @torch.no_grad()
 def merge(model: nn.Module, states: nn.Module) -> None:
-    """Write every part of ``states`` into the model's weights and put the plain layers back. Cannot be undone.
+    """Write every part of ``states`` into the model's weights and put the plain layers back.
 
-    Raises ``ConfigError``, with nothing changed, if some part cannot be merged.
+    This cannot be undone. Raises ``ConfigError``, with nothing changed, if some part cannot be merged.
     """
     check_mergeable(states)
     for part in parts(states):
@@ -412,7 +419,7 @@ def merge(model: nn.Module, states: nn.Module) -> None:
 
 @contextmanager
 def base(states: nn.Module) -> Iterator[None]:
-    """Make the model the pretrained one, to the bit, inside the block: every part of ``states`` has gate 0."""
+    """Make the model the pretrained one, to the bit, inside the block: all gates are 0."""
     attached = parts(states)
     gates = [part.gate for part in attached]
     for part in attached:

@@ -1,7 +1,7 @@
 """What each module of a transformer does: its *role*, read from its name by a table for each architecture.
 
-Roles: q k v o qkv (attention), up gate down (mlp), embedding, norm, head, other (the remaining matrices of a recognised
-model, such as BERT's pooler), and linear (every matrix of a model that no table knows).
+Roles: q k v o qkv (attention), up gate down (mlp), embedding, norm, head, other (the remaining matrices of a
+recognised model, such as BERT's pooler), and linear (every matrix of a model that no table knows).
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def in_head(model: nn.Module, name: str) -> bool:
 
 
 def block_of(name: str) -> int:
-    """Return the number of the block that a module or parameter lies in: the first number in its name, or -1."""
+    """Return the block that a module or parameter lies in: the first number in its name, or -1."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", name)
     return int(found[1]) if found else -1
 

@@ -2,7 +2,8 @@
 
 The method does not know about it. The order within a step:
 
-method.before_step -> selector.before_step -> forward, backward, optimizer.step -> method.after_step -> selector.after_step
+method.before_step -> selector.before_step -> forward, backward, optimizer.step -> method.after_step ->
+selector.after_step
 """
 
 from __future__ import annotations
@@ -25,11 +26,11 @@ class Selector:
     unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
 
     def faults(self, steps: int) -> list[str]:
-        """Return why the settings make no sense in a run of ``steps`` steps: sentences that name the setting."""
+        """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
         return []
 
     def build(self, model: nn.Module, states: nn.Module) -> nn.Module | None:
-        """Make the selector's state, after the method's parts are attached. None if there is nothing to remember.
+        """Make the selector's state, after the method's parts are attached; None if it has none.
 
         Raises ``ConfigError`` if the selector cannot act on these parts.
         """

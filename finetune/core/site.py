@@ -61,9 +61,9 @@ def all_sites(model: nn.Module) -> list[Site]:
 def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
     """List the sites that any of ``targets`` names, in the model's order.
 
-    A target is a role (``q``), a group of roles (``attention``, ``mlp``, ``all``) or a pattern of layer names. Raises
-    ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in two places: changing one
-    of them would change both.
+    A target is a role (``q``), a group of roles (``attention``, ``mlp``, ``all``) or a pattern of layer
+    names. Raises ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in
+    two places: changing one of them would change both.
     """
     sites = all_sites(model)
     chosen: dict[str, Site] = {}
@@ -79,12 +79,13 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
         weight = site.module.get_parameter("weight")
         if uses[id(weight)] > 1:
             faults.append(
-                f"method.targets: {site.name} shares its weight with another layer, so a change here would act "
-                "there too; leave it out."
+                f"method.targets: {site.name} shares its weight with another layer, so a change here "
+                "would act there too; leave it out."
             )
         elif site.role == "head" and weight.requires_grad:
             faults.append(
-                f"method.targets: {site.name} is the task's head, which is trained in place already; leave it out."
+                f"method.targets: {site.name} is the task's head, which is trained in place already; "
+                "leave it out."
             )
     if faults:
         raise ConfigError(*faults)

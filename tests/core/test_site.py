@@ -72,5 +72,5 @@ def test_tied_weights_are_refused() -> None:
 def test_the_trained_head_is_refused_as_a_target() -> None:
     model = tiny().requires_grad_(False)
     model.classifier.requires_grad_(True)
-    with pytest.raises(ConfigError, match="classifier is the task.s head, which is trained in place"):
+    with pytest.raises(ConfigError, match="classifier is the task's head, which is trained in place"):
         find_sites(model, ("classifier",))

@@ -1,4 +1,4 @@
-"""The sparse store: K trained values and where they sit, for all sites of a method at once."""
+"""The store of a sparse method: K trained values and their positions, for all of its sites together."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from ..part import Cache, Delta, WeightGrad
 from ..site import Site
 from ..state import EntryStore, Shapes, StateModule
 from .coding import decode_sorted, encode_sorted, expected_bytes
-from .gradient import Layout, entries_gradient, read, used_columns, write_
+from .gradient import Layout, entries_gradient, make_layout, read, used_columns, write_
 
 
 class Bank(StateModule):
-    """Room for ``capacity`` float32 values (the change, starting at 0) over ``sites``.
+    """Room for ``capacity`` float32 values over ``sites``. A value is the change of one entry, from 0.
 
-    ``index`` [capacity] int32 is the flat position of each value in its site's [out, in] weight, ascending within a site; ``starts`` [sites + 1]
-    int64 says which slice belongs to which site, and what lies behind ``starts[-1]`` is slack: 0, without gradient. The room never changes, so that
-    optimizers and data parallelism need not know when entries move. ``settled_*`` [any length], in the same form, are entries that are trained no
-    more and keep their change. All of this is state and is saved; what ``SparseDelta`` derives from it is not.
+    The capacity never changes, so optimizers and data parallelism need not know when entries move. Values
+    behind ``starts[-1]`` are unused: they are 0 and get no gradient. Settled entries are no longer trained
+    and keep their change. All tensors below are state and are saved; what ``SparseDelta`` derives from them
+    is not.
     """
 
-    index: Tensor
-    starts: Tensor
-    settled_values: Tensor
+    index: Tensor  # [capacity] int32: flat position of each value in its site's weight, ascending in a site
+    starts: Tensor  # [sites + 1] int64: where the values of each site start
+    settled_values: Tensor  # [any length], and the two below: settled entries in the same form
     settled_index: Tensor
     settled_starts: Tensor
 
@@ -39,113 +39,117 @@ class Bank(StateModule):
             raise ValueError("a site of 2**31 entries or more needs 64-bit indices")
         self.sizes = [s.size for s in sites]
         self.shapes = [s.shape for s in sites]
-        self.ages = False  # whether the optimizer counts the steps of each value by itself; set by the method that builds this
+        self.ages = False  # whether the optimizer counts the steps of each value alone; the method sets it
         self.values = nn.Parameter(torch.zeros(capacity))
         self.register_buffer("index", torch.zeros(capacity, dtype=torch.int32))
         self.register_buffer("starts", torch.zeros(len(sites) + 1, dtype=torch.int64))
         self.register_buffer("settled_values", torch.zeros(0))
         self.register_buffer("settled_index", torch.zeros(0, dtype=torch.int32))
         self.register_buffer("settled_starts", torch.zeros(len(sites) + 1, dtype=torch.int64))
-        self.frozen = [False] * len(sites)  # sites that rest during this step; set by selectors before it
-        self.watch: Callable[[int, WeightGrad], bool] | None = (
-            None  # sees every site's whole gradient; True: nobody else needs it
-        )
-        self.revision = 0  # how often indices moved in this process: what is derived from them is made again
+        self.frozen = [False] * len(sites)  # sites that do not train in this step; selectors set it
+        # Called in backward with the whole gradient of each site. True: the values need no gradient.
+        self.watch: Callable[[int, WeightGrad], bool] | None = None
+        self.revision = 0  # counts moves of entries; caches that depend on positions are made again
         self._bounds: dict[str, tuple[tuple[int, int], list[int]]] = {}
         self._slices: tuple[Tensor, ...] = ()
-        self._slices_of = (0, -1, -1)
+        self._slices_key = (0, -1, -1)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave the cached slices out of copies: they are part of a graph, which torch does not copy."""
-        return self.__dict__ | {"_slices": (), "_slices_of": (0, -1, -1)}
+        """Leave the cached slices out of copies: torch cannot copy tensors that are part of a graph."""
+        return self.__dict__ | {"_slices": (), "_slices_key": (0, -1, -1)}
 
     @property
     def entry_store(self) -> EntryStore:
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """The settled entries may be any number."""
+        """Make room for the saved number of settled entries, and refuse positions outside the weights."""
         for name in ("settled_values", "settled_index"):
             if prefix + name in state_dict:
                 setattr(self, name, getattr(self, name).new_empty(state_dict[prefix + name].shape))
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.revision += 1
-        if not (
-            self._whole(self.starts, self.index) and self._whole(self.settled_starts, self.settled_index)
-        ):
-            args[-1].append(
-                f"{prefix}index has positions outside the layers"
-            )  # what is to be raised: products would read anywhere
+        trained_fit = self._positions_fit(self.starts, self.index)
+        if not trained_fit or not self._positions_fit(self.settled_starts, self.settled_index):
+            errors: list[str] = args[-1]  # torch raises them
+            errors.append(f"{prefix}index has positions outside the layers")
 
-    def _whole(self, starts: Tensor, index: Tensor) -> bool:
-        """Whether the slices lie within ``index``, and its positions within their sites."""
+    def _positions_fit(self, starts: Tensor, index: Tensor) -> bool:
+        """Tell whether the slices lie within ``index``, and its positions within their sites."""
         counts, sizes = starts.diff(), torch.tensor(self.sizes, device=starts.device)
         if int(starts[0]) or (counts < 0).any() or int(starts[-1]) > len(index):
             return False
         used = index[: int(starts[-1])]
         return not ((used < 0) | (used >= sizes.repeat_interleave(counts))).any()
 
-    def bounds(self, of: str = "starts") -> list[int]:
-        """``starts`` (or ``settled_starts``) as numbers, read from the device once."""
-        starts = getattr(self, of)
-        now = (self.revision, starts._version)
-        if self._bounds.get(of, (None,))[0] != now:
-            self._bounds[of] = (now, starts.tolist())
-        return self._bounds[of][1]
+    def bounds(self, name: str = "starts") -> list[int]:
+        """Return ``starts``, or another buffer, as Python numbers, read from the device once a revision."""
+        buffer: Tensor = getattr(self, name)
+        key = (self.revision, buffer._version)
+        if name not in self._bounds or self._bounds[name][0] != key:
+            self._bounds[name] = key, buffer.tolist()
+        return self._bounds[name][1]
 
     @property
     def active(self) -> int:
-        """Entries that are trained now."""
+        """Return the number of entries that are trained now."""
         return self.bounds()[-1]
 
     def slice(self, i: int) -> Tensor:
-        """The values of site ``i``. One split serves a whole forward pass, so that backward joins the gradients once instead of padding each to K."""
+        """Return the values of site ``i``, with gradient unless the site is frozen.
+
+        One split serves a whole forward pass: backward then joins the gradients once, instead of padding the
+        gradient of each site to the capacity.
+        """
         bounds = self.bounds()
         if not torch.is_grad_enabled():
             return self.values.detach()[bounds[i] : bounds[i + 1]]
-        now = (id(self.values), self.values._version, self.revision)
-        if now != self._slices_of:
+        key = (id(self.values), self.values._version, self.revision)
+        if key != self._slices_key:
             counts = [b - a for a, b in zip(bounds, [*bounds[1:], len(self.values)], strict=True)]
-            self._slices, self._slices_of = torch.split(self.values, counts), now
+            self._slices, self._slices_key = torch.split(self.values, counts), key
         return self._slices[i].detach() if self.frozen[i] else self._slices[i]
 
     def where(self, i: int) -> Tensor:
-        """The flat positions of site ``i``'s values, int32, ascending."""
+        """Return the flat positions of site ``i``'s values, int32, ascending."""
         bounds = self.bounds()
         return self.index[bounds[i] : bounds[i + 1]]
 
     def settled(self, i: int) -> tuple[Tensor, Tensor]:
-        """The values and flat positions of site ``i``'s settled entries."""
+        """Return the values and the flat positions of site ``i``'s settled entries."""
         a, b = self.bounds("settled_starts")[i : i + 2]
         return self.settled_values[a:b], self.settled_index[a:b]
 
     def all(self, i: int) -> tuple[Tensor, Tensor]:
-        """Values and positions of everything that differs from the base at site ``i``: the trained ones first, then the settled."""
+        """Return values and positions of all that differs from the base, trained entries first."""
         values, where = self.settled(i)
-        return (
-            (torch.cat([self.slice(i), values]), torch.cat([self.where(i), where]))
-            if len(values)
-            else (self.slice(i), self.where(i))
-        )
+        if not len(values):
+            return self.slice(i), self.where(i)
+        return torch.cat([self.slice(i), values]), torch.cat([self.where(i), where])
 
     @torch.no_grad()
     def place(self, index: list[Tensor]) -> None:
-        """Train the entries at these flat positions of each site (distinct, ascending), from 0. Raises ``ValueError`` above the capacity."""
-        self._move(index)
+        """Train the entries at these flat positions of each site (distinct, ascending), from a change of 0.
+
+        Raises ``ValueError`` if there are more than the capacity.
+        """
+        self._set_positions(index)
         self.values.zero_()
 
-    def _move(self, index: list[Tensor]) -> None:
+    def _set_positions(self, index: list[Tensor]) -> None:
         """Write down which entries are trained."""
-        self._fits(index)
-        for where, a in zip(index, _starts(index).tolist(), strict=False):
-            self.index[a : a + len(where)] = where
-        self.starts.copy_(_starts(index))
-        self.index[int(self.starts[-1]) :] = 0
+        self._check_capacity(index)
+        starts = _starts(index)
+        for where, start in zip(index, starts.tolist(), strict=False):
+            self.index[start : start + len(where)] = where
+        self.starts.copy_(starts)
+        self.index[int(starts[-1]) :] = 0
         self.revision += 1
 
-    def _fits(self, index: list[Tensor]) -> None:
-        if sum(map(len, index)) > len(self.values):
-            raise ValueError(f"{sum(map(len, index))} entries do not fit into a bank of {len(self.values)}")
+    def _check_capacity(self, index: list[Tensor]) -> None:
+        count = sum(len(where) for where in index)
+        if count > len(self.values):
+            raise ValueError(f"{count} entries do not fit into a bank of {len(self.values)}")
 
     @torch.no_grad()
     def revise(
@@ -155,71 +159,81 @@ class Bank(StateModule):
         dropped: str,
         seeds: dict[str, Tensor] | None = None,
     ) -> Tensor:
-        """Train these entries of each site instead, in place. Survivors keep value and moments to the bit, wherever their slots move.
+        """Train these entries of each site instead of the current ones. Works in place.
 
-        ``moments``: the optimizer's tensors of shape [capacity], moved along; newcomers get ``seeds[name]`` [capacity], or 0. ``dropped``: entries
-        that are trained no more go back to the pretrained weight (``base``), or settle where they are (``kept``); a settled one that returns starts
-        from there. Returns the slots of the newcomers [any] int64.
+        Entries that stay keep value and moments to the bit, even if their slots move. ``moments``: the
+        optimizer's tensors of shape [capacity], which are moved along; new entries get ``seeds[name]``
+        [capacity], or 0. ``dropped``: entries that leave go back to the pretrained weight (``base``) or
+        settle with their change (``kept``). A settled entry that returns starts from its change. Returns the
+        slots of the new entries, int64.
         """
-        self._fits(index)
-        before, starts = self.bounds(), _starts(index).tolist()
-        sources: list[Tensor] = []  # of all sites at once they are held, hence int32
+        self._check_capacity(index)
+        old_starts, starts = self.bounds(), _starts(index).tolist()
+        # The old slot of each entry, -1 if it is new; int32, since those of all sites are held at once.
+        sources: list[Tensor] = []
         settled: list[tuple[Tensor, Tensor]] = []
-        fresh = torch.zeros_like(self.values)  # what newcomers begin with
+        fresh = torch.zeros_like(self.values)  # values of new entries
         for i, new in enumerate(index):
-            old, (values, still) = self.where(i), self.settled(i)
-            source, back = _places(new, old), _places(new, still)
-            left = torch.ones(len(old), dtype=torch.bool, device=old.device).index_fill_(
-                0, source[source >= 0], False
-            )
-            fresh[starts[i] + (back >= 0).nonzero().view(-1)] = values[back[back >= 0]]
-            stays = torch.ones(len(still), dtype=torch.bool, device=old.device).index_fill_(
-                0, back[back >= 0], False
-            )
-            keep = left if dropped == "kept" else torch.zeros_like(left)
-            where, order = torch.cat([still[stays], old[keep]]).sort()
-            settled.append((torch.cat([values[stays], self.slice(i)[keep]])[order], where))
+            old, (settled_values, settled_where) = self.where(i), self.settled(i)
+            source, returning = _find(new, old), _find(new, settled_where)
+            has_returned = returning >= 0
+            fresh[starts[i] + has_returned.nonzero().view(-1)] = settled_values[returning[has_returned]]
+            stays_settled = _all_but(len(settled_where), returning[has_returned])
+            if dropped == "kept":
+                settles = _all_but(len(old), source[source >= 0])
+            else:
+                settles = torch.zeros(len(old), dtype=torch.bool, device=old.device)
+            where, order = torch.cat([settled_where[stays_settled], old[settles]]).sort()
+            values = torch.cat([settled_values[stays_settled], self.slice(i)[settles]])[order]
+            settled.append((values, where))
             sources.append(source.to(torch.int32))
-        self.revision += 1  # from here on it cannot be done again, should memory run out
+        self.revision += 1  # what follows cannot be repeated if memory runs out
         for name, t in {"": self.values.data, **moments}.items():
             if name:
-                del fresh  # before the next is made
+                del fresh  # before the next one is made
                 fresh = torch.zeros_like(t).copy_((seeds or {}).get(name, torch.zeros(())))
-            for source, a, b, c in zip(sources, before, starts, starts[1:], strict=False):
-                fresh[b:c] = torch.where(source >= 0, t[torch.where(source >= 0, source + a, 0)], fresh[b:c])
+            for source, old_start, start, end in zip(sources, old_starts, starts, starts[1:], strict=False):
+                fresh[start:end] = _moved(t, source, old_start, fresh[start:end])
             fresh[starts[-1] :] = 0
             t.copy_(fresh)
-        new = torch.cat([source < 0 for source in sources])
+        is_new = torch.cat([source < 0 for source in sources])
         del fresh, sources
-        self._move(index)
-        self.settled_starts.copy_(_starts([w for _, w in settled]))
-        self.settled_values, self.settled_index = (
-            torch.cat([v for v, _ in settled]),
-            torch.cat([w for _, w in settled]),
-        )
-        return new.nonzero().view(-1)
+        self._set_positions(index)
+        self.settled_starts.copy_(_starts([where for _, where in settled]))
+        self.settled_values = torch.cat([values for values, _ in settled])
+        self.settled_index = torch.cat([where for _, where in settled])
+        return is_new.nonzero().view(-1)
 
+    @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
-        """What is stored of a finished run: values, counts a site, and the coded gaps between positions in the sites laid end to end."""
-        with torch.no_grad():
-            entries = [
-                (v[order], w[order])
-                for v, w in map(self.all, range(len(self.sizes)))
-                for order in [w.argsort()]
-            ]
-        offsets = torch.tensor([0, *self.sizes]).cumsum(0)
-        flat = torch.cat([w.long().cpu() + offset for (_, w), offset in zip(entries, offsets, strict=False)])
+        """Return what a finished run stores.
+
+        ``values`` and ``starts`` are as in the bank, settled entries included; ``gaps`` codes the distances
+        between positions when all sites are laid end to end.
+        """
+        values, index, flat = list[Tensor](), list[Tensor](), list[Tensor]()
+        offset = 0
+        for i, size in enumerate(self.sizes):
+            site_values, where = self.all(i)
+            order = where.argsort()
+            values.append(site_values[order])
+            index.append(where[order])
+            flat.append(index[-1].long().cpu() + offset)
+            offset += size
         return {
-            "values": torch.cat([v for v, _ in entries]),
-            "starts": _starts([w for _, w in entries]),
-            "gaps": encode_sorted(flat),
+            "values": torch.cat(values),
+            "starts": _starts(index),
+            "gaps": encode_sorted(torch.cat(flat)),
         }
 
     def stored_shapes(self) -> Shapes | None:
         return self.packed_shapes(len(self.values))
 
     def packed_shapes(self, count: int, neighbours: int = 1) -> Shapes:
-        """Return dtypes and shapes of what ``pack`` gives for ``count`` entries in random runs of ``neighbours``."""
+        """Return dtypes and shapes of what ``pack`` returns for ``count`` entries.
+
+        They are taken to lie in random runs of ``neighbours`` adjacent positions.
+        """
         return {
             "values": (torch.float32, (count,)),
             "starts": (torch.int64, (len(self.sizes) + 1,)),
@@ -228,16 +242,11 @@ class Bank(StateModule):
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over what ``pack`` gave. Raises ``ConfigError`` where it does not fit these sites."""
+        """Take over what ``pack`` returned. Raises ``ConfigError`` if it does not fit these sites."""
         starts, values, sizes = stored["starts"], stored["values"], torch.tensor(self.sizes)
-        if (
-            (starts.dtype, starts.shape) != (torch.int64, (len(sizes) + 1,))
-            or values.dim() != 1
-            or not values.is_floating_point()
-        ):
-            raise ConfigError(
-                "the stored sparse change is not of the form of one, or does not fit this model's layers."
-            )
+        starts_fit = (starts.dtype, starts.shape) == (torch.int64, (len(sizes) + 1,))
+        if not starts_fit or values.dim() != 1 or not values.is_floating_point():
+            raise ConfigError("the stored sparse change is malformed, or does not fit this model's layers.")
         counts, flat = starts.diff(), decode_sorted(stored["gaps"], len(values))
         if int(starts[0]) or (counts < 0).any() or int(counts.sum()) != len(flat) or (flat.diff() <= 0).any():
             raise ConfigError("the stored sparse change does not fit this model's layers.")
@@ -252,15 +261,27 @@ class Bank(StateModule):
 
 
 def _starts(index: list[Tensor]) -> Tensor:
-    return torch.tensor([0, *map(len, index)]).cumsum(0)
+    """Return where each of the concatenated tensors starts, and the total; [count + 1] int64."""
+    return torch.tensor([0, *(len(where) for where in index)]).cumsum(0)
 
 
-def _places(wanted: Tensor, among: Tensor) -> Tensor:
-    """Where each element of ``wanted`` is in ``among`` (ascending), int64; -1 where it is not."""
+def _find(wanted: Tensor, among: Tensor) -> Tensor:
+    """Return the place of each element of ``wanted`` in ``among`` (ascending), int64; -1 if it is absent."""
     if not len(among):
         return torch.full((len(wanted),), -1, dtype=torch.int64, device=wanted.device)
     at = torch.searchsorted(among, wanted.to(among)).clamp(max=len(among) - 1)
     return torch.where(among[at] == wanted, at, -1)
+
+
+def _moved(t: Tensor, source: Tensor, start: int, fresh: Tensor) -> Tensor:
+    """Return the elements of ``t`` at ``start + source``; those of ``fresh`` where ``source`` is -1."""
+    return torch.where(source >= 0, t[torch.where(source >= 0, source + start, 0)], fresh)
+
+
+def _all_but(count: int, left_out: Tensor) -> Tensor:
+    """Return a mask [count] bool that is False at the places ``left_out``."""
+    mask = torch.ones(count, dtype=torch.bool, device=left_out.device)
+    return mask.index_fill_(0, left_out, False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -280,19 +301,20 @@ class SiteEntries(Unit):
 
 
 class SparseDelta(Delta):
-    """One site's view of a bank: written into the base weight for the length of a product, then restored to the bit."""
+    """One site's view of a bank.
+
+    The entries are written into the base weight for the duration of a product, and restored to the bit after
+    it.
+    """
 
     restores = True
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()
-        self._bank, self.i, self.site = (
-            [bank],
-            i,
-            site,
-        )  # in a list: the bank is registered once, as the method's state
-        self._layouts_of = (0, -1)
-        self._lent: tuple[Tensor, Tensor] | None = None  # positions and originals while the weight is changed
+        self._bank = [bank]  # in a list: the method's state registers the bank, and only once
+        self.i, self.site = i, site
+        self._layouts_key = (0, -1)
+        self._overwritten: tuple[Tensor, Tensor] | None = None  # positions, original entries
 
     @property
     def bank(self) -> Bank:
@@ -307,9 +329,8 @@ class SparseDelta(Delta):
         return Changes(entries=SparseChange(where[order].long(), values.detach()[order].float()))
 
     def units(self) -> list[Unit]:
-        return [
-            SiteEntries(f"entries of {self.site.name}", self.site.name, self.bank.values, self.bank, self.i)
-        ]
+        name = self.site.name
+        return [SiteEntries(f"entries of {name}", name, self.bank.values, self.bank, self.i)]
 
     def forward(self, weight: Tensor) -> Tensor:
         values, where = self.bank.all(self.i)
@@ -318,61 +339,54 @@ class SparseDelta(Delta):
 
     @property
     def acts(self) -> bool:
-        return (
-            self.bank.watch is not None
-            or len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
-        )
+        if self.bank.watch is not None:
+            return True
+        return len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
 
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.bank.slice(self.i),)
 
-    def _laid(self) -> tuple[Layout, Layout]:
-        """The layouts of the trained entries and of all that differ; made again when they have moved."""
-        now = (id(self.bank.index), self.bank.revision)
-        if now != self._layouts_of:
+    def _find_layouts(self) -> tuple[Layout, Layout]:
+        """Return the layouts of the trained entries and of all that differ, made once a revision."""
+        key = (id(self.bank.index), self.bank.revision)
+        if key != self._layouts_key:
             where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
-            trained = Layout.of(where, self.site.shape)
-            self._layouts = (
-                trained,
-                Layout.of(torch.cat([where, settled]), self.site.shape) if len(settled) else trained,
-            )
-            self._layouts_of = now
+            trained = everything = make_layout(where, self.site.shape)
+            if len(settled):
+                everything = make_layout(torch.cat([where, settled]), self.site.shape)
+            self._layouts, self._layouts_key = (trained, everything), key
         return self._layouts
 
     def pretrained(self, weight: Tensor) -> Tensor:
-        """The weight's own values of the trained entries, [count]."""
-        return read(weight, self.bank.where(self.i), self._laid()[0])
+        """Return the weight's own values of the trained entries, [count]."""
+        return read(weight, self.bank.where(self.i), self._find_layouts()[0])
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
-        (values, where), layout = self.bank.all(self.i), self._laid()[1]
+        (values, where), layout = self.bank.all(self.i), self._find_layouts()[1]
         entries = read(weight, where, layout)
         if weight.data_ptr() == original.data_ptr():
-            self._lent = where, entries
-        write_(
-            weight,
-            where,
-            layout,
-            (entries.to(torch.promote_types(entries.dtype, torch.float32)) + gate * values).to(entries.dtype),
-        )
+            self._overwritten = where, entries
+        wide = entries.to(torch.promote_types(entries.dtype, torch.float32))
+        write_(weight, where, layout, (wide + gate * values).to(entries.dtype))
         return ()
 
     @torch.no_grad()
     def restore_(self, weight: Tensor) -> None:
-        if self._lent is not None:  # else memory ran out before anything was written
-            where, entries = self._lent
-            write_(weight, where, self._laid()[1], entries)
-            self._lent = None
+        if self._overwritten is not None:
+            where, entries = self._overwritten
+            write_(weight, where, self._find_layouts()[1], entries)
+            self._overwritten = None
 
     def save_input(self, x: Tensor) -> Tensor:
-        return x if self.bank.watch else used_columns(x, self._laid()[0])
+        return x if self.bank.watch else used_columns(x, self._find_layouts()[0])
 
     def pull(
         self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
     ) -> tuple[Tensor | None, ...]:
         if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
             return (None,)
-        where = self.bank.where(self.i)
+        where, layout = self.bank.where(self.i), self._find_layouts()[0]
         if grad.is_formed:
             return (gate * grad.dense.reshape(-1).index_select(0, where),)
-        return (gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, self._laid()[0]),)
+        return (gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, layout),)

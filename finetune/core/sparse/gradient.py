@@ -1,14 +1,15 @@
-"""The gradient of a few entries of a weight, and those entries themselves: ``g[k] = sum_t grad_y[t, i_k] * x[t, j_k]`` for K flat positions.
+"""The gradient of a few entries of a weight, and reading and writing those entries.
 
-Three ways, none with a temporary of a large weight's size:
+For K flat positions (i_k, j_k) of a weight [out, in] the gradient is ``g[k] = sum_t grad_y[t, i_k] * x[t,
+j_k]``. It is computed in one of three ways. None has a temporary of the size of a large weight.
 
-- *whole*: the entries are all of a sub-matrix (rows, columns, heads, blocks): the small product is the answer;
+- *whole*: the entries fill a sub-matrix (rows, columns, heads, blocks), whose product is the answer;
 - *sampled*: one dot product an entry, on transposed chunks of tokens that stay in cache;
-- *dense*: the product in blocks of rows, each gathered at its entries.
+- *dense*: the product in blocks of rows, gathered at the entries of each block.
 
-Where the entries touch only some rows or columns the last two work inside that sub-matrix. The choice follows from sizes alone, never from timing:
-the same inputs give the same bits. scripts/gradient_rule.py measures the constants, on CPUs; elsewhere no entry is sampled,
-and nothing is measured yet.
+If the entries touch only some rows or columns, the last two work inside that sub-matrix. The choice depends
+on sizes and never on timing, so the same inputs give the same bits. scripts/gradient_rule.py measures the
+constants on CPUs. On other devices no entry is sampled, and nothing has been measured yet.
 """
 
 from __future__ import annotations
@@ -21,46 +22,51 @@ from typing import cast
 import torch
 from torch import Tensor
 
-CHUNK = 200  # tokens: so many of either side stay in the cache of a core
-BLOCK_ROWS = 512  # a dense block has at least so many rows, as every block reads all of ``x`` again
+CHUNK = 200  # tokens per step: the inputs and the gradients of so many fit into the cache of a core
+BLOCK_ROWS = 512  # least height of a dense block, since every block reads all of ``x`` again
 BLOCK = {"cpu": 2**20}  # entries of a dense block, by device type
-BLOCK_ELSEWHERE = 2**24  # an accelerator needs more to be busy
+BLOCK_ELSEWHERE = 2**24  # larger, so that an accelerator is busy
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
-    """The sub-matrix that holds the trained entries of one weight, and whether they fill it. Made again when they move."""
+    """The sub-matrix that holds the trained entries of one weight. It is made again when entries move."""
 
-    rows: Tensor | None  # ascending, int64; None: all rows, or so many that choosing does not pay
+    rows: Tensor | None  # ascending, int64; None: all rows, or so many that selecting them does not pay
     cols: Tensor | None
-    full: bool  # the entries are all of ``rows`` x ``cols``
-
-    @staticmethod
-    def of(index: Tensor, shape: tuple[int, int]) -> Layout:
-        """``index``: flat positions, ascending and distinct."""
-        rows, cols = _taken(index // shape[1], shape[0]), _taken(index % shape[1], shape[1])
-        full = len(index) == len(rows) * len(cols)
-
-        def worth(chosen: Tensor, of: int) -> Tensor | None:
-            return chosen if len(chosen) < (of if full else 3 / 4 * of) else None
-
-        return Layout(worth(rows, shape[0]), worth(cols, shape[1]), full)
+    full: bool  # whether the entries fill ``rows`` x ``cols``
 
     def size(self, shape: tuple[int, int]) -> tuple[int, int]:
-        """Rows and columns of the sub-matrix."""
-        return shape[0] if self.rows is None else len(self.rows), shape[1] if self.cols is None else len(
-            self.cols
-        )
+        """Return the number of rows and columns of the sub-matrix of a weight of ``shape``."""
+        rows = shape[0] if self.rows is None else len(self.rows)
+        cols = shape[1] if self.cols is None else len(self.cols)
+        return rows, cols
 
 
-def _taken(numbers: Tensor, of: int) -> Tensor:
-    """The distinct ``numbers`` below ``of``, ascending."""
-    seen = torch.zeros(of, dtype=torch.bool, device=numbers.device)
+def make_layout(index: Tensor, shape: tuple[int, int]) -> Layout:
+    """Find the sub-matrix of the entries at the flat positions ``index``, ascending and distinct."""
+    rows, cols = _distinct(index // shape[1], shape[0]), _distinct(index % shape[1], shape[1])
+    full = len(index) == len(rows) * len(cols)
+    return Layout(_if_selecting_pays(rows, shape[0], full), _if_selecting_pays(cols, shape[1], full), full)
+
+
+def _if_selecting_pays(chosen: Tensor, count: int, full: bool) -> Tensor | None:
+    """Return the rows or columns ``chosen`` of ``count``, or None if they are all or nearly all."""
+    limit = count if full else 3 / 4 * count
+    return chosen if len(chosen) < limit else None
+
+
+def _distinct(numbers: Tensor, limit: int) -> Tensor:
+    """Return the distinct ``numbers``, all below ``limit``, in ascending order."""
+    seen = torch.zeros(limit, dtype=torch.bool, device=numbers.device)
     return seen.index_fill_(0, numbers.long(), True).nonzero().view(-1)
 
 
 def used_columns(x: Tensor, layout: Layout) -> Tensor:
-    """What backward needs of the input [..., in]: itself, or a copy of the columns in use. The copy must be small, as other layers may keep ``x``."""
+    """Return what backward needs of the input [..., in]: the input, or a copy of the columns in use.
+
+    A copy is made only if it is small, since other layers may keep the input anyway.
+    """
     if layout.cols is None or 4 * len(layout.cols) > x.shape[-1]:
         return x
     return x.index_select(-1, layout.cols)
@@ -70,58 +76,69 @@ def used_columns(x: Tensor, layout: Layout) -> Tensor:
 def entries_gradient(
     grad_y: Tensor, x: Tensor, index: Tensor, shape: tuple[int, int], layout: Layout
 ) -> Tensor:
-    """The gradient at ``index``, [K], float32 or wider. ``grad_y``: [n, out]; ``x``: [n, in], or what ``used_columns`` returned."""
+    """Compute the gradient at the positions ``index``, [K], float32 or wider.
+
+    ``grad_y``: [n, out]. ``x``: [n, in], or what ``used_columns`` returned.
+    """
     rows, cols = size = layout.size(shape)
-    kept = x.shape[1] == cols
-    at = index if layout.full else _inside(index, shape, layout)
-    if not layout.full and x.device.type == "cpu" and sampled_pays(rows, cols, len(index)):
-        return sampled(grad_y, x, at, size, layout.rows, None if kept else layout.cols)
-    return dense(grad_y, x, None if layout.full else at, size, layout.rows, None if kept else layout.cols)
+    columns = None if x.shape[1] == cols else layout.cols  # still to be selected
+    if layout.full:
+        return dense(grad_y, x, None, size, layout.rows, columns)
+    at = _inside(index, shape, layout)
+    if x.device.type == "cpu" and sampled_pays(rows, cols, len(index)):
+        return sampled(grad_y, x, at, size, layout.rows, columns)
+    return dense(grad_y, x, at, size, layout.rows, columns)
 
 
 def sampled_pays(rows: int, cols: int, entries: int) -> bool:
-    """Whether entry by entry beats the product of all of a [rows, cols] matrix, on a CPU.
+    """Tell whether sampling beats the product of a [rows, cols] matrix on a CPU.
 
-    The unit is one multiplication of the product; all costs grow with tokens alike, and shrink with threads. The transposes cost by row and column.
+    The unit is one multiplication of the product. All costs grow with the tokens and shrink with the threads
+    alike. The transposes add a cost for each row and column.
     """
     return 9 * entries + 190 * (rows + cols) < rows * cols
 
 
 def _inside(index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
-    """Positions in the sub-matrix of positions in the whole."""
+    """Convert flat positions in the weight to flat positions in the sub-matrix."""
     if layout.rows is None and layout.cols is None:
         return index
+    rows = _ranks(index // shape[1], layout.rows, shape[0])
+    return rows * layout.size(shape)[1] + _ranks(index % shape[1], layout.cols, shape[1])
 
-    def rank(numbers: Tensor, chosen: Tensor | None, of: int) -> Tensor:
-        if chosen is None:
-            return numbers
-        ranks = torch.zeros(of, dtype=torch.int32, device=index.device)
-        ranks[chosen] = torch.arange(len(chosen), dtype=torch.int32, device=index.device)
-        return ranks.index_select(0, numbers)
 
-    return rank(index // shape[1], layout.rows, shape[0]) * layout.size(shape)[1] + rank(
-        index % shape[1], layout.cols, shape[1]
-    )
+def _ranks(numbers: Tensor, chosen: Tensor | None, limit: int) -> Tensor:
+    """Return the place of each of ``numbers`` in ``chosen``; ``numbers`` themselves if all are chosen."""
+    if chosen is None:
+        return numbers
+    ranks = torch.zeros(limit, dtype=torch.int32, device=numbers.device)
+    ranks[chosen] = torch.arange(len(chosen), dtype=torch.int32, device=numbers.device)
+    return ranks.index_select(0, numbers)
 
 
 def _columns(matrix: Tensor, chosen: Tensor | None) -> Tensor:
+    """Select columns; None: all."""
     return matrix if chosen is None else matrix.index_select(1, chosen)
 
 
 def _wide(grad_y: Tensor, x: Tensor) -> torch.dtype:
+    """Return the dtype to compute in: float32 or wider."""
     return torch.promote_types(torch.promote_types(grad_y.dtype, x.dtype), torch.float32)
 
 
 def sampled(
     grad_y: Tensor, x: Tensor, at: Tensor, size: tuple[int, int], rows: Tensor | None, cols: Tensor | None
 ) -> Tensor:
-    """One dot product an entry of the [rows, cols] sub-matrix. Temporaries: CHUNK transposed tokens of either side, and K columns, int32."""
-    _announce()
+    """Compute one dot product for each entry of a sub-matrix of ``size``.
+
+    Temporaries: ``CHUNK`` transposed tokens of inputs and gradients, and the column of each entry, int32.
+    """
+    _silence_csr_warning()
     wide = _wide(grad_y, x)
     total = torch.zeros(len(at), dtype=wide)
     starts = torch.searchsorted(at, torch.arange(size[0] + 1, dtype=at.dtype) * size[1], out_int32=True)
     pattern = torch.sparse_csr_tensor(starts, at % size[1], total, size, check_invariants=False)
-    left, right = (torch.empty(CHUNK * s, dtype=wide) for s in size)
+    left, right = torch.empty(CHUNK * size[0], dtype=wide), torch.empty(CHUNK * size[1], dtype=wide)
     for start in range(0, len(x), CHUNK):
         y = _columns(grad_y[start : start + CHUNK], rows).to(wide)
         z = _columns(x[start : start + CHUNK], cols).to(wide)
@@ -131,15 +148,18 @@ def sampled(
 
 
 def _transposed(x: Tensor, memory: Tensor) -> Tensor:
-    """``x`` [n, m] as [m, n] in ``memory``. Written as an image in channels-last order, it takes all threads; ``x.T`` is copied by one."""
+    """Write ``x`` [n, m] as [m, n] into ``memory``.
+
+    It is copied as an image in channels-last order, which uses all threads; copying ``x.T`` uses one.
+    """
     out = memory[: x.numel()].view(1, x.shape[1], 1, len(x))
     out.permute(0, 3, 1, 2).copy_(x[None, :, :, None])
     return out.view(x.shape[1], len(x))
 
 
 @cache
-def _announce() -> None:
-    """The first CSR tensor of a process makes torch say that they are in beta state: nobody who trains can act on it."""
+def _silence_csr_warning() -> None:
+    """Make the first CSR tensor of the process, for which torch warns that they are in beta state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(
@@ -159,37 +179,40 @@ def dense(
     rows: Tensor | None,
     cols: Tensor | None,
 ) -> Tensor:
-    """The product of the [rows, cols] sub-matrix, a block of rows at a time, gathered at ``at``; None: all of it. Temporary: a block.
+    """Compute the product of a sub-matrix of ``size`` in blocks of rows, gathered at ``at``; None: all of it.
 
-    ``out=`` saves the temporary, and autocast leaves such products alone.
+    Temporary: one block. ``out=`` avoids a second one, and autocast does not touch such products.
     """
     wide = _wide(grad_y, x)
-    half = (
+    on_tensor_cores = (
         wide != grad_y.dtype
         and grad_y.dtype == x.dtype
         and x.device.type == "cuda"
         and torch.version.hip is None
     )
-    x = _columns(x, cols) if half else _columns(x, cols).to(wide)
+    x = _columns(x, cols)
+    if not on_tensor_cores:
+        x = x.to(wide)
     step = max(BLOCK_ROWS, BLOCK.get(x.device.type, BLOCK_ELSEWHERE) // max(size[1], 1))
     step = -(-size[0] // max(1, -(-size[0] // step)))  # blocks of equal height
     edges = [*range(0, size[0], max(step, 1)), size[0]]
-    total = torch.empty(size[0] * size[1] if at is None else len(at), dtype=wide, device=x.device)
-    bounds = [e * size[1] for e in edges]
-    if at is not None:
+    bounds = [edge * size[1] for edge in edges]  # where the results of each block start
+    if at is None:
+        total = torch.empty(size[0] * size[1], dtype=wide, device=x.device)
+    else:
+        total = torch.empty(len(at), dtype=wide, device=x.device)
         block = torch.empty(step * size[1], dtype=wide, device=x.device)
-        bounds = (
-            [0, len(at)]
-            if len(edges) == 2
-            else torch.searchsorted(at, torch.tensor(bounds, dtype=at.dtype, device=at.device)).tolist()
-        )
+        if len(edges) == 2:
+            bounds = [0, len(at)]
+        else:
+            bounds = torch.searchsorted(at, torch.tensor(bounds, dtype=at.dtype, device=at.device)).tolist()
     for top, end, first, last in zip(edges, edges[1:], bounds, bounds[1:], strict=False):
         if first == last:
             continue
         y = grad_y[:, top:end] if rows is None else grad_y.index_select(1, rows[top:end])
         part = total[first:last] if at is None else block[: (end - top) * size[1]]
         product = part.view(end - top, size[1])
-        if half:  # tensor cores accumulate in float32; only this call hands that out
+        if on_tensor_cores:  # they accumulate in float32, and only this call returns that
             torch.mm(y.T, x, out_dtype=wide, out=product)
         else:
             torch.mm(y.T.to(wide), x, out=product)
@@ -199,7 +222,7 @@ def dense(
 
 
 def _flat(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
-    """A flat view of the weight's storage and the positions in it; a transposed weight is stored as [in, out]."""
+    """Return a flat view of the weight's storage, [in, out] if it is transposed, and the positions in it."""
     if weight.is_contiguous():
         return weight.view(-1), index
     out, in_ = weight.shape
@@ -207,11 +230,12 @@ def _flat(weight: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_rows(layout: Layout) -> bool:
+    """Tell whether the entries are whole rows, and not all of them."""
     return layout.full and layout.cols is None and layout.rows is not None
 
 
 def read(weight: Tensor, index: Tensor, layout: Layout) -> Tensor:
-    """The weight's entries at ``index``, as a new tensor."""
+    """Return the weight's entries at ``index`` as a new tensor."""
     if _whole_rows(layout):
         return weight.index_select(0, cast(Tensor, layout.rows)).view(-1)
     flat, at = _flat(weight, index)
@@ -219,7 +243,7 @@ def read(weight: Tensor, index: Tensor, layout: Layout) -> Tensor:
 
 
 def write_(weight: Tensor, index: Tensor, layout: Layout, values: Tensor) -> None:
-    """Put ``values`` at ``index``, in place."""
+    """Write ``values`` into the weight at ``index``, in place."""
     if _whole_rows(layout):
         weight.index_copy_(0, cast(Tensor, layout.rows), values.view(-1, weight.shape[1]))
     else:

@@ -1,4 +1,7 @@
-"""A sparse store in which a site may have a low-rank branch instead of entries. Which ones is state: the room for values is one."""
+"""A store of entries in which a site may have a low-rank branch instead.
+
+Which sites have a branch is state. The capacity is shared and fixed.
+"""
 
 from __future__ import annotations
 
@@ -15,36 +18,36 @@ from .bank import Bank, SparseDelta
 
 
 class Mixed(Bank):
-    """A bank in which some sites hold, instead of entries, the factors of a branch: A [rank, in], then B [out, rank], in the site's slice."""
+    """A bank in which some sites hold the factors of a branch instead of entries.
 
-    structured: Tensor  # [sites] bool: which
+    The slice of such a site holds A [rank, in], then B [out, rank].
+    """
+
+    structured: Tensor  # [sites] bool: which sites have a branch
 
     def __init__(self, sites: list[Site], capacity: int, rank: int) -> None:
         super().__init__(sites, capacity)
-        self.branches = [rank * sum(s.shape) for s in sites]  # how many values a branch has
+        self.branches = [rank * sum(s.shape) for s in sites]  # number of values of each site's branch
         self.register_buffer("structured", torch.zeros(len(sites), dtype=torch.bool))
 
     def is_branch(self, i: int) -> bool:
-        """Whether site ``i`` has a branch."""
+        """Tell whether site ``i`` has a branch."""
         return bool(self.bounds("structured")[i])
 
     def where(self, i: int) -> Tensor:
         return super().where(i)[:0] if self.is_branch(i) else super().where(i)
 
     def mix(self, index: list[Tensor], structured: Tensor) -> None:
-        """Train these entries of each site, or a branch, all 0."""
-        slots = [torch.arange(n, dtype=torch.int32) for n in self.branches]
-        self.place(
-            [
-                slots[i] if branch else where
-                for i, (where, branch) in enumerate(zip(index, structured.tolist(), strict=True))
-            ]
-        )
+        """Train these entries of each site, or a branch where ``structured``. All values start at 0."""
+        slots = []
+        for where, branch, size in zip(index, structured.tolist(), self.branches, strict=True):
+            slots.append(torch.arange(size, dtype=torch.int32) if branch else where)
+        self.place(slots)
         self.structured.copy_(structured)
         self.revision += 1
 
     def stored_shapes(self) -> Shapes | None:
-        return None  # which sites get a branch follows from data
+        return None  # data decide which sites get a branch
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
@@ -67,19 +70,20 @@ class Mixed(Bank):
                 "the stored branches do not fit this model's layers; method.rank must be the run's own."
             )
         self.structured.zero_()
-        super().unpack({k: t for k, t in stored.items() if k not in ("structured", "factors")})
-        entries = [(self.slice(i), self.where(i)) for i in range(len(branches))]
+        super().unpack({name: stored[name] for name in ("values", "starts", "gaps")})
+        sites = range(len(branches))
+        values, index = [self.slice(i) for i in sites], [self.where(i) for i in sites]
         room = len(stored["values"]) + len(stored["factors"])
         self.values, self.index = nn.Parameter(self.values.new_zeros(room)), self.index.new_zeros(room)
-        self.mix([where for _, where in entries], structured)
-        factors = iter(stored["factors"].split(branches[structured].tolist()))
-        self.values.copy_(
-            torch.cat([next(factors).to(v) if self.is_branch(i) else v for i, (v, _) in enumerate(entries)])
-        )
+        self.mix(index, structured)
+        factors = stored["factors"].split(branches[structured].tolist())
+        for i, factor in zip(structured.nonzero().view(-1).tolist(), factors, strict=True):
+            values[i] = factor.to(values[i])
+        self.values.copy_(torch.cat(values))
 
 
 class MixedDelta(SparseDelta):
-    """One site's view of a mixed bank: entries, or B A."""
+    """One site's view of a mixed bank: entries, or the branch B A."""
 
     bank: Mixed
 
@@ -101,7 +105,7 @@ class MixedDelta(SparseDelta):
         return Changes(factors=LowRankChange(a, b, 1.0))
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A [rank, in] and B [out, rank]."""
+        """Return A [rank, in] and B [out, rank] of the branch."""
         (out, in_), values = self.site.shape, self.bank.slice(self.i)
         rank = len(values) // (out + in_)
         return values[: rank * in_].view(rank, in_), values[rank * in_ :].view(out, rank)
@@ -114,7 +118,9 @@ class MixedDelta(SparseDelta):
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         a, b = self.factors()
-        return F.linear(F.linear(x if torch.is_autocast_enabled(x.device.type) else x.to(a.dtype), a), b)
+        if not torch.is_autocast_enabled(x.device.type):
+            x = x.to(a.dtype)
+        return F.linear(F.linear(x, a), b)
 
     def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
         if self.additive:

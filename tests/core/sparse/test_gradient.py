@@ -10,9 +10,9 @@ from torch import Tensor
 
 from finetune.core.sparse import gradient
 from finetune.core.sparse.gradient import (
-    Layout,
     dense,
     entries_gradient,
+    make_layout,
     read,
     sampled,
     sampled_pays,
@@ -80,7 +80,7 @@ def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_it_is_the_whole_gradient_at_those_entries(way, name):
     index = LAYOUTS[name]
-    layout = Layout.of(index, SHAPE)
+    layout = make_layout(index, SHAPE)
     for tokens in (1, 37, 48):
         grad_y, x = draw(tokens, SHAPE[0]), draw(tokens, SHAPE[1], seed=1)
         expected = oracle(grad_y, x, index)
@@ -100,7 +100,7 @@ def test_any_size_any_entries(data):
         sorted(data.draw(st.sets(st.integers(0, out * in_ - 1)), "index")), dtype=torch.int32
     )
     grad_y, x = draw(tokens, out), draw(tokens, in_, seed=1)
-    layout = Layout.of(index, (out, in_))
+    layout = make_layout(index, (out, in_))
     at = gradient._inside(index, (out, in_), layout)
     expected = oracle(grad_y, x, index)
     for found in (
@@ -118,7 +118,7 @@ def test_any_size_any_entries(data):
 def test_a_whole_sub_matrix_is_recognised(rows, cols):
     r, c = torch.tensor(sorted(rows), dtype=torch.long), torch.tensor(sorted(cols), dtype=torch.long)
     index = positions(r, c)
-    layout = Layout.of(index, SHAPE)
+    layout = make_layout(index, SHAPE)
     assert layout.full
     if len(index):
         assert layout.size(SHAPE) == (len(r), len(c))
@@ -128,7 +128,7 @@ def test_a_whole_sub_matrix_is_recognised(rows, cols):
     if (
         len(index) > 4
     ):  # no longer whole, but the same rows and columns: the small matrix serves while it is clearly smaller
-        without = Layout.of(torch.cat([index[:1], index[2:]]), SHAPE)
+        without = make_layout(torch.cat([index[:1], index[2:]]), SHAPE)
         assert not without.full or min(len(r), len(c)) == 1
         assert without.rows is None or 4 * len(r) < 3 * 70 or without.full
 
@@ -138,7 +138,7 @@ def test_a_whole_sub_matrix_is_recognised(rows, cols):
 def test_narrow_inputs_are_summed_in_float32(way, name, dtype):
     index = LAYOUTS[name]
     grad_y, x = draw(500, SHAPE[0], dtype=dtype), draw(500, SHAPE[1], seed=1, dtype=dtype)
-    found = entries_gradient(grad_y, x, index, SHAPE, Layout.of(index, SHAPE))
+    found = entries_gradient(grad_y, x, index, SHAPE, make_layout(index, SHAPE))
     assert found.dtype == torch.float32
     torch.testing.assert_close(found.double(), oracle(grad_y, x, index), rtol=1e-4, atol=1e-4)
 
@@ -146,7 +146,7 @@ def test_narrow_inputs_are_summed_in_float32(way, name, dtype):
 @pytest.mark.parametrize("name", ["scattered", "rows", "columns", "half a block"])
 def test_strides_do_not_matter(way, name):
     index = LAYOUTS[name]
-    layout = Layout.of(index, SHAPE)
+    layout = make_layout(index, SHAPE)
     grad_y, x = draw(40, SHAPE[0]), draw(40, SHAPE[1], seed=1)
     expected = oracle(grad_y, x, index)
     wide = torch.zeros(80, 2 * SHAPE[0], dtype=torch.float64)
@@ -163,7 +163,7 @@ def test_strides_do_not_matter(way, name):
 
 def test_no_tokens_no_gradient(way):
     index = LAYOUTS["scattered"]
-    found = entries_gradient(draw(0, SHAPE[0]), draw(0, SHAPE[1]), index, SHAPE, Layout.of(index, SHAPE))
+    found = entries_gradient(draw(0, SHAPE[0]), draw(0, SHAPE[1]), index, SHAPE, make_layout(index, SHAPE))
     assert torch.equal(found, torch.zeros(700, dtype=torch.float64))
 
 
@@ -171,7 +171,7 @@ def test_the_same_bits_twice(way):
     index = LAYOUTS["scattered"]
     grad_y, x = draw(300, SHAPE[0], dtype=torch.float32), draw(300, SHAPE[1], seed=1, dtype=torch.float32)
     first, second = (
-        entries_gradient(grad_y.clone(), x.clone(), index, SHAPE, Layout.of(index, SHAPE)) for _ in range(2)
+        entries_gradient(grad_y.clone(), x.clone(), index, SHAPE, make_layout(index, SHAPE)) for _ in range(2)
     )
     assert torch.equal(first, second)
 
@@ -180,17 +180,17 @@ def test_the_product_is_in_full_precision_under_autocast(way):
     index = LAYOUTS["scattered"]
     grad_y, x = draw(300, SHAPE[0], dtype=torch.float32), draw(300, SHAPE[1], seed=1, dtype=torch.float32)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        found = entries_gradient(grad_y, x, index, SHAPE, Layout.of(index, SHAPE))
+        found = entries_gradient(grad_y, x, index, SHAPE, make_layout(index, SHAPE))
     torch.testing.assert_close(found.double(), oracle(grad_y, x, index), rtol=1e-4, atol=1e-4)
 
 
 def test_only_columns_in_use_are_kept():
     x = draw(2, 6, 50)
-    few = Layout.of(LAYOUTS["columns"], SHAPE)
+    few = make_layout(LAYOUTS["columns"], SHAPE)
     assert torch.equal(used_columns(x, few), x[..., [2, 49]])
     for name in ("scattered", "rows", "all"):
-        assert used_columns(x, Layout.of(LAYOUTS[name], SHAPE)) is x
-    half = Layout.of(positions(EVERY_ROW, torch.arange(25)), SHAPE)
+        assert used_columns(x, make_layout(LAYOUTS[name], SHAPE)) is x
+    half = make_layout(positions(EVERY_ROW, torch.arange(25)), SHAPE)
     assert half.cols is not None
     assert used_columns(x, half) is x
 
@@ -207,7 +207,7 @@ def test_the_rule_decides(monkeypatch):
     monkeypatch.setattr(gradient, "sampled_pays", lambda *sizes: asked.append(sizes))
     for name in ("scattered", "rows", "half a block"):
         index = LAYOUTS[name]
-        entries_gradient(draw(5, 70), draw(5, 50), index, SHAPE, Layout.of(index, SHAPE))
+        entries_gradient(draw(5, 70), draw(5, 50), index, SHAPE, make_layout(index, SHAPE))
     assert asked == [
         (70, 50, 700),
         (16, 21, 168),
@@ -218,7 +218,7 @@ def test_the_rule_decides(monkeypatch):
 @pytest.mark.parametrize("stored", ["as it is", "transposed"])
 def test_entries_are_read_and_written_to_the_bit(name, stored):
     index = LAYOUTS[name]
-    layout, there = Layout.of(index, SHAPE), index.long()
+    layout, there = make_layout(index, SHAPE), index.long()
     was = torch.are_deterministic_algorithms_enabled()
     for dtype, deterministic in product((torch.float32, torch.bfloat16), (False, True)):
         before, new = draw(*SHAPE, dtype=dtype), draw(len(index), seed=3, dtype=dtype)
