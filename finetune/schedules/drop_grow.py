@@ -1,4 +1,16 @@
-"""Drop the entries that changed least, grow others: SpIEL (Ansell et al., 2024, arXiv 2401.16405), and RigL before it (arXiv 1911.11134)."""
+"""The drop-and-grow schedule: entries that changed least are replaced by others.
+
+Formula:
+    before every step t that is a multiple of ``every``: p K entries are dropped, as many others are added
+    p = rate (1 - t / steps)                          decay=linear
+    p = rate (1 + cos(pi t / steps)) / 2              decay=cosine
+    p = rate                                          decay=constant
+
+The entries with the smallest absolute change are dropped, and the best others by score are added.
+
+Paper: SpIEL, Ansell et al., 2024, arXiv 2401.16405, which replaces all entries at the first move (see
+method=spiel); before it RigL, Evci et al., 2020, arXiv 1911.11134, with the cosine.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +27,15 @@ from ..registry import register
 @register("drop_grow")
 @dataclass(frozen=True)
 class DropGrow(Schedule):
-    """Every ``every`` steps the share ``rate`` of the entries is replaced; the share decays to 0 at the end of the run."""
+    """Replace a share of the entries every few steps; the share decays to 0 at the end of the run.
+
+    Options:
+        every: Number of steps from one move to the next.
+        rate: Share of the entries that is replaced, before its decay.
+        decay: How the share decays over the run.
+        dropped: Whether an entry that leaves returns to its pretrained value (``base``) or keeps its value
+            (``kept``).
+    """
 
     every: Annotated[int, Ge(1)] = 50
     rate: Share = 0.2
@@ -23,17 +43,18 @@ class DropGrow(Schedule):
     dropped: Dropped = "base"
 
     def replaced(self, step: int, total: int) -> float:
-        """The share that is replaced at ``step``."""
+        """Return the share of the entries that is replaced at ``step`` of ``total``."""
         done = step / total
-        return (
-            self.rate
-            * {"linear": 1 - done, "cosine": 0.5 * (1 + math.cos(math.pi * done)), "constant": 1.0}[
-                self.decay
-            ]
-        )
+        if self.decay == "linear":
+            return self.rate * (1 - done)
+        if self.decay == "cosine":
+            return self.rate * (0.5 * (1 + math.cos(math.pi * done)))
+        return self.rate
 
     def move(self, step: int, total: int) -> Move | None:
-        return Move(drop=self.replaced(step, total)) if step % self.every == 0 else None
+        if step % self.every:
+            return None
+        return Move(drop=self.replaced(step, total))
 
     def faults(self, total: int) -> list[str]:
         return period_faults(self.every, total)

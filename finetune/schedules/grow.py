@@ -1,4 +1,11 @@
-"""Entries are added a few at a time and stay: ID3 (Agarwal et al., 2025, arXiv 2408.14470)."""
+"""The grow schedule: entries are added in equal parts, and stay.
+
+Formula:
+    n = ceil(round(end * steps) / every) parts; i K / n entries are trained after part i
+    part 1 is added before step 0, part i before step (i - 1) * every
+
+Paper: the increments of ID3, Agarwal et al., 2025, arXiv 2408.14470, which adds one part a step.
+"""
 
 from __future__ import annotations
 
@@ -14,31 +21,35 @@ from ..registry import register
 @register("grow")
 @dataclass(frozen=True)
 class Grow(Schedule):
-    """K is reached in equal parts, the first before step 0, then every ``every`` steps until the share ``end`` of the run."""
+    """Reach the budget in equal parts, one every few steps.
+
+    Options:
+        every: Number of steps from one part to the next.
+        end: Share of the run by whose end the whole budget is trained.
+    """
 
     every: Annotated[int, Ge(1)] = 1
     end: Share = 1.0
 
     def parts(self, total: int) -> int:
-        """How many times entries are added."""
+        """Return how many times entries are added in ``total`` steps."""
         return max(1, -(-round(self.end * total) // self.every))
 
     def first(self, total: int) -> float:
         return 1 / self.parts(total)
 
     def move(self, step: int, total: int) -> Move | None:
-        done = step // self.every + 1
-        return (
-            Move(density=done / self.parts(total))
-            if step % self.every == 0 and done <= self.parts(total)
-            else None
-        )
+        part = step // self.every + 1
+        if step % self.every or part > self.parts(total):
+            return None
+        return Move(density=part / self.parts(total))
 
     def faults(self, total: int) -> list[str]:
         found = period_faults(self.every, total)
         if not found and self.parts(total) < 2:
             found.append(
-                f"schedule.every={self.every} is no less than the share schedule.end={self.end:g} of the "
-                f"run's {total} steps, so nothing would grow; take less, or a larger share."
+                f"schedule.every={self.every} is not below the share schedule.end={self.end:g} of the run's "
+                f"{total} steps, so no entry would be added after the first part; take less, or a larger "
+                "share."
             )
         return found

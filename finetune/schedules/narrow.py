@@ -1,4 +1,11 @@
-"""Narrow the trained set once: SaRA's progressive adjustment (Hu et al., 2025, arXiv 2409.06633)."""
+"""The narrow schedule: once, a part of the trained entries is given up.
+
+Formula:
+    before step round(at * steps): the best keep * K of the K trained entries by score stay trained
+
+Paper: the progressive adjustment of SaRA, Hu et al., 2025, arXiv 2409.06633. SaRA itself keeps the entries
+that are below its threshold, not a share of them; see method=sara.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +21,23 @@ from ..registry import register
 @register("narrow")
 @dataclass(frozen=True)
 class Narrow(Schedule):
-    """At the share ``at`` of the run only the best ``keep`` of the entries, by score, go on."""
+    """Keep only the best of the trained entries, by score, from one step of the run on.
+
+    Options:
+        at: Share of the run after which entries are given up.
+        keep: Share of the entries that stays trained.
+        dropped: Whether an entry that leaves returns to its pretrained value (``base``) or keeps its value
+            (``kept``).
+    """
 
     at: Annotated[float, Gt(0), Lt(1)] = 0.5
     keep: Annotated[float, Gt(0), Lt(1)] = 0.2
     dropped: Dropped = "kept"
 
     def move(self, step: int, total: int) -> Move | None:
-        return Move(density=self.keep, by="score") if step == round(self.at * total) else None
+        if step != round(self.at * total):
+            return None
+        return Move(density=self.keep, by="score")
 
     def faults(self, total: int) -> list[str]:
         if 0 < round(self.at * total) < total:

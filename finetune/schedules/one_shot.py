@@ -1,4 +1,10 @@
-"""Chosen once, after a dense phase, and rewound (LT-SFT: Ansell et al., 2022, arXiv 2110.07560)."""
+"""The one-shot schedule: train all entries, choose once, rewind, and train the chosen entries.
+
+Formula:
+    the first round(dense * steps) steps train every entry; the rest of the run trains K entries
+
+Paper: LT-SFT, Ansell et al., 2022, arXiv 2110.07560. The rewinding is to the pretrained weights.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +20,11 @@ from ..registry import register
 @register("one_shot")
 @dataclass(frozen=True)
 class OneShot(Schedule):
-    """Train every entry for the share ``dense`` of the run, choose, rewind to the pretrained weights, train the chosen."""
+    """Train all entries for a part of the run, choose, rewind to the pretrained weights, train the chosen.
+
+    Options:
+        dense: Share of the run that trains all entries.
+    """
 
     dense: Annotated[float, Gt(0), Lt(1)] = 0.25
 

@@ -1,9 +1,12 @@
-"""The number of trained entries follows a curve (Zhu and Gupta, 2017, arXiv 1710.01878, equation 1: the cubic one).
+"""The ramp schedule: the number of trained entries follows a polynomial curve.
 
-Between sparsities s_i and s_f, with n steps of length ``every`` from t_0:  s_t = s_f + (s_i - s_f) (1 - (t -
-t_0) / (n every))^power. The paper's masks prune weights; here they say which entries may differ from the
-base. n is rounded down, so that s_f is reached at an update, which the TensorFlow code misses where the
-interval does not divide the ramp.
+Formula:
+    s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n every))^power
+    s: share of the entries that is not trained; t_0: start; n every: length of the ramp; n is rounded down
+
+Paper: Zhu and Gupta, 2017, arXiv 1710.01878, equation 1, which is the curve with the power 3. The masks of
+the paper prune weights; here they say which entries may differ from the base. Because n is rounded down, s_f
+is reached at an update. TensorFlow's code never reaches it if ``every`` does not divide the ramp.
 """
 
 from __future__ import annotations
@@ -20,10 +23,18 @@ from ..registry import register
 @register("ramp")
 @dataclass(frozen=True)
 class Ramp(Schedule):
-    """From ``start`` to ``end`` (shares of the run) the trained entries go from ``initial`` times K to K, every ``every`` steps.
+    """Go from ``initial`` times the budget to the budget, in updates every few steps.
 
-    ``initial`` above 1: entries are given up, the worst by score first; below 1: the best are added.
-    ``power`` 3 is the cubic curve, 1 a line.
+    With ``initial`` above 1 entries are given up, the worst by score first; below 1 the best are added.
+
+    Options:
+        initial: Number of trained entries at the start, as a multiple of the budget.
+        power: Exponent of the curve; 3 is the cubic curve of the paper, 1 a line.
+        start: Share of the run after which the ramp begins.
+        end: Share of the run at which the ramp ends.
+        every: Number of steps from one update to the next.
+        dropped: Whether an entry that leaves returns to its pretrained value (``base``) or keeps its value
+            (``kept``).
     """
 
     initial: Annotated[float, Ge(0)] = 5.0
@@ -41,7 +52,7 @@ class Ramp(Schedule):
         return max(1.0, self.initial)
 
     def density(self, step: int, total: int) -> float:
-        """The share of K trained from ``step`` on, constant between updates."""
+        """Return the share of the budget that is trained from ``step`` on; it is constant between updates."""
         begin, updates = round(self.start * total), self._updates(total)
         if not updates:
             return 1.0
@@ -50,13 +61,14 @@ class Ramp(Schedule):
         return 1 + (self.initial - 1) * left
 
     def _updates(self, total: int) -> int:
-        """n; the last update comes before the last step, so that K is met and then trained."""
+        """Return n; the last update comes before the last step, so that the budget is trained too."""
         return (min(round(self.end * total), total - 1) - round(self.start * total)) // self.every
 
     def move(self, step: int, total: int) -> Move | None:
         since = step - round(self.start * total)
-        due = since % self.every == 0 and 0 < since // self.every <= self._updates(total)
-        return Move(density=self.density(step, total), by="score") if due else None
+        if since % self.every or not 0 < since // self.every <= self._updates(total):
+            return None
+        return Move(density=self.density(step, total), by="score")
 
     def ready(self, step: int, total: int) -> bool:
         return self.density(step, total) <= 1

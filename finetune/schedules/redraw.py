@@ -1,4 +1,10 @@
-"""All entries are chosen anew from time to time: LIFT's refresh (arXiv 2506.00772), HFT's rounds (arXiv 2404.18466)."""
+"""The redraw schedule: all entries are chosen again from time to time.
+
+Formula:
+    before every step that is a multiple of ``every``: the best K entries of all by score
+
+Paper: LIFT's refresh of the mask, Liu et al., 2025, arXiv 2506.00772.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +20,21 @@ from ..registry import register
 @register("redraw")
 @dataclass(frozen=True)
 class Redraw(Schedule):
-    """Every ``every`` steps the score chooses among all entries again; those that stay keep value and moments."""
+    """Choose among all entries again every few steps; entries that stay keep their value and moments.
+
+    Options:
+        every: Number of steps from one choice to the next.
+        dropped: Whether an entry that leaves returns to its pretrained value (``base``) or keeps its value
+            (``kept``).
+    """
 
     every: Annotated[int, Ge(1)] = 200
     dropped: Dropped = "kept"
 
     def move(self, step: int, total: int) -> Move | None:
-        return Move(redraw=True) if step % self.every == 0 else None
+        if step % self.every:
+            return None
+        return Move(redraw=True)
 
     def faults(self, total: int) -> list[str]:
         return period_faults(self.every, total)

@@ -1,4 +1,8 @@
-"""The choice of step 0 stays."""
+"""The static schedule: entries are chosen once, before the first step.
+
+Formula:
+    trained at every step: K entries, those of step 0
+"""
 
 from __future__ import annotations
 

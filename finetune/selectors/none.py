@@ -10,5 +10,5 @@ from ..registry import register
 
 @register("none")
 @dataclass(frozen=True)
-class Nothing(Selector):
+class NoSelector(Selector):
     """Every part trains in every step."""

@@ -33,7 +33,7 @@ from finetune.methods.sparse.shira import SHiRA
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST, Blocks
-from finetune.selectors.none import Nothing
+from finetune.selectors.none import NoSelector
 from finetune.storage import checkpoint
 from finetune.storage import delta as stored
 from finetune.testing import contract
@@ -189,7 +189,7 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
     [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)],
 )
 def test_the_count_is_rounded_down_and_at_least_one(layers: int, share: float, expected: int) -> None:
-    assert IST().count(share, Blocks({block: [] for block in range(layers)})) == expected
+    assert IST().count_blocks(share, Blocks({block: [] for block in range(layers)})) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -302,10 +302,12 @@ def test_a_probe_measures_the_steps_batch_on_the_damped_weights(
 def test_scores_by_hand() -> None:
     """Invariant 4: rewards 1/2, 1/4 and 1 have the mean 7/12."""
     losses = [math.log(2), math.log(4), 0.0]
-    change = IST().change(torch.zeros(4, dtype=torch.float64), [[0, 1], [1, 2], [0, 3]], losses)
+    change = IST().score_changes(torch.zeros(4, dtype=torch.float64), [[0, 1], [1, 2], [0, 3]], losses)
     assert change.tolist() == pytest.approx([5 / 6, -25 / 24, -5 / 6, 25 / 24])
     p = 1 / (1 + math.exp(-1.5))
-    moved = IST(rate=3.0, reward="loss").change(torch.tensor([1.5, -0.5]).double(), [[0], [1]], [2.0, 1.0])
+    moved = IST(rate=3.0, reward="loss").score_changes(
+        torch.tensor([1.5, -0.5]).double(), [[0], [1]], [2.0, 1.0]
+    )
     assert moved[0].item() == pytest.approx(3 * -0.5 * p * (1 - p))
 
 
@@ -317,13 +319,13 @@ def test_scores_keep_to_their_bounds(reward: Any) -> None:
         scores = torch.randn(6, generator=generator, dtype=torch.float64)
         sets = [torch.randperm(6, generator=generator)[:3].tolist() for _ in range(3)]
         losses = torch.rand(3, generator=generator).mul(4).tolist()
-        change = selector.change(scores, sets, losses)
+        change = selector.score_changes(scores, sets, losses)
         rewards = [math.exp(-loss) if reward == "exp" else -loss for loss in losses]
         advantages = [r - sum(rewards) / 3 for r in rewards]
         assert bool((change.abs() <= 10 * 0.25 * sum(map(abs, advantages)) + 1e-12).all())
-        everywhere = selector.change(scores, [list(range(6))] * 3, losses)
+        everywhere = selector.score_changes(scores, [list(range(6))] * 3, losses)
         torch.testing.assert_close(everywhere, torch.zeros(6, dtype=torch.float64))
-        assert not selector.change(scores, sets, [losses[0]] * 3).any()
+        assert not selector.score_changes(scores, sets, [losses[0]] * 3).any()
         untouched = [i for i in range(6) if not any(i in s for s in sets)]
         assert not change[untouched].any()
 
@@ -414,7 +416,7 @@ def test_all_blocks_without_probes_is_the_plain_run(case: str) -> None:
     make = MORE[case]
     plain, all_of_it, none = (
         contract.finish(begin(make(), selector, steps=4))
-        for selector in (None, IST(trained=1.0, probes=0), Nothing())
+        for selector in (None, IST(trained=1.0, probes=0), NoSelector())
     )
     contract.same_values(plain.states, none.states)
     for key in ("head", "method"):
