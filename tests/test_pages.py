@@ -156,16 +156,12 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_page(pages: Any, name: str) -> None:
+def test_every_method_has_a_complete_page(pages: Any, name: str) -> None:
+    entry = registry.catalog("method")[name]
+    missing = pages.read_method(entry).missing
+    assert not missing, f"{entry.module} does not say: {', '.join(missing)}"
     text = pages.generated_pages()[f"methods/{name}.md"]
-    for heading in (
-        "Formula",
-        "Options",
-        "Paper",
-        "Reading taken",
-        "Where the released code differs",
-        "Cost",
-    ):
+    for heading in ("Formula", "Options", "Paper", "Reading taken", "Where the released code differs", "Cost"):
         assert f"\n## {heading}\n" in text
 
 
