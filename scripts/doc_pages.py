@@ -20,6 +20,7 @@ from doc_source import (
     Option,
     class_chain,
     find_definition,
+    group_options,
     module_file,
     parse_module,
     public_definitions,
@@ -117,6 +118,7 @@ def method_page(entry: Entry) -> str:
         if label == "Paper":
             lines += ["## Options", "", *options_table(method.options, "method."), *defaults_file(entry.name)]
         text = to_markdown(sections.labelled.get(label, "Not described yet."))
+        text = re.sub(r"^none\b", "None", text)
         lines += [f"## {HEADINGS[label]}", "", link_papers(text), ""]
     return "\n".join(lines)
 
@@ -234,7 +236,8 @@ def kind_settings(kind: Kind) -> list[str]:
         module, _, name = kind.base.rpartition(".")
         return [*lines, *settings_section(find_class(module, name), f"{kind.name}.")]
     for entry in catalog(kind.name).values():
-        lines += [f"### `{kind.name}={entry.name}`", ""]
+        title = ", ".join(f"`{kind.name}={option}`" for option in group_options(kind.name, entry.name))
+        lines += [f"### {title}", ""]
         lines += settings_section(find_class(entry.module, str(entry.facts["class"])), f"{kind.name}.")
     return lines
 
@@ -295,7 +298,9 @@ def to_markdown(text: str) -> str:
         if block:
             lines += ["", "```text", *inspect.cleandoc("\n" + "\n".join(block)).splitlines(), "```", ""]
             block = []
-        if line.startswith("- ") and lines and lines[-1] and not lines[-1].startswith(("- ", "  ")):
+        in_list = bool(lines) and lines[-1].startswith(("- ", "  "))
+        starts_or_ends_list = line.startswith("- ") != in_list and not line.startswith("  ")
+        if line and lines and lines[-1] and starts_or_ends_list:
             lines.append("")
         lines.append(escape_prose(line))
     if block:

@@ -10,13 +10,14 @@ import ast
 import inspect
 import re
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from finetune.registry import catalog  # noqa: E402  # the repository is on the path from here on
+from finetune.registry import KINDS, catalog  # noqa: E402  # the repository is on the path from here on
 
 ROOT = Path(__file__).resolve().parents[1]
 LABELS = ("Formula", "Paper", "Reading", "Differs", "Cost")
@@ -223,7 +224,7 @@ def show_values(module: str, annotation: ast.expr) -> str:
     if target is None:
         return f"`{name}`"
     if isinstance(target[1], ast.ClassDef):
-        return f"a {target[1].name.lower()}"
+        return show_names_of(f"{target[0]}.{target[1].name}")
     assert isinstance(target[1], ast.expr)
     return show_values(target[0], target[1])
 
@@ -252,10 +253,35 @@ def show_annotated(values: str, marks: list[ast.expr]) -> str:
             continue
         name = ast.unparse(mark.func).rpartition(".")[2]
         if name == "Named":  # the value is the name of a registered class
-            return ", ".join(f"`{each}`" for each in catalog(ast.literal_eval(mark.args[0])))
+            return show_names(catalog(ast.literal_eval(mark.args[0])))
         if name in BOUNDS:
             said.append(BOUNDS[name].format(show_bound(mark.args[0])))
     return ", ".join(said)
+
+
+def show_names_of(base: str) -> str:
+    """List what can be chosen of the kind whose base class is ``base``, a dotted name."""
+    for kind in KINDS.values():
+        if kind.base == base:
+            names: list[str] = []
+            for entry in catalog(kind.name):
+                names += group_options(kind.name, entry)
+            return show_names(sorted(names))
+    return f"`{base}`"
+
+
+def group_options(kind: str, name: str) -> list[str]:
+    """Return the YAML files of a kind that choose the registered ``name``; the name itself if there are none."""
+    found = []
+    for file in sorted((ROOT / "conf" / kind).glob("*.yaml")):
+        if re.search(rf"^ *name: {name}$", file.read_text(encoding="utf-8"), re.MULTILINE):
+            found.append(file.stem)
+    return found or [name]
+
+
+def show_names(names: Iterable[str]) -> str:
+    """List names as code."""
+    return ", ".join(f"`{name}`" for name in names)
 
 
 def show_bound(bound: ast.expr) -> str:
