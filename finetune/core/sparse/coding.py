@@ -1,4 +1,7 @@
-"""Sorted indices as bytes: each gap to the index before in LEB128, seven bits a byte, low bits first, the high bit set on all but the last."""
+"""Code sorted indices as bytes: the gap to the previous index in LEB128.
+
+A gap is written seven bits a byte, low bits first; the high bit is set on all of its bytes but the last.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,13 @@ from torch import Tensor
 
 from ...errors import ConfigError
 
-LONGEST = 9  # bytes of a gap: 63 bits, what a non-negative int64 holds
+LONGEST = 9  # bytes of a gap: 63 bits, as many as a non-negative int64 has
 
 
 def encode_sorted(index: Tensor) -> Tensor:
-    """The uint8 code of ``index`` [count], any integer dtype, ascending and non-negative; one byte for each gap below 128.
+    """Return the code, uint8, of ``index`` [count]: integers, ascending, not negative.
 
-    Raises ``ValueError`` for another shape, dtype or order.
+    A gap below 128 takes one byte. Raises ``ValueError`` for another shape, dtype or order.
     """
     if index.dim() != 1 or index.is_floating_point() or index.is_complex():
         raise ValueError(
@@ -29,32 +32,35 @@ def encode_sorted(index: Tensor) -> Tensor:
         raise ValueError("indices must ascend and must not be negative")
     size = np.ones(len(gaps), np.int64)
     longest = max(1, -(-int(gaps.max(initial=0)).bit_length() // 7))
-    for more in range(1, longest):
-        size += gaps >> (7 * more) > 0
+    for count in range(1, longest):
+        size += gaps >> (7 * count) > 0
     start = np.cumsum(size) - size
     code = np.empty(int(size.sum()), np.uint8)
     for place in range(longest):
         here = size > place
-        code[start[here] + place] = (gaps[here] >> (7 * place) & 127) | np.where(
-            size[here] > place + 1, 128, 0
-        )
+        goes_on = np.where(size[here] > place + 1, 128, 0)
+        code[start[here] + place] = (gaps[here] >> (7 * place) & 127) | goes_on
     return torch.from_numpy(code)
 
 
 def expected_bytes(count: int, size: int, neighbours: int) -> int:
-    """Return the expected length of the code of ``count`` indices below ``size``, in random runs of ``neighbours``.
+    """Return the expected length of the code of ``count`` indices below ``size``.
 
-    Each gap takes one byte, and one more for each of 128, 128^2, ... that it reaches.
+    The indices are taken to lie in random runs of ``neighbours``. Each gap takes one byte, and one more for
+    each of 128, 128^2, ... that it reaches.
     """
-    apart = 1 - count / size if count < size else 0.0
-    more = sum(apart ** ((128**j - 1) / neighbours) for j in range(1, 5)) if apart else 0.0
-    return count + math.ceil(count / neighbours * more)
+    if count >= size:
+        return count
+    share_unused = 1 - count / size
+    longer = sum(share_unused ** ((128**j - 1) / neighbours) for j in range(1, 5))
+    return count + math.ceil(count / neighbours * longer)
 
 
 def decode_sorted(code: Tensor, count: int) -> Tensor:
-    """The ``count`` indices as int64 that ``encode_sorted`` made ``code`` from.
+    """Return the ``count`` indices, int64, from the code that ``encode_sorted`` made of them.
 
-    Raises ``ConfigError`` for bytes that it cannot have made: cut short, too many or few, or beyond int64.
+    Raises ``ConfigError`` for bytes that it cannot have made: cut short, too many or too few, or beyond
+    int64.
     """
     data = code.detach().cpu().numpy()
     if data.ndim != 1 or data.dtype != np.uint8:
@@ -74,7 +80,7 @@ def decode_sorted(code: Tensor, count: int) -> Tensor:
 def _gaps(
     data: np.ndarray[Any, np.dtype[np.uint8]], start: Any, size: Any
 ) -> np.ndarray[Any, np.dtype[np.int64]]:
-    """The numbers that begin at ``start`` in ``data`` and are ``size`` bytes long."""
+    """Decode the numbers that start at ``start`` in ``data`` and are ``size`` bytes long."""
     gaps = np.zeros(len(size), np.int64)
     for place in range(int(size.max(initial=0))):
         here = size > place
@@ -82,7 +88,9 @@ def _gaps(
     return gaps
 
 
-def _damaged(what: str) -> ConfigError:
+def _damaged(fault: str) -> ConfigError:
+    """Make the error for a damaged code."""
     return ConfigError(
-        f"The stored indices are damaged: {what}. Copy the delta again from where it was trained, or train it again."
+        f"The stored indices are damaged: {fault}. Copy the delta again from where it was trained, "
+        "or train it again."
     )

@@ -254,10 +254,10 @@ def test_names_are_used_once() -> None:
     switch.load("a", changes(model, 1))
     with pytest.raises(ConfigError, match="loaded already"):
         switch.load("a", changes(model, 2))
-    with pytest.raises(ConfigError, match="is not in"):
+    with pytest.raises(ConfigError, match="is not active"):
         switch.revert("a")
     switch.apply("a")
-    with pytest.raises(ConfigError, match="in already"):
+    with pytest.raises(ConfigError, match="active already"):
         switch.apply("a")
 
 
