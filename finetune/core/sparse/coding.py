@@ -52,7 +52,7 @@ def expected_bytes(count: int, size: int, neighbours: int) -> int:
     if count >= size:
         return count
     share_unused = 1 - count / size
-    longer = sum(share_unused ** ((128**j - 1) / neighbours) for j in range(1, 5))
+    longer: float = sum(share_unused ** ((128**j - 1) / neighbours) for j in range(1, 5))
     return count + math.ceil(count / neighbours * longer)
 
 
