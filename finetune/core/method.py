@@ -98,6 +98,11 @@ class Method:
     mergeable: ClassVar[bool] = True  # whether plain weights can hold the change
     unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
 
+    @classmethod
+    def is_preset(cls) -> bool:
+        """Tell whether the class only sets defaults of an engine that is tested by itself."""
+        return False
+
     def faults(self, steps: int) -> list[str]:
         """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
         return []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,6 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.optimizer import Optimizer
-from ..core.sparse.engine import Sparse
 from . import contract
 from .contract import Kind
 
@@ -79,21 +77,9 @@ def checks_for(method: Method) -> tuple[str, ...]:
     seed, micro-batches and bfloat16. They are tried on the engine with every score, schedule and grain in
     tests/methods/sparse/test_sparse.py.
     """
-    if isinstance(method, Sparse) and not _overridden(type(method)):
+    if method.is_preset():
         return SMOKE
     return tuple(contract.CHECKS)
-
-
-def _overridden(cls: type[Sparse]) -> list[str]:
-    """Names of the functions that a subclass of ``Sparse`` or its bases below ``Sparse`` define."""
-    names = []
-    for base in cls.__mro__[: cls.__mro__.index(Sparse)]:
-        for name, value in vars(base).items():
-            function = inspect.isroutine(value) or isinstance(value, property)
-            generated = name.startswith("__") and name != "__post_init__"  # by dataclass
-            if function and not generated:
-                names.append(name)
-    return names
 
 
 def contract_test(cases: Iterable[Case]) -> Callable[..., None]:
@@ -124,7 +110,7 @@ def find_cases(folder: Path) -> list[Case]:
     """Collect the ``CASES`` of every test file below ``folder``, in the order of the files' names."""
     found: list[Case] = []
     for module in _test_modules(folder):
-        found += getattr(module, "CASES", [])
+        found += vars(module).get("CASES", [])
     return found
 
 
@@ -132,7 +118,7 @@ def find_published(folder: Path) -> dict[str, Published]:
     """Collect the ``PUBLISHED`` of every test file below ``folder``, by the name of the method of its first case."""
     found = {}
     for module in _test_modules(folder):
-        if hasattr(module, "PUBLISHED"):
+        if "PUBLISHED" in vars(module):
             found[module.CASES[0].method] = module.PUBLISHED
     return found
 

@@ -12,6 +12,7 @@ and are float32; the base weights stay as they are.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -48,6 +49,17 @@ class Sparse(SparseSettings):
         found = self.contradictions()
         if found:
             raise ValueError(" ".join(found))
+
+    @classmethod
+    def is_preset(cls) -> bool:
+        """Tell whether the class sets defaults of ``Sparse`` only, and overrides none of its functions."""
+        for base in cls.__mro__[: cls.__mro__.index(Sparse)]:
+            for name, value in vars(base).items():
+                is_function = inspect.isroutine(value) or isinstance(value, property)
+                made_by_dataclass = name.startswith("__") and name != "__post_init__"
+                if is_function and not made_by_dataclass:
+                    return False
+        return True
 
     def contradictions(self) -> list[str]:
         """Return one sentence for each pair of settings that contradict each other or would be ignored."""
