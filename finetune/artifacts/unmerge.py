@@ -17,7 +17,7 @@ from ..config.settings import ModelConfig
 from ..core.sparse.coding import decode_sorted, encode_sorted
 from ..core.sparse.switch import BITS
 from ..errors import ConfigError
-from ..models.load import AUTO, fingerprint, pristine, save
+from ..models.load import AUTO, fingerprint, original_parameters, save
 from ..models.processor import read_processor
 from ..storage import delta as stored
 from ..storage import manifest
@@ -53,7 +53,7 @@ def store(setup: Setup, folder: Path) -> dict[str, Any]:
         0,
         SHARE * sum(p.numel() for p in merged.values()) * torch.finfo(getattr(torch, config.dtype)).bits / 8,
     )
-    for name, original in pristine(setup.base):
+    for name, original in original_parameters(setup.base):
         new = _originals(name, original, merged[name].detach().cpu())
         size += sum(t.nbytes for t in new.values())
         if size > room:

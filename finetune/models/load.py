@@ -39,9 +39,8 @@ class Base:
     head: tuple[str, ...]
     source: str
     notes: list[str] = field(default_factory=list)
-    again: tuple[ModelConfig, tuple[str, ...], int] | None = field(
-        default=None, repr=False
-    )  # what pristine() reads it by
+    # What `original_parameters` needs to read the model from its source a second time: config, labels, seed.
+    reload_args: tuple[ModelConfig, tuple[str, ...], int] | None = field(default=None, repr=False)
 
 
 def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> Base:
@@ -136,11 +135,11 @@ def start_head_(model: nn.Module, names: Collection[str], seed: int) -> None:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
-def pristine(base: Base) -> Iterator[tuple[str, Tensor]]:
+def original_parameters(base: Base) -> Iterator[tuple[str, Tensor]]:
     """The parameters as ``load`` gave them, read again from the source, in the order and by the names of ``named_parameters``."""
-    if base.again is None:
+    if base.reload_args is None:
         raise ValueError("this Base was not made by load(), so it has no source to read again")
-    config, labels, seed = base.again
+    config, labels, seed = base.reload_args
     with quiet():
         model = read_model(find(config)[0], config, base.task, labels, seed)[0]
     for name, parameter in model.named_parameters():

@@ -99,7 +99,7 @@ def _try(config: Config, known: dict[str, Any]) -> None:
 
     from ..core.part import detach, parts
     from ..data.encode import encode
-    from ..models.load import load, pristine
+    from ..models.load import load, original_parameters
     from ..training.prepare import check_machine
 
     check_machine(config)
@@ -115,5 +115,5 @@ def _try(config: Config, known: dict[str, Any]) -> None:
         states = nn.ModuleDict({"method": phase.method.build(base.model)})
         config.selector.build(base.model, states)
         for part in parts(states):
-            part.use_source(partial(pristine, base))
+            part.use_source(partial(original_parameters, base))
         detach(base.model, states)

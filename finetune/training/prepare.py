@@ -15,7 +15,7 @@ from ..config.settings import Config, TrainConfig
 from ..core.part import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
-from ..models.load import Base, fingerprint, pristine
+from ..models.load import Base, fingerprint, original_parameters
 from ..models.load import load as load_model
 from ..storage.result import Params
 from ..system.environment import sharding
@@ -138,7 +138,7 @@ def prepare(config: Config) -> Setup:
         config.train,
         config.seed,
         accelerator,
-        lambda: pristine(model),
+        lambda: original_parameters(model),
         config.selector,
     )
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)

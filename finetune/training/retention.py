@@ -20,9 +20,9 @@ def pretrained_head(base: Base) -> dict[str, Tensor] | None:
     """The head's parameters as the checkpoint has them, by name; None where it lacks one."""
     from safetensors import safe_open
 
-    if base.again is None:
+    if base.reload_args is None:
         return None
-    config, found = base.again[0], dict[str, Tensor]()
+    config, found = base.reload_args[0], dict[str, Tensor]()
     for file in weight_files(find(config)[0], config):
         with safe_open(file, "pt") as stored:
             there = set(stored.keys())

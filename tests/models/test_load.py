@@ -8,7 +8,7 @@ from safetensors.torch import load_file, save_file
 from finetune.config.settings import ModelConfig
 from finetune.core.part import Delta, attach
 from finetune.errors import ConfigError
-from finetune.models.load import fingerprint, load, pristine, save
+from finetune.models.load import fingerprint, load, original_parameters, save
 
 LABELS = ("a", "b", "c")
 
@@ -114,13 +114,13 @@ def test_the_dtype_is_the_configured_one(vit, dtype):
     assert torch.equal(base.model.vit.layers[0].mlp.fc1.weight, stored.to(getattr(torch, dtype)))
 
 
-def test_pristine_gives_the_loaded_tensors_however_the_model_was_changed(vit):
+def test_original_parameters_returns_the_loaded_tensors_after_the_model_has_changed(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
     before = {name: p.clone() for name, p in base.model.named_parameters()}
     with torch.no_grad():
         for p in base.model.parameters():
             p.add_(1)
-    again = dict(pristine(base))
+    again = dict(original_parameters(base))
     assert list(again) == list(before)
     assert all(torch.equal(again[name], before[name]) for name in before)
 
