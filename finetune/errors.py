@@ -1,8 +1,8 @@
-"""What can go wrong, and the exit code of each kind.
+"""Define the errors of this package and the exit code of each.
 
-FinetuneError          1   anything this package raises on purpose
-├── ConfigError        2   the user's mistake: configuration, data, checkpoint; carries all faults found
-└── RunFailed          1   a run that started and could not go on
+FinetuneError          1   base class of every error that this package raises on purpose
+├── ConfigError        2   a mistake in the configuration, the data or a checkpoint; lists every fault found
+└── RunFailed          1   a run that started and could not continue
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable
 
 LONGEST = 2000  # characters of a message
-PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")  # of an address
+PASSWORD = re.compile(r"(?<=://)[^/\s@]+@")  # user and password in an address
 
 
 class FinetuneError(Exception):
@@ -22,7 +22,7 @@ class FinetuneError(Exception):
 
 
 class ConfigError(FinetuneError):
-    """One or more faults of what the user asked for; each names the thing, the value, its origin and the cure."""
+    """One or more mistakes of the user; each fault names the thing, its value, where it came from and the cure."""
 
     exit_code = 2
 
@@ -32,21 +32,32 @@ class ConfigError(FinetuneError):
 
 
 class RunFailed(FinetuneError):
-    """A run stopped for a reason that lies in the run: a loss that is not finite, for example."""
+    """A run stopped because of what happened in it, for example a loss that is not finite."""
 
 
 def visible(text: str) -> str:
-    """``text`` as one line that a terminal or a log shows as it is: control characters escaped, passwords in addresses gone, the middle of a long one
-    left out."""
-    text = PASSWORD.sub(
-        "***@", text if len(text) <= LONGEST else f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
-    )
-    return "".join(
-        c if c.isprintable() else " " if c in "\t\n\r" else c.encode("unicode_escape").decode() for c in text
-    )
+    """Return ``text`` as one line that is safe to print in a terminal or a log.
+
+    Control characters are escaped, line breaks and tabs become spaces, user and password are removed from
+    addresses, and the middle of a text of more than ``LONGEST`` characters is left out.
+    """
+    if len(text) > LONGEST:
+        text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
+    text = PASSWORD.sub("***@", text)
+    return "".join(map(_make_printable, text))
+
+
+def _make_printable(char: str) -> str:
+    if char.isprintable():
+        return char
+    if char in "\t\n\r":
+        return " "
+    return char.encode("unicode_escape").decode()
 
 
 def near(word: str, options: Iterable[str]) -> str:
-    """`` Did you mean 'x'?`` for the closest of ``options``, or the empty string."""
+    """Return `` Did you mean 'x'?`` for the option closest to ``word``, or the empty string."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
-    return f" Did you mean {found[0]!r}?" if found else ""
+    if not found:
+        return ""
+    return f" Did you mean {found[0]!r}?"

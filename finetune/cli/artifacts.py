@@ -1,4 +1,4 @@
-"""The commands on runs that have stored their change: ``eval``, ``merge``, ``export``, ``inspect``, ``compose`` and ``verify``."""
+"""The commands on finished runs: ``eval``, ``merge``, ``export``, ``inspect``, ``compose`` and ``verify``."""
 
 from __future__ import annotations
 
@@ -28,6 +28,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 Checkpoint = Annotated[
     Path | None, typer.Option("--ckpt", metavar="PATH", help="The run folder; the same as ckpt=PATH.")
 ]
+OUT = "a folder to write"
 
 
 def evaluate(
@@ -37,19 +38,20 @@ def evaluate(
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run again from its stored change: ckpt=RUN, on another data set with dataset=..."""
-    run_path, rest = _checkpoint(overrides or [], ckpt)
-    wrong = [text for text in rest if not text.startswith(("dataset=", "dataset."))]
-    if wrong:
-        raise ConfigError(
-            *(
-                f"{text}: eval takes ckpt=RUN and settings of the data set; all else is as in the run."
-                for text in wrong
+    run_path, rest = _find_run(overrides or [], ckpt)
+    faults = []
+    for text in rest:
+        if not text.startswith(("dataset=", "dataset.")):
+            faults.append(
+                f"{text}: eval takes ckpt=RUN and settings of the data set; all other settings are the run's. "
+                "Leave it out."
             )
-        )
-    dataset = _dataset(rest, run_path, config_dir) if rest else None
-    from ..artifacts import reopen as finished
+    if faults:
+        raise ConfigError(*faults)
+    dataset = _load_dataset(rest, run_path, config_dir) if rest else None
+    from ..artifacts import reopen
 
-    show_tree(finished.evaluate(run_path, dataset), as_json)
+    show_tree(reopen.evaluate(run_path, dataset), as_json)
 
 
 def merge(
@@ -63,7 +65,8 @@ def merge(
         float | None,
         typer.Option(
             min=0,
-            help="The largest accepted difference of logits between merged and unmerged; by default, what the dtype allows.",
+            help="The largest accepted difference of logits between merged and unmerged; by default, "
+            "what the dtype allows.",
             show_default=False,
         ),
     ] = None,
@@ -73,55 +76,62 @@ def merge(
     as_json: AsJson = False,
 ) -> None:
     """Write base and change as one plain Hugging Face folder, after comparing both on test data: ckpt=RUN out=DIR."""
-    path, given = _given("merge", overrides or [], ckpt, {"out": "a folder to write"})
+    path, given = _parse_words("merge", overrides or [], ckpt, {"out": OUT})
     out = Path(given["out"])
     if unmerge:
-        options = {"--dtype": dtype, "--tolerance": tolerance}
-        wrong = [name for name, value in options.items() if value is not None]
-        if wrong:
-            raise ConfigError(
-                *(
-                    f"{name}={options[name]} means nothing to merge --unmerge, which gives the base back to the bit."
-                    for name in wrong
-                )
-            )
-        from ..artifacts.unmerge import unmerge as take_out
+        _refuse_with_unmerge({"--dtype": dtype, "--tolerance": tolerance})
+        from ..artifacts.unmerge import unmerge as unmerge_folder
 
-        show_tree(take_out(path, out), as_json)
+        show_tree(unmerge_folder(path, out), as_json)
         return
     from ..artifacts.merge import ABOUT, PRECISION
-    from ..artifacts.merge import merge as put_in
+    from ..artifacts.merge import merge as merge_run
 
-    told = put_in(path, out, PRECISION.get(dtype or "", dtype), tolerance)
+    report = merge_run(path, out, PRECISION.get(dtype or "", dtype), tolerance)
     if not as_json:
-        told["layers"] = f"{len(told['layers'])}, each in {out / ABOUT}"
-    show_tree(told, as_json)
+        report["layers"] = f"{len(report['layers'])}, each in {out / ABOUT}"
+    show_tree(report, as_json)
+
+
+def _refuse_with_unmerge(options: Mapping[str, object]) -> None:
+    """Raise ``ConfigError`` for options of merge that have a value."""
+    faults = []
+    for name, value in options.items():
+        if value is not None:
+            faults.append(
+                f"{name}={value} has no effect with merge --unmerge, which restores the base to the bit. "
+                "Leave it out."
+            )
+    if faults:
+        raise ConfigError(*faults)
 
 
 def export(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson = False) -> None:
     """Write the change in another library's format: ckpt=RUN format=peft out=DIR."""
-    path, given = _given("export", overrides or [], ckpt, {"format": "peft", "out": "a folder to write"})
-    from ..artifacts.export import export as write
+    path, given = _parse_words("export", overrides or [], ckpt, {"format": "peft", "out": OUT})
+    from ..artifacts.export import export as export_run
 
-    show_tree(write(path, given["format"], Path(given["out"])), as_json)
+    show_tree(export_run(path, given["format"], Path(given["out"])), as_json)
 
 
 def verify(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson = False) -> None:
-    """Test a run: its files, a resume from its middle, its numbers and its merge (exit 1 if one fails or the run has not finished)."""
-    words = [word if word.startswith(("ckpt=", "-")) else f"ckpt={word}" for word in overrides or []]
-    path, _ = _given("verify", words, ckpt, {})
-    from ..artifacts.verify import verify as test
+    """Test a run: files, a resume from its middle, numbers, merge (exit 1 if one fails or the run has not finished)."""
+    path, _ = _parse_words("verify", list(map(_complete_word, overrides or [])), ckpt, {})
+    from ..artifacts.verify import verify as verify_run
 
-    found = test(path, lambda line: print(line, file=sys.stderr))
+    found = verify_run(path, lambda line: print(line, file=sys.stderr))
     if as_json:
         print(json.dumps(found, indent=2))
     else:
-        print(
-            *(f"{point['verdict']:<8}{point['point']:<12}{point['words']}" for point in found["points"]),
-            sep="\n",
-        )
+        for point in found["points"]:
+            print(f"{point['verdict']:<8}{point['point']:<12}{point['words']}")
     if found["verdict"] != "pass":
         raise typer.Exit(1)
+
+
+def _complete_word(word: str) -> str:
+    """Return ``ckpt=RUN`` for a bare ``RUN``."""
+    return word if word.startswith(("ckpt=", "-")) else f"ckpt={word}"
 
 
 def inspect(
@@ -141,28 +151,27 @@ def inspect(
     ] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run changed: how much, in which roles and depths, along which directions. Plots go to RUN/inspect/."""
+    """Show what a run changed: how much, in which roles and depths, which directions. Plots go to RUN/inspect/."""
     from rich.console import Console
 
-    from ..report import inspection
+    from ..report.inspection import InspectionTable, summarise, write_plots
 
-    run_path, _ = _checkpoint(
-        [word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []], None
-    )
-    from ..artifacts.inspect import inspect as look
+    runs = [word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []]
+    run_path, _ = _find_run(runs, None)
+    from ..artifacts.inspect import inspect as inspect_run
 
-    result = look(run_path, rank, alpha, gradient)
+    result = inspect_run(run_path, rank, alpha, gradient)
+    plots: list[str] = []
     try:
-        made = inspection.plots(result, Path(result["folder"]))
+        plots = list(map(str, write_plots(result, Path(result["folder"]))))
     except OSError as error:
-        made = []
         print(f"Warning: no plots were written to {result['folder']}: {error.strerror}.", file=sys.stderr)
     if as_json:
-        print(json.dumps({**result, "plots": [str(file) for file in made]}, indent=2))
+        print(json.dumps({**result, "plots": plots}, indent=2))
         return
     if result["total"]:
-        Console().print(inspection.InspectionTable(result))
-    print(*inspection.summary(result), *(str(file) for file in made), sep="\n")
+        Console().print(InspectionTable(result))
+    print(*summarise(result), *plots, sep="\n")
 
 
 def compose(
@@ -176,12 +185,15 @@ def compose(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add the sparse changes of runs on one base, as a folder for eval and merge. The head is that of the last run, or of head=RUN."""
-    runs, given, faults = list[Path](), dict[str, str](), list[str]()
+    """Add the sparse changes of runs on one base, for eval and merge. The head is the last run's, or that of head=RUN."""
+    runs: list[Path] = []
+    given: dict[str, str] = {}
+    faults: list[str] = []
     for word in words or []:
         key, sign, value = word.partition("=")
         if sign and key in ("out", "weights", "head"):
-            faults += [f"{word}: {key} is given twice."] if key in given else []
+            if key in given:
+                faults.append(f"{word}: {key} is given twice. Give it once.")
             given[key] = value
         elif Path(word).exists():
             runs.append(Path(word))
@@ -197,62 +209,81 @@ def compose(
             faults.append(f"weights={given['weights']} is not a list of numbers, such as weights=1,0.5.")
     if faults:
         raise ConfigError(*faults)
-    from ..artifacts.compose import compose as add
+    from ..artifacts.compose import compose as compose_runs
 
-    told = add(runs, Path(given["out"]), weights, Path(given["head"]) if given.get("head") else None)
+    head = Path(given["head"]) if given.get("head") else None
+    report = compose_runs(runs, Path(given["out"]), weights, head)
     if not as_json:
-        told["layers"] = f"{len(told['layers'])}, each in {Path(given['out']) / 'compose.json'}"
-    show_tree(told, as_json)
+        report["layers"] = f"{len(report['layers'])}, each in {Path(given['out']) / 'compose.json'}"
+    show_tree(report, as_json)
 
 
-def _given(
+def _parse_words(
     command: str, words: list[str], ckpt: Path | None, keys: Mapping[str, str]
 ) -> tuple[Path, dict[str, str]]:
-    """The run, and the value of each of ``keys``, all of which must be given, once."""
-    path, rest = _checkpoint(words, ckpt)
-    usage = " ".join(
-        ["ckpt=RUN", *(f"{key}={'DIR' if key == 'out' else what}" for key, what in keys.items())]
-    )
+    """Return the run and the value of each of ``keys``, which maps a key to what its value is.
+
+    Raises ``ConfigError`` unless every key is given exactly once.
+    """
+    path, rest = _find_run(words, ckpt)
+    usage = ["ckpt=RUN"]
+    needs = {}
+    for key, meaning in keys.items():
+        if key == "out":
+            usage.append("out=DIR")
+            needs[key] = f"out=DIR, {meaning}"
+        else:
+            usage.append(f"{key}={meaning}")
+            needs[key] = f"{key}={meaning}"
     found: dict[str, str] = {}
     faults = []
     for word in rest:
         key, _, value = word.partition("=")
         if key not in keys or not value:
-            faults.append(f"{word}: {command} takes {usage}.")
+            faults.append(f"{word}: {command} takes {' '.join(usage)}.")
         elif key in found:
-            faults.append(f"{word}: {key} is given twice.")
+            faults.append(f"{word}: {key} is given twice. Give it once.")
         found[key] = value
-    faults += [
-        f"{command} needs one {key}={'DIR' if key == 'out' else what}{', ' + what if key == 'out' else ''}."
-        for key, what in keys.items()
-        if not found.get(key)
-    ]
+    for key, words_needed in needs.items():
+        if not found.get(key):
+            faults.append(f"{command} needs one {words_needed}.")
     if faults:
         raise ConfigError(*faults)
     return path, found
 
 
-def _checkpoint(words: list[str], ckpt: Path | None) -> tuple[Path, list[str]]:
-    """The one run that is named, and the other words. Its path is taken as typed: Hydra's grammar would refuse ``epoch=3.pt``."""
-    given = [word.removeprefix("ckpt=") for word in words if word.startswith("ckpt=")] + (
-        [str(ckpt)] if ckpt else []
-    )
+def _find_run(words: list[str], ckpt: Path | None) -> tuple[Path, list[str]]:
+    """Return the one run that is named, and the other words.
+
+    The path is not parsed as an override, because Hydra's grammar would refuse ``epoch=3.pt``.
+    """
+    given, rest = [], []
+    for word in words:
+        if word.startswith("ckpt="):
+            given.append(word.removeprefix("ckpt="))
+        else:
+            rest.append(word)
+    if ckpt:
+        given.append(str(ckpt))
     if len(given) != 1:
+        count = f", not {len(given)}" if given else ""
         raise ConfigError(
-            f"Name one run by ckpt=RUN or --ckpt PATH{f', not {len(given)}' if given else ''}; for example ckpt=outputs/NAME/RUN."
+            f"Name one run by ckpt=RUN or --ckpt PATH{count}; for example ckpt=outputs/NAME/RUN."
         )
     if not given[0] or not Path(given[0]).exists():
         raise ConfigError(f"ckpt={given[0]}: there is no such folder. Give a run folder, outputs/NAME/RUN.")
-    return Path(given[0]), [word for word in words if not word.startswith("ckpt=")]
+    return Path(given[0]), rest
 
 
-def _dataset(overrides: list[str], run_path: Path, config_dir: Path | None) -> Any:
-    """The data set that ``overrides`` choose, or the run's own with other values."""
+def _load_dataset(overrides: list[str], run_path: Path, config_dir: Path | None) -> Any:
+    """Return the data set that ``overrides`` choose, or the run's own with changed values."""
     from ..config.load import load
 
     if any(text.startswith("dataset=") for text in overrides):
         return load(overrides, config_dir).dataset
-    frozen = (folder / "config.yaml" for folder in (run_path, *run_path.parents))
-    return load(
-        overrides, config_dir, next((file for file in frozen if file.is_file()), run_path / "config.yaml")
-    ).dataset
+    frozen = run_path / "config.yaml"
+    for folder in (run_path, *run_path.parents):  # a checkpoint lies below its run
+        if (folder / "config.yaml").is_file():
+            frozen = folder / "config.yaml"
+            break
+    return load(overrides, config_dir, frozen).dataset

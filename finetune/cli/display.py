@@ -1,4 +1,4 @@
-"""Plain values on a terminal: nested mappings as indented lines, lists of like mappings as tables."""
+"""Print plain values on a terminal: nested mappings as indented lines, lists of mappings as tables."""
 
 from __future__ import annotations
 
@@ -16,45 +16,47 @@ def show_tree(value: Mapping[str, Any], as_json: bool) -> None:
         print(json.dumps(value, indent=2))
         return
     for name, item in value.items():
-        _show(name, item, "")
+        _print_item(name, item, "")
 
 
-def _show(name: str, item: Any, indent: str) -> None:
+def _print_item(name: str, item: Any, indent: str) -> None:
     if isinstance(item, Mapping):
         print(f"{indent}{name}")
         for key, inner in item.items():
-            _show(str(key), inner, indent + "  ")
+            _print_item(str(key), inner, indent + "  ")
     elif isinstance(item, list) and item and isinstance(item[0], Mapping):
         show_table(item)
     elif isinstance(item, list) and all(isinstance(line, str) for line in item):
-        print(*(f"{indent}{visible(line)}" for line in item), sep="\n", end="\n" * bool(item))
+        for line in item:
+            print(f"{indent}{visible(line)}")
+    elif name.endswith("_bytes"):
+        print(f"{indent}{name}: {show_bytes(item)}")
     else:
-        print(f"{indent}{name}: {show_bytes(item) if name.endswith('_bytes') else _text(item)}")
+        print(f"{indent}{name}: {_show_value(item)}")
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print mappings of the same keys as a table on standard output; numbers stand to the right."""
+    """Print mappings with the same keys as a table on standard output; columns with numbers are right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     table = Table()
     for key in rows[0]:
-        table.add_column(
-            key,
-            justify="right" if any(isinstance(row[key], int | float) for row in rows) else "left",
-            overflow="fold",
-        )
+        has_numbers = any(isinstance(row[key], int | float) for row in rows)
+        table.add_column(key, justify="right" if has_numbers else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(_text(value)) for value in row.values()))
+        table.add_row(*[Text(_show_value(value)) for value in row.values()])
     Console().print(table)
 
 
-def _text(value: Any) -> str:
+def _show_value(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, str):
+        return visible(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    if value is None:
-        return "-"
-    return visible(value if isinstance(value, str) else json.dumps(value, default=str))
+    return visible(json.dumps(value, default=str))

@@ -14,9 +14,9 @@ import typer
 from ..errors import ConfigError
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-UNFAIR = 3  # exit code of compare --strict with findings
+UNFAIR = 3  # exit code of compare --strict if the fairness check finds anything
 SUFFIXES = (".csv", ".md", ".tex", ".json", ".html")
-OURS = {
+RUN_FILES = {
     "result.json",
     "tuning.json",
     "failure.json",
@@ -26,7 +26,14 @@ OURS = {
     "delta.json",
     "state.json",
     "manifest.json",
-}
+}  # names of files that other commands write; --out never replaces one
+STARTS = {
+    ".csv": "row,",
+    ".md": "<!-- finetune compare",
+    ".tex": "% finetune compare",
+    ".json": '{\n  "format"',
+    ".html": "<!doctype html",
+}  # how a file of an earlier comparison begins
 
 
 def compare(
@@ -61,122 +68,126 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Compare runs: means, intervals over seeds, paired tests, and whether the comparison is fair."""
-    from ..report.comparison import compare as find
+    from ..report.comparison import compare as compare_runs
     from ..storage.run_folder import plain
 
     files = out or []
     _check_files(files)
-    found = find(
-        folders,
-        [word.strip() for text in by or [] for word in text.split(",") if word.strip()],
-        metric,
-        baseline,
-    )
-    drawn = wandb or plots is not None or any(file.suffix == ".html" for file in files)
-    data = plain(
-        found.as_dict(
-            curves=drawn or as_json or any(file.suffix == ".json" for file in files),
-            defaults=_defaults if drawn else None,
-        )
-    )
-    for written in _write(data, files, plots):
+    comparison = compare_runs(folders, _split_words(by or []), metric, baseline)
+    suffixes = {file.suffix for file in files}
+    draws = wandb or plots is not None or ".html" in suffixes
+    curves = draws or as_json or ".json" in suffixes
+    data = plain(comparison.as_dict(curves=curves, defaults=_load_defaults if draws else None))
+    for written in _write_files(data, files, plots):
         print(f"Written: {written}", file=sys.stderr)
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
     else:
-        from rich.console import Console
-
-        from ..report.formats import terminal
-
-        console = Console()
-        for part in terminal(data, console.width):
-            console.print(part)
+        _print_table(data)
     if wandb:
-        from ..report.wandb_report import log
+        from ..report.wandb_report import log_comparison
 
-        log(data, folders, project, lambda line: print(line, file=sys.stderr))
+        log_comparison(data, folders, project, lambda line: print(line, file=sys.stderr))
     raise typer.Exit(UNFAIR if strict and data["fairness"] else 0)
 
 
+def _split_words(texts: Sequence[str]) -> list[str]:
+    """Return the words of texts such as ``method,sparsity``."""
+    words = []
+    for text in texts:
+        words += [word.strip() for word in text.split(",") if word.strip()]
+    return words
+
+
+def _print_table(data: dict[str, Any]) -> None:
+    from rich.console import Console
+
+    from ..report.formats import show_in_terminal
+
+    console = Console()
+    for part in show_in_terminal(data, console.width):
+        console.print(part)
+
+
+def _load_defaults(choices: Sequence[str]) -> Mapping[str, Any]:
+    """Return every setting of a configuration that only ``choices`` override."""
+    return _load_settings(tuple(choices))
+
+
 @cache
-def _known(choices: tuple[str, ...]) -> Mapping[str, Any]:
+def _load_settings(choices: tuple[str, ...]) -> Mapping[str, Any]:
     from ..config.load import tree
 
     return {key: value for key, (value, _) in tree(list(choices)).items()}
 
 
-def _defaults(choices: Sequence[str]) -> Mapping[str, Any]:
-    """Every setting as it is where only parts are chosen."""
-    return _known(tuple(choices))
-
-
 def _check_files(files: Sequence[Path]) -> None:
-    """Raises ``ConfigError`` for every file that cannot or must not be written."""
+    """Raise ``ConfigError`` for every file that cannot or must not be written."""
     faults = []
     for file in files:
         if file.suffix not in SUFFIXES:
-            faults.append(f"--out {file}: its end must say the format, one of {', '.join(SUFFIXES)}.")
+            faults.append(f"--out {file}: the suffix must name the format, one of {', '.join(SUFFIXES)}.")
         elif file.is_dir():
             faults.append(f"--out {file} is a folder. Give a file in it, such as {file / 'table.csv'}.")
-        elif file.name in OURS or (file.is_file() and not _ours(file)):
+        elif file.name in RUN_FILES or (file.is_file() and not _is_replaceable(file)):
             faults.append(
-                f"--out {file} holds something else than an earlier comparison. Give another name, or remove it."
+                f"--out {file} was not written by an earlier comparison and is not replaced. "
+                "Give another name, or remove the file."
             )
     if faults:
         raise ConfigError(*faults)
 
 
-MARKS = {
-    ".csv": "row,",
-    ".md": "<!-- finetune compare",
-    ".tex": "% finetune compare",
-    ".json": '{\n  "format"',
-    ".html": "<!doctype html",
-}
-
-
-def _ours(file: Path) -> bool:
-    """Whether an earlier comparison wrote ``file``, which may then be replaced."""
+def _is_replaceable(file: Path) -> bool:
+    """Tell whether ``file`` is empty or was written by an earlier comparison."""
     with file.open(encoding="utf-8", errors="replace") as text:
         start = text.read(4000)
-    return (
-        start.lower().startswith(MARKS[file.suffix]) and (file.suffix != ".html" or "finetune" in start)
-    ) or not start
+    if not start:
+        return True
+    if file.suffix == ".html" and "finetune" not in start:
+        return False
+    return start.lower().startswith(STARTS[file.suffix])
 
 
-def _write(data: dict[str, Any], files: Sequence[Path], folder: Path | None) -> list[Path]:
-    """Write every file that was asked for; returns them."""
+def _write_files(data: dict[str, Any], files: Sequence[Path], plot_folder: Path | None) -> list[Path]:
+    """Write every file that was asked for, and return them."""
+    written = []
+    try:
+        for file in files:
+            _write_file(data, file)
+            written.append(file)
+        if plot_folder is not None:
+            from ..report.plots import write_plots
+
+            written += write_plots(data, plot_folder)
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or file} cannot be written: {error.strerror}. "
+            "Give a place that you may write to."
+        ) from error
+    return written
+
+
+def _write_file(data: dict[str, Any], file: Path) -> None:
     from ..report import formats
     from ..storage.run_folder import replacing, write_json_atomic
 
-    texts: dict[str, Callable[[dict[str, Any]], str]] = {
-        ".csv": formats.csv,
-        ".md": formats.markdown,
-        ".tex": formats.latex,
+    if file.suffix == ".json":
+        write_json_atomic(file, data)
+        return
+    if file.suffix == ".html":
+        from ..report.html import write_report
+
+        write_report(data, file)
+        return
+    writers: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
+        ".csv": ("", formats.write_csv),
+        ".md": ("<!-- finetune compare -->\n", formats.write_markdown),
+        ".tex": ("% finetune compare\n", formats.write_latex),
     }
-    heads = {".md": "<!-- finetune compare -->\n", ".tex": "% finetune compare\n", ".csv": ""}
-    made = []
-    try:
-        for file in files:
-            if file.suffix == ".json":
-                write_json_atomic(file, data)
-            elif file.suffix == ".html":
-                from ..report import html
-
-                html.write(data, file)
-            else:
-                with replacing(file) as temporary:
-                    temporary.write_text(heads[file.suffix] + texts[file.suffix](data), encoding="utf-8")
-            made.append(file)
-        if folder is not None:
-            from ..report import plots
-
-            made += plots.write(data, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or file} cannot be written: {error.strerror}. Give a place that you may write to."
-        ) from error
-    return made
+    heading, write = writers[file.suffix]
+    with replacing(file) as temporary:
+        temporary.write_text(heading + write(data), encoding="utf-8")
 
 
 def reproduce(
@@ -188,11 +199,11 @@ def reproduce(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Run a finished run again, and say whether the result is identical, inside the interval of its seeds, or neither (exit 1)."""
-    from ..artifacts.reproduce import reproduce as again
+    """Train a finished run once more: is the result identical, inside its seeds' interval, or neither (exit 1)?"""
+    from ..artifacts.reproduce import reproduce as reproduce_run
     from ..storage.run_folder import plain
 
-    found = again(run, keep)
+    found = reproduce_run(run, keep)
     if as_json:
         print(json.dumps(plain(found), indent=2, allow_nan=False))
     else:

@@ -18,7 +18,7 @@ def show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None
         from rich.console import Console
 
         from ..report.comparison import compare
-        from ..report.formats import terminal
+        from ..report.formats import show_in_terminal
         from ..storage.run_folder import plain
 
         console, folders = Console(), dict[Any, list[Path]]()
@@ -26,7 +26,7 @@ def show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None
             which = tuple(getattr(point.config.dataset, key, None) for key in ("name", "path", "config"))
             folders.setdefault(which, []).append(point.folder.path)
         for of_one in folders.values():
-            for part in terminal(plain(compare(of_one).as_dict(curves=False)), console.width):
+            for part in show_in_terminal(plain(compare(of_one).as_dict(curves=False)), console.width):
                 console.print(part)
         print(f"Everything lies in {results[0][0].folder.path.parent}")
 

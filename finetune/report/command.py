@@ -1,4 +1,4 @@
-"""The command that runs the frozen configurations of a row again."""
+"""Write the command line that runs the frozen configurations of a row again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
-from .rows import REPEATS, plain
+from .rows import REPEATS, encode_value
 from .runs import Run
 
 CHOICES = {
@@ -17,90 +17,116 @@ CHOICES = {
     "schedule": "method.schedule.name",
     "selector": "selector.name",
     "model": "model.name",
-}
-CHOICES |= {"dataset": "dataset.name", "optimizer": "optimizer.name"}
-PLAIN = re.compile(r"[A-Za-z_/][\w./:-]*")
-WORDS = {"null", "true", "false", "nan", "inf"}
-Defaults = Callable[[Sequence[str]], Mapping[str, Any]]
+    "dataset": "dataset.name",
+    "optimizer": "optimizer.name",
+}  # groups of configuration files, and the setting that names the chosen file
+PATHS = ("model.path", "dataset.path")  # settings without a default, unless they name something built in
+UNQUOTED = re.compile(r"[A-Za-z_/][\w./:-]*")  # texts that the grammar of overrides reads as they are
+KEYWORDS = {"null", "true", "false", "nan", "inf"}  # texts that need quotes, or they become other values
+Defaults = Callable[[Sequence[str]], Mapping[str, Any]]  # from overrides such as method=lora to all settings
 
 
-def command(runs: Sequence[Run], defaults: Defaults | None = None) -> str:
-    """What makes ``runs`` again: ``finetune sweep`` over their seeds, ``finetune train`` for one; several in turn where they differ in settings, too.
+def make_command(runs: Sequence[Run], defaults: Defaults | None = None) -> str:
+    """Return the shell command that repeats ``runs``.
 
-    Told is every setting that differs from what ``defaults`` gives for the chosen parts (all, without it).
+    It is ``finetune train`` for one run and ``finetune sweep`` over the seeds of several; runs that also differ in
+    other settings get several commands joined by ``&&``. A setting is left out if it equals what ``defaults``
+    returns for the chosen configuration files; without ``defaults``, every setting is written.
     """
-    found = []
-    for alike in _alike(runs, REPEATS):
-        whole = prod(map(len, _repeated(alike).values())) == len(alike)  # every seed with every split
-        found += [_command(part, defaults) for part in ([alike] if whole else _alike(alike))]
-    return " && ".join(found)
+    commands = []
+    for alike in _group_by_settings(runs, REPEATS):
+        count = prod(len(values) for values in _find_repeats(alike).values())
+        # A sweep runs every seed with every split, so it is one command only if all of these runs are there.
+        parts = [alike] if count == len(alike) else _group_by_settings(alike)
+        for part in parts:
+            commands.append(_make_one(part, defaults))
+    return " && ".join(commands)
 
 
-def _alike(runs: Sequence[Run], but: Sequence[str] = ()) -> list[list[Run]]:
-    """The runs by their settings, but for some of these."""
-    found: dict[str, list[Run]] = {}
+def _group_by_settings(runs: Sequence[Run], ignored: Sequence[str] = ()) -> list[list[Run]]:
+    """Group runs with the same settings; settings in ``ignored`` may differ within a group."""
+    groups: dict[str, list[Run]] = {}
     for run in runs:
-        found.setdefault(
-            plain({key: value for key, value in run.settings.items() if key not in but}), []
-        ).append(run)
-    return list(found.values())
+        settings = {key: value for key, value in run.settings.items() if key not in ignored}
+        groups.setdefault(encode_value(settings), []).append(run)
+    return list(groups.values())
 
 
-def _repeated(runs: Sequence[Run]) -> dict[str, list[Any]]:
-    """The different seeds and splits of runs that are alike in all else."""
-    told: dict[str, list[Any]] = {
-        key: [run.settings[key] for run in runs if key in run.settings] for key in REPEATS
-    }
-    told["seed"] = [run.seed for run in runs if run.seed is not None] or [0]
-    return {
-        key: list({plain(value): value for value in values}.values())
-        for key, values in told.items()
-        if values
-    }
+def _find_repeats(runs: Sequence[Run]) -> dict[str, list[Any]]:
+    """Return the different seeds and splits of runs that are alike in all other settings."""
+    found: dict[str, dict[str, Any]] = {}
+    for run in runs:
+        for key in REPEATS:
+            if key in run.settings:
+                found.setdefault(key, {})[encode_value(run.settings[key])] = run.settings[key]
+        if run.seed is not None:
+            found.setdefault("seed", {})[encode_value(run.seed)] = run.seed
+    found.setdefault("seed", {"0": 0})
+    return {key: list(values.values()) for key, values in found.items()}
 
 
-def _command(runs: Sequence[Run], defaults: Defaults | None) -> str:
-    settings = runs[0].settings | _threads(runs)
-    choices = [
-        f"{group}={_text(settings[key])}" for group, key in CHOICES.items() if settings.get(key) is not None
-    ]
-    paths = [
-        key
-        for key in ("model.path", "dataset.path")
-        if not str(settings.get(key) or "builtin:").startswith("builtin:")
-    ]
-    choices += [f"{key}={_text(settings[key])}" for key in paths]  # which have no default
+def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
+    settings = runs[0].settings | _agreed_threads(runs)
+    words = []
+    for group, key in CHOICES.items():
+        if settings.get(key) is not None:
+            words.append(f"{group}={_show_override(settings[key])}")
+    paths = [key for key in PATHS if not str(settings.get(key) or "builtin:").startswith("builtin:")]
+    for key in paths:
+        words.append(f"{key}={_show_override(settings[key])}")
+    known = _get_defaults(defaults, words)
+    values = {}
+    for key, value in settings.items():
+        if key not in CHOICES.values() and key not in paths:
+            values[key] = [value]
+    for key, found in (values | _find_repeats(runs)).items():
+        if key not in known or [known[key]] != found:
+            words.append(f"{key}={','.join(map(_show_override, found))}")
+    return shlex.join(["finetune", "sweep" if len(runs) > 1 else "train", *words])
+
+
+def _get_defaults(defaults: Defaults | None, choices: Sequence[str]) -> dict[str, Any]:
+    """Return the default of every setting but the seed; empty if the choices cannot be loaded here."""
+    if defaults is None:
+        return {}
     try:
-        known = dict(defaults(choices)) if defaults else {}
-    except Exception:  # a part of the user's own, which only their folder has
-        known = {}
-    values = {
-        key: [value] for key, value in settings.items() if key not in (*CHOICES.values(), *paths)
-    } | _repeated(runs)
+        known = dict(defaults(choices))
+    except Exception:  # a choice may name a configuration file of the user's that is not known here
+        return {}
     known.pop("seed", None)
-    rest = [
-        f"{key}={','.join(map(_text, found))}"
-        for key, found in values.items()
-        if key not in known or [known[key]] != found
-    ]
-    return shlex.join(["finetune", "sweep" if len(runs) > 1 else "train", *choices, *rest])
+    return known
 
 
-def _threads(runs: Sequence[Run]) -> dict[str, Any]:
-    """As many as all of these runs had, where their settings leave that open: another number gives other last bits."""
-    (processes, threads), *others = {(run.number("processes") or 1, run.number("threads")) for run in runs}
-    agreed = not others and processes == 1 and threads
-    return {"train.threads": threads} if agreed and runs[0].settings.get("train.threads") is None else {}
+def _agreed_threads(runs: Sequence[Run]) -> dict[str, Any]:
+    """Return ``train.threads`` if the settings leave it open and all runs used the same number in one process.
+
+    Another number of threads sums in another order and so changes the last bits.
+    """
+    if runs[0].settings.get("train.threads") is not None:
+        return {}
+    used = {(run.get_number("processes") or 1, run.get_number("threads")) for run in runs}
+    processes, threads = used.pop()
+    if used or processes != 1 or not threads:
+        return {}
+    return {"train.threads": threads}
 
 
-def _text(value: Any) -> str:
-    """A value in the grammar of overrides."""
+def _show_override(value: Any) -> str:
+    """Return a value in the grammar of overrides."""
     if isinstance(value, str):
-        if PLAIN.fullmatch(value) and value.lower() not in WORDS:
-            return value
-        return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"' if value else "''"
+        return _show_text(value)
     if isinstance(value, list):
-        return f"[{','.join(_text(item) for item in value)}]"
+        return f"[{','.join(map(_show_override, value))}]"
     if isinstance(value, dict):
-        return "{" + ",".join(f"{_text(str(key))}:{_text(item)}" for key, item in value.items()) + "}"
+        items = [f"{_show_override(str(key))}:{_show_override(item)}" for key, item in value.items()]
+        return f"{{{','.join(items)}}}"
     return json.dumps(value)
+
+
+def _show_text(value: str) -> str:
+    if not value:
+        return "''"
+    if UNQUOTED.fullmatch(value) and value.lower() not in KEYWORDS:
+        return value
+    escaped = value.replace("\\", "\\\\").replace('"', '\\"')
+    return f'"{escaped}"'

@@ -1,344 +1,278 @@
-"""A comparison's figures for the screen: Plotly's figures as plain data, which ``html`` embeds and ``plotly.graph_objects.Figure`` takes.
+"""Draw a comparison's figures for the screen, as Plotly's plain data.
 
-They name no colour but those of the series, so that the page can set them in light or dark.
+``html`` embeds them; ``plotly.graph_objects.Figure`` takes them, too.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-from . import views
-from .cells import show_p
-from .views import Axis, Data, Point, Style
+from . import traces, views
+from .axes import COSTS, Axis, Cost, choose_log_ticks
+from .readable import show_p
+from .schema import ComparisonData
+from .styles import SYMBOLS, Style, make_styles
+from .traces import DASHES, Trace, escape_tags, group_by_series, make_hover, make_layout
+from .views import PlotPoint, list_xs
 
-DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
 INTERVAL = "Bars are 95 % intervals over seeds; a hollow point is a single seed, which has none."
-LONGEST = 30
-LEGEND = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0.0}
-SHARE = (
-    -1.5,
-    101.5,
-)  # what an axis of shares in % shows at most, though intervals may end beyond; a marker at 100 is whole
-INK = {"ink": True}  # to be drawn in the colour of the text
+NO_SERIES = Style("#5d7f88", "circle")  # of a rank whose row is not in the table
+MOST_VALUES = 8  # values of a setting up to which each has its own tick
+Styles = Mapping[str, Style]
 
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure: its name in files, what stands above and below it, and Plotly's data and layout."""
+    """A figure: its name in files, the texts above and below it, and Plotly's data and layout."""
 
     key: str
     title: str
     caption: str
-    data: list[dict[str, Any]]
+    data: list[Trace]
     layout: dict[str, Any]
 
     def as_plotly(self) -> dict[str, Any]:
-        """What ``plotly.graph_objects.Figure`` and ``Plotly.react`` take."""
+        """Return what ``plotly.graph_objects.Figure`` and ``Plotly.react`` take."""
         return {"data": self.data, "layout": self.layout}
 
 
-def figures(comparison: Data) -> list[Figure]:
-    """All figures that the comparison has data for."""
-    looks = views.styles(comparison)
-    made = [_differences(comparison, looks), *(_pareto(comparison, looks, cost) for cost in views.COSTS)]
-    made += [_settings(found, looks) for found in views.settings(comparison)]
-    return [
-        figure
-        for figure in (*made, _curves(comparison, looks), _ranks(comparison, looks))
-        if figure is not None
-    ]
+def make_figures(comparison: ComparisonData) -> list[Figure]:
+    """Return every figure that the comparison has data for."""
+    styles = make_styles(comparison)
+    figures = [_draw_differences(comparison, styles)]
+    for cost in COSTS:
+        figures.append(_draw_pareto(comparison, styles, cost))
+    for setting in views.view_settings(comparison):
+        figures.append(_draw_setting(setting, styles))
+    figures.append(_draw_curves(comparison, styles))
+    figures.append(_draw_ranks(comparison, styles))
+    return [figure for figure in figures if figure is not None]
 
 
-def escaped(text: object) -> str:
-    """Text that Plotly shows as it is: it reads tags and entities in all that it writes."""
-    return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-
-
-def short(label: str, longest: int = LONGEST) -> str:
-    """A label that leaves room for its figure; the middle goes, since labels differ at their ends."""
-    half = (longest - 1) // 2
-    return label if len(label) <= longest else f"{label[:half]}…{label[-half:]}"
-
-
-def _axis(axis: Axis, **more: Any) -> dict[str, Any]:
-    return {
-        "title": {"text": escaped(axis.title), "standoff": 12},
-        "automargin": True,
-        "type": "log" if axis.log else "linear",
-        **more,
-    }
-
-
-def _upright(axis: Axis) -> dict[str, Any]:
-    """The y axis of a metric."""
-    return _axis(axis) | (
-        {"autorangeoptions": {"clipmin": SHARE[0], "clipmax": SHARE[1]}} if axis.scale == 0.01 else {}
-    )
-
-
-def _ticks(places: Sequence[float]) -> dict[str, Any]:
-    return {"tickvals": list(places), "ticktext": [f"{place:g}" for place in places], "tickangle": 0}
-
-
-def _layout(x: Mapping[str, Any], y: Mapping[str, Any], height: int = 380, **more: Any) -> dict[str, Any]:
-    margin = {"l": 8, "r": 16, "t": 34, "b": 8}
-    return {
-        "xaxis": dict(x),
-        "yaxis": dict(y),
-        "height": height,
-        "margin": margin,
-        "showlegend": False,
-        "hovermode": "closest",
-        **more,
-    }
-
-
-def _error(points: Sequence[Point], axis: str) -> dict[str, Any]:
-    """Both arms of each interval; a missing one has no arm."""
-    value = [point.y if axis == "y" else point.x for point in points]
-    high = [None if p.high is None else p.high - v for p, v in zip(points, value, strict=True)]
-    low = [None if p.low is None else v - p.low for p, v in zip(points, value, strict=True)]
-    return {
-        f"error_{axis}": {
-            "type": "data",
-            "symmetric": False,
-            "array": high,
-            "arrayminus": low,
-            "thickness": 1.4,
-            "width": 3,
-        }
-    }
-
-
-def _markers(points: Sequence[Point], look: Style, hollow: Iterable[bool], size: int = 10) -> dict[str, Any]:
-    symbols = [look.symbol + ("-open" if empty else "") for empty in hollow]
-    line = {"color": look.colour, "width": [2.0 if symbol.endswith("-open") else 0.0 for symbol in symbols]}
-    return {"color": look.colour, "symbol": symbols, "size": size, "line": line}
-
-
-def _by_series(points: Iterable[Point]) -> dict[str, list[Point]]:
-    groups: dict[str, list[Point]] = {}
-    for point in points:
-        groups.setdefault(point.series, []).append(point)
-    return groups
-
-
-def _scatter(name: str, points: Sequence[Point], hover: Iterable[str], **more: Any) -> dict[str, Any]:
-    place = {"x": [point.x for point in points], "y": [point.y for point in points], "name": escaped(name)}
-    return {
-        "type": "scatter",
-        "mode": "markers",
-        **place,
-        "meta": {"series": points[0].series},
-        "customdata": list(hover),
-        "hovertemplate": "%{customdata}<extra></extra>",
-        **more,
-    }
-
-
-def _hover(point: Point, value: float, y: Axis, *more: str) -> str:
-    unit = " %" if y.scale == 0.01 else ""
-    interval = (
-        "one seed, no interval"
-        if point.low is None or point.high is None
-        else f"95 %: {point.low:.4g} to {point.high:.4g}{unit}"
-    )
-    return "<br>".join([f"<b>{escaped(point.label)}</b>", f"{value:.4g}{unit}", interval, *more])
-
-
-def _pareto(comparison: Data, looks: Mapping[str, Style], cost: views.Cost) -> Figure | None:
-    view = views.pareto(comparison, cost)
+def _draw_pareto(comparison: ComparisonData, styles: Styles, cost: Cost) -> Figure | None:
+    view = views.view_pareto(comparison, cost)
     if view is None:
         return None
-    line = {"shape": "hv", "width": 1.5, "dash": "solid"}
-    edge = {
+    xs, ys = map(list, zip(*view.front, strict=True))
+    front = {
         "type": "scatter",
         "mode": "lines",
-        "x": [x for x, _ in view.line],
-        "y": [y for _, y in view.line],
-        "line": line,
+        "x": xs,
+        "y": ys,
+        "line": {"shape": "hv", "width": 1.5, "dash": "solid"},
+        "name": "front",
+        "meta": traces.INK,
+        "hoverinfo": "skip",
+        "opacity": 0.55,
     }
-    data: list[dict[str, Any]] = [
-        {**edge, "name": "front", "meta": INK, "hoverinfo": "skip", "opacity": 0.55}
-    ]
-    for name, points in _by_series(view.points).items():
-        hover = [
-            _hover(
-                p,
-                p.y,
-                view.y,
-                f"{escaped(view.x.title)}: {p.x:.4g}",
-                *(["on the front"] if p.emphasis else []),
-            )
-            for p in points
-        ]
-        marker = _markers(points, looks[name], (p.low is None for p in points))
-        marker["opacity"] = [1.0 if p.emphasis else 0.5 for p in points]
-        data.append(_scatter(name, points, hover, marker=marker, **_error(points, "y")))
+    data: list[Trace] = [front]
+    for name, points in group_by_series(view.points).items():
+        hover = []
+        for point in points:
+            lines = [f"{escape_tags(view.x.title)}: {point.x:.4g}"]
+            if point.emphasis:
+                lines.append("on the front")
+            hover.append(make_hover(point, point.y, view.y, *lines))
+        marker = traces.make_markers(styles[name], _find_single_seeds(points))
+        marker["opacity"] = list(map(choose_opacity, points))
+        bars = traces.make_error_bars(points, "y")
+        data.append(traces.make_scatter(name, points, hover, marker=marker, **bars))
+    x = traces.make_axis(view.x)
+    if view.x.log:
+        costs = list_xs(view.points)
+        x |= traces.make_ticks(choose_log_ticks(min(costs), max(costs)))
     words = comparison["metric"]["words"]
-    best = ", ".join(p.label for p in sorted(view.points, key=lambda p: p.x) if p.emphasis)
-    joins = f"The stepped line joins the rows that no other beats with the same {cost.words} or less ({best}); the others are paler."
-    caption = f"{joins} {INTERVAL} {view.left_out}"
-    xs = [p.x for p in view.points]
-    layout = _layout(
-        _axis(view.x) | (_ticks(views.ticks(min(xs), max(xs))) if view.x.log else {}), _upright(view.y)
-    )
-    return Figure(f"pareto_{cost.key}", f"{words} against {cost.words}", caption, data, layout)
-
-
-def level_dashes(found: views.Settings, looks: Mapping[str, Style]) -> Iterator[tuple[Point, list[int]]]:
-    """Each level with the lengths of its ink and gaps: a dash, and then a dot for each level of its colour before it."""
-    before = Counter[str]()
-    for level in found.levels:
-        colour = looks[level.series].colour
-        yield level, [8, 5, *([2, 5] * before[colour])]
-        before[colour] += 1
-
-
-def _settings(found: views.Settings, looks: Mapping[str, Style]) -> Figure:
-    data = []
-    for name, points in found.lines.items():
-        look, hover = (
-            looks[points[0].series],
-            [_hover(p, p.y, found.y, f"{escaped(found.x.title)}: {p.x:.4g}") for p in points],
-        )
-        marker = _markers(points, look, (p.low is None for p in points))
-        line = {"color": look.colour, "width": 2, "dash": DASHES[views.place(found, name) % len(DASHES)]}
-        data.append(
-            _scatter(
-                name, points, hover, marker=marker, mode="lines+markers", line=line, **_error(points, "y")
-            )
-        )
-    xs = [point.x for points in found.lines.values() for point in points]
-    for level, lengths in level_dashes(found, looks):
-        look, ends = looks[level.series], [min(xs), max(xs)]
-        hover = [_hover(level, level.y, found.y, f"has no {escaped(found.key)}")] * 2
-        line = {"color": look.colour, "width": 2, "dash": ",".join(f"{length}px" for length in lengths)}
-        arms = _error([replace(level, low=None, high=None), level], "y")
-        data.append(_scatter(level.label, [level] * 2, hover, mode="lines", line=line, **arms) | {"x": ends})
-    dashed = f"Dashed: without {found.key}. " if found.levels else ""
-    caption = f"{dashed}{INTERVAL} {found.left_out}"
-    told = any(name != points[0].series for name, points in found.lines.items()) or any(
-        level.label != level.series for level in found.levels
-    )
-    legend = {"showlegend": told, "legend": LEGEND}
-    ticks = _ticks(sorted(set(xs))) if len(set(xs)) <= 8 else {}
-    layout = _layout(_axis(found.x) | ticks, _upright(found.y), 380 + 6 * told * len(data), **legend)
     return Figure(
-        f"by_{found.key}",
-        f"what {'density' if 'density' in found.x.title else found.key} does",
+        f"pareto_{cost.key}",
+        f"{words} against {cost.words}",
+        _caption_pareto(view, cost),
+        data,
+        make_layout(x, traces.make_metric_axis(view.y), 380),
+    )
+
+
+def choose_opacity(point: PlotPoint) -> float:
+    """Return the opacity of a row in a Pareto figure: rows that are not on the front are paler."""
+    return 1.0 if point.emphasis else 0.5
+
+
+def _caption_pareto(view: views.ParetoView, cost: Cost) -> str:
+    points = sorted(view.points, key=attrgetter("x"))
+    labels = ", ".join(point.label for point in points if point.emphasis)
+    return (
+        f"The stepped line joins the rows that no other row beats with the same {cost.words} or less ({labels}); "
+        f"the other rows are paler. {INTERVAL} {view.left_out}"
+    )
+
+
+def _find_single_seeds(points: Sequence[PlotPoint]) -> list[bool]:
+    """Tell for each point whether it is a single seed, which has no interval and is drawn hollow."""
+    return [point.low is None for point in points]
+
+
+def measure_dashes(view: views.SettingView, styles: Styles) -> Iterator[tuple[PlotPoint, list[int]]]:
+    """Yield each level of a setting with the lengths of its dashes and gaps, in pixels.
+
+    A level has one dash, followed by a dot for each earlier level of the same colour.
+    """
+    earlier = Counter[str]()
+    for level in view.levels:
+        colour = styles[level.series].colour
+        yield level, [8, 5, *([2, 5] * earlier[colour])]
+        earlier[colour] += 1
+
+
+def _draw_setting(view: views.SettingView, styles: Styles) -> Figure:
+    data = []
+    needs_legend = False
+    for name, points in view.lines.items():
+        style = styles[points[0].series]
+        hover = []
+        for point in points:
+            hover.append(make_hover(point, point.y, view.y, f"{escape_tags(view.x.title)}: {point.x:.4g}"))
+        look = {
+            "marker": traces.make_markers(style, _find_single_seeds(points)),
+            "mode": "lines+markers",
+            "line": {
+                "color": style.colour,
+                "width": 2,
+                "dash": DASHES[view.count_earlier(name) % len(DASHES)],
+            },
+        }
+        bars = traces.make_error_bars(points, "y")
+        data.append(traces.make_scatter(name, points, hover, **look, **bars))
+        needs_legend |= name != points[0].series
+    xs = view.list_places()
+    for level, lengths in measure_dashes(view, styles):
+        data.append(_draw_level(view, level, lengths, styles[level.series], (xs[0], xs[-1])))
+        needs_legend |= level.label != level.series
+    x = traces.make_axis(view.x)
+    if len(xs) <= MOST_VALUES:
+        x |= traces.make_ticks(xs)
+    height = 380
+    if needs_legend:
+        height += 6 * len(data)
+    caption = f"{INTERVAL} {view.left_out}"
+    if view.levels:
+        caption = f"Dashed: without {view.key}. {caption}"
+    cause = "density" if view.is_density else view.key
+    return Figure(
+        f"by_{view.key}",
+        f"effect of {cause}",
         caption,
         data,
-        layout,
+        make_layout(
+            x, traces.make_metric_axis(view.y), height, showlegend=needs_legend, legend=traces.LEGEND
+        ),
     )
 
 
-def curve_look(curve: views.Curve, looks: Mapping[str, Style]) -> Style:
-    """With a symbol of its own, which tells apart the curves of one series as their dashes do."""
-    look = looks[curve.series]
-    return replace(
-        look, symbol=views.SYMBOLS[(views.SYMBOLS.index(look.symbol) + curve.dash) % len(views.SYMBOLS)]
-    )
+def _draw_level(
+    view: views.SettingView, level: PlotPoint, lengths: Sequence[int], style: Style, ends: tuple[float, float]
+) -> Trace:
+    """Return a dashed line for a row without the setting; its interval is drawn at the right end."""
+    hover = make_hover(level, level.y, view.y, f"has no {escape_tags(view.key)}")
+    line = {"color": style.colour, "width": 2, "dash": ",".join(f"{length}px" for length in lengths)}
+    bars = traces.make_error_bars([replace(level, low=None, high=None), level], "y")
+    trace = traces.make_scatter(level.label, [level] * 2, [hover] * 2, mode="lines", line=line, **bars)
+    return trace | {"x": list(ends)}
 
 
-def _curves(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
-    axis, found, left_out = views.curves(comparison)
-    if not found:
+def style_curve(curve: views.Curve, styles: Styles) -> Style:
+    """Return the style of a curve's markers: the symbols of one series differ, as the dashes of its curves do."""
+    style = styles[curve.series]
+    place = (SYMBOLS.index(style.symbol) + curve.dash) % len(SYMBOLS)
+    return replace(style, symbol=SYMBOLS[place])
+
+
+def _draw_curves(comparison: ComparisonData, styles: Styles) -> Figure | None:
+    view = views.view_curves(comparison)
+    if not view.curves:
         return None
-    data: list[dict[str, Any]] = []
-    for curve in found:
-        colour, group, meta = looks[curve.series].colour, escaped(curve.label), {"series": curve.series}
+    data: list[Trace] = []
+    for curve in view.curves:
         if curve.low:
-            edge = {
-                "x": [*curve.x, *curve.x[::-1]],
-                "y": [*curve.high, *curve.low[::-1]],
-                "mode": "lines",
-                "line": {"width": 0},
-                "fill": "toself",
-            }
-            band = {
-                "fillcolor": _faint(colour),
-                "legendgroup": group,
-                "showlegend": False,
-                "hoverinfo": "skip",
-                "name": group,
-            }
-            data.append({"type": "scatter", "meta": meta, **edge, **band})
-        line = {"color": colour, "width": 2, "dash": DASHES[curve.dash % len(DASHES)]}
-        place: dict[str, Any] = {
-            "type": "scatter",
-            "mode": "lines",
-            "meta": meta,
-            "x": curve.x,
-            "y": curve.y,
-            "legendgroup": group,
-        }
-        place["name"] = escaped(short(curve.label))
-        if points := curve.points:
-            place |= {
-                "mode": "lines+markers",
-                "marker": _markers(points, curve_look(curve, looks), [not curve.low] * len(points), 8),
-            }
-        if curve.low and len(points) == 1:  # no band to see
-            place |= _error(points, "y")
-        data.append(
-            {
-                **place,
-                "line": line,
-                "text": group,
-                "hovertemplate": "<b>%{text}</b><br>step %{x}: %{y:.4g}<extra></extra>",
-            }
-        )
-    caption = f"Means over seeds, with the band or bar of their 95 % interval; a curve without one is a single seed. {left_out}"
-    legend = {"showlegend": True, "legend": LEGEND}
-    layout = _layout(_axis(Axis("optimizer step")), _upright(axis), 420 + 12 * len(found), **legend)
+            data.append(_draw_band(curve, styles[curve.series].colour))
+        data.append(_draw_curve(curve, styles))
+    caption = (
+        "Means over seeds, with the band or bar of their 95 % interval; "
+        f"a curve without one is a single seed. {view.left_out}"
+    )
+    layout = make_layout(
+        traces.make_axis(Axis("optimizer step")),
+        traces.make_metric_axis(view.y),
+        420 + 12 * len(view.curves),
+        showlegend=True,
+        legend=traces.LEGEND,
+    )
     return Figure("curves", "learning curves", caption, data, layout)
 
 
-def _faint(colour: str) -> str:
-    red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
-    return f"rgba({red},{green},{blue},0.13)"
-
-
-def _places(points: Sequence[Point]) -> dict[str, Any]:
-    """A y axis of names, the first at the top."""
-    names = [escaped(short(point.label)) for point in points]
+def _draw_band(curve: views.Curve, colour: str) -> Trace:
+    label = escape_tags(curve.label)
     return {
-        "tickvals": list(range(len(points))),
-        "ticktext": names,
-        "range": [len(points) - 0.4, -0.6],
-        "automargin": True,
-        "zeroline": False,
+        "type": "scatter",
+        "meta": {"series": curve.series},
+        "x": [*curve.x, *curve.x[::-1]],
+        "y": [*curve.high, *curve.low[::-1]],
+        "mode": "lines",
+        "line": {"width": 0},
+        "fill": "toself",
+        "fillcolor": _make_faint(colour),
+        "legendgroup": label,
+        "showlegend": False,
+        "hoverinfo": "skip",
+        "name": label,
     }
 
 
-def _differences(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
-    view = views.differences(comparison)
+def _draw_curve(curve: views.Curve, styles: Styles) -> Trace:
+    label = escape_tags(curve.label)
+    trace: Trace = {
+        "type": "scatter",
+        "mode": "lines",
+        "meta": {"series": curve.series},
+        "x": curve.x,
+        "y": curve.y,
+        "legendgroup": label,
+        "name": escape_tags(traces.shorten(curve.label)),
+    }
+    points = curve.marked_points
+    if points:
+        trace["mode"] = "lines+markers"
+        trace["marker"] = traces.make_markers(style_curve(curve, styles), [not curve.low] * len(points), 8)
+    if curve.low and len(points) == 1:  # a band of one step is invisible
+        trace |= traces.make_error_bars(points, "y")
+    colour, dash = styles[curve.series].colour, DASHES[curve.dash % len(DASHES)]
+    trace["line"] = {"color": colour, "width": 2, "dash": dash}
+    trace["text"] = label
+    trace["hovertemplate"] = "<b>%{text}</b><br>step %{x}: %{y:.4g}<extra></extra>"
+    return trace
+
+
+def _make_faint(colour: str) -> str:
+    red, green, blue = int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+    return f"rgba({red},{green},{blue},0.13)"
+
+
+def _draw_differences(comparison: ComparisonData, styles: Styles) -> Figure | None:
+    view = views.view_differences(comparison)
     if view is None:
         return None
-    versus = {row["label"]: row["versus"] for row in comparison["rows"] if row["versus"]}
-    unit, data = (" points" if comparison["metric"]["percent"] else ""), []
-    for name, points in _by_series(view.points).items():
+    versus = {row["label"]: row["versus"] for row in comparison["rows"]}
+    unit = " points" if comparison["metric"]["percent"] else ""
+    data = []
+    for name, points in group_by_series(view.points).items():
         hover = []
-        for p in points:
-            interval = (
-                "no interval"
-                if p.low is None or p.high is None
-                else f"95 %: {p.low:+.3g} to {p.high:+.3g}{unit}"
-            )
-            test = versus[p.label]
-            said = [
-                f"<b>{escaped(p.label)}</b>",
-                f"{p.x:+.3g}{unit}",
-                interval,
-                f"{escaped(test['verdict'])}, p {show_p(test['p_holm'])} (Holm)",
-            ]
-            hover.append("<br>".join(said))
-        marker = _markers(points, looks[name], (not p.emphasis for p in points))
-        data.append(_scatter(name, points, hover, marker=marker, **_error(points, "x")))
+        for point in points:
+            hover.append(_describe_difference(point, versus[point.label], unit))
+        marker = traces.make_markers(styles[name], [not point.emphasis for point in points])
+        bars = traces.make_error_bars(points, "x")
+        data.append(traces.make_scatter(name, points, hover, marker=marker, **bars))
     zero = {
         "type": "line",
         "x0": 0,
@@ -348,57 +282,86 @@ def _differences(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
         "y1": 1,
         "line": {"width": 1.5, "dash": "dot"},
     }
-    layout = _layout(
-        _axis(view.x, zeroline=False), _places(view.points), 110 + 26 * len(view.points), shapes=[zero]
+    layout = make_layout(
+        traces.make_axis(view.x, zeroline=False),
+        traces.make_label_axis(view.points),
+        110 + 26 * len(view.points),
+        shapes=[zero],
     )
-    caption = f"Bars are 95 % intervals. Filled: told apart from {view.key} after Holm's correction; hollow: not told apart, or not tested. {view.left_out}"
-    return Figure("differences", f"differences to {view.key}", caption, data, layout)
+    caption = (
+        f"Bars are 95 % intervals. Filled: differs from {view.baseline} after Holm's correction; "
+        f"hollow: no difference was shown, or not tested. {view.left_out}"
+    )
+    return Figure("differences", f"differences to {view.baseline}", caption, data, layout)
 
 
-def _ranks(comparison: Data, looks: Mapping[str, Style]) -> Figure | None:
-    found = views.ranks(comparison)
-    if found is None:
+def _describe_difference(point: PlotPoint, versus: Mapping[str, Any], unit: str) -> str:
+    interval = "no interval"
+    if point.low is not None and point.high is not None:
+        interval = f"95 %: {point.low:+.3g} to {point.high:+.3g}{unit}"
+    lines = [
+        f"<b>{escape_tags(point.label)}</b>",
+        f"{point.x:+.3g}{unit}",
+        interval,
+        f"{escape_tags(versus['verdict'])}, p {show_p(versus['p_holm'])} (Holm)",
+    ]
+    return "<br>".join(lines)
+
+
+def _draw_ranks(comparison: ComparisonData, styles: Styles) -> Figure | None:
+    view = views.view_ranks(comparison)
+    if view is None:
         return None
-    last, data = max(point.x for point in found.points), []
-    for name, points in _by_series(found.points).items():
-        hover = [f"<b>{escaped(p.label)}</b><br>mean rank {p.x:.3g}" for p in points]
-        look = looks.get(name, Style("#5d7f88", "circle"))
-        data.append(_scatter(name, points, hover, marker=_markers(points, look, (False for _ in points))))
-    ruler: dict[str, Any] = {
+    data = []
+    for name, points in group_by_series(view.points).items():
+        hover = []
+        for point in points:
+            hover.append(f"<b>{escape_tags(point.label)}</b><br>mean rank {point.x:.3g}")
+        marker = traces.make_markers(styles.get(name, NO_SERIES), [False] * len(points))
+        data.append(traces.make_scatter(name, points, hover, marker=marker))
+    ruler: Trace = {
         "type": "scatter",
         "mode": "lines+text",
         "name": "critical difference",
-        "meta": INK,
+        "meta": traces.INK,
         "hoverinfo": "skip",
-    }
-    ruler |= {
-        "x": [1, 1 + found.difference],
+        "x": [1, 1 + view.difference],
         "y": [-1, -1],
-        "text": ["", f" {found.difference:.3g}"],
+        "text": ["", f" {view.difference:.3g}"],
         "textposition": "middle right",
+        "line": {"width": 3},
+        "cliponaxis": False,
     }
-    data.append(ruler | {"line": {"width": 3}, "cliponaxis": False})
-    right = max(last, 1 + found.difference)
-    step = max(right - 1, 1) / 28
-    for lane, first, end in found.cliques:
-        place = right + step * (lane + 2)
-        bar: dict[str, Any] = {
+    data.append(ruler)
+    right = max(1 + view.difference, *list_xs(view.points))
+    lane_width = max(right - 1, 1) / 28
+    lanes = 0
+    for lane, first, last in view.cliques:
+        place = right + lane_width * (lane + 2)
+        bar: Trace = {
+            "type": "scatter",
+            "mode": "lines",
+            "meta": traces.INK,
+            "hoverinfo": "skip",
             "x": [place, place],
-            "y": [first - 0.2, end + 0.2],
+            "y": [first - 0.2, last + 0.2],
             "line": {"width": 5},
-            "name": "not told apart",
+            "name": "no difference shown",
         }
-        data.append({"type": "scatter", "mode": "lines", "meta": INK, "hoverinfo": "skip", **bar})
-    y = _places(found.points) | {"range": [len(found.points) - 0.4, -1.7]}
-    width = right + step * (2 + max((lane for lane, _, _ in found.cliques), default=-1) + 1.5)
-    x = _axis(
-        Axis(f"mean rank over {found.blocks} blocks, 1 is best"),
+        data.append(bar)
+        lanes = max(lanes, lane + 1)
+    x = traces.make_axis(
+        Axis(f"mean rank over {view.blocks} blocks, 1 is best"),
         zeroline=False,
         tickmode="linear",
         dtick=max(1, round(right / 10)),
         tick0=1,
-        range=[1 - step, width],
+        range=[1 - lane_width, right + lane_width * (lanes + 2.5)],
     )
-    layout = _layout(x, y, 130 + 24 * len(found.points))
-    caption = "Rows that a bar to the right joins are not told apart: their mean ranks differ by less than the critical difference, the ruler's length."
+    y = traces.make_label_axis(view.points) | {"range": [len(view.points) - 0.4, -1.7]}
+    caption = (
+        "A bar to the right joins rows that were not shown to differ: "
+        "their mean ranks differ by less than the critical difference, the ruler's length."
+    )
+    layout = make_layout(x, y, 130 + 24 * len(view.points))
     return Figure("critical_difference", "critical differences", caption, data, layout)

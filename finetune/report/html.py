@@ -1,4 +1,4 @@
-"""A comparison as one HTML file that needs no network: table, figures, fairness check and commands."""
+"""Write a comparison as one HTML file that needs no network: table, figures, fairness check and commands."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from string import Template
 
 from .. import __version__
 from ..errors import ConfigError
-from . import views
-from .cells import DASH, show, show_p, show_setting, table
-from .figures import Figure, figures
+from .axes import show_metric_name
+from .figures import Figure, make_figures
+from .html_table import count_without_result, write_table
 from .markup import escape
-from .runs import LOST
-from .views import Data
+from .readable import DASH, show_count, show_difference, show_metric, show_p, show_setting, show_some
+from .schema import ComparisonData, Finding, MetricData, Verdict
+from .styles import make_styles
 
 SHAPES = {
     "circle": '<circle cx="8" cy="8" r="5"/>',
@@ -27,18 +28,24 @@ SHAPES = {
     "triangle-up": '<path d="M8 2 14.5 13h-13z"/>',
     "cross": '<path d="M6 2h4v4h4v4h-4v4H6v-4H2V6h4z"/>',
     "triangle-down": '<path d="M8 14 1.5 3h13z"/>',
-    "x": '<path d="m4.5 2 3.5 3.5L11.500 2 14 4.500 10.500 8 14 11.500 11.500 14 8 10.500 4.500 14 2 11.500 5.500 8 2 4.500z"/>',
+    "x": (
+        '<path d="m4.5 2 3.5 3.5L11.500 2 14 4.500 10.500 8 14 11.500 '
+        '11.500 14 8 10.500 4.500 14 2 11.500 5.500 8 2 4.500z"/>'
+    ),
     "pentagon": '<path d="m8 2 6 4.500-2.300 7H4.300L2 6.500z"/>',
     "star": '<path d="m8 1 2 5h5l-4 3.200L12.500 15 8 11.500 3.500 15 5 9.200 1 6h5z"/>',
-}
-KINDS = {"trained": "budget", "trials": "tuning"}  # findings that people call otherwise
+}  # SVG of each symbol
+KINDS = {"trained": "budget", "trials": "tuning"}  # kinds of findings that the page calls otherwise
 OMNIBUS = {"cochran q": "Cochran's Q", "friedman": "Friedman's test"}
 TASKS = {"causal_lm": "language modelling"}
+WIDE_FIGURES = ("curves", "differences", "critical_difference")  # besides those of settings
+LISTED = 5  # rows that the summary names
+PAIR_HEADINGS = ("row", "against", "difference", "95 % interval", "p", "p, Holm", "verdict", "test")
 
 
-def write(comparison: Data, file: Path) -> None:
-    """Write the report on ``Comparison.as_dict()`` to ``file``, whole or not at all. Raises ``ConfigError`` if that cannot be written."""
-    text = document(comparison)
+def write_report(comparison: ComparisonData, file: Path) -> None:
+    """Write the report to ``file``, whole or not at all. Raises ``ConfigError`` if it cannot be written."""
+    text = make_document(comparison)
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -49,35 +56,42 @@ def write(comparison: Data, file: Path) -> None:
             temporary.unlink(missing_ok=True)
     except OSError as error:
         raise ConfigError(
-            f"The report {file} cannot be written: {error.strerror}. Name a file in a folder that you may write to."
+            f"The report {file} cannot be written: {error.strerror}. "
+            "Name a file in a folder that you may write to."
         ) from error
 
 
-def document(comparison: Data) -> str:
-    """The report's HTML, scripts and styles included."""
-    drawn = figures(comparison)
-    plotly, own = _plotly(), _asset("report.js")
-    sources = " ".join(
-        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
-        for script in (plotly, own)
+def make_document(comparison: ComparisonData) -> str:
+    """Return the report's HTML, which includes all scripts and styles."""
+    figures = make_figures(comparison)
+    plotly, own = _read_plotly(), _read_asset("report.js")
+    return Template(_read_asset("report.html")).substitute(
+        scripts=f"{_hash_script(plotly)} {_hash_script(own)}",
+        style=_read_asset("report.css"),
+        title=escape(_make_title(comparison)),
+        counts=_write_counts(comparison),
+        verdict=_write_summary(comparison),
+        fairness=_write_fairness(comparison["fairness"]),
+        selects=_write_selects(comparison),
+        rows=len(comparison["rows"]),
+        table=write_table(comparison),
+        chips=_write_chips(comparison),
+        figures="".join(map(_write_figure, figures)),
+        tests=_write_tests(comparison),
+        notes=_write_notes(comparison["notes"]),
+        version=escape(__version__),
+        data=_encode_figures(figures),
+        plotly=plotly,
+        own=own,
     )
-    title = views.metric_words(comparison["metric"]) + (
-        f": {TASKS.get(comparison['task'], str(comparison['task']))}" if comparison["task"] else ""
-    )
-    return Template(_asset("report.html")).substitute(
-        scripts=sources, style=_asset("report.css"), title=escape(title), counts=_counts(comparison), verdict=_verdict(comparison),
-        fairness=_fairness(comparison["fairness"]), selects=_selects(comparison), rows=len(comparison["rows"]), table=table(comparison),
-        chips=_chips(comparison), figures="".join(_figure(figure) for figure in drawn), tests=_tests(comparison), notes=_notes(comparison["notes"]),
-        version=escape(__version__), data=_data(drawn), plotly=plotly, own=own,
-    )  # fmt: skip
 
 
-def _asset(name: str) -> str:
+def _read_asset(name: str) -> str:
     return files(__package__).joinpath("assets", name).read_text(encoding="utf-8")
 
 
-def _plotly() -> str:
-    """Plotly's script as its package ships it, read without importing it."""
+def _read_plotly() -> str:
+    """Return Plotly's script from its package, without importing the package."""
     try:
         return files("plotly").joinpath("package_data", "plotly.min.js").read_text(encoding="utf-8")
     except (ModuleNotFoundError, FileNotFoundError) as error:
@@ -86,168 +100,169 @@ def _plotly() -> str:
         ) from error
 
 
-def _data(drawn: Sequence[Figure]) -> str:
-    """The figures as JSON that no browser mistakes for the end of its script."""
-    text = json.dumps([{"key": figure.key, **figure.as_plotly()} for figure in drawn], allow_nan=False)
+def _hash_script(script: str) -> str:
+    """Return the hash by which the page's security policy allows a script."""
+    digest = hashlib.sha256(script.encode()).digest()
+    return f"'sha256-{base64.b64encode(digest).decode()}'"
+
+
+def _encode_figures(figures: Sequence[Figure]) -> str:
+    """Return the figures as JSON that cannot end the script element that it stands in."""
+    data = [{"key": figure.key, **figure.as_plotly()} for figure in figures]
+    text = json.dumps(data, allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
 
 
-def _many(count: int, word: str) -> str:
-    return f"{count:,} {word}{'' if count == 1 else 's'}"
+def _make_title(comparison: ComparisonData) -> str:
+    name, task = show_metric_name(comparison["metric"]), comparison["task"]
+    if not task:
+        return name
+    return f"{name}: {TASKS.get(task, str(task))}"
 
 
-def _counts(comparison: Data) -> str:
+def _write_counts(comparison: ComparisonData) -> str:
+    """Return how many rows and runs there are, and what the rows are compared with."""
     rows = comparison["rows"]
-    finished, lost = sum(row["finished"] for row in rows), sum(row[key] for row in rows for key in LOST)
-    by = f" by {' and '.join(comparison['by'])}" if comparison["by"] else ""
-    held = f", held against {comparison['baseline']}" if comparison["baseline"] else ""
-    return escape(
-        f"{_many(len(rows), 'row')}{by}, {_many(finished, 'finished run')}"
-        + (f", {lost} that did not finish" if lost else "")
-        + held
-    )
+    text = show_count(len(rows), "row")
+    if comparison["by"]:
+        text += f" by {' and '.join(comparison['by'])}"
+    finished = without_result = 0
+    for row in rows:
+        finished += row["finished"]
+        without_result += count_without_result(row)
+    text += f", {show_count(finished, 'finished run')}"
+    if without_result:
+        text += f", {without_result} that did not finish"
+    if comparison["baseline"]:
+        text += f", compared with {comparison['baseline']}"
+    return escape(text)
 
 
-def _verdict(comparison: Data) -> str:
-    """The first thing to know, in one or two sentences."""
+def _write_summary(comparison: ComparisonData) -> str:
+    """Return the most important result, in one or two sentences of HTML."""
     rows, metric = comparison["rows"], comparison["metric"]
-    best = next((row for row in rows if row["mean"] is not None), None)
-    if best is None:
+    ranked = [row for row in rows if row["mean"] is not None]
+    if not ranked:
         return "No run has finished with this metric, so there is nothing to compare yet."
+    best = ranked[0]
     unit = " %" if metric["percent"] else ""
-    known = best["low"] is not None and best["high"] is not None
-    interval = (
-        f"95 % interval {show(metric, best['low'])} to {show(metric, best['high'])}"
-        if known
-        else "one seed, so no interval"
-    )
-    said = f"Best mean: <b>{escape(best['label'])}</b> with {show(metric, best['mean'])}{unit} ({interval})."
-    ties = [row["label"] for row in rows if row["rank"] == "tie" and row is not best]
+    interval = "one seed, so no interval"
+    if best["low"] is not None and best["high"] is not None:
+        low, high = show_metric(metric, best["low"]), show_metric(metric, best["high"])
+        interval = f"95 % interval {low} to {high}"
+    mean = show_metric(metric, best["mean"])
+    summary = f"Best mean: <b>{escape(best['label'])}</b> with {mean}{unit} ({interval})."
+    ties = [f"<b>{escape(row['label'])}</b>" for row in ranked[1:] if row["rank"] == "tie"]
     if ties:
-        names = ", ".join(f"<b>{escape(name)}</b>" for name in ties[:5]) + (
-            f" and {len(ties) - 5} more" if len(ties) > 5 else ""
-        )
-        said += f" These runs do not tell it apart from {names}."
+        summary += f" These runs do not show a difference to {show_some(ties, LISTED)}."
     if best["rank"] == "best" and len(rows) > 1:
-        said += " It is better than every other row that was tested."
-    return said
+        summary += " It is better than every other row that was tested."
+    return summary
 
 
-def _fairness(findings: Sequence[Data]) -> str:
+def _write_fairness(findings: Sequence[Finding]) -> str:
     if not findings:
-        return '<p class="fair">Nothing was found that differs between the rows beside what is compared.</p>'
-    items = "".join(_finding(finding) for finding in findings)
-    return f'<p class="unfair">{_many(len(findings), "thing")} beside what is compared may decide who wins:</p><ul class="findings">{items}</ul>'
+        return '<p class="fair">The rows differ only in what is compared.</p>'
+    heading = f"Other differences between the rows may decide which row wins ({show_count(len(findings), 'finding')}):"
+    items = "".join(map(_write_finding, findings))
+    return f'<p class="unfair">{escape(heading)}</p><ul class="findings">{items}</ul>'
 
 
-def _finding(finding: Data) -> str:
-    values = "".join(
-        f'<tr><th scope="row">{escape(str(row))}</th><td>{escape(str(value))}</td></tr>'
-        for row, value in finding["values"].items()
-    )
-    shown = (
-        f"<details><summary>{escape(str(finding['what']))}, row by row</summary><table>{values}</table></details>"
-        if values
-        else ""
-    )
-    return f'<li><span class="kind">{escape(KINDS.get(finding["kind"], str(finding["kind"])))}</span> {escape(finding["words"])}{shown}</li>'
+def _write_finding(finding: Finding) -> str:
+    lines = ""
+    for row, value in finding["values"].items():
+        lines += f'<tr><th scope="row">{escape(str(row))}</th><td>{escape(str(value))}</td></tr>'
+    details = ""
+    if lines:
+        summary = f"{escape(str(finding['what']))}, row by row"
+        details = f"<details><summary>{summary}</summary><table>{lines}</table></details>"
+    kind = escape(KINDS.get(finding["kind"], str(finding["kind"])))
+    return f'<li><span class="kind">{kind}</span> {escape(finding["words"])}{details}</li>'
 
 
-def _selects(comparison: Data) -> str:
-    """A choice for each compared setting that has more than one value."""
-    made = []
+def _write_selects(comparison: ComparisonData) -> str:
+    """Return a selection list for each compared setting that has more than one value."""
+    selects = ""
     for number, key in enumerate(comparison["by"]):
         values = list(dict.fromkeys(row["by"].get(key) for row in comparison["rows"]))
-        values.sort(
-            key=lambda value: (
-                value is None,
-                isinstance(value, str),
-                value if isinstance(value, int | float) else 0,
-                str(value),
-            )
+        if len(values) < 2:
+            continue
+        options = '<option value="*">all</option>'
+        for value in sorted(values, key=_rank_value):
+            options += f"<option>{escape(show_setting(value))}</option>"
+        selects += f'<label>{escape(key)} <select data-by="{number}">{options}</select></label>'
+    return selects
+
+
+def _rank_value(value: object) -> tuple[bool, bool, float, str]:
+    """Sort numbers by size, then texts, then None."""
+    if isinstance(value, int | float):
+        return False, False, value, str(value)
+    return value is None, isinstance(value, str), 0, str(value)
+
+
+def _write_chips(comparison: ComparisonData) -> str:
+    """Return the legend of all figures: a button for each series hides or shows it everywhere."""
+    styles = make_styles(comparison)
+    if len(styles) < 2:
+        return ""
+    chips = ""
+    for name, style in styles.items():
+        shape = SHAPES[style.symbol]
+        picture = f'<svg viewBox="0 0 16 16" fill="{style.colour}" aria-hidden="true">{shape}</svg>'
+        chips += (
+            f'<button type="button" class="chip" aria-pressed="true" data-series="{escape(name)}">'
+            f"{picture}{escape(name)}</button>"
         )
-        options = "".join(f"<option>{escape(show_setting(value))}</option>" for value in values)
-        if len(values) > 1:
-            made.append(
-                f'<label>{escape(key)} <select data-by="{number}"><option value="*">all</option>{options}</select></label>'
-            )
-    return "".join(made)
+    return chips
 
 
-def _chips(comparison: Data) -> str:
-    """The legend of all figures: each button hides and shows a series everywhere."""
-    made = []
-    for name, look in views.styles(comparison).items():
-        picture = (
-            f'<svg viewBox="0 0 16 16" fill="{look.colour}" aria-hidden="true">{SHAPES[look.symbol]}</svg>'
-        )
-        made.append(
-            f'<button type="button" class="chip" aria-pressed="true" data-series="{escape(name)}">{picture}{escape(name)}</button>'
-        )
-    return "".join(made) if len(made) > 1 else ""
-
-
-def _figure(figure: Figure) -> str:
-    wide = (
-        " wide"
-        if figure.key in ("curves", "differences", "critical_difference") or figure.key.startswith("by_")
-        else ""
+def _write_figure(figure: Figure) -> str:
+    wide = ""
+    if figure.key in WIDE_FIGURES or figure.key.startswith("by_"):
+        wide = " wide"
+    title = escape(figure.title)
+    plot = (
+        f'<div class="plot" id="plot-{escape(figure.key)}" role="img" aria-label="{title}" '
+        f'style="min-height:{figure.layout["height"]}px"></div>'
     )
-    title, height = escape(figure.title), figure.layout["height"]
-    plot = f'<div class="plot" id="plot-{escape(figure.key)}" role="img" aria-label="{title}" style="min-height:{height}px"></div>'
-    return f'<figure class="card{wide}"><h3>{title}</h3>{plot}<figcaption>{escape(figure.caption)}</figcaption></figure>'
+    caption = escape(figure.caption)
+    return f'<figure class="card{wide}"><h3>{title}</h3>{plot}<figcaption>{caption}</figcaption></figure>'
 
 
-def _tests(comparison: Data) -> str:
-    """All pairs, folded; and the test of all rows together."""
-    made, metric, omnibus = [], comparison["metric"], comparison["omnibus"]
+def _write_tests(comparison: ComparisonData) -> str:
+    """Return the section with the test of all rows together and a folded list of all pairs."""
+    parts = ""
+    omnibus = comparison["omnibus"]
     if omnibus and omnibus.get("p") is not None:
-        says = "at least two rows differ" if omnibus["p"] < 0.05 else "no difference was found among them"
+        result = "at least two rows differ" if omnibus["p"] < 0.05 else "no difference was found among them"
         name = OMNIBUS.get(omnibus["test"], str(omnibus["test"]))
-        chance = omnibus["p"]
-        made.append(f"<p>{escape(f'All rows together, {name}: p {show_p(chance)}; {says}.')}</p>")
+        text = f"All rows together, {name}: p {show_p(omnibus['p'])}; {result}."
+        parts += f"<p>{escape(text)}</p>"
     if comparison["tests"]:
-        heads = "".join(
-            f'<th scope="col">{head}</th>'
-            for head in ("row", "against", "difference", "95 % interval", "p", "p, Holm", "verdict", "test")
-        )
-        lines = "".join(_pair(metric, test) for test in comparison["tests"])
-        inner = (
-            f'<div class="scroll"><table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        )
-        made.append(
-            f"<details><summary>{_many(len(comparison['tests']), 'pair')} of rows, tested</summary>{inner}</details>"
-        )
-    return (
-        f'<section aria-labelledby="h-tests"><h2 id="h-tests">Tests</h2>{"".join(made)}</section>'
-        if made
-        else ""
-    )
+        heads = "".join(f'<th scope="col">{heading}</th>' for heading in PAIR_HEADINGS)
+        lines = "".join(_write_pair(comparison["metric"], test) for test in comparison["tests"])
+        table = f"<table><thead><tr>{heads}</tr></thead><tbody>{lines}</tbody></table>"
+        summary = f"{show_count(len(comparison['tests']), 'pair')} of rows, tested"
+        parts += f'<details><summary>{summary}</summary><div class="scroll">{table}</div></details>'
+    if not parts:
+        return ""
+    return f'<section aria-labelledby="h-tests"><h2 id="h-tests">Tests</h2>{parts}</section>'
 
 
-def _pair(metric: Data, test: Data) -> str:
-    interval = (
-        DASH
-        if test["low"] is None
-        else f"{show(metric, test['low'], sign=True)} to {show(metric, test['high'], sign=True)}"
-    )
-    chances = [DASH if test[key] is None else f"{test[key]:.2g}" for key in ("p", "p_holm")]
-    cells = [
-        test["a"],
-        test["b"],
-        show(metric, test["difference"], sign=True),
-        interval,
-        *chances,
-        test["verdict"],
-        test["test"],
-    ]
+def _write_pair(metric: MetricData, test: Verdict) -> str:
+    interval = DASH
+    if test["low"] is not None:
+        interval = f"{show_difference(metric, test['low'])} to {show_difference(metric, test['high'])}"
+    cells = [test["a"], test["b"], show_difference(metric, test["difference"]), interval]
+    for p in (test["p"], test["p_holm"]):
+        cells.append(DASH if p is None else f"{p:.2g}")
+    cells += [test["verdict"], test["test"]]
     return "<tr>" + "".join(f"<td>{escape(str(cell))}</td>" for cell in cells) + "</tr>"
 
 
-def _notes(notes: Sequence[str]) -> str:
+def _write_notes(notes: Sequence[str]) -> str:
+    if not notes:
+        return ""
     items = "".join(f"<li>{escape(note)}</li>" for note in notes)
-    return (
-        f'<section aria-labelledby="h-notes"><h2 id="h-notes">Notes</h2><ul>{items}</ul></section>'
-        if items
-        else ""
-    )
+    return f'<section aria-labelledby="h-notes"><h2 id="h-notes">Notes</h2><ul>{items}</ul></section>'

@@ -1,4 +1,4 @@
-"""What ``finetune inspect`` found, as a table and as plots."""
+"""Show the result of ``finetune inspect`` as a table and as plots."""
 
 from __future__ import annotations
 
@@ -11,135 +11,145 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.table import Table
 
-Row = Mapping[str, Any]
+Inspection = Mapping[str, Any]  # the whole result
+Measurements = Mapping[str, Any]  # of one layer, or of all layers of a role, a block or the model
 OVERLAPS = {"magnitude": "|w|", "gradient": "|g|", "principal": "princ.", "low": "low"}
 MASKS = {"changed": "the changed entries", "changed_bf16": "the entries that differ in bfloat16"}
 
 
 @dataclass(frozen=True)
 class InspectionTable:
-    """A row for each role, each block and all layers together; overlaps as multiples of chance."""
+    """A table with a line for each role, each block and the whole model; overlaps are multiples of chance."""
 
-    result: Row
+    result: Inspection
 
     def __rich__(self) -> Table:
         from rich.box import SIMPLE_HEAD
         from rich.table import Column, Table
 
         overlaps = [name for name in OVERLAPS if name in self.result["total"]["overlap"]]
-        heads = ["changed", "bf16", "norm", "rank", "NSS", "angle", *(OVERLAPS[name] for name in overlaps)]
-        columns = [Column("", no_wrap=True), *(Column(head, justify="right", no_wrap=True) for head in heads)]
-        table = Table(*columns, box=SIMPLE_HEAD, padding=0, show_edge=False)
-        for kind, rows in (
-            ("role", self.result["roles"]),
-            ("block", self.result["blocks"]),
-            ("total", [self.result["total"]]),
-        ):
-            for row in rows:
-                table.add_row(
-                    _name(kind, row), *_cells(row), *(_multiple(row["overlap"][name]) for name in overlaps)
-                )
-            table.add_section()
-        table.caption = caption(self.result)
+        table = Table(Column("", no_wrap=True), box=SIMPLE_HEAD, padding=0, show_edge=False)
+        for heading in ("changed", "bf16", "norm", "rank", "NSS", "angle"):
+            table.add_column(heading, justify="right", no_wrap=True)
+        for name in overlaps:
+            table.add_column(OVERLAPS[name], justify="right", no_wrap=True)
+        for role in self.result["roles"]:
+            table.add_row(str(role["role"]), *_make_cells(role, overlaps))
+        table.add_section()
+        for block in self.result["blocks"]:
+            name = f"block {block['block']}" if block["block"] >= 0 else "no block"
+            table.add_row(name, *_make_cells(block, overlaps))
+        table.add_section()
+        table.add_row("all", *_make_cells(self.result["total"], overlaps))
+        table.add_section()
+        table.caption = explain_columns(self.result)
         table.caption_justify = "left"
         return table
 
 
-def _name(kind: str, row: Row) -> str:
-    if kind == "block":
-        return f"block {row['block']}" if row["block"] >= 0 else "no block"
-    return str(row["role"]) if kind == "role" else "all"
-
-
-def _cells(row: Row) -> list[str]:
-    shares = [f"{100 * row[key]:.3g}%" for key in ("density", "density_bf16")]
-    angle = f"{max(row['angle_left'], row['angle_right']):.1f}°"
-    return [
-        *shares,
-        f"{row['relative_norm']:.2g}",
-        f"{row['effective_rank']:.1f}",
-        f"{row['nss']:.2g}",
-        angle,
+def _make_cells(measured: Measurements, overlaps: Sequence[str]) -> list[str]:
+    """Return the text of every column but the first."""
+    cells = [
+        f"{100 * measured['density']:.3g}%",
+        f"{100 * measured['density_bf16']:.3g}%",
+        f"{measured['relative_norm']:.2g}",
+        f"{measured['effective_rank']:.1f}",
+        f"{measured['nss']:.2g}",
+        f"{max(measured['angle_left'], measured['angle_right']):.1f}°",
     ]
+    for name in overlaps:
+        cells.append(_show_multiple(measured["overlap"][name]))
+    return cells
 
 
-def _multiple(overlap: Row) -> str:
-    """An overlap as a multiple of chance."""
+def _show_multiple(overlap: Measurements) -> str:
+    """Return an overlap as a multiple of chance."""
+    if overlap["share"] is None or not overlap["chance"]:
+        return "-"
+    return f"x{overlap['share'] / overlap['chance']:.3g}"
+
+
+def explain_columns(result: Inspection) -> str:
+    """Return what the columns of the table mean."""
+    share, rank, mask = f"{100 * result['alpha']:g} %", result["rank"], MASKS[result["mask"]]
     return (
-        "-"
-        if overlap["share"] is None or not overlap["chance"]
-        else f"x{overlap['share'] / overlap['chance']:.3g}"
+        "changed: share of entries that changed; bf16: share that changed after rounding to bfloat16; "
+        "norm: |dW| / |W|; rank: effective rank of dW; NSS: relative change of the singular values; "
+        f"angle: the largest angle between the first {rank} singular directions before and after. "
+        f"Overlaps of {mask}, as multiples of chance, with the same number of largest entries of |w| and |g|, "
+        f"with the {share} largest entries of the rank-{rank} part of W (princ.), "
+        f"and with the {share} smallest entries of |w| (low)."
     )
 
 
-def caption(result: Row) -> str:
-    """What the columns mean."""
-    share, rank = f"{100 * result['alpha']:g} %", result["rank"]
-    return (
-        f"bf16: changed when rounded to it; norm: |dW| / |W|; rank: effective rank of dW; NSS: relative change of the singular values; angle: the "
-        f"largest between the first {rank} singular directions before and after. Overlaps of {MASKS[result['mask']]}, as multiples of chance: |w|, "
-        f"|g|: with as many of the largest; princ.: with the {share} largest by the rank-{rank} part of W; low: with the {share} smallest by |w|."
-    )
-
-
-def summary(result: Row) -> list[str]:
-    """Lines on what is no layer: other parameters, churn."""
+def summarise(result: Inspection) -> list[str]:
+    """Return lines about what the table leaves out: parameters outside of layers, and churn."""
     lines = [f"{result['method']}, step {result['step']}, weights in {result['dtype']}"]
-    rest = [row for row in result["others"] if row["changed"]]
-    if rest:
+    changed = [parameter["changed"] for parameter in result["others"] if parameter["changed"]]
+    if changed:
         lines.append(
-            f"changed beside the layers: {sum(r['changed'] for r in rest):,} entries of {len(rest)} embeddings, norms, biases and the like"
+            f"changed outside of the layers: {sum(changed):,} entries of {len(changed)} embeddings, norms, "
+            "biases and the like"
         )
-    if result["churn"]:
-        values = [line["churn"] for line in result["churn"]]
+    churn = [move["churn"] for move in result["churn"]]
+    if churn:
         lines.append(
-            f"churn: {len(values)} moves, share of new entries {values[0]:.3g} at first, {values[-1]:.3g} at last"
+            f"churn: {len(churn)} moves; the share of new entries was {churn[0]:.3g} in the first "
+            f"and {churn[-1]:.3g} in the last"
         )
     return lines
 
 
-def plots(result: Row, folder: Path) -> list[Path]:
-    """Write the PNGs that the result has data for into ``folder``, and nothing else; returns their paths."""
-    made = []
+def write_plots(result: Inspection, folder: Path) -> list[Path]:
+    """Write a PNG into ``folder`` for each plot that the result has data for; return the files."""
+    written = []
     folder.mkdir(parents=True, exist_ok=True)
     if result["layers"]:
-        made.append(
-            _heat_map(
-                folder / "density.png",
-                f"share of {MASKS[result['mask']]}",
-                result,
-                lambda rows: _density(rows, result["mask"]),
-            )
-        )
-        made.append(_heat_map(folder / "relative_norm.png", "|dW| / |W|", result, _relative))
+        mask = result["mask"]
+
+        def find_density(layers: Sequence[Measurements]) -> float:
+            return float(sum(layer[mask] for layer in layers) / sum(layer["entries"] for layer in layers))
+
+        file = folder / "density.png"
+        _plot_heat_map(file, f"share of {MASKS[mask]}", result, find_density)
+        written.append(file)
+        file = folder / "relative_norm.png"
+        _plot_heat_map(file, "|dW| / |W|", result, _find_relative_norm)
+        written.append(file)
     if result["churn"]:
-        made.append(_curve(folder / "churn.png", result))
-    return made
+        file = folder / "churn.png"
+        _plot_churn(file, result)
+        written.append(file)
+    return written
 
 
-def _density(rows: Sequence[Row], mask: str) -> float:
-    return float(sum(r[mask] for r in rows) / sum(r["entries"] for r in rows))
-
-
-def _relative(rows: Sequence[Row]) -> float:
-    change, weight = (math.sqrt(sum(r[key] ** 2 for r in rows)) for key in ("change_norm", "weight_norm"))
+def _find_relative_norm(layers: Sequence[Measurements]) -> float:
+    change = math.sqrt(sum(layer["change_norm"] ** 2 for layer in layers))
+    weight = math.sqrt(sum(layer["weight_norm"] ** 2 for layer in layers))
     return change / weight if weight else 0.0
 
 
-def grid(
-    layers: Sequence[Row], value: Callable[[Sequence[Row]], float]
+def make_grid(
+    layers: Sequence[Measurements], measure: Callable[[Sequence[Measurements]], float]
 ) -> tuple[list[int], list[str], list[list[float]]]:
-    """Blocks, roles, and a value for each pair, NaN where there is no such layer."""
-    blocks, roles = sorted({r["block"] for r in layers}), list(dict.fromkeys(r["role"] for r in layers))
-    cells = [
-        [[r for r in layers if (r["block"], r["role"]) == (block, role)] for role in roles]
-        for block in blocks
-    ]
-    return blocks, roles, [[value(cell) if cell else math.nan for cell in row] for row in cells]
+    """Return the blocks, the roles, and a value for each pair; NaN if there is no such layer."""
+    cells: dict[tuple[int, str], list[Measurements]] = {}
+    for layer in layers:
+        cells.setdefault((layer["block"], layer["role"]), []).append(layer)
+    blocks = sorted({block for block, _ in cells})
+    roles = list(dict.fromkeys(role for _, role in cells))
+    values = []
+    for block in blocks:
+        line = []
+        for role in roles:
+            cell = cells.get((block, role))
+            line.append(measure(cell) if cell else math.nan)
+        values.append(line)
+    return blocks, roles, values
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
-    """A figure on the Agg canvas, without pyplot's global state and whatever display there is."""
+def _new_figure(width: float, height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes on the Agg canvas; pyplot would need global state and perhaps a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -148,29 +158,32 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _heat_map(file: Path, title: str, result: Row, value: Callable[[Sequence[Row]], float]) -> Path:
-    blocks, roles, values = grid(result["layers"], value)
-    figure, axes = _figure(2.5 + 0.7 * len(roles), 1.8 + 0.28 * len(blocks))
+def _plot_heat_map(
+    file: Path, title: str, result: Inspection, measure: Callable[[Sequence[Measurements]], float]
+) -> None:
+    blocks, roles, values = make_grid(result["layers"], measure)
+    figure, axes = _new_figure(2.5 + 0.7 * len(roles), 1.8 + 0.28 * len(blocks))
     image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
     axes.set_xticks(range(len(roles)), roles)
-    axes.set_yticks(range(len(blocks)), [str(b) if b >= 0 else "-" for b in blocks])
+    names = list(map(str, blocks))
+    if -1 in blocks:  # layers outside of all blocks
+        names[blocks.index(-1)] = "-"
+    axes.set_yticks(range(len(blocks)), names)
     axes.set_xlabel("role")
     axes.set_ylabel("block")
     axes.set_title(f"{result['method']}: {title}", fontsize=10)
     figure.colorbar(image, ax=axes)
     figure.savefig(file, dpi=120)
-    return file
 
 
-def _curve(file: Path, result: Row) -> Path:
-    figure, axes = _figure(5.5, 3.2)
-    axes.plot(
-        [line["step"] for line in result["churn"]], [line["churn"] for line in result["churn"]], marker="."
-    )
+def _plot_churn(file: Path, result: Inspection) -> None:
+    figure, axes = _new_figure(5.5, 3.2)
+    steps = [move["step"] for move in result["churn"]]
+    shares = [move["churn"] for move in result["churn"]]
+    axes.plot(steps, shares, marker=".")
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set_xlabel("step")
     axes.set_ylabel("share of trained entries that are new")
     axes.set_ylim(bottom=0)
     axes.set_title(f"{result['method']}: churn", fontsize=10)
     figure.savefig(file, dpi=120)
-    return file

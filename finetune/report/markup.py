@@ -1,4 +1,4 @@
-"""Text of runs inside HTML."""
+"""Put text from runs into HTML safely."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from ..errors import visible
 
 
 def escape(text: str) -> str:
-    """``text`` as HTML that shows it letter by letter, control characters as what they are written by."""
+    """Return HTML that displays ``text`` literally; control characters become escape sequences."""
     return html.escape(visible(text))

@@ -1,4 +1,4 @@
-"""The one number by which runs of a task are told apart, and how people read it."""
+"""Know the main metric of each task, and show its values to people."""
 
 from __future__ import annotations
 
@@ -8,29 +8,37 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Metric:
-    """A key of ``metrics.test`` in ``result.json``."""
+    """The main metric of a task. ``key`` is its name in ``metrics.test`` of ``result.json``."""
 
     key: str
     words: str
     higher_is_better: bool
 
     def show(self, value: float) -> str:
-        """``value`` to the precision that is worth reading."""
-        return f"{100 * value:.2f} %" if self.key == "accuracy" else f"{value:.4f}"
+        """Return ``value`` as text with its unit and the digits that are worth reading."""
+        if self.key == "accuracy":
+            return f"{100 * value:.2f} %"
+        return f"{value:.4f}"
 
 
 METRICS = (Metric("accuracy", "accuracy", True), Metric("bits_per_byte", "bits per byte", False))
 
 
 def main_metric(values: Mapping[str, object] | None) -> Metric | None:
-    """The first of ``METRICS`` that ``values`` holds a number for."""
-    return next((metric for metric in METRICS if values and values.get(metric.key) is not None), None)
+    """Return the first of ``METRICS`` that has a value in ``values``."""
+    for metric in METRICS:
+        if values and values.get(metric.key) is not None:
+            return metric
+    return None
 
 
 def show_bytes(count: float) -> str:
-    """``1536`` as ``1.5 KiB``."""
-    for unit in ("bytes", "KiB", "MiB"):
+    """Return ``1536`` as ``1.5 KiB``."""
+    if count < 1024:
+        return f"{count:.0f} bytes"
+    count /= 1024
+    for unit in ("KiB", "MiB"):
         if count < 1024:
-            return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
+            return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"

@@ -1,80 +1,115 @@
-"""What a reader of a comparison must know, in whole sentences."""
+"""Write what a reader of a comparison must know, in whole sentences."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
-from . import suspects
-from .rows import name
+from .judge import Judge
+from .readable import show_count, show_some
+from .rows import Row, short_name
 from .runs import Run
-
-if TYPE_CHECKING:
-    from .comparison import Comparison
+from .suspects import describe_suspects
+from .verdicts import Verdicts
 
 CLAIMS = {
-    "seeds and examples": "takes seeds and test examples both as drawn at random, so it speaks of the methods",
-    "paired t over seeds": "takes seeds as drawn at random, on this test set only",
-    "welch t over seeds": "takes seeds as drawn at random and unpaired, since the rows share none, on this test set only",
-    "corrected resampled t": "takes splits as drawn at random and allows for their overlap",
-    "5x2cv F": "takes five halvings of the data as drawn at random, each half tested by the other; it has no interval",
-    "mcnemar mid-p": "speaks of these two trained models on new examples, not of the methods: only one seed is shared",
-    "paired bootstrap": "speaks of these two trained models on new examples, not of the methods: only one seed is shared",
+    "seeds and examples": (
+        "treats both seeds and test examples as drawn at random, so its result holds for the methods"
+    ),
+    "paired t over seeds": "treats seeds as drawn at random, and its result holds for this test set only",
+    "welch t over seeds": (
+        "treats seeds as drawn at random and unpaired, because the rows share none, "
+        "and its result holds for this test set only"
+    ),
+    "corrected resampled t": "treats splits as drawn at random and corrects for their overlap",
+    "5x2cv F": (
+        "treats five halvings of the data as drawn at random and tests on each half in turn; "
+        "it gives no interval"
+    ),
+    "mcnemar mid-p": (
+        "is about these two trained models on new examples, not about the methods, "
+        "because the rows share only one seed"
+    ),
+    "paired bootstrap": (
+        "is about these two trained models on new examples, not about the methods, "
+        "because the rows share only one seed"
+    ),
 }
+LISTED = 4  # rows that a note names
 
 
-def of(found: Comparison, runs: Sequence[Run]) -> list[str]:
-    """One sentence or two a note."""
+def write_notes(runs: Sequence[Run], rows: Sequence[Row], judge: Judge, verdicts: Verdicts) -> list[str]:
+    """Return the notes, each of one or two sentences."""
     return [
-        *suspects.of(runs),
-        *_seeds(found),
-        *_tests(found),
-        *_data(found),
+        *describe_suspects(runs),
+        *_describe_seeds(rows, judge),
+        *_describe_tests(rows, verdicts),
+        *_describe_data(rows, judge),
         *dict.fromkeys(note for run in runs for note in run.notes),
     ]
 
 
-def _seeds(found: Comparison) -> Iterator[str]:
-    values = {row.label: len(found.judge.values(row)) for row in found.rows}
-    single = [label for label, count in values.items() if count == 1]
+def _describe_seeds(rows: Sequence[Row], judge: Judge) -> Iterator[str]:
+    single, two = [], []
+    for row in rows:
+        count = len(judge.get_values(row))
+        if count == 1:
+            single.append(row.label)
+        elif count == 2:
+            two.append(row.label)
     if single:
-        which = (
-            "Every row has"
-            if len(single) == len(values)
-            else f"{_few(single)} {'has' if len(single) == 1 else 'have'}"
+        which = f"{show_some(single, LISTED)}:"
+        if len(single) == len(rows):
+            which = "Every row has"
+        yield f"{which} a single seed, so the variation between seeds is unknown."
+    if two:
+        yield (
+            f"{show_some(two, LISTED)}: two seeds say very little about the variation between seeds; "
+            "with three or more, far smaller differences can be shown."
         )
-        yield f"{which} a single seed, so nothing is known of how another would do."
-    if two := [label for label, count in values.items() if count == 2]:
-        yield f"{_few(two)}: two seeds say very little of how seeds vary; three or more find differences that two cannot."
 
 
-def _tests(found: Comparison) -> Iterator[str]:
-    if not found.versus:
+def _describe_tests(rows: Sequence[Row], verdicts: Verdicts) -> Iterator[str]:
+    if not verdicts.versus:
         return
-    if found.baseline is None:
-        yield f"Differences are to {found.rows[0].label}, the best here; being chosen by this very number, it flatters itself a little."
+    if verdicts.baseline is not None:
+        yield f"Differences are to {verdicts.baseline}."
     else:
-        yield f"Differences are to {found.baseline}."
-    names = dict.fromkeys(verdict["test"] for verdict in found.versus.values())
-    yield from (f"The test '{test}' {CLAIMS[test]}." for test in names if test in CLAIMS)
+        yield (
+            f"Differences are to {rows[0].label}, the best row. It was chosen by the same number that is tested, "
+            "so its lead is slightly overestimated."
+        )
+    names = dict.fromkeys(verdict["test"] for verdict in verdicts.versus.values())
+    for name in names:
+        if name in CLAIMS:
+            yield f"The test '{name}' {CLAIMS[name]}."
     if "none" in names:
-        without = [label for label, verdict in found.versus.items() if verdict["test"] == "none"]
-        yield f"{_few(without)}: no test, for want of predictions or of seeds in common."
-    number = len(found.versus)
-    yield f"p-values are Holm's, over the {number} comparison{'s' * (number > 1)} of this table; a tie means that no difference was shown."
+        untested = [label for label, verdict in verdicts.versus.items() if verdict["test"] == "none"]
+        yield f"{show_some(untested, LISTED)}: not tested, because predictions or common seeds are missing."
+    yield (
+        f"p-values are corrected by Holm's method for the {show_count(len(verdicts.versus), 'comparison')} "
+        "of this table; "
+        "a tie means that no difference was shown."
+    )
 
 
-def _data(found: Comparison) -> Iterator[str]:
-    if found.judge.partly:
-        yield f"Runs have not predicted the same test examples; those in common were compared ({', '.join(sorted(found.judge.partly))})."
-    missing = {row.label: len(row.finished) - len(found.judge.values(row)) for row in found.rows}
-    if lacking := {label: count for label, count in missing.items() if count}:
-        told = ", ".join(f"{count} of {label}" for label, count in lacking.items())
-        yield f"{sum(lacking.values())} finished run{'s' * (sum(lacking.values()) > 1)} without {found.score.name}: {told}."
-    inside = sorted({name(key) for row in found.rows for key in row.inside})
-    if inside:
-        yield f"Rows pool runs that differ in {', '.join(inside)}; each is paired with its like. Add it to --by to tell them apart."
-
-
-def _few(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
+def _describe_data(rows: Sequence[Row], judge: Judge) -> Iterator[str]:
+    if judge.partial_overlaps:
+        yield (
+            "Some runs did not predict the same test examples; only common ones were compared "
+            f"({', '.join(sorted(judge.partial_overlaps))})."
+        )
+    missing = {}
+    for row in rows:
+        count = len(row.finished) - len(judge.get_values(row))
+        if count:
+            missing[row.label] = count
+    if missing:
+        total = sum(missing.values())
+        parts = ", ".join(f"{count} of {label}" for label, count in missing.items())
+        yield f"{show_count(total, 'finished run')} without {judge.measure.name}: {parts}."
+    pooled = {short_name(key) for row in rows for key in row.pooled}
+    if pooled:
+        yield (
+            f"Some rows contain runs that differ in {', '.join(sorted(pooled))}; "
+            "a run is paired only with a run that agrees in it. Add it to --by to give each value its own row."
+        )

@@ -1,4 +1,7 @@
-"""A comparison's figures for papers: one column wide, PNG and PDF with embedded fonts, in the colours of the HTML report."""
+"""Draw a comparison's figures for papers: one column wide, as PNG and as PDF with embedded fonts.
+
+The colours are those of the HTML report.
+"""
 
 from __future__ import annotations
 
@@ -11,80 +14,114 @@ from typing import Any
 
 from ..errors import ConfigError
 from . import views
-from .figures import SHARE, curve_look, level_dashes, short
-from .views import Axis, Data, Point, Style
+from .axes import COSTS, PERCENT, Axis, choose_log_ticks
+from .figures import MOST_VALUES, NO_SERIES, choose_opacity, measure_dashes, style_curve
+from .schema import ComparisonData
+from .styles import Style, make_styles
+from .traces import PERCENT_RANGE, shorten
+from .views import PlotPoint, list_xs
 
 WIDTH = 3.3  # inches: a column of the usual two-column styles
 STYLE: Any = {
-    "pdf.fonttype": 42, "ps.fonttype": 42, "font.family": "sans-serif", "font.sans-serif": ["DejaVu Sans"], "font.size": 7, "text.parse_math": False,
-    "axes.linewidth": 0.6, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.5, "xtick.major.width": 0.6, "ytick.major.width": 0.6, "xtick.major.size": 2.5, "ytick.major.size": 2.5,
-    "legend.frameon": False, "legend.fontsize": 6.5, "lines.linewidth": 1.1, "lines.markersize": 4.2,
-}  # fmt: skip
+    "pdf.fonttype": 42,
+    "ps.fonttype": 42,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 7,
+    "text.parse_math": False,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.5,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "xtick.major.size": 2.5,
+    "ytick.major.size": 2.5,
+    "legend.frameon": False,
+    "legend.fontsize": 6.5,
+    "lines.linewidth": 1.1,
+    "lines.markersize": 4.2,
+}
 MARKERS = {
-    "circle": "o", "square": "s", "diamond": "D", "triangle-up": "^", "cross": "P", "triangle-down": "v", "x": "X", "pentagon": "p", "star": "*",
-}  # fmt: skip
+    "circle": "o",
+    "square": "s",
+    "diamond": "D",
+    "triangle-up": "^",
+    "cross": "P",
+    "triangle-down": "v",
+    "x": "X",
+    "pentagon": "p",
+    "star": "*",
+}  # matplotlib's names of the symbols
 DASHES: tuple[Any, ...] = ("-", "--", ":", "-.", (0, (7, 2)), (0, (7, 2, 1, 2)))
-LINE = 34  # letters of an axis title on one line
-NARROW = 24  # letters of a name beside or below a figure
-Looks = Mapping[str, Style]
-Handles = list[tuple[str, Any]]
+TITLE_LINE = 34  # characters of an axis title on one line
+NARROW = 24  # characters of a label beside or below a figure
+Styles = Mapping[str, Style]
+Handles = list[tuple[str, Any]]  # labels of a legend with matplotlib's handles
 
 
-def write(comparison: Data, folder: Path, kinds: Sequence[str] = ("png", "pdf")) -> list[Path]:
-    """Write every figure that the comparison has data for into ``folder``, each whole or not at all; returns the files.
+def write_plots(
+    comparison: ComparisonData, folder: Path, kinds: Sequence[str] = ("png", "pdf")
+) -> list[Path]:
+    """Write every figure that the comparison has data for into ``folder``, and return the files.
 
-    Raises ``ConfigError`` if they cannot be written.
+    A file is written whole or not at all. Raises ``ConfigError`` if one cannot be written.
     """
     import matplotlib
 
-    made = []
+    written = []
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with matplotlib.rc_context(STYLE), warnings.catch_warnings():
-            warnings.filterwarnings(
-                "ignore", "Glyph .* missing"
-            )  # a name in a script that the font lacks is drawn as boxes
-            for key, figure in figures(comparison):
-                made += [_save(figure, folder / f"{key}.{kind}", kind) for kind in kinds]
+            # A label in a script that the font lacks is drawn as boxes.
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            for name, figure in draw_plots(comparison):
+                for kind in kinds:
+                    file = folder / f"{name}.{kind}"
+                    _save(figure, file, kind)
+                    written.append(file)
     except OSError as error:
         raise ConfigError(
             f"Plots cannot be written to {folder}: {error.strerror}. Name a folder that you may write to."
         ) from error
-    return made
+    return written
 
 
-def _save(figure: Any, file: Path, kind: str) -> Path:
+def _save(figure: Any, file: Path, kind: str) -> None:
+    metadata = {"CreationDate": None} if kind == "pdf" else None  # the same data give the same file
     temporary = file.with_name(f".{file.name}.{os.getpid()}.tmp")
     try:
-        figure.savefig(
-            temporary, format=kind, dpi=300, metadata={"CreationDate": None} if kind == "pdf" else None
-        )
+        figure.savefig(temporary, format=kind, dpi=300, metadata=metadata)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
-    return file
 
 
-def figures(comparison: Data) -> Iterator[tuple[str, Any]]:
-    """Name and matplotlib figure of each; named as in the HTML report."""
-    looks = views.styles(comparison)
-    if (found := views.differences(comparison)) is not None:
-        yield "differences", _differences(found, looks)
-    for cost in views.COSTS:
-        if (view := views.pareto(comparison, cost)) is not None:
-            yield f"pareto_{cost.key}", _pareto(view, looks)
-    for setting in views.settings(comparison):
-        yield f"by_{setting.key}", _settings(setting, looks)
-    axis, curves, _ = views.curves(comparison)
-    if curves:
-        yield "curves", _curves(axis, curves, looks)
-    if (ranks := views.ranks(comparison)) is not None:
-        yield "critical_difference", _ranks(ranks, looks)
+def draw_plots(comparison: ComparisonData) -> Iterator[tuple[str, Any]]:
+    """Yield the name, as in the HTML report, and the matplotlib figure of each plot."""
+    styles = make_styles(comparison)
+    differences = views.view_differences(comparison)
+    if differences is not None:
+        yield "differences", _draw_differences(differences, styles)
+    for cost in COSTS:
+        pareto = views.view_pareto(comparison, cost)
+        if pareto is not None:
+            yield f"pareto_{cost.key}", _draw_pareto(pareto, styles)
+    for setting in views.view_settings(comparison):
+        yield f"by_{setting.key}", _draw_setting(setting, styles)
+    curves = views.view_curves(comparison)
+    if curves.curves:
+        yield "curves", _draw_curves(curves, styles)
+    ranks = views.view_ranks(comparison)
+    if ranks is not None:
+        yield "critical_difference", _draw_ranks(ranks, styles)
 
 
-def _figure(height: float) -> tuple[Any, Any]:
-    """A figure on the Agg canvas, without pyplot's global state and whatever display there is."""
+def _new_figure(height: float) -> tuple[Any, Any]:
+    """Return a figure and its axes on the Agg canvas; pyplot would need global state and perhaps a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -93,17 +130,23 @@ def _figure(height: float) -> tuple[Any, Any]:
     return figure, figure.subplots()
 
 
-def _label(axes: Any, x: Axis, y: Axis) -> None:
-    """The titles, and the limits of an axis of shares, when all is drawn."""
-    for name, title in ((axes.set_xlabel, x.title), (axes.set_ylabel, y.title)):
-        name(title.replace(", ", ",\n") if len(title) > LINE else title)
-    if y.scale == 0.01:
+def _finish_axes(axes: Any, x: Axis, y: Axis) -> None:
+    """Write the titles and limit a y axis in percent; call it after everything is drawn."""
+    axes.set_xlabel(_break_title(x.title))
+    axes.set_ylabel(_break_title(y.title))
+    if y.scale == PERCENT:
         low, high = axes.get_ylim()
-        axes.set_ylim(max(low, SHARE[0]), min(high, SHARE[1]))
+        axes.set_ylim(max(low, PERCENT_RANGE[0]), min(high, PERCENT_RANGE[1]))
 
 
-def _log(axes: Any, places: Sequence[float]) -> None:
-    """A logarithmic x axis with round numbers, written out."""
+def _break_title(title: str) -> str:
+    if len(title) > TITLE_LINE:
+        return title.replace(", ", ",\n")
+    return title
+
+
+def _make_x_log(axes: Any, places: Sequence[float]) -> None:
+    """Make the x axis logarithmic, with ticks at ``places`` written as plain numbers."""
     from matplotlib.ticker import NullFormatter, NullLocator
 
     axes.set_xscale("log")
@@ -112,41 +155,50 @@ def _log(axes: Any, places: Sequence[float]) -> None:
     axes.xaxis.set_minor_formatter(NullFormatter())
 
 
-def _arms(point: Point, value: float) -> list[list[float]] | None:
-    """What ``errorbar`` takes for an interval that need not be symmetric; ``None`` for a single seed."""
-    return None if point.low is None or point.high is None else [[value - point.low], [point.high - value]]
+def _measure_arms(point: PlotPoint, value: float) -> list[list[float]] | None:
+    """Return the interval as ``errorbar`` takes it, which need not be symmetric; None for a single seed."""
+    if point.low is None or point.high is None:
+        return None
+    return [[value - point.low], [point.high - value]]
 
 
-def _draw(axes: Any, point: Point, look: Style, hollow: bool, across: bool = False, **more: Any) -> None:
-    """A point with its interval, upright or across."""
-    arms = {"xerr": _arms(point, point.x)} if across else {"yerr": _arms(point, point.y)}
-    fill = {
-        "markerfacecolor": "white" if hollow else look.colour,
-        "markeredgecolor": look.colour,
-        "markeredgewidth": 0.8,
-    }
+def _draw_point(
+    axes: Any,
+    point: PlotPoint,
+    style: Style,
+    hollow: bool,
+    horizontal: bool = False,
+    alpha: float | None = None,
+) -> None:
+    """Draw a point with its interval, which is vertical unless ``horizontal``."""
+    if horizontal:
+        arms = {"xerr": _measure_arms(point, point.x)}
+    else:
+        arms = {"yerr": _measure_arms(point, point.y)}
     axes.errorbar(
         point.x,
         point.y,
         **arms,
-        color=look.colour,
-        fmt=MARKERS[look.symbol],
+        color=style.colour,
+        fmt=MARKERS[style.symbol],
         elinewidth=0.7,
         capsize=1.5,
-        **fill,
-        **more,
+        markerfacecolor="white" if hollow else style.colour,
+        markeredgecolor=style.colour,
+        markeredgewidth=0.8,
+        alpha=alpha,
     )
 
 
-def _legend(figure: Any, handles: Handles) -> None:
-    """Below the axes, in as many columns as the width holds; the figure grows by its height."""
+def _add_legend(figure: Any, handles: Handles) -> None:
+    """Put a legend below the axes, in as many columns as fit, and make the figure taller by its height."""
     if len(handles) < 2:
         return
-    names = _distinct([name for name, _ in handles])
+    labels, lines = zip(*handles, strict=True)
     for columns in (4, 3, 2, 1):
         legend = figure.legend(
-            [handle for _, handle in handles],
-            names,
+            lines,
+            _shorten_labels(labels),
             loc="outside lower center",
             ncols=columns,
             handlelength=2.2,
@@ -159,124 +211,116 @@ def _legend(figure: Any, handles: Handles) -> None:
     figure.set_figheight(figure.get_figheight() + box.height / figure.dpi)
 
 
-def _distinct(names: Sequence[str]) -> list[str]:
-    """The names, as short as tells them apart."""
-    cuts = ([short(name, longest) for name in names] for longest in (NARROW, 2 * NARROW))
-    return next((cut for cut in cuts if len(set(cut)) == len(set(names))), list(names))
+def _shorten_labels(labels: Sequence[str]) -> list[str]:
+    """Return the labels, shortened as far as they stay different."""
+    for longest in (NARROW, 2 * NARROW):
+        short = [shorten(label, longest) for label in labels]
+        if len(set(short)) == len(set(labels)):
+            return short
+    return list(labels)
 
 
-def _handle(look: Style, line: Any = "none", marked: bool = True) -> Any:
+def _make_handle(style: Style, line: Any = "none", marked: bool = True) -> Any:
+    """Return the handle of a legend entry."""
     from matplotlib.lines import Line2D
 
-    return Line2D(
-        [], [], color=look.colour, marker=MARKERS[look.symbol] if marked else "none", linestyle=line
-    )
+    marker = MARKERS[style.symbol] if marked else "none"
+    return Line2D([], [], color=style.colour, marker=marker, linestyle=line)
 
 
-def _pareto(view: views.View, looks: Looks) -> Any:
-    figure, axes = _figure(2.2)
-    axes.step(
-        [x for x, _ in view.line],
-        [y for _, y in view.line],
-        where="post",
-        color="#888888",
-        linewidth=0.9,
-        zorder=1,
-    )
+def _draw_pareto(view: views.ParetoView, styles: Styles) -> Any:
+    figure, axes = _new_figure(2.2)
+    xs, ys = zip(*view.front, strict=True)
+    axes.step(xs, ys, where="post", color="#888888", linewidth=0.9, zorder=1)
     for point in view.points:
-        _draw(axes, point, looks[point.series], point.low is None, alpha=1.0 if point.emphasis else 0.5)
+        style = styles[point.series]
+        _draw_point(axes, point, style, hollow=point.low is None, alpha=choose_opacity(point))
     if view.x.log:
-        xs = [point.x for point in view.points]
-        _log(axes, views.ticks(min(xs), max(xs)))
-    _label(axes, view.x, view.y)
-    _legend(
-        figure, [(name, _handle(looks[name])) for name in sorted({point.series for point in view.points})]
-    )
+        costs = list_xs(view.points)
+        _make_x_log(axes, choose_log_ticks(min(costs), max(costs)))
+    _finish_axes(axes, view.x, view.y)
+    handles: Handles = []
+    for name in sorted({point.series for point in view.points}):
+        handles.append((name, _make_handle(styles[name])))
+    _add_legend(figure, handles)
     return figure
 
 
-def _settings(found: views.Settings, looks: Looks) -> Any:
-    figure, axes = _figure(2.2)
+def _draw_setting(view: views.SettingView, styles: Styles) -> Any:
+    figure, axes = _new_figure(2.2)
     handles: Handles = []
-    for name, points in found.lines.items():
-        look = looks[points[0].series]
-        dash = DASHES[views.place(found, name) % len(DASHES)]
-        axes.plot(
-            [point.x for point in points], [point.y for point in points], color=look.colour, linestyle=dash
-        )
+    for name, points in view.lines.items():
+        style = styles[points[0].series]
+        dash = DASHES[view.count_earlier(name) % len(DASHES)]
+        axes.plot(list_xs(points), [point.y for point in points], color=style.colour, linestyle=dash)
         for point in points:
-            _draw(axes, point, look, point.low is None)
-        handles.append((name, _handle(look, dash)))
-    xs = sorted({point.x for points in found.lines.values() for point in points})
-    for level, lengths in level_dashes(found, looks):
-        look, dash = looks[level.series], (0, [length / 2.5 for length in lengths])
-        axes.axhline(level.y, color=look.colour, linestyle=dash)
+            _draw_point(axes, point, style, hollow=point.low is None)
+        handles.append((name, _make_handle(style, dash)))
+    for level, lengths in measure_dashes(view, styles):
+        style, level_dash = styles[level.series], (0, [length / 2.5 for length in lengths])
+        axes.axhline(level.y, color=style.colour, linestyle=level_dash)
         if level.low is not None and level.high is not None:
-            axes.axhspan(level.low, level.high, color=look.colour, alpha=0.1, linewidth=0)
-        handles.append((level.label, _handle(look, dash, marked=False)))
-    if found.x.log:
-        _log(axes, xs if len(xs) <= 8 else views.ticks(xs[0], xs[-1]))
-    _label(axes, found.x, found.y)
-    _legend(figure, handles)
+            axes.axhspan(level.low, level.high, color=style.colour, alpha=0.1, linewidth=0)
+        handles.append((level.label, _make_handle(style, level_dash, marked=False)))
+    if view.x.log:
+        ticks = view.list_places()
+        if len(ticks) > MOST_VALUES:
+            ticks = choose_log_ticks(ticks[0], ticks[-1])
+        _make_x_log(axes, ticks)
+    _finish_axes(axes, view.x, view.y)
+    _add_legend(figure, handles)
     return figure
 
 
-def _curves(axis: Axis, found: Sequence[views.Curve], looks: Looks) -> Any:
-    figure, axes = _figure(2.3)
+def _draw_curves(view: views.CurveView, styles: Styles) -> Any:
+    figure, axes = _new_figure(2.3)
     handles: Handles = []
-    for curve in found:
-        look, dash = curve_look(curve, looks), DASHES[curve.dash % len(DASHES)]
+    for curve in view.curves:
+        style, dash = style_curve(curve, styles), DASHES[curve.dash % len(DASHES)]
         if curve.low:
-            axes.fill_between(curve.x, curve.low, curve.high, color=look.colour, alpha=0.12, linewidth=0)
-        axes.plot(curve.x, curve.y, color=look.colour, linestyle=dash)
-        for point in curve.points:
-            _draw(
-                axes,
-                point if len(curve.x) == 1 else replace(point, low=None, high=None),
-                look,
-                hollow=not curve.low,
-            )
-        handles.append((curve.label, _handle(look, dash, marked=bool(curve.points))))
-    _label(axes, Axis("optimizer step"), axis)
-    _legend(figure, handles)
+            axes.fill_between(curve.x, curve.low, curve.high, color=style.colour, alpha=0.12, linewidth=0)
+        axes.plot(curve.x, curve.y, color=style.colour, linestyle=dash)
+        points = curve.marked_points
+        for point in points:
+            if len(points) > 1:  # the band shows the intervals
+                point = replace(point, low=None, high=None)
+            _draw_point(axes, point, style, hollow=not curve.low)
+        handles.append((curve.label, _make_handle(style, dash, marked=bool(points))))
+    _finish_axes(axes, Axis("optimizer step"), view.y)
+    _add_legend(figure, handles)
     return figure
 
 
-def _names(axes: Any, points: Sequence[Point], top: float) -> None:
-    """Names down the side, the first at the top."""
-    axes.set_yticks(range(len(points)), [short(point.label, NARROW) for point in points])
+def _put_labels(axes: Any, points: Sequence[PlotPoint], top: float) -> None:
+    """Write the labels down the side, the first at the top."""
+    axes.set_yticks(range(len(points)), [shorten(point.label, NARROW) for point in points])
     axes.set_ylim(len(points) - 0.4, top)
     axes.grid(visible=False, axis="y")
 
 
-def _differences(view: views.View, looks: Looks) -> Any:
-    figure, axes = _figure(0.75 + 0.17 * len(view.points))
+def _draw_differences(view: views.DifferenceView, styles: Styles) -> Any:
+    figure, axes = _new_figure(0.75 + 0.17 * len(view.points))
     axes.axvline(0, color="#444444", linewidth=0.8, linestyle=":")
     for point in view.points:
-        _draw(axes, point, looks[point.series], not point.emphasis, across=True)
-    _names(axes, view.points, -0.6)
-    _label(axes, view.x, Axis(""))
+        _draw_point(axes, point, styles[point.series], hollow=not point.emphasis, horizontal=True)
+    _put_labels(axes, view.points, -0.6)
+    _finish_axes(axes, view.x, Axis(""))
     return figure
 
 
-def _ranks(found: views.Ranks, looks: Looks) -> Any:
-    figure, axes = _figure(0.95 + 0.17 * len(found.points))
-    for point in found.points:
-        look = looks.get(point.series, Style("#5d7f88", "circle"))
-        axes.plot(point.x, point.y, MARKERS[look.symbol], color=look.colour)
-    axes.plot([1, 1 + found.difference], [-1, -1], color="black", linewidth=1.8)
-    axes.annotate(f" {found.difference:.3g}", (1 + found.difference, -1), va="center")
-    right = max(1 + found.difference, *(point.x for point in found.points))
-    for lane, first, last in found.cliques:
-        axes.plot(
-            [right + (lane + 2) * (right - 1) / 26] * 2,
-            [first - 0.2, last + 0.2],
-            color="black",
-            linewidth=2.2,
-            solid_capstyle="butt",
-        )
-    _names(axes, found.points, -1.7)
+def _draw_ranks(view: views.RankView, styles: Styles) -> Any:
+    figure, axes = _new_figure(0.95 + 0.17 * len(view.points))
+    for point in view.points:
+        style = styles.get(point.series, NO_SERIES)
+        axes.plot(point.x, point.y, MARKERS[style.symbol], color=style.colour)
+    axes.plot([1, 1 + view.difference], [-1, -1], color="black", linewidth=1.8)
+    axes.annotate(f" {view.difference:.3g}", (1 + view.difference, -1), va="center")
+    right = max(1 + view.difference, *list_xs(view.points))
+    for lane, first, last in view.cliques:
+        x = right + (lane + 2) * (right - 1) / 26
+        axes.plot([x, x], [first - 0.2, last + 0.2], color="black", linewidth=2.2, solid_capstyle="butt")
+    _put_labels(axes, view.points, -1.7)
     step = max(1, round(right / 8))
     axes.set_xticks(range(1, int(right) + 1, step))
-    _label(axes, Axis(f"mean rank over {found.blocks} blocks, 1 is best"), Axis(""))
+    _finish_axes(axes, Axis(f"mean rank over {view.blocks} blocks, 1 is best"), Axis(""))
     return figure

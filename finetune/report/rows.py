@@ -1,17 +1,17 @@
-"""Which runs make a row: the fields that are compared, and what is repeated within them."""
+"""Group runs into the rows of a comparison: choose the settings that tell rows apart, and name the rows."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 from ..errors import ConfigError, near, visible
 from .runs import Run
 
-REPEATS = ("dataset.split_seed", "dataset.fold")  # like the seed, repetitions and no settings
+REPEATS = ("dataset.split_seed", "dataset.fold")  # like the seed, they repeat an experiment
 FIRST = (
     "method.name",
     "selector.name",
@@ -19,177 +19,234 @@ FIRST = (
     "optimizer.name",
     "method.schedule.name",
     "method.sparsity",
-)
-Block = tuple[Any, ...]
+)  # settings that come first, in this order, when rows are told apart
+Block = tuple[Any, ...]  # what identifies one repetition: seed, split seed, fold, settings that the row pools
 
 
 @dataclass
 class Row:
-    """Runs of one configuration. ``blocks``: its finished runs by what repeats them, so that rows can be paired."""
+    """Runs of one configuration.
+
+    ``by`` holds the compared settings. ``pooled`` names the other settings in which runs of a row differ.
+    """
 
     label: str
     by: dict[str, Any]
     runs: list[Run]
-    inside: tuple[str, ...] = ()
-    against: list[dict[str, Any]] = field(default_factory=list)
+    pooled: tuple[str, ...] = ()
 
     @cached_property
     def finished(self) -> list[Run]:
-        """Those that have a result, by seed."""
+        """The runs that have a result, sorted by seed."""
         done = [run for run in self.runs if run.status == "finished"]
         return sorted(done, key=lambda run: (run.seed is None, run.seed or 0, str(run.path)))
 
     @cached_property
     def blocks(self) -> dict[Block, Run]:
-        """The seed, the seed of the split, and whatever else differs inside the row."""
-        return {
-            (run.seed, *(plain(run.settings.get(key)) for key in (*REPEATS, *self.inside))): run
-            for run in self.finished
-        }
+        """The finished runs by what repeats them, so that runs of two rows can be paired."""
+        found: dict[Block, Run] = {}
+        for run in self.finished:
+            block: list[Any] = [run.seed]
+            for key in (*REPEATS, *self.pooled):
+                block.append(encode_value(run.settings.get(key)))
+            found[tuple(block)] = run
+        return found
 
-    def values(self, key: str) -> list[Any]:
-        """The different values of a setting in this row, in order."""
-        distinct = {id(run.settings): run.settings for run in self.runs if run.known}.values()
-        found = {plain(settings.get(key)): settings.get(key) for settings in distinct}
-        return [found[name] for name in sorted(found)]
+    @cached_property
+    def known_settings(self) -> list[Mapping[str, Any]]:
+        """The different settings of the runs whose configuration could be read."""
+        return list_settings(self.runs)
+
+    def show_values(self, key: str) -> list[str]:
+        """Return the different values of a setting in this row as text, in order."""
+        found = {}
+        for settings in self.known_settings:
+            value = settings.get(key)
+            found[encode_value(value)] = show_value(value)
+        return [found[text] for text in sorted(found)]
 
 
-def plain(value: Any) -> str:
-    """A setting as text that tells values apart and can be a key."""
+def encode_value(value: Any) -> str:
+    """Return a setting's value as text that differs for different values and can be a dictionary key."""
     return "null" if value is None else json.dumps(value, sort_keys=True, default=str)
 
 
-def varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
-    """The keys that differ between ``settings``, in their order; a key that is absent somewhere differs, too."""
-    distinct = list({id(one): one for one in settings}.values())
-    keys = dict.fromkeys(key for one in distinct for key in one)
-    return [key for key in keys if len({plain(one[key]) if key in one else None for one in distinct}) > 1]
+def encode_values(settings: Mapping[str, Any], keys: Iterable[str]) -> tuple[str, ...]:
+    """Return the values of several settings as a dictionary key; a missing setting counts as null."""
+    return tuple(encode_value(settings.get(key)) for key in keys)
 
 
-def tuned(runs: Iterable[Run]) -> set[str]:
-    """The settings that were tuned on validation for some run."""
+def list_settings(runs: Iterable[Run]) -> list[Mapping[str, Any]]:
+    """Return the settings of the runs whose configuration could be read.
+
+    Runs of one group share a settings object. It is returned once, which makes comparing 1,000 runs quick.
+    """
+    return list({id(run.settings): run.settings for run in runs if run.settings_complete}.values())
+
+
+def find_varying(settings: Iterable[Mapping[str, Any]]) -> list[str]:
+    """Return the keys whose values differ between ``settings``; a key that only some have differs, too."""
+    counts: dict[str, int] = {}
+    values: dict[str, set[str]] = {}
+    total = 0
+    for one in settings:
+        total += 1
+        for key, value in one.items():
+            counts[key] = counts.get(key, 0) + 1
+            values.setdefault(key, set()).add(encode_value(value))
+    return [key for key, found in values.items() if len(found) > 1 or counts[key] < total]
+
+
+def find_tuned(runs: Iterable[Run]) -> set[str]:
+    """Return the settings that were tuned on validation for at least one run."""
     return {str(run.tuning["parameter"]) for run in runs if run.tuning}
 
 
-def axes(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
-    """The keys that tell rows apart: ``wanted``, or all that differ but do not follow from others; tuned ones only if some seed would count twice.
+def choose_keys(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
+    """Return the settings that tell rows apart.
 
-    Raises ``ConfigError`` with every word of ``wanted`` that is no setting.
+    These are the ``wanted`` ones, or all that differ between the runs and are not determined by others. A tuned
+    setting is among them only if a configuration has several runs with the same seed.
+
+    Raises ``ConfigError`` naming every word of ``wanted`` that is no setting.
     """
-    known = [run.settings for run in runs if run.known] or [run.settings for run in runs]
+    known = list_settings(runs) or [run.settings for run in runs]
     if wanted:
-        return _wanted(
-            wanted,
-            list(dict.fromkeys(key for one in {id(one): one for one in known}.values() for key in one)),
-        )
-    differ = [key for key in varying(known) if key not in REPEATS and key not in tuned(runs)]
+        keys: dict[str, None] = {}
+        for settings in known:
+            keys |= dict.fromkeys(settings)
+        return _find_wanted(wanted, list(keys))
+    left_out = {*REPEATS, *find_tuned(runs)}
     chosen: list[str] = []
-    for key in sorted(
-        differ,
-        key=lambda key: (
-            FIRST.index(key) if key in FIRST else len(FIRST),
-            not key.endswith(".name"),
-            key.split(".")[0],
-        ),
-    ):
-        if not _follows(key, chosen, known):
+    for key in sorted(find_varying(known), key=_rank_key):
+        if key not in left_out and not _is_determined(key, chosen, known):
             chosen.append(key)
-    return [*chosen, *retuned(runs, chosen)] or ["method.name"]
+    return [*chosen, *find_retuned(runs, chosen)] or ["method.name"]
 
 
-def retuned(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
-    """The tuned settings in which runs of one seed differ though ``keys`` agree: that configuration was tuned more than once, or also run untuned."""
-    known = [run.settings | {"seed": run.seed} for run in runs if run.known]
-    return [key for key in sorted(tuned(runs)) if not _follows(key, ["seed", *REPEATS, *keys], known)]
+def _rank_key(key: str) -> tuple[int, bool, str]:
+    """Sort ``FIRST`` to the front, then names before other settings, then by group."""
+    place = FIRST.index(key) if key in FIRST else len(FIRST)
+    return place, not key.endswith(".name"), key.split(".")[0]
 
 
-def _follows(key: str, chosen: Sequence[str], settings: Iterable[Mapping[str, Any]]) -> bool:
-    """Whether the values of ``chosen`` determine that of ``key``."""
-    seen: dict[Any, str] = {}
-    distinct = {id(one): one for one in settings}.values()
-    return all(
-        seen.setdefault(tuple(plain(one.get(c)) for c in chosen), plain(one.get(key))) == plain(one.get(key))
-        for one in distinct
-    )
+def find_retuned(runs: Sequence[Run], keys: Iterable[str]) -> list[str]:
+    """Return the tuned settings in which runs differ although their seed and ``keys`` agree.
+
+    Such a configuration was tuned more than once, or was also run untuned.
+    """
+    known = [run.settings | {"seed": run.seed} for run in runs if run.settings_complete]
+    given = ["seed", *REPEATS, *keys]
+    return [key for key in sorted(find_tuned(runs)) if not _is_determined(key, given, known)]
 
 
-def _wanted(words: Sequence[str], keys: Sequence[str]) -> list[str]:
-    found, faults = dict[str, None](), []
+def _is_determined(key: str, by: Sequence[str], settings: Iterable[Mapping[str, Any]]) -> bool:
+    """Tell whether the values of ``by`` determine the value of ``key``."""
+    seen: dict[tuple[str, ...], str] = {}
+    for one in settings:
+        value = encode_value(one.get(key))
+        if seen.setdefault(encode_values(one, by), value) != value:
+            return False
+    return True
+
+
+def _find_wanted(words: Sequence[str], keys: Sequence[str]) -> list[str]:
+    """Return the setting that each word of ``--by`` means."""
+    found: dict[str, None] = {}
+    faults = []
     for word in words:
-        options = [key for key in (word, f"{word}.name", f"method.{word}") if key in keys] or [
-            key for key in keys if key.endswith(f".{word}")
-        ]
+        options = [key for key in (word, f"{word}.name", f"method.{word}") if key in keys]
+        if not options:
+            options = [key for key in keys if key.endswith(f".{word}")]
         if word == "seed" or word in REPEATS:
             faults.append(
-                f"--by {word}: rows are means over it. Give settings, such as --by method,sparsity."
+                f"--by {word}: a row is the mean over its repetitions, so {word} cannot tell rows apart. "
+                "Give settings, such as --by method,sparsity."
             )
-        elif len(options) != 1 and word not in options:
-            what = f"could be {', '.join(options)}" if options else "is no setting of these runs."
-            faults.append(
-                f"--by {word} {what}{near(word, [name(key) for key in keys])} Settings: {', '.join(name(key) for key in keys)}."
-            )
-        else:
+        elif word in options or len(options) == 1:
             found[options[0]] = None
+        elif options:
+            faults.append(f"--by {word} could mean {', '.join(options)}. Give one of them.")
+        else:
+            names = list(map(short_name, keys))
+            faults.append(
+                f"--by {word} is no setting of these runs.{near(word, names)} Settings: {', '.join(names)}."
+            )
     if faults:
         raise ConfigError(*faults)
     return list(found)
 
 
-def name(key: str) -> str:
-    """How people write a setting: ``method`` for ``method.name``, ``sparsity`` for ``method.sparsity``."""
-    return "sparsity" if key == "method.sparsity" else key.removesuffix(".name")
+def short_name(key: str) -> str:
+    """Return a setting as people write it: ``method`` for ``method.name``, ``sparsity`` for ``method.sparsity``."""
+    if key == "method.sparsity":
+        return "sparsity"
+    return key.removesuffix(".name")
 
 
-def shown(value: Any) -> str:
-    """A value of a setting in words."""
-    return visible(value if isinstance(value, str) else json.dumps(value, default=str))
+def show_value(value: Any) -> str:
+    """Return the value of a setting as one printable line."""
+    if isinstance(value, str):
+        return visible(value)
+    return visible(json.dumps(value, default=str))
 
 
-def label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
-    """``lora rank=8``: choices by their name, values with theirs; what a method lacks is left out."""
-    told = {key: shown(by[name(key)]) for key in keys if by[name(key)] is not None}
-    words = [
-        value if key.endswith(".name") else f"{name(key).removeprefix('method.')}={value}"
-        for key, value in told.items()
-    ]
-    return " ".join(words) or " ".join(f"no {name(key)}" for key in keys)
+def make_label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
+    """Return a label such as ``lora rank=8``.
+
+    Choices stand as their name, other settings as ``setting=value``; a setting that the method lacks is left out.
+    """
+    words = []
+    for key in keys:
+        value = by[short_name(key)]
+        if value is None:
+            continue
+        if key.endswith(".name"):
+            words.append(show_value(value))
+        else:
+            words.append(f"{short_name(key).removeprefix('method.')}={show_value(value)}")
+    if not words:
+        words = [f"no {short_name(key)}" for key in keys]
+    return " ".join(words)
 
 
-def labels(rows: Sequence[Mapping[str, Any]], keys: Sequence[str]) -> list[str]:
-    """One for each row. Settings of a method are told only where rows of the same choices differ in them, the sparsity always."""
-    choices = [key for key in keys if key.endswith(".name")]
-    alike: dict[str, list[Mapping[str, Any]]] = {}
-    for by in rows:
-        alike.setdefault(plain([by[name(key)] for key in choices]), []).append(by)
-    told = {
-        which: [
-            k
-            for k in keys
-            if k in choices
-            or not k.startswith("method.")
-            or k == "method.sparsity"
-            or len({plain(by[name(k)]) for by in of}) > 1
-        ]
-        for which, of in alike.items()
-    }
-    return [label(by, told[plain([by[name(key)] for key in choices])] or keys) for by in rows]
+def _name_rows(rows: Sequence[Row], keys: Sequence[str]) -> None:
+    """Give each row its label.
+
+    A setting of a method, other than its sparsity, is part of a label only if rows with the same choices differ
+    in it.
+    """
+    choices = [short_name(key) for key in keys if key.endswith(".name")]
+    groups: dict[tuple[str, ...], list[Row]] = {}
+    for row in rows:
+        groups.setdefault(encode_values(row.by, choices), []).append(row)
+    for group in groups.values():
+        named = [key for key in keys if _is_named(key, group)]
+        for row in group:
+            row.label = make_label(row.by, named or keys)
 
 
-def group(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
-    """One row for all runs with the same values of ``keys``, in order of first appearance."""
-    rows: dict[tuple[str, ...], Row] = {}
+def _is_named(key: str, rows: Sequence[Row]) -> bool:
+    """Tell whether the labels of rows with the same choices name ``key``."""
+    if key.endswith(".name") or not key.startswith("method.") or key == "method.sparsity":
+        return True
+    return len({encode_value(row.by[short_name(key)]) for row in rows}) > 1
+
+
+def group_runs(runs: Sequence[Run], keys: Sequence[str]) -> list[Row]:
+    """Return one row for all runs with the same values of ``keys``, in order of first appearance."""
+    found: dict[tuple[str, ...], Row] = {}
     for run in runs:
-        values = {name(key): run.settings.get(key) for key in keys}
-        rows.setdefault(tuple(plain(value) for value in values.values()), Row("", values, [])).runs.append(
-            run
-        )
-    for row, words in zip(rows.values(), labels([row.by for row in rows.values()], keys), strict=True):
-        row.label = words
-    left_out = {*keys, *REPEATS, *tuned(runs)}
-    inside = {
-        key for row in rows.values() for key in varying(run.settings for run in row.runs if run.known)
-    } - left_out
-    inside |= set(retuned(runs, [*keys, *inside]))
-    for row in rows.values():
-        row.inside = tuple(sorted(inside))
-    return list(rows.values())
+        values = {short_name(key): run.settings.get(key) for key in keys}
+        row = found.setdefault(encode_values(run.settings, keys), Row("", values, []))
+        row.runs.append(run)
+    rows = list(found.values())
+    _name_rows(rows, keys)
+    pooled: set[str] = set()
+    for row in rows:
+        pooled.update(find_varying(row.known_settings))
+    pooled -= {*keys, *REPEATS, *find_tuned(runs)}
+    pooled.update(find_retuned(runs, [*keys, *pooled]))
+    for row in rows:
+        row.pooled = tuple(sorted(pooled))
+    return rows

@@ -1,4 +1,7 @@
-"""Runs as their folders tell them, read quickly: whatever is missing or torn makes a run's failure and its reason, never an error."""
+"""Find run folders and read what they hold.
+
+A missing or damaged file never raises: its run counts as failed, and ``Run.error`` says why.
+"""
 
 from __future__ import annotations
 
@@ -17,11 +20,11 @@ from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
 from ..system import safe
 
-LOST = ("failed", "pruned", "unfinished")  # what becomes of a run that has no result; a search prunes
-DEPTH = 4  # how far below a given folder runs are looked for: outputs/NAME/RUN is two
-NO_ROWS = {"trials", "wandb", "checkpoints", "inspect", "delta"}
-NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that make no other experiment
-OF_A_RUN = (
+NO_RESULT = ("failed", "pruned", "unfinished")  # the statuses of runs without a result; a search prunes
+DEPTH = 4  # how many levels below a given folder are searched: outputs/NAME/RUN is two levels deep
+SKIPPED_FOLDERS = {"trials", "wandb", "checkpoints", "inspect", "delta"}  # below a sweep, but never a run
+NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that do not make another experiment
+FILES_OF_A_RUN = (
     "result.json",
     "config.yaml",
     "delta",
@@ -36,7 +39,11 @@ Settings = dict[str, Any]
 
 @dataclass
 class Run:
-    """One run folder. ``settings``: its frozen configuration as dotted keys, without what makes no other experiment."""
+    """A run folder that was read.
+
+    ``settings`` is its frozen configuration as dotted keys, without ``NOT_THE_RUN``; where the configuration
+    cannot be read, ``settings_complete`` is False and ``settings`` holds only what the result records.
+    """
 
     path: Path
     status: Literal["finished", "failed", "pruned", "unfinished"]
@@ -45,39 +52,50 @@ class Run:
     settings: Settings
     seed: int | None
     tuning: Mapping[str, Any] | None = None
-    known: bool = True  # whether ``settings`` is the whole configuration
+    settings_complete: bool = True
     notes: list[str] = field(default_factory=list)
 
-    def number(self, name: str) -> float | None:
-        """A number of the result by its dotted name, such as ``test.accuracy`` or ``cost.peak_memory_bytes``."""
-        metrics = self.result.get("metrics")
-        found = _at(metrics, name)
-        found = found if found is not None else _at(self.result, name)
-        good = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
-        return found if good else None
+    def get_number(self, name: str) -> float | None:
+        """Return a finite number of the result, such as ``test.accuracy`` or ``cost.peak_memory_bytes``."""
+        found = look_up(self.result, f"metrics.{name}")
+        if found is None:
+            found = look_up(self.result, name)
+        if isinstance(found, bool) or not isinstance(found, int | float) or not math.isfinite(found):
+            return None
+        return found
 
-    def text(self, name: str) -> str | None:
-        """A text of the result by its dotted name."""
-        found = _at(self.result, name)
-        return found if isinstance(found, str) else None
+    def get_text(self, name: str) -> str | None:
+        """Return a text of the result by its dotted name."""
+        return _as_text(look_up(self.result, name))
 
     @cached_property
-    def base(self) -> str | None:
-        """The fingerprint of the weights that it started from."""
-        about = _json(self.path / "delta" / "delta.json")
-        found = about.get("base_fingerprint") if isinstance(about, dict) else None
-        return found if isinstance(found, str) else None
+    def base_fingerprint(self) -> str | None:
+        """The fingerprint of the weights that the run started from."""
+        return _as_text(look_up(_read_json(self.path / "delta" / "delta.json"), "base_fingerprint"))
 
-    def curve(self, key: str) -> list[tuple[int, float, float | None]]:
-        """Step, value of ``val_<key>``, and the training loss averaged since the validation before; what is torn is left out."""
-        return list(_curve(safe.read_lines(self.path / "metrics.jsonl"), f"val_{key}"))
+    def read_curve(self, key: str) -> list[tuple[int, float, float | None]]:
+        """Read the validations from ``metrics.jsonl``: step, ``val_<key>`` and training loss.
+
+        The loss is the mean since the previous validation. Damaged lines are left out.
+        """
+        return list(_parse_curve(safe.read_lines(self.path / "metrics.jsonl"), f"val_{key}"))
 
 
-def _curve(lines: Iterable[str], key: str) -> Iterator[tuple[int, float, float | None]]:
+def get_numbers(runs: Iterable[Run], name: str) -> list[float]:
+    """Return a number of each run that has it, by its dotted name."""
+    found = []
+    for run in runs:
+        value = run.get_number(name)
+        if value is not None:
+            found.append(value)
+    return found
+
+
+def _parse_curve(lines: Iterable[str], key: str) -> Iterator[tuple[int, float, float | None]]:
     losses: list[float] = []
     for line in lines:
         if f'"{key}"' not in line:
-            losses += [float(x) for x in LOSS.findall(line)]
+            losses += map(float, LOSS.findall(line))
             continue
         try:
             found = json.loads(line)
@@ -86,24 +104,30 @@ def _curve(lines: Iterable[str], key: str) -> Iterator[tuple[int, float, float |
             continue
         if not math.isfinite(value):
             continue
-        yield step, value, math.fsum(losses) / len(losses) if losses else None
+        loss = math.fsum(losses) / len(losses) if losses else None
+        yield step, value, loss
         losses = []
 
 
-def find(folders: Iterable[Path]) -> list[Path]:
-    """The run folders in and below ``folders``, each once. Raises ``ConfigError`` with every folder that is missing or holds none."""
+def find_runs(folders: Iterable[Path]) -> list[Path]:
+    """Return the run folders in and below ``folders``, each once.
+
+    Raises ``ConfigError`` naming every folder that is missing or holds no run.
+    """
     found: dict[Path, Path] = {}
     faults = []
     for folder in folders:
         if not folder.is_dir():
             faults.append(
-                f"{folder}: there is no such folder. Give a run, a sweep's folder (outputs/NAME), or several of them."
+                f"{folder}: there is no such folder. "
+                "Give a run, a sweep's folder (outputs/NAME), or several of them."
             )
             continue
-        runs = sorted(_below(folder, 0))
+        runs = sorted(_find_below(folder, 0))
         if not runs:
             faults.append(
-                f"{folder} holds no run: no folder in it has a config.yaml or result.json. Give outputs/NAME of a sweep."
+                f"{folder} holds no run: no folder in it has a config.yaml or result.json. "
+                "Give outputs/NAME of a sweep."
             )
         for path in runs:
             found.setdefault(path.resolve(), path)
@@ -112,88 +136,115 @@ def find(folders: Iterable[Path]) -> list[Path]:
     return list(found.values())
 
 
-def _below(folder: Path, depth: int) -> Iterator[Path]:
+def _find_below(folder: Path, depth: int) -> Iterator[Path]:
     try:
-        inside = {entry.name: entry.is_dir() for entry in _entries(folder)}
+        is_folder = _list_folder(folder)
     except OSError:
         return
-    if inside.get("config.yaml") is False or inside.get("result.json") is False:
+    if is_folder.get("config.yaml") is False or is_folder.get("result.json") is False:
         yield folder
-    elif depth < DEPTH:
-        for name, is_folder in inside.items():
-            if is_folder and name not in NO_ROWS and not name.startswith("."):
-                yield from _below(
-                    folder / name, DEPTH if (folder / name).is_symlink() else depth + 1
-                )  # a link to a run, but not to a whole disk
+        return
+    if depth >= DEPTH:
+        return
+    for name, searchable in is_folder.items():
+        if searchable and name not in SKIPPED_FOLDERS and not name.startswith("."):
+            path = folder / name
+            # A link may lead to a run, but the search must not wander over a whole disk.
+            yield from _find_below(path, DEPTH if path.is_symlink() else depth + 1)
 
 
-def _entries(folder: Path) -> list[Any]:
+def _list_folder(folder: Path) -> dict[str, bool]:
+    """Return the name of each entry and whether it is a folder."""
     with os.scandir(folder) as entries:
-        return list(entries)
+        return {entry.name: entry.is_dir() for entry in entries}
 
 
-def read(paths: Sequence[Path]) -> list[Run]:
-    """The runs at ``paths``, without those that repeat another's configuration; of such, a finished one stays."""
-    shared: dict[str, Settings] = {}
+def read_runs(paths: Sequence[Path]) -> list[Run]:
+    """Read the runs at ``paths``; of several runs with one configuration, keep one, if possible a finished one."""
+    settings_by_group: dict[str, Settings] = {}
+    pruned = _find_pruned(paths)
     runs: dict[Any, Run] = {}
-    pruned = {path / name for path in {path.parent for path in paths} for name in _pruned(path)}
     for path in paths:
-        run = _read(path, shared)
+        run = _read_run(path, settings_by_group)
         if run.status == "unfinished" and path in pruned:
             run.status = "pruned"
-        key = run.text("config_hash") or json.dumps([run.seed, run.settings], sort_keys=True, default=str)
-        other = runs.setdefault(key, run)
-        if other is not run:
-            kept, left = (
-                (other, run) if other.status == "finished" or run.status != "finished" else (run, other)
-            )
-            kept.notes = [*other.notes, f"{left.path} repeats {kept.path} and is left out."]
-            runs[key] = kept
+        key = run.get_text("config_hash")
+        if not key:
+            key = json.dumps([run.seed, run.settings], sort_keys=True, default=str)
+        if key in runs:
+            run = _keep_one(runs[key], run)
+        runs[key] = run
     return list(runs.values())
 
 
-def _pruned(folder: Path) -> list[str]:
-    """The runs that a search in ``folder`` has ended for their validation, as ``search.json`` tells."""
-    told = _json(folder / "search.json")
-    if safe.differs(told, {"trials": [{"run": str | None, "status": str}]}):
-        return []
-    return [trial["run"] for trial in told["trials"] if trial["run"] and trial["status"] == "pruned"]
+def _keep_one(earlier: Run, later: Run) -> Run:
+    """Return the first finished of two runs of one configuration, with a note about the other."""
+    kept, dropped = earlier, later
+    if earlier.status != "finished" and later.status == "finished":
+        kept, dropped = later, earlier
+    kept.notes = [*earlier.notes, f"{dropped.path} repeats {kept.path} and is left out."]
+    return kept
 
 
-def _link(path: Path) -> str | None:
-    """Why nothing of a run is read: one of its files is a link out of its folder."""
-    for name in OF_A_RUN:
-        if os.path.islink(f"{path}/{name}") and not (path / name).resolve().is_relative_to(path.resolve()):  # noqa: PTH114  (quicker)
+def _find_pruned(paths: Sequence[Path]) -> set[Path]:
+    """Return the runs that a search pruned for their validation, according to the ``search.json`` beside them."""
+    pruned = set()
+    for folder in {path.parent for path in paths}:
+        search = _read_json(folder / "search.json")
+        if safe.differs(search, {"trials": [{"run": str | None, "status": str}]}):
+            continue
+        for trial in search["trials"]:
+            if trial["run"] and trial["status"] == "pruned":
+                pruned.add(folder / trial["run"])
+    return pruned
+
+
+def _find_outside_link(path: Path) -> str | None:
+    """Return a fault if a file of the run is a link that leads out of its folder: such a run is not read."""
+    for name in FILES_OF_A_RUN:
+        is_link = os.path.islink(f"{path}/{name}")  # noqa: PTH114  (quicker than pathlib)
+        if is_link and not (path / name).resolve().is_relative_to(path.resolve()):
             return f"{path / name} is a link out of the run's folder"
     return None
 
 
-def _read(path: Path, shared: dict[str, Settings]) -> Run:
-    if fault := _link(path):
-        return Run(path, "failed", fault, {}, {}, None, known=False)
-    result, error = _result(path / "result.json")
-    group = result.get("group_hash")
-    whole = None if isinstance(group, str) and group in shared else _config(path)
-    if isinstance(group, str) and whole is not None:
-        shared[group] = whole[0]
-    known = True
-    settings, seed = whole if whole is not None else (shared.get(str(group)), None)
+def _read_run(path: Path, settings_by_group: dict[str, Settings]) -> Run:
+    if fault := _find_outside_link(path):
+        return Run(path, "failed", fault, {}, {}, None, settings_complete=False)
+    result, error = _read_result(path / "result.json")
+    settings, seed = _read_settings(path, result.get("group_hash"), settings_by_group)
+    complete = settings is not None
     if settings is None:
         error = error or f"{path / 'config.yaml'} cannot be read"
-        settings = {
-            f"{key}.name": str(result[key]) for key in ("method", "model", "dataset") if key in result
-        }
-        known = False
-    told = result.get("seed", seed)
-    status: Any = "failed" if error else result.get("status", "unfinished")
-    if status not in ("finished", "unfinished"):
-        error, status = error or str(result.get("error") or "no reason recorded"), "failed"
-    tuning = _tuning(path / "tuning.json")
-    return Run(path, status, error, result, settings, told if isinstance(told, int) else None, tuning, known)
+        settings = {}
+        for key in ("method", "model", "dataset"):
+            if key in result:
+                settings[f"{key}.name"] = str(result[key])
+    seed = _as_integer(result.get("seed", seed))
+    status: Any = result.get("status", "unfinished")
+    if error or status not in ("finished", "unfinished"):
+        error = error or str(result.get("error") or "no reason recorded")
+        status = "failed"
+    tuning = _read_tuning(path / "tuning.json")
+    return Run(path, status, error, result, settings, seed, tuning, complete)
 
 
-def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
-    """The result, empty where there is none, and why it cannot be used."""
+def _read_settings(
+    path: Path, group: object, settings_by_group: dict[str, Settings]
+) -> tuple[Settings | None, int | None]:
+    """Return the settings, which runs of one group share, and the seed if the configuration had to be read."""
+    if isinstance(group, str) and group in settings_by_group:
+        return settings_by_group[group], None
+    found = _read_config(path)
+    if found is None:
+        return None, None
+    if isinstance(group, str):
+        settings_by_group[group] = found[0]
+    return found
+
+
+def _read_result(file: Path) -> tuple[Mapping[str, Any], str | None]:
+    """Return the result, empty if there is none, and why it cannot be used."""
     try:
         found = safe.read_json(file)
     except FileNotFoundError:
@@ -207,31 +258,39 @@ def _result(file: Path) -> tuple[Mapping[str, Any], str | None]:
     return found, safe.too_new(file, found) or None
 
 
-def _tuning(file: Path) -> Mapping[str, Any] | None:
-    found = _json(file)
-    good = (
-        isinstance(found, dict)
-        and isinstance(found.get("parameter"), str)
-        and isinstance(found.get("trials"), int)
-    )
-    return found if good else None
-
-
-def _config(path: Path) -> tuple[Settings, int | None] | None:
-    """The frozen settings and the seed, from the stored change, which JSON makes quick to read, or else from ``config.yaml``."""
-    about = _json(path / "delta" / "delta.json")
-    found = about.get("config") if isinstance(about, dict) else None
-    if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
-        found = _yaml(path / "config.yaml")
-    if not isinstance(found, dict) or not isinstance(found.get("method"), dict):
+def _read_tuning(file: Path) -> Mapping[str, Any] | None:
+    found = _read_json(file)
+    if not isinstance(found, dict):
         return None
-    seed = found.get("seed")
-    kept = {key: value for key, value in later.enter(found).items() if key not in NOT_THE_RUN}
-    leaves = {key: value for key, value in _leaves(kept, "") if key not in NOT_THE_RUN}
-    return leaves, seed if isinstance(seed, int) else None
+    if not isinstance(found.get("parameter"), str) or not isinstance(found.get("trials"), int):
+        return None
+    return found
 
 
-def _yaml(file: Path) -> Any:
+def _read_config(path: Path) -> tuple[Settings, int | None] | None:
+    """Return the frozen settings and the seed; None if neither file has them.
+
+    ``delta/delta.json`` is tried first: JSON is much quicker to read than the YAML of ``config.yaml``.
+    """
+    found = look_up(_read_json(path / "delta" / "delta.json"), "config")
+    if not _has_method(found):
+        found = _read_yaml(path / "config.yaml")
+    if not _has_method(found):
+        return None
+    settings: Settings = {}
+    for name, item in later.enter(found).items():
+        if name not in NOT_THE_RUN:
+            for key, value in _flatten(item, str(name)):
+                if key not in NOT_THE_RUN:
+                    settings[key] = value
+    return settings, _as_integer(found.get("seed"))
+
+
+def _has_method(config: Any) -> bool:
+    return isinstance(config, dict) and isinstance(config.get("method"), dict)
+
+
+def _read_yaml(file: Path) -> Any:
     import yaml
 
     try:
@@ -240,22 +299,34 @@ def _yaml(file: Path) -> Any:
         return None
 
 
-def _leaves(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+def _flatten(tree: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Yield the leaves of nested dictionaries by their dotted names; an empty dictionary is a leaf."""
     if not isinstance(tree, dict) or not tree:
         yield prefix, tree
         return
     for name, item in tree.items():
-        yield from _leaves(item, f"{prefix}.{name}" if prefix else str(name))
+        yield from _flatten(item, f"{prefix}.{name}")
 
 
-def _json(file: Path) -> Any:
+def _read_json(file: Path) -> Any:
     try:
         return safe.read_json(file)
     except (OSError, ValueError):
         return None
 
 
-def _at(tree: Any, name: str) -> Any:
+def _as_text(value: Any) -> str | None:
+    return value if isinstance(value, str) else None
+
+
+def _as_integer(value: Any) -> int | None:
+    return value if isinstance(value, int) else None
+
+
+def look_up(tree: Any, name: str) -> Any:
+    """Return the value at a dotted name of nested mappings, or None."""
     for key in name.split("."):
-        tree = tree.get(key) if isinstance(tree, Mapping) else None
+        if not isinstance(tree, Mapping):
+            return None
+        tree = tree.get(key)
     return tree

@@ -1,8 +1,13 @@
-"""Pure functions for comparing predictors and methods: of counts, scores or differences; random only where a seed is given.
+"""Statistical tests and intervals, as pure functions of counts, values or differences.
 
-Distributions are scipy.special's: scipy.stats and statsmodels give the same numbers, which the tests check, and take longer to import than a
-thousand runs take to compare. Two kinds of claim are kept apart. *Fixed predictors*: McNemar, Cochran's Q and the bootstrap ask whether these very
-trained models differ on new examples. *Methods*: the tests over seeds or splits ask whether training again would give the same order.
+Only functions with a ``seed`` argument draw random numbers. The tests support two kinds of claim:
+
+* *Fixed predictors*: McNemar's test, Cochran's Q and the bootstrap ask whether these trained models differ on new
+  examples.
+* *Methods*: the tests over seeds or splits ask whether training again would give the same order.
+
+Distributions come from ``scipy.special``, because importing ``scipy.stats`` or ``statsmodels`` takes longer than
+comparing a thousand runs. The tests check that the numbers agree.
 """
 
 from __future__ import annotations
@@ -16,12 +21,12 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
-Sums = tuple[ArrayLike, ArrayLike]
-KEPT = 8_000_000  # draws of the bootstrap held at once
+Sums = tuple[ArrayLike, ArrayLike]  # numerator and denominator of a ratio, by example
+CACHED = 8_000_000  # counts of the bootstrap that are in memory at once
 
 
 class Estimate(NamedTuple):
-    """A difference with its two-sided p-value and 95 % interval; ``p`` is ``None`` where the data allow no test."""
+    """A difference with its 95 % interval and two-sided p-value; ``p`` is None if the data allow no test."""
 
     difference: float
     low: float | None
@@ -30,7 +35,11 @@ class Estimate(NamedTuple):
 
 
 class FiveByTwo(NamedTuple):
-    """Dietterich's t (5 degrees of freedom) and Alpaydin's F (10 and 5), each with its p-value."""
+    """Dietterich's t (5 degrees of freedom) and Alpaydin's F (10 and 5), each with its p-value.
+
+    Dietterich (1998), "Approximate statistical tests for comparing supervised classification learning algorithms";
+    Alpaydin (1999), "Combined 5x2 cv F test for comparing supervised classification learning algorithms".
+    """
 
     t: float
     t_p: float
@@ -38,72 +47,91 @@ class FiveByTwo(NamedTuple):
     f_p: float
 
 
-def _two_sided(t: float, df: float) -> float:
+def _t_p_value(t: float, df: float) -> float:
+    """Return the two-sided p-value of Student's t; infinitely many degrees of freedom mean the normal."""
     from scipy.special import ndtr, stdtr
 
-    return float(2 * (ndtr(-abs(t)) if math.isinf(df) else stdtr(df, -abs(t))))
+    if math.isinf(df):
+        return float(2 * ndtr(-abs(t)))
+    return float(2 * stdtr(df, -abs(t)))
 
 
-def _quantile(df: float, level: float) -> float:
+def _t_quantile(df: float, level: float) -> float:
+    """Return the quantile of Student's t that bounds a two-sided interval."""
     from scipy.special import ndtri, stdtrit
 
-    return float(ndtri((1 + level) / 2) if math.isinf(df) else stdtrit(df, (1 + level) / 2))
+    if math.isinf(df):
+        return float(ndtri((1 + level) / 2))
+    return float(stdtrit(df, (1 + level) / 2))
 
 
-def _of_t(difference: float, error: float, df: float, level: float = 0.95) -> Estimate:
-    """From a standard error; without any error, equal is certain and anything else has no test."""
+def _t_estimate(difference: float, error: float, df: float, level: float = 0.95) -> Estimate:
+    """Return the estimate for a difference with a standard error.
+
+    Without any error, a difference of 0 has p = 1, and any other difference has no test.
+    """
     if not error > 1e-12 * abs(difference):  # less is rounding
         return Estimate(difference, None, None, 1.0 if difference == 0 else None)
-    reach = _quantile(df, level) * error
-    return Estimate(difference, difference - reach, difference + reach, _two_sided(difference / error, df))
+    reach = _t_quantile(df, level) * error
+    return Estimate(difference, difference - reach, difference + reach, _t_p_value(difference / error, df))
 
 
 def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's interval for a share of ``n`` examples."""
+    """Return Wilson's interval for the share ``right / n``."""
     from scipy.special import ndtri
 
     z2, p = float(ndtri((1 + level) / 2)) ** 2, right / n
     middle, reach = p + z2 / (2 * n), math.sqrt(z2 * (p * (1 - p) + z2 / (4 * n)) / n)
     low, high = (middle - reach) / (1 + z2 / n), (middle + reach) / (1 + z2 / n)
-    return (0.0 if right == 0 else low), (1.0 if right == n else high)
+    if right == 0:
+        low = 0.0
+    if right == n:
+        high = 1.0
+    return low, high
 
 
 def mcnemar_exact(b: int, c: int) -> float:
-    """p of ``b`` examples that only the first gets right against ``c`` that only the second does."""
+    """Return the p-value of McNemar's exact test.
+
+    ``b`` examples are right in the first model only, and ``c`` in the second only.
+    """
     from scipy.special import bdtr
 
     return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
 
 
 def mcnemar_midp(b: int, c: int) -> float:
-    """The exact p less the probability of what was seen: less conservative, and still at its level."""
-    from scipy.special import gammaln
+    """Return the mid-p value of McNemar's test: the exact p-value minus the probability of the observed counts.
+
+    It is less conservative than the exact test and still rarely exceeds its level (Fagerland et al., 2013).
+    """
+    from scipy.special import bdtr, gammaln
 
     n, k = b + c, min(b, c)
     if b == c:
         return 1.0
     seen = math.exp(float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)) - n * math.log(2))
-    return min(1.0, max(0.0, _doubled(k, n) - seen))
-
-
-def _doubled(k: int, n: int) -> float:
-    from scipy.special import bdtr
-
-    return 2 * float(bdtr(k, n, 0.5))
+    return min(1.0, max(0.0, 2 * float(bdtr(k, n, 0.5)) - seen))
 
 
 def mcnemar_chi2(b: int, c: int, corrected: bool = False) -> tuple[float, float]:
-    """The asymptotic statistic and its p, for 25 or more examples on which the two differ."""
+    """Return the statistic and p-value of McNemar's asymptotic test; it needs about 25 discordant examples.
+
+    ``corrected`` applies the continuity correction.
+    """
     from scipy.special import chdtrc
 
     if b + c == 0:
         return 0.0, 1.0
-    chi2 = (max(abs(b - c) - 1, 0) if corrected else abs(b - c)) ** 2 / (b + c)
+    distance = abs(b - c)
+    if corrected:
+        distance = max(distance - 1, 0)
+    chi2 = distance**2 / (b + c)
     return chi2, float(chdtrc(1, chi2))
 
 
 def cochran_q(correct: ArrayLike) -> tuple[float, int, float]:
-    """Q, its degrees of freedom and p, of a matrix [examples, models] of 0 and 1."""
+    """Return Cochran's Q, its degrees of freedom and its p-value for a matrix [examples, models] of 0 and 1."""
     from scipy.special import chdtrc
 
     x = np.asarray(correct, dtype=float)
@@ -117,9 +145,10 @@ def cochran_q(correct: ArrayLike) -> tuple[float, int, float]:
 
 
 def five_by_two(differences: ArrayLike) -> FiveByTwo:
-    """The tests of five halvings: ``differences`` [5, 2], trained on one half and then on the other.
+    """Return the tests of five halvings of the data.
 
-    Raises ``ValueError`` for another shape, or where the differences of every halving are equal but not zero.
+    ``differences`` [5, 2] holds, for each halving, the difference after training on one half and on the other.
+    Raises ``ValueError`` for another shape, or if the two differences of every halving are equal but not all zero.
     """
     from scipy.special import fdtrc
 
@@ -132,39 +161,44 @@ def five_by_two(differences: ArrayLike) -> FiveByTwo:
     if squares == 0:
         raise ValueError("the differences of each halving are equal, so there is no variance to test against")
     t, f = float(d[0, 0]) / math.sqrt(squares / 5), float((d**2).sum()) / (2 * squares)
-    return FiveByTwo(t, _two_sided(t, 5), f, float(fdtrc(10, 5, f)))
+    return FiveByTwo(t, _t_p_value(t, 5), f, float(fdtrc(10, 5, f)))
 
 
 def corrected_t(differences: Sequence[float], ratio: float) -> Estimate:
-    """Nadeau and Bengio's t over repeated splits; ``ratio`` is test examples per training example, 0 for independent repetitions."""
+    """Return Nadeau and Bengio's corrected t test over repeated splits (2003, "Inference for the generalization error").
+
+    ``ratio`` is the number of test examples per training example; 0 for independent repetitions, which gives the
+    paired t test.
+    """
     count = len(differences)
     variance = float(np.var(differences, ddof=1))
-    return _of_t(float(np.mean(differences)), math.sqrt((1 / count + ratio) * variance), count - 1)
+    return _t_estimate(float(np.mean(differences)), math.sqrt((1 / count + ratio) * variance), count - 1)
 
 
 def welch(a: Sequence[float], b: Sequence[float]) -> Estimate:
-    """Of the means of two independent groups with variances of their own; two or more values each."""
-    parts = [float(np.var(x, ddof=1)) / len(x) for x in (a, b)]
-    below = sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b), strict=True))
-    return _of_t(
-        float(np.mean(a) - np.mean(b)), math.sqrt(sum(parts)), sum(parts) ** 2 / below if below else math.inf
-    )
+    """Return Welch's t test of the means of two independent groups, with at least two values each."""
+    error_a, error_b = float(np.var(a, ddof=1)) / len(a), float(np.var(b, ddof=1)) / len(b)
+    total = error_a + error_b
+    below = error_a**2 / (len(a) - 1) + error_b**2 / (len(b) - 1)
+    df = total**2 / below if below else math.inf
+    return _t_estimate(float(np.mean(a) - np.mean(b)), math.sqrt(total), df)
 
 
 def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float] | None:
-    """The interval of a mean over seeds; ``None`` for fewer than two."""
+    """Return Student's interval of the mean of ``values``; None for fewer than two values."""
     if len(values) < 2:
         return None
     mean, error = float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(len(values))
-    reach = _quantile(len(values) - 1, level) * error
+    reach = _t_quantile(len(values) - 1, level) * error
     return mean - reach, mean + reach
 
 
 def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
-    """The mean of ``differences`` [seeds, examples], both taken as drawn at random: would new seeds on new examples agree?
+    """Test the mean of ``differences`` [seeds, examples], with seeds and examples both drawn at random.
 
-    The two-way random-effects variance with Hillis's degrees of freedom, as used where several readers judge the same cases. Two seeds say so little
-    of how seeds vary that they get one degree of freedom. Two or more of both.
+    The result holds for new seeds on new examples. The variance is that of two-way random effects with Hillis's
+    degrees of freedom (2007), as used for several readers who judge the same cases. Two seeds say so little about
+    the variance between seeds that they get one degree of freedom. There must be at least two of each.
     """
     d = np.asarray(differences, dtype=float)
     seeds, n = d.shape
@@ -175,11 +209,14 @@ def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
     ms_rest = float((rest**2).sum()) / ((seeds - 1) * (n - 1))
     total = ms_seed + max(ms_example - ms_rest, 0.0)
     df = total**2 / (ms_seed**2 / (seeds - 1)) if ms_seed > 0 else math.inf
-    return _of_t(mean, math.sqrt(total / (seeds * n)), 1.0 if seeds == 2 else df, level)
+    return _t_estimate(mean, math.sqrt(total / (seeds * n)), 1.0 if seeds == 2 else df, level)
 
 
 def linearised(above: ArrayLike, below: ArrayLike) -> Array:
-    """Values by example whose mean is the ratio of sums ``above`` / ``below`` and which vary as that ratio does."""
+    """Linearise the ratio of sums ``above`` / ``below``.
+
+    Returns values by example: their mean is the ratio, and their variance gives that of the ratio (delta method).
+    """
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     ratio = a.sum() / b.sum()
     values: Array = ratio + (a - ratio * b) / b.mean()
@@ -187,23 +224,27 @@ def linearised(above: ArrayLike, below: ArrayLike) -> Array:
 
 
 def paired_bootstrap(first: Sums, second: Sums, draws: int | None = None, seed: int = 0) -> Estimate:
-    """The difference of two ratios of sums over the same examples, for example of bits and bytes.
+    """Return the difference of two ratios of sums over the same examples, such as bits per byte.
 
-    Examples are drawn with replacement, the same ones for both. The interval is that of percentiles, and p the level at which it meets zero.
+    Each draw samples examples with replacement, the same ones for both. The interval is that of percentiles, and p is
+    the level at which that interval reaches zero.
     """
     columns = np.stack([np.asarray(x, dtype=float) for x in (*first, *second)], axis=1)
     n = len(columns)
-    sums = np.concatenate(
-        [counts @ columns for counts in _counts(n, draws or min(10_000, max(1000, 100_000_000 // n)), seed)]
-    )
-    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no bytes at all
+    if not draws:
+        draws = min(10_000, max(1000, 100_000_000 // n))
+    sums = np.concatenate([counts @ columns for counts in _draw_counts(n, draws, seed)])
+    with np.errstate(invalid="ignore", divide="ignore"):  # a draw may contain no bytes at all
         found = sums[:, 0] / sums[:, 1] - sums[:, 2] / sums[:, 3]
     a, b, c, d = columns.sum(0)
     return _percentiles(float(a / b - c / d), found[np.isfinite(found)])
 
 
 def bootstrap_counts(b: int, c: int, n: int, draws: int = 10_000, seed: int = 0) -> Estimate:
-    """The same for two accuracies: of ``n`` examples only the first gets ``b`` right and only the second ``c``."""
+    """Return the paired bootstrap of two accuracies.
+
+    Of ``n`` examples, ``b`` are right in the first model only, and ``c`` in the second only.
+    """
     drawn = np.random.default_rng(seed).multinomial(n, [b / n, c / n, max(0.0, 1 - (b + c) / n)], draws)
     return _percentiles((b - c) / n, (drawn[:, 0] - drawn[:, 1]) / n)
 
@@ -214,28 +255,31 @@ def _percentiles(difference: float, found: Array) -> Estimate:
     return Estimate(difference, low, high, min(1.0, 2 * (tail + 1) / (len(found) + 1)))
 
 
-def _counts(n: int, draws: int, seed: int) -> Iterator[NDArray[Any]]:
-    """How often each of ``n`` examples is drawn, [some draws, n] at a time; kept for the next pair where it is small."""
-    if n * draws <= KEPT:
-        yield _kept(n, draws, seed)
+def _draw_counts(n: int, draws: int, seed: int) -> Iterator[NDArray[Any]]:
+    """Yield how often each of ``n`` examples is drawn, as parts [some draws, n].
+
+    A small result is cached, since the next pair of rows mostly has as many examples.
+    """
+    if n * draws <= CACHED:
+        yield _draw_all_counts(n, draws, seed)
         return
-    random, size = np.random.default_rng(seed), max(1, KEPT // n)
+    random, size = np.random.default_rng(seed), max(1, CACHED // n)
     for start in range(0, draws, size):
-        yield _drawn(random, n, min(size, draws - start))
+        yield _draw_some_counts(random, n, min(size, draws - start))
 
 
 @lru_cache(maxsize=2)
-def _kept(n: int, draws: int, seed: int) -> NDArray[Any]:
-    return _drawn(np.random.default_rng(seed), n, draws)
+def _draw_all_counts(n: int, draws: int, seed: int) -> NDArray[Any]:
+    return _draw_some_counts(np.random.default_rng(seed), n, draws)
 
 
-def _drawn(random: np.random.Generator, n: int, draws: int) -> NDArray[Any]:
+def _draw_some_counts(random: np.random.Generator, n: int, draws: int) -> NDArray[Any]:
     places = random.integers(0, n, (draws, n)) + n * np.arange(draws)[:, None]
     return np.bincount(places.ravel(), minlength=draws * n).reshape(draws, n).astype(np.float32)
 
 
 def holm(ps: Sequence[float | None]) -> list[float | None]:
-    """Holm's adjusted p-values in the order given; what has no p takes no part."""
+    """Return Holm's adjusted p-values in the order given; None stays None and does not count as a test."""
     known = sorted((p, i) for i, p in enumerate(ps) if p is not None)
     adjusted: list[float | None] = [None] * len(ps)
     highest = 0.0
@@ -246,7 +290,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def ranks(values: ArrayLike) -> Array:
-    """The ranks in each row of ``values``, 1 for the smallest; equal values share the mean of theirs."""
+    """Return the ranks within each row of ``values``, 1 for the smallest; equal values share their mean rank."""
     x = np.asarray(values, dtype=float)
     below = (x[:, None, :] < x[:, :, None]).sum(2)
     equal = (x[:, None, :] == x[:, :, None]).sum(2)
@@ -255,7 +299,10 @@ def ranks(values: ArrayLike) -> Array:
 
 
 def friedman(values: ArrayLike) -> tuple[float, float, Array]:
-    """The statistic, corrected for ties, its p, and the mean rank of each column of ``values`` [blocks, treatments]; the smallest has rank 1."""
+    """Return Friedman's statistic, corrected for ties, its p-value, and the mean rank of each treatment.
+
+    ``values`` is [blocks, treatments]; the smallest value of a block has rank 1.
+    """
     from scipy.special import chdtrc
 
     found = ranks(values)
@@ -269,34 +316,34 @@ def friedman(values: ArrayLike) -> tuple[float, float, Array]:
 
 
 def critical_difference(treatments: int, blocks: int, level: float = 0.95) -> float:
-    """Nemenyi's: mean ranks that lie further apart than this differ."""
-    return (
-        studentized_range(treatments, level)
-        / math.sqrt(2)
-        * math.sqrt(treatments * (treatments + 1) / (6 * blocks))
-    )
+    """Return Nemenyi's critical difference: mean ranks that are further apart than this differ."""
+    spread = math.sqrt(treatments * (treatments + 1) / (6 * blocks))
+    return studentized_range(treatments, level) / math.sqrt(2) * spread
 
 
 def studentized_range(groups: int, level: float = 0.95) -> float:
-    """The quantile of the range of ``groups`` standard normal values."""
+    """Return the quantile of the range of ``groups`` standard normal values, by bisection."""
     from scipy.special import ndtr
 
     x = np.linspace(-8, 8, 2001)
     density = groups * np.exp(-(x**2) / 2) / math.sqrt(2 * math.pi) * (x[1] - x[0])
-
     low, high = 0.0, 20.0
     for _ in range(60):
         q = (low + high) / 2
-        below = float((density * (ndtr(x + q) - ndtr(x)) ** (groups - 1)).sum())  # the smallest lies at x
-        low, high = (q, high) if below < level else (low, q)
+        # Integrate over x, the smallest value: all others lie between x and x + q.
+        below = float((density * (ndtr(x + q) - ndtr(x)) ** (groups - 1)).sum())
+        if below < level:
+            low = q
+        else:
+            high = q
     return (low + high) / 2
 
 
 def cliques(mean_ranks: Sequence[float], cd: float) -> list[list[int]]:
-    """The largest sets of treatments whose mean ranks lie within ``cd``, by rank; none holds another, and one alone is none."""
+    """Return the maximal sets of at least two treatments whose mean ranks lie within ``cd``, by rank."""
     order = sorted(range(len(mean_ranks)), key=lambda i: mean_ranks[i])
     found: list[list[int]] = []
-    last = 0  # the end of the clique before
+    last = 0  # the end of the previous clique
     for start in range(len(order)):
         end = start
         while end < len(order) and mean_ranks[order[end]] - mean_ranks[order[start]] <= cd:

@@ -1,4 +1,7 @@
-"""Runs that should not be trusted: those that found fault with themselves, and different methods that gave the very same answers."""
+"""Find runs that should not be trusted.
+
+These are runs that recorded a suspicion themselves, and runs whose methods differ but whose predictions do not.
+"""
 
 from __future__ import annotations
 
@@ -6,43 +9,56 @@ import hashlib
 from collections.abc import Iterator, Sequence
 
 from ..system import safe
-from .rows import plain
+from .readable import show_some
+from .rows import encode_value
 from .runs import Run
 
+LISTED = 4  # runs that a note names
 
-def of(runs: Sequence[Run]) -> Iterator[str]:
-    """One sentence a note."""
+
+def describe_suspects(runs: Sequence[Run]) -> Iterator[str]:
+    """Yield one sentence for each suspicion."""
     for run in runs:
-        told = run.result.get("suspect")
-        yield from (
-            (f"{run.path} is suspect: {reason}." for reason in told if isinstance(reason, str))
-            if isinstance(told, list)
-            else ()
+        reasons = run.result.get("suspect")
+        if not isinstance(reasons, list):
+            continue
+        for reason in reasons:
+            if isinstance(reason, str):
+                yield f"{run.path} is suspect: {reason}."
+    for group in _find_identical(runs):
+        names = [str(run.path) for run in group]
+        yield (
+            f"{show_some(names, LISTED)}: the methods have different settings, but their predictions are identical to the bit. "
+            "A setting may have had no effect."
         )
-    for same in _identical(runs):
-        names = ", ".join(str(run.path) for run in same[:4]) + (
-            f" and {len(same) - 4} more" if len(same) > 4 else ""
-        )
-        yield f"{names}: settings of the method differ and every prediction is the same to the bit, so one of them may have had no effect."
 
 
-def _identical(runs: Sequence[Run]) -> list[list[Run]]:
-    """Groups of runs of one seed whose methods are set differently and whose predictions are the same file."""
+def _find_identical(runs: Sequence[Run]) -> list[list[Run]]:
+    """Return groups of runs with one seed, identical prediction files and different settings of the method."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
-        if run.status == "finished" and run.known and (mark := _mark(run)):
-            groups.setdefault((run.seed, mark), []).append(run)
-    return [same for same in groups.values() if len({_method(run) for run in same}) > 1]
+        if run.status != "finished" or not run.settings_complete:
+            continue
+        digest = _hash_predictions(run)
+        if digest:
+            groups.setdefault((run.seed, digest), []).append(run)
+    found = []
+    for group in groups.values():
+        if len({_encode_method(run) for run in group}) > 1:
+            found.append(group)
+    return found
 
 
-def _method(run: Run) -> str:
-    return plain(
-        {key: value for key, value in run.settings.items() if key.partition(".")[0] in ("method", "selector")}
-    )
+def _encode_method(run: Run) -> str:
+    settings = {}
+    for key, value in run.settings.items():
+        if key.partition(".")[0] in ("method", "selector"):
+            settings[key] = value
+    return encode_value(settings)
 
 
-def _mark(run: Run) -> str:
-    """SHA-256 of the predictions, with their scores or losses in full; empty where there are none."""
+def _hash_predictions(run: Run) -> str:
+    """Return the SHA-256 of the predictions file, which has full scores or losses; empty if there is none."""
     try:
         return hashlib.sha256(safe.read(run.path / "predictions.parquet", 2**30)).hexdigest()
     except (OSError, ValueError):

@@ -1,66 +1,40 @@
-"""What each figure of a comparison shows, as plain numbers: drawn for the screen by ``figures`` and for paper by ``plots``."""
+"""Compute what each figure of a comparison shows, as plain numbers.
+
+``figures`` draws these views for the screen, ``plots`` for paper.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from operator import attrgetter
 from typing import Any
 
-Data = Mapping[str, Any]
-# told apart by colour-blind eyes, on white and on black
-PALETTE = ("#0f7fc4", "#dd5f0c", "#079268", "#c25f9a", "#a3780a", "#8367d6", "#c9404a", "#5d7f88")
-SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "pentagon", "star")
-ROWS = "rows"  # the one series of rows that only numbers tell apart
+from .axes import (
+    PERCENT,
+    Axis,
+    Cost,
+    divide,
+    make_cost_axis,
+    make_metric_axis,
+    needs_log,
+    show_metric_name,
+)
+from .schema import ComparisonData, RowData, has_all
+from .styles import ALL_ROWS, find_series, is_number
+
 MOST_CURVES = 12
-FEW = 5  # points of a curve up to which each has a marker
-TOLD = ("better", "worse")  # verdicts that tell two rows apart
+FEW = 5  # a curve of at most so many points has a marker at each
+SHOWN_DIFFERENCE = ("better", "worse")  # verdicts that say that two rows differ
 VALIDATED = {
     "classification": ("accuracy", True),
     "causal_lm": ("bits per byte", False),
-}  # by task: what is validated, and whether it is a share
-SIZES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
+}  # by task: the metric that is validated, and whether it is shown in percent
 
 
 @dataclass(frozen=True)
-class Cost:
-    """Something to pay for a result: a key of a row, how it is called, and its units from the largest to the smallest."""
-
-    key: str
-    words: str
-    units: tuple[tuple[float, str], ...]
-
-
-COSTS = (
-    Cost("peak_memory_bytes", "peak memory", SIZES),
-    Cost(
-        "trained", "trained parameters", ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, ""))
-    ),
-    Cost("step_seconds", "time per step", ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))),
-    Cost("stored_bytes", "stored change", SIZES),
-)
-
-
-@dataclass(frozen=True)
-class Style:
-    """How a series looks in every figure."""
-
-    colour: str
-    symbol: str
-
-
-@dataclass(frozen=True)
-class Axis:
-    """The words under an axis, what its values were divided by, and whether it is logarithmic."""
-
-    title: str
-    scale: float = 1.0
-    log: bool = False
-
-
-@dataclass(frozen=True)
-class Point:
-    """One row in a figure; ``low`` and ``high`` are the ends of its 95 % interval, missing for a single seed."""
+class PlotPoint:
+    """A row in a figure. ``low`` and ``high`` end its 95 % interval; they are None for a single seed."""
 
     label: str
     series: str
@@ -68,144 +42,84 @@ class Point:
     y: float
     low: float | None = None
     high: float | None = None
-    emphasis: bool = False  # on the front; told apart from the baseline
+    emphasis: bool = False  # the row is on the front, or differs from the baseline
+
+
+def is_sparsity(key: str) -> bool:
+    """Tell whether a setting is a sparsity."""
+    return key.split(".")[-1] == "sparsity"
+
+
+def list_xs(points: Iterable[PlotPoint]) -> list[float]:
+    """Return the x of each point."""
+    return [point.x for point in points]
 
 
 @dataclass(frozen=True)
-class View:
-    """A figure: points by row, and lines as lists of x and y; ``left_out`` says in words which rows it cannot show."""
+class ParetoView:
+    """Metric against a cost. ``front`` is the step line through the rows that no other row beats."""
+
+    x: Axis
+    y: Axis
+    points: list[PlotPoint]
+    front: list[tuple[float, float]]
+    left_out: str  # which rows are not drawn, in words
+
+
+@dataclass(frozen=True)
+class DifferenceView:
+    """Differences to the rows named by ``baseline``, one point below the other."""
+
+    baseline: str
+    x: Axis
+    points: list[PlotPoint]
+    left_out: str
+
+
+@dataclass(frozen=True)
+class SettingView:
+    """Metric against the setting ``key``.
+
+    ``lines`` has the points of each series and combination of other settings; ``levels`` are rows without the setting.
+    """
 
     key: str
     x: Axis
     y: Axis
-    points: list[Point]
-    line: list[tuple[float, float]] = field(default_factory=list)
-    left_out: str = ""
+    lines: dict[str, list[PlotPoint]]
+    levels: list[PlotPoint]
+    left_out: str
 
+    @property
+    def is_density(self) -> bool:
+        """Whether the setting is a sparsity, which is drawn as density."""
+        return is_sparsity(self.key)
 
-def series(row: Data, by: Sequence[str]) -> str:
-    """What gives a row its colour: its method, or else the first compared setting that is no number."""
-    keys = [key for key in by if key == "method"] or [
-        key for key in by if row["by"].get(key) is not None and not _number(row["by"][key])
-    ]
-    value = row["by"].get(keys[0]) if keys else None
-    return ROWS if value is None else str(value)
+    def list_places(self) -> list[float]:
+        """Return the different values of the setting on the x axis, sorted."""
+        places: set[float] = set()
+        for points in self.lines.values():
+            places.update(list_xs(points))
+        return sorted(places)
 
-
-def styles(comparison: Data) -> dict[str, Style]:
-    """Colour and symbol of each series; by name, so that the same methods look the same in every report on them."""
-    names = sorted({series(row, comparison["by"]) for row in comparison["rows"]})
-    return {name: Style(PALETTE[i % len(PALETTE)], SYMBOLS[i % len(SYMBOLS)]) for i, name in enumerate(names)}
-
-
-def metric_axis(comparison: Data) -> Axis:
-    """The metric's name with its unit and the better direction."""
-    metric = comparison["metric"]
-    better = "higher is better" if metric["higher_is_better"] else "lower is better"
-    return Axis(
-        f"{metric_words(metric)}{' in %' if metric['percent'] else ''}, {better}",
-        0.01 if metric["percent"] else 1.0,
-    )
-
-
-def metric_words(metric: Data) -> str:
-    """``test accuracy``"""
-    return ("test " if str(metric["name"]).startswith("test.") else "") + str(metric["words"])
-
-
-def _scaled(value: float | None, axis: Axis) -> float | None:
-    return None if value is None else value / axis.scale
-
-
-def _wide(values: Sequence[float]) -> bool:
-    """Whether positive values span so much that only a logarithmic axis shows them all."""
-    return bool(values) and min(values) > 0 and max(values) / min(values) >= 8
-
-
-def ticks(low: float, high: float) -> list[float]:
-    """Round places on a logarithmic axis: 1, 2 and 5 of each decade, or where that is crowded the decades alone."""
-    decades = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        found = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
-        inside = [place for place in found if low * 0.8 <= place <= high * 1.25]
-        if len(inside) <= 7:
-            break
-    return inside
-
-
-def _left_out(rows: Sequence[Data], shown: int, why: str) -> str:
-    missing = len(rows) - shown
-    return (
-        f"{missing} of {len(rows)} rows {'is' if missing == 1 else 'are'} not drawn ({why})."
-        if missing
-        else ""
-    )
-
-
-def cost_axis(cost: Cost, values: Sequence[float]) -> Axis:
-    """In the largest unit in which the largest value, or on a logarithmic axis the middle, is at least one."""
-    log = _wide(values)
-    typical = math.sqrt(min(values) * max(values)) if log else max(values, default=0)
-    scale, unit = next((pair for pair in cost.units if typical >= pair[0]), cost.units[-1])
-    return Axis(f"{cost.words}, {unit}" if unit else cost.words, scale, log)
-
-
-def front(costs: Sequence[float], values: Sequence[float], higher_is_better: bool) -> list[int]:
-    """The places that no other beats: at most the cost and at least the value, and better in one of them; by cost."""
-    sign = 1 if higher_is_better else -1
-    found: list[int] = []
-    for i in sorted(range(len(costs)), key=lambda i: (costs[i], -sign * values[i])):
-        last = found[-1] if found else None
-        if (
-            last is None
-            or sign * values[i] > sign * values[last]
-            or (costs[i], values[i]) == (costs[last], values[last])
-        ):
-            found.append(i)
-    return found
-
-
-def pareto(comparison: Data, cost: Cost) -> View | None:
-    """Metric against a cost, with the front as a step line that goes on to the right edge; ``None`` if no row has both."""
-    rows = [row for row in comparison["rows"] if row["mean"] is not None and row.get(cost.key) is not None]
-    if not rows:
-        return None
-    x, y = cost_axis(cost, [row[cost.key] for row in rows]), metric_axis(comparison)
-    best = front(
-        [row[cost.key] for row in rows],
-        [row["mean"] for row in rows],
-        comparison["metric"]["higher_is_better"],
-    )
-    points = [
-        _point(row, comparison["by"], row[cost.key] / x.scale, y, i in best) for i, row in enumerate(rows)
-    ]
-    line = [(points[i].x, points[i].y) for i in best]
-    line.append((max(point.x for point in points), line[-1][1]))
-    return View(
-        cost.key,
-        x,
-        y,
-        points,
-        line,
-        _left_out(comparison["rows"], len(rows), "no finished run or no such cost"),
-    )
-
-
-def _point(row: Data, by: Sequence[str], x: float, y: Axis, emphasis: bool = False) -> Point:
-    return Point(
-        row["label"],
-        series(row, by),
-        x,
-        row["mean"] / y.scale,
-        _scaled(row["low"], y),
-        _scaled(row["high"], y),
-        emphasis,
-    )
+    def count_earlier(self, name: str) -> int:
+        """Count the lines before ``name`` in the same series; it chooses the dash of a line."""
+        count = 0
+        for other, points in self.lines.items():
+            if other == name:
+                break
+            if points[0].series == self.lines[name][0].series:
+                count += 1
+        return count
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line with its band; ``low`` and ``high`` are empty for a single seed. ``dash`` counts the curves of the series before it."""
+    """The validation metric of a row over steps.
+
+    ``low`` and ``high`` bound its band and are empty for a single seed. ``dash`` counts the curves of its series before
+    this one.
+    """
 
     label: str
     series: str
@@ -216,170 +130,243 @@ class Curve:
     dash: int
 
     @property
-    def points(self) -> list[Point]:
-        """Those that get a marker: all of a curve of few points, since a line of one does not show."""
+    def marked_points(self) -> list[PlotPoint]:
+        """The points that get a marker: all of a curve with few points, since a line of one point is invisible."""
         if len(self.x) > FEW:
             return []
-        ends = zip(self.low, self.high, strict=True) if self.low else [(None, None)] * len(self.x)
-        return [
-            Point(self.label, self.series, x, y, low, high)
-            for x, y, (low, high) in zip(self.x, self.y, ends, strict=True)
-        ]
-
-
-def curves(comparison: Data) -> tuple[Axis, list[Curve], str]:
-    """The validation metric over steps, of the best rows where they are many; and which rows are left out, in words."""
-    metric = comparison["metric"]
-    words, percent = VALIDATED.get(str(comparison["task"]), (metric["words"], metric["percent"]))
-    axis = Axis(f"validation {words}{' in %' if percent else ''}", 0.01 if percent else 1.0)
-    rows = [row for row in comparison["rows"] if any(point["mean"] is not None for point in row["curve"])]
-    made: list[Curve] = []
-    for row in rows[:MOST_CURVES]:
-        points = [point for point in row["curve"] if point["mean"] is not None]
-        name = series(row, comparison["by"])
-        band = all(point["low"] is not None and point["high"] is not None for point in points)
-        columns = {
-            key: [point[key] / axis.scale for point in points]
-            for key in ("mean", *(("low", "high") if band else ()))
-        }
-        steps = [point["step"] for point in points]
-        dash = sum(curve.series == name for curve in made)
-        made.append(
-            Curve(
-                row["label"],
-                name,
-                steps,
-                columns["mean"],
-                columns.get("low", []),
-                columns.get("high", []),
-                dash,
-            )
-        )
-    why = f"only the best {MOST_CURVES} are" if len(rows) > MOST_CURVES else "no validation"
-    return axis, made, _left_out(comparison["rows"], len(made), why)
+        found = []
+        for at, (x, y) in enumerate(zip(self.x, self.y, strict=True)):
+            point = PlotPoint(self.label, self.series, x, y)
+            if self.low:
+                point = replace(point, low=self.low[at], high=self.high[at])
+            found.append(point)
+        return found
 
 
 @dataclass(frozen=True)
-class Settings:
-    """Metric against a setting: a line of points for each series and other settings, and rows without that setting as levels."""
+class CurveView:
+    """The validation metric over steps, for the best rows if there are many."""
 
-    key: str
-    x: Axis
     y: Axis
-    lines: dict[str, list[Point]]
-    levels: list[Point]
+    curves: list[Curve]
     left_out: str
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def settings(comparison: Data) -> list[Settings]:
-    """A figure for each compared setting of which at least two numbers occur; sparsity becomes density on a logarithmic axis."""
-    rows = [row for row in comparison["rows"] if row["mean"] is not None]
-    found = [
-        _setting(comparison, rows, key)
-        for key in comparison["by"]
-        if len({v for row in rows if _number(v := row["by"].get(key))}) > 1
-    ]
-    return [setting for setting in found if setting.lines]
-
-
-def _setting(comparison: Data, rows: Sequence[Data], key: str) -> Settings:
-    by, y, dense = comparison["by"], metric_axis(comparison), key.split(".")[-1] == "sparsity"
-    place: Callable[[float], float] = (lambda value: round(100 * (1 - value), 9)) if dense else float
-    have = [row for row in rows if _number(row["by"].get(key)) and not (dense and place(row["by"][key]) <= 0)]
-    title = "density of the change in % (100 - sparsity)" if dense else key
-    x = Axis(title, log=dense or _wide([place(row["by"][key]) for row in have]))
-    lines: dict[str, list[Point]] = {}
-    for row in have:
-        told = {k.removeprefix("method."): row["by"].get(k) for k in by if k != key}
-        others = [
-            f"{k}={value}" for k, value in told.items() if value is not None and str(value) != series(row, by)
-        ]
-        name = [series(row, by)] if series(row, by) != ROWS or not others else []
-        lines.setdefault(" ".join([*name, *others]), []).append(_point(row, by, place(row["by"][key]), y))
-    for points in lines.values():
-        points.sort(key=lambda point: point.x)
-    levels = [_point(row, by, 0.0, y) for row in rows if row["by"].get(key) is None]
-    why = f"no finished run, or no {key} that this axis can show"
-    return Settings(key, x, y, lines, levels, _left_out(comparison["rows"], len(have) + len(levels), why))
-
-
-def place(found: Settings, name: str) -> int:
-    """How many lines of the same series stand before the line ``name``: by this, lines of one colour are told apart."""
-    names = [
-        other for other, points in found.lines.items() if points[0].series == found.lines[name][0].series
-    ]
-    return names.index(name)
-
-
-def differences(comparison: Data) -> View | None:
-    """Differences to what the rows are held against, in the order of the table; ``None`` if there is none."""
-    rows = [
-        row
-        for row in comparison["rows"]
-        if row["versus"] and row["versus"]["difference"] is not None and row["mean"] is not None
-    ]
-    if not rows:
-        return None
-    metric, scale = comparison["metric"], metric_axis(comparison).scale
-    against = list(dict.fromkeys(row["versus"]["against"] for row in rows))
-    unit = " in percentage points" if metric["percent"] else ""
-    better = "right is better" if metric["higher_is_better"] else "left is better"
-    x, points = Axis(f"difference in {metric_words(metric)}{unit}, {better}", scale), []
-    for place, row in enumerate(rows):
-        low, difference, high = (_scaled(row["versus"][key], x) for key in ("low", "difference", "high"))
-        points.append(
-            Point(
-                row["label"],
-                series(row, comparison["by"]),
-                difference or 0.0,
-                place,
-                low,
-                high,
-                row["versus"]["verdict"] in TOLD,
-            )
-        )
-    shown = {row["label"] for row in rows} | set(against)
-    others = [row for row in comparison["rows"] if row["label"] not in shown]
-    left_out = _left_out(comparison["rows"], len(comparison["rows"]) - len(others), "no such test")
-    return View(", ".join(against), x, Axis(""), points, [], left_out)
-
-
 @dataclass(frozen=True)
-class Ranks:
-    """Mean ranks, best first; a clique is a lane, the first and the last place that its bar joins."""
+class RankView:
+    """Mean ranks, best first, as a critical-difference diagram.
 
-    points: list[Point]
+    A clique is drawn as a bar: its lane, and the first and last place that it joins.
+    """
+
+    points: list[PlotPoint]
     difference: float
     blocks: int
     cliques: list[tuple[int, int, int]]
 
 
-def ranks(comparison: Data) -> Ranks | None:
-    """The critical-difference diagram turned upright, so that long names have room; ``None`` if the comparison has none."""
+def _describe_left_out(rows: Sequence[RowData], shown: int, why: str) -> str:
+    missing = len(rows) - shown
+    if not missing:
+        return ""
+    verb = "is" if missing == 1 else "are"
+    return f"{missing} of {len(rows)} rows {verb} not drawn ({why})."
+
+
+def _make_point(row: RowData, by: Sequence[str], x: float, y: Axis, emphasis: bool = False) -> PlotPoint:
+    """Return the point of a row with its mean and interval on the y axis."""
+    low, high = divide(row["low"], y), divide(row["high"], y)
+    return PlotPoint(row["label"], find_series(row, by), x, row["mean"] / y.scale, low, high, emphasis)
+
+
+def find_front(costs: Sequence[float], values: Sequence[float], higher_is_better: bool) -> list[int]:
+    """Return the places of the Pareto front, sorted by cost.
+
+    A place is on the front if no other has at most its cost and at least its value and is better in one of them.
+    """
+    sign = 1 if higher_is_better else -1
+    found: list[int] = []
+    for place in sorted(range(len(costs)), key=lambda at: (costs[at], -sign * values[at])):
+        if found:
+            last = found[-1]
+            is_better = sign * values[place] > sign * values[last]
+            is_equal = (costs[place], values[place]) == (costs[last], values[last])
+            if not is_better and not is_equal:
+                continue
+        found.append(place)
+    return found
+
+
+def view_pareto(comparison: ComparisonData, cost: Cost) -> ParetoView | None:
+    """Return the metric against a cost; None if no row has both.
+
+    The front continues to the right edge.
+    """
+    rows, costs, means = [], [], []
+    for row in comparison["rows"]:
+        if row["mean"] is not None and row.get(cost.key) is not None:
+            rows.append(row)
+            costs.append(row[cost.key])
+            means.append(row["mean"])
+    if not rows:
+        return None
+    x, y = make_cost_axis(cost, costs), make_metric_axis(comparison)
+    best = find_front(costs, means, comparison["metric"]["higher_is_better"])
+    points = []
+    for place, row in enumerate(rows):
+        points.append(_make_point(row, comparison["by"], row[cost.key] / x.scale, y, place in best))
+    front = [(points[place].x, points[place].y) for place in best]
+    front.append((max(list_xs(points)), front[-1][1]))
+    left_out = _describe_left_out(comparison["rows"], len(rows), "no finished run or no such cost")
+    return ParetoView(x, y, points, front, left_out)
+
+
+def view_curves(comparison: ComparisonData) -> CurveView:
+    """Return the validation metric over steps; there are no curves if no row was validated."""
+    metric = comparison["metric"]
+    words, percent = VALIDATED.get(str(comparison["task"]), (metric["words"], metric["percent"]))
+    axis = Axis(f"validation {words}")
+    if percent:
+        axis = Axis(f"validation {words} in %", PERCENT)
+    validated = []
+    for row in comparison["rows"]:
+        points = [point for point in row["curve"] if point["mean"] is not None]
+        if points:
+            validated.append((row, points))
+    curves: list[Curve] = []
+    counts: dict[str, int] = {}
+    for row, points in validated[:MOST_CURVES]:
+        series = find_series(row, comparison["by"])
+        low: list[float] = []
+        high: list[float] = []
+        if has_all(points, "low") and has_all(points, "high"):
+            low = _read_column(points, "low", axis)
+            high = _read_column(points, "high", axis)
+        steps, means = [point["step"] for point in points], _read_column(points, "mean", axis)
+        curves.append(Curve(row["label"], series, steps, means, low, high, counts.get(series, 0)))
+        counts[series] = counts.get(series, 0) + 1
+    why = "no validation"
+    if len(validated) > MOST_CURVES:
+        why = f"only the best {MOST_CURVES} are"
+    return CurveView(axis, curves, _describe_left_out(comparison["rows"], len(curves), why))
+
+
+def _read_column(points: Sequence[dict[str, Any]], key: str, axis: Axis) -> list[float]:
+    return [point[key] / axis.scale for point in points]
+
+
+def view_settings(comparison: ComparisonData) -> list[SettingView]:
+    """Return a view for each compared setting that has at least two different numbers.
+
+    A sparsity is drawn as density, on a logarithmic axis.
+    """
+    rows = [row for row in comparison["rows"] if row["mean"] is not None]
+    found = []
+    for key in comparison["by"]:
+        numbers = {row["by"][key] for row in rows if is_number(row["by"].get(key))}
+        if len(numbers) > 1:
+            view = _view_setting(comparison, rows, key)
+            if view.lines:
+                found.append(view)
+    return found
+
+
+def _view_setting(comparison: ComparisonData, rows: Sequence[RowData], key: str) -> SettingView:
+    by, y = comparison["by"], make_metric_axis(comparison)
+    lines: dict[str, list[PlotPoint]] = {}
+    levels: list[PlotPoint] = []
+    places: list[float] = []
+    for row in rows:
+        value = row["by"].get(key)
+        if value is None:
+            levels.append(_make_point(row, by, 0.0, y))
+        elif is_number(value):
+            x = float(value)
+            if is_sparsity(key):
+                x = round(100 * (1 - value), 9)  # density in %
+                if x <= 0:  # which has no place on a logarithmic axis
+                    continue
+            lines.setdefault(_name_line(row, by, key), []).append(_make_point(row, by, x, y))
+            places.append(x)
+    if is_sparsity(key):
+        x_axis = Axis("density of the change in % (100 - sparsity)", log=True)
+    else:
+        x_axis = Axis(key, log=needs_log(places))
+    for points in lines.values():
+        points.sort(key=attrgetter("x"))
+    why = f"no finished run, or no {key} that this axis can show"
+    left_out = _describe_left_out(comparison["rows"], len(places) + len(levels), why)
+    return SettingView(key, x_axis, y, lines, levels, left_out)
+
+
+def _name_line(row: RowData, by: Sequence[str], key: str) -> str:
+    """Return the series of a row and the values of its other compared settings."""
+    series = find_series(row, by)
+    others = []
+    for other in by:
+        value = row["by"].get(other)
+        if other != key and value is not None and str(value) != series:
+            others.append(f"{other.removeprefix('method.')}={value}")
+    if series == ALL_ROWS and others:
+        return " ".join(others)
+    return " ".join([series, *others])
+
+
+def view_differences(comparison: ComparisonData) -> DifferenceView | None:
+    """Return the differences to the baseline or best row, in the order of the table; None if there are none."""
+    by, metric, scale = comparison["by"], comparison["metric"], make_metric_axis(comparison).scale
+    unit = " in percentage points" if metric["percent"] else ""
+    better = "right is better" if metric["higher_is_better"] else "left is better"
+    x = Axis(f"difference in {show_metric_name(metric)}{unit}, {better}", scale)
+    points: list[PlotPoint] = []
+    baselines: dict[str, None] = {}
+    for row in comparison["rows"]:
+        versus = row["versus"]
+        if not versus or versus["difference"] is None or row["mean"] is None:
+            continue
+        difference = versus["difference"] / scale or 0.0  # -0.0 would be shown with a minus
+        low, high = divide(versus["low"], x), divide(versus["high"], x)
+        differs = versus["verdict"] in SHOWN_DIFFERENCE
+        place = len(points)
+        points.append(PlotPoint(row["label"], find_series(row, by), difference, place, low, high, differs))
+        baselines[versus["against"]] = None
+    if not points:
+        return None
+    drawn = {*baselines, *(point.label for point in points)}  # a baseline is the line at zero
+    shown = sum(row["label"] in drawn for row in comparison["rows"])
+    left_out = _describe_left_out(comparison["rows"], shown, "no such test")
+    return DifferenceView(", ".join(baselines), x, points, left_out)
+
+
+def view_ranks(comparison: ComparisonData) -> RankView | None:
+    """Return the critical-difference diagram; None if the comparison has none.
+
+    Rows are listed from top to bottom, so that there is room for long names.
+    """
     found = comparison["critical_difference"]
     if not found or not found["ranks"]:
         return None
-    colours = {row["label"]: series(row, comparison["by"]) for row in comparison["rows"]}
-    ordered = sorted(found["ranks"], key=lambda label: (found["ranks"][label], label))
-    points = [
-        Point(label, colours.get(label, label), found["ranks"][label], place)
-        for place, label in enumerate(ordered)
-    ]
-    spans = sorted(
-        {
-            (min(s), max(s))
-            for c in found["cliques"]
-            if len(s := [ordered.index(label) for label in c if label in ordered]) > 1
-        }
-    )
-    lanes: list[int] = []  # the last place that each lane's bars reach
-    cliques = []
-    for first, last in spans:
-        lane = next((i for i, reached in enumerate(lanes) if reached < first), len(lanes))
-        lanes[lane : lane + 1] = [last]
-        cliques.append((lane, first, last))
-    return Ranks(points, found["cd"], found["blocks"], cliques)
+    series = {row["label"]: find_series(row, comparison["by"]) for row in comparison["rows"]}
+    labels = sorted(found["ranks"], key=lambda label: (found["ranks"][label], label))
+    points = []
+    for place, label in enumerate(labels):
+        points.append(PlotPoint(label, series.get(label, label), found["ranks"][label], place))
+    return RankView(points, found["cd"], found["blocks"], _place_bars(labels, found["cliques"]))
+
+
+def _place_bars(labels: Sequence[str], cliques: Sequence[Sequence[str]]) -> list[tuple[int, int, int]]:
+    """Give each clique of at least two rows the first lane in which its bar touches no other."""
+    spans = set()
+    for clique in cliques:
+        places = [labels.index(label) for label in clique if label in labels]
+        if len(places) > 1:
+            spans.add((min(places), max(places)))
+    ends: list[int] = []  # the last place that the bars of each lane reach
+    bars = []
+    for first, last in sorted(spans):
+        lane = 0
+        while lane < len(ends) and ends[lane] >= first:
+            lane += 1
+        ends[lane : lane + 1] = [last]
+        bars.append((lane, first, last))
+    return bars
