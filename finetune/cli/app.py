@@ -111,9 +111,9 @@ def train(
         return _run_to_train(overrides or [], config_dir, config_file, resume)
 
     def report(result: dict[str, Any], folder: Path) -> None:
-        from ..report.summary import summary
+        from ..report.summary import describe_result
 
-        print(json.dumps(result, indent=2) if as_json else summary(result, folder))
+        print(json.dumps(result, indent=2) if as_json else describe_result(result, folder))
 
     def preview(config: Config) -> None:
         from ..training.plan import plan

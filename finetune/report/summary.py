@@ -15,7 +15,7 @@ QUOTED = "= ,'\"()[]{}"  # characters that the shell or the grammar of overrides
 Result = Mapping[str, Any]  # the content of result.json
 
 
-def summary(result: Result, folder: Path) -> str:
+def describe_result(result: Result, folder: Path) -> str:
     """Return the facts of ``result``, one on each line, the run's folder, and commands to try next."""
     lines = [_write_heading(result), ""]
     for name, words in (*_list_facts(result), ("everything in", folder)):

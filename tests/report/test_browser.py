@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from finetune.report import html
-from finetune.report.figures import figures
+from finetune.report.figures import make_figures
 
 pytestmark = pytest.mark.browser
 example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
@@ -56,7 +56,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 def opened(browser: Any, comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The report, opened once and drawn."""
     file = tmp_path_factory.mktemp("report") / "report ünï.html"
-    html.write(comparison, file)
+    html.write_report(comparison, file)
     browser.get(file.as_uri())
     wait(browser, "return document.documentElement.dataset.drawn !== undefined")
     return browser
@@ -244,7 +244,7 @@ def test_the_command_is_copied_without_the_clipboard_interface(page: Any, compar
 
 
 def test_every_figure_is_drawn_with_its_points(page: Any, comparison: dict[str, Any]) -> None:
-    made = figures(comparison)
+    made = make_figures(comparison)
     assert page.execute_script("return document.documentElement.dataset.drawn") == str(len(made))
     for figure in made:
         counts = page.execute_script(
@@ -318,7 +318,7 @@ def test_titles_beside_axes_are_whole_above_a_long_legend(opened: Any, tmp_path:
     comparison["by"] = ["method", "sparsity", "method.rank"]
     for place, row in enumerate(comparison["rows"]):  # many lines, so a long legend
         row["by"]["method.rank"] = 4 << place % 3
-    html.write(comparison, tmp_path / "report.html")
+    html.write_report(comparison, tmp_path / "report.html")
     first = opened.current_window_handle
     opened.switch_to.new_window("tab")
     opened.execute_cdp_cmd(

@@ -7,7 +7,6 @@ import json
 import math
 import shlex
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from finetune.report.comparison import compare
 from finetune.storage.run_folder import write_json_atomic, write_yaml
 from finetune.sweep.grid import points
 
-Make = Callable[..., Path]
+from ..support.run_folders import MakeRun
 
 
 def answers(share: float, seed: int = 0, count: int = 200) -> list[int]:
@@ -45,10 +44,10 @@ def row(found: dict[str, Any], label: str) -> dict[str, Any]:
     return dict(one)
 
 
-def test_rows_by_method_over_seeds(made: Make, tmp_path: Path) -> None:
+def test_rows_by_method_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
     for seed in (2, 0, 1):
-        made("lora", seed, answers(0.9, seed))
-        made("head", seed, answers(0.5, seed + 9))
+        make_run("lora", seed, answers(0.9, seed))
+        make_run("head", seed, answers(0.5, seed + 9))
     found = data(tmp_path)
     assert (found["by"], found["task"], found["baseline"]) == (["method"], "classification", None)
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
@@ -75,22 +74,22 @@ def test_rows_by_method_over_seeds(made: Make, tmp_path: Path) -> None:
     }
 
 
-def test_methods_are_judged_over_seeds_and_examples(made: Make, tmp_path: Path) -> None:
+def test_methods_are_judged_over_seeds_and_examples(make_run: MakeRun, tmp_path: Path) -> None:
     """Paired by seed and by example: the rows' matrices of answers, less one another."""
     a, b = ([answers(share, seed + luck) for seed in range(3)] for share, luck in ((0.8, 0), (0.75, 40)))
     for seed in range(3):
-        made("lora", seed, a[seed])
-        made("head", seed, b[seed], ids=[f"e{i}" for i in range(200)])
+        make_run("lora", seed, a[seed])
+        make_run("head", seed, b[seed], ids=[f"e{i}" for i in range(200)])
     test = row(data(tmp_path), "head")["versus"]
     expected = statistics.crossed(np.array(b) - np.array(a))
     assert (test["test"], test["against"]) == ("seeds and examples", "lora")
     assert (test["difference"], test["low"], test["high"], test["p"]) == pytest.approx(expected)
 
 
-def test_one_seed_is_mcnemar_and_marked(made: Make, tmp_path: Path) -> None:
+def test_one_seed_is_mcnemar_and_marked(make_run: MakeRun, tmp_path: Path) -> None:
     a, b = answers(0.85, 1), answers(0.8, 2)
-    made("lora", 0, a)
-    made("head", 0, b)
+    make_run("lora", 0, a)
+    make_run("head", 0, b)
     found = data(tmp_path)
     one = row(found, "head")
     right, wrong = (
@@ -104,16 +103,16 @@ def test_one_seed_is_mcnemar_and_marked(made: Make, tmp_path: Path) -> None:
     assert one["examples"]["count"] == 200
     assert (one["examples"]["low"], one["examples"]["high"]) == pytest.approx(statistics.wilson(sum(b), 200))
     assert any("Every row has a single seed" in note for note in found["notes"])
-    assert any("not of the methods" in note for note in found["notes"])
+    assert any("not about the methods" in note for note in found["notes"])
 
 
-def test_bits_per_byte_over_seeds_and_for_one(made: Make, tmp_path: Path) -> None:
+def test_bits_per_byte_over_seeds_and_for_one(make_run: MakeRun, tmp_path: Path) -> None:
     random = np.random.default_rng(0)
     size = random.integers(50, 500, 40)
     for method, level in (("lora", 2.0), ("head", 2.4)):
         for seed in range(3):
             bits = size * (level + random.normal(0, 0.2, 40))
-            made(
+            make_run(
                 method,
                 seed,
                 bits=list(zip(bits.tolist(), size.tolist(), strict=True)),
@@ -135,12 +134,12 @@ def test_bits_per_byte_over_seeds_and_for_one(made: Make, tmp_path: Path) -> Non
     assert alone["low"] < alone["difference"] < alone["high"]
 
 
-def test_only_common_examples_are_paired(made: Make, tmp_path: Path) -> None:
+def test_only_common_examples_are_paired(make_run: MakeRun, tmp_path: Path) -> None:
     """Another order and other ids: what counts is the id."""
     a, b = answers(0.85, 1), answers(0.8, 2)
-    made("lora", 0, a)
+    make_run("lora", 0, a)
     order = list(np.random.default_rng(0).permutation(200)[:150])
-    made("head", 0, [b[i] for i in order], ids=[f"e{i}" for i in order])
+    make_run("head", 0, [b[i] for i in order], ids=[f"e{i}" for i in order])
     found = data(tmp_path)
     right, wrong = sum(b[i] > a[i] for i in order), sum(b[i] < a[i] for i in order)
     assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
@@ -148,12 +147,12 @@ def test_only_common_examples_are_paired(made: Make, tmp_path: Path) -> None:
     assert any("150 of 200" in note for note in found["notes"])
 
 
-def test_seeds_that_are_not_shared(made: Make, tmp_path: Path) -> None:
+def test_seeds_that_are_not_shared(make_run: MakeRun, tmp_path: Path) -> None:
     """One seed in common: those two models. None: the groups, unpaired."""
     for seed in (0, 1, 2):
-        made("lora", seed, answers(0.9, seed))
-        made("head", seed + 2, answers(0.6, seed))
-        made("full", seed + 5, answers(0.7, seed))
+        make_run("lora", seed, answers(0.9, seed))
+        make_run("head", seed + 2, answers(0.6, seed))
+        make_run("full", seed + 5, answers(0.7, seed))
     found = data(tmp_path)
     assert row(found, "head")["versus"]["test"] == "mcnemar mid-p"
     other = row(found, "full")
@@ -163,11 +162,11 @@ def test_seeds_that_are_not_shared(made: Make, tmp_path: Path) -> None:
     assert {finding["kind"] for finding in found["fairness"]} == {"seeds"}
 
 
-def test_metric_without_examples_is_tested_over_seeds(made: Make, tmp_path: Path) -> None:
+def test_metric_without_examples_is_tested_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
     values = {"lora": (0.3, 0.31, 0.29), "head": (0.5, 0.56, 0.52)}
     for method, losses in values.items():
         for seed, loss in enumerate(losses):
-            made(method, seed, told={"metrics": {"test": {"accuracy": 0.9}, "val": {"loss": loss}}})
+            make_run(method, seed, result={"metrics": {"test": {"accuracy": 0.9}, "val": {"loss": loss}}})
     found = data(tmp_path, metric="val.loss")
     test = row(found, "head")["versus"]
     assert test["test"] == "paired t over seeds"
@@ -181,20 +180,20 @@ def test_metric_without_examples_is_tested_over_seeds(made: Make, tmp_path: Path
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
 
 
-def test_costs_can_be_the_metric_and_one_seed_has_no_test(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
-    made("head", 0, answers(0.6), told={"stored_bytes": 10})
+def test_costs_can_be_the_metric_and_one_seed_has_no_test(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
+    make_run("head", 0, answers(0.6), result={"stored_bytes": 10})
     found = data(tmp_path, metric="stored_bytes")
     assert [r["mean"] for r in found["rows"]] == [10, 144_592]
     assert (row(found, "lora")["versus"]["verdict"], row(found, "head")["rank"]) == ("untested", "")
     assert data(tmp_path, metric="peak_memory_bytes")["metric"]["name"] == "cost.peak_memory_bytes"
 
 
-def test_holm_over_the_table_and_ties(made: Make, tmp_path: Path) -> None:
+def test_holm_over_the_table_and_ties(make_run: MakeRun, tmp_path: Path) -> None:
     shares = {"lora": 0.8, "head": 0.5, "full": 0.8, "bitfit": 0.795, "snell": 0.8}
     for number, (method, share) in enumerate(shares.items()):
         for seed in range(3):
-            made(method, seed, answers(share, 10 * number + seed))
+            make_run(method, seed, answers(share, 10 * number + seed))
     found = data(tmp_path)
     tests = [r["versus"] for r in found["rows"] if r["versus"]]
     assert [t["p_holm"] for t in tests] == pytest.approx(
@@ -210,11 +209,11 @@ def test_holm_over_the_table_and_ties(made: Make, tmp_path: Path) -> None:
     assert all((t["p_holm"] <= 0.05) == (t["verdict"] != "tie") for t in found["tests"])
 
 
-def test_friedman_and_critical_difference_over_seeds(made: Make, tmp_path: Path) -> None:
+def test_friedman_and_critical_difference_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
     values = np.array([[0.9, 0.8, 0.7], [0.92, 0.81, 0.65], [0.89, 0.9, 0.6], [0.91, 0.7, 0.69]])
     for seed, triple in enumerate(values):
         for method, value in zip(("lora", "head", "full"), triple, strict=True):
-            made(method, seed, told={"metrics": {"test": {"accuracy": value}}})
+            make_run(method, seed, result={"metrics": {"test": {"accuracy": value}}})
     found = data(tmp_path)
     expected = scipy.stats.friedmanchisquare(*values.T)
     assert (found["omnibus"]["test"], found["omnibus"]["blocks"]) == ("friedman", 4)
@@ -228,10 +227,10 @@ def test_friedman_and_critical_difference_over_seeds(made: Make, tmp_path: Path)
     assert found["critical_difference"]["cliques"] == [["lora", "head"], ["head", "full"]]
 
 
-def test_cochran_for_one_seed(made: Make, tmp_path: Path) -> None:
+def test_cochran_for_one_seed(make_run: MakeRun, tmp_path: Path) -> None:
     columns = [answers(share, seed) for seed, share in enumerate((0.9, 0.85, 0.8))]
     for method, right in zip(("lora", "head", "full"), columns, strict=True):
-        made(method, 0, right)
+        make_run(method, 0, right)
     found = data(tmp_path)
     expected = cochrans_q(np.array(columns).T)
     assert found["omnibus"]["test"] == "cochran q"
@@ -241,7 +240,7 @@ def test_cochran_for_one_seed(made: Make, tmp_path: Path) -> None:
     assert found["critical_difference"] is None
 
 
-def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> None:
+def test_repeated_splits_allow_for_their_overlap(make_run: MakeRun, tmp_path: Path) -> None:
     shares = {
         "dataset__name": "csv",
         "dataset__path": "a.csv",
@@ -253,8 +252,8 @@ def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> 
     for split in range(6):
         ids = [f"{split}-{i}" for i in range(200)]  # other examples each time
         a, b = answers(0.9, split), answers(0.8, split + 30)
-        made("lora", 0, a, ids=ids, dataset__split_seed=split, **shares)
-        made("head", 0, b, ids=ids, dataset__split_seed=split, **shares)
+        make_run("lora", 0, a, ids=ids, dataset__split_seed=split, **shares)
+        make_run("head", 0, b, ids=ids, dataset__split_seed=split, **shares)
         differences.append(float(np.mean(b) - np.mean(a)))
     found = data(tmp_path)
     assert len(found["rows"]) == 2
@@ -264,7 +263,7 @@ def test_repeated_splits_allow_for_their_overlap(made: Make, tmp_path: Path) -> 
     )
 
 
-def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> None:
+def test_five_halvings_have_a_test_of_their_own(make_run: MakeRun, tmp_path: Path) -> None:
     """Alpaydin's F with 10 and 5 degrees of freedom, from its formula."""
     shares = {
         "dataset__name": "csv",
@@ -278,7 +277,7 @@ def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> N
         ids = [f"{split}-{fold}-{i}" for i in range(200)]
         a, b = answers(0.9, 2 * split + fold), answers(0.86, split + 30 + 5 * fold)
         for method, right in (("lora", a), ("head", b)):
-            made(method, 0, right, ids=ids, dataset__split_seed=split, dataset__fold=fold, **shares)
+            make_run(method, 0, right, ids=ids, dataset__split_seed=split, dataset__fold=fold, **shares)
         d[split, fold] = np.mean(b) - np.mean(a)
     f = (d**2).sum() / (2 * ((d - d.mean(1, keepdims=True)) ** 2).sum())
     told = row(data(tmp_path), "head")["versus"]
@@ -295,12 +294,12 @@ def test_five_halvings_have_a_test_of_their_own(made: Make, tmp_path: Path) -> N
     assert row(data(tmp_path), "head")["versus"]["test"] == "corrected resampled t"
 
 
-def test_rows_follow_what_differs(made: Make, tmp_path: Path) -> None:
+def test_rows_follow_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
     """Rank follows from the method; the rate within snell does not; lora has no sparsity."""
     for seed in (0, 1):
-        made("lora", seed, answers(0.9, seed), method__rank=8)
+        make_run("lora", seed, answers(0.9, seed), method__rank=8)
         for sparsity in (0.9, 0.99):
-            made("snell", seed, answers(sparsity - 0.1, seed), method__sparsity=sparsity, method__rank=4)
+            make_run("snell", seed, answers(sparsity - 0.1, seed), method__sparsity=sparsity, method__rank=4)
     found = data(tmp_path)
     assert found["by"] == ["method", "sparsity"]
     assert {r["label"]: r["by"] for r in found["rows"]} == {
@@ -319,10 +318,10 @@ def test_rows_follow_what_differs(made: Make, tmp_path: Path) -> None:
     }
 
 
-def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
+def test_tuned_settings_make_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
     for method, rate in (("lora", 0.01), ("head", 0.1)):
         for seed in (0, 1):
-            made(
+            make_run(
                 method,
                 seed,
                 answers(0.9, seed),
@@ -339,12 +338,12 @@ def test_tuned_settings_make_no_rows(made: Make, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("into", ["sweep", "other"])
 def test_a_configuration_tuned_twice_makes_a_row_for_each_value(
-    made: Make, tmp_path: Path, into: str
+    make_run: MakeRun, tmp_path: Path, into: str
 ) -> None:
     """In one folder or in two; for ``--by`` it is pooled, and every run counts."""
     for method, rate, folder in (("lora", 0.01, "sweep"), ("head", 0.1, "sweep"), ("head", 0.2, into)):
         for seed in (0, 1):
-            made(
+            make_run(
                 method,
                 seed,
                 answers(rate + 0.6),
@@ -362,18 +361,18 @@ def test_a_configuration_tuned_twice_makes_a_row_for_each_value(
     pooled = data(tmp_path, tmp_path / "outputs", by=["method"])
     head = row(pooled, "head")
     assert (head["finished"], head["missing"], len(head["values"])) == (4, 0, 4)
-    assert any("Rows pool runs that differ in optimizer.lr" in note for note in pooled["notes"])
+    assert any("Some rows contain runs that differ in optimizer.lr" in note for note in pooled["notes"])
 
 
-def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(made: Make, tmp_path: Path) -> None:
-    made(
+def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run(
         "lora",
         0,
         answers(0.9),
         optimizer__lr=0.1,
         tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1},
     )
-    made("lora", 0, answers(0.8))
+    make_run("lora", 0, answers(0.8))
     assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {
         "optimizer.lr=0.1": 0,
         "optimizer.lr=0.001": 0,
@@ -381,7 +380,7 @@ def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(made: Make, tmp
 
 
 def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
-    made: Make, tmp_path: Path
+    make_run: MakeRun, tmp_path: Path
 ) -> None:
     for method, sparsity, rate in (
         ("snell", 0.9, 0.1),
@@ -391,7 +390,7 @@ def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
     ):
         for seed in (0, 1):
             tuning = {"parameter": "optimizer.lr", "trials": 5, "chosen": rate}
-            made(
+            make_run(
                 method,
                 seed,
                 answers(sparsity - rate, seed),
@@ -404,17 +403,17 @@ def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
     assert not any("lr" in note for note in found["notes"])
 
 
-def test_trials_of_tuning_are_no_rows(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
-    made("head", 0, answers(0.9), into="sweep/trials")
+def test_trials_of_tuning_are_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
+    make_run("head", 0, answers(0.9), into="sweep/trials")
     assert [r["label"] for r in data(tmp_path)["rows"]] == ["lora"]
 
 
-def test_failed_and_unfinished_runs_stay(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
-    made("lora", 1, status="failed")
-    made("lora", 2, status="unfinished")
-    made("head", 0, status="failed")
+def test_failed_and_unfinished_runs_stay(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
+    make_run("lora", 1, status="failed")
+    make_run("lora", 2, status="unfinished")
+    make_run("head", 0, status="failed")
     found = data(tmp_path)
     lora, head = row(found, "lora"), row(found, "head")
     assert (lora["finished"], lora["failed"], lora["unfinished"], lora["single_seed"]) == (1, 1, 1, True)
@@ -431,17 +430,20 @@ def test_failed_and_unfinished_runs_stay(made: Make, tmp_path: Path) -> None:
     assert failures["values"] == {"lora": "1 failed, 1 unfinished", "head": "1 failed"}
 
 
-def test_only_failures_still_make_a_table(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, status="failed")
+def test_only_failures_still_make_a_table(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, status="failed")
     assert row(data(tmp_path), "lora")["failed"] == 1
 
 
-def test_missing_metrics_are_counted(made: Make, tmp_path: Path) -> None:
-    made(
-        "lora", 0, answers(0.9), told={"metrics": {"test": {"accuracy": 0.9}, "retention": {"accuracy": 0.5}}}
+def test_missing_metrics_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run(
+        "lora",
+        0,
+        answers(0.9),
+        result={"metrics": {"test": {"accuracy": 0.9}, "retention": {"accuracy": 0.5}}},
     )
-    made("lora", 1, answers(0.9))
-    made("head", 0, answers(0.9))
+    make_run("lora", 1, answers(0.9))
+    make_run("head", 0, answers(0.9))
     found = data(tmp_path, metric="retention.accuracy")
     assert (row(found, "lora")["missing"], row(found, "lora")["values"], row(found, "head")["missing"]) == (
         1,
@@ -454,18 +456,18 @@ def test_missing_metrics_are_counted(made: Make, tmp_path: Path) -> None:
     assert row(found, "lora")["retention"] == {"mean": 0.5, "low": None, "high": None, "base": None}
 
 
-def test_predictions_that_are_not_the_results_are_not_used(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
-    made("head", 0, answers(0.6), told={"metrics": {"test": {"accuracy": 0.99}}})
+def test_predictions_that_are_not_the_results_are_not_used(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
+    make_run("head", 0, answers(0.6), result={"metrics": {"test": {"accuracy": 0.99}}})
     found = data(tmp_path)
     assert row(found, "lora")["versus"]["test"] == "none"
     assert any("result.json says 0.99" in note for note in found["notes"])
 
 
-def test_baseline(made: Make, tmp_path: Path) -> None:
+def test_baseline(make_run: MakeRun, tmp_path: Path) -> None:
     for method, share in (("lora", 0.9), ("head", 0.5), ("full", 0.7)):
         for seed in (0, 1, 2):
-            made(method, seed, answers(share, seed))
+            make_run(method, seed, answers(share, seed))
     found = data(tmp_path, baseline="full")
     assert (found["baseline"], row(found, "full")["versus"]) == ("full", None)
     assert {r["label"]: r["versus"]["verdict"] for r in found["rows"] if r["versus"]} == {
@@ -477,38 +479,38 @@ def test_baseline(made: Make, tmp_path: Path) -> None:
         data(tmp_path, baseline="ful")
 
 
-def test_baseline_by_its_values(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9), method__rank=8)
+def test_baseline_by_its_values(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9), method__rank=8)
     for sparsity in (0.9, 0.99):
-        made("snell", 0, answers(0.8), method__sparsity=sparsity)
+        make_run("snell", 0, answers(0.8), method__sparsity=sparsity)
     assert data(tmp_path, baseline="snell,0.99")["baseline"] == "snell sparsity=0.99"
     assert data(tmp_path, baseline="lora")["baseline"] == "lora"
     with pytest.raises(ConfigError, match=r"could be snell sparsity=0.9, snell sparsity=0.99"):
         data(tmp_path, baseline="snell")
 
 
-def test_different_data_or_tasks_are_refused(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
-    made("lora", 1, answers(0.9), dataset__name="csv", dataset__path="a.csv")
+def test_different_data_or_tasks_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
+    make_run("lora", 1, answers(0.9), dataset__name="csv", dataset__path="a.csv")
     with pytest.raises(ConfigError, match=r"2 data sets.*digits: 1 run, such as .*csv a.csv: 1 run,"):
         data(tmp_path)
 
 
-def test_metric_that_nobody_has(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
+def test_metric_that_nobody_has(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
     with pytest.raises(ConfigError, match=r"no run has it. Did you mean 'test.accuracy'"):
         data(tmp_path, metric="test.acuracy")
 
 
-def test_fields_that_are_no_setting(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, answers(0.9))
+def test_fields_that_are_no_setting(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, answers(0.9))
     with pytest.raises(ConfigError) as caught:
         data(tmp_path, by=["methd", "seed", "lr"])
     assert len(caught.value.faults) == 2
     assert "Did you mean 'method'" in caught.value.faults[0]
 
 
-def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
+def test_curves_have_bands(make_run: MakeRun, tmp_path: Path) -> None:
     for seed, values in enumerate(((0.5, 0.8), (0.7, 0.9))):
         lines = [
             {"step": 1, "loss": 2.0 + seed},
@@ -516,7 +518,7 @@ def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
             {"step": 2, "val_accuracy": values[0], "val_loss": 0.5},
         ]
         lines += [{"step": 3, "loss": 0.25}, {"step": 4, "val_accuracy": values[1]}]
-        file = made("lora", seed, answers(0.9)) / "metrics.jsonl"
+        file = make_run("lora", seed, answers(0.9)) / "metrics.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "val_acc')
     first, second = row(data(tmp_path), "lora")["curve"]
     assert (first["step"], first["mean"], first["loss"]) == (
@@ -528,7 +530,7 @@ def test_curves_have_bands(made: Make, tmp_path: Path) -> None:
     assert (second["step"], second["loss"]) == (4, 0.25)
 
 
-def test_the_command_is_the_run(made: Make, tmp_path: Path) -> None:
+def test_the_command_is_the_run(make_run: MakeRun, tmp_path: Path) -> None:
     """Read back by the program itself, it gives the frozen settings again."""
     data_set = ["dataset=csv", 'dataset.path="my data, 1.csv"', "dataset.text_column=null"]
     config = load(
@@ -592,8 +594,8 @@ def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipp
 
 @pytest.mark.parametrize("told", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
 def test_the_command_gives_no_threads_where_the_runs_do_not_agree(
-    made: Make, tmp_path: Path, told: dict[str, Any]
+    make_run: MakeRun, tmp_path: Path, told: dict[str, Any]
 ) -> None:
-    made("lora", 0, answers(0.9), told={"threads": 3, "processes": 1})
-    made("lora", 1, answers(0.9), told=told)
+    make_run("lora", 0, answers(0.9), result={"threads": 3, "processes": 1})
+    make_run("lora", 1, answers(0.9), result=told)
     assert "train.threads=null" in row(data(tmp_path), "lora")["command"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,8 @@ import pytest
 
 from finetune.report.comparison import compare
 
-Make = Callable[..., Path]
+from ..support.run_folders import MakeRun
+
 RIGHT = [1, 1, 0, 1, 0]
 
 
@@ -18,10 +18,10 @@ def findings(tmp_path: Path, **words: Any) -> list[dict[str, Any]]:
     return list(compare([tmp_path / "outputs"], **words).findings)
 
 
-def test_equal_rows_have_none(made: Make, tmp_path: Path) -> None:
+def test_equal_rows_have_none(make_run: MakeRun, tmp_path: Path) -> None:
     for seed in (0, 1):
-        made("lora", seed, RIGHT, method__rank=8)
-        made("snell", seed, RIGHT, method__sparsity=0.9, logger__name="none")
+        make_run("lora", seed, RIGHT, method__rank=8)
+        make_run("snell", seed, RIGHT, method__sparsity=0.9, logger__name="none")
     assert findings(tmp_path) == []
 
 
@@ -39,10 +39,15 @@ def test_equal_rows_have_none(made: Make, tmp_path: Path) -> None:
     ],
 )
 def test_settings_that_differ(
-    made: Make, tmp_path: Path, setting: str, values: tuple[Any, Any], kind: str, shown: tuple[str, str]
+    make_run: MakeRun,
+    tmp_path: Path,
+    setting: str,
+    values: tuple[Any, Any],
+    kind: str,
+    shown: tuple[str, str],
 ) -> None:
-    made("lora", 0, RIGHT, **{setting: values[0]})
-    made("snell", 0, RIGHT, **{setting: values[1]})
+    make_run("lora", 0, RIGHT, **{setting: values[0]})
+    make_run("snell", 0, RIGHT, **{setting: values[1]})
     (found,) = findings(tmp_path, by=["method"])
     key = setting.replace("__", ".")
     assert (found["kind"], found["what"], found["values"]) == (
@@ -54,17 +59,17 @@ def test_settings_that_differ(
     assert f"{shown[1]} (snell)" in found["words"]
 
 
-def test_a_setting_that_only_one_row_has(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, RIGHT, train__extra=1)
-    made("snell", 0, RIGHT)
+def test_a_setting_that_only_one_row_has(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, RIGHT, train__extra=1)
+    make_run("snell", 0, RIGHT)
     (found,) = findings(tmp_path)
     assert found["values"] == {"lora": "1", "snell": "null"}
 
 
-def test_what_is_compared_is_no_finding_and_its_part_neither(made: Make, tmp_path: Path) -> None:
+def test_what_is_compared_is_no_finding_and_its_part_neither(make_run: MakeRun, tmp_path: Path) -> None:
     for rank, method in ((4, "lora"), (8, "snell")):
         for size in (16, 32):
-            made(method, 0, RIGHT, train__batch_size=size, method__rank=rank)
+            make_run(method, 0, RIGHT, train__batch_size=size, method__rank=rank)
     assert findings(tmp_path) == []
     (found,) = findings(tmp_path, by=["train.batch_size"]) or [{}]
     assert found == {}  # both methods are in both rows
@@ -76,29 +81,29 @@ def test_what_is_compared_is_no_finding_and_its_part_neither(made: Make, tmp_pat
     ("counts", "unequal"), [((1000, 1015), False), ((1000, 1030), True), ((0, 0), False), ((0, 5), True)]
 )
 def test_trained_counts_within_two_percent(
-    made: Make, tmp_path: Path, counts: tuple[int, int], unequal: bool
+    make_run: MakeRun, tmp_path: Path, counts: tuple[int, int], unequal: bool
 ) -> None:
     for method, count in zip(("lora", "snell"), counts, strict=True):
-        made(method, 0, RIGHT, told={"params": {"trained": count, "adapted": 1, "total": 1}})
+        make_run(method, 0, RIGHT, result={"params": {"trained": count, "adapted": 1, "total": 1}})
     found = findings(tmp_path)
     assert [finding["kind"] for finding in found] == (["trained"] if unequal else [])
 
 
-def test_tuning_with_equal_trials_is_fair(made: Make, tmp_path: Path) -> None:
+def test_tuning_with_equal_trials_is_fair(make_run: MakeRun, tmp_path: Path) -> None:
     five = {"parameter": "optimizer.lr", "trials": 5}
-    made("lora", 0, RIGHT, optimizer__lr=0.1, tuning=five)
-    made("snell", 0, RIGHT, optimizer__lr=0.2, tuning=five)
+    make_run("lora", 0, RIGHT, optimizer__lr=0.1, tuning=five)
+    make_run("snell", 0, RIGHT, optimizer__lr=0.2, tuning=five)
     assert findings(tmp_path) == []
-    made("head", 0, RIGHT, optimizer__lr=0.2, tuning={**five, "trials": 40})
+    make_run("head", 0, RIGHT, optimizer__lr=0.2, tuning={**five, "trials": 40})
     assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {
         ("setting", "optimizer.lr"),
         ("trials", "tuning trials"),
     }
 
 
-def test_untuned_beside_tuned(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, RIGHT, optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5})
-    made("snell", 0, RIGHT, optimizer__lr=0.2)
+def test_untuned_beside_tuned(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, RIGHT, optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5})
+    make_run("snell", 0, RIGHT, optimizer__lr=0.2)
     (rate, trials) = findings(tmp_path)
     assert (rate["what"], trials["values"]) == (
         "optimizer.lr",
@@ -117,44 +122,46 @@ def test_untuned_beside_tuned(made: Make, tmp_path: Path) -> None:
         ({"steps": 100}, "setting", "steps done"),
     ],
 )
-def test_what_results_record(made: Make, tmp_path: Path, told: dict[str, Any], kind: str, what: str) -> None:
-    made("lora", 0, RIGHT)
-    made("snell", 0, RIGHT, told=told)
+def test_what_results_record(
+    make_run: MakeRun, tmp_path: Path, told: dict[str, Any], kind: str, what: str
+) -> None:
+    make_run("lora", 0, RIGHT)
+    make_run("snell", 0, RIGHT, result=told)
     (found,) = findings(tmp_path)
     assert (found["kind"], found["what"]) == (kind, what)
     assert set(found["values"]) == {"lora", "snell"}
 
 
-def test_memory_measured_in_two_ways(made: Make, tmp_path: Path) -> None:
+def test_memory_measured_in_two_ways(make_run: MakeRun, tmp_path: Path) -> None:
     cost = {
         "step_seconds_median": 1.0,
         "train_seconds": 1.0,
         "peak_memory_bytes": 5,
         "peak_memory_kind": "cuda_allocated",
     }
-    made("lora", 0, RIGHT)
-    made("snell", 0, RIGHT, told={"cost": cost})
+    make_run("lora", 0, RIGHT)
+    make_run("snell", 0, RIGHT, result={"cost": cost})
     (found,) = findings(tmp_path)
     assert found["values"] == {"lora": "process_rss", "snell": "cuda_allocated"}
 
 
-def test_seeds_weights_and_labels(made: Make, tmp_path: Path) -> None:
-    one, other = made("lora", 0, RIGHT), made("snell", 0, RIGHT)
+def test_seeds_weights_and_labels(make_run: MakeRun, tmp_path: Path) -> None:
+    one, other = make_run("lora", 0, RIGHT), make_run("snell", 0, RIGHT)
     for folder, mark in ((one, "a" * 64), (other, "b" * 64)):
         (folder / "delta").mkdir()
         (folder / "delta" / "delta.json").write_text(f'{{"base_fingerprint": "{mark}"}}')
     (found,) = findings(tmp_path)
     assert (found["what"], found["values"]) == ("base weights", {"lora": "a" * 10, "snell": "b" * 10})
-    made("lora", 1, RIGHT)
+    make_run("lora", 1, RIGHT)
     assert {(f["kind"], f["what"]) for f in findings(tmp_path)} == {
         ("setting", "base weights"),
         ("seeds", "seeds"),
     }
 
 
-def test_other_labels_of_the_same_examples(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, RIGHT, ids=["a", "b", "c", "d", "e"])
-    made("snell", 0, RIGHT, ids=["b", "a", "c", "d", "e"])
+def test_other_labels_of_the_same_examples(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, RIGHT, ids=["a", "b", "c", "d", "e"])
+    make_run("snell", 0, RIGHT, ids=["b", "a", "c", "d", "e"])
     (found,) = findings(tmp_path)
     assert (found["what"], found["values"]) == (
         "test labels",

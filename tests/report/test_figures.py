@@ -12,8 +12,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune.report import views
-from finetune.report.figures import Figure, escaped, figures, short
+from finetune.report import axes, views
+from finetune.report.figures import Figure, make_figures
+from finetune.report.styles import make_styles
+from finetune.report.traces import escape_tags, shorten
 
 example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
 CHOICES = st.lists(st.tuples(st.integers(0, 6), st.integers(0, 6)), min_size=1, max_size=12)
@@ -25,7 +27,7 @@ def comparison() -> dict[str, Any]:
 
 
 def drawn(comparison: dict[str, Any]) -> dict[str, Figure]:
-    return {figure.key: figure for figure in figures(comparison)}
+    return {figure.key: figure for figure in make_figures(comparison)}
 
 
 def points(figure: Figure) -> dict[str, tuple[float, float, dict[str, Any], int]]:
@@ -51,7 +53,7 @@ def test_a_front_is_what_nothing_beats(pairs: list[tuple[int, int]], higher: boo
         return a != b and a[0] <= b[0] and a[1] >= b[1]
 
     expected = {i for i, pair in enumerate(pairs) if not any(beats(other, pair) for other in pairs)}
-    found = views.front(costs, values, higher)
+    found = views.find_front(costs, values, higher)
     assert set(found) == expected
     assert len(found) == len(expected)
     assert [costs[i] for i in found] == sorted(costs[i] for i in found)
@@ -60,7 +62,7 @@ def test_a_front_is_what_nothing_beats(pairs: list[tuple[int, int]], higher: boo
 def test_plotly_takes_every_figure(comparison: dict[str, Any]) -> None:
     from plotly.graph_objects import Figure as Checked
 
-    made = figures(comparison)
+    made = make_figures(comparison)
     costs = [f"pareto_{key}" for key in ("peak_memory_bytes", "trained", "step_seconds", "stored_bytes")]
     assert [figure.key for figure in made] == [
         "differences",
@@ -95,7 +97,7 @@ def test_points_are_rows_in_readable_units(comparison: dict[str, Any]) -> None:
 
 
 def test_the_front_is_a_step_line_through_the_rows_that_are_not_pale(comparison: dict[str, Any]) -> None:
-    for cost in views.COSTS:
+    for cost in axes.COSTS:
         figure = drawn(comparison)[f"pareto_{cost.key}"]
         line, found = figure.data[0], points(figure)
         steps = list(zip(line["x"], line["y"], strict=True))
@@ -134,7 +136,7 @@ def test_a_lower_metric_can_be_better(comparison: dict[str, Any]) -> None:
 
 def test_a_method_has_one_colour_and_symbol_everywhere(comparison: dict[str, Any]) -> None:
     colours: dict[str, set[str]] = {}
-    for figure in figures(comparison):
+    for figure in make_figures(comparison):
         for trace in figure.data:
             if "series" in trace.get("meta", {}) and "marker" in trace:
                 look = trace["marker"]["color"] + trace["marker"]["symbol"][0].removesuffix("-open")
@@ -143,7 +145,7 @@ def test_a_method_has_one_colour_and_symbol_everywhere(comparison: dict[str, Any
         ("lora", "snell", "spiel", "shira", "sara"), 1
     )
     assert len(set.union(*colours.values())) == 5
-    assert views.styles(comparison) == views.styles(comparison | {"rows": comparison["rows"][::-1]})
+    assert make_styles(comparison) == make_styles(comparison | {"rows": comparison["rows"][::-1]})
 
 
 def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: dict[str, Any]) -> None:
@@ -178,24 +180,24 @@ def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
             "rank": 4 << place % 3,
             "optimizer.name": "sm3" if place % 2 else "adamw",
         }
-    (setting,) = views.settings(comparison)
+    (setting,) = views.view_settings(comparison)
     assert setting.key == "rank"
     assert not setting.x.log
     assert sum(len(line) for line in setting.lines.values()) == 13
     assert all(re.fullmatch(r"\w+ optimizer\.name=(sm3|adamw)", name) for name in setting.lines)
     dashes = {(trace["meta"]["series"], trace["line"]["dash"]) for trace in drawn(comparison)["by_rank"].data}
     assert len(dashes) == len(setting.lines)
-    assert views.settings(comparison | {"by": ["method"]}) == []
+    assert views.view_settings(comparison | {"by": ["method"]}) == []
 
 
 def test_rows_that_only_numbers_tell_apart_are_one_line(comparison: dict[str, Any]) -> None:
     for place, row in enumerate(comparison["rows"]):
         row["by"] = {"optimizer.lr": None if row["label"] == "lora" else 10.0 ** -(1 + place % 7)}
-    (setting,) = views.settings(comparison | {"by": ["optimizer.lr"]})
+    (setting,) = views.view_settings(comparison | {"by": ["optimizer.lr"]})
     assert {name: len(line) for name, line in setting.lines.items()} == {"rows": 12}
     assert [level.label for level in setting.levels] == ["lora"]
     assert setting.x.log
-    assert set(views.styles(comparison | {"by": ["optimizer.lr"]})) == {"rows"}
+    assert set(make_styles(comparison | {"by": ["optimizer.lr"]})) == {"rows"}
 
 
 def test_density_zero_is_said_and_not_drawn(comparison: dict[str, Any]) -> None:
@@ -212,7 +214,7 @@ def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> 
     assert "2 of 14 rows are not drawn (only the best 12 are)" in figure.caption
     alone = "sara sparsity=0.99"
     assert {trace["name"] for trace in lines} - bands == {alone} | {
-        escaped(short(example["HOSTILE"]))
+        escape_tags(shorten(example["HOSTILE"]))
     }  # its band has the whole name
     row = comparison["rows"][0]
     assert lines[0]["y"] == pytest.approx([100 * point["mean"] for point in row["curve"]])
@@ -280,7 +282,7 @@ def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]
 
 
 def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> None:
-    found = views.ranks(comparison)
+    found = views.view_ranks(comparison)
     assert found is not None
     order = [point.label for point in found.points]
     ranks = comparison["critical_difference"]["ranks"]
@@ -294,7 +296,9 @@ def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> 
             for other, a, b in found.cliques
         )
     bars = [
-        trace for trace in drawn(comparison)["critical_difference"].data if trace["name"] == "not told apart"
+        trace
+        for trace in drawn(comparison)["critical_difference"].data
+        if trace["name"] == "no difference shown"
     ]
     assert [(round(bar["y"][0]), round(bar["y"][1])) for bar in bars] == [
         (first, last) for _, first, last in found.cliques
@@ -314,35 +318,35 @@ def test_a_clique_of_one_needs_no_bar(comparison: dict[str, Any]) -> None:
         "cliques": [["a"], ["b", "c"]],
         "blocks": 4,
     }
-    found = views.ranks(comparison)
+    found = views.view_ranks(comparison)
     assert found is not None
     assert found.cliques == [(0, 1, 2)]
 
 
 def test_names_cannot_become_markup(comparison: dict[str, Any]) -> None:
-    text = json.dumps([figure.as_plotly() for figure in figures(comparison)])
+    text = json.dumps([figure.as_plotly() for figure in make_figures(comparison)])
     assert set(re.findall(r"<\w*", text)) <= {"<b", "<br", "<extra", "<"}
     assert "&lt;script&gt;" in text
-    names = [trace.get("name", "") for figure in figures(comparison) for trace in figure.data]
+    names = [trace.get("name", "") for figure in make_figures(comparison) for trace in figure.data]
     assert not any("<" in name for name in names)
 
 
 def test_nothing_to_draw_is_no_error(comparison: dict[str, Any]) -> None:
     comparison["rows"] = [row for row in comparison["rows"] if row["mean"] is None]
     comparison |= {"tests": [], "omnibus": None, "critical_difference": None}
-    assert figures(comparison) == []
+    assert make_figures(comparison) == []
 
 
 def test_one_row_alone(comparison: dict[str, Any]) -> None:
     row = comparison["rows"][0]
     row |= {"versus": None, "curve": []}
     found = drawn(comparison | {"rows": [row], "critical_difference": None, "by": []})
-    assert set(found) == {f"pareto_{cost.key}" for cost in views.COSTS}
+    assert set(found) == {f"pareto_{cost.key}" for cost in axes.COSTS}
 
 
 @given(st.floats(1e-6, 1e9), st.floats(1, 1e8))
 def test_logarithmic_ticks_are_few_round_and_there(low: float, span: float) -> None:
-    found = views.ticks(low, low * span)
+    found = axes.choose_log_ticks(low, low * span)
     assert len(found) <= 12
     assert all(f"{place:e}"[0] in "1235" and set(f"{place:e}".split("e")[0][2:]) == {"0"} for place in found)
     assert found or span < 5
@@ -350,6 +354,6 @@ def test_logarithmic_ticks_are_few_round_and_there(low: float, span: float) -> N
 
 
 def test_short_keeps_both_ends() -> None:
-    assert short("snell") == "snell"
-    assert short("a" * 40 + "z" * 40) == "a" * 14 + "…" + "z" * 14
-    assert len(short("x" * 99, 24)) <= 24
+    assert shorten("snell") == "snell"
+    assert shorten("a" * 40 + "z" * 40) == "a" * 14 + "…" + "z" * 14
+    assert len(shorten("x" * 99, 24)) <= 24

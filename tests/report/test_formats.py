@@ -7,7 +7,6 @@ import io
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,31 @@ from rich.console import Console
 from finetune.report import formats
 from finetune.report.comparison import compare
 
-Make = Callable[..., Path]
+from ..support.run_folders import MakeRun
+
 ODD = "a_b & 100% {x} <y> | *z* ~^\\ $5 #1 [ü]"
 
 
 @pytest.fixture
-def data(made: Make, tmp_path: Path) -> dict[str, Any]:
+def data(make_run: MakeRun, tmp_path: Path) -> dict[str, Any]:
     """Two rows of three seeds, one with a failure and a name that no format likes; one row that failed wholly."""
     for seed in range(3):
-        made("lora", seed, [1] * (45 - seed) + [0] * (5 + seed))
-        made(
+        make_run("lora", seed, [1] * (45 - seed) + [0] * (5 + seed))
+        make_run(
             "snell",
             seed,
             [1] * (30 - seed) + [0] * (20 + seed),
-            told={"params": {"trained": 1_234_567}},
+            result={"params": {"trained": 1_234_567}},
             dataset__note=ODD,
         )
-    made("snell", 3, status="failed", dataset__note=ODD)
-    made("head", 0, status="failed", told={"error": "exploded [bold]"})
+    make_run("snell", 3, status="failed", dataset__note=ODD)
+    make_run("head", 0, status="failed", result={"error": "exploded [bold]"})
     return compare([tmp_path / "outputs"], by=["dataset.note", "method"]).as_dict()
 
 
 def printed(data: dict[str, Any], width: int) -> str:
     console = Console(file=io.StringIO(), width=width)
-    for part in formats.terminal(data, width):
+    for part in formats.show_in_terminal(data, width):
         console.print(part)
     text = console.file.getvalue()  # type: ignore[attr-defined]  # a StringIO
     return str(text)
@@ -68,17 +68,17 @@ def test_narrow_terminals_lose_nothing(data: dict[str, Any], width: int) -> None
         assert all(words in text for words in ("3 (1 failed)", "worse", "88.00", "512.0 MiB"))
 
 
-def test_one_seed_and_no_findings(made: Make, tmp_path: Path) -> None:
-    made("lora", 0, [1, 1, 0, 1])
-    made("head", 0, [1, 1, 0, 1])
+def test_one_seed_and_no_findings(make_run: MakeRun, tmp_path: Path) -> None:
+    make_run("lora", 0, [1, 1, 0, 1])
+    make_run("head", 0, [1, 1, 0, 1])
     text = printed(compare([tmp_path / "outputs"]).as_dict(), 200)
-    assert text.startswith("Fairness check: the rows differ in nothing but what is compared.")
+    assert text.startswith("Fairness check: the rows differ only in what is compared.")
     assert len(re.findall(r"one seed  ", text)) == 2
     assert text.count(" = ") == 2
 
 
 def test_csv_reads_back(data: dict[str, Any]) -> None:
-    rows = list(csv.DictReader(io.StringIO(formats.csv(data))))
+    rows = list(csv.DictReader(io.StringIO(formats.write_csv(data))))
     for told, row in zip(rows, data["rows"], strict=True):
         assert told["row"] == row["label"]
         assert told["dataset.note"] == (row["by"]["dataset.note"] or "")
@@ -89,7 +89,7 @@ def test_csv_reads_back(data: dict[str, Any]) -> None:
 
 
 def test_markdown_is_one_table_with_equal_cells(data: dict[str, Any]) -> None:
-    text = formats.markdown(data)
+    text = formats.write_markdown(data)
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert len(lines) == 2 + len(data["rows"])
     assert len({len(re.findall(r"(?<!\\)\|", line)) for line in lines}) == 1
@@ -98,7 +98,7 @@ def test_markdown_is_one_table_with_equal_cells(data: dict[str, Any]) -> None:
 
 
 def test_latex_escapes(data: dict[str, Any]) -> None:
-    text = formats.latex(data)
+    text = formats.write_latex(data)
     body = [line for line in text.splitlines() if not line.startswith("%")]
     assert body[0].startswith("\\begin{tabular}{lrrrr")
     columns = body[0].count("r", body[0].index("{l"))
@@ -114,20 +114,22 @@ def test_latex_escapes(data: dict[str, Any]) -> None:
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(data: dict[str, Any], tmp_path: Path) -> None:
     (tmp_path / "t.tex").write_text(
-        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{formats.latex(data)}\\end{{document}}"
+        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{formats.write_latex(data)}\\end{{document}}"
     )
     subprocess.run(
         ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
     )
 
 
-def test_columns_that_would_be_empty_are_left_out(made: Make, tmp_path: Path) -> None:
-    kept = {"metrics": {"test": {"accuracy": 0.5}, "retention": {"accuracy": 0.25}}}
-    made("lora", 0, [1, 0])
-    alone = [column.name for column in formats.columns(compare([tmp_path / "outputs"]).as_dict())]
+def test_columns_that_would_be_empty_are_left_out(make_run: MakeRun, tmp_path: Path) -> None:
+    changes = {"metrics": {"test": {"accuracy": 0.5}, "retention": {"accuracy": 0.25}}}
+    make_run("lora", 0, [1, 0])
+    alone = [column.heading for column in formats.make_columns(compare([tmp_path / "outputs"]).as_dict())]
     assert not {"retention accuracy %", "tuning trials", "p"} & set(alone)
-    made("head", 0, [1, 0], told=kept, tuning={"parameter": "optimizer.lr", "trials": 5})
+    make_run("head", 0, [1, 0], result=changes, tuning={"parameter": "optimizer.lr", "trials": 5})
     both = compare([tmp_path / "outputs"]).as_dict()
-    cells = {column.name: [column.cell(row) for row in both["rows"]] for column in formats.columns(both)}
+    cells = {}
+    for column in formats.make_columns(both):
+        cells[column.heading] = [column.cell(row) for row in both["rows"]]
     assert sorted(cells["retention accuracy %"]) == ["-", "25.00"]
     assert sorted(cells["tuning trials"]) == ["5", "none"]

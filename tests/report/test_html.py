@@ -17,7 +17,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.report import html
-from finetune.report.figures import figures
+from finetune.report.figures import make_figures
 
 example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
 VOID = {"meta", "link", "input", "br", "img", "line", "circle", "path"}
@@ -71,7 +71,7 @@ def comparison() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def page() -> Page:
-    return Page(html.document(example["comparison"]()))
+    return Page(html.make_document(example["comparison"]()))
 
 
 def said(page: Page) -> str:
@@ -152,11 +152,11 @@ def test_what_configurations_say_stays_text(page: Page, comparison: dict[str, An
 
 def test_the_data_survive_their_script(page: Page, comparison: dict[str, Any]) -> None:
     (data,) = [text for found, text in page.scripts if found.get("type") == "application/json"]
-    expected = [{"key": figure.key, **figure.as_plotly()} for figure in figures(comparison)]
+    expected = [{"key": figure.key, **figure.as_plotly()} for figure in make_figures(comparison)]
     assert json.loads(data) == json.loads(json.dumps(expected))
     assert not set("<>&") & set(data)
     assert [found["id"] for found in page.all("div", class_="plot")] == [
-        f"plot-{figure.key}" for figure in figures(comparison)
+        f"plot-{figure.key}" for figure in make_figures(comparison)
     ]
 
 
@@ -166,22 +166,20 @@ def test_fairness_stands_above_the_table(page: Page, comparison: dict[str, Any])
         assert words.index(finding["words"]) < words.index("Results")
         assert all(value in words for value in finding["values"].values())
     assert all(note in words for note in comparison["notes"])
-    assert "3 things beside what is compared" in words
-    fair = said(Page(html.document(comparison | {"fairness": []})))
-    assert "Nothing was found that differs" in fair
+    assert "may decide which row wins (3 findings):" in words
+    fair = said(Page(html.make_document(comparison | {"fairness": []})))
+    assert "The rows differ only in what is compared." in fair
 
 
 def test_the_first_sentence_says_who_is_best_and_who_is_as_good(comparison: dict[str, Any]) -> None:
-    words = said(Page(html.document(comparison)))
-    assert (
-        "Best mean: spiel sparsity=0.9 with 92.59 % (95 % interval 91.99 to 93.19). These runs do not tell it apart from snell sparsity=0.9 ."
-        in words
-    )
+    words = said(Page(html.make_document(comparison)))
+    assert "Best mean: spiel sparsity=0.9 with 92.59 % (95 % interval 91.99 to 93.19)." in words
+    assert "These runs do not show a difference to snell sparsity=0.9 ." in words
     rows = comparison["rows"]
     rows[0]["rank"], rows[1]["rank"] = "best", ""
-    assert "better than every other row that was tested" in said(Page(html.document(comparison)))
+    assert "better than every other row that was tested" in said(Page(html.make_document(comparison)))
     rows[0] |= {"low": None, "high": None, "single_seed": True}
-    assert "(one seed, so no interval)" in said(Page(html.document(comparison)))
+    assert "(one seed, so no interval)" in said(Page(html.make_document(comparison)))
 
 
 def test_sorting_starts_from_the_order_of_the_rows(page: Page, comparison: dict[str, Any]) -> None:
@@ -189,7 +187,7 @@ def test_sorting_starts_from_the_order_of_the_rows(page: Page, comparison: dict[
     assert orders.count("descending") == 1
     assert orders.index("descending") == 2  # after the row and its sparsity
     comparison["metric"] = {"name": "test.loss", "words": "loss", "higher_is_better": False, "percent": False}
-    lower = Page(html.document(comparison))
+    lower = Page(html.make_document(comparison))
     assert [found["aria-sort"] for found in lower.all("th") if "aria-sort" in found].index("ascending") == 2
 
 
@@ -205,7 +203,7 @@ def test_little_is_enough(comparison: dict[str, Any]) -> None:
         "baseline": None,
         "task": None,
     }
-    page = Page(html.document(comparison | bare | {"by": []}))
+    page = Page(html.make_document(comparison | bare | {"by": []}))
     assert "nothing to compare yet" in said(page)
     assert not page.all("div", class_="plot")
     rows = [
@@ -219,17 +217,17 @@ def test_little_is_enough(comparison: dict[str, Any]) -> None:
     tests = [
         test | dict.fromkeys(("low", "high", "p", "p_holm", "difference")) for test in comparison["tests"]
     ]
-    assert Page(html.document(comparison | {"rows": rows, "tests": tests})).open == []
+    assert Page(html.make_document(comparison | {"rows": rows, "tests": tests})).open == []
 
 
 def test_a_report_is_written_whole_or_not_at_all(
     tmp_path: Path, comparison: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "new" / "report.html"
-    html.write(comparison, file)
+    html.write_report(comparison, file)
     first = file.read_text(encoding="utf-8")
     assert first.startswith("<!doctype html>\n<!-- finetune compare -->")
-    assert first == html.document(comparison)
+    assert first == html.make_document(comparison)
 
     def full(self: Path, *_: Any, **__: Any) -> int:
         self.touch()
@@ -238,17 +236,23 @@ def test_a_report_is_written_whole_or_not_at_all(
     with monkeypatch.context() as broken:
         broken.setattr(Path, "write_text", full)
         with pytest.raises(ConfigError, match="No space left"):
-            html.write(comparison | {"notes": []}, file)
+            html.write_report(comparison | {"notes": []}, file)
     assert file.read_text(encoding="utf-8") == first
     assert [path.name for path in file.parent.iterdir()] == ["report.html"]
     with pytest.raises(ConfigError, match=r"report\.html/x\.html cannot be written"):
-        html.write(comparison, file / "x.html")
+        html.write_report(comparison, file / "x.html")
 
 
-def test_writing_it_loads_no_plotting(tmp_path: Path) -> None:
+def test_writing_a_report_imports_no_plotting_library(tmp_path: Path) -> None:
     here = Path(__file__).with_name("comparison_example.py")
-    code = f"import runpy, sys; from finetune.report import html; html.document(runpy.run_path({str(here)!r})['comparison']()); print(*sys.modules)"
-    loaded = subprocess.run(
+    code = f"""
+import runpy, sys
+from finetune.report import html
+html.make_document(runpy.run_path({str(here)!r})["comparison"]())
+print(*sys.modules)
+"""
+    done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True
-    ).stdout.split()
-    assert not {"torch", "matplotlib", "numpy", "pandas", "plotly.graph_objs", "scipy"} & set(loaded)
+    )
+    heavy = {"torch", "matplotlib", "numpy", "pandas", "plotly.graph_objs", "scipy"}
+    assert not heavy & set(done.stdout.split())

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from finetune.report.inspection import InspectionTable, grid, plots, summary
+from finetune.report.inspection import InspectionTable, make_grid, summarise, write_plots
 
 OVERLAP = {"hits": 30, "of": 100, "chance": 0.2, "share": 0.3}
 
@@ -92,16 +92,16 @@ def test_the_mask_of_dense_runs_is_named(found: dict[str, Any]) -> None:
 
 
 def test_what_is_no_layer_is_said_in_a_line(found: dict[str, Any]) -> None:
-    lines = summary(found)
+    lines = summarise(found)
     assert lines[0] == "shira, step 40, weights in float32"
     assert "8 entries of 1 embeddings" in lines[1]
     assert "2 moves" in lines[2]
-    assert summary({**found, "churn": [], "others": []}) == lines[:1]
+    assert summarise({**found, "churn": [], "others": []}) == lines[:1]
 
 
 def test_the_grid_leaves_blanks_and_joins_layers_of_one_cell(found: dict[str, Any]) -> None:
     found["layers"].append(row(layer="more", role="q", block=0, changed=30))
-    blocks, roles, values = grid(found["layers"], lambda rows: sum(r["changed"] for r in rows))
+    blocks, roles, values = make_grid(found["layers"], lambda rows: sum(r["changed"] for r in rows))
     assert (blocks, roles) == ([-1, 0, 2], ["q", "up"])
     assert [[v if not math.isnan(v) else None for v in line] for line in values] == [
         [0, 0],
@@ -114,7 +114,7 @@ def test_plots_are_pngs_and_nothing_else_is_touched(found: dict[str, Any], tmp_p
     folder = tmp_path / "inspect"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    made = plots(found, folder)
+    made = write_plots(found, folder)
     assert [file.name for file in made] == ["density.png", "relative_norm.png", "churn.png"]
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
         ["inspect", "mine.txt", *(file.name for file in made)]
@@ -125,7 +125,7 @@ def test_plots_are_pngs_and_nothing_else_is_touched(found: dict[str, Any], tmp_p
             assert image.format == "PNG"
             assert min(image.size) > 100
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
-    assert plots({**found, "layers": [], "churn": []}, tmp_path / "none") == []
+    assert write_plots({**found, "layers": [], "churn": []}, tmp_path / "none") == []
 
 
 def test_matplotlib_and_torch_stay_out_until_there_is_something_to_plot() -> None:

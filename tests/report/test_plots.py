@@ -16,7 +16,8 @@ from matplotlib.colors import to_hex
 from PIL import Image
 
 from finetune.errors import ConfigError
-from finetune.report import figures, plots, views
+from finetune.report import figures, plots, traces, views
+from finetune.report.styles import make_styles
 
 example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))["comparison"]
 
@@ -27,11 +28,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     comparison["rows"][2]["by"]["method"] = comparison["rows"][2]["label"] = (
         "lora 日本語 $x_1$"  # no such glyphs; no mathematics either
     )
-    return plots.write(comparison, tmp_path_factory.mktemp("plots") / "deep" / "folder")
+    return plots.write_plots(comparison, tmp_path_factory.mktemp("plots") / "deep" / "folder")
 
 
 def test_each_figure_of_the_report_is_there_as_png_and_pdf(made: list[Path]) -> None:
-    keys = [figure.key for figure in figures.figures(example())]
+    keys = [figure.key for figure in figures.make_figures(example())]
     assert [path.name for path in made] == [f"{key}.{kind}" for key in keys for kind in ("png", "pdf")]
     assert sorted(made) == sorted(made[0].parent.iterdir())
 
@@ -64,13 +65,13 @@ def test_pdf_is_a_column_wide_and_holds_its_fonts(made: list[Path]) -> None:
 
 def test_points_and_intervals_are_the_rows() -> None:
     comparison = example()
-    figure = dict(plots.figures(comparison))["pareto_trained"]
+    figure = dict(plots.draw_plots(comparison))["pareto_trained"]
     (axes,) = figure.axes
     drawn = {
         (round(float(bar[0].get_xdata()[0]), 6), round(float(bar[0].get_ydata()[0]), 6)): bar
         for bar in axes.containers
     }
-    looks = views.styles(comparison)
+    looks = make_styles(comparison)
     for row in comparison["rows"]:
         if row["mean"] is None:
             continue
@@ -99,7 +100,7 @@ def with_levels() -> dict[str, Any]:
 
 def test_every_legend_lies_inside_its_figure_and_tells_all_lines_apart() -> None:
     with matplotlib.rc_context(plots.STYLE):
-        found = dict(plots.figures(with_levels()))
+        found = dict(plots.draw_plots(with_levels()))
         for figure in found.values():
             figure.canvas.draw()
             for legend in figure.legends:
@@ -122,7 +123,7 @@ def test_curves_of_few_points_have_markers(count: int) -> None:
     comparison = example()
     for row in comparison["rows"]:
         row["curve"] = row["curve"][:count]
-    figure = dict(plots.figures(comparison))["curves"]
+    figure = dict(plots.draw_plots(comparison))["curves"]
     (axes,) = figure.axes
     rows = [row for row in comparison["rows"] if row["curve"]][: views.MOST_CURVES]
     looks = {(to_hex(bar[0].get_color()), bar[0].get_marker()) for bar in axes.containers}
@@ -137,23 +138,23 @@ def test_axes_of_shares_end_at_0_and_100() -> None:
     wide, *others = comparison["rows"]
     ends = {"low": -0.25, "high": 1.25}
     wide |= ends | {"curve": [point | ends for point in wide["curve"]]}
-    found = dict(plots.figures(comparison))
+    found = dict(plots.draw_plots(comparison))
     for key in ("pareto_trained", "by_sparsity", "curves"):
-        assert found[key].axes[0].get_ylim() == figures.SHARE
+        assert found[key].axes[0].get_ylim() == traces.PERCENT_RANGE
     comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
-    assert dict(plots.figures(comparison))["pareto_trained"].axes[0].get_ylim()[1] > 1.25
-    narrow = dict(plots.figures(example() | {"rows": others}))["pareto_trained"].axes[0].get_ylim()
+    assert dict(plots.draw_plots(comparison))["pareto_trained"].axes[0].get_ylim()[1] > 1.25
+    narrow = dict(plots.draw_plots(example() | {"rows": others}))["pareto_trained"].axes[0].get_ylim()
     assert narrow[0] > 50
 
 
 def test_differences_and_ranks_read_from_the_top() -> None:
     comparison = example()
     with matplotlib.rc_context(plots.STYLE):
-        found = dict(plots.figures(comparison))
+        found = dict(plots.draw_plots(comparison))
     (axes,) = found["differences"].axes
     rows = [row for row in comparison["rows"] if row["versus"]]
     assert [text.get_text() for text in axes.get_yticklabels()] == [
-        figures.short(row["label"], plots.NARROW) for row in rows
+        traces.shorten(row["label"], plots.NARROW) for row in rows
     ]
     assert axes.get_ylim()[0] > axes.get_ylim()[1]
     assert [bar[0].get_xdata()[0] for bar in axes.containers] == pytest.approx(
@@ -175,9 +176,9 @@ def test_no_global_state_is_touched(tmp_path: Path) -> None:
     comparison = example()
     comparison["rows"] = comparison["rows"][:2]
     comparison["critical_difference"] = None
-    assert plots.write(comparison, tmp_path, kinds=("png",))
+    assert plots.write_plots(comparison, tmp_path, kinds=("png",))
     assert dict(matplotlib.rcParams) == before
-    code = "import sys; from finetune.report import plots; plots.views, plots.figures; print(*sys.modules)"
+    code = "import sys; from finetune.report import plots; plots.views; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()
@@ -193,7 +194,7 @@ from finetune.report import plots
 comparison = runpy.run_path({str(here)!r})["comparison"]()
 comparison["rows"] = comparison["rows"][:1]
 comparison["critical_difference"] = None
-plots.write(comparison, Path("out"), kinds=("png",))
+plots.write_plots(comparison, Path("out"), kinds=("png",))
 print(*sys.modules)
 """
     loaded = subprocess.run(
@@ -206,11 +207,11 @@ print(*sys.modules)
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     with pytest.raises(ConfigError, match="cannot be written"):
-        plots.write(example(), tmp_path / "file" / "plots")
+        plots.write_plots(example(), tmp_path / "file" / "plots")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_nothing_to_draw_writes_nothing(tmp_path: Path) -> None:
     comparison = example() | {"critical_difference": None}
     comparison["rows"] = comparison["rows"][-1:]
-    assert plots.write(comparison, tmp_path / "plots") == []
+    assert plots.write_plots(comparison, tmp_path / "plots") == []

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,53 +11,58 @@ from hypothesis import strategies as st
 
 from finetune.errors import ConfigError
 from finetune.report.comparison import compare
-from finetune.report.runs import find, read
+from finetune.report.runs import find_runs, read_runs
 
-Make = Callable[..., Path]
+from ..support.run_folders import MakeRun
+
 FILES = ["result.json", "config.yaml", "predictions.parquet", "tuning.json", "metrics.jsonl"]
 
 
-def test_runs_are_found_at_any_depth_and_once(made: Make, tmp_path: Path) -> None:
+def test_runs_are_found_at_any_depth_and_once(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [
-        made("lora", 0),
-        made("lora", 1),
-        made("lora", 0, into="other"),
-        made("lora", 3, status="unfinished"),
+        make_run("lora", 0),
+        make_run("lora", 1),
+        make_run("lora", 0, into="other"),
+        make_run("lora", 3, status="unfinished"),
     ]
-    made("head", 0, into="sweep/trials")
-    made("head", 1, into="sweep/.hidden")
+    make_run("head", 0, into="sweep/trials")
+    make_run("head", 1, into="sweep/.hidden")
     outputs = tmp_path / "outputs"
-    assert sorted(find([outputs])) == sorted(runs)
-    assert sorted(find([outputs / "sweep"])) == sorted(set(runs) - {runs[2]})
-    assert find([runs[0]]) == [runs[0]]
-    assert find([runs[0], outputs / "sweep" / ".." / "sweep" / runs[0].name]) == [runs[0]]
+    assert sorted(find_runs([outputs])) == sorted(runs)
+    assert sorted(find_runs([outputs / "sweep"])) == sorted(set(runs) - {runs[2]})
+    assert find_runs([runs[0]]) == [runs[0]]
+    assert find_runs([runs[0], outputs / "sweep" / ".." / "sweep" / runs[0].name]) == [runs[0]]
 
 
 def test_folders_that_hold_no_run_are_all_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
     with pytest.raises(ConfigError) as caught:
-        find([tmp_path / "empty", tmp_path / "missing", tmp_path / "file"])
+        find_runs([tmp_path / "empty", tmp_path / "missing", tmp_path / "file"])
     assert [
         "holds no run" in caught.value.faults[0],
         *("no such folder" in fault for fault in caught.value.faults[1:]),
     ] == [True] * 3
 
 
-def test_a_run_that_is_there_twice_counts_once(made: Make) -> None:
-    first, second = made("lora", 0, [1, 1, 0]), made("lora", 0, [1, 1, 0], into="copy")
-    (run,) = read([first, second])
+def test_a_run_that_is_there_twice_counts_once(make_run: MakeRun) -> None:
+    first, second = make_run("lora", 0, [1, 1, 0]), make_run("lora", 0, [1, 1, 0], into="copy")
+    (run,) = read_runs([first, second])
     assert run.path == first
     assert run.notes == [f"{second} repeats {first} and is left out."]
-    failed = made("head", 0, status="failed", into="failed")
-    finished = made("head", 0, [1, 0])
-    (run,) = read([failed, finished])
+    failed = make_run("head", 0, status="failed", into="failed")
+    finished = make_run("head", 0, [1, 0])
+    (run,) = read_runs([failed, finished])
     assert (run.path, run.status) == (finished, "finished")
 
 
-def test_status_of_each(made: Make) -> None:
-    runs = read(
-        [made("lora", 0, [1, 0]), made("lora", 1, status="failed"), made("lora", 2, status="unfinished")]
+def test_status_of_each(make_run: MakeRun) -> None:
+    runs = read_runs(
+        [
+            make_run("lora", 0, [1, 0]),
+            make_run("lora", 1, status="failed"),
+            make_run("lora", 2, status="unfinished"),
+        ]
     )
     assert [(run.status, run.error, run.seed) for run in runs] == [
         ("finished", None, 0),
@@ -66,9 +70,9 @@ def test_status_of_each(made: Make) -> None:
         ("unfinished", None, 2),
     ]
     assert runs[0].settings == runs[2].settings
-    assert runs[0].number("test.accuracy") == 0.5
-    assert runs[0].number("cost.peak_memory_bytes") == 512 << 20
-    assert runs[0].number("test.nothing") is runs[0].number("versions.torch") is None
+    assert runs[0].get_number("test.accuracy") == 0.5
+    assert runs[0].get_number("cost.peak_memory_bytes") == 512 << 20
+    assert runs[0].get_number("test.nothing") is runs[0].get_number("versions.torch") is None
 
 
 @pytest.mark.parametrize(
@@ -82,25 +86,29 @@ def test_status_of_each(made: Make) -> None:
         ("\x00\xff", "damaged"),
     ],
 )
-def test_a_torn_result_is_a_failure_with_its_reason(made: Make, content: str, reason: str) -> None:
-    folder = made("lora", 0)
+def test_a_torn_result_is_a_failure_with_its_reason(make_run: MakeRun, content: str, reason: str) -> None:
+    folder = make_run("lora", 0)
     (folder / "result.json").write_text(content)
-    (run,) = read([folder])
+    (run,) = read_runs([folder])
     assert run.status == "failed"
     assert reason in (run.error or "")
     assert run.settings["method.name"] == "lora"
 
 
-def test_a_torn_config_is_read_from_the_change_or_else_a_failure(made: Make) -> None:
-    whole, torn, lost = made("lora", 0), made("lora", 1, method__rank=4), made("lora", 2, method__rank=8)
+def test_a_torn_config_is_read_from_the_change_or_else_a_failure(make_run: MakeRun) -> None:
+    whole, torn, lost = (
+        make_run("lora", 0),
+        make_run("lora", 1, method__rank=4),
+        make_run("lora", 2, method__rank=8),
+    )
     config = {"seed": 1, "method": {"name": "lora", "rank": 4}}
     (torn / "delta").mkdir()
     (torn / "delta" / "delta.json").write_text(json.dumps({"config": config, "base_fingerprint": "abc"}))
     for folder in (torn, lost):
         (folder / "config.yaml").write_text("method: {name: [")
-    runs = read([whole, torn, lost])
+    runs = read_runs([whole, torn, lost])
     assert [run.status for run in runs] == ["finished", "finished", "failed"]
-    assert (runs[1].settings["method.rank"], runs[1].base) == (4, "abc")
+    assert (runs[1].settings["method.rank"], runs[1].base_fingerprint) == (4, "abc")
     assert "config.yaml cannot be read" in (runs[2].error or "")
     assert runs[2].settings["method.name"] == "lora"
 
@@ -113,8 +121,8 @@ JSON = st.recursive(
 )
 
 
-def test_what_a_search_has_pruned_is_called_so(made: Make, tmp_path: Path) -> None:
-    runs = [made("lora", 0, [1, 0]), *(made("lora", seed, status="unfinished") for seed in (1, 2))]
+def test_what_a_search_has_pruned_is_called_so(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("lora", 0, [1, 0]), *(make_run("lora", seed, status="unfinished") for seed in (1, 2))]
     trials = [
         {"run": run.name, "status": status}
         for run, status in zip(runs, ("finished", "pruned", "unfinished"), strict=True)
@@ -122,7 +130,7 @@ def test_what_a_search_has_pruned_is_called_so(made: Make, tmp_path: Path) -> No
     (runs[0].parent / "search.json").write_text(
         json.dumps({"trials": [*trials, {"run": None, "status": "failed"}]})
     )
-    assert [run.status for run in read(runs)] == ["finished", "pruned", "unfinished"]
+    assert [run.status for run in read_runs(runs)] == ["finished", "pruned", "unfinished"]
 
 
 KEYS = [
@@ -154,13 +162,13 @@ KEYS = [
     value=JSON,
 )
 def test_no_damage_stops_a_comparison(
-    made: Make, tmp_path: Path, file: str, cut: int, noise: bytes, key: str, value: object
+    make_run: MakeRun, tmp_path: Path, file: str, cut: int, noise: bytes, key: str, value: object
 ) -> None:
     """One run is cut short, or holds anything at all where a number should be; the others keep their row."""
     for seed in (0, 1):
-        made("lora", seed, [1, 0, 1])
-        made("head", seed, [1, 1, 1])
-    folder = made("full", 0, [1, 1, 0], tuning={"parameter": "optimizer.lr", "trials": 2})
+        make_run("lora", seed, [1, 0, 1])
+        make_run("head", seed, [1, 1, 1])
+    folder = make_run("full", 0, [1, 1, 0], tuning={"parameter": "optimizer.lr", "trials": 2})
     (folder / "metrics.jsonl").write_text('{"step": 1, "val_accuracy": 0.5}\n')
     whole = (folder / file).read_bytes()
     (folder / file).write_bytes(whole[:cut] + noise)

@@ -267,7 +267,7 @@ def test_bootstrap_of_many_examples_comes_in_chunks(monkeypatch: pytest.MonkeyPa
     random = np.random.default_rng(1)
     a, b, ones = random.normal(0.5, 1, 400), random.normal(0.3, 1, 400), np.ones(400)
     whole = ours.paired_bootstrap((a, ones), (b, ones), draws=4000)
-    monkeypatch.setattr(ours, "KEPT", 40_000)
+    monkeypatch.setattr(ours, "CACHED", 40_000)
     parts = ours.paired_bootstrap((a, ones), (b, ones), draws=4000, seed=5)
     error = np.std(a - b) / 20
     assert (parts.low, parts.high) == pytest.approx((whole.low, whole.high), abs=0.2 * error)

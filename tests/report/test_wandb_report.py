@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import struct
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,20 @@ import pytest
 from finetune.report import wandb_report
 from finetune.report.comparison import compare
 
-Make = Callable[..., Path]
+from ..support.run_folders import MakeRun
+
 BLOCK = 32768
 
 
 @pytest.fixture
-def sweep(made: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def sweep(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("WANDB_CONFIG_DIR", "WANDB_CACHE_DIR", "WANDB_DATA_DIR", "HOME"):
         monkeypatch.setenv(name, str(tmp_path / "home"))
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("WANDB_MODE", "offline")
     for seed in (0, 1):
-        made("lora", seed, [1, 1, 1, seed])
-        made("head", seed, [1, 0, 0, seed])
+        make_run("lora", seed, [1, 1, 1, seed])
+        make_run("head", seed, [1, 0, 0, seed])
     return tmp_path / "outputs" / "sweep"
 
 
@@ -62,7 +63,7 @@ def whole(log: bytes) -> Iterator[bytes]:
 
 def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
     data, said = compare([sweep]).as_dict(), list[str]()
-    wandb_report.log(data, [sweep], "trial", said.append)
+    wandb_report.log_comparison(data, [sweep], "trial", said.append)
     assert said == ["W&B: logged to the project trial, group sweep."]
     found = records(sweep)
     run = next(record.run for record in found if record.HasField("run"))
@@ -113,5 +114,5 @@ def test_a_logger_that_fails_costs_one_line(sweep: Path, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(wandb, "init", broken)
     said: list[str] = []
-    wandb_report.log(compare([sweep]).as_dict(), [sweep], "trial", said.append)
+    wandb_report.log_comparison(compare([sweep]).as_dict(), [sweep], "trial", said.append)
     assert said == ["Warning: W&B failed (OSError: no space); everything else is done."]

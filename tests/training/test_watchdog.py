@@ -30,7 +30,7 @@ from finetune.methods.sparse.sara import SaRA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
 from finetune.models.load import fingerprint
-from finetune.report.summary import summary
+from finetune.report.summary import describe_result
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
 from finetune.schedules.narrow import Narrow
@@ -333,6 +333,6 @@ def test_a_run_is_marked_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatc
     log = (path / "log.txt").read_text()
     assert log.count("Warning: this run is suspect: frozen weights changed") == 1
     assert log.count("Warning: The gradient's norm is inf at step 1.") == 1
-    lines = summary(result, path).splitlines()
+    lines = describe_result(result, path).splitlines()
     assert sum(line.split()[:1] == ["suspect"] for line in lines) == 1
     assert sum(line.split()[:1] == ["warnings"] for line in lines) == 1
