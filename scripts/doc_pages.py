@@ -209,11 +209,12 @@ def methods_page() -> str:
 def settings_page() -> str:
     """Write every setting that does not belong to a method, with its default and its values."""
     kinds = [kind for kind in KINDS.values() if kind.place and kind.name != "method"]
-    groups = ", ".join(f"`{name}=`" for name in ["method", "train", "logger", *(kind.name for kind in kinds)])
+    groups = ["method", "train", "logger", *(kind.name for kind in kinds if not kind.is_value)]
+    choosing = ", ".join(f"`{name}=`" for name in groups)
     lines = [
         "# Settings", "",
         "Every setting is written `key=value`. `finetune show` prints all of them with the file or the word that",
-        f"set each. {groups} choose a file of `conf/`, which can set several values at once. The settings of a",
+        f"set each. {choosing} choose a file of `conf/`, which can set several values at once. The settings of a",
         "method are on [its page](../methods/index.md).", "",
     ]  # fmt: skip
     for section, name in SECTIONS.items():

@@ -227,6 +227,14 @@ def test_the_settings_page_has_every_setting(pages: Any) -> None:
                 assert f"| `{name}` |" in text or f"`{kind.name}={option}`" in text
 
 
+def test_every_setting_says_what_it_means(pages: Any) -> None:
+    rows = [line for line in pages.settings_page().splitlines() if line.startswith("| `")]
+    assert len(rows) > 60
+    silent = [row for row in rows if not row.rstrip(" |").rpartition("| ")[2]]
+    silent += re.findall(r"### (.*)\n(?:.*\n)+?\| option \| default \| values \|\n", pages.settings_page())
+    assert not silent
+
+
 def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
     doc = "A *part* of a * b, x_i [out, in]\n    K = a * b\n- one\n  more\n- ``a * b``\nEnd."
     shown = [r"A *part* of a \* b, x\_i \[out, in\]", "", "```text", "K = a * b", "```", ""]

@@ -20,7 +20,14 @@ NOT_THE_RUN = ("name", "run", "logger", "train.save_every", "train.keep_last")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Which pretrained model: ``builtin:NAME``, a local folder, or a hub id (fetched only with ``download``)."""
+    """Name the pretrained model.
+
+    Options:
+        path: ``builtin:NAME``, a local folder, or a hub id.
+        dtype: Type that the weights are loaded in.
+        download: Fetch a hub id that is not in the local cache.
+        revision: Branch, tag or commit on the hub.
+    """
 
     name: str
     path: str
@@ -31,9 +38,26 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The loop. ``batch_size`` counts examples per optimizer step over all processes ("auto": as many as one pass of each holds, at most 512),
-    ``micro_batch_size`` what one pass takes. ``threads`` are divided among the processes of a machine. ``patience`` ends a run (once its sparsity is
-    reached) after so many validations in a row without a better one.
+    """Set the training loop.
+
+    Options:
+        steps: Optimizer steps.
+        batch_size: Examples in one optimizer step, over all processes. ``auto`` takes as many as one pass of each
+            process holds, at most 512.
+        micro_batch_size: Examples in one forward and backward pass; ``null`` takes the whole batch at once.
+        eval_batch_size: Examples in one pass of an evaluation.
+        precision: Type of the computations; ``bf16`` and ``fp16`` use autocast, and ``fp16`` needs a GPU.
+        clip: Largest norm of all gradients together; ``null`` does not clip.
+        eval_every: Steps between validations; ``null`` validates only at the end.
+        save_every: Steps between checkpoints; ``null`` saves none but those on a signal or a failure.
+        keep_last: Number of checkpoints that stay on disk; ``null`` keeps all.
+        max_seconds: Seconds of training after which the run ends early.
+        patience: Validations in a row without a better one after which the run ends early. They count from the
+            step at which the requested sparsity is reached.
+        workers: Processes that load data; 0 loads in the training process.
+        select: Whether the state that was best on validation or the last one is stored and tested.
+        device: Device of the run; ``auto`` takes a GPU if there is one.
+        threads: Threads of torch, divided among the processes of a machine; ``null`` takes what torch chooses.
     """
 
     steps: Annotated[int, Ge(1)] = 200
@@ -70,7 +94,13 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class LoggerConfig:
-    """Where metrics go besides the run folder."""
+    """Say where metrics go besides the folder of the run.
+
+    Options:
+        project: Project in W&B.
+        group: Group in W&B; ``null`` takes ``name``.
+        tags: Further tags of the run in W&B, beside the model and the data set.
+    """
 
     name: Literal["jsonl", "wandb", "none"] = "jsonl"
     project: str = "finetune"

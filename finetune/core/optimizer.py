@@ -14,12 +14,16 @@ if TYPE_CHECKING:  # a configuration is checked where torch is not wanted
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Base of all optimizers, with the settings that all have.
+    """Base of all optimizers, with the settings that all have. A subclass adds the settings that only it uses.
 
-    ``warmup``: the share of all steps over which the learning rate rises from 0 to ``lr``; ``schedule``: its course
-    afterwards. A subclass adds the settings that only it uses.
     ``former``: settings that earlier versions wrote into configurations of this optimizer and that it ignores, with the
     only value that they may have; they are still written, so that no configuration changes its hash.
+
+    Options:
+        lr: Learning rate, the largest of its schedule.
+        weight_decay: Decoupled weight decay.
+        schedule: Course of the learning rate after the warm-up.
+        warmup: Share of all steps over which the learning rate rises from 0 to ``lr``.
     """
 
     KIND: ClassVar[str] = "optimizer"

@@ -31,7 +31,11 @@ PIECES = [
 @register("digits")
 @dataclass(frozen=True)
 class Digits(Dataset):
-    """1,797 handwritten digits, 1,000 for training (the recipe of VTAB-1k); retention: pieces of a photograph of a temple and of a flower."""
+    """1,797 handwritten digits, 1,000 for training as in VTAB-1k; retention on pieces of two photographs.
+
+    Options:
+        retention_images: Number of these pieces.
+    """
 
     retention_images: Annotated[int, Ge(0), Le(2 * len(PIECES))] = 100
 

@@ -31,7 +31,13 @@ SPLIT_NAMES = {
 @register("csv")
 @dataclass(frozen=True, kw_only=True)
 class Csv(Table):
-    """CSV or TSV with a header: a file, or a folder of files called train, val and test."""
+    """CSV or TSV with a header: a file, or a folder of files called train, val and test.
+
+    Options:
+        path: The file or the folder.
+        val_path: File or folder with the validation split.
+        test_path: File or folder with the test split.
+    """
 
     path: str
     val_path: str | None = None
@@ -48,7 +54,13 @@ class Csv(Table):
 @register("jsonl")
 @dataclass(frozen=True, kw_only=True)
 class Jsonl(Table):
-    """One JSON object per line: a file, or a folder of files called train, val and test."""
+    """One JSON object per line: a file, or a folder of files called train, val and test.
+
+    Options:
+        path: The file or the folder.
+        val_path: File or folder with the validation split.
+        test_path: File or folder with the test split.
+    """
 
     path: str
     val_path: str | None = None
@@ -65,7 +77,13 @@ class Jsonl(Table):
 @register("parquet")
 @dataclass(frozen=True, kw_only=True)
 class Parquet(Table):
-    """Parquet with texts or encoded images: a file, or a folder of files called train, val and test."""
+    """Parquet with texts or encoded images: a file, or a folder of files called train, val and test.
+
+    Options:
+        path: The file or the folder.
+        val_path: File or folder with the validation split.
+        test_path: File or folder with the test split.
+    """
 
     path: str
     val_path: str | None = None
@@ -82,7 +100,13 @@ class Parquet(Table):
 @register("imagefolder")
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Table):
-    """Images in one folder per class, perhaps below folders called train, val and test."""
+    """Images in one folder per class, perhaps below folders called train, val and test.
+
+    Options:
+        path: The file or the folder.
+        val_path: File or folder with the validation split.
+        test_path: File or folder with the test split.
+    """
 
     path: str
     val_path: str | None = None

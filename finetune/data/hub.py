@@ -17,7 +17,14 @@ from .table import Source, Table
 @register("hub")
 @dataclass(frozen=True, kw_only=True)
 class Hub(Table):
-    """A data set of the Hugging Face hub by its id."""
+    """A data set of the Hugging Face hub by its id.
+
+    Options:
+        path: The id, as ``OWNER/NAME``.
+        config: Configuration of the data set, if it has several.
+        revision: Branch, tag or commit on the hub.
+        download: Fetch the data set if it is not in the local cache.
+    """
 
     path: str
     config: str | None = None

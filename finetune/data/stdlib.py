@@ -28,7 +28,15 @@ Bytes = Annotated[int, Ge(1)]
 @register("stdlib")
 @dataclass(frozen=True)
 class Stdlib(Dataset):
-    """Python's standard-library sources, split by file; retention: the English prose of pydoc's topics."""
+    """Python's standard-library sources, split by file; retention on the English prose of pydoc's topics.
+
+    Options:
+        train_bytes: Bytes of text to train on.
+        val_bytes: Bytes of text in the validation split.
+        test_bytes: Bytes of text in the test split.
+        retention_bytes: Bytes of prose that retention is measured on.
+        length: Tokens in one example; ``null`` takes the limit of the tokenizer, at most 1,024.
+    """
 
     train_bytes: Bytes = 1_000_000
     val_bytes: Bytes = 60_000

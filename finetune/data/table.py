@@ -35,9 +35,19 @@ class Source:
 
 @dataclass(frozen=True, kw_only=True)
 class Table(Dataset):
-    """Base of the tabular data sets: columns (guessed where obvious), and shares of train for the splits that were not given.
+    """Base of the data sets that are tables.
 
-    ``fold``: which stretch of the rows, in the order that ``split_seed`` draws, is the test split: test_share=0.5 has folds 0 and 1, 0.2 has 0 to 4.
+    Options:
+        text_column: Column with the text; ``null`` takes the column with a usual name.
+        image_column: Column with the image; ``null`` takes the only one with images.
+        label_column: Column with the label; ``null`` takes the column with a usual name.
+        task: What is learned; ``null`` infers it from the columns.
+        val_share: Share of the training rows that becomes the validation split, if none is given.
+        test_share: Share of the training rows that becomes the test split, if none is given.
+        split_seed: Seed that draws these rows. The seed of the run does not move a row between splits.
+        fold: Which part of the rows, in the order that ``split_seed`` draws, is the test split. With a test share
+            of 0.5 there are folds 0 and 1, with 0.2 folds 0 to 4.
+        length: Tokens in one example; ``null`` takes the limit of the tokenizer, at most 1,024.
     """
 
     text_column: str | None = None

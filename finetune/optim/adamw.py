@@ -23,7 +23,12 @@ Rate = Annotated[float, Ge(0), Lt(1)]
 @register("adamw")
 @dataclass(frozen=True)
 class AdamW(Optimizer):
-    """AdamW: moving averages of the gradient and of its square."""
+    """AdamW: moving averages of the gradient and of its square.
+
+    Options:
+        betas: Decay of the two moving averages.
+        eps: Number added to the square root of the second average.
+    """
 
     betas: tuple[Rate, Rate] = (0.9, 0.999)
     eps: Annotated[float, Gt(0)] = 1e-8

@@ -20,7 +20,11 @@ from ..registry import register
 @register("sm3")
 @dataclass(frozen=True)
 class SM3(Optimizer):
-    """SM3: one accumulator a row and a column in place of one an entry."""
+    """SM3: one accumulator a row and a column in place of one an entry.
+
+    Options:
+        eps: Number added to the accumulated squares before the root.
+    """
 
     eps: Annotated[float, Gt(0)] = 1e-8
 
