@@ -20,6 +20,7 @@ from .errors import ConfigError, near
 
 ROOT = Path(__file__).parent
 C = TypeVar("C", bound=type)
+_ADDED: dict[str, dict[str, Entry]] = {}  # the classes of loaded plug-ins, by kind and name
 
 
 @dataclass(frozen=True)
@@ -148,25 +149,40 @@ def _kind_of(node: ast.ClassDef, folder: str) -> str:
     return next(kind.name for kind in KINDS.values() if folder in kind.folders)
 
 
+def registered_classes(text: str, module: str) -> list[tuple[ast.ClassDef, Entry]]:
+    """Return each registered class in the source ``text`` of a module."""
+    found: list[tuple[ast.ClassDef, Entry]] = []
+    if "@register(" not in text:
+        return found
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and (name := _registered_name(node)):
+            doc = (ast.get_docstring(node) or "").split("\n")[0]
+            found.append((node, Entry(name, module, doc, _facts(node))))
+    return found
+
+
 @cache
 def _read_folder(folder: str) -> list[tuple[str, Entry]]:
     """Return each registered class in a folder of the package, with its kind."""
     found = []
     for path in sorted((ROOT / folder).rglob("*.py")):
-        text = path.read_text(encoding="utf-8")
-        if "@register(" not in text:
-            continue
         module = ".".join(path.relative_to(ROOT.parent).with_suffix("").parts)
-        for node in ast.parse(text).body:
-            if isinstance(node, ast.ClassDef) and (name := _registered_name(node)):
-                doc = (ast.get_docstring(node) or "").split("\n")[0]
-                found.append((_kind_of(node, folder), Entry(name, module, doc, _facts(node))))
+        for node, entry in registered_classes(path.read_text(encoding="utf-8"), module):
+            found.append((_kind_of(node, folder), entry))
     return found
 
 
-@cache
 def catalog(kind: str) -> dict[str, Entry]:
-    """Return every registered class of a kind by name, sorted. Raises ``ValueError`` when two share a name."""
+    """Return every registered class of a kind by name, sorted; those of plug-ins are among them once loaded.
+
+    Raises ``ValueError`` when two classes of the package share a name.
+    """
+    return dict(sorted((_own_catalog(kind) | _ADDED.get(kind, {})).items()))
+
+
+@cache
+def _own_catalog(kind: str) -> dict[str, Entry]:
+    """Return the registered classes of a kind that this package brings."""
     entries: dict[str, Entry] = {}
     for folder in KINDS[kind].folders:
         for its_kind, entry in _read_folder(folder):
@@ -176,7 +192,17 @@ def catalog(kind: str) -> dict[str, Entry]:
                 first = entries[entry.name].module
                 raise ValueError(f"{kind} {entry.name!r} is registered in {first} and in {entry.module}")
             entries[entry.name] = entry
-    return dict(sorted(entries.items()))
+    return entries
+
+
+def add(kind: str, entry: Entry) -> None:
+    """Add a class that a plug-in brings, whose module has been imported."""
+    _ADDED.setdefault(kind, {})[entry.name] = entry
+
+
+def remove(kind: str, name: str) -> None:
+    """Take a class of a plug-in out again."""
+    del _ADDED[kind][name]
 
 
 def get(kind: str, name: str) -> Any:
@@ -198,4 +224,4 @@ def import_all() -> None:
 def clear() -> None:
     """Forget what was read from the source."""
     _read_folder.cache_clear()
-    catalog.cache_clear()
+    _own_catalog.cache_clear()

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config import plugins
 from ..core.changes import SparseChange
 from ..core.part import parts, patched
 from ..core.site import all_sites
@@ -125,7 +126,7 @@ def compose(
     with replacing(out) as temporary:
         files = RunFolder(temporary)
         temporary.mkdir()
-        write_yaml(files.config, composed.config.as_dict())
+        write_yaml(files.config, composed.config.as_dict(), plugins.comments(composed.config))
         about = {
             "method": composed.config.method.name, "config": composed.config.as_dict(), "task": composed.base.task, "labels": list(composed.labels),
             "head": list(composed.base.head), "step": 0, "phase": 0, "base_fingerprint": composed.fingerprint, "composed": told,

@@ -16,6 +16,7 @@ from . import artifacts as cli_finished
 from . import results as cli_report
 from . import sweep as cli_sweep
 from .display import show_table, show_tree
+from .options import Plugins, load_plugins, start_options
 
 if TYPE_CHECKING:
     from ..config.settings import Config
@@ -98,6 +99,7 @@ def train(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show what would be trained and stored; train nothing.")
     ] = False,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Train one method on one model and one data set. Without settings: SNELL on the built-in model and digits.
@@ -105,9 +107,11 @@ def train(
     SIGINT (Ctrl-C), SIGTERM and SIGHUP save at the end of the step, tell the command to go on, and exit with 130; a second one ends at once.
     """
     from ..launch import child
-    from ..launch.start import StartOptions
+
+    options = start_options(plugins)
 
     def read() -> tuple[Config, Path]:
+        options.apply()
         return _run_to_train(overrides or [], config_dir, config_file, resume)
 
     def report(result: dict[str, Any], folder: Path) -> None:
@@ -120,7 +124,7 @@ def train(
 
         show_tree(plan(config), as_json)
 
-    raise typer.Exit(child.train(read, StartOptions(), processes, report, preview if dry_run else None))
+    raise typer.Exit(child.train(read, options, processes, report, preview if dry_run else None))
 
 
 def _run_to_train(
@@ -143,8 +147,9 @@ def _run_to_train(
 
 
 @app.command()
-def methods(as_json: AsJson = False) -> None:
+def methods(plugins: Plugins = None, as_json: AsJson = False) -> None:
     """List the methods: name, family, what they train, paper."""
+    load_plugins(plugins)
     from ..registry import catalog
 
     rows = [
@@ -166,9 +171,11 @@ def show(
     overrides: Overrides = None,
     config_dir: ConfigDir = None,
     config_file: ConfigFile = None,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the resolved settings, each with where it came from."""
+    load_plugins(plugins)
     from ..config.load import tree
 
     leaves = tree(overrides or [], config_dir, config_file)

@@ -12,6 +12,7 @@ import typer
 
 from ..errors import ConfigError
 from .display import show_tree
+from .options import Plugins, load_plugins
 
 Overrides = Annotated[
     list[str] | None,
@@ -35,9 +36,11 @@ def evaluate(
     overrides: Overrides = None,
     ckpt: Checkpoint = None,
     config_dir: ConfigDir = None,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Evaluate a run again from its stored change: ckpt=RUN, on another data set with dataset=..."""
+    load_plugins(plugins)
     run_path, rest = _find_run(overrides or [], ckpt)
     faults = []
     for text in rest:
@@ -73,9 +76,11 @@ def merge(
     unmerge: Annotated[
         bool, typer.Option("--unmerge", help="ckpt is a merged folder: write its base, to the bit, to out.")
     ] = False,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Write base and change as one plain Hugging Face folder, after comparing both on test data: ckpt=RUN out=DIR."""
+    load_plugins(plugins)
     path, given = _parse_words("merge", overrides or [], ckpt, {"out": OUT})
     out = Path(given["out"])
     if unmerge:
@@ -106,16 +111,22 @@ def _refuse_with_unmerge(options: Mapping[str, object]) -> None:
         raise ConfigError(*faults)
 
 
-def export(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson = False) -> None:
+def export(
+    overrides: Overrides = None, ckpt: Checkpoint = None, plugins: Plugins = None, as_json: AsJson = False
+) -> None:
     """Write the change in another library's format: ckpt=RUN format=peft out=DIR."""
+    load_plugins(plugins)
     path, given = _parse_words("export", overrides or [], ckpt, {"format": "peft", "out": OUT})
     from ..artifacts.export import export as export_run
 
     show_tree(export_run(path, given["format"], Path(given["out"])), as_json)
 
 
-def verify(overrides: Overrides = None, ckpt: Checkpoint = None, as_json: AsJson = False) -> None:
+def verify(
+    overrides: Overrides = None, ckpt: Checkpoint = None, plugins: Plugins = None, as_json: AsJson = False
+) -> None:
     """Test a run: files, a resume from its middle, numbers, merge (exit 1 if one fails or the run has not finished)."""
+    load_plugins(plugins)
     path, _ = _parse_words("verify", list(map(_complete_word, overrides or [])), ckpt, {})
     from ..artifacts.verify import verify as verify_run
 
@@ -149,9 +160,11 @@ def inspect(
     gradient: Annotated[
         int, typer.Option(min=0, help="Compare with the largest gradients of so many training batches, too.")
     ] = 0,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Show what a run changed: how much, in which roles and depths, which directions. Plots go to RUN/inspect/."""
+    load_plugins(plugins)
     from rich.console import Console
 
     from ..report.inspection import InspectionTable, summarise, write_plots
@@ -183,9 +196,11 @@ def compose(
             show_default=False,
         ),
     ] = None,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Add the sparse changes of runs on one base, for eval and merge. The head is the last run's, or that of head=RUN."""
+    load_plugins(plugins)
     runs: list[Path] = []
     given: dict[str, str] = {}
     faults: list[str] = []

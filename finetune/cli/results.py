@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from ..errors import ConfigError
+from .options import Plugins, load_plugins
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 UNFAIR = 3  # exit code of compare --strict if the fairness check finds anything
@@ -197,13 +198,14 @@ def reproduce(
     keep: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Keep the repetition there; by default it is removed.")
     ] = None,
+    plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
     """Train a finished run once more: is the result identical, inside its seeds' interval, or neither (exit 1)?"""
     from ..artifacts.reproduce import reproduce as reproduce_run
     from ..storage.run_folder import plain
 
-    found = reproduce_run(run, keep)
+    found = reproduce_run(run, keep, load_plugins(plugins))
     if as_json:
         print(json.dumps(plain(found), indent=2, allow_nan=False))
     else:

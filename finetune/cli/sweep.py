@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, near
+from .options import Plugins, load_plugins
 
 if TYPE_CHECKING:
     from ..sweep import Point
@@ -102,6 +103,7 @@ OF_SEARCH = (
     "--jobs",
     "--attempts",
     "--fail-fast",
+    "--plugins",
     "--json",
 )
 
@@ -119,7 +121,8 @@ def sweep(
     context: typer.Context,
     overrides: Overrides = None, preset: SweepName = None, name: Name = None, config_dir: ConfigDir = None, config_file: ConfigFile = None,
     jobs: Jobs = None, launcher: LauncherName = "local", retry: Retry = False, attempts: Attempts = 1, fail_fast: FailFast = False,
-    dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, as_json: AsJson = False,
+    dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, plugins: Plugins = None,
+    as_json: AsJson = False,
 ) -> None:  # fmt: skip
     """Run the cross product of all values: method=lora,snell seed=0,1. The same command again goes on: finished runs are skipped."""
     if watch:
@@ -134,6 +137,7 @@ def sweep(
         _check_search(_typed(context), asked, search, trials)
     elif launcher != "local":
         _check_launcher(_typed(context), launcher)
+    options = load_plugins(plugins)
     from ..sweep import launch, points, tune
     from ..sweep.watch import Board
     from ..sweep.work import Work
@@ -147,7 +151,7 @@ def sweep(
 
                 searched = searching.run(
                     asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, attempts=attempts, fail_fast=fail_fast,
-                    board=board, command=_command(),
+                    board=board, command=_command(), options=options,
                 )  # fmt: skip
             else:
                 runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
@@ -156,7 +160,7 @@ def sweep(
                     from ..sweep.forecast import forecast
                     from .sweep_tables import show_forecast
 
-                    show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning), as_json)
+                    show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning, options), as_json)
                     return
                 work = Work(
                     where,
@@ -167,6 +171,7 @@ def sweep(
                     retry,
                     attempts,
                     fail_fast,
+                    options,
                 )
                 runs, found = work.run(runs, tuning)
         except KeyboardInterrupt as error:

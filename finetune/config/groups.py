@@ -9,6 +9,7 @@ import yaml
 
 from ..errors import ConfigError
 from ..system import safe
+from . import plugins
 from .origins import PACKAGE
 
 CALL = re.compile(
@@ -22,14 +23,18 @@ def conf_dir() -> Path:
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
+def roots(config_dir: Path | None) -> list[Path]:
+    """Return the folders of groups in the order in which they are searched: the user's, ours, those of plug-ins."""
+    found = [conf_dir(), *plugins.conf_dirs()]
+    return [config_dir, *found] if config_dir else found
+
+
 def yaml_files(config_dir: Path | None) -> list[Path]:
-    """The files of both folders."""
-    return [
-        file
-        for root in (conf_dir(), config_dir)
-        if root
-        for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml"))
-    ]
+    """Return the YAML files of all folders of groups."""
+    found: list[Path] = []
+    for root in roots(config_dir):
+        found += [*root.glob("*.yaml"), *root.glob("*/*.yaml")]
+    return found
 
 
 def stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
@@ -41,12 +46,14 @@ def label(file: Path, config_dir: Path | None) -> str:
     """A file of the groups as people know it."""
     if file.is_relative_to(conf_dir()):
         return f"conf/{file.relative_to(conf_dir())}"
-    return str(config_dir / file.relative_to(config_dir.resolve())) if config_dir else str(file)
+    if config_dir and file.is_relative_to(config_dir.resolve()):
+        return str(config_dir / file.relative_to(config_dir.resolve()))
+    return str(file)
 
 
 def check(config_dir: Path | None) -> None:
     """Raise ``ConfigError`` naming every file of the user's that is too large, too deep, or calls something."""
-    faults = []
+    faults = _doubled()
     for file in [file for file in yaml_files(config_dir) if not file.is_relative_to(conf_dir())]:
         try:
             called = CALL.search(safe.yaml_text(file))
@@ -61,3 +68,18 @@ def check(config_dir: Path | None) -> None:
             )
     if faults:
         raise ConfigError(*faults)
+
+
+def _doubled() -> list[str]:
+    """Return a fault for each YAML file of a plug-in that has the name of one of ours or of another plug-in's."""
+    faults, seen = list[str](), {conf_dir()}
+    for root in plugins.conf_dirs():
+        for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml")):
+            for other in seen:
+                if (other / file.relative_to(root)).exists():
+                    faults.append(
+                        f"{file}: {file.relative_to(root)} is there already, in {other}. Rename it: only --config-dir "
+                        "replaces built-in files."
+                    )
+        seen.add(root)
+    return faults

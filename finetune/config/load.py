@@ -7,7 +7,7 @@ are laid on top; ``strict`` checks the whole. Every fault found on the way is ra
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import cache, lru_cache
 from itertools import islice, product
@@ -22,6 +22,7 @@ from hydra._internal.config_repository import CachingConfigRepository
 from hydra._internal.defaults_list import create_defaults_list
 from hydra._internal.utils import create_config_search_path
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString, Sweep
 from hydra.errors import HydraException
@@ -31,7 +32,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .. import registry
 from ..errors import ConfigError, near
 from ..system import safe
-from . import groups, later, references, strict
+from . import groups, later, plugins, references, strict
 from .grammar import ALIASES, PLACED, parsed, unlisted
 from .groups import conf_dir as conf_dir  # part of what this module offers
 from .origins import flat, leaves, yaml_origins
@@ -64,10 +65,12 @@ def tree(
 
 def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100_000) -> list[list[str]]:
     """The cross product of all sweeps (``a,b``, ``choice(...)``, ``range(...)``, ``glob(...)``), in the order written: 1 to ``most`` points."""
+    plugins.load()
+    _options(config_dir)  # stores the options that have no file
     (items, faults), choices = parsed(overrides), list[list[str]]()
     for item in items:
         try:
-            item.config_loader = _loader(config_dir)
+            item.config_loader = _loader(*groups.roots(config_dir))
             if fault := unlisted(item, most):
                 faults.append(fault)
                 continue
@@ -95,6 +98,7 @@ def expand(overrides: list[str], config_dir: Path | None = None, most: int = 100
 def _resolve(
     overrides: list[str], config_dir: Path | None, config_file: Path | None
 ) -> tuple[Config, Composed]:
+    plugins.load()
     options = _options(config_dir)
     if config_file and config_dir:
         raise ConfigError(
@@ -170,7 +174,7 @@ def _fault_of(item: Override, options: dict[str, set[str]], config_file: Path | 
 
 
 def _options(config_dir: Path | None) -> dict[str, set[str]]:
-    """Group name -> options, of the built-in folder and of the user's."""
+    """Return the options of each group: the names of YAML files, and of classes of plug-ins, which need no file."""
     if config_dir and not config_dir.is_dir():
         raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
     found: dict[str, set[str]] = {}
@@ -181,18 +185,32 @@ def _options(config_dir: Path | None) -> dict[str, set[str]]:
             *registry.outside_runs(),
         ):
             found.setdefault(file.parent.name, set()).add(file.stem)
+    for kind in (*registry.sections(), *registry.nested().values()):
+        without_file = plugins.names(kind.name) - found.get(kind.name, set())
+        _offer_to_hydra(kind.name, without_file)
+        found.setdefault(kind.name, set()).update(without_file)
     return found
 
 
+def _offer_to_hydra(group: str, names: Iterable[str]) -> None:
+    """Make ``names`` the options of ``group`` that Hydra finds without a file: each stands for ``name: NAME``."""
+    store = ConfigStore.instance()
+    store.repo[group] = {}  # of an earlier call: a file of the same name may be there by now
+    for name in names:
+        store.store(group=group, name=name, node={"name": name})
+
+
 @cache
-def _loader(config_dir: Path | None) -> ConfigLoaderImpl:
-    """Hydra's composer over the user's folder, then ours. Made directly: ``hydra.initialize`` lets built-in files win and is global."""
+def _loader(first: Path, *others: Path) -> ConfigLoaderImpl:
+    """Return Hydra's composer over folders of groups: an earlier one wins.
+
+    Made directly: ``hydra.initialize`` lets built-in files win and is global.
+    """
     version.setbase("1.3")
-    search_path = create_config_search_path(f"file://{conf_dir()}")
-    if config_dir:
-        search_path.prepend(
-            "user", f"file://{config_dir.resolve()}", anchor=SearchPathQuery(provider="main", path=None)
-        )
+    search_path = create_config_search_path(f"file://{first.resolve()}")
+    for number, folder in enumerate(others):
+        after = SearchPathQuery(provider=f"groups {number - 1}" if number else "main", path=None)
+        search_path.append(f"groups {number}", f"file://{folder.resolve()}", anchor=after)
     return ConfigLoaderImpl(config_search_path=search_path)
 
 
@@ -202,7 +220,7 @@ def _compose(
 ) -> Composed:
     """The chosen files merged in the order of the defaults list, with the line that set each key. ``stamps`` only tell cached results apart."""
     groups.check(config_dir)
-    loader = _loader(config_dir)
+    loader = _loader(*groups.roots(config_dir))
     # a group of the user's that the defaults list does not know is appended to it
     picks = [
         f"{'' if g in strict.SECTIONS else '+'}{g}={QuotedString(o, Quote.double).with_quotes()}"
@@ -221,7 +239,7 @@ def _compose(
         config = loader._compose_config_from_defaults_list(defaults, repository)
         for default in defaults:
             found = repository.load_config(default.config_path or "")
-            if found:
+            if found and found.path.startswith("file://"):
                 file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
                 origins |= yaml_origins(
                     file.read_text(), groups.label(file, config_dir), default.package or ""
@@ -276,6 +294,7 @@ def _read(file: Path) -> Composed:
     try:
         text = safe.yaml_text(file)
         config = OmegaConf.load(io.StringIO(text))
+        plugins.check(file, text)
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"--config {file} is not a mapping of settings.")
         return _with_later(Composed(_plain(config, resolve=False), yaml_origins(text, str(file))), file)

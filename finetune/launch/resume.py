@@ -7,6 +7,7 @@ import sys
 from contextlib import suppress
 from pathlib import Path
 
+from ..config import plugins
 from ..config.load import load
 from ..config.settings import NOT_THE_RUN, Config, decides
 from ..errors import ConfigError
@@ -52,7 +53,6 @@ def processes(run: Path) -> int | None:
 def command(folder: Path | None, processes: int = 1) -> str:
     """What goes on with the run in ``folder``, by as many processes: before its configuration is frozen there, or without one, what was typed."""
     if folder and (folder / "config.yaml").is_file():
-        return f"finetune train --resume {shlex.quote(str(folder))}" + (
-            f" --processes {processes}" if processes > 1 else ""
-        )
+        several = f" --processes {processes}" if processes > 1 else ""
+        return f"finetune train --resume {shlex.quote(str(folder))}{several}{plugins.words()}"
     return f"finetune {shlex.join(sys.argv[1:])}"

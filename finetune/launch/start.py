@@ -23,7 +23,11 @@ class StartOptions:
     """Options of the command line that must hold in every process it starts: ranks, runs of a sweep, measurements, cluster jobs.
 
     Every child receives them, as JSON or pickled, and calls ``apply`` before it reads any configuration. All fields are plain JSON values.
+
+    ``plugins``: absolute folders of plug-ins. Installed plug-ins are found by every process itself.
     """
+
+    plugins: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         """Write the options as one word of a command line."""
@@ -32,10 +36,17 @@ class StartOptions:
     @classmethod
     def from_json(cls, text: str) -> StartOptions:
         """Read what ``to_json`` wrote."""
-        return cls(**json.loads(text))
+        stated = json.loads(text)
+        return cls(tuple(stated["plugins"]))
 
     def apply(self) -> None:
-        """Make the options hold in this process."""
+        """Make the options hold in this process: load the plug-ins that are not loaded yet.
+
+        Raises ``ConfigError`` if one cannot be loaded.
+        """
+        from ..config import plugins
+
+        plugins.load(self.plugins)
 
 
 NO_OPTIONS = StartOptions()

@@ -80,4 +80,7 @@ def _suggest_next(result: Result, folder: Path) -> list[str]:
     run = f"ckpt={folder}"
     if any(char in str(folder) for char in QUOTED):
         run = f"--ckpt {shlex.quote(str(folder))}"
-    return [f"Next: finetune eval {run}", f"      finetune merge {run} out=merged"]
+    from ..config import plugins
+
+    options = plugins.words()
+    return [f"Next: finetune eval {run}{options}", f"      finetune merge {run} out=merged{options}"]

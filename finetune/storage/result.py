@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from .. import __version__
+from ..config import plugins
 from ..config.settings import Config
 from ..system import safe
 from .run_folder import plain
@@ -93,6 +94,7 @@ def make_result(
         "processes": processes,
         "threads": threads,
         "versions": versions(),
+        **plugins.record_of(config),
         "git_commit": git_commit(),
         "config_hash": config.hash(),
         "group_hash": group_hash(config),

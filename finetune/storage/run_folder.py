@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 from .. import __version__
-from ..config import later
+from ..config import later, plugins
 from ..config.settings import Config, decides
 from ..errors import ConfigError
 from ..system import safe
@@ -108,11 +108,15 @@ def write_json_atomic(path: Path, value: Any) -> None:
         )
 
 
-def write_yaml(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a mapping of plain values as YAML atomically, in its own order, under a line that says the format of its folder."""
+def write_yaml(path: Path, value: Mapping[str, Any], comments: Sequence[str] = ()) -> None:
+    """Write a mapping of plain values as YAML atomically, in its own order.
+
+    The first line says the format of the folder; ``comments`` are the lines after it.
+    """
     with replacing(path) as temporary:
         text = yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
-        temporary.write_text(f"# format {safe.FORMAT}, finetune {__version__}\n{text}", encoding="utf-8")
+        lines = [f"# format {safe.FORMAT}, finetune {__version__}", *comments, text]
+        temporary.write_text("\n".join(lines), encoding="utf-8")
 
 
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -310,7 +314,7 @@ class RunFolder:
         if self.finished:
             return
         try:
-            write_yaml(self.config, config.as_dict())
+            write_yaml(self.config, config.as_dict(), plugins.comments(config))
         except OSError as error:
             raise ConfigError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. Start from a folder with room that you may write to."

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..config import plugins
 from ..config.settings import Config
 from ..core.inplace import InPlace
 from ..core.method import Method
@@ -132,6 +133,7 @@ def _about(config: Config, method: Method, at: Frame) -> int:
     content = {
         **manifest.HEADER, "method": method.name, "config": named.as_dict(), "task": at.task, "labels": list(at.labels), "head": list(at.head),
         "step": config.train.steps, "phase": len(method.phases()) - 1, "base_fingerprint": "0" * 64,
+        **plugins.record_of(config),
     }  # fmt: skip
     return len(json.dumps(plain(content), indent=2, ensure_ascii=False).encode()) + 1
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..config import plugins
 from ..config.settings import Config
 from ..core.collective import anyone, meet
 from ..core.part import base
@@ -183,6 +184,7 @@ class Training:
         return {
             "method": config.method.name, "config": config.as_dict(), "task": model.task, "labels": list(self.setup.labels), "head": list(model.head),
             "step": self.session.number, "phase": self.session.phase, "base_fingerprint": self.setup.fingerprint,
+            **plugins.record_of(config),
         }  # fmt: skip
 
     def stale(self) -> bool:

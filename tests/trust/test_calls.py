@@ -14,7 +14,8 @@ CALLS = {
     "hydra.utils.instantiate",
     "instantiate", "OmegaConf.register_new_resolver", "shutil.unpack_archive", "tarfile.open", "zipfile.ZipFile",
 }  # fmt: skip
-IMPORTERS = {"registry.py", "preload.py"}  # by names that stand in this package's own source
+# By names in this package's own source, and of files in folders that the user named or of packages that are installed.
+IMPORTERS = {"finetune/registry.py", "finetune/config/plugins.py"}
 
 
 def calls() -> list[tuple[Path, ast.Call, str]]:
@@ -31,9 +32,27 @@ def test_nothing_decodes_a_pickle_or_runs_what_a_file_says() -> None:
     wrong += [
         f"{file}:{node.lineno} {name}"
         for file, node, name in calls()
-        if name.endswith("import_module") and file.name not in IMPORTERS
+        if name.endswith("import_module") and file.relative_to(ROOT.parent).as_posix() not in IMPORTERS
     ]
     assert not wrong
+
+
+def test_plug_ins_come_from_the_command_line_and_from_nothing_else() -> None:
+    """Only the options of the command line hand folders on; every other call loads what is installed."""
+    named = []
+    for file, node, name in calls():
+        if name == "plugins.load" and (node.args or node.keywords):
+            named.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
+    assert named == ["launch/start.py: plugins.load(self.plugins)"]
+    made = []
+    for file, node, name in calls():
+        names_it = name == "StartOptions" or (name == "cls" and file.name == "start.py")
+        if names_it and (node.args or node.keywords):
+            made.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
+    assert made == [
+        "cli/options.py: StartOptions(tuple((str(folder.absolute()) for folder in plugins or ())))",
+        "launch/start.py: cls(tuple(stated['plugins']))",
+    ]
 
 
 def test_no_module_that_decodes_pickles_is_imported() -> None:

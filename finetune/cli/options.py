@@ -1,0 +1,35 @@
+"""Options that several commands have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from ..launch.start import StartOptions
+
+Plugins = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--plugins",
+        metavar="DIR",
+        help="A folder of your own methods, scores, schedules, optimizers or data sets; may be repeated.",
+        show_default=False,
+    ),
+]
+
+
+def start_options(plugins: list[Path] | None) -> StartOptions:
+    """Return the options that must hold in this process and in every process that it starts."""
+    from ..launch.start import StartOptions
+
+    return StartOptions(tuple(str(folder.absolute()) for folder in plugins or ()))
+
+
+def load_plugins(plugins: list[Path] | None) -> StartOptions:
+    """Load plug-ins in this process, and return the options for processes that it starts."""
+    options = start_options(plugins)
+    options.apply()
+    return options

@@ -1,0 +1,351 @@
+"""Load plug-ins: methods, scores, schedules, optimizers, selectors and data sets from outside this package.
+
+A plug-in is a folder that the user names (``--plugins DIR``), or an installed package with an entry point in the group
+``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the registry, and the YAML
+groups in its folder ``conf`` join those of this package. Nothing that is read from a run or a model names a plug-in to
+load: a run records names, versions and SHA-256 only, and these are compared with what is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.metadata
+import importlib.util
+import json
+import shlex
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any, get_type_hints
+
+from .. import registry
+from ..errors import ConfigError
+from ..system import safe
+from ..system.exit_code import print_line
+
+GROUP = "finetune.plugins"
+PACKAGE = (
+    "finetune_plugins"  # the parent of the modules of folders; modules of installed packages keep their names
+)
+COMMENT = "# plug-in "  # starts a line of a run's config.yaml
+HEADER_LINES = 64  # of a config.yaml that are searched for such lines
+RECORD = {"name": str, "version": str, "sha256": str}
+SHOWN_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plug-in.
+
+    ``version``: "" if it states none; ``sha256``: of its Python files, as they were when it was loaded; ``package``: the
+    name that the names of its modules start with; ``folder``: where ``--plugins`` found it; ``conf``: its YAML groups.
+    """
+
+    name: str
+    version: str
+    sha256: str
+    package: str
+    folder: Path | None = None
+    conf: Path | None = None
+
+    def record(self) -> dict[str, str]:
+        """Return what a run records of the plug-in."""
+        return {"name": self.name, "version": self.version, "sha256": self.sha256}
+
+
+_LOADED: list[Plugin] = []
+_installed_are_loaded = False
+_warned: set[str] = set()
+
+
+def load(folders: Sequence[str | Path] = ()) -> None:
+    """Load the plug-ins in ``folders`` and those that are installed; what is loaded already stays as it is.
+
+    Raises ``ConfigError`` with every fault that is found: files that cannot be imported, names that are taken.
+    """
+    global _installed_are_loaded
+    faults: list[str] = []
+    if not _installed_are_loaded:
+        _installed_are_loaded = True
+        for point in importlib.metadata.entry_points(group=GROUP):
+            faults += _load_installed(point)
+    for folder in folders:
+        try:
+            faults += _load_folder(Path(folder))
+        except OSError as error:
+            faults.append(f"--plugins {folder}: {error.filename} cannot be read: {error.strerror}.")
+    if faults:
+        raise ConfigError(*faults)
+
+
+def loaded() -> tuple[Plugin, ...]:
+    """Return the plug-ins that are loaded, in the order in which they were."""
+    return tuple(_LOADED)
+
+
+def folders() -> tuple[str, ...]:
+    """Return the folders that plug-ins were loaded from, as absolute paths."""
+    return tuple(str(plugin.folder) for plugin in _LOADED if plugin.folder)
+
+
+def words() -> str:
+    """Return the options of a command line that loads the same folders again, with a space in front; or ""."""
+    return "".join(f" --plugins {shlex.quote(folder)}" for folder in folders())
+
+
+def names(kind: str) -> set[str]:
+    """Return the names of the classes of a kind that plug-ins bring."""
+    found = set()
+    for name, entry in registry.catalog(kind).items():
+        if any(_is_inside(entry.module, plugin.package) for plugin in _LOADED):
+            found.add(name)
+    return found
+
+
+def conf_dirs() -> tuple[Path, ...]:
+    """Return the folders of YAML groups that plug-ins bring."""
+    return tuple(plugin.conf for plugin in _LOADED if plugin.conf)
+
+
+def unload() -> None:
+    """Forget all plug-ins, as at the start of the process. Their modules stay imported under their names no longer."""
+    global _installed_are_loaded
+    for plugin in _LOADED:
+        _forget_modules(plugin.package)
+        for kind in registry.KINDS:
+            for name, entry in registry.catalog(kind).items():
+                if _is_inside(entry.module, plugin.package):
+                    registry.remove(kind, name)
+    _LOADED.clear()
+    _warned.clear()
+    _installed_are_loaded = False
+
+
+def _load_folder(folder: Path) -> list[str]:
+    """Load the plug-in in ``folder``; return its faults."""
+    path = folder.resolve()
+    if any(plugin.folder == path for plugin in _LOADED):
+        return []
+    option = f"--plugins {folder}"
+    if not path.is_dir():
+        return [f"{option}: there is no such folder."]
+    if taken := [plugin for plugin in _LOADED if plugin.name == path.name]:
+        return [
+            f"{option}: a plug-in named {path.name} is loaded already ({taken[0].package}). Rename the folder."
+        ]
+    if PACKAGE not in sys.modules:
+        parent = ModuleType(PACKAGE)
+        parent.__path__ = []
+        sys.modules[PACKAGE] = parent
+    package = ModuleType(f"{PACKAGE}.{path.name.replace('.', '_')}")
+    package.__path__ = [str(path)]
+    sys.modules[package.__name__] = package
+    files = _python_files(path)
+    plugin = Plugin(path.name, _stated_version(path), _digest(files), package.__name__, path, _conf_of(path))
+    return _load_modules(plugin, files, option, f"Mend it, or leave out {option}.")
+
+
+def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
+    """Load the plug-in that an installed package's entry point names; return its faults."""
+    package, version = (point.dist.name, point.dist.version) if point.dist else ("an unknown package", "")
+    source = f"The plug-in {point.name} of {package} {version}".rstrip()
+    cure = f"Update the package, or remove it: pip uninstall {package}."
+    try:
+        spec = importlib.util.find_spec(point.module)
+    except Exception as error:
+        return [f"{source}: {point.module} cannot be imported: {_in_one_line(error)}. {cure}"]
+    if spec is None or spec.origin is None:
+        return [f"{source}: there is no module {point.module}. {cure}"]
+    origin = Path(spec.origin)
+    is_package = bool(spec.submodule_search_locations)
+    files = _python_files(origin.parent) if is_package else (origin,)
+    conf = _conf_of(origin.parent) if is_package else None
+    plugin = Plugin(point.name, version, _digest(files), point.module, None, conf)
+    return _load_modules(plugin, files, source, cure)
+
+
+def _python_files(folder: Path) -> tuple[Path, ...]:
+    """Return the Python files right in ``folder`` but for its tests."""
+    found = []
+    for file in sorted(folder.glob("*.py")):
+        if file.name != "conftest.py" and not file.name.startswith("test_"):
+            found.append(file)
+    return tuple(found)
+
+
+def _digest(files: Iterable[Path]) -> str:
+    """Return the SHA-256 over names and contents of files."""
+    digest = hashlib.sha256()
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"{file.name}\n{len(content)}\n".encode())
+        digest.update(content)
+    return digest.hexdigest()
+
+
+def _conf_of(folder: Path) -> Path | None:
+    return folder / "conf" if (folder / "conf").is_dir() else None
+
+
+def _stated_version(folder: Path) -> str:
+    """Return the ``__version__`` in the folder's ``__init__.py``, or ""."""
+    file = folder / "__init__.py"
+    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+        name, sign, value = line.partition("=")
+        if sign and name.strip() == "__version__":
+            return value.strip().strip("\"'")
+    return ""
+
+
+def _load_modules(plugin: Plugin, files: Sequence[Path], source: str, cure: str) -> list[str]:
+    """Import the files of a plug-in and register their classes. With a fault nothing of it stays."""
+    classes: list[tuple[str, registry.Entry]] = []
+    faults: list[str] = []
+    is_one_module = plugin.folder is None and len(files) == 1
+    for file in files:
+        module = plugin.package
+        if file.stem != "__init__" and not is_one_module:
+            module = f"{plugin.package}.{file.stem}"
+        try:
+            text = file.read_text(encoding="utf-8")
+            entries = [entry for _, entry in registry.registered_classes(text, module)]
+            imported = importlib.import_module(module)
+        except (Exception, SystemExit) as error:
+            faults.append(f"{source}: {file} cannot be imported: {_in_one_line(error)}. {cure}")
+            continue
+        for entry in entries:
+            kind, fault = _kind_of(getattr(imported, entry.facts["class"], None), entry)
+            if not fault and entry.name in registry.catalog(kind):
+                other = registry.catalog(kind)[entry.name].module
+                fault = f"the {kind} {entry.name!r} is there already, in {other}"
+            if fault:
+                faults.append(f"{source}: {file}: {fault}. Change the class {entry.facts['class']}.")
+                continue
+            classes.append((kind, entry))
+    if not classes and not faults:
+        faults = [f'{source}: no file there has a class with @register("NAME"). See docs/adding-a-method.md.']
+    if faults:
+        _forget_modules(plugin.package)
+        return faults
+    for kind, entry in classes:
+        registry.add(kind, entry)
+    _LOADED.append(plugin)
+    return []
+
+
+def _kind_of(cls: Any, entry: registry.Entry) -> tuple[str, str]:
+    """Return the kind of a registered class, and what is wrong with the class if anything is."""
+    kind = registry.KINDS.get(getattr(cls, "KIND", ""))
+    if kind is None:
+        bases = [known.base for known in registry.KINDS.values() if known.folders]
+        return "", f"{entry.name!r} derives from no base class of a kind ({', '.join(bases)})"
+    is_frozen = getattr(vars(cls).get("__dataclass_params__"), "frozen", False)
+    if not kind.is_value and not is_frozen:
+        return "", f"the {kind.name} {entry.name!r} is not a frozen dataclass"
+    return kind.name, ""
+
+
+def _forget_modules(package: str) -> None:
+    for name in list(sys.modules):
+        if _is_inside(name, package):
+            del sys.modules[name]
+
+
+def _is_inside(module: str, package: str) -> bool:
+    return module == package or module.startswith(f"{package}.")
+
+
+def _in_one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
+
+
+def used_by(config: Any) -> list[dict[str, str]]:
+    """Return the record of each plug-in that a configuration takes a class from."""
+    modules = set(_modules_of(config))
+    found = []
+    for plugin in _LOADED:
+        if any(_is_inside(module, plugin.package) for module in modules):
+            found.append(plugin.record())
+    return found
+
+
+def _modules_of(value: Any) -> Iterable[str]:
+    """Yield the modules of all classes whose instances or names a configuration holds, base classes included."""
+    if not is_dataclass(value):
+        return
+    cls: type = type(value)
+    for base in cls.__mro__:
+        yield base.__module__
+    hints = get_type_hints(cls, include_extras=True)
+    for item in fields(value):
+        inner = getattr(value, item.name)
+        yield from _modules_of(inner)
+        for mark in getattr(hints[item.name], "__metadata__", ()):
+            if isinstance(mark, registry.Named) and inner in registry.catalog(mark.kind):
+                yield registry.catalog(mark.kind)[inner].module
+
+
+def record_of(config: Any) -> dict[str, list[dict[str, str]]]:
+    """Return the key ``plugins`` of result.json and delta.json; nothing where the configuration uses no plug-in."""
+    found = used_by(config)
+    return {"plugins": found} if found else {}
+
+
+def comments(config: Any) -> list[str]:
+    """Return the lines of a run's config.yaml that name the plug-ins it uses."""
+    return [COMMENT + json.dumps(record) for record in used_by(config)]
+
+
+def check(file: Path, text: str) -> None:
+    """Compare the plug-ins that ``text``, the frozen configuration in ``file``, names with those that are loaded.
+
+    Raises ``ConfigError`` for each that is not loaded, and warns of each whose files differ.
+    """
+    ours = [plugin.record() for plugin in _LOADED]
+    faults = []
+    for theirs in _recorded(text):
+        if theirs in ours or any(theirs["sha256"] == record["sha256"] for record in ours):
+            continue
+        same_name = [record for record in ours if record["name"] == theirs["name"]]
+        if same_name:
+            _warn(
+                f"Warning: the plug-in {_described(theirs)} that {file} was made with is loaded as "
+                f"{_described(same_name[0])}: its code has changed."
+            )
+            continue
+        faults.append(
+            f"{file} was made with the plug-in {_described(theirs)}, which is not loaded. "
+            "Name its folder by --plugins DIR, or install the package that brings it."
+        )
+    if faults:
+        raise ConfigError(*faults)
+
+
+def _described(record: dict[str, str]) -> str:
+    version = f" {record['version']}" if record["version"] else ""
+    return f"{record['name']}{version} (SHA-256 {record['sha256'][:SHOWN_DIGITS]})"
+
+
+def _recorded(text: str) -> list[dict[str, str]]:
+    """Return the records in the comments at the top of a frozen configuration; other lines are left out."""
+    found = []
+    for line in text.splitlines()[:HEADER_LINES]:
+        if not line.startswith(COMMENT):
+            continue
+        try:
+            record = safe.parse_json(line.removeprefix(COMMENT))
+        except ValueError:
+            continue
+        if not safe.differs(record, RECORD):
+            found.append(record)
+    return found
+
+
+def _warn(line: str) -> None:
+    """Print a warning once."""
+    if line not in _warned:
+        _warned.add(line)
+        print_line(line)
