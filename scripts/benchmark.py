@@ -90,8 +90,9 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
     from finetune.config.settings import TrainConfig
     from finetune.optim.adamw import AdamW
     from finetune.training.batches import Batches
+    from finetune.training.build import Pretrained
     from finetune.training.prepare import make_accelerator
-    from finetune.training.session import Session
+    from finetune.training.session import Recipe, Session
 
     class Noise(torch.utils.data.Dataset[dict[str, Any]]):
         def __len__(self) -> int:
@@ -102,16 +103,9 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
 
     train = TrainConfig(steps=steps, batch_size=BATCH, clip=None, device="cpu")
     batches = Batches(Noise(), BATCH, None, 0)
-    session = Session(
-        vit_base(),
-        method,
-        ("classifier.weight", "classifier.bias"),
-        batches,
-        AdamW(lr=1e-4),
-        train,
-        0,
-        make_accelerator(train),
-    )
+    pretrained = Pretrained(vit_base(), ("classifier.weight", "classifier.bias"))
+    recipe = Recipe(method, AdamW(lr=1e-4), train, seed=0)
+    session = Session(pretrained, recipe, batches, make_accelerator(train))
     for step in session.steps():
         yield step.seconds
 

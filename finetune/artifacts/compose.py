@@ -22,8 +22,9 @@ from ..core.site import all_sites
 from ..core.sparse.switch import add, pack
 from ..errors import ConfigError
 from ..registry import get
-from ..storage import delta as stored
-from ..storage.run_folder import STAMP, RunFolder, replacing, write_json_atomic, write_yaml
+from ..storage.atomic import STAMP, replacing, write_json_atomic, write_yaml_atomic
+from ..storage.delta import read_description, save_delta
+from ..storage.run_folder import RunFolder
 from ..training.prepare import Setup, prepare
 from .reopen import rebuild, run_of
 
@@ -126,12 +127,12 @@ def compose(
     with replacing(out) as temporary:
         files = RunFolder(temporary)
         temporary.mkdir()
-        write_yaml(files.config, composed.config.as_dict(), plugins.comments(composed.config))
+        write_yaml_atomic(files.config, composed.config.as_dict(), plugins.comments(composed.config))
         about = {
             "method": composed.config.method.name, "config": composed.config.as_dict(), "task": composed.base.task, "labels": list(composed.labels),
             "head": list(composed.base.head), "step": 0, "phase": 0, "base_fingerprint": composed.fingerprint, "composed": told,
         }  # fmt: skip
-        stored.save(files.delta, composed.session.states, about)
+        save_delta(files.delta, composed.session.states, about)
         write_json_atomic(temporary / "compose.json", {**STAMP, **told, "layers": rows})
     return {"out": str(out), **told, "notes": _notes(runs, chosen, bool(values)), "layers": rows}
 
@@ -153,7 +154,7 @@ def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path
     bases: dict[str, list[Path]] = {}
     for run in runs:
         try:
-            bases.setdefault(stored.about(run_of(run)[0].delta)["base_fingerprint"], []).append(run)
+            bases.setdefault(read_description(run_of(run)[0].delta)["base_fingerprint"], []).append(run)
         except ConfigError as error:
             faults += [fault.replace("ckpt=", "", 1) for fault in error.faults]
     if len(bases) > 1:

@@ -24,7 +24,7 @@ from ..models.load import quiet, read_model
 from ..training.prepare import Setup
 from . import merge
 from .compose import sparse_changes
-from .plain import check_free, making
+from .plain import check_free, writing_folder
 from .reopen import rebuild
 
 PREFIX = "base_model.model."  # before every name in a file of peft's
@@ -55,7 +55,7 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
         merge.TOLERANCE[setup.config.model.dtype],
         merge.TOLERANCE[merge.PRECISION[setup.config.train.precision]],
     )
-    with making(out) as temporary:
+    with writing_folder(out) as temporary:
         config.save_pretrained(temporary)
         save_file(
             {name: t.detach().cpu().contiguous() for name, t in tensors.items()},

@@ -21,7 +21,7 @@ from ..core.linalg import kth_smallest
 from ..core.part import base, patched, trained_in_place
 from ..core.site import Site, all_sites
 from ..errors import ConfigError
-from ..storage import delta as stored
+from ..storage.delta import read_description
 from ..storage.run_folder import RunFolder
 from ..system import safe
 from ..training.loss import count, example_losses
@@ -220,7 +220,7 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
             weight.requires_grad_(True)
         for batch in (b for micro in session.batches.steps(0, steps) for b in micro if b):
             with session.accelerator.autocast():
-                logits = session.tuned(**session.on_device(batch.inputs))
+                logits = session.tuned(**session.compute.on_device(batch.inputs))
             (example_losses(logits, batch.labels.to(logits.device)).sum() / count(batch)).backward()
         found = {
             name: sites[name].as_matrix(w.grad).float() for name, w in weights.items() if w.grad is not None
@@ -301,7 +301,7 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
         )
     sparse = sum(c for c, _ in counts) <= DENSE * sum(n for _, n in counts)
     rows = [shared(measure(u, rank, alpha, sparse)) for u in updates(setup, gradient)]
-    step = int(state.name.removeprefix("step-")) if state else stored.about(files.delta)["step"]
+    step = int(state.name.removeprefix("step-")) if state else read_description(files.delta)["step"]
     return {
         "run": str(files.path), "method": name, "step": step, "dtype": setup.config.model.dtype, "rank": rank, "alpha": alpha,
         "mask": "changed" if sparse else "changed_bf16",

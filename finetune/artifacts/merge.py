@@ -19,10 +19,10 @@ from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save
 from ..storage import manifest
-from ..storage.run_folder import write_json_atomic
+from ..storage.atomic import write_json_atomic
 from ..training.prepare import Setup
 from . import unmerge
-from .plain import check_free, making, read
+from .plain import check_free, read, writing_folder
 from .reopen import rebuild
 
 TOLERANCE = {
@@ -57,7 +57,7 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
     layers = fold(setup, getattr(torch, dtype))
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
-    with making(out) as temporary:
+    with writing_folder(out) as temporary:
         save(model, setup.base.processor, temporary)
         stored = unmerge.store(setup, temporary / unmerge.FOLDER)
         again = read(temporary, setup.base.task, dtype)
@@ -165,7 +165,7 @@ def logits(
     """Of the first test examples, float32 on the CPU."""
     setup.session.tuned.eval()
     with autocast:
-        return [answer(**setup.session.on_device(batch)).float().cpu() for batch in _batches(setup)]
+        return [answer(**setup.session.compute.on_device(batch)).float().cpu() for batch in _batches(setup)]
 
 
 def _batches(setup: Setup) -> Iterator[dict[str, Tensor]]:

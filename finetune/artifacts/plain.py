@@ -13,7 +13,7 @@ from ..config.settings import ModelConfig
 from ..errors import ConfigError
 from ..models.folder import check_fits, check_weights
 from ..models.load import AUTO, quiet
-from ..storage.run_folder import replacing
+from ..storage.atomic import replacing
 from ..system.disk import writing
 
 
@@ -24,7 +24,7 @@ def check_free(out: Path) -> None:
 
 
 @contextmanager
-def making(out: Path) -> Iterator[Path]:
+def writing_folder(out: Path) -> Iterator[Path]:
     """A temporary name, which becomes ``out`` when the block ends without an error. Raises ``ConfigError`` where nothing can be written."""
     try:
         with replacing(out) as temporary, writing(out):

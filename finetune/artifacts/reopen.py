@@ -9,7 +9,8 @@ from typing import Any
 from ..config.load import load as load_config
 from ..errors import ConfigError
 from ..storage import checkpoint
-from ..storage import delta as stored
+from ..storage.delta import load_delta, read_description
+from ..storage.progress import read_progress
 from ..storage.run_folder import MOVABLE, RunFolder
 from ..system import safe
 from ..training.prepare import Setup, prepare
@@ -31,7 +32,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
     files, state = run_of(path)
     config = load_config([], None, files.config)
     config = replace(config, dataset=dataset) if dataset else config
-    known = stored.about(files.delta)
+    known = read_description(files.delta)
     files.check_unaltered(known["config"], files.delta, MOVABLE)
     setup = prepare(config)
     if dataset and len(setup.labels) != len(known["labels"]):
@@ -48,17 +49,15 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
             f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights differ. Restore the original base."
         )
     if state:
-        extra = checkpoint.load(state, setup.session)
-        files.check_unaltered(
-            checkpoint.progress(state, extra).get("config") or known["config"], state, MOVABLE
-        )
+        record = read_progress(state, checkpoint.load(state, setup.session))
+        files.check_unaltered(record.config or known["config"], state, MOVABLE)
     else:
         if not 0 <= (phase := known.get("phase", 0)) < len(setup.session.phases):
             raise ConfigError(
                 f"{files.delta} is of phase {phase}, and method={config.method.name} has {len(setup.session.phases)}. Train it again."
             )
         setup.session.enter(phase)
-        stored.load(files.delta, setup.session.states)
+        load_delta(files.delta, setup.session.states)
     return setup
 
 

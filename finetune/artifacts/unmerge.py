@@ -19,11 +19,11 @@ from ..core.sparse.switch import BITS
 from ..errors import ConfigError
 from ..models.load import AUTO, fingerprint, original_parameters, save
 from ..models.processor import read_processor
-from ..storage import delta as stored
 from ..storage import manifest
+from ..storage.delta import read_tensors
 from ..system import safe
 from ..training.prepare import Setup
-from .plain import check_free, making, read
+from .plain import check_free, read, writing_folder
 
 DTYPES = {"float32", "bfloat16", "float16"}
 LIKE = {
@@ -103,7 +103,7 @@ def unmerge(path: Path, out: Path) -> dict[str, Any]:
             f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the base, {about['base']}."
         )
     processor, _ = read_processor(path, ModelConfig("merged", str(path)), about["task"], model)
-    with making(out) as temporary:
+    with writing_folder(out) as temporary:
         save(model, processor, temporary)
     return {
         "out": str(out),
@@ -135,7 +135,7 @@ def _about(path: Path) -> dict[str, Any]:
 def _put_back(model: nn.Module, file: Path) -> int:
     """Write the stored originals into ``model``; returns how many. Raises ``ConfigError`` where they do not fit it."""
     parameters, count = dict(model.named_parameters()), 0
-    content = stored.read(file)
+    content = read_tensors(file)
     for key, values in content.items():
         kind, _, name = key.partition("/")
         parameter = parameters.get(name)

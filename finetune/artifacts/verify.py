@@ -17,9 +17,9 @@ import torch
 from ..config.load import load
 from ..config.settings import Config, LoggerConfig
 from ..errors import ConfigError, FinetuneError, RunFailed
-from ..storage import delta as stored
 from ..storage import manifest
-from ..storage.lock import look
+from ..storage.delta import read_description, read_tensors
+from ..storage.lock import refuse_if_locked
 from ..storage.result import versions
 from ..storage.run_folder import RunFolder
 from ..system import safe
@@ -49,7 +49,7 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     Raises ``ConfigError`` where ``path`` is no run, or one that another process works on.
     """
     files, _ = run_of(path)
-    look(files.path)
+    refuse_if_locked(files.path)
     points, threads = [], torch.get_num_threads()
     torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order
     try:
@@ -104,7 +104,7 @@ def _files(files: RunFolder, say: Say) -> str:
     folders = [folder for folder in (files.delta, *map(files.checkpoint, files.steps())) if folder.exists()]
     faults = [fault for folder in folders for fault in manifest.faults(folder)]
     if files.delta.exists() and not faults:
-        files.check_unaltered(stored.about(files.delta)["config"], files.delta)
+        files.check_unaltered(read_description(files.delta)["config"], files.delta)
     _config(files)
     if files.result.exists():
         result = files.read_result()
@@ -242,7 +242,7 @@ def _unlike(files: RunFolder, again: RunFolder) -> list[str]:
     found = [
         f"{key} of result.json was {_short(before[key])} and is {_short(after.get(key))}" for key in changed
     ]
-    first, second = (stored.read(folder.delta / "delta.safetensors") for folder in (files, again))
+    first, second = (read_tensors(folder.delta / "delta.safetensors") for folder in (files, again))
     changed = [name for name in sorted({*first, *second}) if not _equal(first.get(name), second.get(name))]
     found += (
         [f"{len(changed)} of {len(first)} stored tensors differ (first: {changed[0]})"] if changed else []

@@ -70,7 +70,7 @@ def compare(
 ) -> None:
     """Compare runs: means, intervals over seeds, paired tests, and whether the comparison is fair."""
     from ..report.comparison import compare as compare_runs
-    from ..storage.run_folder import plain
+    from ..storage.atomic import to_json_value
 
     files = out or []
     _check_files(files)
@@ -78,7 +78,7 @@ def compare(
     suffixes = {file.suffix for file in files}
     draws = wandb or plots is not None or ".html" in suffixes
     curves = draws or as_json or ".json" in suffixes
-    data = plain(comparison.as_dict(curves=curves, defaults=_load_defaults if draws else None))
+    data = to_json_value(comparison.as_dict(curves=curves, defaults=_load_defaults if draws else None))
     for written in _write_files(data, files, plots):
         print(f"Written: {written}", file=sys.stderr)
     if as_json:
@@ -171,7 +171,7 @@ def _write_files(data: dict[str, Any], files: Sequence[Path], plot_folder: Path 
 
 def _write_file(data: dict[str, Any], file: Path) -> None:
     from ..report import formats
-    from ..storage.run_folder import replacing, write_json_atomic
+    from ..storage.atomic import replacing, write_json_atomic
 
     if file.suffix == ".json":
         write_json_atomic(file, data)
@@ -203,11 +203,11 @@ def reproduce(
 ) -> None:
     """Train a finished run once more: is the result identical, inside its seeds' interval, or neither (exit 1)?"""
     from ..artifacts.reproduce import reproduce as reproduce_run
-    from ..storage.run_folder import plain
+    from ..storage.atomic import to_json_value
 
     found = reproduce_run(run, keep, load_plugins(plugins))
     if as_json:
-        print(json.dumps(plain(found), indent=2, allow_nan=False))
+        print(json.dumps(to_json_value(found), indent=2, allow_nan=False))
     else:
         print(found["words"])
         for name, (before, now) in found["differs"].items():

@@ -19,14 +19,14 @@ def show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None
 
         from ..report.comparison import compare
         from ..report.formats import show_in_terminal
-        from ..storage.run_folder import plain
+        from ..storage.atomic import to_json_value
 
         console, folders = Console(), dict[Any, list[Path]]()
         for point, _ in results:  # a table compares runs of one data set
             which = tuple(getattr(point.config.dataset, key, None) for key in ("name", "path", "config"))
             folders.setdefault(which, []).append(point.folder.path)
         for of_one in folders.values():
-            for part in show_in_terminal(plain(compare(of_one).as_dict(curves=False)), console.width):
+            for part in show_in_terminal(to_json_value(compare(of_one).as_dict(curves=False)), console.width):
                 console.print(part)
         print(f"Everything lies in {results[0][0].folder.path.parent}")
 

@@ -1,4 +1,12 @@
-"""A session on disk, complete enough to go on to the bit: tensors as safetensors, the rest as JSON; no pickle."""
+"""Store a session so that it can go on to the bit: tensors as safetensors, the rest as JSON, no pickle.
+
+A checkpoint is a folder: ``state.safetensors`` has the tensors of the states, the optimizer and the random generators,
+``state.json`` the rest, ``manifest.json`` their checksums. The best change so far lies beside them.
+
+The optimizer's tensors are named ``optimizer/POSITION/KEY``. ``parameters`` in ``state.json`` gives the name of the
+parameter at each position. Checkpoints made before it existed lack that list: there, positions count through the
+optimizer's parameters in the order of its groups.
+"""
 
 from __future__ import annotations
 
@@ -14,162 +22,171 @@ from ..errors import ConfigError
 from ..system import safe
 from ..system.disk import writing
 from . import manifest
-from .delta import read
-from .run_folder import RunFolder, write_json_atomic
+from .atomic import write_json_atomic
+from .delta import read_tensors
+from .run_folder import RunFolder
 
-TENSORS = ("states", "optimizer", "rng")
-NONE = type(None)
-METRICS = ({str: object}, NONE)
-WATCH = {
-    "phase": int | None, "seen": int, "first": float | None, "losses": [float], "norms": [float], "dead": int, "still": ({str: int}, NONE),
-    "said": [str], "warnings": [str],
-}  # fmt: skip
-MEMORY = {
-    "batch_size": int,
-    "micro_batch_size": int | None,
-    "out_of_memory": [{"step": int, "from": int, "to": int}],
+CURE = "Go on from another checkpoint, or train again."
+STATE_SCHEMA = {
+    "phase": int,
+    "number": int,
+    "groups": [{"params": [int]}],
+    "parameters?": [str],
+    "scaler": object,
+    "extra": {},
 }
-EXTRA = {  # what a run keeps beside its session
-    "best": ([str | float], NONE), "best_step": int | None, "best_stage": ([int], NONE), "val": METRICS, "base": METRICS, "base_retention": METRICS,
-    "seconds": [float], "spent?": float, "over?": bool, "watch?": WATCH, "memory?": (MEMORY, NONE), "threads?": int,
-    "config?": {}, "processes?": int,
-}  # fmt: skip
 
 
 class Saved(Protocol):
-    """A session, or one that was kept."""
+    """A session, or a copy of its state."""
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Return ``states``, ``rng`` and ``optimizer`` (tensors, see ``tensors_of``) and other values that JSON can hold."""
 
 
 class Loadable(Protocol):
     """A session that can go on from a saved state."""
 
-    def load_state_dict(self, saved: dict[str, Any]) -> None: ...
+    def load_state_dict(self, saved: dict[str, Any]) -> None:
+        """Take over what ``state_dict`` returned. Raises ``ValueError`` or a like error where it does not fit."""
 
 
 def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None = None) -> None:
-    """Write ``state.safetensors``, ``state.json`` and their manifest; the folder appears whole or not at all.
+    """Write a checkpoint; the folder appears whole or not at all.
 
-    ``best``: the folder of the best change so far, which goes along: a later one may take its place there before the run is broken off.
+    ``extra``: values that JSON can hold, for ``load`` to return. ``best``: the folder of the best change so far. It is
+    copied, because the run may store a better one and be interrupted before its next checkpoint.
     """
     saved = session.state_dict()
-    rest = {key: value for key, value in saved.items() if key not in TENSORS}
+    positions = _positions(saved["optimizer"])
+    groups = []
+    for group in saved["optimizer"]["param_groups"]:
+        groups.append({**group, "params": [positions[name] for name in group["params"]]})
+    content = {
+        **manifest.HEADER,
+        "phase": saved["phase"],
+        "number": saved["number"],
+        "scaler": saved["scaler"],
+    }
+    content |= {"groups": groups, "parameters": list(positions), "extra": extra}
     folder.parent.mkdir(exist_ok=True)
-    with manifest.sealing(folder) as temporary:
-        with writing(temporary / "state.safetensors"):
-            save_file(tensors(saved), temporary / "state.safetensors")
-        write_json_atomic(
-            temporary / "state.json",
-            {**manifest.HEADER, **rest, "groups": saved["optimizer"]["param_groups"], "extra": extra},
-        )
-        _along(best, temporary)
+    with manifest.sealed_folder(folder) as temporary:
+        file = temporary / "state.safetensors"
+        with writing(file):
+            save_file(tensors_of(saved), file)
+        write_json_atomic(temporary / "state.json", content)
+        if best is not None:
+            _copy_change(best, temporary)
 
 
-def tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a session's state by name, on the CPU."""
-    found: dict[str, Tensor] = {f"states/{k}": v for k, v in saved["states"].items()} | {
-        f"rng/{k}": v for k, v in saved["rng"].items()
-    }
-    found |= {
-        f"optimizer/{i}/{k}": v for i, entry in saved["optimizer"]["state"].items() for k, v in entry.items()
-    }
-    return {k: v.detach().cpu().contiguous() for k, v in found.items()}
+def tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
+    """Return the tensors of a session's state by the names of ``state.safetensors``, on the CPU.
+
+    ``saved["optimizer"]`` is that of ``torch.optim.Optimizer.state_dict`` with names for the parameters' numbers.
+    """
+    found = {}
+    for kind in ("states", "rng"):
+        for name, tensor in saved[kind].items():
+            found[f"{kind}/{name}"] = tensor
+    positions = _positions(saved["optimizer"])
+    for name, entry in saved["optimizer"]["state"].items():
+        for key, tensor in entry.items():
+            found[f"optimizer/{positions[name]}/{key}"] = tensor
+    return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _positions(optimizer: dict[str, Any]) -> dict[str, int]:
+    """Number the names of the optimizer's parameters from 0, in the order of its groups."""
+    found: dict[str, int] = {}
+    for group in optimizer["param_groups"]:
+        for name in group["params"]:
+            found[name] = len(found)
+    return found
 
 
 def load(folder: Path, session: Loadable) -> dict[str, Any]:
-    """Put a saved state into ``session``; returns the ``extra`` it was saved with. Raises ``ConfigError`` for a damaged file or a later format."""
-    content = _about(folder)
+    """Put a saved state into ``session``; return the ``extra`` that it was saved with.
+
+    Raises ``ConfigError`` where a file is damaged, of a later format, or belongs to another method or model.
+    """
+    content = _read_state(folder)
     manifest.check(folder)
-    stored = read(folder / "state.safetensors")
-    parts: dict[str, dict[str, Tensor]] = {"states": {}, "rng": {}, "optimizer": {}}
+    stored = read_tensors(folder / "state.safetensors")
     try:
-        for name, tensor in stored.items():
-            part, _, key = name.partition("/")
-            parts[part][key] = tensor
-        entries: dict[int, dict[str, Tensor]] = {}
-        for name, tensor in parts["optimizer"].items():
-            place, _, key = name.partition("/")
-            entries.setdefault(int(place), {})[key] = tensor
-        optimizer = {"state": entries, "param_groups": content["groups"]}
-        session.load_state_dict(
-            {**content, "states": parts["states"], "rng": parts["rng"], "optimizer": optimizer}
-        )
+        session.load_state_dict({**content, **_sort_tensors(stored, content)})
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(
-            f"{folder} is no state of this method and model ({why}). Go on from another checkpoint, or train again."
-        ) from error
+        raise ConfigError(f"{folder} is no state of this method and model ({why}). {CURE}") from error
     extra: dict[str, Any] = content["extra"]
     return extra
 
 
-def progress(folder: Path, extra: dict[str, Any]) -> dict[str, Any]:
-    """What ``train`` kept beside its session, as it was. Raises ``ConfigError`` where ``extra`` is nothing of the kind."""
-    try:
-        memory = extra.get("memory") or {}
-        if fault := safe.differs(extra, EXTRA):
-            raise safe.Unsafe(fault)
-        counts = {**extra, **memory}
-        for key, most in (
-            ("threads", 1024),
-            ("processes", 2**20),
-            ("batch_size", 2**31),
-            ("micro_batch_size", 2**31),
-        ):
-            if not 1 <= (counts.get(key) or 1) <= most:
-                raise safe.Unsafe(f"{key} is {counts[key]}")
-        if len({extra[key] is None for key in ("best", "best_step", "best_stage")}) > 1:
-            raise safe.Unsafe("it has a best step and has none")
-        best = extra["best"] and [float(number) for number in extra["best"]]
-    except ValueError as error:
-        raise ConfigError(
-            f"{folder / 'state.json'} is no state of a run ({error}). Go on from another checkpoint, or train again."
-        ) from error
-    return {**extra, "best": best}
+def _sort_tensors(stored: dict[str, Tensor], content: dict[str, Any]) -> dict[str, Any]:
+    """Return ``states``, ``rng`` and ``optimizer`` as ``state_dict`` gave them.
+
+    The optimizer's parameters are named, or numbered where the checkpoint has no names.
+    """
+    found: dict[str, dict[str, Any]] = {"states": {}, "rng": {}, "optimizer": {}}
+    for name, tensor in stored.items():
+        kind, _, key = name.partition("/")
+        found[kind][key] = tensor
+    groups, names = content["groups"], content.get("parameters")
+    positions = [place for group in groups for place in group["params"]]
+    if sorted(positions) != list(range(len(positions))):
+        raise ValueError("the optimizer's groups do not number their parameters from 0")
+    if names is None:
+        names = list(range(len(positions)))
+    elif len(names) != len(positions) or len({*names}) != len(names):
+        raise ValueError(f"there are {len({*names})} names for the optimizer's {len(positions)} parameters")
+    entries: dict[int | str, dict[str, Tensor]] = {}
+    for name, tensor in found["optimizer"].items():
+        place, _, key = name.partition("/")
+        if int(place) not in positions:
+            raise ValueError(f"the optimizer's groups have no parameter {int(place)}")
+        entries.setdefault(names[int(place)], {})[key] = tensor
+    groups = [{**group, "params": [names[place] for place in group["params"]]} for group in groups]
+    return {**found, "optimizer": {"state": entries, "param_groups": groups}}
 
 
-def put_back(folder: Path, delta: Path) -> None:
-    """Make the best change that went along with a checkpoint the stored one again."""
-    if (
-        folder / "delta.json"
-    ).is_file():  # older checkpoints have none, nor those before the first validation
-        with manifest.sealing(delta) as temporary:
-            _along(folder, temporary)
+def restore_best(folder: Path, delta: Path) -> None:
+    """Store the best change that lies in the checkpoint ``folder`` as the run's change again.
+
+    There is none in checkpoints made before they kept it, nor in those made before the first validation.
+    """
+    if (folder / "delta.json").is_file():
+        with manifest.sealed_folder(delta) as temporary:
+            _copy_change(folder, temporary)
 
 
-def _along(source: Path | None, target: Path) -> None:
-    """Copy the files of a change. A second name for them would save the room, and share the damage."""
-    for file in sorted(source.glob("delta.*")) if source else ():
+def _copy_change(source: Path, target: Path) -> None:
+    """Copy the files of a change. A hard link would save space, but damage to one would damage both."""
+    for file in sorted(source.glob("delta.*")):
         shutil.copyfile(file, target / file.name)
 
 
-def _about(folder: Path) -> dict[str, Any]:
+def _read_state(folder: Path) -> dict[str, Any]:
     file = folder / "state.json"
     try:
         content: dict[str, Any] = safe.read_json(file)
         if newer := safe.too_new(file, content):
             raise ConfigError(f"{newer}.")
-        if fault := safe.differs(
-            content, {"phase": int, "number": int, "groups": [{}], "scaler": object, "extra": {}}
-        ):
+        if fault := safe.differs(content, STATE_SCHEMA):
             raise safe.Unsafe(fault)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}). Go on from another checkpoint, or train again."
-        ) from error
+        raise ConfigError(f"{file} cannot be read ({error}). {CURE}") from error
     return content
 
 
-def newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
-    """The whole checkpoint of the latest step in a run's folder; ``say`` hears of each that is torn or altered, and so skipped.
+def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
+    """Return the whole checkpoint of the latest step in a run's folder; tell ``say`` of each damaged one that is skipped.
 
-    Raises ``ConfigError`` for one of a later format: a version that knows it can go on from there.
+    Raises ``ConfigError`` at one of a later format: the version that wrote it can go on from there.
     """
     for step in reversed(files.steps()):
         folder = files.checkpoint(step)
-        if newer := _too_new(folder / manifest.NAME) or _too_new(folder / "state.json"):
-            raise ConfigError(f"{newer}.")
+        for name in (manifest.NAME, "state.json"):
+            if newer := _too_new(folder / name):
+                raise ConfigError(f"{newer}.")
         found = manifest.faults(folder)
         if not found:
             return folder
@@ -181,17 +198,18 @@ def _too_new(file: Path) -> str:
     try:
         return safe.too_new(file, safe.read_json(file))
     except (OSError, ValueError):
-        return ""  # no format at all
+        return ""  # a file that cannot be read has no format
 
 
 def prune(files: RunFolder, keep: int | None, newest: int) -> None:
-    """Of the checkpoints up to that of step ``newest``, which is whole, leave the last ``keep`` (``None``: all) and that of ``failure.json``.
+    """Remove all checkpoints but the last ``keep`` up to step ``newest``, which is whole; ``None`` keeps all.
 
-    Later ones go, too: the run went on from before them, so they were not whole.
+    Later ones go too: the run went on from before them, so they were damaged. The one that ``failure.json`` names stays.
     """
+    if not keep:
+        return
     steps = files.steps()
-    before = [step for step in steps if step <= newest]
-    gone = [step for step in steps if step > newest] + before[:-keep] if keep else []
-    for step in gone:
-        if step != files.failed_at():
+    kept = [step for step in steps if step <= newest][-keep:]
+    for step in steps:
+        if step not in kept and step != files.failed_at():
             shutil.rmtree(files.checkpoint(step))

@@ -1,4 +1,4 @@
-"""The trained change on disk: ``delta.safetensors`` and ``delta.json``, and nothing of the base."""
+"""Store the trained change: ``delta.safetensors`` and ``delta.json``, without any tensor of the base."""
 
 from __future__ import annotations
 
@@ -15,56 +15,67 @@ from ..errors import ConfigError
 from ..system import safe
 from ..system.disk import writing
 from . import manifest
-from .run_folder import write_json_atomic
+from .atomic import write_json_atomic
 
-ABOUT = {
-    "format": int, "method": str, "config": {}, "task": str, "labels": [str], "head": [str], "step": int, "phase?": int, "base_fingerprint": str,
-}  # fmt: skip
+DESCRIPTION_SCHEMA = {
+    "format": int,
+    "method": str,
+    "config": {},
+    "task": str,
+    "labels": [str],
+    "head": [str],
+    "step": int,
+    "phase?": int,
+    "base_fingerprint": str,
+}
 
 
-def tensors(states: nn.Module) -> dict[str, Tensor]:
-    """Everything of ``states`` that is stored, by name; some modules in their packed form."""
+def tensors_to_store(states: nn.Module) -> dict[str, Tensor]:
+    """Return every tensor of ``states`` that is stored, by name: packed ones in their packed form."""
     packed = packed_modules(states)
-    plain = {k: v.detach() for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
-    return plain | {prefix + key: t for prefix, module in packed.items() for key, t in module.pack().items()}
+    found = {}
+    for name, tensor in states.state_dict().items():
+        if not name.startswith(tuple(packed)):
+            found[name] = tensor.detach()
+    for prefix, module in packed.items():
+        for name, tensor in module.pack().items():
+            found[prefix + name] = tensor
+    return found
 
 
 def stored_bytes(states: nn.Module) -> int:
-    """Bytes of the tensors that ``save`` would write."""
-    return sum(t.numel() * t.element_size() for t in tensors(states).values())
+    """Return the bytes of all tensors that ``save_delta`` would write."""
+    return sum(t.numel() * t.element_size() for t in tensors_to_store(states).values())
 
 
-def save(folder: Path, states: nn.Module, about: dict[str, Any]) -> None:
-    """Write the change, what it belongs to, and their manifest; the folder appears whole or not at all."""
-    with manifest.sealing(folder) as temporary:
-        with writing(temporary / "delta.safetensors"):
-            save_file(
-                {k: v.cpu().contiguous() for k, v in tensors(states).items()}, temporary / "delta.safetensors"
-            )
-        write_json_atomic(temporary / "delta.json", {**manifest.HEADER, **about})
+def save_delta(folder: Path, states: nn.Module, description: dict[str, Any]) -> None:
+    """Write the change, the description of what it belongs to, and their manifest, as a whole folder or not at all."""
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_to_store(states).items()}
+    with manifest.sealed_folder(folder) as temporary:
+        file = temporary / "delta.safetensors"
+        with writing(file):
+            save_file(tensors, file)
+        write_json_atomic(temporary / "delta.json", {**manifest.HEADER, **description})
 
 
-def about(folder: Path) -> dict[str, Any]:
-    """The content of ``delta.json``; raises ``ConfigError`` where it is missing, damaged or of a later format."""
+def read_description(folder: Path) -> dict[str, Any]:
+    """Return the content of ``delta.json``. Raises ``ConfigError`` where it is missing, damaged or of a later format."""
     file = folder / "delta.json"
+    cure = "Give the folder of a run that has stored its change."
     try:
         content: Any = safe.read_json(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"{file} cannot be read ({error}). Give the folder of a run that has stored its change."
-        ) from error
+        raise ConfigError(f"{file} cannot be read ({error}). {cure}") from error
     if newer := safe.too_new(file, content):
         raise ConfigError(f"{newer}.")
-    if fault := safe.differs(content, ABOUT):
-        raise ConfigError(
-            f"{file} does not say what a change belongs to ({fault}). Give the folder of a run that has stored its change."
-        )
+    if fault := safe.differs(content, DESCRIPTION_SCHEMA):
+        raise ConfigError(f"{file} does not describe a stored change ({fault}). {cure}")
     found: dict[str, Any] = content
     return found
 
 
-def read(file: Path) -> dict[str, Tensor]:
-    """The tensors of a safetensors file; raises ``ConfigError`` where it is missing or damaged."""
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Return the tensors of a safetensors file. Raises ``ConfigError`` where it is missing or damaged."""
     try:
         safe.tensors_of(file)
         return load_file(file)
@@ -75,39 +86,56 @@ def read(file: Path) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def load(folder: Path, states: nn.Module) -> None:
-    """Put the stored change into ``states`` as ``build`` made them. Raises ``ConfigError`` where it is damaged or belongs to something else."""
+def load_delta(folder: Path, states: nn.Module) -> None:
+    """Put the stored change into ``states``, which ``build`` made for the same method and model.
+
+    Raises ``ConfigError`` where the folder is damaged, its tensors have other names or shapes, or a number is not
+    finite.
+    """
     manifest.check(folder)
     file = folder / "delta.safetensors"
-    stored = read(file)
+    stored = read_tensors(file)
     packed = packed_modules(states)
-    names = {prefix: list(module.pack()) for prefix, module in packed.items()}
-    own = {k: v for k, v in states.state_dict().items() if not k.startswith(tuple(packed))}
-    wanted = {k: tuple(v.shape) for k, v in own.items()} | {
-        f"{prefix}{k}": None for prefix in packed for k in names[prefix]
-    }
-    wrong = sorted(wanted.keys() ^ stored.keys()) or [
-        k for k, shape in wanted.items() if shape is not None and shape != tuple(stored[k].shape)
-    ]
-    if wrong:
-        raise ConfigError(
-            f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). Use the run's own config.yaml."
-        )
-    if wild := [k for k, t in stored.items() if not t.isfinite().all()]:
-        raise ConfigError(
-            f"{file} holds numbers that are not finite (first: {wild[0]}). Copy it again from where it was made, or train again."
-        )
+    packed_names = {prefix: list(module.pack()) for prefix, module in packed.items()}
+    _check_tensors(file, stored, _wanted_shapes(states, packed_names))
     try:
         for prefix, module in packed.items():
-            module.unpack({k: stored.pop(prefix + k) for k in names[prefix]})
+            module.unpack({name: stored.pop(prefix + name) for name in packed_names[prefix]})
         states.load_state_dict(stored, strict=False)
-    except (
-        ConfigError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        IndexError,
-    ) as error:  # of tensors of another kind than ``pack`` gives
+    except (ConfigError, ValueError, TypeError, RuntimeError, IndexError) as error:  # tensors of other types
         raise ConfigError(
             f"{file} does not belong to this method and model ({error}). Use the run's own config.yaml."
         ) from error
+
+
+def _wanted_shapes(
+    states: nn.Module, packed_names: dict[str, list[str]]
+) -> dict[str, tuple[int, ...] | None]:
+    """Return the shape of every tensor that must be stored; ``None`` for packed ones, whose size is free."""
+    wanted: dict[str, tuple[int, ...] | None] = {}
+    for name, tensor in states.state_dict().items():
+        if not name.startswith(tuple(packed_names)):
+            wanted[name] = tuple(tensor.shape)
+    for prefix, names in packed_names.items():
+        for name in names:
+            wanted[prefix + name] = None
+    return wanted
+
+
+def _check_tensors(file: Path, stored: dict[str, Tensor], wanted: dict[str, tuple[int, ...] | None]) -> None:
+    wrong = sorted(wanted.keys() ^ stored.keys())
+    if not wrong:
+        for name, shape in wanted.items():
+            if shape is not None and shape != tuple(stored[name].shape):
+                wrong.append(name)
+    if wrong:
+        raise ConfigError(
+            f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). "
+            "Use the run's own config.yaml."
+        )
+    for name, tensor in stored.items():
+        if not tensor.isfinite().all():
+            raise ConfigError(
+                f"{file} holds numbers that are not finite (first: {name}). "
+                "Copy it again from where it was made, or train again."
+            )

@@ -1,7 +1,8 @@
-"""The lock of a run's folder, ``RUN/.lock``: no two processes write into one run. Imports no torch.
+"""Keep two processes from writing into one run: the lock file ``RUN/.lock``. Imports no torch.
 
-It is held by an open file (``flock``), so it ends with its process, however that ends; what stands in the file is for people, and for other machines
-on a shared file system, where ``flock`` may not reach. Whoever takes it clears up after a process that was killed.
+The lock is an open file (``flock``), so the kernel releases it when its process ends, however that happens. The file
+also records the process and the host that hold it: for messages, and for shared file systems, where ``flock`` may
+not reach other machines. The process that takes the lock cleans up after one that was killed.
 """
 
 from __future__ import annotations
@@ -23,53 +24,40 @@ from ..errors import ConfigError
 from ..system import safe
 
 NAME = ".lock"
-TEMPORARY = re.compile(
-    r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<end>tmp|old)"
-)  # what ``files.replacing`` makes
-INHERITED = "FINETUNE_LOCK_FD"  # the number of the open file by which the parent of this process holds the lock of its run
-SHARED = (
-    "nfs",
-    "cifs",
-    "smb",
-    "lustre",
-    "gpfs",
-    "beegfs",
-    "ceph",
-    "gluster",
-    "9p",
-    "virtiofs",
-    "fuse",
-    "afs",
-    "pvfs",
-    "orangefs",
+TEMPORARY = re.compile(r"\.(?P<name>.+)\.(?P<pid>\d{1,10})\.(?P<ending>tmp|old)")  # see atomic.replacing
+INHERITED = (
+    "FINETUNE_LOCK_FD"  # environment variable: the file descriptor of a lock that the parent process holds
 )
+ATTEMPTS = 10
+RECORD_BYTES = 1000
+SHARED = (
+    *("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph"),
+    *("gluster", "9p", "virtiofs", "fuse", "afs", "pvfs", "orangefs"),
+)  # how the types of file systems begin that several machines may share
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _held: set[int] = set()
 
 
-def _forget() -> None:
-    """A process forked from one that holds a lock (a worker that loads data) does not hold it: it may live a little longer."""
+def _close_held_locks() -> None:
+    """Drop the locks in a forked process, such as a data loader's worker, which may outlive the holder."""
     for handle in _held:
         os.close(handle)
     _held.clear()
 
 
-os.register_at_fork(after_in_child=_forget)
+os.register_at_fork(after_in_child=_close_held_locks)
 
 
 def lock(folder: Path) -> int | None:
-    """Take the lock: an open file, to be given to ``release``; ``None`` if another process has it. Raises ``OSError`` where none can be made.
+    """Take the lock without waiting: return an open file for ``release``, or ``None`` if another process holds it.
 
-    Where the file system knows no locks, what stands in the file has to do.
+    Without ``flock`` support, trust the process and the host recorded in the file. Raises ``OSError`` where the file
+    cannot be made.
     """
-    for left in reversed(range(10)):
+    for attempt in range(1, ATTEMPTS + 1):
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if (
-                _is(handle, folder) or not left
-            ):  # there are file systems that number a file anew at every look
-                return handle  # else it was removed between the two, and keeps nobody out
         except BlockingIOError:
             os.close(handle)
             return None
@@ -77,46 +65,52 @@ def lock(folder: Path) -> int | None:
             if error.errno not in UNSUPPORTED:
                 os.close(handle)
                 raise
-            said = _said(folder)
-            if not said or said["host"] != socket.gethostname() or not _alive(said["pid"]):
-                return handle
-            os.close(handle)
-            return None
-        os.close(handle)
+            record = _read_record(folder)
+            if record and record["host"] == socket.gethostname() and _is_alive(record["pid"]):
+                os.close(handle)
+                return None
+            return handle
+        if _is_lock_of(handle, folder):
+            return handle
+        if attempt == ATTEMPTS:  # some file systems give a file another inode number at every look
+            return handle
+        os.close(handle)  # the file was removed after it was opened, so this lock would keep no process out
     return None
 
 
 def sign(handle: int, pid: int) -> None:
-    """Write into a held lock who has it."""
+    """Record process ``pid`` of this host as the holder in a lock file that is held."""
+    record = {"pid": pid, "host": socket.gethostname(), "started": time.time()}
     try:
         os.ftruncate(handle, 0)
-        os.pwrite(
-            handle, json.dumps({"pid": pid, "host": socket.gethostname(), "started": time.time()}).encode(), 0
-        )
+        os.pwrite(handle, json.dumps(record).encode(), 0)
     except OSError:
-        pass  # a full disk; the lock holds all the same
+        pass  # a full disk: the lock itself holds without the record
 
 
 def release(handle: int) -> None:
-    """Give a lock back; since when it was held stays there, for whoever wants to know how long a run took."""
+    """Release a lock. Of its record only the time at which it was taken stays, to tell how long the run took."""
     try:
-        said = os.pread(handle, 1000, 0)
+        record = json.loads(os.pread(handle, RECORD_BYTES, 0))
         os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps({"started": json.loads(said)["started"]}).encode(), 0)
+        os.pwrite(handle, json.dumps({"started": record["started"]}).encode(), 0)
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # a full disk, or nobody signed
+        pass  # a full disk, or no record
     finally:
         os.close(handle)
 
 
 def holder(folder: Path) -> str:
-    """Who took the lock of a run folder last and has not given it back, as ``process 12 on host``; empty if nobody is known."""
-    said = _said(folder)
-    return f"process {said['pid']} on {said['host']}" if said else ""
+    """Return the recorded holder of a run folder's lock as ``process 12 on host``; empty if none is recorded."""
+    record = _read_record(folder)
+    return f"process {record['pid']} on {record['host']}" if record else ""
 
 
-def look(folder: Path) -> None:
-    """Raise ``ConfigError`` if another process holds the lock now; takes and makes nothing. ``held`` decides, and this spares the wait."""
+def refuse_if_locked(folder: Path) -> None:
+    """Raise ``ConfigError`` if another process holds the lock now.
+
+    Takes nothing, so ``holding_lock`` may still fail later; this check only fails before the slow work does.
+    """
     if os.environ.get(INHERITED):
         return
     try:
@@ -134,48 +128,49 @@ def look(folder: Path) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if need be; a parent's lock, if this process was given it, is enough.
+def holding_lock(folder: Path) -> Iterator[None]:
+    """Hold the lock of ``folder``, which is made if needed. A lock that the parent process handed down is used as it is.
 
-    Raises ``ConfigError`` naming a live holder, or where none can be taken; ``FileNotFoundError`` at the end if the folder is gone by then.
+    Raises ``ConfigError`` that names the holder if another process holds the lock, or if none can be made;
+    ``FileNotFoundError`` at the end of the block if the folder has vanished meanwhile.
     """
-    given = os.environ.get(INHERITED, "")
-    if given.isdecimal() and _is(int(given), folder):
-        handle, ours = int(given), False
-    else:
-        handle, ours = _take(folder), True
+    inherited = os.environ.get(INHERITED, "")
+    is_ours = not (inherited.isdecimal() and _is_lock_of(int(inherited), folder))
+    handle = _take(folder) if is_ours else int(inherited)
     _held.add(handle)
     try:
         for place in (folder, folder / "checkpoints"):
             recover(place)
         yield
-        if not any(
-            (folder / name).exists() for name in (NAME, "config.yaml")
-        ):  # the lock alone may have been removed by hand
+        if not (folder / NAME).exists() and not (folder / "config.yaml").exists():
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder / NAME))
     finally:
         _held.discard(handle)
-        if ours:
+        if is_ours:
             release(handle)
 
 
 def recover(folder: Path) -> None:
-    """Put back what a killed process had moved away, and remove what it left half written. For whoever holds the lock."""
-    found = [
-        (file, match)
-        for file in (folder.iterdir() if folder.is_dir() else ())
-        if (match := TEMPORARY.fullmatch(file.name))
-    ]
-    for file, match in found:
+    """Restore what a killed process had moved aside, and remove its temporary files. The caller holds the lock."""
+    if not folder.is_dir():
+        return
+    for file in list(folder.iterdir()):
+        match = TEMPORARY.fullmatch(file.name)
+        if match is None:
+            continue
         place, writer = file.with_name(match["name"]), int(match["pid"])
-        if match["end"] == "old" and not place.exists():
+        if match["ending"] == "old" and not place.exists():
             file.replace(place)
-        elif writer == os.getpid() or not _alive(writer):
-            shutil.rmtree(file) if file.is_dir() and not file.is_symlink() else file.unlink()
+        elif writer != os.getpid() and _is_alive(writer):
+            continue
+        elif file.is_dir() and not file.is_symlink():
+            shutil.rmtree(file)
+        else:
+            file.unlink()
 
 
-def _alive(pid: int) -> bool:
-    """Whether a process of this machine has that number."""
+def _is_alive(pid: int) -> bool:
+    """Return whether this machine runs a process of that number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -191,52 +186,54 @@ def _take(folder: Path) -> int:
         handle = lock(folder)
     except OSError as error:
         raise ConfigError(
-            f"The run folder {folder} cannot be written: {error.strerror}. Start from a folder with room that you may write to."
+            f"The run folder {folder} cannot be written: {error.strerror}. "
+            "Start from a folder with free space that you may write to."
         ) from error
     if handle is None:
         raise ConfigError(_in_use(folder))
-    said = _said(folder)
-    if said and said["host"] != socket.gethostname() and _kind(folder).startswith(SHARED):
+    record = _read_record(folder)
+    if record and record["host"] != socket.gethostname() and _file_system(folder).startswith(SHARED):
         os.close(handle)
         raise ConfigError(
-            f"{folder} was last used by {holder(folder)}, which did not say that it ended, and this machine cannot see whether it works. "
-            f"If it does not, remove {folder / NAME}; then the same command goes on."
+            f"{folder} was last used by {holder(folder)}, which did not report its end, and this machine cannot see "
+            f"whether it still runs. If it does not, remove {folder / NAME}; then the same command goes on."
         )
     sign(handle, os.getpid())
     return handle
 
 
 def _in_use(folder: Path) -> str:
-    return f"{folder} is in use by {holder(folder) or 'another process'}. Wait for it, or end it; then the same command goes on."
+    user = holder(folder) or "another process"
+    return f"{folder} is in use by {user}. Wait for it, or end it; then the same command goes on."
 
 
-def _is(handle: int, folder: Path) -> bool:
-    """Whether an open file is the lock that lies in ``folder`` now."""
+def _is_lock_of(handle: int, folder: Path) -> bool:
+    """Return whether an open file is the lock file that lies in ``folder`` now."""
     try:
         return os.path.samestat(os.fstat(handle), (folder / NAME).lstat())
     except OSError:
         return False
 
 
-def _said(folder: Path) -> dict[str, Any]:
-    """The process and the machine that a lock names."""
+def _read_record(folder: Path) -> dict[str, Any]:
+    """Return ``pid`` and ``host`` of the holder that a lock file records; empty if it records none."""
     try:
-        said: dict[str, Any] = safe.read_json(folder / NAME, {"pid": int, "host": str}, most=1000)
-        return said
+        record: dict[str, Any] = safe.read_json(folder / NAME, {"pid": int, "host": str}, most=RECORD_BYTES)
+        return record
     except (OSError, ValueError):
         return {}
 
 
-def _kind(folder: Path) -> str:
-    """The type of the file system that ``folder`` lies on, as Linux names it; empty if unknown."""
+def _file_system(folder: Path) -> str:
+    """Return the type of the file system of ``folder`` as Linux names it (``ext4``, ``nfs4``); empty if unknown."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
         return ""
-    place, found = str(folder.resolve()), ("", "")
+    place, longest, found = f"{folder.resolve()}/", "", ""
     for line in lines:
         before, _, after = line.partition(" - ")
         mount = before.split()[4].replace("\\040", " ")
-        if len(mount) >= len(found[0]) and f"{place}/".startswith(f"{mount.rstrip('/')}/"):
-            found = (mount, after.split()[0])
-    return found[1]
+        if len(mount) >= len(longest) and place.startswith(f"{mount.rstrip('/')}/"):
+            longest, found = mount, after.split()[0]
+    return found

@@ -1,4 +1,4 @@
-"""What a folder of tensors must hold: ``manifest.json`` with the bytes and the SHA-256 of each of its files. Imports no torch."""
+"""List the files of a folder of tensors in ``manifest.json``, with size and SHA-256, and check them. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,31 +12,30 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..system import safe
-from .run_folder import STAMP, replacing, write_json_atomic
+from .atomic import STAMP, replacing, write_json_atomic
 
 NAME = "manifest.json"
 HEADER = {
     **STAMP,
     "manifest": NAME,
-}  # in front of the JSON file beside it; folders made before there were manifests lack both
+}  # first keys of the JSON file beside it; folders older than manifests lack both
 KINDS = (".json", ".safetensors")
 
 
 def write(folder: Path) -> None:
-    """Record the files that lie in ``folder`` now. To be called last, before the folder gets its name."""
-    files = {
-        file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)}
-        for file in sorted(folder.iterdir())
-        if file.name != NAME
-    }
+    """Record the files that lie in ``folder`` now. To be called last, before the folder gets its final name."""
+    files = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != NAME:
+            files[file.name] = {"bytes": file.stat().st_size, "sha256": _sha256(file)}
     write_json_atomic(folder / NAME, {**STAMP, "files": files})
 
 
 @contextmanager
-def sealing(folder: Path) -> Iterator[Path]:
-    """A temporary folder to fill, which takes the place of ``folder``, with its manifest, when the block ends without an error.
+def sealed_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder to fill; give it a manifest and move it to ``folder`` when the block ends without an error.
 
-    What ``folder`` lies in is not made: where a user has removed it, nothing is written.
+    The parent folder is not made: raises ``FileNotFoundError`` where a user has removed it.
     """
     if not folder.parent.is_dir():
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(folder.parent))
@@ -47,7 +46,10 @@ def sealing(folder: Path) -> Iterator[Path]:
 
 
 def faults(folder: Path) -> list[str]:
-    """What is wrong with ``folder``, each naming the file; empty when it is whole. Reads every byte."""
+    """Return what is wrong with ``folder``, one sentence for each file without its full stop; empty if it is whole.
+
+    Reads every byte of every file.
+    """
     try:
         content = safe.read_json(folder / NAME)
         if newer := safe.too_new(folder / NAME, content):
@@ -55,26 +57,30 @@ def faults(folder: Path) -> list[str]:
         if fault := safe.differs(content, {"files": {str: {"bytes": int, "sha256": str}}}):
             return [f"{folder / NAME} does not list the files of its folder: {fault}"]
     except FileNotFoundError:
-        return _without(folder)
+        return _faults_without_manifest(folder)
     except (OSError, ValueError) as error:
-        return [f"{folder / NAME} cannot be read ({_brief(error)})"]
-    there = {file.name for file in folder.iterdir() if file.suffix in KINDS} - {NAME}
-    extra = [f"{folder / name} is not in {NAME}" for name in sorted(there - content["files"].keys())]
-    found = [_fault(folder, name, entry) for name, entry in content["files"].items()]
-    return [words for words in found if words] + extra or (
-        [] if content["files"] else [f"{folder / NAME} names no file"]
-    )
+        return [f"{folder / NAME} cannot be read ({_reason(error)})"]
+    listed: dict[str, Any] = content["files"]
+    found = []
+    for name, entry in listed.items():
+        if fault := _file_fault(folder, name, entry):
+            found.append(fault)
+    for file in sorted(folder.iterdir()):
+        if file.suffix in KINDS and file.name not in (NAME, *listed):
+            found.append(f"{file} is not in {NAME}")
+    if not listed and not found:
+        found.append(f"{folder / NAME} names no file")
+    return found
 
 
 def check(folder: Path) -> None:
-    """Raise ``ConfigError``, naming each file, unless ``folder`` is whole."""
+    """Raise ``ConfigError`` with every fault of ``folder`` unless it is whole."""
+    cure = "Copy the folder again from where it was made, or train again."
     if found := faults(folder):
-        raise ConfigError(
-            *(f"{words}. Copy the folder again from where it was made, or train again." for words in found)
-        )
+        raise ConfigError(*(f"{fault}. {cure}" for fault in found))
 
 
-def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
+def _file_fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
     file = folder / name
     if Path(name).name != name:
         return f"{folder / NAME} names {name[:80]!r}, which is no file of its folder"
@@ -84,15 +90,13 @@ def _fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
             return (
                 f"{file} is damaged or cut short: it has {size:,} bytes, and {NAME} says {entry['bytes']:,}"
             )
-        return (
-            ""
-            if _sha256(file) == entry["sha256"]
-            else f"{file} is damaged: its SHA-256 is not that of {NAME}"
-        )
+        if _sha256(file) != entry["sha256"]:
+            return f"{file} is damaged: its SHA-256 is not that of {NAME}"
     except FileNotFoundError:
         return f"{file} is missing"
     except OSError as error:
-        return f"{file} cannot be read ({_brief(error)})"
+        return f"{file} cannot be read ({_reason(error)})"
+    return ""
 
 
 def _sha256(file: Path) -> str:
@@ -100,13 +104,14 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(content, "sha256").hexdigest()
 
 
-def _without(folder: Path) -> list[str]:
-    """Faults of a folder without a manifest. In one made before there were any, JSON and the layout of the tensors are all that can be checked."""
-    files = sorted(file for file in folder.iterdir() if file.suffix in KINDS) if folder.is_dir() else []
+def _faults_without_manifest(folder: Path) -> list[str]:
+    """Check a folder made before there were manifests: only JSON syntax and the layout of the tensors can be checked."""
+    files = []
+    if folder.is_dir():
+        files = sorted(file for file in folder.iterdir() if file.suffix in KINDS)
     if {file.suffix for file in files} != {*KINDS}:
-        return [
-            f"{folder} has lost files: {', '.join(file.name for file in files) or 'none'} is all that lies there"
-        ]
+        names = ", ".join(file.name for file in files) or "none"
+        return [f"{folder} has lost files: {names} is all that lies there"]
     found = []
     for file in files:
         try:
@@ -115,9 +120,9 @@ def _without(folder: Path) -> list[str]:
             elif "manifest" in safe.read_json(file, {}):
                 found.append(f"{folder / NAME} is missing")
         except (OSError, ValueError) as error:
-            found.append(f"{file} is damaged or cut short: {_brief(error)}")
+            found.append(f"{file} is damaged or cut short: {_reason(error)}")
     return found
 
 
-def _brief(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     return getattr(error, "strerror", None) or str(error) or type(error).__name__

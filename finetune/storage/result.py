@@ -16,7 +16,7 @@ from .. import __version__
 from ..config import plugins
 from ..config.settings import Config
 from ..system import safe
-from .run_folder import plain
+from .atomic import to_json_value
 
 RECORDED = (
     "torch",
@@ -29,6 +29,38 @@ RECORDED = (
     "tokenizers",
     "wandb",
 )
+
+
+NUMBERS = (type(None), {str: float | None})
+RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has less
+    "status": str,
+    "error?": str | None,
+    "method?": str,
+    "model?": str,
+    "dataset?": str,
+    "seed?": int,
+    "steps?": int,
+    "best_step?": int | None,
+    "metrics?": {str: NUMBERS},
+    "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}),
+    "stored_bytes?": int | None,
+    "cost?": (
+        type(None),
+        {
+            "step_seconds_median?": float | None,
+            "train_seconds?": float,
+            "peak_memory_bytes?": int,
+            "peak_memory_kind?": str,
+        },
+    ),
+    "versions?": {str: str},
+    "git_commit?": str | None,
+    "device?": str | None,
+    "config_hash?": str,
+    "group_hash?": str,
+    "suspect?": [str],
+    "warnings?": [str],
+}
 
 
 class Params(TypedDict):
@@ -81,7 +113,7 @@ def make_result(
         "model_path": config.model.path,
         "dataset": config.dataset.name,
         "seed": config.seed,
-        "metrics": plain(metrics or {}),
+        "metrics": to_json_value(metrics or {}),
         "params": params,
         "stored_bytes": stored_bytes,
         "cost": cost,

@@ -1,174 +1,29 @@
-"""The files of a run: where they lie and how they are written. Imports no torch.
+"""Name the files of a run's folder, read its result, and compare its frozen configuration. Imports no torch.
 
-Every file but the two that grow (``metrics.jsonl``, ``log.txt``) appears whole or not at all. The contract is docs/run-folder.md.
+The contract is docs/run-folder.md.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import datetime
-import json
-import math
-import os
 import re
-import shutil
-import stat
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..config import later, plugins
 from ..config.settings import Config, decides
 from ..errors import ConfigError
 from ..system import safe
+from .atomic import sync_to_disk, write_yaml_atomic
+from .result import RESULT_SCHEMA
 
-UMASK = os.umask(0)  # which can only be read by setting it
-os.umask(UMASK)
-STAMP = {"format": safe.FORMAT, "finetune": __version__}  # in front of a JSON file: what is needed to read it
 TRIALS = "trials"  # the folder in that of a sweep which holds the runs that settings were tuned by: ``name=NAME/trials``
-CLASSIFICATION = {"id": "string", "label": "int64", "prediction": "int64", "score": "float64"}
-LANGUAGE = {"loss": "float64", "bytes": "int64"}
-NUMBERS = (type(None), {str: float | None})
 MOVABLE = (  # where things lie and what computes: free in a run that is only read
     "model.path", "model.download", "model.revision", "dataset.path", "train.device", "train.threads", "train.workers", "train.eval_batch_size",
 )  # fmt: skip
-RESULT = {  # what readers rely on; a failed run has less
-    "status": str, "error?": str | None, "method?": str, "model?": str, "dataset?": str, "seed?": int, "steps?": int, "best_step?": int | None,
-    "metrics?": {str: NUMBERS}, "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}), "stored_bytes?": int | None,
-    "cost?": (
-        type(None),
-        {"step_seconds_median?": float | None, "train_seconds?": float, "peak_memory_bytes?": int, "peak_memory_kind?": str},
-    ),
-    "versions?": {str: str}, "git_commit?": str | None, "device?": str | None, "config_hash?": str, "group_hash?": str,
-    "suspect?": [str], "warnings?": [str],
-}  # fmt: skip
-
-
-def plain(value: Any) -> Any:
-    """``value`` as strict JSON can hold it: scalars of numpy and torch become Python's, NaN and infinities ``None``."""
-    if isinstance(value, Mapping):
-        return {str(key): plain(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain(item) for item in value]
-    if isinstance(value, Path):
-        return str(value)
-    value = value.item() if hasattr(value, "item") else value
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _sync(path: Path) -> None:
-    """Make what ``path`` holds survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _discard(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name for a file or folder to write, which takes the place of ``path`` when the block ends without an error."""
-    temporary, before = (path.with_name(f".{path.name}.{os.getpid()}.{end}") for end in ("tmp", "old"))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    _discard(temporary)
-    try:
-        yield temporary
-        for written in (temporary, *temporary.rglob("*")):
-            if (
-                written.is_file() and stat.S_IMODE(written.stat().st_mode) == 0o600
-            ):  # as safetensors makes them, whatever the user's umask
-                written.chmod(0o666 & ~UMASK)
-            _sync(written)
-        if path.is_dir():  # nothing can be renamed over a folder that holds files; whoever is killed here leaves it to lock.py
-            path.replace(before)
-        temporary.replace(path)
-        _sync(path.parent)
-        _discard(before)
-    finally:
-        if before.exists() and not path.exists():
-            before.replace(path)
-        _discard(temporary)
-
-
-def write_json_atomic(path: Path, value: Any) -> None:
-    """Write strict, indented JSON atomically."""
-    with replacing(path) as temporary:
-        temporary.write_text(
-            json.dumps(plain(value), indent=2, allow_nan=False, ensure_ascii=False) + "\n", encoding="utf-8"
-        )
-
-
-def write_yaml(path: Path, value: Mapping[str, Any], comments: Sequence[str] = ()) -> None:
-    """Write a mapping of plain values as YAML atomically, in its own order.
-
-    The first line says the format of the folder; ``comments`` are the lines after it.
-    """
-    with replacing(path) as temporary:
-        text = yaml.safe_dump(dict(value), sort_keys=False, allow_unicode=True)
-        lines = [f"# format {safe.FORMAT}, finetune {__version__}", *comments, text]
-        temporary.write_text("\n".join(lines), encoding="utf-8")
-
-
-def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Write one row per test example as Parquet: id, label, prediction, score; or id, loss, bytes for a language model.
-
-    The columns are those of the first row, in the contract's types. Raises ``ValueError`` for no rows, other columns or unequal rows.
-    """
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    known = {**CLASSIFICATION, **LANGUAGE}
-    columns = [name for name in known if rows and name in rows[0]]
-    if not columns or any(set(row) != set(columns) for row in rows):
-        raise ValueError(
-            f"predictions need at least one row, and every row the same of the columns {', '.join(known)}"
-        )
-    table = pa.table(
-        {name: pa.array([plain(row[name]) for row in rows], known[name]) for name in columns},
-        metadata={"format": str(safe.FORMAT)},
-    )
-    with replacing(path) as temporary:
-        pq.write_table(table, temporary)
-
-
-class MetricsFile:
-    """Appends one JSON object a line, each with its ``step``; open only while it writes.
-
-    A run that resumes after ``start`` steps drops the lines of later steps and a torn last one; one that starts anew drops all.
-    """
-
-    def __init__(self, path: Path, start: int = 0) -> None:
-        self.path = path
-        there = (
-            path.read_text(encoding="utf-8", errors="replace").splitlines() if start and path.exists() else []
-        )
-        kept = [line for line in there if _step(line) <= start]
-        with replacing(path) as temporary:
-            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
-
-    def append(self, step: int, metrics: Mapping[str, Any]) -> None:
-        """Write one line."""
-        line = json.dumps(plain({"step": step, **metrics}), allow_nan=False)
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(line + "\n")
-
-
-def _step(line: str) -> float:
-    """The step of a line of metrics; infinite for a line that was cut short."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf
 
 
 def _folder_name(key: str, value: str) -> str:
@@ -277,7 +132,7 @@ class RunFolder:
             )
         if newer := safe.too_new(self.result, result):
             raise ConfigError(f"{newer}.")
-        if fault := safe.differs(result, RESULT):
+        if fault := safe.differs(result, RESULT_SCHEMA):
             raise ConfigError(
                 f"{self.result} is not as a run wrote it: {fault}. Train again in another folder."
             )
@@ -306,7 +161,7 @@ class RunFolder:
         """Make the lines written so far survive a power cut, as a checkpoint does."""
         for file in (self.metrics, self.log):
             if file.exists():
-                _sync(file)
+                sync_to_disk(file)
 
     def open_or_check(self, config: Config) -> None:
         """Make the folder and freeze ``config`` in it. Raises ``ConfigError``, with nothing written, if another run's files are there."""
@@ -314,7 +169,7 @@ class RunFolder:
         if self.finished:
             return
         try:
-            write_yaml(self.config, config.as_dict(), plugins.comments(config))
+            write_yaml_atomic(self.config, config.as_dict(), plugins.comments(config))
         except OSError as error:
             raise ConfigError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. Start from a folder with room that you may write to."

@@ -95,11 +95,10 @@ def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
 
 def _try(config: Config, known: dict[str, Any]) -> None:
     """Read and build as a run does; ``known`` keeps the last data set and model."""
-    from torch import nn
-
-    from ..core.part import detach, parts
+    from ..core.part import detach
     from ..data.encode import encode
     from ..models.load import load, original_parameters
+    from ..training.build import Pretrained, build_states
     from ..training.prepare import check_machine
 
     check_machine(config)
@@ -111,9 +110,6 @@ def _try(config: Config, known: dict[str, Any]) -> None:
         encode(raw, base.processor)
         known.update(what=what, base=base)
     base = known["base"]
+    pretrained = Pretrained(base.model, base.head, partial(original_parameters, base))
     for phase in config.method.phases():
-        states = nn.ModuleDict({"method": phase.method.build(base.model)})
-        config.selector.build(base.model, states)
-        for part in parts(states):
-            part.use_source(partial(original_parameters, base))
-        detach(base.model, states)
+        detach(base.model, build_states(pretrained, phase.method, config.selector))

@@ -23,7 +23,8 @@ import yaml
 from ..config.load import conf_dir, load
 from ..errors import ConfigError, near
 from ..launch.start import StartOptions, child_command
-from ..storage.run_folder import RunFolder, write_json_atomic
+from ..storage.atomic import write_json_atomic
+from ..storage.run_folder import RunFolder
 from ..system import safe
 from ..system.environment import cores
 from .grid import Point

@@ -21,8 +21,9 @@ from ..errors import FinetuneError
 from ..launch.forkserver import Forked
 from ..launch.start import StartOptions, child_command
 from ..storage import lock as locks
+from ..storage.atomic import write_json_atomic
 from ..storage.result import make_result
-from ..storage.run_folder import RunFolder, write_json_atomic
+from ..storage.run_folder import RunFolder
 from ..system.signals import CODE
 from .grid import Point
 

@@ -18,8 +18,8 @@ from typing import Any
 from ..errors import ConfigError
 from ..launch.start import NO_OPTIONS, StartOptions
 from ..report.metric import main_metric
+from ..storage.atomic import write_json_atomic
 from ..storage.result import make_result
-from ..storage.run_folder import write_json_atomic
 from . import grid
 from .grid import Point
 from .lines import Lines

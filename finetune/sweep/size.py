@@ -16,13 +16,14 @@ from torch import nn
 
 from ..config import plugins
 from ..config.settings import Config
-from ..core.inplace import InPlace
 from ..core.method import Method
 from ..core.state import Shapes, stored_shapes
 from ..errors import ConfigError
 from ..models.load import load as load_model
 from ..storage import manifest
-from ..storage.run_folder import plain, run_folder
+from ..storage.atomic import to_json_value
+from ..storage.run_folder import run_folder
+from ..training.build import Pretrained, build_states
 
 DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
           torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip
@@ -96,12 +97,10 @@ def _counted(
     at: Frame, method: Method, seed: int, steps: int, device: str
 ) -> tuple[nn.ModuleDict, Shapes | None]:
     """The states as a session builds them, on a copy of the model, and what is stored of them."""
-    model, states = copy.deepcopy(at.model), nn.ModuleDict()
+    pretrained = Pretrained(copy.deepcopy(at.model), at.head)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
-        if at.head:
-            states["head"] = InPlace(model, list(at.head), keep=True)
-        states["method"] = method.build(model)
+        states = build_states(pretrained, method)
         return states, _stored(states, method, steps)
 
 
@@ -135,7 +134,7 @@ def _about(config: Config, method: Method, at: Frame) -> int:
         "step": config.train.steps, "phase": len(method.phases()) - 1, "base_fingerprint": "0" * 64,
         **plugins.record_of(config),
     }  # fmt: skip
-    return len(json.dumps(plain(content), indent=2, ensure_ascii=False).encode()) + 1
+    return len(json.dumps(to_json_value(content), indent=2, ensure_ascii=False).encode()) + 1
 
 
 def check(config: Config, method: Method) -> None:

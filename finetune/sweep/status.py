@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError
-from ..storage.run_folder import TRIALS, RunFolder, write_json_atomic
+from ..storage.atomic import write_json_atomic
+from ..storage.run_folder import TRIALS, RunFolder
 from ..system import safe
 from .grid import Point
 from .process import last_step, tail
@@ -66,7 +67,7 @@ def announced(
         os.close(handle)
 
 
-def held(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
+def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
     """Whether another process has locked ``file``; looking takes the lock for a moment."""
     try:
         handle = os.open(file, os.O_RDWR)
@@ -125,7 +126,7 @@ class Status:
     @property
     def alive(self) -> bool:
         """Whether a sweep works on the folder now."""
-        return held(self.folder / LOCK, fcntl.LOCK_EX)
+        return is_locked(self.folder / LOCK, fcntl.LOCK_EX)
 
     @property
     def seconds(self) -> float:
@@ -151,7 +152,7 @@ class Status:
             return self._ended[name]
         folder = RunFolder(self.folder / name)
         row = {**point, "state": "waiting", "step": 0, "seconds_left": None, "seconds": None, "error": None}
-        if held(folder.path / ".lock"):
+        if is_locked(folder.path / ".lock"):
             row |= {"state": "running", **_progress(folder, int(point["steps"]))}
         elif folder.result.is_file():
             try:

@@ -17,7 +17,8 @@ from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError
 from ..report.metric import main_metric
-from ..storage.run_folder import TRIALS, RunFolder, run_folder, write_json_atomic
+from ..storage.atomic import write_json_atomic
+from ..storage.run_folder import TRIALS, RunFolder, run_folder
 from .grid import Point, freeze
 
 FORMAT = 1

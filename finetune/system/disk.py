@@ -16,7 +16,7 @@ CODE = re.compile(r"(?:os error|code:|errno) (\d+)", re.IGNORECASE)
 
 
 @contextmanager
-def told(folder: Path) -> Iterator[None]:
+def disk_errors_as_run_failed(folder: Path) -> Iterator[None]:
     """Turn an ``OSError`` of a run that goes on in ``folder`` into ``RunFailed``."""
     try:
         yield

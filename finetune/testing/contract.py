@@ -30,11 +30,12 @@ from ..core.selector import Selector
 from ..data.encode import collate
 from ..optim.adamw import AdamW
 from ..storage import checkpoint
-from ..storage import delta as stored
-from ..system import random_state as rng
+from ..storage.delta import load_delta, save_delta
+from ..system import random_state
 from ..training.batches import Batches
+from ..training.build import Pretrained
 from ..training.prepare import make_accelerator
-from ..training.session import Session, Step
+from ..training.session import Recipe, Session, Step
 
 Make = Callable[[], Method]
 Kind = Literal["vit", "gpt2", "llama"]
@@ -112,18 +113,9 @@ def begin(
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
-    return Session(
-        model,
-        method,
-        head,
-        batches,
-        optimizer or OPTIMIZER,
-        train,
-        seed,
-        accelerator,
-        lambda: iter(copy.deepcopy(original).named_parameters()),
-        selector,
-    )
+    pretrained = Pretrained(model, head, lambda: iter(copy.deepcopy(original).named_parameters()))
+    recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector())
+    return Session(pretrained, recipe, batches, accelerator)
 
 
 def finish(session: Session) -> Session:
@@ -165,10 +157,10 @@ class Standing:
     def read(cls, session: Session) -> Standing:
         """Copy the standing of a session."""
         tensors = {}
-        for name, tensor in checkpoint.tensors(session.state_dict()).items():
+        for name, tensor in checkpoint.tensors_of(session.state_dict()).items():
             tensors[name] = tensor.clone()
         settings = json.dumps(session.optimizer.state_dict()["param_groups"])  # JSON turns tuples into lists
-        return cls(tensors, settings, [session.run.step, *session.stage])
+        return cls(tensors, settings, [session.run.step, *session.phase_and_target_met])
 
     def check_equal(self, other: Standing) -> None:
         """Raise ``AssertionError`` unless ``other`` is the same to the bit."""
@@ -229,7 +221,7 @@ class Trained:
             if id(parameter) not in trained and parameter.grad is not None:
                 self.frozen_gradients.append(name)
         self.live = logits(session.tuned, trial.kind)
-        stored.save(self.delta, session.states, {})
+        save_delta(self.delta, session.states, {})
 
     @property
     def delta(self) -> Path:
@@ -277,7 +269,7 @@ class Trial:
     def resume(self, step: int) -> Session:
         """Make a new session that continues the training from its checkpoint after ``step``."""
         session = self.begin()
-        rng.seed(step)  # a new process starts with other random states
+        random_state.seed(step)  # a new process starts with other random states
         assert checkpoint.load(self.trained.checkpoint(step), session) == {"at": step}
         return session
 
@@ -305,7 +297,7 @@ def check_stored(trial: Trial) -> None:
     """The stored change, loaded onto a new base, gives the same output to the bit."""
     trained, new = trial.trained, trial.begin()
     new.enter(trained.session.phase)
-    stored.load(trained.delta, new.states)
+    load_delta(trained.delta, new.states)
     assert torch.equal(trained.live, logits(new.tuned, trial.kind)), "the stored change gives another output"
 
 

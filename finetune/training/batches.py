@@ -1,4 +1,4 @@
-"""Which examples make which step: a function of seed and step, so that there is no position to save."""
+"""Choose the examples of each step: a function of seed and step, so that a checkpoint needs no position in the data."""
 
 from __future__ import annotations
 
@@ -13,31 +13,40 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.encode import Batch, collate
 from ..system.signals import outlive
 
-START = 16  # examples a step before "auto" has found how many fit
+START = 16  # examples a step, until "auto" has found how many fit
 
 
-def chosen(size: int, batch_size: int, seed: int, step: int) -> Tensor:
-    """Indices of the global batch of ``step``: each epoch is a new permutation, its last batch as small as it comes."""
+def choose_examples(size: int, batch_size: int, seed: int, step: int) -> Tensor:
+    """Return the indices of the global batch of ``step`` (from 0) in a data set of ``size`` examples, int64.
+
+    Each epoch is a new permutation. Its last batch has what is left.
+    """
     per_epoch = -(-size // batch_size)
     epoch, place = divmod(step, per_epoch)
-    generator = torch.Generator().manual_seed(
-        hash((seed, epoch)) % 2**63
-    )  # hashes of integers do not vary between processes
+    # the hash of integers is the same in every process, unlike that of text
+    generator = torch.Generator().manual_seed(hash((seed, epoch)) % 2**63)
     return torch.randperm(size, generator=generator)[place * batch_size : (place + 1) * batch_size]
 
 
-def pieces(batch: Tensor, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
-    """This process's micro-batches; every process gets as many, perhaps empty ones last."""
+def divide_batch(batch: Tensor, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
+    """Return this process's micro-batches of a global batch.
+
+    Every process gets equally many; where its examples do not suffice, the last ones are empty.
+    """
     most = math.ceil(len(batch) / world)
     rounds = math.ceil(most / micro_batch_size)
-    mine = batch[rank::world]
-    return [mine[r * micro_batch_size : (r + 1) * micro_batch_size].tolist() for r in range(rounds)]
+    ours = batch[rank::world]
+    pieces = []
+    for i in range(rounds):
+        pieces.append(ours[i * micro_batch_size : (i + 1) * micro_batch_size].tolist())
+    return pieces
 
 
 class Batches:
-    """The micro-batches of every step; ``None`` where this process has no example left in the step.
+    """The micro-batches of every step of one process.
 
-    ``batch_size`` "auto" is ``START`` until somebody sets it. Both sizes may be changed at any time, and count from the next step on.
+    ``batch_size`` is that of all processes; "auto" means ``START`` until it is set. Both sizes may be changed at any
+    time, with effect from the next step on.
     """
 
     def __init__(
@@ -56,7 +65,7 @@ class Batches:
         self.rank, self.world = rank, world
 
     def __len__(self) -> int:
-        """How many examples there are."""
+        """Return how many examples there are."""
         return len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length
 
     @property
@@ -66,26 +75,19 @@ class Batches:
         return min(self.micro_batch_size or most, most)
 
     def stand_in(self) -> Batch:
-        """One example, for a process that has none in a step but must run the model as the others do."""
+        """Return one example, for a process that has none in a step but must run the model as the others do."""
         return collate([self.data[0]])
 
     def longest(self, count: int) -> Batch:
-        """The ``count`` examples that take the most memory."""
-        places = range(len(self))
+        """Return the ``count`` examples that take the most memory: of texts, those with the most tokens."""
+        places = list(range(len(self)))
         if "input_ids" in self.data[0]:
             lengths = [len(cast(list[int], self.data[i]["input_ids"])) for i in places]
-            places = sorted(places, key=lambda i: -lengths[i])  # type: ignore[assignment]  # a list serves as well
+            places.sort(key=lengths.__getitem__, reverse=True)
         return collate([self.data[i] for i in places[:count]])
 
-    def _plan(self, start: int, end: int) -> list[list[list[int]]]:
-        micro = self.micro_batch_size or self.batch_size
-        return [
-            pieces(chosen(len(self), self.batch_size, self.seed, step), micro, self.rank, self.world)
-            for step in range(start, end)
-        ]
-
     def steps(self, start: int, end: int) -> Iterator[list[Batch | None]]:
-        """One list of micro-batches a step."""
+        """Yield the micro-batches of each step from ``start`` to before ``end``; ``None`` for an empty one."""
         while start < end:
             sizes = self.batch_size, self.micro_batch_size
             for micro in self._stream(start, end):
@@ -94,15 +96,26 @@ class Batches:
                 if sizes != (self.batch_size, self.micro_batch_size):
                     break
 
+    def _plan(self, start: int, end: int) -> list[list[list[int]]]:
+        """Return the indices of each micro-batch of each step, at the current sizes."""
+        micro = self.micro_batch_size or self.batch_size
+        steps = []
+        for step in range(start, end):
+            batch = choose_examples(len(self), self.batch_size, self.seed, step)
+            steps.append(divide_batch(batch, micro, self.rank, self.world))
+        return steps
+
     def _stream(self, start: int, end: int) -> Iterator[list[Batch | None]]:
-        """The steps at the sizes of now."""
+        """Yield the steps at the current sizes."""
         plan = self._plan(start, end)
-        wanted = [piece for step in plan for piece in step if piece]
-        # a generator of its own: otherwise the loader draws from the global one, and a resumed run would go on with other numbers
+        wanted = []
+        for step in plan:
+            wanted += [piece for piece in step if piece]
         options: Any = {
             "collate_fn": collate,
             "num_workers": self.workers,
             "worker_init_fn": outlive,
+            # the loader would draw from the global generator, and a resumed run go on with other numbers
             "generator": torch.Generator(),
         }
         loader = iter(DataLoader(self.data, batch_sampler=wanted, **options))

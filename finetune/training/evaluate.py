@@ -1,4 +1,4 @@
-"""Metrics of a model on one split, and what it said about each example."""
+"""Evaluate a model on one split: its metrics, and its answer to each example."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.collective import gather
 from ..data.encode import Batch, collate
 from ..errors import RunFailed
 from .loss import count, example_losses
-from .memory import ADVICE, put_back, ran_out
+from .memory import ADVICE, ran_out, release_memory
+
+LARGEST_EXPONENT = 700.0  # beyond it, exp would overflow float64
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """``metrics``: accuracy and loss, or bits_per_byte, perplexity and loss; ``rows``: one per example, in the split's order."""
+    """Metrics of a split, and one row per example in the split's order.
+
+    ``metrics``: accuracy (share) and loss (nats an example); or bits_per_byte, perplexity and loss (nats a token).
+    """
 
     metrics: dict[str, float]
     rows: list[dict[str, Any]]
@@ -28,73 +33,81 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelerator) -> Evaluation:
-    """Every example once, in order; ``tuned(**inputs)`` gives logits. The processes take turns at the batches, and all get all the numbers."""
+    """Evaluate every example once, in order. ``tuned(**inputs)`` returns logits.
+
+    The processes take turns at the batches, and each gets all results. A batch that does not fit into memory is
+    halved; raises ``RunFailed`` where a single example does not fit.
+    """
     was_training, world = tuned.training, accelerator.num_processes
     tuned.eval()
-    parts = [
-        list(range(start, min(start + batch_size, len(data)))) for start in range(0, len(data), batch_size)
-    ]
+    places = []
+    for start in range(0, len(data), batch_size):
+        places.append(list(range(start, min(start + batch_size, len(data)))))
     loader = DataLoader(
         data,
-        batch_sampler=parts[accelerator.process_index :: world],
+        batch_sampler=places[accelerator.process_index :: world],
         collate_fn=collate,
         generator=torch.Generator(),
     )
-    mine = [(_judged(tuned, batch, accelerator), count(batch)) for batch in loader]
+    ours = [(_evaluate_batch(tuned, batch, accelerator), count(batch)) for batch in loader]
     tuned.train(was_training)
-    every = gather(mine)
-    found = [every[i % world][i // world] for i in range(len(parts))]
-    rows = [row for judged, _ in found for row in judged]
-    return Evaluation(_metrics(rows, sum(counted for _, counted in found)), rows)
+    by_process = gather(ours)
+    rows, scored = [], 0
+    for i in range(len(places)):
+        found, counted = by_process[i % world][i // world]
+        rows += found
+        scored += counted
+    return Evaluation(_metrics(rows, scored), rows)
 
 
-def _judged(tuned: nn.Module, batch: Batch, accelerator: Accelerator) -> list[dict[str, Any]]:
-    """The rows of a batch, in two halves where memory is too short for the whole."""
+def _evaluate_batch(tuned: nn.Module, batch: Batch, accelerator: Accelerator) -> list[dict[str, Any]]:
     try:
+        inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.inputs.items()}
         with accelerator.autocast():
-            logits = tuned(**{k: t.to(accelerator.device) for k, t in batch.inputs.items()})
+            logits = tuned(**inputs)
         losses = example_losses(logits, batch.labels.to(accelerator.device)).cpu()
         return _rows(batch, logits.float().cpu(), losses.tolist())
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-    put_back(tuned)
+    release_memory(tuned)  # outside the except clause: the error keeps every tensor of its stack alive
     half = len(batch.ids) // 2
-    if not half:
+    if half == 0:
         raise RunFailed(f"Memory ran out in the evaluation of a single example. {ADVICE}")
-    return [
-        row
-        for part in (slice(half), slice(half, None))
-        for row in _judged(tuned, _part(batch, part), accelerator)
-    ]
+    rows = _evaluate_batch(tuned, _part(batch, slice(half)), accelerator)
+    return rows + _evaluate_batch(tuned, _part(batch, slice(half, None)), accelerator)
 
 
 def _part(batch: Batch, part: slice) -> Batch:
-    inputs = {name: t[part] for name, t in batch.inputs.items()}
-    return Batch(
-        batch.ids[part], inputs, batch.labels[part], None if batch.bytes is None else batch.bytes[part]
-    )
+    inputs = {name: tensor[part] for name, tensor in batch.inputs.items()}
+    sizes = None if batch.bytes is None else batch.bytes[part]
+    return Batch(batch.ids[part], inputs, batch.labels[part], sizes)
 
 
-def _rows(batch: Batch, logits: torch.Tensor, losses: list[float]) -> list[dict[str, Any]]:
+def _rows(batch: Batch, logits: Tensor, losses: list[float]) -> list[dict[str, Any]]:
+    """Return one row per example: id, loss and bytes of a language model; id, label, answer and loss of a classifier."""
+    rows: list[dict[str, Any]] = []
     if batch.bytes is not None:
-        return [
-            {"id": i, "loss": loss, "bytes": n}
-            for i, loss, n in zip(batch.ids, losses, batch.bytes.tolist(), strict=True)
-        ]
-    score, prediction = logits.softmax(-1).max(-1)
-    columns = zip(batch.ids, batch.labels.tolist(), prediction.tolist(), score.tolist(), losses, strict=True)
-    return [{"id": i, "label": y, "prediction": p, "score": s, "loss": loss} for i, y, p, s, loss in columns]
+        for i, loss, size in zip(batch.ids, losses, batch.bytes.tolist(), strict=True):
+            rows.append({"id": i, "loss": loss, "bytes": size})
+        return rows
+    scores, predictions = logits.softmax(-1).max(-1)
+    columns = (batch.ids, batch.labels.tolist(), predictions.tolist(), scores.tolist(), losses)
+    for i, label, prediction, score, loss in zip(*columns, strict=True):
+        rows.append({"id": i, "label": label, "prediction": prediction, "score": score, "loss": loss})
+    return rows
 
 
-def _metrics(rows: list[dict[str, Any]], counted: int) -> dict[str, float]:
-    loss = math.fsum(r["loss"] for r in rows) / counted
+def _metrics(rows: list[dict[str, Any]], scored: int) -> dict[str, float]:
+    loss = math.fsum(row["loss"] for row in rows) / scored
     if "bytes" in rows[0]:
-        bits = loss * counted / math.log(2) / sum(r["bytes"] for r in rows)
-        return {"bits_per_byte": bits, "perplexity": math.exp(min(loss, 700.0)), "loss": loss}
-    return {"accuracy": sum(r["label"] == r["prediction"] for r in rows) / len(rows), "loss": loss}
+        bits = loss * scored / math.log(2) / sum(row["bytes"] for row in rows)
+        perplexity = math.exp(min(loss, LARGEST_EXPONENT))
+        return {"bits_per_byte": bits, "perplexity": perplexity, "loss": loss}
+    correct = sum(row["label"] == row["prediction"] for row in rows)
+    return {"accuracy": correct / len(rows), "loss": loss}
 
 
-def better(metrics: dict[str, float]) -> tuple[float, float]:
-    """A key that grows with quality: accuracy and then loss, or bits per byte."""
-    return (metrics.get("accuracy", -metrics.get("bits_per_byte", 0.0)), -metrics["loss"])
+def sort_key(metrics: dict[str, float]) -> tuple[float, float]:
+    """Return a key that grows with quality: accuracy or negative bits per byte, then the negative loss."""
+    return metrics.get("accuracy", -metrics.get("bits_per_byte", 0.0)), -metrics["loss"]

@@ -1,4 +1,4 @@
-"""The task's loss as a sum and a count, so that parts of a batch add up to exactly the whole batch's mean."""
+"""Compute the task's loss as a sum and a count, so that parts of a batch add up to exactly the whole batch's mean."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ from ..data.encode import IGNORED, Batch
 
 
 def count(batch: Batch) -> int:
-    """What the loss is averaged over: examples, or scored tokens."""
+    """Return how many examples, or scored tokens, the loss is averaged over."""
     labels = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 1:]
     return int((labels != IGNORED).sum())
 
 
 def scored(logits: Tensor, labels: Tensor) -> Tensor:
-    """The predictions that the loss is averaged over, one for each of ``count``: [places, classes], float32 or wider."""
+    """Return the logits that the loss is averaged over, [``count``, classes], in float32 or wider."""
     found = logits if labels.ndim == 1 else logits[:, :-1][labels[:, 1:] != IGNORED]
     return found.to(torch.promote_types(found.dtype, torch.float32))
 
 
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Summed cross-entropy of each example, float32 [n]; language-model labels [n, length] are predicted from the token before."""
+    """Return each example's summed cross-entropy, float32 [n].
+
+    ``labels``: classes [n], or tokens [n, length] of a language model, each predicted from the position before it.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, reduction="none")
-    targets = labels[:, 1:]
-    each = F.cross_entropy(
-        logits[:, :-1].flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="none"
-    )
-    return each.view_as(targets).sum(1)
+    targets, predictions = labels[:, 1:], logits[:, :-1].flatten(0, 1)
+    losses = F.cross_entropy(predictions, targets.flatten(), ignore_index=IGNORED, reduction="none")
+    return losses.view_as(targets).sum(1)

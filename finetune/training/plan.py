@@ -1,65 +1,91 @@
-"""What a run would do, without doing it."""
+"""Plan a run without training it: what it would train and store, and the memory that it would need."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..config.settings import Config
 from ..core.part import patched, trained_in_place
-from ..storage import delta as stored
-from .memory import resident
-from .prepare import params, prepare
+from ..storage.delta import stored_bytes
+from .batch_size import resident_bytes
+from .prepare import count_parameters, prepare
 from .session import Session
+
+STATE_TENSORS = 3  # of each trained entry: its gradient and the optimizer's two moments
 
 
 def plan(config: Config) -> dict[str, Any]:
-    """What ``train`` would do: trained entries per layer and stored bytes, as the last phase begins, and the expected peak memory of all phases.
+    """Return what ``train`` would do; trains and writes nothing.
 
-    Trains and writes nothing.
+    Trained entries by layer and stored bytes are those at the start of the last phase, the expected peak memory is
+    the highest of all phases. A layer's count is ``None`` where earlier phases would decide it.
     """
     setup = prepare(config)
     session = setup.session
     session.start()
-    peaks = [_expected_peak(session, params(setup)["trained"])]
+    peaks = [_expected_peak(session, count_parameters(setup)["trained"])]
     for phase in range(1, len(session.phases)):
         previous = session.states["method"]
         session.enter(phase)
         session.start(previous)
-        peaks.append(_expected_peak(session, params(setup)["trained"]))
-    open_yet = session.phase > 0  # what nothing has moved yet says nothing of where the entries will be
-    layers = [
-        {
-            "layer": name,
-            "shape": list(m.original.shape),
-            "trained": None if open_yet else sum(t.numel() for d in m.deltas for t in d.inputs()),
-        }
-        for name, m in patched(session.model).items()
-    ]
+        peaks.append(_expected_peak(session, count_parameters(setup)["trained"]))
+    notes = list(setup.notes)
+    if session.phase > 0:
+        notes.append("The phases before the last decide how many entries each layer gets.")
+    return {
+        "method": config.method.name,
+        "model": setup.base.source,
+        "dataset": config.dataset.name,
+        "task": setup.base.task,
+        "steps": config.train.steps,
+        "layers": _layers(session),
+        "params": count_parameters(setup),
+        "stored_bytes": stored_bytes(session.states),
+        "expected_peak_memory_bytes": max(peaks),
+        "notes": notes,
+    }
+
+
+def _layers(session: Session) -> list[dict[str, Any]]:
+    """Return name, shape and trained entries of each layer that the method changes."""
+    layers = []
+    for name, layer in patched(session.model).items():
+        trained = None
+        if session.phase == 0:
+            trained = 0
+            for delta in layer.deltas:
+                trained += sum(tensor.numel() for tensor in delta.inputs())
+        layers.append({"layer": name, "shape": list(layer.original.shape), "trained": trained})
     for name, parameter in trained_in_place(session.states).items():
         layers.append({"layer": name, "shape": list(parameter.shape), "trained": parameter.numel()})
-    notes = ["The phases before the last decide how many entries each layer gets."] if open_yet else []
-    return {
-        "method": config.method.name, "model": setup.base.source, "dataset": config.dataset.name, "task": setup.base.task, "steps":
-        config.train.steps, "layers": layers, "params": params(setup), "stored_bytes": stored.stored_bytes(session.states),
-        "expected_peak_memory_bytes": max(peaks), "notes": setup.notes + notes,
-    }  # fmt: skip
+    return layers
 
 
 def _expected_peak(session: Session, trained: int) -> int:
-    """This process as it stands, plus what one micro-batch keeps for backward, plus gradient and two moments of each trained entry."""
+    """Estimate the peak memory in bytes.
+
+    It is the memory of this process as it stands, plus what one micro-batch keeps for backward, plus gradient and two
+    moments of each of the ``trained`` entries.
+    """
     kept: dict[int, int] = {}
 
-    def note(t: torch.Tensor) -> torch.Tensor:
-        kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
-        return t
+    def note(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
 
-    batch = next(b for b in next(session.batches.steps(0, 1)) if b)
+    batch = next(batch for batch in next(session.batches.steps(0, 1)) if batch)
     weights = {p.untyped_storage().data_ptr() for p in session.tuned.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t), session.accelerator.autocast():
-        logits = session.tuned(**session.on_device(batch.inputs))
+    with torch.autograd.graph.saved_tensors_hooks(note, _unchanged), session.accelerator.autocast():
+        logits = session.tuned(**session.compute.on_device(batch.inputs))
     activations = sum(size for place, size in kept.items() if place not in weights)
     del logits
-    now = torch.cuda.memory_allocated() if session.accelerator.device.type == "cuda" else resident()
-    return now + activations + 3 * 4 * trained
+    on_gpu = session.accelerator.device.type == "cuda"
+    now = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
+    return now + activations + STATE_TENSORS * torch.float32.itemsize * trained
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

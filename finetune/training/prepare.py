@@ -1,10 +1,10 @@
-"""What a configuration stands for: model, data and a session, ready to train or to be given a stored change."""
+"""Prepare a run from its configuration: the model, the data and a session, ready to train or to load a stored change."""
 
 from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -15,22 +15,25 @@ from ..config.settings import Config, TrainConfig
 from ..core.part import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
-from ..models.load import Base, fingerprint, original_parameters
-from ..models.load import load as load_model
+from ..models.load import Base, fingerprint, load, original_parameters
 from ..storage.result import Params
 from ..system.environment import sharding
 from .batches import Batches
-from .evaluate import Evaluation
-from .evaluate import evaluate as measure
-from .retention import pretrained_head, wearing
-from .session import Session
+from .build import Pretrained
+from .evaluate import Evaluation, evaluate
+from .retention import pretrained_head, with_head
+from .session import Recipe, Session
 
-MIXED = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}
+MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by train.precision, as Accelerate names it
 
 
 @dataclass
 class Setup:
-    """What a configuration stands for: the model, the data as tensors, and a session that has not started."""
+    """A prepared run: the model, the data as tensors by split, and a session that has not started.
+
+    ``fingerprint``: the base model's, without its head. ``total``: parameters of the whole model. ``notes``: what the
+    user should know of data and model.
+    """
 
     config: Config
     base: Base
@@ -43,37 +46,47 @@ class Setup:
 
     @property
     def splits(self) -> list[str]:
-        """What can be evaluated: retention only where the data set has such rows and, for images, the checkpoint a head."""
-        return [s for s in self.data if s != "retention" or not self.labels or self._head]
+        """The splits that can be evaluated.
+
+        ``retention`` is one where the data set has such rows, and for a classifier only where the checkpoint came
+        with a head.
+        """
+        found = []
+        for split in self.data:
+            if split != "retention" or not self.labels or self._head:
+                found.append(split)
+        return found
 
     def evaluate(self, split: str) -> Evaluation:
-        """The model as it is now on one split. Retention of a classifier: its pretrained head's answers, against those before training."""
+        """Evaluate the model as it is now on one split.
+
+        On ``retention`` a classifier answers with its pretrained head, and the labels are its answers before training.
+        """
         if split == "retention" and self._head:
-            answered = self._answered
-            with wearing(self.session.model, self._head):
-                return self._measure(answered)
+            images = self._images_with_answers
+            with with_head(self.session.model, self._head):
+                return self._measure(images)
         return self._measure(self.data[split])
 
     def _measure(self, data: Any) -> Evaluation:
-        return measure(self.session.tuned, data, self.config.train.eval_batch_size, self.session.accelerator)
+        session, size = self.session, self.config.train.eval_batch_size
+        return evaluate(session.tuned, data, size, session.accelerator)
 
     @cached_property
     def _head(self) -> dict[str, torch.Tensor] | None:
         return pretrained_head(self.base) if self.labels and "retention" in self.data else None
 
     @cached_property
-    def _answered(self) -> Images:
+    def _images_with_answers(self) -> Images:
         """The retention images, labelled by the untrained model with its pretrained head."""
         images: Images = self.data["retention"]
-        with (
-            base(self.session.states),
-            wearing(self.session.model, self._head or {}),
-        ):  # base puts a head back, too: first
-            answers = [row["prediction"] for row in self._measure(images).rows]
-        return Images(
-            [{**row, "label": answer} for row, answer in zip(images.rows, answers, strict=True)],
-            self.base.processor,
-        )
+        # leaving base() restores a trained head, too, so the pretrained head goes on inside it
+        with base(self.session.states), with_head(self.session.model, self._head or {}):
+            answers = self._measure(images).rows
+        rows = []
+        for row, answer in zip(images.rows, answers, strict=True):
+            rows.append({**row, "label": answer["prediction"]})
+        return Images(rows, self.base.processor)
 
 
 def check_machine(config: Config) -> None:
@@ -81,7 +94,8 @@ def check_machine(config: Config) -> None:
     settings, faults, cuda = config.train, sharding(os.environ), torch.cuda.is_available()
     if config.model.dtype != "float32" and settings.precision == "fp32":
         faults.append(
-            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): trained values stay in float32 beside it."
+            f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): "
+            "trained values stay in float32 beside it."
         )
     if settings.device == "cuda" and not cuda:
         faults.append("train.device=cuda, but torch sees no CUDA device here. Use train.device=auto.")
@@ -92,62 +106,61 @@ def check_machine(config: Config) -> None:
 
 
 def make_accelerator(settings: TrainConfig) -> Accelerator:
-    """An Accelerator of these settings; earlier ones of this process are forgotten, since their state is shared and fixed."""
+    """Make an Accelerator of these settings. Those made before in this process are reset: they share one state."""
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED[settings.precision])
-    accelerator.gradient_accumulation_steps = (
-        1  # whatever a launcher's configuration says: it would divide the loss, which is exact here
-    )
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[settings.precision])
+    # a launcher's setting would divide the loss, which is averaged exactly here
+    accelerator.gradient_accumulation_steps = 1
     return accelerator
 
 
 def make_deterministic(settings: TrainConfig) -> None:
-    """The same seed gives the same bits on one machine."""
+    """Make the same seed give the same bits on one machine, and set the number of threads."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.set_deterministic_debug_mode(
-        "warn"
-    )  # use_deterministic_algorithms does this and imports the compiler, for seconds
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads what it has not written
+    # unlike use_deterministic_algorithms, this does not import the compiler, which takes seconds
+    torch.set_deterministic_debug_mode("warn")
+    # nothing here reads memory that it has not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if settings.threads:
-        torch.set_num_threads(max(1, settings.threads // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        torch.set_num_threads(max(1, settings.threads // processes))
 
 
 def prepare(config: Config) -> Setup:
-    """Read data and model and attach the method. Every fault of the configuration shows here, before anything is written."""
+    """Read data and model, and attach the method.
+
+    Raises ``ConfigError`` for every fault of the configuration, before anything is written.
+    """
     check_machine(config)
     accelerator = make_accelerator(config.train)
     make_deterministic(config.train)
     raw = config.dataset.read()
-    model = load_model(config.model, raw.task, raw.labels, config.seed)
+    model = load(config.model, raw.task, raw.labels, config.seed)
     data = encode(raw, model.processor)
     if hasattr(model.model.config, "use_cache"):
         model.model.config.use_cache = False
     mark = fingerprint(model.model, model.head)
-    total = sum(p.numel() for p in model.model.parameters())
+    total = sum(parameter.numel() for parameter in model.model.parameters())
     batches = Batches(
-        data["train"], config.train.batch_size, config.train.micro_batch_size, config.seed,
-        accelerator.process_index, accelerator.num_processes, config.train.workers,
-    )  # fmt: skip
-    session = Session(
-        model.model,
-        config.method,
-        model.head,
-        batches,
-        config.optimizer,
-        config.train,
+        data["train"],
+        config.train.batch_size,
+        config.train.micro_batch_size,
         config.seed,
-        accelerator,
-        lambda: original_parameters(model),
-        config.selector,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.train.workers,
     )
+    pretrained = Pretrained(model.model, model.head, partial(original_parameters, model))
+    recipe = Recipe(config.method, config.optimizer, config.train, config.seed, config.selector)
+    session = Session(pretrained, recipe, batches, accelerator)
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
 
 
-def params(setup: Setup) -> Params:
-    """Counts of entries: trained ones, those of the model that they can change, and all of the model."""
-    adapted = sum(m.original.numel() for m in patched(setup.session.model).values()) + sum(
-        part.adapted() for part in parts(setup.session.states)
-    )
-    trained = sum(p.numel() for p in setup.session.states.parameters() if p.requires_grad)
+def count_parameters(setup: Setup) -> Params:
+    """Count the entries that are trained, those of the model that they can change, and all of the model."""
+    session = setup.session
+    adapted = sum(part.adapted() for part in parts(session.states))
+    adapted += sum(layer.original.numel() for layer in patched(session.model).values())
+    trained = sum(p.numel() for p in session.states.parameters() if p.requires_grad)
     return {"trained": trained, "adapted": adapted, "total": setup.total}

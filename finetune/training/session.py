@@ -1,12 +1,14 @@
-"""The loop. It knows no method by name; see ``core/method.py`` for the order in which it calls them."""
+"""Train one method on one model, phase by phase and step by step.
+
+The session knows no method by name; ``core/method.py`` gives the order in which it calls them.
+"""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -14,37 +16,26 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.settings import TrainConfig
-from ..core.collective import add_gradients, share_, total
-from ..core.inplace import InPlace
+from ..core.collective import share_
 from ..core.method import Method, Run
 from ..core.optimizer import Optimizer
-from ..core.part import Source, detach, parts
+from ..core.part import detach
 from ..core.selector import Selector
 from ..data.encode import Batch
-from ..errors import ConfigError, RunFailed
-from ..system import random_state as rng
+from ..errors import RunFailed
+from ..system import random_state
 from .batches import Batches
-from .loss import count, example_losses, scored
-from .memory import ADVICE, Memory, draws, ran_out, redraw
+from .build import Pretrained, build_states
+from .compute import Compute, MicroBatches, Tuned
+from .memory import ADVICE, Memory, ran_out, rng_restore, rng_snapshot
 from .optimizer import make_optimizer, rate
+from .optimizer_state import load_optimizer, save_optimizer
 
-SCALES = 40  # how often fp16 may lower its loss scale in one step
-
-
-class Tuned(nn.Module):
-    """The model and the states of its methods as one module. Returns logits."""
-
-    def __init__(self, model: nn.Module, states: nn.Module) -> None:
-        super().__init__()
-        self.model, self.states = model, states
-
-    def forward(self, **inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+LOSS_SCALES = 40  # how often fp16 may halve its loss scale in one step
 
 
 class NotFinite(RunFailed):
-    """The loss (or ``what``) became NaN or infinite; ``ids`` are the examples of that step."""
+    """The loss (or ``what``) became NaN or infinite at ``step``; ``ids`` are the examples of that step."""
 
     def __init__(self, step: int, value: float, ids: list[str], what: str = "loss") -> None:
         super().__init__(f"The {what} is {value} at step {step}.")
@@ -52,8 +43,19 @@ class NotFinite(RunFailed):
 
 
 @dataclass(frozen=True)
+class Recipe:
+    """What is done to a pretrained model: the method and the settings of its training."""
+
+    method: Method
+    optimizer: Optimizer
+    train: TrainConfig
+    seed: int
+    selector: Selector = field(default_factory=Selector)
+
+
+@dataclass(frozen=True)
 class Step:
-    """One finished optimizer step; ``number`` counts from 1 over the whole run."""
+    """A finished optimizer step. ``number`` counts from 1 over the whole run; ``lr`` is its learning rate."""
 
     number: int
     loss: float
@@ -63,143 +65,87 @@ class Step:
 
 
 class Session:
-    """One method being trained on one model. ``steps()`` runs it; ``state_dict`` at any yield is enough to go on to the bit."""
+    """A method in training on a model.
+
+    ``steps()`` trains. ``state_dict()`` after any step is enough to go on from there to the same bits.
+    ``phases`` holds, for each phase, its method and the numbers of steps done at its start and at its end.
+    """
 
     def __init__(
-        self, model: nn.Module, method: Method, head: tuple[str, ...], batches: Batches, optimizer: Optimizer, train: TrainConfig, seed: int,
-        accelerator: Accelerator, source: Source | None = None, selector: Selector | None = None,
-    ) -> None:  # fmt: skip
-        self.selector = selector or Selector()
-        self.model, self.method, self.head, self.batches = (
-            model.requires_grad_(False),
-            method,
-            list(head),
-            batches,
-        )
-        self.optimizer_settings, self.train, self.seed, self.accelerator, self.source = (
-            optimizer,
-            train,
-            seed,
-            accelerator,
-            source,
-        )
-        phases = method.phases()
-        ends = [round(train.steps * sum(p.share for p in phases[: i + 1])) for i in range(len(phases))]
-        self.phases = list(zip([p.method for p in phases], [0, *ends], ends))  # noqa: B905  (the starts are one longer)
+        self, pretrained: Pretrained, recipe: Recipe, batches: Batches, accelerator: Accelerator
+    ) -> None:
+        self.pretrained, self.recipe = pretrained, recipe
+        self.batches, self.accelerator = batches, accelerator
+        self.model = pretrained.model.requires_grad_(False)
+        self.method, self.selector = recipe.method, recipe.selector
+        self.phases: list[tuple[Method, int, int]] = []
+        phases, start = self.method.phases(), 0
+        for i, phase in enumerate(phases):
+            end = round(recipe.train.steps * sum(p.share for p in phases[: i + 1]))
+            self.phases.append((phase.method, start, end))
+            start = end
         self.number = 0  # optimizer steps done
         self.phase = -1
         self.states = nn.ModuleDict()
-        self.memory = Memory(self)
-        self._enter(0)
+        self.compute = Compute(batches, accelerator)
+        self.memory = Memory(self, accelerator.device)
+        self._build(0)
 
     @property
-    def stage(self) -> list[int]:
-        """The phase, and whether its method has reached what was asked for."""
+    def tuned(self) -> Tuned:
+        """The model with the states of the current phase."""
+        return self.compute.tuned
+
+    @property
+    def phase_and_target_met(self) -> list[int]:
+        """The current phase, and 1 if its method has reached what its settings ask for, else 0."""
         return [self.phase, int(self.current.ready(self.run.step, self.run.total))]
 
     def enter(self, phase: int) -> None:
-        """Stand at the beginning of a phase, with the earlier one's parts taken away."""
+        """Stand at the beginning of a phase; the parts of the phase before are detached."""
         if phase != self.phase:
             detach(self.model, self.states)
-            self._enter(phase)
+            self._build(phase)
 
     def rebuild(self) -> None:
-        """Stand at the beginning of this phase, as if nothing had been done in it."""
+        """Stand at the beginning of the current phase, as if nothing had been done in it."""
         detach(self.model, self.states)
-        self._enter(self.phase)
+        self._build(self.phase)
 
-    def _enter(self, phase: int) -> None:
-        """Build the phase's states and the optimizer over them."""
+    def _build(self, phase: int) -> None:
+        """Build the phase's states, the optimizer over them, and the ``Run`` that the method sees."""
         self.phase, self.begun = phase, False
         self.current, start, end = self.phases[phase]
-        rng.seed(self.seed + phase)
-        states = nn.ModuleDict()
-        if self.head:
-            states["head"] = InPlace(self.model, self.head, keep=True)
-        states["method"] = self.current.build(self.model)
-        self.states = states
-        for part in parts(states):
-            part.use_source(self.source)
-        if not any(p.requires_grad for p in states.parameters()):
-            raise ConfigError(
-                f"method={self.current.name} has nothing to train here: a language model has no new head. Choose another method, for example lora."
-            )
-        states["selector"] = self.selector.build(self.model, states) or nn.Module()
+        random_state.seed(self.recipe.seed + phase)
+        self.states = build_states(self.pretrained, self.current, self.selector)
         self.accelerator.free_memory()
-        self.tuned = Tuned(self.model, states).to(self.accelerator.device)
-        share_(states.state_dict().values())
-        self.optimizer = self.accelerator.prepare_optimizer(make_optimizer(states, self.optimizer_settings))
-        generator = torch.Generator().manual_seed(self.seed + phase)
-        given = (self._mean_loss, self._upcoming, self._probe, self._logits)
+        self.compute.tuned = Tuned(self.model, self.states).to(self.accelerator.device)
+        share_(self.states.state_dict().values())
+        optimizer = make_optimizer(self.states, self.recipe.optimizer)
+        self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.run = Run(
-            self.model, states, self.optimizer, end - start, generator, *given, self.number - start
+            self.model,
+            self.states,
+            self.optimizer,
+            total=end - start,
+            generator=torch.Generator().manual_seed(self.recipe.seed + phase),
+            evaluate=self.compute.mean_loss,
+            upcoming=self._upcoming,
+            backward=self.compute.probe,
+            logits=self.compute.scored_logits,
+            step=self.number - start,
         )
 
-    @contextmanager
-    def _evaluating(self, probing: bool = False) -> Iterator[Callable[[Batch], Tensor]]:
-        """Logits of a batch in eval mode. ``probing``: their gradients are wanted, which without a loss scale would vanish in fp16."""
-        training, device = self.tuned.training, self.accelerator.device.type
-        wide = probing and self.accelerator.scaler is not None
-
-        def logits(batch: Batch) -> Tensor:
-            with torch.autocast(device, torch.bfloat16) if wide else self.accelerator.autocast():
-                found: Tensor = self.tuned(**self.on_device(batch.inputs))
-            return found
-
-        self.tuned.eval()
-        try:
-            yield logits
-        finally:
-            self.tuned.train(training)
-
-    def _losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """The loss summed over a batch."""
-        return example_losses(logits, batch.labels.to(self.accelerator.device)).sum()
-
-    def _counted(self, micro: list[Batch | None]) -> int:
-        """Scored examples or tokens of a step, over all processes."""
-        return int(total(torch.tensor(sum(count(b) for b in micro if b), device=self.accelerator.device)))
-
-    @torch.no_grad()
-    def _mean_loss(self, micro: list[Batch | None]) -> Tensor:
-        """The mean loss over a step's global batch, in eval mode."""
-        loss_sum = torch.zeros((), device=self.accelerator.device)
-        with self._evaluating() as logits:
-            for batch in filter(None, micro):
-                loss_sum += self._losses(logits(batch), batch)
-        return total(loss_sum) / self._counted(micro)
-
-    def _stand_in(self, micro: list[Batch | None]) -> Batch:
-        """What a process without an example does the same work on as the others, for nothing."""
-        return next(filter(None, micro), None) or self.batches.stand_in()
-
-    def _upcoming(self, steps: int) -> list[list[Batch | None]]:
+    def _upcoming(self, steps: int) -> list[MicroBatches]:
         return list(self.batches.steps(self.number, self.number + steps))
-
-    def _probe(self, batch: Batch | None, micro: list[Batch | None], summed: bool) -> None:
-        """Backward of one micro-batch in eval mode, of its share of the step's mean loss or (``summed``) of the sum over its examples."""
-        share = batch or self._stand_in(micro)
-        with self._evaluating(probing=True) as logits:
-            loss = self._losses(logits(share), share) * (batch is not None)
-            (loss if summed else loss * (self.accelerator.num_processes / self._counted(micro))).backward()
-        for parameter in self.states.parameters():
-            parameter.grad = None
-
-    def _logits(self, batch: Batch) -> Tensor:
-        with self._evaluating() as logits:
-            return scored(logits(batch), batch.labels.to(self.accelerator.device))
-
-    def on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """A batch's inputs where the model is."""
-        return {name: t.to(self.accelerator.device) for name, t in inputs.items()}
 
     def start(self, previous: nn.Module | None = None) -> None:
         """Let the phase's method set its values; once a phase, not on resume."""
         self.begun = True
-        self.memory.enough(lambda: self.current.begin(self.run, self.states["method"], previous))
+        self.memory.retry_smaller(lambda: self.current.begin(self.run, self.states["method"], previous))
 
     def steps(self) -> Generator[Step, None, None]:
-        """Train from where the session stands to the end, yielding after every optimizer step."""
+        """Train from where the session stands to the end; yield after every optimizer step."""
         for phase in range(self.phase, len(self.phases)):
             if phase != self.phase:
                 previous = self.states["method"]
@@ -212,69 +158,63 @@ class Session:
                 self.run.step = self.number - start
                 yield self._step(micro)
 
-    def _step(self, micro: list[Batch | None]) -> Step:
+    def _step(self, micro: MicroBatches) -> Step:
         began = time.perf_counter()
         self.tuned.train()
-        state, run, enough = self.states["method"], self.run, self.memory.enough
+        method_state, selector_state = self.states["method"], self.states["selector"]
+        run, retry_smaller = self.run, self.memory.retry_smaller
         run.batch, run.metrics = micro, {}
-        if (
-            self.accelerator.num_processes > 1
-        ):  # each draws numbers of its own, and what a checkpoint says of them serves all
-            torch.manual_seed(hash((self.seed, self.number, self.accelerator.process_index)) % 2**63)
-        lr = self.optimizer_settings.lr * rate(self.optimizer_settings, self.number, self.train.steps)
+        if self.accelerator.num_processes > 1:
+            # each process draws its own numbers, and the checkpoint of one process serves all
+            torch.manual_seed(hash((self.recipe.seed, self.number, self.accelerator.process_index)) % 2**63)
+        lr = self.recipe.optimizer.lr * rate(self.recipe.optimizer, self.number, self.recipe.train.steps)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        enough(lambda: self.current.before_step(run, state))
-        enough(lambda: self.selector.before_step(run, self.states["selector"]))
+        retry_smaller(lambda: self.current.before_step(run, method_state))
+        retry_smaller(lambda: self.selector.before_step(run, selector_state))
         loss = self._update()
-        self.current.after_step(run, state)
-        self.selector.after_step(run, self.states["selector"])
+        self.current.after_step(run, method_state)
+        self.selector.after_step(run, selector_state)
         self.optimizer.zero_grad(set_to_none=True)
         self.number += 1
         return Step(self.number, loss, lr, time.perf_counter() - began, run.metrics)
 
     def _update(self) -> float:
-        """Move the trained values once. Where gradients of fp16 overflow, all is done again at half the loss scale: no schedule has seen it."""
-        start, scaler = draws(self), self.accelerator.scaler
-        for _ in range(SCALES):
-            loss, scale = (
-                self.memory.enough(self._gradients, self._again),
-                scaler.get_scale() if scaler else 0.0,
-            )
+        """Move the trained values once; return the loss.
+
+        Where fp16 gradients overflow, the step is retried at half the loss scale, before any schedule counts it.
+        """
+        snapshot, scaler = rng_snapshot(self.run.generator, self.accelerator.device), self.accelerator.scaler
+        for _ in range(LOSS_SCALES):
+            loss = self.memory.retry_smaller(self._gradients, self._prepare_retry)
+            scale = scaler.get_scale() if scaler else 0.0
             self.run.log(grad_norm=self._clip())
-            try:
-                self.optimizer.step()
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                raise RunFailed(
-                    f"Memory ran out in the optimizer, at step {self.number + 1}. {ADVICE}"
-                ) from None
-            if (
-                not scaler or scaler.get_scale() >= scale
-            ):  # not ``step_was_skipped``: fused optimizers leave a step out by themselves
+            self._step_optimizer()
+            # a lower scale means overflow; fused optimizers skip a step without telling ``step_was_skipped``
+            if not scaler or scaler.get_scale() >= scale:
                 return loss
             self.optimizer.zero_grad(set_to_none=True)
-            redraw(self, start)
-            self._again()
-        raise NotFinite(
-            self.number + 1,
-            math.inf,
-            [i for b in self.run.batch if b for i in b.ids],
-            "gradient at every loss scale",
-        )
+            rng_restore(self.run.generator, snapshot)
+            self._prepare_retry()
+        raise NotFinite(self.number + 1, math.inf, _ids(self.run.batch), "gradient at every loss scale")
+
+    def _step_optimizer(self) -> None:
+        try:
+            self.optimizer.step()
+        except RuntimeError as error:
+            if not ran_out(error):
+                raise
+            raise RunFailed(f"Memory ran out in the optimizer, at step {self.number + 1}. {ADVICE}") from None
 
     def _clip(self) -> float:
-        """The norm of all gradients together, before ``train.clip`` limits it."""
+        """Limit the norm of all gradients together to ``train.clip``; return the norm from before."""
         trained = [p for p in self.states.parameters() if p.grad is not None]
-        if self.train.clip:
-            return float(self.accelerator.clip_grad_norm_(trained, self.train.clip))
-        scaler = self.accelerator.scaler
-        return float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])) / (
-            scaler.get_scale() if scaler else 1.0
-        )
+        if self.recipe.train.clip:
+            return float(self.accelerator.clip_grad_norm_(trained, self.recipe.train.clip))
+        norm = float(torch.nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None]))
+        return norm / self.accelerator.scaler.get_scale() if self.accelerator.scaler else norm
 
-    def _again(self) -> None:
+    def _prepare_retry(self) -> None:
         self.current.prepare_retry(self.run, self.states["method"])
 
     def _gradients(self) -> float:
@@ -282,56 +222,53 @@ class Session:
         self.current.after_backward(self.run, self.states["method"])
         return loss
 
-    def _backward(self, micro: list[Batch | None]) -> float:
-        """Gradients of the mean loss over the global batch, summed up from micro-batches and processes. Returns that mean."""
-        counted, loss_sum = self._counted(micro), torch.zeros((), device=self.accelerator.device)
-        for batch in micro:
-            share = batch or self._stand_in(micro)
-            with self.accelerator.autocast():
-                logits = self.tuned(**self.on_device(share.inputs))
-            task = self._losses(logits, share) * (batch is not None)
-            added = self.current.loss(self.run, self.states["method"], share)  # counts once a step
-            self.accelerator.backward(
-                task * (1 / counted) + added / (len(micro) * self.accelerator.num_processes)
-            )
-            loss_sum += task.detach()
-        loss = float(total(loss_sum)) / counted
+    def _backward(self, micro: MicroBatches) -> float:
+        """Compute the gradients of a step; return its mean loss. Raises ``NotFinite``."""
+        loss = self.compute.backward(micro, self._added_loss)
         if not math.isfinite(loss):
-            raise NotFinite(self.number + 1, loss, [i for b in micro if b for i in b.ids])
-        add_gradients(p for p in self.states.parameters() if p.requires_grad)
+            raise NotFinite(self.number + 1, loss, _ids(micro))
+        self.compute.share_gradients()
         return loss
 
-    def try_backward(self, batch: Batch) -> None:
-        """Forward and backward of a batch, as training does them, for their memory."""
-        self.tuned.train()
-        with self.accelerator.autocast():
-            logits = self.tuned(**self.on_device(batch.inputs))
-        self.accelerator.backward(self._losses(logits, batch))
+    def _added_loss(self, batch: Batch) -> Tensor | float:
+        return self.current.loss(self.run, self.states["method"], batch)
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything that the rest of the run depends on."""
-        drawn = rng.state() | {"method": self.run.generator.get_state()}
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler else None
-        states, optimizer = self.states.state_dict(), self.optimizer.state_dict()
+        """Return everything that the rest of the run depends on.
+
+        ``states`` and ``rng``: tensors by name; ``optimizer``: see ``save_optimizer``; ``phase``, ``number`` and
+        ``scaler``: values that JSON can hold.
+        """
+        scaler = self.accelerator.scaler
         return {
             "phase": self.phase,
             "number": self.number,
-            "states": states,
-            "optimizer": optimizer,
-            "scaler": scaler,
-            "rng": drawn,
+            "states": self.states.state_dict(),
+            "optimizer": save_optimizer(self.optimizer, self.states),
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": random_state.state() | {"method": self.run.generator.get_state()},
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from ``saved``. Raises ``RuntimeError`` where it belongs to another method or model, ``ValueError`` for a step that there is not."""
-        if not (0 <= saved["number"] <= self.train.steps and 0 <= saved["phase"] < len(self.phases)):
-            raise ValueError(f"step {saved['number']} in phase {saved['phase']}")
-        self.number = saved["number"]
-        self.enter(saved["phase"])
-        self.begun, self.run.step = True, max(0, self.number - 1 - self.phases[self.phase][1])
+        """Go on from ``saved``. Raises ``RuntimeError`` or ``ValueError`` where it belongs to another method, model or run."""
+        number, phase = saved["number"], saved["phase"]
+        if not (0 <= number <= self.recipe.train.steps and 0 <= phase < len(self.phases)):
+            raise ValueError(f"step {number} in phase {phase}")
+        self.number = number
+        self.enter(phase)
+        self.begun, self.run.step = True, max(0, number - 1 - self.phases[phase][1])
         self.states.load_state_dict(saved["states"])
-        self.optimizer.load_state_dict(saved["optimizer"])
+        load_optimizer(self.optimizer, self.states, saved["optimizer"])
         if saved["scaler"] and self.accelerator.scaler:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.run.generator.set_state(saved["rng"]["method"])
-        rng.restore(saved["rng"])
+        random_state.restore(saved["rng"])
+
+
+def _ids(micro: MicroBatches) -> list[str]:
+    """Return the ids of the examples of a step, as far as this process has them."""
+    found = []
+    for batch in micro:
+        if batch:
+            found += batch.ids
+    return found

@@ -28,7 +28,7 @@ from finetune.core.part import patched
 from finetune.core.sparse.switch import Switch
 from finetune.errors import ConfigError
 from finetune.models.load import load as load_model
-from finetune.storage import delta as stored
+from finetune.storage.delta import read_description
 from finetune.storage.run_folder import run_folder
 from finetune.testing import contract
 from finetune.training import run
@@ -153,7 +153,7 @@ def test_eval_merge_and_a_second_sum_take_the_folder(runs: dict[str, Path], tmp_
     assert config["method"]["name"] == "sparse"
     assert set(config["method"]["targets"]) == set(b) | set(c)
     assert json.loads((out / "compose.json").read_text())["conflicts"] == 0
-    assert stored.about(out / "delta")["composed"]["head"] == str(runs["c"])
+    assert read_description(out / "delta")["composed"]["head"] == str(runs["c"])
     again = tmp_path / "again"
     compose([out, runs["a"]], again)
     three = tmp_path / "three"

@@ -18,7 +18,7 @@ from finetune.artifacts.reproduce import reproduce
 from finetune.config.load import load
 from finetune.errors import ConfigError, RunFailed
 from finetune.launch.start import StartOptions
-from finetune.storage.run_folder import write_json_atomic
+from finetune.storage.atomic import write_json_atomic
 from finetune.training import run as running
 
 SMALL = [

@@ -21,8 +21,8 @@ import yaml
 from finetune import registry
 from finetune.artifacts import reopen as finished
 from finetune.config.load import load
-from finetune.storage import delta as stored
 from finetune.storage import manifest
+from finetune.storage.delta import read_tensors
 from finetune.storage.run_folder import RunFolder
 from finetune.training import run
 
@@ -114,7 +114,7 @@ def test_a_frozen_run_goes_on_to_what_it_recorded(name: str, place: RunFolder) -
         state = digest(place.checkpoint(STEPS) / "state.safetensors")
         delta = hashlib.sha256((place.delta / "delta.safetensors").read_bytes()).hexdigest()
         assert (delta, state) == (told["delta_sha256"], told["final_state_sha256"])
-    found, known = (stored.read(folder / "delta/delta.safetensors") for folder in (place.path, twin))
+    found, known = (read_tensors(folder / "delta/delta.safetensors") for folder in (place.path, twin))
     assert found.keys() == known.keys()
     for key, tensor in known.items():
         torch.testing.assert_close(

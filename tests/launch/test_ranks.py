@@ -233,7 +233,7 @@ def short_of_memory(most: int | None) -> Kept:
             if most:
                 session.model.register_forward_hook(limited(most, where), with_kwargs=True)
             kept |= trained(f"{name} {where}", session)
-            halved = [[event["step"], event["from"], event["to"]] for event in session.memory.events]
+            halved = [[event["step"], event["from"], event["to"]] for event in session.memory.halvings]
             kept[f"{name} {where}/halved"] = torch.tensor(halved, dtype=torch.int64)
     return kept
 

@@ -29,11 +29,12 @@ from finetune.methods.sparse.sparse import Crossing
 from finetune.optim.sm3 import SM3
 from finetune.selectors.ist import IST
 from finetune.storage import checkpoint, lock
-from finetune.storage import delta as stored
+from finetune.storage.delta import read_description
+from finetune.storage.progress import ProgressRecord
 from finetune.system.signals import Interrupted, Signals
 from finetune.testing import contract
 from finetune.testing.cases import find_cases
-from finetune.training import run
+from finetune.training import checkpoints, run, selection
 from finetune.training.evaluate import Evaluation
 from finetune.training.prepare import Setup
 
@@ -227,15 +228,15 @@ def after(owner: Any, name: str, n: int = 1) -> Callable[[pytest.MonkeyPatch], N
 
 
 BREAKS = {
-    "a better change stored, the checkpoint not": [after(stored, "save", 2)],
+    "a better change stored, the checkpoint not": [after(selection, "save_delta", 2)],
     "half a checkpoint written": [after(checkpoint, "save_file", 2), after(checkpoint, "save_file")],
     "a checkpoint renamed, the old ones not removed": [
         after(checkpoint, "save", 2),
         after(checkpoint, "save"),
     ],
     "validated and not logged": [
-        after(run.Training, "keep_if_best", 3),
-        after(run.Training, "keep_if_best", 2),
+        after(run, "keep_if_best", 3),
+        after(run, "keep_if_best", 2),
     ],
     "predictions written, no result": [after(run, "write_predictions")],
 }
@@ -259,13 +260,13 @@ def test_the_best_change_is_that_of_the_checkpoint(
     settings = config(place, "method=lora", "train.save_every=2", "train.eval_every=1")
     qualities = iter([0.0, 5.0, 7.0])
     with monkeypatch.context() as first:
-        first.setattr(run, "better", lambda metrics: (next(qualities),))
-        kill(settings, here / "run", after(run.Training, "keep_if_best", 3))
-    assert stored.about(here / "run" / "delta")["step"] == 3
-    monkeypatch.setattr(run, "better", lambda metrics: (1.0,))
+        first.setattr(selection, "sort_key", lambda metrics: (next(qualities),))
+        kill(settings, here / "run", after(run, "keep_if_best", 3))
+    assert read_description(here / "run" / "delta")["step"] == 3
+    monkeypatch.setattr(selection, "sort_key", lambda metrics: (1.0,))
     result, _ = go(settings, here / "run")
     assert result["best_step"] == 2
-    assert stored.about(here / "run" / "delta")["step"] == 2
+    assert read_description(here / "run" / "delta")["step"] == 2
 
 
 def test_a_signal_in_the_final_evaluation_loses_no_step(
@@ -278,7 +279,7 @@ def test_a_signal_in_the_final_evaluation_loses_no_step(
     keys = iter(
         [3.0, 9.0, 1.0, 2.0, 3.0, 4.0] * 2
     )  # the second step is the best, so that its state is in the model when the signal comes
-    monkeypatch.setattr(run, "better", lambda metrics: (next(keys),))
+    monkeypatch.setattr(selection, "sort_key", lambda metrics: (next(keys),))
     go(saving, here / "whole")
     real, tested = Setup.evaluate, []
 
@@ -365,7 +366,7 @@ def test_patience_counts_the_validations_before_the_break(
     settings = config(place, "method=lora", "train.patience=2", "train.eval_every=1")
     for name, stops in (("whole", ()), ("again", (1, 2, 3, 4))):  # the last: after the loop
         qualities = iter([1.0, 5.0, 4.0, 3.0, 9.0, 10.0])
-        monkeypatch.setattr(run, "better", lambda metrics, each=qualities: (next(each),))
+        monkeypatch.setattr(selection, "sort_key", lambda metrics, each=qualities: (next(each),))
         result, _ = go(settings, here / name, stops)
         assert (result["steps"], result["best_step"]) == (4, 2)
     assert differences(here / "whole", here / "again") == []
@@ -376,7 +377,7 @@ def test_patience_waits_for_the_asked_sparsity(
 ) -> None:
     """Three dense steps, three sparse ones, and each validation worse than the one before."""
     qualities = iter([9.0, 8.0, 7.0, 6.0, 5.0, 4.0])
-    monkeypatch.setattr(run, "better", lambda metrics: (next(qualities),))
+    monkeypatch.setattr(selection, "sort_key", lambda metrics: (next(qualities),))
     result, said = go(
         config(place, "method=lt_sft", "schedule.dense=0.5", "train.patience=1", "train.eval_every=1"),
         here / "run",
@@ -446,8 +447,12 @@ def test_another_number_of_processes_is_told_and_recorded(
     settings = config(place, "method=lora", "seed=2")
     interrupt(settings, here / "run", 2)
     assert resume.processes(here / "run") == 1
-    real = checkpoint.progress
-    monkeypatch.setattr(checkpoint, "progress", lambda folder, extra: {**real(folder, extra), "processes": 2})
+    real = checkpoints.read_progress
+
+    def of_two_processes(*given: Any) -> ProgressRecord:
+        return replace(real(*given), processes=2)
+
+    monkeypatch.setattr(checkpoints, "read_progress", of_two_processes)
     result, said = go(settings, here / "run")
     assert "steps up to 3 were made by 2 processes and later ones by 1" in result["warnings"][0]
     assert f"Warning: {result['warnings'][0]}." in said
@@ -470,7 +475,7 @@ def test_a_run_in_use_is_refused_before_anything_is_loaded(
     place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(run, "prepare", lambda settings: pytest.fail("loaded"))
-    with lock.held(here / "run"), pytest.raises(ConfigError, match="is in use by"):
+    with lock.holding_lock(here / "run"), pytest.raises(ConfigError, match="is in use by"):
         go(config(place, "method=lora"), here / "run")
 
 

@@ -21,7 +21,7 @@ from finetune.config.load import load, tree
 from finetune.errors import ConfigError
 from finetune.report import statistics
 from finetune.report.comparison import compare
-from finetune.storage.run_folder import write_json_atomic, write_yaml
+from finetune.storage.atomic import write_json_atomic, write_yaml_atomic
 from finetune.sweep.grid import points
 
 from ..support.run_folders import MakeRun
@@ -538,7 +538,7 @@ def test_the_command_is_the_run(make_run: MakeRun, tmp_path: Path) -> None:
     )
     folder = tmp_path / "run"
     folder.mkdir()
-    write_yaml(folder / "config.yaml", config.as_dict())
+    write_yaml_atomic(folder / "config.yaml", config.as_dict())
     for defaults in (None, lambda choices: {key: value for key, (value, _) in tree(list(choices)).items()}):
         (only,) = compare([folder]).as_dict(defaults=defaults)["rows"]
         words = shlex.split(only["command"])
@@ -571,7 +571,7 @@ def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipp
     for point in points(words)[skipped:]:
         folder = tmp_path / point.folder.path.name
         folder.mkdir()
-        write_yaml(folder / "config.yaml", point.config.as_dict())
+        write_yaml_atomic(folder / "config.yaml", point.config.as_dict())
         told = {
             "status": "finished",
             "threads": 3,

@@ -35,7 +35,7 @@ from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST, Blocks
 from finetune.selectors.none import NoSelector
 from finetune.storage import checkpoint
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
 from finetune.testing.cases import Case, find_cases
 from finetune.training.session import Session
@@ -495,10 +495,10 @@ def test_the_stored_change_knows_nothing_of_it(make: Callable[[], Method], tmp_p
         begin(make(), None),
         begin(make(), IST(every=4)),
     )
-    assert not [name for name in stored.tensors(trained.states) if "selector" in name or "score" in name]
-    stored.save(tmp_path / "delta", trained.states, {})
+    assert not [name for name in tensors_to_store(trained.states) if "selector" in name or "score" in name]
+    save_delta(tmp_path / "delta", trained.states, {})
     for new in (plain, selected):
-        stored.load(tmp_path / "delta", new.states)
+        load_delta(tmp_path / "delta", new.states)
         assert torch.equal(contract.logits(new.tuned), contract.logits(trained.tuned))
 
 

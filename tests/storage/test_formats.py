@@ -19,7 +19,7 @@ from finetune.artifacts import reopen as finished
 from finetune.config.load import load
 from finetune.errors import ConfigError
 from finetune.storage import checkpoint, manifest
-from finetune.storage import delta as stored
+from finetune.storage.delta import read_tensors
 from finetune.storage.run_folder import RunFolder
 from finetune.system.safe import FORMAT, too_new
 from finetune.training import run
@@ -106,7 +106,7 @@ def test_an_old_run_evaluates_to_what_it_recorded(old: Path, name: str) -> None:
 def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
     files = RunFolder(Path(name))
     told, lines = files.read_result(), files.metrics.read_text().splitlines()
-    before = stored.read(files.delta / "delta.safetensors")
+    before = read_tensors(files.delta / "delta.safetensors")
     said = again(files)
     assert "Going on from step 4" in said[-1]
     result = files.read_result()
@@ -115,7 +115,7 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
         told[key] for key in ("steps", "best_step", "params")
     ]
     assert result["config_hash"] != told["config_hash"]  # it no longer counts how often a run is saved
-    after = stored.read(files.delta / "delta.safetensors")
+    after = read_tensors(files.delta / "delta.safetensors")
     assert after.keys() == before.keys()
     assert all(after[key].allclose(before[key], rtol=1e-3, atol=1e-5) for key in before)
     numbers = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "lr", "val_loss")} for line in each]
@@ -158,7 +158,7 @@ def test_a_later_format_is_refused_with_the_version_it_needs(
         files.read_result() if name == "result.json" else finished.evaluate((files.path / name).parent)
     if name.startswith("checkpoints"):
         with pytest.raises(ConfigError, match=words):
-            checkpoint.newest(files, pytest.fail)
+            checkpoint.find_newest(files, pytest.fail)
     assert {file: file.read_bytes() for file in files.path.rglob("*") if file.is_file()} == before
 
 

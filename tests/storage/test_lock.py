@@ -25,9 +25,9 @@ import sys
 sys.path.insert(0, {root!r})
 from pathlib import Path
 from finetune.errors import ConfigError
-from finetune.storage.lock import held
+from finetune.storage.lock import holding_lock
 try:
-    with held(Path(sys.argv[1])):
+    with holding_lock(Path(sys.argv[1])):
         print("held", flush=True)
         sys.stdin.read()
 except ConfigError as error:
@@ -53,7 +53,7 @@ def said(process: subprocess.Popen[str]) -> str:
 
 
 def test_it_says_who_holds_it_and_nobody_afterwards(tmp_path: Path) -> None:
-    with lock.held(tmp_path / "outputs" / "run"):
+    with lock.holding_lock(tmp_path / "outputs" / "run"):
         told = json.loads((tmp_path / "outputs" / "run" / ".lock").read_text())
         assert (told["pid"], told["host"]) == (os.getpid(), socket.gethostname())
         assert lock.holder(tmp_path / "outputs" / "run") == f"process {os.getpid()} on {socket.gethostname()}"
@@ -66,21 +66,21 @@ def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> No
         assert said(holder) == "held"
         with (
             pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} on {socket.gethostname()}"),
-            lock.held(tmp_path),
+            lock.holding_lock(tmp_path),
         ):
             pytest.fail("two at once")
         assert lock.lock(tmp_path) is None
         with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} "):
-            lock.look(tmp_path)
+            lock.refuse_if_locked(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
         assert lock.holder(tmp_path).startswith(
             f"process {holder.pid} "
         )  # it had no time to take its name away
-    lock.look(tmp_path)
-    lock.look(tmp_path / "none")
+    lock.refuse_if_locked(tmp_path)
+    lock.refuse_if_locked(tmp_path / "none")
     assert not (tmp_path / "none").exists()
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
 
 
@@ -88,7 +88,7 @@ def test_whoever_follows_a_killed_process_clears_up_after_it(tmp_path: Path) -> 
     (tmp_path / "checkpoints" / ".step-2.4194305.old").mkdir(parents=True)
     (tmp_path / "checkpoints" / ".step-4.4194305.tmp").mkdir()
     (tmp_path / ".result.json.4194305.tmp").write_text("half")
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         assert {path.name for path in tmp_path.rglob("*")} == {".lock", "checkpoints", "step-2"}
 
 
@@ -117,7 +117,7 @@ def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -
 
 def test_a_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None:
     (started, says), (ends, keeps) = os.pipe(), os.pipe()
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         worker = os.fork()
         if worker == 0:
             os.write(says, b"!")
@@ -159,19 +159,19 @@ def test_another_machine_that_flock_may_not_reach_is_not_overrun(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
     (tmp_path / ".lock").write_text(json.dumps({"pid": 12, "host": "node7", "started": 0}))
-    monkeypatch.setattr(lock, "_kind", lambda folder: kind)
+    monkeypatch.setattr(lock, "_file_system", lambda folder: kind)
     with (
         pytest.raises(
-            ConfigError, match=r"process 12 on node7, which did not say that it ended.* remove .*/\.lock"
+            ConfigError, match=r"process 12 on node7, which did not report its end.* remove .*/\.lock"
         ),
-        lock.held(tmp_path),
+        lock.holding_lock(tmp_path),
     ):
         pytest.fail("two at once")
     assert json.loads((tmp_path / ".lock").read_text())["host"] == "node7"
     (tmp_path / ".lock").unlink()
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         pass
-    with lock.held(tmp_path):  # the last one said that it ended
+    with lock.holding_lock(tmp_path):  # the last one said that it ended
         pass
 
 
@@ -179,17 +179,17 @@ def test_on_a_disk_of_this_machine_another_name_was_this_machine(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / ".lock").write_text(json.dumps({"pid": 12, "host": "an-earlier-container", "started": 0}))
-    monkeypatch.setattr(lock, "_kind", lambda folder: "overlay")
-    with lock.held(tmp_path):
+    monkeypatch.setattr(lock, "_file_system", lambda folder: "overlay")
+    with lock.holding_lock(tmp_path):
         assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
 
 
 def test_the_kind_of_a_file_system_is_what_linux_says() -> None:
-    assert lock._kind(Path("/proc/self")) == "proc"
+    assert lock._file_system(Path("/proc/self")) == "proc"
     found = subprocess.run(
         ["stat", "-f", "-c", "%T", "/"], capture_output=True, text=True, check=True
     ).stdout.strip()
-    assert lock._kind(Path("/")).startswith(found[:3])
+    assert lock._file_system(Path("/")).startswith(found[:3])
 
 
 @pytest.mark.parametrize("number", lock.UNSUPPORTED)
@@ -201,13 +201,13 @@ def test_where_there_are_no_locks_the_name_has_to_do(
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with (
-        lock.held(tmp_path),
+        lock.holding_lock(tmp_path),
         pytest.raises(ConfigError, match=f"process {os.getpid()} "),
-        lock.held(tmp_path),
+        lock.holding_lock(tmp_path),
     ):
         pytest.fail("two at once")
     (tmp_path / ".lock").write_text(json.dumps({"pid": 4194305, "host": socket.gethostname(), "started": 0}))
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         pass
 
 
@@ -217,7 +217,7 @@ def test_where_there_are_no_locks_the_name_has_to_do(
 def test_what_stands_in_the_file_need_not_make_sense(tmp_path: Path, text: str) -> None:
     (tmp_path / ".lock").write_text(text)
     assert lock.holder(tmp_path) == ""
-    with lock.held(tmp_path):
+    with lock.holding_lock(tmp_path):
         assert lock.holder(tmp_path)
 
 
@@ -225,7 +225,7 @@ def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "mine.txt").write_text("mine")
     (tmp_path / "run" / ".lock").symlink_to(tmp_path / "mine.txt")
-    with pytest.raises(ConfigError, match="cannot be written"), lock.held(tmp_path / "run"):
+    with pytest.raises(ConfigError, match="cannot be written"), lock.holding_lock(tmp_path / "run"):
         pytest.fail("through a link")
     assert (tmp_path / "mine.txt").read_text() == "mine"
 
@@ -234,18 +234,18 @@ def test_a_folder_that_vanishes_or_is_replaced_is_noticed(tmp_path: Path) -> Non
     folder = tmp_path / "run"
 
     def replaced() -> None:
-        with lock.held(folder):
+        with lock.holding_lock(folder):
             folder.rename(tmp_path / "moved")
             folder.mkdir()
 
     with pytest.raises(FileNotFoundError) as caught:
         replaced()
-    with lock.held(tmp_path / "run"):
+    with lock.holding_lock(tmp_path / "run"):
         (tmp_path / "run" / "config.yaml").write_text("{}")
         (tmp_path / "run" / ".lock").unlink()  # the run itself is still there
     assert caught.value.errno == errno.ENOENT
     with (
         pytest.raises(ConfigError, match=r"The run folder .* cannot be written: Not a directory"),
-        lock.held(tmp_path / "moved" / ".lock" / "run"),
+        lock.holding_lock(tmp_path / "moved" / ".lock" / "run"),
     ):
         pytest.fail("in a file")

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.storage import lock, manifest
-from finetune.storage.run_folder import replacing
+from finetune.storage.atomic import replacing
 
 TENSOR = b'{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}'
 
@@ -30,7 +30,7 @@ def fill(folder: Path, byte: bytes = b"a", told: bool = True) -> None:
 
 @pytest.fixture
 def whole(tmp_path: Path) -> Path:
-    with manifest.sealing(tmp_path / "delta") as temporary:
+    with manifest.sealed_folder(tmp_path / "delta") as temporary:
         fill(temporary)
     return tmp_path / "delta"
 
@@ -121,7 +121,7 @@ def test_a_folder_made_before_there_were_manifests_counts_by_its_layout(tmp_path
 
 
 def test_nothing_is_made_where_the_parent_is_gone(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError), manifest.sealing(tmp_path / "run" / "delta"):
+    with pytest.raises(FileNotFoundError), manifest.sealed_folder(tmp_path / "run" / "delta"):
         pytest.fail("nobody will read it")
     assert list(tmp_path.iterdir()) == []
 
@@ -136,7 +136,7 @@ def test_a_failed_write_leaves_the_folder_that_was_there(
 
     real = Path.replace
     monkeypatch.setattr(Path, "replace", fail_on_the_new_one)
-    with pytest.raises(OSError, match="No space"), manifest.sealing(whole) as temporary:
+    with pytest.raises(OSError, match="No space"), manifest.sealed_folder(whole) as temporary:
         fill(temporary, b"b")
     assert [path.name for path in whole.parent.iterdir()] == ["delta"]
     assert manifest.faults(whole) == []
@@ -166,7 +166,7 @@ def killed_at(moment: int, folder: Path) -> bool:
         for (owner, name), act in real.items():
             setattr(owner, name, counted(act))
         try:
-            with manifest.sealing(folder) as temporary:
+            with manifest.sealed_folder(folder) as temporary:
                 fill(temporary, b"b")
         finally:
             os._exit(0)
@@ -182,7 +182,7 @@ def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_folder_whole(w
         assert manifest.faults(whole) == []
         seen.append((whole / "delta.safetensors").read_bytes()[-16:].decode())
         shutil.rmtree(whole)
-        with manifest.sealing(whole) as temporary:
+        with manifest.sealed_folder(whole) as temporary:
             fill(temporary)
         moment += 1
     assert moment > 8

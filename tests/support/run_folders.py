@@ -14,7 +14,8 @@ import pytest
 
 from finetune.config.settings import LoggerConfig, ModelConfig, TrainConfig
 from finetune.optim.adamw import AdamW
-from finetune.storage.run_folder import write_json_atomic, write_predictions, write_yaml
+from finetune.storage.atomic import write_json_atomic, write_yaml_atomic
+from finetune.storage.rows import write_predictions
 
 MakeRun = Callable[..., Path]
 COST = {
@@ -48,7 +49,7 @@ def make_run(tmp_path: Path) -> MakeRun:
         config = make_config(method, seed, settings)
         folder = tmp_path / "outputs" / into / f"{method}-s{seed}-{hash_config(config)}"
         folder.mkdir(parents=True, exist_ok=True)
-        write_yaml(folder / "config.yaml", config)
+        write_yaml_atomic(folder / "config.yaml", config)
         if status == "unfinished":
             return folder
         metrics: dict[str, Any] = {}

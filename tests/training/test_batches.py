@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from finetune.testing.contract import examples
-from finetune.training.batches import Batches, chosen, pieces
+from finetune.training.batches import Batches, choose_examples, divide_batch
 
 
 def test_every_example_once_an_epoch_and_the_last_batch_is_small() -> None:
     for epoch in range(3):
-        batches = [chosen(21, 8, seed=0, step=3 * epoch + i) for i in range(3)]
+        batches = [choose_examples(21, 8, seed=0, step=3 * epoch + i) for i in range(3)]
         assert [len(b) for b in batches] == [8, 8, 5]
         assert sorted(torch.cat(batches).tolist()) == list(range(21))
-    assert not torch.equal(chosen(21, 8, 0, 0), chosen(21, 8, 0, 3))
-    assert not torch.equal(chosen(21, 8, 0, 0), chosen(21, 8, 1, 0))
+    assert not torch.equal(choose_examples(21, 8, 0, 0), choose_examples(21, 8, 0, 3))
+    assert not torch.equal(choose_examples(21, 8, 0, 0), choose_examples(21, 8, 1, 0))
 
 
 @pytest.mark.parametrize(("size", "micro", "world"), [(8, 3, 1), (5, 8, 1), (7, 2, 2), (1, 4, 3), (9, 2, 4)])
@@ -23,7 +23,7 @@ def test_pieces_cover_the_batch_over_all_processes_in_as_many_rounds(
     size: int, micro: int, world: int
 ) -> None:
     batch = torch.randperm(size)
-    plans = [pieces(batch, micro, rank, world) for rank in range(world)]
+    plans = [divide_batch(batch, micro, rank, world) for rank in range(world)]
     assert sorted(i for plan in plans for piece in plan for i in piece) == sorted(batch.tolist())
     assert len({len(plan) for plan in plans}) == 1
     assert max(len(piece) for plan in plans for piece in plan) <= micro

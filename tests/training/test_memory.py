@@ -17,8 +17,7 @@ from finetune.config.load import load
 from finetune.config.settings import Config
 from finetune.core.method import Method
 from finetune.core.selector import Selector
-from finetune.core.sparse import bank
-from finetune.core.sparse import engine as sparse
+from finetune.core.sparse import bank, choosing
 from finetune.data.encode import collate
 from finetune.errors import ConfigError, RunFailed
 from finetune.methods.reparam.amt import AMT
@@ -34,7 +33,8 @@ from finetune.schedules.redraw import Redraw
 from finetune.selectors.ist import IST
 from finetune.system.signals import Interrupted, Signals
 from finetune.testing import contract
-from finetune.training import memory, run
+from finetune.training import batch_size, run
+from finetune.training.batch_size import find_batch_size
 from finetune.training.batches import Batches
 from finetune.training.evaluate import evaluate
 from finetune.training.session import Session
@@ -124,7 +124,7 @@ def test_it_ends_as_a_run_that_was_started_with_the_smaller_micro_batch(name: st
     told = begin(METHODS[name](), micro=4)
     assert found == losses(told)
     contract.same_session(session, told)
-    assert session.memory.events == [{"step": 1, "from": 8, "to": 4}]
+    assert session.memory.halvings == [{"step": 1, "from": 8, "to": 4}]
 
 
 @pytest.mark.parametrize("method", [lambda: LoRA(rank=2), lambda: SHiRA(sparsity=0.9)], ids=["lora", "shira"])
@@ -135,7 +135,7 @@ def test_selectors_draw_what_they_would_have_drawn(method: Callable[[], Method])
     told = begin(method(), micro=2, selector=IST(every=2))
     assert found == losses(told)
     contract.same_session(session, told)
-    assert session.memory.events == [{"step": 1, "from": 8, "to": 4}, {"step": 1, "from": 4, "to": 2}]
+    assert session.memory.halvings == [{"step": 1, "from": 8, "to": 4}, {"step": 1, "from": 4, "to": 2}]
 
 
 @pytest.mark.parametrize("error", NO_MEMORY.values(), ids=NO_MEMORY)
@@ -143,7 +143,7 @@ def test_every_way_of_saying_it(error: Exception) -> None:
     session = begin(LoRA(rank=2), steps=1)
     Short(session, 4, error=error)
     assert len(losses(session)) == 1
-    assert session.memory.events == [{"step": 1, "from": 8, "to": 4}]
+    assert session.memory.halvings == [{"step": 1, "from": 8, "to": 4}]
 
 
 @pytest.mark.parametrize(
@@ -157,7 +157,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
     with pytest.raises(type(error)) as raised:
         losses(session)
     assert raised.value is error
-    assert not session.memory.events
+    assert not session.memory.halvings
 
 
 @pytest.mark.parametrize("name", ["spiel", "snell"])
@@ -174,7 +174,7 @@ def test_a_later_step_goes_on_from_the_state_before_it(name: str) -> None:
     Short(session, 4, "middle", spared=3)
     assert losses(session) == before + after
     contract.same_session(session, told)
-    assert [event["step"] for event in session.memory.events] == [4]
+    assert [event["step"] for event in session.memory.halvings] == [4]
 
 
 def test_the_lines_that_are_said_and_what_is_kept() -> None:
@@ -187,7 +187,11 @@ def test_the_lines_that_are_said_and_what_is_kept() -> None:
         "Memory ran out at step 1: passes of 2 examples instead of 4 from now on; batch and loss are the same.",
     ]
     events = [{"step": 1, "from": 8, "to": 4}, {"step": 1, "from": 4, "to": 2}]
-    assert session.memory.state() == {"batch_size": 8, "micro_batch_size": 2, "out_of_memory": events}
+    assert session.memory.record().to_json() == {
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "out_of_memory": events,
+    }
 
 
 def test_one_example_at_a_time_is_the_end_with_advice() -> None:
@@ -195,7 +199,7 @@ def test_one_example_at_a_time_is_the_end_with_advice() -> None:
     Short(session, 0)
     with pytest.raises(RunFailed, match="Memory ran out at step 1 with one example at a time"):
         contract.finish(session)
-    assert [event["to"] for event in session.memory.events] == [4, 2, 1]
+    assert [event["to"] for event in session.memory.halvings] == [4, 2, 1]
 
 
 def test_memory_that_the_optimizer_lacks_is_the_end_with_advice(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +235,7 @@ def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_bac
 
     monkeypatch.setattr(bank, name, fails_once)
     assert [step.loss for step in steps] == [step.loss for step in oracle]
-    assert session.memory.events == [{"step": 2, "from": 8, "to": 4}]
+    assert session.memory.halvings == [{"step": 2, "from": 8, "to": 4}]
     contract.same_session(session, told)
     monkeypatch.undo()
     from finetune.core.part import detach
@@ -242,7 +246,7 @@ def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_bac
 
 def test_a_score_that_runs_out_in_the_middle_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     session, told = begin(METHODS["gradient"]()), begin(METHODS["gradient"](), micro=4)
-    real, calls = sparse.scan, [0]
+    real, calls = choosing.scan, [0]
 
     def scan(*given: Any) -> None:
         calls[0] += 1
@@ -252,7 +256,7 @@ def test_a_score_that_runs_out_in_the_middle_is_made_again(monkeypatch: pytest.M
             raise NO_MEMORY["cuda"]
         real(*given)
 
-    monkeypatch.setattr(sparse, "scan", scan)
+    monkeypatch.setattr(choosing, "scan", scan)
     assert losses(session) == losses(told)
     contract.same_session(session, told)
 
@@ -272,7 +276,8 @@ def test_entries_that_moved_by_half_are_not_moved_again(late: bool, monkeypatch:
 
     monkeypatch.setattr(store, "_move", move)
     with pytest.raises(
-        RunFailed, match="Memory ran out at step 3 as trained entries moved, which cannot be done twice"
+        RunFailed,
+        match="Memory ran out at step 3 while trained entries moved, and this step cannot be repeated",
     ):
         next(steps)
 
@@ -284,23 +289,27 @@ def test_entries_that_moved_by_half_are_not_moved_again(late: bool, monkeypatch:
 def test_the_largest_batch_that_fits(most: int, found: int) -> None:
     session = begin(LoRA(rank=2), batch_size="auto")
     Short(session, most, "backward")
-    session.memory.find()
+    find_batch_size(session)
     assert session.batches.batch_size == found
-    assert session.memory.state() == {"batch_size": found, "micro_batch_size": None, "out_of_memory": []}
+    assert session.memory.record().to_json() == {
+        "batch_size": found,
+        "micro_batch_size": None,
+        "out_of_memory": [],
+    }
 
 
 def test_nothing_fits() -> None:
     session = begin(LoRA(rank=2), batch_size="auto")
     Short(session, 0)
     with pytest.raises(RunFailed, match="not even one example fits"):
-        session.memory.find()
+        find_batch_size(session)
 
 
 @pytest.mark.parametrize("name", ["gradient", "lt_sft", "snell"])
 def test_a_run_of_a_found_batch_size_is_that_of_the_same_size_given(name: str) -> None:
     session = begin(METHODS[name](), batch_size="auto")
     Short(session, 4)
-    session.memory.find()
+    find_batch_size(session)
     found = losses(session)
     told = begin(METHODS[name](), batch_size=4)
     assert found == losses(told)
@@ -318,10 +327,10 @@ def test_on_the_cpu_it_stops_where_the_next_might_take_all_memory(monkeypatch: p
     session, said = begin(LoRA(rank=2), batch_size="auto"), list[str]()
     session.memory.say = said.append
     used = iter([1000, 2000, 4000])
-    monkeypatch.setattr(memory, "resident", lambda: 0)
-    monkeypatch.setattr(memory, "peak_memory", lambda: (next(used), "process_rss"))
-    monkeypatch.setattr(memory, "_room", lambda: 7999)
-    session.memory.find()
+    monkeypatch.setattr(batch_size, "resident_bytes", lambda: 0)
+    monkeypatch.setattr(batch_size, "peak_memory", lambda: (next(used), "process_rss"))
+    monkeypatch.setattr(batch_size, "_free_bytes", lambda: 7999)
+    find_batch_size(session)
     assert session.batches.batch_size == 4
     assert said[0].startswith("train.batch_size=auto: 4 examples, found in ")
 

@@ -155,7 +155,7 @@ def test_a_gradient_that_overflows_at_every_scale_is_a_failure_of_the_run() -> N
         overflow = Overflow(session, {2}, 0.0)
         with pytest.raises(NotFinite, match="gradient at every loss scale is inf at step 3") as caught:
             contract.finish(session)
-    assert overflow.count == loop.SCALES
+    assert overflow.count == loop.LOSS_SCALES
     assert len(caught.value.ids) == 5
     assert session.number == 2
 
@@ -177,8 +177,8 @@ def test_gradients_that_choose_entries_do_not_vanish_in_fp16() -> None:
     """A loss of 1e-6 of the usual: in float16 without a loss scale every gradient is 0, and the choice would be by position."""
 
     def chosen(session: Session) -> Tensor:
-        real = session._losses
-        session._losses = lambda logits, batch: real(logits, batch) * 1e-6  # type: ignore[method-assign]
+        real = session.compute.sum_losses
+        session.compute.sum_losses = lambda logits, batch: real(logits, batch) * 1e-6  # type: ignore[method-assign]
         session.start()
         bank = session.states["method"]["bank"]
         return torch.cat([bank.where(i) + i * 10_000 for i in range(len(bank.sizes))])

@@ -17,10 +17,12 @@ from finetune.artifacts import reopen as finished
 from finetune.config.load import load
 from finetune.config.settings import Config
 from finetune.errors import ConfigError, RunFailed
-from finetune.storage import delta as stored
+from finetune.storage.delta import read_description
+from finetune.storage.progress import ProgressRecord
 from finetune.storage.run_folder import RunFolder, run_folder
 from finetune.testing import contract
-from finetune.training import run
+from finetune.training import run, selection
+from finetune.training.checkpoints import Checkpoints
 from finetune.training.evaluate import evaluate
 from finetune.training.plan import plan as planned
 from finetune.training.prepare import prepare
@@ -112,20 +114,20 @@ def test_the_best_step_is_chosen_on_validation(model: str, here: Path) -> None:
     }
     assert len(accuracies) == 10
     assert result["best_step"] == max(accuracies, key=lambda step: accuracies[step])
-    assert stored.about(files.delta)["step"] == result["best_step"]
+    assert read_description(files.delta)["step"] == result["best_step"]
 
 
 def test_a_broken_off_run_goes_on_to_the_same_bits(
     model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, files, _ = go(config(model, "method=snell", "run=whole"))
-    real = run.Training.save_checkpoint
+    real = Checkpoints.save
 
-    def save_and_die(self: run.Training) -> Path:
-        real(self)
+    def save_and_die(self: Checkpoints, record: ProgressRecord) -> Path:
+        real(self, record)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(run.Training, "save_checkpoint", save_and_die)
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
     with pytest.raises(KeyboardInterrupt):
         go(config(model, "method=snell", "run=broken"))
     monkeypatch.undo()
@@ -189,7 +191,9 @@ def test_trained_counts_what_was_trained_whatever_step_was_best(
     model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = iter(range(0, -9, -1))
-    monkeypatch.setattr(run, "better", lambda metrics: (next(keys),))  # the first validation stays the best
+    monkeypatch.setattr(
+        selection, "sort_key", lambda metrics: (next(keys),)
+    )  # the first validation stays the best
     settings = config(model, "method=lift", "sparsity=0.9", "schedule.every=1")
     plan, (result, _, _) = planned(settings), go(settings)
     assert result["best_step"] == 2

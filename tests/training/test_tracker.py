@@ -16,7 +16,7 @@ import pytest
 from finetune.config.settings import Config, LoggerConfig
 from finetune.storage.run_folder import RunFolder
 from finetune.training import tracker
-from finetune.training.tracker import make
+from finetune.training.tracker import make_tracker
 
 BLOCK = 32768
 RESULT = {
@@ -87,18 +87,18 @@ def records(folder: RunFolder) -> list[Any]:
 
 
 def test_none_writes_nothing(folder: RunFolder, some_config: Config) -> None:
-    track = make(with_logger(some_config, "none"), folder, pytest.fail)
+    track = make_tracker(with_logger(some_config, "none"), folder, pytest.fail)
     track.log(1, loss=1.0)
     track.finish(RESULT)
     assert list(folder.path.iterdir()) == []
 
 
 def test_jsonl_resumes(folder: RunFolder, some_config: Config) -> None:
-    track = make(some_config, folder, pytest.fail)
+    track = make_tracker(some_config, folder, pytest.fail)
     for step in (1, 2, 3):
         track.log(step, loss=1.0)
     track.finish(RESULT)
-    track = make(some_config, folder, pytest.fail, start=2)
+    track = make_tracker(some_config, folder, pytest.fail, start=2)
     track.log(3, loss=2.0)
     track.finish(RESULT)
     assert metrics(folder) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
@@ -109,7 +109,7 @@ def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_confi
     expected = random.random()
     random.seed(0)
     said: list[str] = []
-    track = make(with_logger(some_config, "wandb"), folder, said.append)
+    track = make_tracker(with_logger(some_config, "wandb"), folder, said.append)
     track.log(1, loss=1.5)
     track.log(2, loss=1.25)
     track.finish(RESULT)
@@ -144,13 +144,13 @@ def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_confi
 
 
 def test_a_failed_run_is_marked_failed(folder: RunFolder, some_config: Config) -> None:
-    make(with_logger(some_config, "wandb"), folder, pytest.fail).finish({"status": "failed"})
+    make_tracker(with_logger(some_config, "wandb"), folder, pytest.fail).finish({"status": "failed"})
     assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [1]
 
 
 def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_config: Config) -> None:
     settings = with_logger(some_config, "wandb")
-    make(settings, folder, pytest.fail).finish({"status": "interrupted"})
+    make_tracker(settings, folder, pytest.fail).finish({"status": "interrupted"})
     assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [
         255
     ]  # W&B: killed
@@ -159,11 +159,11 @@ def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_con
         (folder.path / "wandb").rename(
             folder.path / f"before-{name}"
         )  # the folders of W&B have a second in their names, and would meet
-        make(settings, folder, pytest.fail, start=1).finish(RESULT)
+        make_tracker(settings, folder, pytest.fail, start=1).finish(RESULT)
         assert {record.run.run_id for record in records(folder) if record.HasField("run")} == {id_}
     (folder.path / "wandb.json").write_text(json.dumps({"id": "../../etc"}))
-    assert re.fullmatch(r"[0-9a-f]{12}", tracker._id(folder))
-    assert tracker._id(folder) == tracker._id(folder)
+    assert re.fullmatch(r"[0-9a-f]{12}", tracker._read_or_draw_id(folder))
+    assert tracker._read_or_draw_id(folder) == tracker._read_or_draw_id(folder)
 
 
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
@@ -182,7 +182,7 @@ def test_whatever_wandb_raises_costs_one_line(
 
     monkeypatch.setattr(wandb, "init", broken if where == "init" else lambda **_: Run())
     said: list[str] = []
-    track = make(with_logger(some_config, "wandb"), folder, said.append)
+    track = make_tracker(with_logger(some_config, "wandb"), folder, said.append)
     for step in (1, 2):
         track.log(step, loss=1.0)
     track.finish(RESULT)
@@ -200,9 +200,9 @@ def test_wandb_is_offline_without_a_login(
     monkeypatch.delenv("WANDB_MODE")
     asked: list[str] = []
     monkeypatch.setattr(wandb, "init", lambda **options: asked.append(options["mode"]))
-    make(with_logger(some_config, "wandb"), folder, pytest.fail)
+    make_tracker(with_logger(some_config, "wandb"), folder, pytest.fail)
     monkeypatch.setattr(wandb, "login", lambda **_: True)
-    make(with_logger(some_config, "wandb"), folder, pytest.fail)
+    make_tracker(with_logger(some_config, "wandb"), folder, pytest.fail)
     assert asked == ["offline", "online"]
 
 
@@ -220,7 +220,7 @@ def test_a_network_that_never_answers_holds_up_nothing(
         wandb.teardown()  # settings are read once a process
         said: list[str] = []
         started = time.monotonic()
-        track = make(with_logger(some_config, "wandb"), folder, said.append)
+        track = make_tracker(with_logger(some_config, "wandb"), folder, said.append)
         track.log(1, loss=1.0)
         track.finish(RESULT)
         wandb.teardown()

@@ -36,10 +36,12 @@ from finetune.schedules.grow import Grow
 from finetune.schedules.narrow import Narrow
 from finetune.schedules.ramp import Ramp
 from finetune.selectors.ist import IST
-from finetune.storage import delta as stored
+from finetune.storage.delta import save_delta
+from finetune.storage.progress import ProgressRecord, WatchRecord, read_progress
 from finetune.testing import contract
-from finetune.training import watchdog as watch
+from finetune.training import watchdog
 from finetune.training.session import Session, Step
+from finetune.training.suspicions import FrozenState, find_suspicions
 
 from ..support.plain_runs import Runs
 
@@ -50,13 +52,19 @@ def told(
     losses: Series, norms: Series | None = None, marks: dict[int, dict[str, float]] | None = None
 ) -> list[str]:
     """What the watcher says of a run with these losses and norms of gradients, its state going through JSON now and then."""
-    state, said, session = watch.fresh(), list[str](), _still()
+    state, said, session = WatchRecord(), list[str](), _still()
     for i, loss in enumerate(losses):
         metrics = {"grad_norm": norms[i] if norms else 1.0} | (marks or {}).get(i, {})
-        said += watch.see(state, session, Step(i + 1, loss, 1e-3, 0.1, metrics))
-        state = json.loads(json.dumps(state, allow_nan=False)) if i % 40 == 0 else state
-    assert state["warnings"] == said
+        said += watchdog.observe(state, session, Step(i + 1, loss, 1e-3, 0.1, metrics))
+        state = stored_and_read(state) if i % 40 == 0 else state
+    assert state.warnings == said
     return said
+
+
+def stored_and_read(state: WatchRecord) -> WatchRecord:
+    """The record as a resumed run reads it from a checkpoint."""
+    text = json.dumps(ProgressRecord(watch=state).to_json(), allow_nan=False)
+    return read_progress(Path("step-1"), json.loads(text)).watch
 
 
 def _still() -> Any:
@@ -115,10 +123,10 @@ def test_what_is_no_spike() -> None:
 
 
 def test_a_new_phase_starts_anew() -> None:
-    state, session = watch.fresh(), _still()
+    state, session = WatchRecord(), _still()
     for i in range(60):
         session.phase = i // 30
-        assert not watch.see(
+        assert not watchdog.observe(
             state, session, Step(i + 1, 0.1 if i < 30 else 5.0, 1e-3, 0.1, {"grad_norm": 1.0})
         )
 
@@ -149,16 +157,16 @@ def watched(
 ) -> tuple[list[str], list[str]]:
     """Warnings and suspicions of a run on a tiny model; ``harm`` is done to its session before each step's end is looked at."""
     session = contract.begin(method, kind, replace(contract.TRAIN, steps=steps), **begin)
-    setup, state, said = about(session, kind), watch.fresh(), list[str]()
-    frozen = watch.Frozen(setup)
+    setup, state, said = about(session, kind), WatchRecord(), list[str]()
+    frozen = FrozenState(setup)
     for step in session.steps():
         if harm:
             harm(session)
-        said += watch.see(state, session, step)
-        state = json.loads(json.dumps(state))
+        said += watchdog.observe(state, session, step)
+        state = stored_and_read(state)
         if step.number == until:
             break
-    return said, watch.suspicions(state, setup, frozen)
+    return said, find_suspicions(state, setup, frozen)
 
 
 def every(schedule: Any) -> Any:
@@ -276,12 +284,12 @@ def test_another_sparsity_than_asked_is_found(tmp_path: Path) -> None:
     assert wanted == pytest.approx(asked, abs=12)
     assert count == pytest.approx(asked / 2, abs=12)
     session = contract.finish(contract.begin(SHiRA(sparsity=0.9)))
-    stored.save(tmp_path / "delta", session.states, {})
-    state, setup = watch.fresh() | {"seen": 6}, about(session)
-    assert watch.suspicions(state, setup, watch.Frozen(setup), tmp_path / "delta", 6) == []
+    save_delta(tmp_path / "delta", session.states, {})
+    state, setup = WatchRecord(seen=6), about(session)
+    assert find_suspicions(state, setup, FrozenState(setup), tmp_path / "delta", 6) == []
     fewer = contract.finish(contract.begin(SHiRA(sparsity=0.95)))
-    stored.save(tmp_path / "delta", fewer.states, {})
-    (words,) = watch.suspicions(state, setup, watch.Frozen(setup), tmp_path / "delta", 6)
+    save_delta(tmp_path / "delta", fewer.states, {})
+    (words,) = find_suspicions(state, setup, FrozenState(setup), tmp_path / "delta", 6)
     assert "entries are stored" in words
 
 

@@ -172,8 +172,8 @@ def test_a_run_in_use_is_refused_by_the_command_line(
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/t/r")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom finetune.storage.lock import held\n"
-        + (f"with held(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()")
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom finetune.storage.lock import holding_lock\n"
+        + (f"with holding_lock(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()")
     )
     with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE
@@ -212,7 +212,7 @@ def test_a_clock_that_goes_backwards_decides_nothing(
             os.utime(path, (10**8 - i, 10**8 - i))
     assert saved(folder) == [2, 4]
     (folder / ".lock").write_text(json.dumps({"pid": 4194305, "host": "elsewhere", "started": 10**12}))
-    monkeypatch.setattr(lock, "_kind", lambda place: "ext4")
+    monkeypatch.setattr(lock, "_file_system", lambda place: "ext4")
     said: list[str] = []
     config = load([*SMALL, "name=outputs", "run=run"])
     run.train(config, folder, said.append, lambda done, steps, words: None)

@@ -52,7 +52,7 @@ def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     folder = tmp_path_factory.mktemp("fuzz") / "place"
     shutil.copytree(original, folder)
     (folder / "home").mkdir()
-    read, load = Csv.read, setup.load_model
+    read, load = Csv.read, setup.load
 
     @cache
     def table(data: Csv) -> Any:
@@ -74,7 +74,7 @@ def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
             lambda runs, *_: {"folder": "", "runs": [], "total": {"seconds": None}},
         )
         patch.setattr(Csv, "read", lambda data: table(data) if data.path == "data.csv" else read(data))
-        patch.setattr(setup, "load_model", lambda *asked: copy.deepcopy(base(*asked)))
+        patch.setattr(setup, "load", lambda *asked: copy.deepcopy(base(*asked)))
         assert finished.prepare is setup.prepare
         yield folder
     print(

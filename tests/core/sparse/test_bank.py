@@ -18,7 +18,7 @@ from finetune.errors import ConfigError
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.storage import checkpoint
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta
 from finetune.testing import contract
 
 SHAPES = ((6, 5), (40, 30), (3, 2))
@@ -271,8 +271,8 @@ def test_what_is_stored_is_the_union_of_trained_and_settled_entries(
 def test_stored_after_moves_gives_the_same_output(tmp_path: Path) -> None:
     method = Crossing(sparsity=0.9, score="gradient", schedule=DropGrow(every=2, rate=0.5, dropped="kept"))
     trained, new = contract.finish(contract.begin(method)), contract.begin(method)
-    stored.save(tmp_path / "delta", trained.states, {})
-    stored.load(tmp_path / "delta", new.states)
+    save_delta(tmp_path / "delta", trained.states, {})
+    load_delta(tmp_path / "delta", new.states)
     assert len(trained.states["method"]["bank"].settled_values) > 100
     assert torch.equal(contract.logits(trained.tuned), contract.logits(new.tuned))
 

@@ -35,7 +35,7 @@ def double(session: Session) -> Session:
     """All of it in float64, so that nothing but a real difference shows."""
     session.model.double()
     session.states.double()
-    session.on_device = lambda inputs: {k: v.double() for k, v in inputs.items()}  # type: ignore[method-assign]
+    session.compute.on_device = lambda inputs: {k: v.double() for k, v in inputs.items()}  # type: ignore[method-assign]
     return session
 
 
@@ -109,7 +109,9 @@ def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[lis
         (batch,) = micro
         assert batch is not None
         optimizer.zero_grad()
-        nn.functional.cross_entropy(model(**session.on_device(batch.inputs)).logits, batch.labels).backward()
+        nn.functional.cross_entropy(
+            model(**session.compute.on_device(batch.inputs)).logits, batch.labels
+        ).backward()
         for p, mask in zip(parameters, masks, strict=True):
             assert p.grad is not None
             p.grad.mul_(mask)
@@ -275,7 +277,7 @@ def gradient(session: Session) -> list[Tensor]:
     model, parameters = plain(session)
     ((batch,),) = session._upcoming(1)
     assert batch is not None
-    loss = nn.functional.cross_entropy(model(**session.on_device(batch.inputs)).logits, batch.labels)
+    loss = nn.functional.cross_entropy(model(**session.compute.on_device(batch.inputs)).logits, batch.labels)
     return [g.abs() for g in torch.autograd.grad(loss, parameters)]
 
 

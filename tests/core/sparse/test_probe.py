@@ -18,6 +18,7 @@ from finetune.core.sparse.settings import ScoreName
 from finetune.errors import ConfigError
 from finetune.methods.sparse.sparse import Crossing
 from finetune.testing import contract
+from finetune.training.compute import Compute
 from finetune.training.session import Session
 
 SCORES: tuple[ScoreName, ...] = ("gradient", "fisher", "sensitivity")
@@ -49,13 +50,13 @@ def scores(s: Session, score: ScoreName, batches: int = 1) -> list[Tensor]:
 def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytest.MonkeyPatch) -> None:
     """Score a step of one micro-batch during its single backward pass, and one of two in turns of the sites."""
     passes = []
-    backward = Session._probe
+    backward = Compute.probe
 
-    def count_and_run(self: Session, *args: Any) -> None:
+    def count_and_run(self: Compute, *args: Any) -> None:
         passes.append(1)
         backward(self, *args)
 
-    monkeypatch.setattr(Session, "_probe", count_and_run)
+    monkeypatch.setattr(Compute, "probe", count_and_run)
     whole = scores(session(), score)
     assert len(passes) == 1
     parts = scores(session(5), score)

@@ -34,8 +34,8 @@ def double(session: Session) -> Session:
     bank.values.data[: bank.active] = (
         torch.randn(bank.active, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) / 10
     )
-    plain = session.on_device
-    session.on_device = lambda inputs: {
+    plain = session.compute.on_device
+    session.compute.on_device = lambda inputs: {
         k: v.double() if v.is_floating_point() else v for k, v in plain(inputs).items()
     }  # type: ignore[method-assign]
     return session
@@ -67,7 +67,7 @@ def merged(session: Session) -> tuple[nn.Module, list[str]]:
 
 def example_losses(model: nn.Module, session: Session, batch: Any) -> list[tuple[Tensor, int]]:
     """The summed loss of each example and how many predictions it is of."""
-    out = model(**session.on_device(batch.inputs)).logits
+    out = model(**session.compute.on_device(batch.inputs)).logits
     found = []
     for logits, label in zip(out, batch.labels, strict=True):
         if label.ndim == 0:

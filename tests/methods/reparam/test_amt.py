@@ -15,7 +15,7 @@ from finetune.core.part import changed_linear, merge, patched
 from finetune.errors import ConfigError
 from finetune.methods.reparam.amt import AMT, Mask, damp
 from finetune.optim.adamw import AdamW
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session, make_optimizer
@@ -319,14 +319,14 @@ def test_storing_gives_identical_logits_in_an_eighth_of_a_byte_a_weight(
     session = contract.begin(method)
     for mask in masks(session):
         mask.scores.data.add_(torch.randn(mask.scores.shape) * (scale[0] - scale[1]))
-    stored.save(tmp_path / "delta", session.states, {})
+    save_delta(tmp_path / "delta", session.states, {})
     new = contract.begin(method, seed=3)
-    stored.load(tmp_path / "delta", new.states)
+    load_delta(tmp_path / "delta", new.states)
     assert any(m.off().any() for m in masks(new))
     assert torch.equal(contract.logits(new.tuned), contract.logits(session.tuned))
     sizes = {
         k: t.numel() * t.element_size()
-        for k, t in stored.tensors(session.states).items()
+        for k, t in tensors_to_store(session.states).items()
         if k.startswith("method.")
     }
     assert list(sizes.values()) == [32 * 32 // 8] * 8

@@ -15,7 +15,7 @@ from finetune.core.part import changed_linear, patched
 from finetune.errors import ConfigError
 from finetune.methods.reparam.snell import SNELL
 from finetune.methods.reparam.snella import SNELLA, Competing
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
@@ -300,12 +300,12 @@ def test_output_at_the_start_is_close_to_the_base_but_not_equal() -> None:
 
 def test_the_division_is_stored_and_what_it_went_by_only_in_checkpoints(tmp_path: Path) -> None:
     session = run(SNELLA(rank=4, every=2), lambda *_: None)
-    kept = stored.tensors(session.states)
+    kept = tensors_to_store(session.states)
     assert not [k for k in kept if "importance" in k or "uncertainty" in k]
     assert any("uncertainty" in k for k in session.state_dict()["states"])
-    stored.save(tmp_path / "delta", session.states, {})
+    save_delta(tmp_path / "delta", session.states, {})
     new = contract.begin(SNELLA(rank=4, every=2), seed=5)
-    stored.load(tmp_path / "delta", new.states)
+    load_delta(tmp_path / "delta", new.states)
     assert [int(d.volume) for d in deltas(new)] == [int(d.volume) for d in deltas(session)]
     assert {int(d.volume) for d in deltas(new)} != set(SIZES)
     assert torch.equal(contract.logits(new.tuned), contract.logits(session.tuned))

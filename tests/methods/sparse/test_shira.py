@@ -13,7 +13,7 @@ from finetune.core.part import patched
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.methods.sparse.shira import SHiRA
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
@@ -167,8 +167,8 @@ def test_forward_leaves_the_base_as_it_was_and_gate_zero_is_the_base() -> None:
 
 def test_stored_indices_come_back_whatever_the_seed(tmp_path: Path) -> None:
     session, other = contract.finish(started(SHiRA(sparsity=0.9))), started(SHiRA(sparsity=0.9), seed=5)
-    stored.save(tmp_path / "delta", session.states, {})
-    stored.load(tmp_path / "delta", other.states)
+    save_delta(tmp_path / "delta", session.states, {})
+    load_delta(tmp_path / "delta", other.states)
     assert all(torch.equal(a, b) for a, b in zip(places(session), places(other), strict=True))
     assert torch.equal(session.states["method"]["bank"].values, other.states["method"]["bank"].values)
 
@@ -178,7 +178,7 @@ def test_stored_size_is_at_most_six_bytes_an_entry_at_two_percent(tmp_path: Path
     k = round(0.02 * 768 * 768)
     bank = Bank(sites, 3 * k)
     bank.place([torch.randperm(s.size)[:k].sort().values for s in sites])
-    stored.save(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
+    save_delta(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
     assert (tmp_path / "delta" / "delta.safetensors").stat().st_size <= 6 * len(bank.values)
 
 

@@ -25,7 +25,7 @@ from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.static import Static
 from finetune.selectors.ist import IST
 from finetune.storage import checkpoint
-from finetune.storage import delta as stored
+from finetune.storage.delta import tensors_to_store
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.testing.contract import Kind
@@ -459,7 +459,7 @@ def test_between_windows_nothing_is_watched_or_held_and_nothing_of_it_is_stored(
         sizes.append(len(state["candidates"].index))
     k = len(state["bank"].values)
     assert sizes == [k, k, 0, k, k, 0]
-    assert not [name for name in stored.tensors(session.states) if "candidates" in name]
+    assert not [name for name in tensors_to_store(session.states) if "candidates" in name]
 
 
 def test_a_window_that_would_end_with_the_run_is_not_begun() -> None:

@@ -19,7 +19,7 @@ from finetune.core.sparse.mixed import Mixed, MixedDelta
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.sparse.spt import SPT, divide_budget
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
 from finetune.testing.cases import Case, contract_test
 from finetune.training.session import Session
@@ -227,20 +227,22 @@ def test_scale_and_order_of_batches_do_not_matter_and_their_division_does() -> N
 def test_comes_back_from_disk_whatever_the_seed(make: Callable[[], SPT], tmp_path: Path) -> None:
     """Entries alone, both, and branches alone."""
     session, other = contract.finish(started(make())), started(make(), seed=5)
-    stored.save(tmp_path / "delta", session.states, {})
-    stored.load(tmp_path / "delta", other.states)
+    save_delta(tmp_path / "delta", session.states, {})
+    load_delta(tmp_path / "delta", other.states)
     assert torch.equal(contract.logits(session.tuned), contract.logits(other.tuned))
     assert torch.equal(bank_of(session).structured, bank_of(other).structured)
     assert len(bank_of(other).values) == bank_of(other).active == bank_of(session).active
-    size = sum(t.numel() * t.element_size() for k, t in stored.tensors(session.states).items() if "bank" in k)
+    size = sum(
+        t.numel() * t.element_size() for k, t in tensors_to_store(session.states).items() if "bank" in k
+    )
     assert size <= 6 * bank_of(session).active + 300
 
 
 def test_branches_of_another_rank_are_refused(tmp_path: Path) -> None:
     session, other = started(BOTH), started(replace(BOTH, rank=2))
-    stored.save(tmp_path / "delta", session.states, {})
+    save_delta(tmp_path / "delta", session.states, {})
     with pytest.raises(ConfigError, match=r"method\.rank must be the run's own"):
-        stored.load(tmp_path / "delta", other.states)
+        load_delta(tmp_path / "delta", other.states)
 
 
 def test_a_resting_site_rests_with_its_branch() -> None:

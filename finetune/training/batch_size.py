@@ -1,0 +1,89 @@
+"""Find the batch size for ``train.batch_size=auto``, before training."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+from ..core.collective import BrokenOff, anyone, break_off, meet
+from ..errors import RunFailed
+from ..storage.result import peak_memory
+from .memory import ADVICE, ran_out
+from .session import Session
+
+LARGEST = 512  # examples
+CGROUP = Path("/sys/fs/cgroup")
+
+
+def find_batch_size(session: Session) -> None:
+    """Set the largest power of two at which one pass fits each process, at most ``LARGEST`` or all examples.
+
+    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` where no example fits.
+    """
+    batches, began = session.batches, time.monotonic()
+    most, size, before = min(LARGEST, len(batches)), 1, resident_bytes()
+    batches.batch_size = batches.world
+    while _fits(session, size):
+        batches.batch_size = min(size * batches.world, most)
+        if size * batches.world >= most or anyone(_may_run_short(before)):
+            break
+        size *= 2
+    else:
+        if size == 1:
+            raise RunFailed(f"train.batch_size=auto: not even one example fits into memory. {ADVICE}")
+    session.rebuild()
+    seconds = time.monotonic() - began
+    session.memory.say(f"train.batch_size=auto: {batches.batch_size} examples, found in {seconds:.1f} s.")
+
+
+def _fits(session: Session, count: int) -> bool:
+    """Try a pass over the ``count`` longest examples beside the optimizer's two moments, on all processes."""
+    try:
+        if not session.begun:
+            session.start()
+        moments = []
+        for parameter in session.states.parameters():
+            if parameter.requires_grad:
+                moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
+        session.compute.try_backward(session.batches.longest(count))
+        del moments
+        meet()
+        fits = True
+    except BrokenOff:
+        fits = False
+    except (RuntimeError, MemoryError) as error:
+        if not ran_out(error):
+            raise
+        break_off()
+        fits = False
+    session.memory.recover()
+    return fits
+
+
+def _may_run_short(before: int) -> bool:
+    """Return whether twice the memory taken since ``before`` (bytes) may be too much for the CPU.
+
+    There the kernel kills a process that takes more than there is, so it must not be tried.
+    """
+    return not torch.cuda.is_available() and _free_bytes() < 2 * (peak_memory()[0] - before)
+
+
+def resident_bytes() -> int:
+    """Return the bytes of memory that this process has now."""
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)
+
+
+def _free_bytes() -> int:
+    """Return the bytes that this process may still take, by the machine and by its control group."""
+    import psutil
+
+    free = int(psutil.virtual_memory().available)
+    with suppress(OSError, ValueError):
+        limit = int((CGROUP / "memory.max").read_text())
+        free = min(free, limit - int((CGROUP / "memory.current").read_text()))
+    return free

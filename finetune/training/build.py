@@ -1,0 +1,49 @@
+"""Build the states of a phase: what is trained of a model, and the parts attached to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..core.inplace import InPlace
+from ..core.method import Method
+from ..core.part import Source, parts
+from ..core.selector import Selector
+from ..errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A model to train, whose parameters are frozen.
+
+    ``head``: names of the parameters of its new head, which every method trains. ``source`` reads the original
+    parameters again, for methods that keep no copy of them.
+    """
+
+    model: nn.Module
+    head: tuple[str, ...] = ()
+    source: Source | None = None
+
+
+def build_states(pretrained: Pretrained, method: Method, selector: Selector | None = None) -> nn.ModuleDict:
+    """Attach the trainable head and the method's parts to the model; return their states.
+
+    The keys are ``head`` (where there is a new one), ``method``, and ``selector`` if one is given. Shapes follow from
+    the configuration and the model alone, so a model on the meta device can be built for, too. Raises ``ConfigError``
+    where the method or the selector does not fit the model, or where nothing is trained.
+    """
+    model, states = pretrained.model, nn.ModuleDict()
+    if pretrained.head:
+        states["head"] = InPlace(model, list(pretrained.head), keep=True)
+    states["method"] = method.build(model)
+    for part in parts(states):
+        part.use_source(pretrained.source)
+    if not any(parameter.requires_grad for parameter in states.parameters()):
+        raise ConfigError(
+            f"method={method.name} has nothing to train here: a language model has no new head. "
+            "Choose another method, for example lora."
+        )
+    if selector is not None:
+        states["selector"] = selector.build(model, states) or nn.Module()
+    return states

@@ -1,0 +1,51 @@
+"""Save and load an optimizer's state by the names of its parameters, so that their order and grouping may change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+
+def save_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module) -> dict[str, Any]:
+    """Return ``optimizer.state_dict()`` with the names that parameters have in ``states`` instead of their numbers."""
+    saved = optimizer.state_dict()
+    names = _names(optimizer, states)
+    entries = {names[number]: entry for number, entry in saved["state"].items()}
+    groups = [{**group, "params": [names[i] for i in group["params"]]} for group in saved["param_groups"]]
+    return {"state": entries, "param_groups": groups}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: dict[str, Any]) -> None:
+    """Take over what ``save_optimizer`` returned.
+
+    The groups become those of ``saved``, with their settings: a run goes on as it was, even where this version would
+    group its parameters otherwise. Numbers instead of names, as the first checkpoints have, count through the
+    parameters in the order of the optimizer's groups. Raises ``ValueError`` where ``saved`` has other parameters.
+    """
+    names = _names(optimizer, states)
+    given = [name for group in saved["param_groups"] for name in group["params"]]
+    if given and isinstance(given[0], int):
+        optimizer.load_state_dict(saved)
+        return
+    if wrong := sorted({*names} ^ {*given, *saved["state"]}):
+        raise ValueError(f"the optimizer's state differs in {len(wrong)} parameters, the first is {wrong[0]}")
+    parameters = dict(states.named_parameters())
+    numbers = {name: number for number, name in enumerate(given)}
+    groups, numbered = [], []
+    for group in saved["param_groups"]:
+        groups.append({"params": [parameters[name] for name in group["params"]]})
+        numbered.append({**group, "params": [numbers[name] for name in group["params"]]})
+    entries = {numbers[name]: entry for name, entry in saved["state"].items()}
+    optimizer.param_groups = groups
+    optimizer.load_state_dict({"state": entries, "param_groups": numbered})
+
+
+def _names(optimizer: torch.optim.Optimizer, states: nn.Module) -> list[str]:
+    """Return the names of the optimizer's parameters in the order in which torch numbers them."""
+    names = {id(parameter): name for name, parameter in states.named_parameters()}
+    found = []
+    for group in optimizer.param_groups:
+        found += [names[id(parameter)] for parameter in group["params"]]
+    return found

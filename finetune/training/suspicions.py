@@ -1,0 +1,91 @@
+"""Check a run at its end: did its method act, did anything else move, were as many entries trained as requested."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..core.part import base, parts
+from ..core.sparse.switch import BITS
+from ..models.load import fingerprint
+from ..storage.progress import WatchRecord
+from .prepare import Setup
+from .requested import differences
+from .watchdog import checksums, describe_unmoved, find_unmoved, may_rest, moving_tensors
+
+
+class FrozenState:
+    """Checksums, taken before the first step, of what a run must leave as it was: frozen parameters, and buffers.
+
+    ``find_changes`` compares them in the same process. Where every part can be switched off without reading a file,
+    the whole base is compared with what was loaded instead of the frozen parameters alone.
+    """
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.states = setup, setup.session.states
+        self.buffers = self._buffers()
+        self.parameters = "" if self._is_recoverable else self._parameters()
+
+    @property
+    def _is_recoverable(self) -> bool:
+        return all(part.recoverable for part in parts(self.setup.session.states))
+
+    def _names_of_parts(self) -> set[str]:
+        """Return the model's names of all tensors that parts brought or train."""
+        names = set()
+        for part in parts(self.setup.session.states):
+            for name, _ in (*part.named_parameters(recurse=False), *part.named_buffers(recurse=False)):
+                names.add(name.replace("/", "."))
+        return names
+
+    def _parameters(self) -> str:
+        return fingerprint(self.setup.session.model, self._names_of_parts())
+
+    def _buffers(self) -> dict[str, int]:
+        """Return a checksum of each of the model's own buffers, such as the statistics of a batch norm."""
+        of_parts, own = self._names_of_parts(), {}
+        for name, buffer in self.setup.session.model.named_buffers():
+            original_name = name.replace(".base.", ".")
+            if original_name not in of_parts and buffer.element_size() in BITS:
+                own[original_name] = buffer
+        return checksums(own)
+
+    def find_changes(self) -> list[str]:
+        """Return what did not stay as it was, one sentence each."""
+        session, found = self.setup.session, []
+        now = self._buffers()
+        moved = [name for name, checksum in self.buffers.items() if now.get(name) != checksum]
+        if moved:
+            found.append(
+                f"{len(moved)} buffers of the model changed in training (first: {moved[0]}), "
+                "and the stored change does not hold them"
+            )
+        if self._is_recoverable:
+            with base(session.states):
+                same = fingerprint(session.model, self.setup.base.head) == self.setup.fingerprint
+        else:  # the frozen parameters of another phase are others
+            same = self.states is not session.states or self._parameters() == self.parameters
+        if not same:
+            found.append(
+                "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+            )
+        return found
+
+
+def find_suspicions(
+    record: WatchRecord,
+    setup: Setup,
+    frozen: FrozenState,
+    delta: Path | None = None,
+    best_step: int | None = None,
+) -> list[str]:
+    """Return why the run, as it stands after its last step, should not be trusted; empty if nothing is wrong.
+
+    ``delta``: the folder of its stored change, which is that of ``best_step``.
+    """
+    session, found = setup.session, []
+    if record.still and record.seen > 1:
+        still = find_unmoved(record.still, session)
+        some_rest = may_rest(session) and len(still) < len(moving_tensors(session.states))
+        if still and not some_rest:
+            found.append(describe_unmoved(still, session))
+    return [*found, *frozen.find_changes(), *differences(session, delta, best_step)]
