@@ -59,7 +59,7 @@ def commands() -> Iterator[tuple[str, str]]:
 def is_template(line: str) -> bool:
     """Tell whether a command line has a gap that a reader fills, or names a method that a page invents."""
     invented = re.findall(r'@register\("(\w+)"\)', GUIDE.read_text(encoding="utf-8"))
-    gaps = ["...", "--config ", "--config-dir ", *(f"method={name}" for name in invented)]
+    gaps = ["...", "--config ", "--config-dir ", "--plugins ", *(f"method={name}" for name in invented)]
     return any(gap in line for gap in gaps)
 
 
