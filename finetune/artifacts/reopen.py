@@ -10,8 +10,9 @@ from ..config.load import load as load_config
 from ..errors import ConfigError
 from ..storage import checkpoint
 from ..storage.delta import load_delta, read_description
+from ..storage.frozen_config import MOVABLE
 from ..storage.progress import read_progress
-from ..storage.run_folder import MOVABLE, RunFolder
+from ..storage.run_folder import RunFolder
 from ..system import safe
 from ..training.prepare import Setup, prepare
 

@@ -30,7 +30,8 @@ OWNER_ONLY = 0o600
 def to_json_value(value: Any) -> Any:
     """Convert ``value`` to what strict JSON can hold.
 
-    Scalars of numpy and torch become Python's, paths become text, and numbers that are not finite become ``None``.
+    Scalars of numpy and torch become Python's, paths become text, and numbers that are not finite become
+    ``None``.
     """
     if isinstance(value, Mapping):
         return {str(key): to_json_value(item) for key, item in value.items()}
@@ -56,10 +57,10 @@ def sync_to_disk(path: Path) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path to write a file or a folder at; rename it to ``path`` when the block ends without an error.
+    """Yield a temporary path to write a file or a folder at; rename it to ``path`` at the end of the block.
 
-    After an error ``path`` is as it was. A process that is killed leaves ``.NAME.PID.tmp`` or ``.NAME.PID.old``
-    behind, which the next holder of the run's lock cleans up (``lock.recover``).
+    After an error ``path`` is as it was. A process that is killed leaves ``.NAME.PID.tmp`` or
+    ``.NAME.PID.old`` behind, which the next holder of the run's lock cleans up (``lock.recover``).
     """
     temporary = _hidden_name(path, "tmp")
     previous = _hidden_name(path, "old")
@@ -94,8 +95,8 @@ def _remove(path: Path) -> None:
 def _open_to_others(file: Path) -> None:
     """Give a file that only its owner may read the permissions of any new file.
 
-    safetensors creates its files that way, whatever the umask says. The kernel is asked for the permissions of a new
-    file: the umask itself can only be read by changing it, for all threads of the process.
+    safetensors creates its files that way, whatever the umask says. The kernel is asked for the permissions
+    of a new file: the umask itself can only be read by changing it, for all threads of the process.
     """
     if not file.is_file() or stat.S_IMODE(file.stat().st_mode) != OWNER_ONLY:
         return

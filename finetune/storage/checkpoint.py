@@ -1,11 +1,12 @@
 """Store a session so that it can go on to the bit: tensors as safetensors, the rest as JSON, no pickle.
 
-A checkpoint is a folder: ``state.safetensors`` has the tensors of the states, the optimizer and the random generators,
-``state.json`` the rest, ``manifest.json`` their checksums. The best change so far lies beside them.
+A checkpoint is a folder: ``state.safetensors`` has the tensors of the states, the optimizer and the random
+generators, ``state.json`` the rest, ``manifest.json`` their checksums. The best change so far lies beside
+them.
 
-The optimizer's tensors are named ``optimizer/POSITION/KEY``. ``parameters`` in ``state.json`` gives the name of the
-parameter at each position. Checkpoints made before it existed lack that list: there, positions count through the
-optimizer's parameters in the order of its groups.
+The optimizer's tensors are named ``optimizer/POSITION/KEY``. ``parameters`` in ``state.json`` gives the name
+of the parameter at each position. Checkpoints made before it existed lack that list: there, positions count
+through the optimizer's parameters in the order of its groups.
 """
 
 from __future__ import annotations
@@ -41,21 +42,21 @@ class Saved(Protocol):
     """A session, or a copy of its state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``states``, ``rng`` and ``optimizer`` (tensors, see ``tensors_of``) and other values that JSON can hold."""
+        """Return ``states``, ``rng`` and ``optimizer`` (see ``tensors_of``), and values for JSON."""
 
 
 class Loadable(Protocol):
     """A session that can go on from a saved state."""
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned. Raises ``ValueError`` or a like error where it does not fit."""
+        """Take over what ``state_dict`` returned. Raises ``ValueError`` or the like where it does not fit."""
 
 
 def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None = None) -> None:
     """Write a checkpoint; the folder appears whole or not at all.
 
-    ``extra``: values that JSON can hold, for ``load`` to return. ``best``: the folder of the best change so far. It is
-    copied, because the run may store a better one and be interrupted before its next checkpoint.
+    ``extra``: values that JSON can hold, for ``load`` to return. ``best``: the folder of the best change so
+    far. It is copied, because the run may store a better one and be interrupted before its next checkpoint.
     """
     saved = session.state_dict()
     positions = _positions(saved["optimizer"])
@@ -82,7 +83,8 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
 def tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a session's state by the names of ``state.safetensors``, on the CPU.
 
-    ``saved["optimizer"]`` is that of ``torch.optim.Optimizer.state_dict`` with names for the parameters' numbers.
+    ``saved["optimizer"]`` is that of ``torch.optim.Optimizer.state_dict`` with names for the parameters'
+    numbers.
     """
     found = {}
     for kind in ("states", "rng"):
@@ -178,7 +180,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 
 def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
-    """Return the whole checkpoint of the latest step in a run's folder; tell ``say`` of each damaged one that is skipped.
+    """Return the folder of the newest whole checkpoint, or ``None``; tell ``say`` of each damaged one.
 
     Raises ``ConfigError`` at one of a later format: the version that wrote it can go on from there.
     """
@@ -204,7 +206,8 @@ def _too_new(file: Path) -> str:
 def prune(files: RunFolder, keep: int | None, newest: int) -> None:
     """Remove all checkpoints but the last ``keep`` up to step ``newest``, which is whole; ``None`` keeps all.
 
-    Later ones go too: the run went on from before them, so they were damaged. The one that ``failure.json`` names stays.
+    Later ones go too: the run went on from before them, so they were damaged. The one that ``failure.json``
+    names stays.
     """
     if not keep:
         return

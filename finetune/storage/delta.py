@@ -49,7 +49,10 @@ def stored_bytes(states: nn.Module) -> int:
 
 
 def save_delta(folder: Path, states: nn.Module, description: dict[str, Any]) -> None:
-    """Write the change, the description of what it belongs to, and their manifest, as a whole folder or not at all."""
+    """Write the change, the description of what it belongs to, and their manifest.
+
+    The folder appears whole or not at all.
+    """
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_to_store(states).items()}
     with manifest.sealed_folder(folder) as temporary:
         file = temporary / "delta.safetensors"
@@ -59,7 +62,10 @@ def save_delta(folder: Path, states: nn.Module, description: dict[str, Any]) -> 
 
 
 def read_description(folder: Path) -> dict[str, Any]:
-    """Return the content of ``delta.json``. Raises ``ConfigError`` where it is missing, damaged or of a later format."""
+    """Return the content of ``delta.json``.
+
+    Raises ``ConfigError`` where it is missing, damaged or of a later format.
+    """
     file = folder / "delta.json"
     cure = "Give the folder of a run that has stored its change."
     try:
@@ -81,7 +87,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(
-            f"{file} is missing, damaged or cut short ({error}). Copy it again from where it was made, or train again."
+            f"{file} is missing, damaged or cut short ({error}). "
+            "Copy it again from where it was made, or train again."
         ) from error
 
 
@@ -89,8 +96,8 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def load_delta(folder: Path, states: nn.Module) -> None:
     """Put the stored change into ``states``, which ``build`` made for the same method and model.
 
-    Raises ``ConfigError`` where the folder is damaged, its tensors have other names or shapes, or a number is not
-    finite.
+    Raises ``ConfigError`` where the folder is damaged, its tensors have other names or shapes, or a number is
+    not finite.
     """
     manifest.check(folder)
     file = folder / "delta.safetensors"
@@ -130,8 +137,8 @@ def _check_tensors(file: Path, stored: dict[str, Tensor], wanted: dict[str, tupl
                 wrong.append(name)
     if wrong:
         raise ConfigError(
-            f"{file} does not belong to this method and model: {len(wrong)} entries differ (first: {wrong[0]}). "
-            "Use the run's own config.yaml."
+            f"{file} does not belong to this method and model: {len(wrong)} entries differ "
+            f"(first: {wrong[0]}). Use the run's own config.yaml."
         )
     for name, tensor in stored.items():
         if not tensor.isfinite().all():

@@ -1,8 +1,8 @@
 """Keep two processes from writing into one run: the lock file ``RUN/.lock``. Imports no torch.
 
-The lock is an open file (``flock``), so the kernel releases it when its process ends, however that happens. The file
-also records the process and the host that hold it: for messages, and for shared file systems, where ``flock`` may
-not reach other machines. The process that takes the lock cleans up after one that was killed.
+The lock is an open file (``flock``), so the kernel releases it when its process ends, however that happens.
+The file also records the process and the host that hold it: for messages, and for shared file systems, where
+``flock`` may not reach other machines. The process that takes the lock cleans up after one that was killed.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ os.register_at_fork(after_in_child=_close_held_locks)
 
 
 def lock(folder: Path) -> int | None:
-    """Take the lock without waiting: return an open file for ``release``, or ``None`` if another process holds it.
+    """Take the lock without waiting; return an open file for ``release``, ``None`` if another process has it.
 
-    Without ``flock`` support, trust the process and the host recorded in the file. Raises ``OSError`` where the file
-    cannot be made.
+    Without ``flock`` support, trust the process and the host recorded in the file. Raises ``OSError`` where
+    the file cannot be made.
     """
     for attempt in range(1, ATTEMPTS + 1):
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -89,7 +89,7 @@ def sign(handle: int, pid: int) -> None:
 
 
 def release(handle: int) -> None:
-    """Release a lock. Of its record only the time at which it was taken stays, to tell how long the run took."""
+    """Release a lock. Its record keeps only the time at which it was taken, to tell how long a run took."""
     try:
         record = json.loads(os.pread(handle, RECORD_BYTES, 0))
         os.ftruncate(handle, 0)
@@ -101,7 +101,7 @@ def release(handle: int) -> None:
 
 
 def holder(folder: Path) -> str:
-    """Return the recorded holder of a run folder's lock as ``process 12 on host``; empty if none is recorded."""
+    """Return the holder that a run folder's lock records, as ``process 12 on host``; empty if none."""
     record = _read_record(folder)
     return f"process {record['pid']} on {record['host']}" if record else ""
 
@@ -129,10 +129,11 @@ def refuse_if_locked(folder: Path) -> None:
 
 @contextmanager
 def holding_lock(folder: Path) -> Iterator[None]:
-    """Hold the lock of ``folder``, which is made if needed. A lock that the parent process handed down is used as it is.
+    """Hold the lock of ``folder``, which is made if needed.
 
-    Raises ``ConfigError`` that names the holder if another process holds the lock, or if none can be made;
-    ``FileNotFoundError`` at the end of the block if the folder has vanished meanwhile.
+    A lock that the parent process handed down is used as it is. Raises ``ConfigError`` that names the holder
+    if another process holds the lock, or if none can be made; ``FileNotFoundError`` at the end of the block
+    if the folder has vanished meanwhile.
     """
     inherited = os.environ.get(INHERITED, "")
     is_ours = not (inherited.isdecimal() and _is_lock_of(int(inherited), folder))
@@ -151,7 +152,10 @@ def holding_lock(folder: Path) -> Iterator[None]:
 
 
 def recover(folder: Path) -> None:
-    """Restore what a killed process had moved aside, and remove its temporary files. The caller holds the lock."""
+    """Restore what a killed process had moved aside, and remove its temporary files.
+
+    The caller must hold the lock.
+    """
     if not folder.is_dir():
         return
     for file in list(folder.iterdir()):
@@ -195,8 +199,9 @@ def _take(folder: Path) -> int:
     if record and record["host"] != socket.gethostname() and _file_system(folder).startswith(SHARED):
         os.close(handle)
         raise ConfigError(
-            f"{folder} was last used by {holder(folder)}, which did not report its end, and this machine cannot see "
-            f"whether it still runs. If it does not, remove {folder / NAME}; then the same command goes on."
+            f"{folder} was last used by {holder(folder)}, which did not report its end, and this machine "
+            f"cannot see whether it still runs. If it does not, remove {folder / NAME}; "
+            "then the same command goes on."
         )
     sign(handle, os.getpid())
     return handle
@@ -225,7 +230,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system of ``folder`` as Linux names it (``ext4``, ``nfs4``); empty if unknown."""
+    """Return the type of the file system of ``folder`` as Linux names it, ``ext4`` say; empty if unknown."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

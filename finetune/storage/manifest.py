@@ -1,4 +1,7 @@
-"""List the files of a folder of tensors in ``manifest.json``, with size and SHA-256, and check them. Imports no torch."""
+"""List the files of a folder of tensors in ``manifest.json``, with size and SHA-256, and check them.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ KINDS = (".json", ".safetensors")
 
 
 def write(folder: Path) -> None:
-    """Record the files that lie in ``folder`` now. To be called last, before the folder gets its final name."""
+    """Record the files that lie in ``folder`` now. Call it last, before the folder gets its final name."""
     files = {}
     for file in sorted(folder.iterdir()):
         if file.name != NAME:
@@ -33,7 +36,7 @@ def write(folder: Path) -> None:
 
 @contextmanager
 def sealed_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder to fill; give it a manifest and move it to ``folder`` when the block ends without an error.
+    """Yield a temporary folder to fill; at the end of the block, add its manifest and move it to ``folder``.
 
     The parent folder is not made: raises ``FileNotFoundError`` where a user has removed it.
     """
@@ -46,9 +49,9 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 
 
 def faults(folder: Path) -> list[str]:
-    """Return what is wrong with ``folder``, one sentence for each file without its full stop; empty if it is whole.
+    """Return what is wrong with ``folder``; empty if it is whole. Reads every byte of every file.
 
-    Reads every byte of every file.
+    Each fault is a sentence without its full stop, which names the file.
     """
     try:
         content = safe.read_json(folder / NAME)
@@ -105,7 +108,10 @@ def _sha256(file: Path) -> str:
 
 
 def _faults_without_manifest(folder: Path) -> list[str]:
-    """Check a folder made before there were manifests: only JSON syntax and the layout of the tensors can be checked."""
+    """Check a folder made before there were manifests.
+
+    Only JSON syntax and the layout of the tensors can be checked there.
+    """
     files = []
     if folder.is_dir():
         files = sorted(file for file in folder.iterdir() if file.suffix in KINDS)

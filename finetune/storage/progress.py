@@ -1,7 +1,7 @@
 """Record how far a run has come, as a checkpoint stores it beside the session's state. Imports no torch.
 
-The dataclasses are the schema: ``to_json`` writes their fields, and ``read_progress`` checks a stored record against
-their types.
+The dataclasses are the schema: ``to_json`` writes their fields, and ``read_progress`` checks a stored record
+against their types.
 """
 
 from __future__ import annotations
@@ -17,19 +17,10 @@ from ..errors import ConfigError
 from ..system import safe
 
 Metrics = dict[str, Any]  # numbers by name; ``None`` for one that was not finite
-LATER = {
-    "spent",
-    "over",
-    "watch",
-    "memory",
-    "threads",
-    "processes",
-    "config",
-}  # the first checkpoints lack these
+# Keys that the first checkpoints lack.
+ABSENT_AT_FIRST = {"spent", "over", "watch", "memory", "threads", "processes", "config"}
 LIMITS = {"threads": 2**10, "processes": 2**20}
 LIMIT_OF_BATCH = 2**31
-
-
 # One halving of the micro-batch: the step (from 1), and the sizes in examples before and after.
 Halving = TypedDict("Halving", {"step": int, "from": int, "to": int})
 
@@ -54,9 +45,9 @@ class BatchRecord:
 class WatchRecord:
     """Observations of the watchdog that it needs after a resume; see ``training/watchdog.py``.
 
-    ``seen``: steps since the phase began. ``losses``, ``norms``: logarithms of the last values. ``first``: the loss
-    near the start. ``dead``: steps in a row with a gradient of 0. ``still``: a checksum of each part that has not
-    moved yet. ``said``: kinds of warnings given so far; ``warnings``: their texts.
+    ``seen``: steps since the phase began. ``losses``, ``norms``: logarithms of the last values. ``first``:
+    the loss near the start. ``dead``: steps in a row with a gradient of 0. ``still``: a checksum of each part
+    that has not moved yet. ``said``: kinds of warnings given so far; ``warnings``: their texts.
     """
 
     phase: int | None = None
@@ -74,10 +65,10 @@ class WatchRecord:
 class ProgressRecord:
     """Progress of a run up to its last step.
 
-    ``best``: the sort key of the best validation so far, ``best_step`` its step, ``best_stage`` its phase and whether
-    the phase's target was met, ``val`` its metrics. ``base``, ``base_retention``: metrics of the model before
-    training. ``seconds``: the duration of each step; ``spent``: of the whole loop. ``over``: whether the run ended
-    before ``train.steps``. ``config``: the settings that decide the result.
+    ``best``: the sort key of the best validation so far, ``best_step`` its step, ``best_stage`` its phase and
+    whether the phase's target was met, ``val`` its metrics. ``base``, ``base_retention``: metrics of the
+    model before training. ``seconds``: the duration of each step; ``spent``: of the whole loop. ``over``:
+    whether the run ended before ``train.steps``. ``config``: the settings that decide the result.
     """
 
     best: list[float] | None = None
@@ -123,14 +114,15 @@ def read_progress(
             values["memory"] = _build(BatchRecord, stored["memory"])
     except ValueError as error:
         raise ConfigError(
-            f"{folder / 'state.json'} is no state of a run ({error}). Go on from another checkpoint, or train again."
+            f"{folder / 'state.json'} is no state of a run ({error}). "
+            "Go on from another checkpoint, or train again."
         ) from error
     return ProgressRecord(**values)
 
 
 def _check(stored: dict[str, Any]) -> None:
     """Raise ``Unsafe`` where ``stored`` does not fit the schema, or a number in it is absurd."""
-    schema = _schema(ProgressRecord, LATER)
+    schema = _schema(ProgressRecord, ABSENT_AT_FIRST)
     schema["best"] = ([str | float], type(None))
     if fault := safe.differs(stored, schema):
         raise safe.Unsafe(fault)
@@ -156,7 +148,7 @@ def _build(kind: type[Any], stored: dict[str, Any]) -> Any:
 
 
 def _schema(kind: type[Any], optional: set[str] | None = None) -> dict[str, Any]:
-    """Describe the keys of a dataclass or a ``TypedDict`` for ``safe.differs``; those in ``optional`` may be absent."""
+    """Describe a dataclass or ``TypedDict`` for ``safe.differs``; keys in ``optional`` may be absent."""
     schema = {}
     for name, hint in typing.get_type_hints(kind).items():
         key = f"{name}?" if optional and name in optional else name

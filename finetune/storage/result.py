@@ -1,4 +1,4 @@
-"""What ``result.json`` says, with what it records of the machine and the software. Imports no torch."""
+"""Put together the content of ``result.json``, and record machine and software in it. Imports no torch."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ RECORDED = (
 )
 
 
-NUMBERS = (type(None), {str: float | None})
+METRICS = (type(None), {str: float | None})
 RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has less
     "status": str,
     "error?": str | None,
@@ -41,7 +41,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
     "seed?": int,
     "steps?": int,
     "best_step?": int | None,
-    "metrics?": {str: NUMBERS},
+    "metrics?": {str: METRICS},
     "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}),
     "stored_bytes?": int | None,
     "cost?": (
@@ -64,7 +64,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
 
 
 class Params(TypedDict):
-    """Counts of entries: what the optimizer updates, what of the pretrained weights that reaches, and the whole model."""
+    """Counts of entries: those that the optimizer updates, those of the model that it can change, and all."""
 
     trained: int
     adapted: int
@@ -72,7 +72,7 @@ class Params(TypedDict):
 
 
 class Cost(TypedDict):
-    """What training took, in seconds and bytes."""
+    """The cost of training, in seconds and bytes."""
 
     step_seconds_median: float | None
     train_seconds: float
@@ -81,7 +81,7 @@ class Cost(TypedDict):
 
 
 def group_hash(config: Config) -> str:
-    """Ten hex digits that runs share which differ in nothing but the seed."""
+    """Return ten hex digits that runs share if they differ in nothing but the seed."""
     return dataclasses.replace(config, seed=0).hash()
 
 
@@ -103,7 +103,7 @@ def make_result(
     processes: int | None = None,
     threads: int | None = None,
 ) -> dict[str, Any]:
-    """The content of ``result.json``: what the run found, with what identifies it."""
+    """Return the content of ``result.json``; docs/run-folder.md says what each key means."""
     return {
         "format": safe.FORMAT,
         "status": status,
@@ -134,23 +134,26 @@ def make_result(
 
 
 def peak_memory(cuda_bytes: int | None = None) -> tuple[int, str]:
-    """Bytes and kind of the peak: ``cuda_allocated`` if the caller measured that, else ``process_rss`` of this process since it started."""
+    """Return the peak memory in bytes, and its kind.
+
+    The kind is ``cuda_allocated`` if the caller measured ``cuda_bytes``, else ``process_rss``: the largest
+    resident memory of this process since it started.
+    """
     if cuda_bytes is not None:
         return cuda_bytes, "cuda_allocated"
     status = Path("/proc/self/status")
-    # getrusage's peak starts, on Linux, at that of the process which launched this one; VmHWM is this process's own
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM:"):
-            return int(line.split()[1]) * 1024, "process_rss"
+    if status.exists():  # on Linux, getrusage would start from the peak of the parent process
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024, "process_rss"
     import resource
 
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    ), "process_rss"
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit, "process_rss"
 
 
 def versions() -> dict[str, str]:
-    """Versions of this package, of Python and of the packages that decide numbers; those not installed are left out."""
+    """Return the versions of this package, of Python, and of the installed packages that decide numbers."""
     found = {"finetune": __version__, "python": platform.python_version()}
     for name in RECORDED:
         try:

@@ -18,8 +18,8 @@ LANGUAGE = {"loss": "float64", "bytes": "int64"}
 class MetricsFile:
     """A file of lines, each a JSON object with its ``step``. It is open only while a line is written.
 
-    ``start``: the step that a resumed run goes on from. Lines of later steps and a torn last line are dropped;
-    with 0, all lines are.
+    ``start``: the step that a resumed run goes on from. Lines of later steps and a torn last line are
+    dropped; with 0, all lines are.
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
@@ -50,8 +50,8 @@ def _step_of(line: str) -> float:
 def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one row per test example as Parquet, with the columns of the first row.
 
-    The columns are id, label, prediction, score for a classifier, and id, loss, bytes for a language model. Raises
-    ``ValueError`` where there are no rows, other columns, or rows that differ in their columns.
+    The columns are id, label, prediction, score for a classifier, and id, loss, bytes for a language model.
+    Raises ``ValueError`` where there are no rows, other columns, or rows that differ in their columns.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -21,7 +21,8 @@ CGROUP = Path("/sys/fs/cgroup")
 def find_batch_size(session: Session) -> None:
     """Set the largest power of two at which one pass fits each process, at most ``LARGEST`` or all examples.
 
-    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` where no example fits.
+    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` where no example
+    fits.
     """
     batches, began = session.batches, time.monotonic()
     most, size, before = min(LARGEST, len(batches)), 1, resident_bytes()

@@ -1,4 +1,4 @@
-"""Choose the examples of each step: a function of seed and step, so that a checkpoint needs no position in the data."""
+"""Choose the examples of each step from seed and step alone, so checkpoints need no position in the data."""
 
 from __future__ import annotations
 
@@ -45,8 +45,8 @@ def divide_batch(batch: Tensor, micro_batch_size: int, rank: int, world: int) ->
 class Batches:
     """The micro-batches of every step of one process.
 
-    ``batch_size`` is that of all processes; "auto" means ``START`` until it is set. Both sizes may be changed at any
-    time, with effect from the next step on.
+    ``batch_size`` is that of all processes; "auto" means ``START`` until it is set. Both sizes may be changed
+    at any time, with effect from the next step on.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class Batches:
         return min(self.micro_batch_size or most, most)
 
     def stand_in(self) -> Batch:
-        """Return one example, for a process that has none in a step but must run the model as the others do."""
+        """Return one example, for a process that has none in a step but must run the model like others."""
         return collate([self.data[0]])
 
     def longest(self, count: int) -> Batch:
@@ -87,7 +87,7 @@ class Batches:
         return collate([self.data[i] for i in places[:count]])
 
     def steps(self, start: int, end: int) -> Iterator[list[Batch | None]]:
-        """Yield the micro-batches of each step from ``start`` to before ``end``; ``None`` for an empty one."""
+        """Yield the micro-batches of steps ``start`` to ``end - 1``; ``None`` stands for an empty one."""
         while start < end:
             sizes = self.batch_size, self.micro_batch_size
             for micro in self._stream(start, end):

@@ -17,8 +17,8 @@ from ..errors import ConfigError
 class Pretrained:
     """A model to train, whose parameters are frozen.
 
-    ``head``: names of the parameters of its new head, which every method trains. ``source`` reads the original
-    parameters again, for methods that keep no copy of them.
+    ``head``: names of the parameters of its new head, which every method trains. ``source`` reads the
+    original parameters again, for methods that keep no copy of them.
     """
 
     model: nn.Module
@@ -29,9 +29,10 @@ class Pretrained:
 def build_states(pretrained: Pretrained, method: Method, selector: Selector | None = None) -> nn.ModuleDict:
     """Attach the trainable head and the method's parts to the model; return their states.
 
-    The keys are ``head`` (where there is a new one), ``method``, and ``selector`` if one is given. Shapes follow from
-    the configuration and the model alone, so a model on the meta device can be built for, too. Raises ``ConfigError``
-    where the method or the selector does not fit the model, or where nothing is trained.
+    The keys are ``head`` (where there is a new one), ``method``, and ``selector`` if one is given. Shapes
+    follow from the configuration and the model alone, so a model on the meta device can be built for, too.
+    Raises ``ConfigError`` where the method or the selector does not fit the model, or where nothing is
+    trained.
     """
     model, states = pretrained.model, nn.ModuleDict()
     if pretrained.head:

@@ -16,7 +16,7 @@ from .session import Session
 
 
 class Snapshot:
-    """A copy of a session's state, for a checkpoint to be written after the session has loaded another state."""
+    """A copy of a session's state, for a checkpoint written after the session has loaded another state."""
 
     def __init__(self, session: Session) -> None:
         self._state = session.state_dict()
@@ -42,15 +42,15 @@ class Checkpoints:
     def resume(self, fresh: ProgressRecord, begun: bool) -> ProgressRecord | None:
         """Go on from the newest whole checkpoint; return its record, or ``None`` if there is none.
 
-        ``fresh``: the record of a new run, which fills in what an old checkpoint lacks. ``begun``: the run was
-        started before. Raises ``ConfigError`` where the checkpoint belongs to another configuration.
+        ``fresh``: the record of a new run, which fills in what an old checkpoint lacks. ``begun``: the run
+        was started before. Raises ``ConfigError`` where the checkpoint belongs to another configuration.
         """
         folder = checkpoint.find_newest(self.files, self.log)
         if folder is None:
             if begun:
                 self.log(
-                    "This run was interrupted before its first checkpoint, or none of its checkpoints is whole, "
-                    "so it starts from the beginning."
+                    "This run was interrupted before its first checkpoint, or none of its checkpoints "
+                    "is whole, so it starts from the beginning."
                 )
             return None
         record = read_progress(folder, checkpoint.load(folder, self.session), fresh)
@@ -63,8 +63,9 @@ class Checkpoints:
         self.log(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
         if record.processes != fresh.processes:
             warning = (
-                f"steps up to {self.session.number} were made by {record.processes} processes and later ones by "
-                f"{fresh.processes}: the last bits, and what dropout draws, differ from an uninterrupted run"
+                f"steps up to {self.session.number} were made by {record.processes} processes and later "
+                f"ones by {fresh.processes}: the last bits, and what dropout draws, differ from "
+                "an uninterrupted run"
             )
             record.watch.warnings.append(warning)
             self.log(f"Warning: {warning}.")
@@ -80,7 +81,7 @@ class Checkpoints:
             torch.set_num_threads(count)
 
     def take_snapshot(self) -> None:
-        """Keep the state after the last step, for ``save`` to write although the session loads another state now."""
+        """Keep the state after the last step for ``save``, before the session loads another state."""
         self._snapshot = Snapshot(self.session)
 
     def save(self, record: ProgressRecord) -> Path:

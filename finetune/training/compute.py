@@ -1,4 +1,4 @@
-"""Run a model forward and backward on micro-batches: for training steps, and for what methods ask of the model."""
+"""Run a model forward and backward on micro-batches, for training steps and for requests of methods."""
 
 from __future__ import annotations
 
@@ -54,7 +54,8 @@ class Compute:
     def evaluating(self, for_gradients: bool = False) -> Iterator[Callable[[Batch], Tensor]]:
         """Yield a function from a batch to logits, in eval mode.
 
-        ``for_gradients``: use bfloat16 where training uses float16, whose gradients vanish without a loss scale.
+        ``for_gradients``: use bfloat16 where training uses float16, whose gradients vanish without a loss
+        scale.
         """
         training, device = self.tuned.training, self.accelerator.device.type
         avoid_fp16 = for_gradients and self.accelerator.scaler is not None
@@ -81,14 +82,18 @@ class Compute:
         return total(loss_sum) / self.count_scored(micro)
 
     def scored_logits(self, batch: Batch) -> Tensor:
-        """Return the logits of a batch where the loss is averaged over them, in eval mode; see ``loss.scored``."""
+        """Return a batch's logits at the places that the loss is averaged over, in eval mode.
+
+        [places, classes], see ``loss.scored``.
+        """
         with self.evaluating() as logits:
             return scored(logits(batch), batch.labels.to(self.accelerator.device))
 
     def probe(self, batch: Batch | None, micro: MicroBatches, summed: bool) -> None:
-        """Run one micro-batch backward in eval mode, for parts that watch gradients; no parameter keeps a gradient.
+        """Run one micro-batch backward in eval mode, for parts that watch gradients.
 
-        The loss is the micro-batch's share of the step's mean, or with ``summed`` the sum over its examples.
+        No parameter keeps a gradient. The loss is the micro-batch's share of the step's mean, or with
+        ``summed`` the sum over its examples.
         """
         share = batch or self._stand_in(micro)
         with self.evaluating(for_gradients=True) as logits:
@@ -100,9 +105,10 @@ class Compute:
             parameter.grad = None
 
     def backward(self, micro: MicroBatches, added_loss: Callable[[Batch], Tensor | float]) -> float:
-        """Compute the gradients of the mean loss over the global batch, summed over micro-batches and processes.
+        """Compute this process's share of the gradients of the mean loss over the global batch.
 
-        ``added_loss``: a further term, averaged over the micro-batches. Returns the mean loss without that term.
+        ``added_loss``: a further term, averaged over the micro-batches. Returns the mean loss without that
+        term.
         """
         counted, loss_sum = self.count_scored(micro), torch.zeros((), device=self.accelerator.device)
         for batch in micro:
@@ -127,7 +133,7 @@ class Compute:
         self.accelerator.backward(self.sum_losses(logits, batch))
 
     def _stand_in(self, micro: MicroBatches) -> Batch:
-        """Return a batch for a process without an example: it must run the model as the others do, at loss 0."""
+        """Return a batch for a process without an example, which must run the model like the others."""
         for batch in micro:
             if batch:
                 return batch

@@ -24,7 +24,8 @@ LARGEST_EXPONENT = 700.0  # beyond it, exp would overflow float64
 class Evaluation:
     """Metrics of a split, and one row per example in the split's order.
 
-    ``metrics``: accuracy (share) and loss (nats an example); or bits_per_byte, perplexity and loss (nats a token).
+    ``metrics``: accuracy (share) and loss (nats an example); or bits_per_byte, perplexity and loss (nats a
+    token).
     """
 
     metrics: dict[str, float]
@@ -35,8 +36,8 @@ class Evaluation:
 def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelerator) -> Evaluation:
     """Evaluate every example once, in order. ``tuned(**inputs)`` returns logits.
 
-    The processes take turns at the batches, and each gets all results. A batch that does not fit into memory is
-    halved; raises ``RunFailed`` where a single example does not fit.
+    The processes take turns at the batches, and each gets all results. A batch that does not fit into memory
+    is halved; raises ``RunFailed`` where a single example does not fit.
     """
     was_training, world = tuned.training, accelerator.num_processes
     tuned.eval()
@@ -85,7 +86,10 @@ def _part(batch: Batch, part: slice) -> Batch:
 
 
 def _rows(batch: Batch, logits: Tensor, losses: list[float]) -> list[dict[str, Any]]:
-    """Return one row per example: id, loss and bytes of a language model; id, label, answer and loss of a classifier."""
+    """Return one row per example.
+
+    Columns: id, loss, bytes for a language model; id, label, prediction, score, loss for a classifier.
+    """
     rows: list[dict[str, Any]] = []
     if batch.bytes is not None:
         for i, loss, size in zip(batch.ids, losses, batch.bytes.tolist(), strict=True):

@@ -1,4 +1,4 @@
-"""Compute the task's loss as a sum and a count, so that parts of a batch add up to exactly the whole batch's mean."""
+"""Compute the task's loss as a sum and a count, so that parts of a batch add up to the whole batch's mean."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ def scored(logits: Tensor, labels: Tensor) -> Tensor:
 def example_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Return each example's summed cross-entropy, float32 [n].
 
-    ``labels``: classes [n], or tokens [n, length] of a language model, each predicted from the position before it.
+    ``labels``: classes [n], or tokens [n, length] of a language model, each predicted from the position
+    before it.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     if labels.ndim == 1:

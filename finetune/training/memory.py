@@ -1,8 +1,8 @@
-"""Retry in smaller pieces when memory runs out: halve the micro-batch and repeat the work from the same random numbers.
+"""Retry when memory runs out: halve the micro-batch, and repeat the work with the same random numbers.
 
-The global batch, the loss and the seeds stay as they are. A run that runs out of memory in its first step ends with
-the same bits as one started with the smaller micro-batch. Steps done before with the larger one differ from that run
-by rounding, and by the numbers that dropout drew.
+The global batch, the loss and the seeds stay as they are. A run that runs out of memory in its first step
+ends with the same bits as one started with the smaller micro-batch. Steps done before with the larger one
+differ from that run by rounding, and by the numbers that dropout drew.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def release_memory(model: nn.Module) -> None:
 
 
 def rng_snapshot(generator: torch.Generator, device: torch.device) -> dict[str, Tensor]:
-    """Return the state of the generators that a step draws from: torch's, ``device``'s and the method's ``generator``."""
+    """Return the state of the generators that a step draws from: torch's, ``device``'s, and the method's."""
     found = {"torch": torch.get_rng_state(), "method": generator.get_state()}
     if device.type == "cuda":
         found["cuda"] = torch.cuda.get_rng_state()
@@ -76,7 +76,7 @@ def rng_restore(generator: torch.Generator, snapshot: dict[str, Tensor]) -> None
 
 
 class Memory:
-    """The sizes of a session's batches, and how lack of memory changed them. ``say`` gets a line for each change."""
+    """The sizes of a session's batches, and their changes for lack of memory, each told to ``say``."""
 
     def __init__(self, session: Retried, device: torch.device) -> None:
         self.session, self.device = session, device
@@ -97,10 +97,10 @@ class Memory:
         self.halvings = list(record.out_of_memory)
 
     def retry_smaller(self, work: Callable[[], T], prepare_retry: Callable[[], None] | None = None) -> T:
-        """Return the result of ``work``; repeat it with half the micro-batch as long as any process runs out of memory.
+        """Return the result of ``work``; repeat it with half the micro-batch while any process lacks memory.
 
-        ``prepare_retry`` is called before each repetition. Raises ``RunFailed`` where the micro-batch cannot be
-        halved, or where the work has already made a change that cannot be repeated.
+        ``prepare_retry`` is called before each repetition. Raises ``RunFailed`` where the micro-batch cannot
+        be halved, or where the work has already made a change that cannot be repeated.
         """
         generator = self.session.run.generator
         snapshot, revisions = rng_snapshot(generator, self.device), self._revisions()
@@ -145,6 +145,6 @@ class Memory:
         self.halvings.append({"step": step, "from": before, "to": batches.micro_batch_size})
         session.run.batch = next(batches.steps(session.number, session.number + 1))
         self.say(
-            f"Memory ran out at step {step}: passes of {batches.micro_batch_size} examples instead of {before} "
-            "from now on; batch and loss are the same."
+            f"Memory ran out at step {step}: passes of {batches.micro_batch_size} examples "
+            f"instead of {before} from now on; batch and loss are the same."
         )

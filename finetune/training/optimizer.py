@@ -1,4 +1,4 @@
-"""The optimizer over the trained tensors, and its rate."""
+"""Make the optimizer over the trained tensors, and its learning rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from ..core.state import entry_stores
 
 
 def rate(settings: Optimizer, step: int, steps: int) -> float:
-    """The share of ``lr`` at ``step`` (from 0): linear warm-up, then cosine or linear to zero, or constant."""
+    """Return the learning rate at ``step`` (from 0) as a share of ``lr``.
+
+    It rises linearly over the warm-up, then falls to 0 as a cosine or linearly, or stays constant.
+    """
     warm = round(settings.warmup * steps)
     if step < warm:
         return (step + 1) / warm
@@ -24,16 +27,26 @@ def rate(settings: Optimizer, step: int, steps: int) -> float:
 
 
 def make_optimizer(states: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Over the trained tensors. Vectors (biases, norms) and some parts do not decay; a bank's values do: towards the pretrained weight."""
-    stores = entry_stores(states)
-    entries = {id(store.values) for store in stores}
-    trained = [p for p in states.parameters() if p.requires_grad]
-    spared = {id(p) for part in parts(states) if not part.decays for p in part.parameters()}
-    decays = [p for p in trained if (p.ndim > 1 or id(p) in entries) and id(p) not in spared]
-    rest = [p for p in trained if all(p is not d for d in decays)]
-    groups = [
-        {"params": decays, "weight_decay": settings.weight_decay},
-        {"params": rest, "weight_decay": 0.0},
-    ]
-    groups = [g for g in groups if g["params"]]
+    """Make the optimizer over the trained tensors, in a group that decays and one that does not.
+
+    Weight decay pulls matrices towards 0 and the values of a store of entries towards the pretrained weights.
+    Vectors (biases, norms), and parts that declare it, do not decay.
+    """
+    entries = {id(store.values) for store in entry_stores(states)}
+    spared: set[int] = set()
+    for part in parts(states):
+        if not part.decays:
+            spared.update(id(parameter) for parameter in part.parameters())
+    decaying: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
+    for parameter in states.parameters():
+        if not parameter.requires_grad:
+            continue
+        may_decay = parameter.ndim > 1 or id(parameter) in entries
+        group = decaying if may_decay and id(parameter) not in spared else others
+        group.append(parameter)
+    groups = []
+    for params, weight_decay in ((decaying, settings.weight_decay), (others, 0.0)):
+        if params:
+            groups.append({"params": params, "weight_decay": weight_decay})
     return settings.make(groups, states)

@@ -1,4 +1,4 @@
-"""Save and load an optimizer's state by the names of its parameters, so that their order and grouping may change."""
+"""Save and load an optimizer's state by the names of its parameters: their order and grouping may change."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()`` with the names that parameters have in ``states`` instead of their numbers."""
+    """Return ``optimizer.state_dict()`` with the parameters' names in ``states`` for their numbers."""
     saved = optimizer.state_dict()
     names = _names(optimizer, states)
     entries = {names[number]: entry for number, entry in saved["state"].items()}
@@ -20,9 +20,10 @@ def save_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module) -> dict[
 def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: dict[str, Any]) -> None:
     """Take over what ``save_optimizer`` returned.
 
-    The groups become those of ``saved``, with their settings: a run goes on as it was, even where this version would
-    group its parameters otherwise. Numbers instead of names, as the first checkpoints have, count through the
-    parameters in the order of the optimizer's groups. Raises ``ValueError`` where ``saved`` has other parameters.
+    The groups become those of ``saved``, with their settings: a run goes on as it was, even where this
+    version would group its parameters otherwise. Numbers instead of names, as the first checkpoints have,
+    count through the parameters in the order of the optimizer's groups. Raises ``ValueError`` where ``saved``
+    has other parameters.
     """
     names = _names(optimizer, states)
     given = [name for group in saved["param_groups"] for name in group["params"]]

@@ -1,4 +1,4 @@
-"""Prepare a run from its configuration: the model, the data and a session, ready to train or to load a stored change."""
+"""Prepare a run from its configuration: model, data, and a session that can train or load a stored change."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by train.pre
 class Setup:
     """A prepared run: the model, the data as tensors by split, and a session that has not started.
 
-    ``fingerprint``: the base model's, without its head. ``total``: parameters of the whole model. ``notes``: what the
-    user should know of data and model.
+    ``fingerprint``: the base model's, without its head. ``total``: parameters of the whole model. ``notes``:
+    what the user should know of data and model.
     """
 
     config: Config
@@ -48,8 +48,8 @@ class Setup:
     def splits(self) -> list[str]:
         """The splits that can be evaluated.
 
-        ``retention`` is one where the data set has such rows, and for a classifier only where the checkpoint came
-        with a head.
+        ``retention`` is one where the data set has such rows, and for a classifier only where the checkpoint
+        came with a head.
         """
         found = []
         for split in self.data:
@@ -60,7 +60,8 @@ class Setup:
     def evaluate(self, split: str) -> Evaluation:
         """Evaluate the model as it is now on one split.
 
-        On ``retention`` a classifier answers with its pretrained head, and the labels are its answers before training.
+        On ``retention`` a classifier answers with its pretrained head, and the labels are its answers before
+        training.
         """
         if split == "retention" and self._head:
             images = self._images_with_answers
@@ -106,7 +107,7 @@ def check_machine(config: Config) -> None:
 
 
 def make_accelerator(settings: TrainConfig) -> Accelerator:
-    """Make an Accelerator of these settings. Those made before in this process are reset: they share one state."""
+    """Make an Accelerator of these settings; those made before in this process are reset with it."""
     on_cpu = settings.device == "cpu" or not torch.cuda.is_available()
     AcceleratorState._reset_state(reset_partial_state=True)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision=MIXED_PRECISION[settings.precision])

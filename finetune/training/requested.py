@@ -12,7 +12,7 @@ PREFIX = "method."  # before the names of the method's tensors in a stored chang
 
 
 def differences(session: Session, delta: Path | None = None, step: int | None = None) -> list[str]:
-    """Return each difference from what was requested, as a sentence; none if the method requests no exact count.
+    """Return each difference from what was requested, as a sentence; none without an exact request.
 
     ``delta``: the folder of the change stored after ``step`` (from 1, over the whole run), to be checked too.
     """

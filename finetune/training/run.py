@@ -61,7 +61,7 @@ class Training:
         self.session.memory.say = log
 
     def run(self, show: ShowProgress, begun: bool) -> dict[str, Any]:
-        """Train from the newest checkpoint, or from the beginning; return what was written to ``result.json``.
+        """Train from the newest checkpoint, or from the beginning; return the content of ``result.json``.
 
         ``begun``: the run was started before. Raises ``RunFailed`` and ``Interrupted`` as ``train`` does.
         """
@@ -191,7 +191,7 @@ class Training:
         )
 
     def _fail(self, error: NotFinite) -> RunFailed:
-        """Save the state before the step that failed, and write a failed result; return the error to raise."""
+        """Save the state before the failed step, and write a failed result; return the error to raise."""
         folder = self.checkpoints.save(self.record)
         examples = ", ".join(error.ids[:IDS_SHOWN])
         if len(error.ids) > IDS_SHOWN:
@@ -228,7 +228,7 @@ def _is_due(step: Step, every: int | None) -> bool:
 
 
 def _prediction_rows(test: Evaluation) -> list[dict[str, Any]]:
-    """Return the rows of an evaluation with the columns that are stored: a classifier's without its losses."""
+    """Return the rows of an evaluation with the stored columns: those of a classifier without the loss."""
     rows = []
     for row in test.rows:
         stored = dict(row)
@@ -243,10 +243,10 @@ def train(
 ) -> dict[str, Any]:
     """Train the run of ``config`` in ``folder``; return the content of its ``result.json``.
 
-    An unfinished run of the same configuration goes on from its newest whole checkpoint. A finished one is left as it
-    is. Raises ``ConfigError``, with nothing written, where the configuration is wrong or another process works on the
-    run; ``RunFailed`` when the loss is not finite or the folder cannot be written; ``Interrupted`` when one of
-    ``signals`` came.
+    An unfinished run of the same configuration goes on from its newest whole checkpoint. A finished one is
+    left as it is. Raises ``ConfigError``, with nothing written, where the configuration is wrong or another
+    process works on the run; ``RunFailed`` when the loss is not finite or the folder cannot be written;
+    ``Interrupted`` when one of ``signals`` came.
     """
     files = RunFolder(folder)
     files.check(config)

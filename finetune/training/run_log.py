@@ -12,7 +12,7 @@ Say = Callable[[str], None]
 
 
 class RunLog:
-    """Pass lines to ``say`` and append them to ``file``. Without a file, as on all ranks but 0, do neither."""
+    """Pass lines to ``say`` and append them to ``file``. Without a file (ranks other than 0), do neither."""
 
     def __init__(self, file: Path | None, say: Say) -> None:
         self.file, self.say = file, say

@@ -15,8 +15,8 @@ from .prepare import Setup
 def keep_if_best(setup: Setup, files: RunFolder, record: ProgressRecord) -> dict[str, float]:
     """Validate, and store the change if it is the best so far; return the metrics.
 
-    Before the last phase has met its target (its sparsity, say), a state is only a means, so the first one of each
-    stage is stored whatever its metrics. With ``train.select=last`` every one is.
+    Before the last phase has met its target (its sparsity, say), a state is only a means, so the first one of
+    each stage is stored whatever its metrics. With ``train.select=last`` every one is.
     """
     metrics = setup.evaluate("val").metrics
     key, stage = list(sort_key(metrics)), setup.session.phase_and_target_met

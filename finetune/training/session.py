@@ -182,7 +182,7 @@ class Session:
     def _update(self) -> float:
         """Move the trained values once; return the loss.
 
-        Where fp16 gradients overflow, the step is retried at half the loss scale, before any schedule counts it.
+        Where fp16 gradients overflow, the step is retried at half the loss scale before any schedule counts it.
         """
         snapshot, scaler = rng_snapshot(self.run.generator, self.accelerator.device), self.accelerator.scaler
         for _ in range(LOSS_SCALES):
@@ -236,8 +236,8 @@ class Session:
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on.
 
-        ``states`` and ``rng``: tensors by name; ``optimizer``: see ``save_optimizer``; ``phase``, ``number`` and
-        ``scaler``: values that JSON can hold.
+        ``states`` and ``rng``: tensors by name; ``optimizer``: see ``save_optimizer``; ``phase``, ``number``
+        and ``scaler``: values that JSON can hold.
         """
         scaler = self.accelerator.scaler
         return {
@@ -250,7 +250,10 @@ class Session:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from ``saved``. Raises ``RuntimeError`` or ``ValueError`` where it belongs to another method, model or run."""
+        """Go on from ``saved``.
+
+        Raises ``RuntimeError`` or ``ValueError`` where it belongs to another method, model or run.
+        """
         number, phase = saved["number"], saved["phase"]
         if not (0 <= number <= self.recipe.train.steps and 0 <= phase < len(self.phases)):
             raise ValueError(f"step {number} in phase {phase}")

@@ -1,4 +1,4 @@
-"""Check a run at its end: did its method act, did anything else move, were as many entries trained as requested."""
+"""Check at a run's end that its method acted, nothing else moved, and as much was trained as requested."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from .watchdog import checksums, describe_unmoved, find_unmoved, may_rest, movin
 
 
 class FrozenState:
-    """Checksums, taken before the first step, of what a run must leave as it was: frozen parameters, and buffers.
+    """Checksums of frozen parameters and buffers, taken before the first step; a run must not change them.
 
-    ``find_changes`` compares them in the same process. Where every part can be switched off without reading a file,
-    the whole base is compared with what was loaded instead of the frozen parameters alone.
+    ``find_changes`` compares them in the same process. Where every part can be switched off without reading a
+    file, the whole base is compared with what was loaded instead of the frozen parameters alone.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -66,7 +66,8 @@ class FrozenState:
             same = self.states is not session.states or self._parameters() == self.parameters
         if not same:
             found.append(
-                "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+                "frozen weights changed while it was trained: "
+                "without its parts the model is not the pretrained one"
             )
         return found
 

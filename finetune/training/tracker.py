@@ -1,4 +1,4 @@
-"""Send the numbers of a run to its ``metrics.jsonl`` and to W&B while it trains. Only rank 0 makes a tracker."""
+"""Send the numbers of a run to its ``metrics.jsonl`` and to W&B while it trains, from rank 0 only."""
 
 from __future__ import annotations
 
@@ -116,7 +116,8 @@ class WeightsAndBiases:
         except Exception as error:  # no error of a logger is worth a run
             self._run = None
             self._say(
-                f"Warning: W&B failed to {what} ({_first_line(error)}); the run goes on with metrics.jsonl only."
+                f"Warning: W&B failed to {what} ({_first_line(error)}); "
+                "the run goes on with metrics.jsonl only."
             )
 
     def log(self, step: int, **metrics: float) -> None:
@@ -136,7 +137,10 @@ class WeightsAndBiases:
 
 
 def _read_or_draw_id(folder: RunFolder) -> str:
-    """Return the id of the W&B run from ``wandb.json``, so that a resumed run continues it; draw one if there is none."""
+    """Return the id of the W&B run from ``wandb.json``; draw one at the first start.
+
+    So a resumed run continues the same W&B run.
+    """
     file = folder.path / "wandb.json"
     try:
         known: str = safe.read_json(file, {"id": str})["id"]
@@ -150,7 +154,7 @@ def _read_or_draw_id(folder: RunFolder) -> str:
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under names such as ``test/accuracy``, without ``metrics/``: a column each in W&B's table."""
+    """Return nested values under names such as ``test/accuracy``, each a column in W&B's table."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         name = f"{prefix}{key}"

@@ -1,7 +1,7 @@
-"""Watch a run step by step: warn of spikes of loss and gradient norm, of gradients of 0, and of parts that do not move.
+"""Watch a run step by step, and warn of spikes, of gradients that are 0, and of parts that do not move.
 
-What is remembered between steps is one ``WatchRecord`` in the checkpoint, so a resumed run warns as an uninterrupted
-one does.
+What is remembered between steps is one ``WatchRecord`` in the checkpoint, so a resumed run warns as an
+uninterrupted one does.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SMALLEST = 1e-30  # what takes the place of 0 in a logarithm
 
 
 def observe(record: WatchRecord, session: Session, step: Step) -> list[str]:
-    """Note one step in ``record``; return the warnings to give now. Each kind of warning is given once a run."""
+    """Note one step in ``record``; return the warnings to give now, each kind once a run."""
     if record.phase != session.phase:
         record.phase, record.seen, record.still = session.phase, 0, None
     if record.seen == 0 or "churn" in step.metrics:  # a phase begins or entries moved: another model
@@ -54,10 +54,10 @@ def observe(record: WatchRecord, session: Session, step: Step) -> list[str]:
 def is_spike(window: Sequence[float], value: float, factor: float) -> bool:
     """Return whether ``value`` stands out above the values before it; all are logarithms.
 
-    It must exceed their median by the logarithm of ``factor`` and by 8 robust standard deviations. These are taken
-    from the differences between neighbours (1.4826 times their median size, over the root of 2), so that a trend does
-    not count as noise. With fewer than 16 values the answer is no. Logarithms are used because the noise of losses and
-    norms grows with them.
+    It must exceed their median by the logarithm of ``factor`` and by 8 robust standard deviations. These are
+    taken from the differences between neighbours (1.4826 times their median size, over the root of 2), so
+    that a trend does not count as noise. With fewer than 16 values the answer is no. Logarithms are used
+    because the noise of losses and norms grows with them.
     """
     if len(window) < SHORTEST_WINDOW:
         return False
@@ -170,7 +170,7 @@ def moving_tensors(states: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def checksums(tensors: dict[str, Tensor]) -> dict[str, int]:
-    """Return a number for each tensor that changes with any one of its bits: the sum of its elements as integers."""
+    """Return the sum of each tensor's elements as integers, which changes with any one of its bits."""
     sums = []
     for tensor in tensors.values():
         sums.append(tensor.detach().contiguous().view(BITS[tensor.element_size()]).sum())

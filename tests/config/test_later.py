@@ -16,6 +16,7 @@ from finetune.config.load import load, tree
 from finetune.errors import ConfigError
 from finetune.launch import resume
 from finetune.report import runs as report
+from finetune.storage.frozen_config import describe_differences
 from finetune.storage.run_folder import RunFolder
 from finetune.training import run
 
@@ -98,7 +99,7 @@ def test_it_can_be_resumed_and_belongs_to_its_change(old: tuple[Path, str, Any])
     frozen.pop("seed")
     with pytest.raises(ConfigError, match="seed is 3 there and absent here"):
         files.check_unaltered(frozen, folder)
-    said = files.differences(yaml.safe_load((FROZEN / "spiel/config.yaml").read_text()))
+    said = describe_differences(files.config, yaml.safe_load((FROZEN / "spiel/config.yaml").read_text()))
     assert said.startswith(key)  # the value of before is another than that of the absence
 
 
@@ -112,7 +113,7 @@ def test_show_says_where_the_value_came_from(old: tuple[Path, str, Any]) -> None
 
 def test_a_report_compares_old_and_new_runs_by_it(old: tuple[Path, str, Any]) -> None:
     folder, key, value = old
-    settings, _ = report._config(folder)
+    settings, _ = report._read_config(folder)
     shown = {name: found for name, found in settings.items() if f"{name}.".startswith(f"{key}.")}
     assert shown == ({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
 

@@ -267,14 +267,14 @@ def test_entries_that_moved_by_half_are_not_moved_again(late: bool, monkeypatch:
     steps = session.steps()
     next(steps), next(steps)
     store = session.states["method"]["bank"]
-    real = store._move
+    real = store._set_positions
 
     def move(index: list[Tensor]) -> None:
         if late:
             real(index)
         raise NO_MEMORY["cuda"]
 
-    monkeypatch.setattr(store, "_move", move)
+    monkeypatch.setattr(store, "_set_positions", move)
     with pytest.raises(
         RunFailed,
         match="Memory ran out at step 3 while trained entries moved, and this step cannot be repeated",
