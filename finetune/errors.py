@@ -22,7 +22,7 @@ class FinetuneError(Exception):
 
 
 class ConfigError(FinetuneError):
-    """One or more mistakes of the user; each fault names the thing, its value, where it came from and the cure."""
+    """Mistakes of the user; each fault names the thing, its value, where it came from and the cure."""
 
     exit_code = 2
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..core.changes import LowRankChange, SparseChange
 from ..core.part import Patched, parts, patched, trained_in_place
 from ..errors import ConfigError
-from ..models.folder import find
+from ..models.folder import find_folder
 from ..models.load import quiet, read_model
 from ..training.prepare import Setup
 from . import merge
@@ -90,7 +90,9 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
 def _base(setup: Setup) -> Any:
     """The base once more, with its head as it started."""
     config = setup.config
-    return read_model(find(config.model)[0], config.model, setup.base.task, setup.labels, config.seed)[0]
+    return read_model(find_folder(config.model)[0], config.model, setup.base.task, setup.labels, config.seed)[
+        0
+    ]
 
 
 def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:

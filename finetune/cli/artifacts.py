@@ -46,8 +46,8 @@ def evaluate(
     for text in rest:
         if not text.startswith(("dataset=", "dataset.")):
             faults.append(
-                f"{text}: eval takes ckpt=RUN and settings of the data set; all other settings are the run's. "
-                "Leave it out."
+                f"{text}: eval takes ckpt=RUN and settings of the data set. "
+                "All other settings are those of the run. Leave it out."
             )
     if faults:
         raise ConfigError(*faults)
@@ -79,7 +79,7 @@ def merge(
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Write base and change as one plain Hugging Face folder, after comparing both on test data: ckpt=RUN out=DIR."""
+    """Write base and change as one plain Hugging Face folder, and check it on test data: ckpt=RUN out=DIR."""
     load_plugins(plugins)
     path, given = _parse_words("merge", overrides or [], ckpt, {"out": OUT})
     out = Path(given["out"])
@@ -125,7 +125,7 @@ def export(
 def verify(
     overrides: Overrides = None, ckpt: Checkpoint = None, plugins: Plugins = None, as_json: AsJson = False
 ) -> None:
-    """Test a run: files, a resume from its middle, numbers, merge (exit 1 if one fails or the run has not finished)."""
+    """Test a run: its files, a resume from its middle, its numbers and its merge (exit 1 if one fails)."""
     load_plugins(plugins)
     path, _ = _parse_words("verify", list(map(_complete_word, overrides or [])), ckpt, {})
     from ..artifacts.verify import verify as verify_run
@@ -163,7 +163,7 @@ def inspect(
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show what a run changed: how much, in which roles and depths, which directions. Plots go to RUN/inspect/."""
+    """Show what a run changed: how much, in which roles, depths and directions. Plots go to RUN/inspect/."""
     load_plugins(plugins)
     from rich.console import Console
 
@@ -199,7 +199,7 @@ def compose(
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Add the sparse changes of runs on one base, for eval and merge. The head is the last run's, or that of head=RUN."""
+    """Add the sparse changes of runs on one base. The head is that of the last run, or of head=RUN."""
     load_plugins(plugins)
     runs: list[Path] = []
     given: dict[str, str] = {}

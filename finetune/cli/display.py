@@ -36,7 +36,7 @@ def _print_item(name: str, item: Any, indent: str) -> None:
 
 
 def show_table(rows: Sequence[Mapping[str, Any]]) -> None:
-    """Print mappings with the same keys as a table on standard output; columns with numbers are right-aligned."""
+    """Print mappings with the same keys as a table on standard output; numbers are right-aligned."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text

@@ -201,7 +201,7 @@ def reproduce(
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a finished run once more: is the result identical, inside its seeds' interval, or neither (exit 1)?"""
+    """Train a finished run again: is it identical, inside the interval of its seeds, or neither (exit 1)?"""
     from ..artifacts.reproduce import reproduce as reproduce_run
     from ..storage.atomic import to_json_value
 

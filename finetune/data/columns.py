@@ -1,10 +1,13 @@
-"""Which column of a table holds the text or image, and which the label: as named, or guessed where it is obvious."""
+"""Find the columns of a table that hold the text or image and the label.
+
+They are named by the user, or guessed where it is obvious.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from ..errors import ConfigError, near
 from .dataset import Task
@@ -19,7 +22,7 @@ LABEL_NAMES = ("label", "labels", "category", "class", "target", "intent", "fine
 
 @dataclass(frozen=True)
 class Columns:
-    """The columns of a task; ``content`` is the text or the image, ``label`` None for language models."""
+    """The columns of a task: ``content`` is the text or the image; ``label`` is None for language models."""
 
     task: Task
     content: str
@@ -28,156 +31,183 @@ class Columns:
 
 
 def is_text(feature: Any) -> bool:
+    """Tell whether a column with this feature holds text."""
     return getattr(feature, "dtype", None) in ("string", "large_string")
 
 
 def is_image(feature: Any) -> bool:
+    """Tell whether a column with this feature holds images; a Parquet struct with bytes counts as one."""
     import datasets
 
-    encoded = (
-        isinstance(feature, dict) and "bytes" in feature
-    )  # a Parquet struct that nobody marked as an image
-    return encoded or isinstance(feature, datasets.Image)
+    has_bytes = isinstance(feature, dict) and "bytes" in feature
+    return has_bytes or isinstance(feature, datasets.Image)
 
 
-def choose(
+def choose_columns(
     table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None
 ) -> Columns:
-    """Every named column is checked and every other one guessed; raises ``ConfigError`` with all faults."""
-    features, faults = dict(table.features), []
+    """Return the named columns after checking them, and guess those that are not named.
+
+    Raises ``ConfigError`` with every fault of the named columns, or if a column cannot be guessed.
+    """
+    features = dict(table.features)
+    names = ", ".join(features)
+    faults = []
     for option, column in {"text_column": text, "image_column": image, "label_column": label}.items():
         if column is not None and column not in features:
             faults.append(
-                f"dataset.{option}={column} is not a column.{near(column, features)} The columns are: {', '.join(features)}."
+                f"dataset.{option}={column} is not a column.{near(column, features)} "
+                f"The columns are: {names}."
             )
     if text and image:
         faults.append(
-            "dataset.text_column and dataset.image_column are both set. A data set has the one or the other."
+            f"dataset.text_column={text} and dataset.image_column={image} are both set, but a data set has "
+            "either texts or images. Remove one of the two."
         )
-    for option, column, idle in (
-        ("text_column", text, "image_classification"),
-        ("label_column", label, "causal_lm"),
-    ):
-        if column and task == idle:
-            faults.append(
-                f"dataset.{option}={column} would not be used by dataset.task={task}. Remove one of the two."
-            )
-    for option, column, kind, fits in (
-        ("text_column", text, "text", is_text),
-        ("image_column", image, "images", is_image),
-    ):
-        if column in features and not fits(features[column]):
-            faults.append(
-                f"dataset.{option}={column} does not hold {kind}. Name another of: {', '.join(features)}."
-            )
+    if text and task == "image_classification":
+        faults.append(_explain_unused("text_column", text, task))
+    if label and task == "causal_lm":
+        faults.append(_explain_unused("label_column", label, task))
+    if text in features and not is_text(features[text]):
+        faults.append(f"dataset.text_column={text} does not hold text. Name another of: {names}.")
+    if image in features and not is_image(features[image]):
+        faults.append(f"dataset.image_column={image} does not hold images. Name another of: {names}.")
     if faults:
         raise ConfigError(*faults)
-    return _complete(table, text, image, label, task)
+    return _guess_rest(table, text, image, label, task)
 
 
-def _complete(
+def _explain_unused(option: str, column: str, task: Task) -> str:
+    return f"dataset.{option}={column} would not be used by dataset.task={task}. Remove one of the two."
+
+
+def _guess_rest(
     table: datasets.Dataset, text: str | None, image: str | None, label: str | None, task: Task | None
 ) -> Columns:
-    features = dict(table.features)
-    images = [image] if image else [c for c in features if is_image(features[c]) and c != label]
+    images = [image] if image else _list_columns(table, is_image, label)
     if task is None and images and not text:
         task = "image_classification"
     content = text or ""
     if task == "image_classification":
-        content = images[0] if len(images) == 1 else _ambiguous(table, "image", images)
+        content = _find_one(images) or _refuse(table, "image", images)
     if label is None and task != "causal_lm":
-        label = _one(_labels(table, content), LABEL_NAMES)
+        label = _find_one(_list_label_candidates(table, content), LABEL_NAMES)
         if label is None:
-            raise ConfigError(_no_label(table, task))
+            raise ConfigError(_explain_no_label(table, task))
     if not content:
-        texts = [c for c in features if is_text(features[c]) and c != label]
-        content = _one(texts, PROSE_NAMES if task == "causal_lm" else TEXT_NAMES) or _ambiguous(
-            table, "text", texts
-        )
-    task = task or "sequence_classification"
+        texts = _list_columns(table, is_text, label)
+        usual = PROSE_NAMES if task == "causal_lm" else TEXT_NAMES
+        content = _find_one(texts, usual) or _refuse(table, "text", texts)
     if task == "causal_lm":
         return Columns(task, content, None, [f"Text: column {content}."])
-    return Columns(
-        task, content, label, [f"{'Image' if images else 'Text'}: column {content}. Label: column {label}."]
-    )
+    kind = "Image" if images else "Text"
+    notes = [f"{kind}: column {content}. Label: column {label}."]
+    return Columns(task or "sequence_classification", content, label, notes)
 
 
-def _one(found: list[str], names: tuple[str, ...]) -> str | None:
-    """The only column, or the first that has one of the usual names."""
-    return (
-        found[0] if len(found) == 1 else next((c for name in names for c in found if c.lower() == name), None)
-    )
+def _list_columns(table: datasets.Dataset, fits: Callable[[Any], bool], without: str | None) -> list[str]:
+    """Return the columns whose feature fits, without one of them."""
+    return [column for column, feature in table.features.items() if fits(feature) and column != without]
 
 
-def _labels(table: datasets.Dataset, content: str) -> list[str]:
-    """Columns that could be labels: by their type, else by a usual name, else texts with few different values."""
+def _find_one(candidates: Sequence[str], usual: Sequence[str] = ()) -> str | None:
+    """Return the only candidate, or the first that has one of the usual names, or None."""
+    if len(candidates) == 1:
+        return candidates[0]
+    for name in usual:
+        for column in candidates:
+            if column.lower() == name:
+                return column
+    return None
+
+
+def _list_label_candidates(table: datasets.Dataset, content: str) -> list[str]:
+    """Return the columns that could hold the label, by the first of four criteria that any column meets.
+
+    The criteria are a class label, a usual name, integers or truth values, and texts with few different
+    values.
+    """
     import datasets
 
-    features = {c: f for c, f in table.features.items() if c != content}
-    tests: list[Callable[[str, Any], bool]] = [
-        lambda c, f: isinstance(f, datasets.ClassLabel),
-        lambda c, f: c.lower() in LABEL_NAMES,
-        lambda c, f: str(getattr(f, "dtype", "")).startswith(("int", "uint", "bool")),
-        lambda c, f: is_text(f) and len(table.unique(c)) <= max(2, len(table) // 10),
-    ]
-    for test in tests:
-        if found := [c for c, f in features.items() if test(c, f)]:
-            return found
-    return []
+    declared, usual, integers = [], [], []
+    for column, feature in table.features.items():
+        if column == content:
+            continue
+        if isinstance(feature, datasets.ClassLabel):
+            declared.append(column)
+        if column.lower() in LABEL_NAMES:
+            usual.append(column)
+        if str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool")):
+            integers.append(column)
+    found = declared or usual or integers
+    if not found:
+        for column in _list_columns(table, is_text, content):
+            if len(table.unique(column)) <= max(2, len(table) // 10):
+                found.append(column)
+    return found
 
 
-def _no_label(table: datasets.Dataset, task: Task | None) -> str:
+def _explain_no_label(table: datasets.Dataset, task: Task | None) -> str:
     cure = "Name it by dataset.label_column"
     if task is None:
         cure += ", or set dataset.task=causal_lm to train on the text alone"
-    if any(is_image(feature) for feature in table.features.values()):
+    if any(map(is_image, table.features.values())):
         cure += "; images in folders need one folder per class"
     return f"No column is plainly the label among: {', '.join(table.column_names)}. {cure}."
 
 
-def _ambiguous(table: datasets.Dataset, kind: str, found: list[str]) -> str:
-    several, none = (
-        f"Several columns could be the {kind}: {', '.join(found)}",
-        f"No column holds the {kind} among: {', '.join(table.column_names)}",
-    )
-    raise ConfigError(f"{several if found else none}. Name it by dataset.{kind}_column.")
+def _refuse(table: datasets.Dataset, kind: str, candidates: Sequence[str]) -> NoReturn:
+    """Raise ``ConfigError``: no column holds the text or image, or several could."""
+    fault = f"No column holds the {kind} among: {', '.join(table.column_names)}"
+    if candidates:
+        fault = f"Several columns could be the {kind}: {', '.join(candidates)}"
+    raise ConfigError(f"{fault}. Name it by dataset.{kind}_column.")
 
 
-def names_of(table: datasets.Dataset, column: str) -> list[str]:
-    """A label column as names; the empty string where a label is missing (None, or -1 of a class label)."""
+def read_label_names(table: datasets.Dataset, column: str) -> list[str]:
+    """Return the label of each row as a name; the empty string if it is missing (None, or class -1)."""
     import datasets
 
     feature, values = table.features[column], table.data.column(column).to_pylist()
     if isinstance(feature, datasets.ClassLabel):
-        return ["" if v is None or v < 0 else feature.names[v] for v in values]
-    return [
-        "" if v is None else str(int(v)) if isinstance(v, float) and v.is_integer() else str(v)
-        for v in values
-    ]
+        return ["" if value is None or value < 0 else feature.names[value] for value in values]
+    return list(map(_show_label, values))
 
 
-def missing(table: datasets.Dataset, name: str, columns: Columns) -> list[str]:
-    """Faults: a split without the columns, and rows without a text, an image or a label."""
+def _show_label(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        return str(int(value))
+    return str(value)
+
+
+def find_missing(table: datasets.Dataset, name: str, columns: Columns) -> list[str]:
+    """Return the faults of a split: columns that it lacks, and rows without a text, an image or a label."""
     faults = []
-    for column in filter(None, (columns.content, columns.label)):
+    for column in (columns.content, columns.label):
+        if column is None:
+            continue
         if column not in table.column_names:
             faults.append(
-                f"{name} has no column {column}, which the training data has. Its columns are: {', '.join(table.column_names)}."
+                f"{name} has no column {column}, which the training data has. "
+                f"Its columns are: {', '.join(table.column_names)}. Rename one of them."
             )
             continue
-        absent = (
-            [i for i, v in enumerate(names_of(table, column)) if not v]
-            if column == columns.label
-            else _nulls(table, column)
-        )
-        if absent:
-            where = f"first: row {absent[0]}, counted from 0"
+        if column == columns.label:
+            empty = [place for place, label in enumerate(read_label_names(table, column)) if not label]
+        else:
+            empty = _find_nulls(table, column)
+        if empty:
             faults.append(
-                f"{name}: {len(absent)} rows have nothing in column {column} ({where}). Fill or remove them."
+                f"{name}: {len(empty)} rows have nothing in column {column} "
+                f"(first: row {empty[0]}, counted from 0). Fill or remove them."
             )
     return faults
 
 
-def _nulls(table: datasets.Dataset, column: str) -> list[int]:
+def _find_nulls(table: datasets.Dataset, column: str) -> list[int]:
     cells = table.data.column(column)
-    return [i for i, null in enumerate(cells.is_null().to_pylist()) if null] if cells.null_count else []
+    if not cells.null_count:
+        return []
+    return [place for place, is_null in enumerate(cells.is_null().to_pylist()) if is_null]

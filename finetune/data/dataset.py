@@ -1,6 +1,7 @@
-"""What a data set is: a frozen dataclass of where it lies, whose ``read`` gives raw rows by split.
+"""Define what a data set is: a frozen dataclass of settings whose ``read`` returns raw examples by split.
 
-Modules with registered data sets import nothing heavy at the top: they are imported to check a configuration.
+Modules that register data sets must not import heavy packages at the top, because checking a configuration
+imports them.
 """
 
 from __future__ import annotations
@@ -10,20 +11,20 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Task = Literal["image_classification", "sequence_classification", "causal_lm"]
-Row = dict[str, Any]
+Example = dict[str, Any]  # "id": str; "image": PIL.Image or "text": str; "label": int, but not for causal_lm
 
 
 @dataclass(frozen=True)
 class Raw:
-    """Rows as they were read, before any processor.
+    """The examples of a data set before any processor.
 
-    A row is ``{"id": str, "image": PIL.Image | "text": str, "label": int}``; a language-model row has no label. ``splits`` holds
-    train, val and test, and for language models perhaps retention. ``length`` is the number of tokens asked for; None: the tokenizer's.
+    ``splits`` has train, val and test, and perhaps retention. ``length`` is the wanted number of tokens of an
+    example; None takes the tokenizer's limit. ``notes`` are for the user.
     """
 
     task: Task
     labels: tuple[str, ...]
-    splits: Mapping[str, Sequence[Row]]
+    splits: Mapping[str, Sequence[Example]]
     notes: list[str] = field(default_factory=list)
     length: int | None = None
 
@@ -36,5 +37,8 @@ class Dataset:
     name: ClassVar[str]
 
     def read(self) -> Raw:
-        """The rows of all splits, always the same ones. Raises ``ConfigError`` with every fault that is found."""
+        """Return the examples of all splits, the same ones at every call.
+
+        Raises ``ConfigError`` with every fault that is found.
+        """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits, the built-in image task; with pieces of its two photographs, to see what a model forgets."""
+"""Read scikit-learn's handwritten digits, the built-in image task."""
 
 from __future__ import annotations
 
@@ -7,80 +7,78 @@ import random
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from annotated_types import Ge, Le
 
 from ..registry import register
-from .dataset import Dataset, Raw, Row
-from .splits import cut, spread
+from .dataset import Dataset, Example, Raw
+from .splits import cut_stretches, spread_classes
 
 SIZES = {"train": 1000, "val": 200, "test": 597}
-SIDE, HEIGHT, WIDTH = (
-    107,
-    427,
-    640,
-)  # of a piece and of a photograph, in pixels; neighbouring pieces overlap by half
-PIECES = [
-    (top, left)
-    for top in range(0, HEIGHT - SIDE + 1, SIDE // 2)
-    for left in range(0, WIDTH - SIDE + 1, SIDE // 2)
-]
+PHOTOS = ("china", "flower")
+HEIGHT, WIDTH = 427, 640  # pixels of a photograph
+SIDE = 107  # pixels of a piece of a photograph; neighbouring pieces overlap by half
+TOPS = range(0, HEIGHT - SIDE + 1, SIDE // 2)
+LEFTS = range(0, WIDTH - SIDE + 1, SIDE // 2)
+MOST_PIECES = len(PHOTOS) * len(TOPS) * len(LEFTS)
 
 
 @register("digits")
 @dataclass(frozen=True)
 class Digits(Dataset):
-    """1,797 handwritten digits, 1,000 for training as in VTAB-1k; retention on pieces of two photographs.
+    """1,797 handwritten digits, 1,000 for training (the recipe of VTAB-1k).
+
+    Retention is measured on pieces of two photographs, of a temple and of a flower.
 
     Options:
         retention_images: Number of these pieces.
     """
 
-    retention_images: Annotated[int, Ge(0), Le(2 * len(PIECES))] = 100
+    retention_images: Annotated[int, Ge(0), Le(MOST_PIECES)] = 100
 
     def read(self) -> Raw:
+        """Return the digits, and the pieces of photographs as retention split."""
         import numpy as np
-        from PIL import Image
 
-        with gzip.open(_shipped("data/digits.csv.gz"), "rt") as file:
+        with gzip.open(_find_shipped("data/digits.csv.gz"), "rt") as file:
             table = np.loadtxt(file, delimiter=",")
-        labels = [int(y) for y in table[:, -1]]
+        labels = [int(label) for label in table[:, -1]]
         pixels = np.rint(table[:, :-1].reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)  # from 0..16
-
-        def row(i: int) -> Row:
-            return {
-                "id": f"digit-{i:04d}",
-                "image": Image.fromarray(pixels[i]).convert("RGB"),
-                "label": labels[i],
-            }
-
-        parts = cut(spread(labels, seed=0), *SIZES.values())
-        splits = {split: [row(i) for i in part] for split, part in zip(SIZES, parts, strict=True)}
+        stretches = cut_stretches(spread_classes(labels, seed=0), list(SIZES.values()))
+        splits = {}
+        for split, places in zip(SIZES, stretches, strict=True):
+            splits[split] = [_make_example(place, pixels[place], labels[place]) for place in places]
         if self.retention_images:
-            splits["retention"] = _pieces(self.retention_images)
+            splits["retention"] = _cut_pieces(self.retention_images)
         return Raw("image_classification", tuple("0123456789"), splits)
 
 
-def _shipped(name: str) -> Path:
-    """A file that scikit-learn's data sets ship. Its own loaders give the same, which a test checks, after seconds of importing."""
+def _make_example(place: int, pixels: Any, label: int) -> Example:
+    from PIL import Image
+
+    return {"id": f"digit-{place:04d}", "image": Image.fromarray(pixels).convert("RGB"), "label": label}
+
+
+def _find_shipped(name: str) -> Path:
+    """Return a file that scikit-learn ships with its data sets.
+
+    Scikit-learn's own loaders give the same data, which a test checks, but importing them takes seconds.
+    """
     spec = find_spec("sklearn")
     assert spec
     return Path(str(spec.origin)).parent / "datasets" / name
 
 
-def _pieces(count: int) -> list[Row]:
-    """The first ``count`` squares of both photographs in a fixed shuffled order; nobody has labelled them."""
+def _cut_pieces(count: int) -> list[Example]:
+    """Return ``count`` squares of both photographs in a fixed shuffled order; label 0 has no meaning."""
     from PIL import Image
 
-    places = [(name, *place) for name in ("china", "flower") for place in PIECES]
+    places = [(name, top, left) for name in PHOTOS for top in TOPS for left in LEFTS]
     random.Random(0).shuffle(places)
-    photos = {name: Image.open(_shipped(f"images/{name}.jpg")).convert("RGB") for name in ("china", "flower")}
-    return [
-        {
-            "id": f"{name}-{top}-{left}",
-            "image": photos[name].crop((left, top, left + SIDE, top + SIDE)),
-            "label": 0,
-        }
-        for name, top, left in places[:count]
-    ]
+    photos = {name: Image.open(_find_shipped(f"images/{name}.jpg")).convert("RGB") for name in PHOTOS}
+    pieces = []
+    for name, top, left in places[:count]:
+        piece = photos[name].crop((left, top, left + SIDE, top + SIDE))
+        pieces.append({"id": f"{name}-{top}-{left}", "image": piece, "label": 0})
+    return pieces

@@ -1,4 +1,4 @@
-"""From raw rows to tensors: images by the model's image processor, text by its tokenizer."""
+"""Encode raw examples as tensors: images by the model's image processor, text by its tokenizer."""
 
 from __future__ import annotations
 
@@ -12,20 +12,22 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ..errors import ConfigError
-from .dataset import Raw, Row
+from .dataset import Example, Raw
 
-Item = dict[str, Any]
-KEPT_BYTES = 64 * 2**20  # processed images of a split are kept in memory up to this size
-IGNORED = -100
-LONGEST = 1024  # tokens per example when nobody asks: many tokenizers allow 100,000, some say 1e30
+Item = dict[str, Any]  # an encoded example, which ``collate`` takes
+CACHED_BYTES = 64 * 2**20  # processed images of a split stay in memory up to this size in total
+IGNORED = -100  # the label of a token that is not scored
+LONGEST = 1024  # default tokens of an example: many tokenizers allow 100,000, and some say 1e30
 
 
 @dataclass(frozen=True)
 class Batch:
-    """``inputs``: pixel_values float32 [n, c, h, w], or input_ids and attention_mask int64 [n, length].
+    """A batch of n examples.
 
-    ``labels``: int64 [n] of classes, or [n, length] aligned with input_ids and -100 where unscored (the loss shifts by one).
-    ``bytes``: int64 [n], UTF-8 bytes of the text that each language-model window scores; None for classification.
+    ``inputs``: pixel_values, float32 [n, c, h, w]; or input_ids and attention_mask, int64 [n, length].
+    ``labels``: classes, int64 [n]; for causal_lm int64 [n, length], aligned with input_ids (the loss shifts
+    them by one) and ``IGNORED`` where a token is not scored. ``bytes``: for causal_lm the UTF-8 bytes of the
+    text that each window scores, int64 [n]; else None.
     """
 
     ids: list[str]
@@ -35,30 +37,29 @@ class Batch:
 
 
 class Images(Dataset[Item]):
-    """Rows with an image, processed when asked for; small sets stay in memory afterwards."""
+    """Examples with an image, which is processed on access; small sets stay in memory afterwards."""
 
-    def __init__(self, rows: Sequence[Row], processor: Any) -> None:
+    def __init__(self, rows: Sequence[Example], processor: Any) -> None:
         self.rows, self.processor = rows, processor
-        self.kept: dict[int, Item] = {}
+        self._cache: dict[int, Item] = {}
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, i: int) -> Item:
-        if i in self.kept:
-            return self.kept[i]
+        if i in self._cache:
+            return self._cache[i]
         row = self.rows[i]
-        pixels: Tensor = self.processor(images=row["image"].convert("RGB"), return_tensors="pt")[
-            "pixel_values"
-        ][0]
+        processed = self.processor(images=row["image"].convert("RGB"), return_tensors="pt")
+        pixels: Tensor = processed["pixel_values"][0]
         item = {"id": row["id"], "pixel_values": pixels, "label": row["label"]}
-        if pixels.numel() * 4 * len(self) <= KEPT_BYTES:
-            self.kept[i] = item
+        if pixels.numel() * 4 * len(self) <= CACHED_BYTES:
+            self._cache[i] = item
         return item
 
 
 class Tokens(Dataset[Item]):
-    """Items whose text was tokenized beforehand."""
+    """Items whose text has been tokenized."""
 
     def __init__(self, items: list[Item]) -> None:
         self.items = items
@@ -70,27 +71,27 @@ class Tokens(Dataset[Item]):
         return self.items[i]
 
 
-def texts(rows: Sequence[Row], tokenizer: Any, length: int) -> list[Item]:
-    """One item a row, cut to ``length`` tokens; padding is left to ``collate``."""
+def encode_texts(rows: Sequence[Example], tokenizer: Any, length: int) -> list[Item]:
+    """Return one item per example, cut to ``length`` tokens; ``collate`` pads them."""
     rows = list(rows)
-    ids = (
-        tokenizer([row["text"] for row in rows], truncation=True, max_length=length)["input_ids"]
-        if rows
-        else []
-    )
-    pad = tokenizer.pad_token_id
-    return [
-        {"id": row["id"], "input_ids": tokens, "label": row["label"], "pad": pad}
-        for row, tokens in zip(rows, ids, strict=True)
-    ]
+    if not rows:
+        return []
+    texts = [row["text"] for row in rows]
+    coded = tokenizer(texts, truncation=True, max_length=length)["input_ids"]
+    items = []
+    for row, tokens in zip(rows, coded, strict=True):
+        item = {"id": row["id"], "input_ids": tokens, "label": row["label"], "pad": tokenizer.pad_token_id}
+        items.append(item)
+    return items
 
 
-def windows(row: Row, tokenizer: Any, length: int) -> list[Item]:
-    """A row's text in windows of at most ``length`` tokens, each led by the start token, so that every byte is scored once.
+def cut_windows(row: Example, tokenizer: Any, length: int) -> list[Item]:
+    """Cut a text into windows of at most ``length`` tokens that together score every byte once.
 
-    A window's bytes reach from its first token to the next window's first token: together they are the bytes of the text.
+    Each window begins with the start token. Its bytes reach from its first token to the first token of the
+    next window, so the bytes of all windows add up to the text.
     """
-    text, start = row["text"], start_token(tokenizer)
+    text, start = row["text"], find_start_token(tokenizer)
     coded = tokenizer(
         text,
         add_special_tokens=False,
@@ -98,86 +99,92 @@ def windows(row: Row, tokenizer: Any, length: int) -> list[Item]:
         return_attention_mask=False,
         verbose=False,
     )
-    ids, firsts = coded["input_ids"], [first for first, _ in coded["offset_mapping"]]
-    before = [0, *accumulate(len(char.encode()) for char in text)]  # UTF-8 bytes before each character
+    ids, offsets = coded["input_ids"], coded["offset_mapping"]
+    bytes_before = [0, *accumulate(len(char.encode()) for char in text)]  # UTF-8 bytes before each character
     items = []
-    for n, left in enumerate(range(0, len(ids), length - 1)):
+    begin = 0
+    for number, left in enumerate(range(0, len(ids), length - 1)):
         right = left + length - 1
-        begin = 0 if n == 0 else before[firsts[left]]
-        end = before[firsts[right]] if right < len(ids) else before[-1]
-        items.append(
-            {
-                "id": f"{row['id']}#{n}",
-                "input_ids": [start, *ids[left:right]],
-                "bytes": end - begin,
-                "pad": start,
-            }
-        )
+        end = bytes_before[-1]
+        if right < len(ids):
+            first_character, _ = offsets[right]
+            end = bytes_before[first_character]
+        window = [start, *ids[left:right]]
+        items.append({"id": f"{row['id']}#{number}", "input_ids": window, "bytes": end - begin, "pad": start})
+        begin = end
     return items
 
 
-def start_token(tokenizer: Any) -> int:
-    """The token before the first one of a text: bos, else eos."""
+def find_start_token(tokenizer: Any) -> int:
+    """Return the token that stands before the first one of a text: bos, or else eos."""
     for token in (tokenizer.bos_token_id, tokenizer.eos_token_id):
         if token is not None:
             return int(token)
     raise ConfigError(
-        "The tokenizer has neither a bos nor an eos token, and a window of text must start with one. Set one in tokenizer_config.json."
+        "The model's tokenizer has neither a bos nor an eos token, and a text for a language model must "
+        "start with one. Set one in the model's tokenizer_config.json."
     )
 
 
-def fitting_length(asked: int | None, tokenizer: Any) -> int:
-    """Tokens per example: what was asked for, else the tokenizer's limit, at most 1,024."""
+def choose_length(wanted: int | None, tokenizer: Any) -> int:
+    """Return the tokens of an example: ``wanted``, or else the tokenizer's limit, at most ``LONGEST``."""
     limit = int(tokenizer.model_max_length)
-    if asked is None:
+    if wanted is None:
         return min(limit, LONGEST)
-    if asked > limit:
+    if wanted > limit:
         raise ConfigError(
-            f"dataset.length={asked} is more than the {limit} tokens that the model's tokenizer allows. Lower it to at most {limit}."
+            f"dataset.length={wanted} is more than the {limit} tokens that the model's tokenizer allows. "
+            f"Lower it to at most {limit}."
         )
-    return asked
+    return wanted
 
 
 def encode(raw: Raw, processor: Any, length: int | None = None) -> dict[str, Dataset[Item]]:
-    """The splits of ``raw`` as items for ``collate``. ``length`` overrides the data set's number of tokens per example."""
+    """Return the splits of ``raw`` as items for ``collate``.
+
+    ``length`` overrides the data set's own number of tokens of an example. Raises ``ConfigError`` if that is
+    more than the tokenizer allows, or if a split for a language model has no text.
+    """
     if raw.task == "image_classification":
         return {split: Images(rows, processor) for split, rows in raw.splits.items()}
-    size = fitting_length(length or raw.length, processor)
-    if raw.task == "sequence_classification":
-        return {split: Tokens(texts(rows, processor, size)) for split, rows in raw.splits.items()}
-    found = {
-        split: [item for row in rows for item in windows(row, processor, size)]
-        for split, rows in raw.splits.items()
-    }
-    if empty := [split for split, items in found.items() if not items]:
-        raise ConfigError(
-            *(f"The {split} split of the data set holds no text. Give one that does." for split in empty)
-        )
-    return {split: Tokens(items) for split, items in found.items()}
+    size = choose_length(length or raw.length, processor)
+    found: dict[str, Dataset[Item]] = {}
+    faults = []
+    for split, rows in raw.splits.items():
+        if raw.task == "sequence_classification":
+            items = encode_texts(rows, processor, size)
+        else:
+            items = []
+            for row in rows:
+                items += cut_windows(row, processor, size)
+            if not items:
+                faults.append(f"The {split} split of the data set holds no text. Give one that has some.")
+        found[split] = Tokens(items)
+    if faults:
+        raise ConfigError(*faults)
+    return found
 
 
 def collate(items: Sequence[Item]) -> Batch:
-    """A batch of items; token rows are padded on the right to the longest."""
+    """Return a batch of items; tokens are padded on the right to the longest item."""
     ids = [item["id"] for item in items]
-    inputs = (
-        padded(items)
-        if "input_ids" in items[0]
-        else {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
-    )
+    if "input_ids" in items[0]:
+        inputs = pad(items)
+    else:
+        inputs = {"pixel_values": torch.stack([item["pixel_values"] for item in items])}
     if "label" in items[0]:
         return Batch(ids, inputs, torch.tensor([item["label"] for item in items]), None)
     labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, IGNORED)
-    labels[:, 0] = IGNORED
+    labels[:, 0] = IGNORED  # the start token
     return Batch(ids, inputs, labels, torch.tensor([item["bytes"] for item in items]))
 
 
-def padded(items: Sequence[Item]) -> dict[str, Tensor]:
-    """input_ids and attention_mask, int64 ``[n, longest]``."""
-    width = max(len(item["input_ids"]) for item in items)
-    ids = torch.tensor(
-        [item["input_ids"] + [item["pad"]] * (width - len(item["input_ids"])) for item in items]
-    )
-    mask = torch.tensor(
-        [[1] * len(item["input_ids"]) + [0] * (width - len(item["input_ids"])) for item in items]
-    )
-    return {"input_ids": ids, "attention_mask": mask}
+def pad(items: Sequence[Item]) -> dict[str, Tensor]:
+    """Return input_ids and attention_mask, int64 [n, longest]."""
+    longest = max(len(item["input_ids"]) for item in items)
+    ids, mask = [], []
+    for item in items:
+        length = len(item["input_ids"])
+        ids.append(item["input_ids"] + [item["pad"]] * (longest - length))
+        mask.append([1] * length + [0] * (longest - length))
+    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}

@@ -1,4 +1,4 @@
-"""Tables and images in local files, read by Hugging Face ``datasets`` without leaving anything in the user's cache."""
+"""Read tables and images from local files, without leaving anything in the user's Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from ..errors import ConfigError
 from ..registry import register
 from .columns import is_image
-from .guard import check
+from .guard import check_files
 from .table import Source, Table
 
 SPLIT_NAMES = {
@@ -26,231 +26,241 @@ SPLIT_NAMES = {
     "val": ("val", "valid", "validation", "dev"),
     "test": ("test", "testing"),
 }
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files(Table):
+    """Base of the data sets in local files.
+
+    Options:
+        path: The file or the folder.
+        val_path: File or folder with the validation split.
+        test_path: File or folder with the test split.
+    """
+
+    path: str
+    val_path: str | None = None
+    test_path: str | None = None
+
+    def resolve_paths(self) -> tuple[Path, dict[str, Path]]:
+        """Return ``path``, and the other given paths by split, all absolute.
+
+        Raises ``ConfigError`` naming every path that does not exist.
+        """
+        found, faults = {}, []
+        for option in ("path", "val_path", "test_path"):
+            given: str | None = getattr(self, option)
+            if given is None:
+                continue
+            found[option] = Path(given).expanduser().resolve()
+            if not found[option].exists():
+                faults.append(f"dataset.{option}={given} does not exist. Check the path.")
+        if faults:
+            raise ConfigError(*faults)
+        path = found.pop("path")
+        return path, {option.removesuffix("_path"): other for option, other in found.items()}
+
+    def read_tables(self, kind: str, suffixes: tuple[str, ...]) -> tuple[list[Source], list[str]]:
+        """Return the tables of the given files, and notes; a folder's files are divided by their names."""
+        path, others = self.resolve_paths()
+        files, notes = {"train": [path]}, list[str]()
+        if path.is_dir():
+            files, notes = group_files(path, suffixes)
+        for split, other in others.items():
+            files[split] = [other]
+        sources = []
+        for split, group in sort_splits(files):
+            name = group[0].name if len(group) == 1 else split
+            sources.append(Source(split, name, read_table(kind, group, group[0])))
+        return sources, notes
 
 
 @register("csv")
 @dataclass(frozen=True, kw_only=True)
-class Csv(Table):
-    """CSV or TSV with a header: a file, or a folder of files called train, val and test.
-
-    Options:
-        path: The file or the folder.
-        val_path: File or folder with the validation split.
-        test_path: File or folder with the test split.
-    """
-
-    path: str
-    val_path: str | None = None
-    test_path: str | None = None
+class Csv(Files):
+    """CSV or TSV with a header: a file, or a folder of files called train, val and test."""
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        return read_tables(
-            "csv",
-            (".csv", ".tsv"),
-            {"path": self.path, "val_path": self.val_path, "test_path": self.test_path},
-        )
+        return self.read_tables("csv", (".csv", ".tsv"))
 
 
 @register("jsonl")
 @dataclass(frozen=True, kw_only=True)
-class Jsonl(Table):
-    """One JSON object per line: a file, or a folder of files called train, val and test.
-
-    Options:
-        path: The file or the folder.
-        val_path: File or folder with the validation split.
-        test_path: File or folder with the test split.
-    """
-
-    path: str
-    val_path: str | None = None
-    test_path: str | None = None
+class Jsonl(Files):
+    """One JSON object per line: a file, or a folder of files called train, val and test."""
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        return read_tables(
-            "json",
-            (".jsonl", ".json"),
-            {"path": self.path, "val_path": self.val_path, "test_path": self.test_path},
-        )
+        return self.read_tables("json", (".jsonl", ".json"))
 
 
 @register("parquet")
 @dataclass(frozen=True, kw_only=True)
-class Parquet(Table):
-    """Parquet with texts or encoded images: a file, or a folder of files called train, val and test.
-
-    Options:
-        path: The file or the folder.
-        val_path: File or folder with the validation split.
-        test_path: File or folder with the test split.
-    """
-
-    path: str
-    val_path: str | None = None
-    test_path: str | None = None
+class Parquet(Files):
+    """Parquet with texts or encoded images: a file, or a folder of files called train, val and test."""
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        return read_tables(
-            "parquet",
-            (".parquet",),
-            {"path": self.path, "val_path": self.val_path, "test_path": self.test_path},
-        )
+        return self.read_tables("parquet", (".parquet",))
 
 
 @register("imagefolder")
 @dataclass(frozen=True, kw_only=True)
-class ImageFolder(Table):
-    """Images in one folder per class, perhaps below folders called train, val and test.
-
-    Options:
-        path: The file or the folder.
-        val_path: File or folder with the validation split.
-        test_path: File or folder with the test split.
-    """
-
-    path: str
-    val_path: str | None = None
-    test_path: str | None = None
+class ImageFolder(Files):
+    """Images in one folder per class, perhaps below folders called train, val and test."""
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        roots = existing({"path": self.path, "val_path": self.val_path, "test_path": self.test_path})
-        folders = split_folders(roots.pop("path")) | {
-            option.removesuffix("_path"): root for option, root in roots.items()
-        }
-        cure = "Give a folder with one folder of images per class"
-        if faults := [
-            f"dataset=imagefolder: {folder} has no images. {cure}."
-            for folder in folders.values()
-            if not has_images(folder)
-        ]:
+        path, others = self.resolve_paths()
+        folders = find_split_folders(path) | others
+        faults = []
+        for folder in folders.values():
+            if not has_images(folder):
+                faults.append(
+                    f"dataset=imagefolder: {folder} has no images. "
+                    "Give a folder with one folder of images per class."
+                )
+        if faults:
             raise ConfigError(*faults)
-        sources = [
-            Source(split, folder.name, load("imagefolder", [folder], folder), folder)
-            for split, folder in by_split(folders)
-        ]
-        return sources, [f"{source.split}: the folder {source.name}." for source in sources] if len(
-            sources
-        ) > 1 else []
+        sources, notes = [], []
+        for split, folder in sort_splits(folders):
+            table = read_table("imagefolder", [folder], folder)
+            sources.append(Source(split, folder.name, table, root=folder))
+            notes.append(f"{split}: the folder {folder.name}.")
+        return sources, notes if len(sources) > 1 else []
 
 
-def split_folders(root: Path) -> dict[str, Path]:
-    """The folders below that are called train, val and test; without one called train, the whole is train."""
-    inner = sorted(p for p in root.iterdir() if p.is_dir()) if root.is_dir() else []
-    found = {
-        split: folder
-        for folder in inner
-        for split, names in SPLIT_NAMES.items()
-        if folder.name.lower() in names
-    }  # train_engine is a class
-    return found if "train" in found else {"train": root}
+def find_split_folders(root: Path) -> dict[str, Path]:
+    """Return the folders in ``root`` that are called train, val and test.
+
+    Without a train folder, ``root`` itself is train. A name must match as a whole: ``train_engine`` is a
+    class.
+    """
+    found = {}
+    for folder in _list_folders(root):
+        for split, names in SPLIT_NAMES.items():
+            if folder.name.lower() in names:
+                found[split] = folder
+    if "train" in found:
+        return found
+    return {"train": root}
 
 
-def by_split(found: dict[str, Any]) -> list[tuple[str, Any]]:
+def _list_folders(root: Path) -> list[Path]:
+    if not root.is_dir():
+        return []
+    return sorted(path for path in root.iterdir() if path.is_dir())
+
+
+def sort_splits(found: Mapping[str, T]) -> list[tuple[str, T]]:
+    """Return the splits that are there, with their values, in the order train, val, test."""
     return [(split, found[split]) for split in SPLIT_NAMES if split in found]
 
 
-def split_of(name: str) -> str | None:
-    """Which split a file or folder of this name holds, if it says so: ``train-00000-of-00002.parquet``, ``dev.csv``, ``Test``."""
+def find_split(name: str) -> str | None:
+    """Return the split that the name of a file or folder begins with, or None.
+
+    Examples: ``train-00000-of-00002.parquet``, ``dev.csv``, ``Test``.
+    """
     word = re.split(r"[^a-z]", name.lower(), maxsplit=1)[0]
-    return next((split for split, names in SPLIT_NAMES.items() if word in names), None)
+    for split, names in SPLIT_NAMES.items():
+        if word in names:
+            return split
+    return None
 
 
-def existing(options: dict[str, str | None]) -> dict[str, Path]:
-    """The given paths, absolute; raises ``ConfigError`` naming every one that does not exist."""
-    paths = {
-        option: Path(path).expanduser().resolve() for option, path in options.items() if path is not None
-    }
-    if faults := [
-        f"dataset.{option}={options[option]} does not exist. Check the path."
-        for option, path in paths.items()
-        if not path.exists()
-    ]:
-        raise ConfigError(*faults)
-    return paths
-
-
-def read_tables(
-    kind: str, suffixes: tuple[str, ...], options: dict[str, str | None]
-) -> tuple[list[Source], list[str]]:
-    """The tables of the given files; a folder's files are told apart by their names."""
-    paths = existing(options)
-    files, notes = (
-        in_folder(paths["path"], suffixes) if paths["path"].is_dir() else ({"train": [paths["path"]]}, [])
-    )
-    files |= {option.removesuffix("_path"): [path] for option, path in paths.items() if option != "path"}
-    named = [(split, group, group[0].name if len(group) == 1 else split) for split, group in by_split(files)]
-    return [Source(split, name, load(kind, group, group[0])) for split, group, name in named], notes
-
-
-def in_folder(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, list[Path]], list[str]]:
-    """The folder's files by split; without one called train, all of them are train."""
-    found = sorted(p for p in folder.iterdir() if p.suffix.lower() in suffixes)
+def group_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, list[Path]], list[str]]:
+    """Return the folder's files by split, and notes; if no name is that of a split, all files are train."""
+    found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not found:
         raise ConfigError(
-            f"dataset.path={folder} has no {' or '.join(suffixes)} files. Give a file, or a folder that has some."
+            f"dataset.path={folder} has no {' or '.join(suffixes)} files. "
+            "Give a file, or a folder that has some."
         )
     groups: dict[str, list[Path]] = {}
+    unnamed = []
     for file in found:
-        groups.setdefault(split_of(file.name) or "", []).append(file)
-    unnamed = groups.pop("", [])
-    if "train" not in groups:
-        if groups:
-            given = " and ".join(groups)
-            raise ConfigError(
-                f"dataset.path={folder} has files for {given}, but none called train. Name one so, or give the files singly."
-            )
+        split = find_split(file.name)
+        if split is None:
+            unnamed.append(file)
+        else:
+            groups.setdefault(split, []).append(file)
+    if not groups:
         return {"train": unnamed}, [f"train: all {len(unnamed)} files of {folder.name}."]
-    notes = [f"{split}: {', '.join(p.name for p in group)}." for split, group in by_split(groups)]
-    return groups, notes + [f"Left out: {p.name}, which names no split." for p in unnamed]
+    if "train" not in groups:
+        raise ConfigError(
+            f"dataset.path={folder} has files for {' and '.join(groups)}, "
+            "but none whose name begins with train. Rename one, or give the files by dataset.path, "
+            "dataset.val_path and dataset.test_path."
+        )
+    notes = []
+    for split, group in sort_splits(groups):
+        notes.append(f"{split}: {', '.join(file.name for file in group)}.")
+    for file in unnamed:
+        notes.append(f"Left out: {file.name}, which names no split.")
+    return groups, notes
 
 
 def has_images(folder: Path) -> bool:
-    """Whether any image file lies below."""
+    """Tell whether there is an image file in or below ``folder``."""
     from PIL import Image
 
     known = set(Image.registered_extensions())
-    return any(Path(file).suffix.lower() in known for _, _, files in os.walk(folder) for file in files)
+    for _, _, files in os.walk(folder):
+        suffixes = {Path(file).suffix.lower() for file in files}
+        if suffixes & known:
+            return True
+    return False
 
 
 @cache
-def scratch() -> str:
-    """A folder for the tables that ``datasets`` maps into memory, removed when the process ends."""
+def make_scratch_folder() -> str:
+    """Make a folder for tables that ``datasets`` maps into memory; it is removed when the process ends."""
     folder = tempfile.mkdtemp(prefix="finetune-data-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return folder
 
 
-def load(kind: str, files: list[Path], named: Path) -> Any:
-    """A ``datasets.Dataset`` of the files; images stay encoded. Raises ``ConfigError`` when they cannot be read as ``kind``."""
+def read_table(kind: str, files: Sequence[Path], named: Path) -> Any:
+    """Return a ``datasets.Dataset`` of the files, with images still encoded.
+
+    ``kind`` is the reader of ``datasets``; errors name ``named``. Raises ``ConfigError`` if the files cannot
+    be read.
+    """
     import datasets
 
-    check(kind, files)
+    check_files(kind, files)
     options: dict[str, Any] = {}
     if kind == "csv":  # only an empty cell is missing: "NA" and "null" are words
-        options = {
-            "keep_default_na": False,
-            "na_values": [""],
-            "sep": "\t" if named.suffix.lower() == ".tsv" else ",",
-        }
-    patterns = [glob.escape(str(f)) + ("/**" if f.is_dir() else "") for f in files]
+        separator = "\t" if named.suffix.lower() == ".tsv" else ","
+        options = {"keep_default_na": False, "na_values": [""], "sep": separator}
+    patterns = []
+    for file in files:
+        everything_below = "/**" if file.is_dir() else ""
+        patterns.append(glob.escape(str(file)) + everything_below)
     try:
-        with hushed():
+        with quiet_datasets():
             table = datasets.load_dataset(
-                kind, data_files={"train": patterns}, split="train", cache_dir=scratch(), **options
+                kind,
+                data_files={"train": patterns},
+                split="train",
+                cache_dir=make_scratch_folder(),
+                **options,
             )
             if kind != "imagefolder":
-                table.data.validate(full=True)  # texts that are no UTF-8 would show when they are read
+                table.data.validate(full=True)  # otherwise invalid UTF-8 raises only when a row is read
     except Exception as error:  # every parser has exceptions of its own
         reason = str(error.__cause__ or error).strip().splitlines() or [type(error).__name__]
         raise ConfigError(
             f"{named} has no rows or cannot be read as {kind} ({reason[0]}). Check its content and format."
         ) from error
-    return whole_images(encoded_images(table), named) if kind != "imagefolder" else encoded_images(table)
+    table = keep_images_encoded(table)
+    if kind != "imagefolder":
+        refuse_image_paths(table, named)
+    return table
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
-    """No progress bars or log lines from ``datasets``: what goes wrong is raised."""
+def quiet_datasets() -> Iterator[None]:
+    """Suppress progress bars and log lines of ``datasets``; errors are raised all the same."""
     import datasets
 
     datasets.disable_progress_bars()
@@ -262,22 +272,25 @@ def hushed() -> Iterator[None]:
         datasets.logging.set_verbosity(before)
 
 
-def encoded_images(table: Any) -> Any:
-    """The table with every image column as bytes and path, to be decoded row by row."""
+def keep_images_encoded(table: Any) -> Any:
+    """Return the table with images as bytes and paths, so that an image is decoded when its row is read."""
     import datasets
 
-    for column in [c for c, feature in table.features.items() if is_image(feature)]:
+    for column in _list_image_columns(table):
         table = table.cast_column(column, datasets.Image(decode=False))
     return table
 
 
-def whole_images(table: Any, named: Path) -> Any:
-    """The table, if its images are in it. Raises ``ConfigError`` where they are paths, which could name any file of this machine."""
-    for column in [c for c, feature in table.features.items() if is_image(feature)]:
-        if any(
-            chunk.field("bytes").null_count > chunk.null_count for chunk in table.data.column(column).chunks
-        ):
-            raise ConfigError(
-                f"{named} names images in column {column} by their paths. Store the images' bytes in it, or use dataset=imagefolder."
-            )
-    return table
+def refuse_image_paths(table: Any, named: Path) -> None:
+    """Raise ``ConfigError`` if the table names images by paths, which could be any file of this machine."""
+    for column in _list_image_columns(table):
+        for chunk in table.data.column(column).chunks:
+            if chunk.field("bytes").null_count > chunk.null_count:
+                raise ConfigError(
+                    f"{named} names images in column {column} by their paths. "
+                    "Store the images' bytes in it, or use dataset=imagefolder."
+                )
+
+
+def _list_image_columns(table: Any) -> list[str]:
+    return [column for column, feature in table.features.items() if is_image(feature)]

@@ -1,111 +1,127 @@
-"""What a data file must not be: an archive, or a table that claims far more than its bytes can hold. Looks at a few bytes and at footers."""
+"""Refuse data files that could exhaust memory or disk.
+
+These are archives, and tables that claim more than their bytes can hold. Only the first bytes and the footers
+of files are read.
+"""
 
 from __future__ import annotations
 
 import os
 import re
 from collections.abc import Iterable, Sequence
-from itertools import accumulate
 from pathlib import Path
 
 from ..errors import ConfigError
 from ..system import safe
 
 PACKED = {
-    b"\x1f\x8b": "gzip", b"PK\x03\x04": "zip", b"PK\x05\x06": "zip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd",
-    b"7z\xbc\xaf\x27\x1c": "7z", b"Rar!": "rar", b"\x04\x22\x4d\x18": "lz4",
-}  # fmt: skip
-TAR = 257, b"ustar"
-LINE, DEPTH = 2**26, 64
+    b"\x1f\x8b": "gzip",
+    b"PK\x03\x04": "zip",
+    b"PK\x05\x06": "zip",
+    b"BZh": "bzip2",
+    b"\xfd7zXZ\x00": "xz",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+    b"Rar!": "rar",
+    b"\x04\x22\x4d\x18": "lz4",
+}  # the first bytes of archives; the library that would unpack them looks at the same
+TAR_PLACE, TAR_MARK = 257, b"ustar"
+LINE = 2**26  # bytes of a JSON file that are read at once
+DEPTH = 64  # levels of nesting that a JSON file may have
 STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb"[\[\]{}]")
-ROWS = 2_000_000  # that a table may always have
-BYTES, PACKING = 2**28, 200  # unpacked bytes that a file may always have, and how many times its own size
+ROWS = 2_000_000  # rows that any Parquet file may claim
+BYTES = 2**28  # unpacked bytes that any Parquet file may claim
+PACKING = 200  # how many times its own size a larger one may claim
+LISTED = 5  # faults that are shown
 
 
-def check(kind: str, files: Sequence[Path]) -> None:
-    """Raise ``ConfigError`` naming every file that would be unpacked, wherever that leads, and every Parquet file that unpacks to absurd size."""
-    inside = {"parquet": _claims, "json": _depth}.get(kind, _packed)
-    faults = [
-        fault for file in files for one in _single(kind, file) if (fault := _packed(one) or inside(one))
-    ]
+def check_files(kind: str, files: Sequence[Path]) -> None:
+    """Raise ``ConfigError`` naming every file that is an archive or would unpack to an absurd size.
+
+    ``kind`` is the reader of the files; of a folder of images, only the other files in it are checked.
+    """
+    faults = []
+    for given in files:
+        for file in _list_checked(given):
+            fault = _find_archive(file)
+            if not fault and kind == "parquet":
+                fault = _find_false_claim(file)
+            elif not fault and kind == "json":
+                fault = _find_deep_nesting(file)
+            if fault:
+                faults.append(fault)
     if faults:
-        raise ConfigError(*faults[:5])
+        raise ConfigError(*faults[:LISTED])
 
 
-def _single(kind: str, file: Path) -> Iterable[Path]:
-    """The file; of a folder of images, those that are none."""
+def _list_checked(file: Path) -> Iterable[Path]:
+    """Return the file; for a folder of images, the files in it that are no images."""
     if not file.is_dir():
-        return [file]
+        yield file
+        return
     from PIL import Image
 
     known = set(Image.registered_extensions())
-    return (
-        Path(folder) / name
-        for folder, _, names in os.walk(file)
-        for name in names
-        if Path(name).suffix.lower() not in known
-    )
+    for folder, _, names in os.walk(file):
+        for name in names:
+            if Path(name).suffix.lower() not in known:
+                yield Path(folder) / name
 
 
-def _packed(file: Path) -> str:
-    """The name of what ``file`` is packed by goes by its first bytes, as in the library that would unpack it."""
+def _find_archive(file: Path) -> str:
+    """Return a fault if the file is an archive or cannot be read, else the empty string."""
     if not file.is_file():
-        return (
-            ""
-            if file.is_symlink() or not file.exists()
-            else f"{file} is no regular file. Give a file of the data set."
-        )
+        if file.is_symlink() or not file.exists():
+            return ""
+        return f"{file} is not a regular file. Give a file of the data set."
     try:
         with file.open("rb") as opened:
-            head = opened.read(TAR[0] + len(TAR[1]))
+            head = opened.read(TAR_PLACE + len(TAR_MARK))
     except OSError as error:
         return f"{file} cannot be read: {error.strerror}. Give a file that you may read."
-    kind = next(
-        (name for mark, name in PACKED.items() if head.startswith(mark)),
-        "tar" if head[TAR[0] :] == TAR[1] else "",
-    )
-    return (
-        f"{file} is packed ({kind}), and what it unpacks to may be of any size. Unpack it first."
-        if kind
-        else ""
-    )
+    kind = "tar" if head[TAR_PLACE:] == TAR_MARK else ""
+    for mark, name in PACKED.items():
+        if head.startswith(mark):
+            kind = name
+    if not kind:
+        return ""
+    return f"{file} is packed ({kind}), and what it unpacks to may be of any size. Unpack it first."
 
 
-def _depth(file: Path) -> str:
-    """Arrow's JSON parser calls itself for each level, and ends the process where there are too many."""
+def _find_deep_nesting(file: Path) -> str:
+    """Return a fault if a JSON file is nested deeply: Arrow's parser recurses and would end the process."""
     level = 0
     with file.open("rb") as lines:
         while line := lines.readline(LINE):
             opened = line.count(b"[") + line.count(b"{")
-            if opened < DEPTH and not level and opened == line.count(b"]") + line.count(b"}"):
-                continue  # whole in itself: what is in its texts need not be told apart
-            levels = list(
-                accumulate(
-                    (1 if c in b"[{" else -1 for c in BRACKETS.findall(STRINGS.sub(b"", line))), initial=level
-                )
-            )
-            level = levels[-1]
-            if max(levels) > DEPTH:
-                return f"{file} is nested more than {DEPTH} levels deep. Give a file of plain rows."
+            closed = line.count(b"]") + line.count(b"}")
+            if opened < DEPTH and not level and opened == closed:
+                continue  # cannot be deep, even if brackets inside of strings were counted
+            for bracket in BRACKETS.findall(STRINGS.sub(b"", line)):
+                level += 1 if bracket in b"[{" else -1
+                if level > DEPTH:
+                    return f"{file} is nested more than {DEPTH} levels deep. Give a file of plain rows."
     return ""
 
 
-def _claims(file: Path) -> str:
+def _find_false_claim(file: Path) -> str:
+    """Return a fault if the footer of a Parquet file claims more rows or bytes than the file can hold."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         about = pq.read_metadata(file)
     except (OSError, pa.ArrowException) as error:
-        return f"{file} has no rows or cannot be read as parquet ({' '.join(str(error).split())}). Check its content and format."
+        reason = " ".join(str(error).split())
+        return f"{file} has no rows or cannot be read as parquet ({reason}). Check its content and format."
     size = file.stat().st_size
-    sizes = [about.row_group(i).total_byte_size for i in range(about.num_row_groups)]
-    unpacked = sum(map(abs, sizes))
-    if (
-        about.num_rows < 0
-        or about.num_rows > max(ROWS, safe.ROWS_PER_BYTE * size)
-        or unpacked > max(BYTES, PACKING * size)
-    ):
-        claim = f"{about.num_rows:,} rows of {unpacked:,} bytes"
-        return f"{file} has {size:,} bytes and claims {claim}. Write it again with rows that are worth their place."
-    return ""
+    unpacked = 0
+    for place in range(about.num_row_groups):
+        unpacked += abs(about.row_group(place).total_byte_size)
+    most_rows, most_bytes = max(ROWS, safe.ROWS_PER_BYTE * size), max(BYTES, PACKING * size)
+    if 0 <= about.num_rows <= most_rows and unpacked <= most_bytes:
+        return ""
+    return (
+        f"{file} has {size:,} bytes and claims {about.num_rows:,} rows of {unpacked:,} bytes, "
+        "more than such a file can hold. Write it again, or give another file."
+    )

@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face hub, from the local cache unless downloading is allowed."""
+"""Read data sets of the Hugging Face hub, from the local cache unless downloading is allowed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ..errors import ConfigError
 from ..registry import register
-from .files import by_split, encoded_images, hushed, split_of
+from .files import find_split, keep_images_encoded, quiet_datasets, sort_splits
 from .table import Source, Table
 
 
@@ -32,37 +32,58 @@ class Hub(Table):
     download: bool = False
 
     def sources(self) -> tuple[list[Source], list[str]]:
+        """Return the tables of the splits whose names are recognised, and notes."""
         import datasets
 
         if Path(self.path).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
             raise ConfigError(
-                f"dataset.path={self.path} is not the id of a data set on the hub. For files here use dataset=csv, jsonl or parquet."
+                f"dataset.path={self.path} is not the id of a data set on the hub. "
+                "For files on this machine use dataset=csv, jsonl or parquet."
             )
         try:
-            with hushed(), nullcontext() if self.download else offline():
+            with quiet_datasets(), nullcontext() if self.download else block_requests():
                 found = datasets.load_dataset(self.path, self.config, revision=self.revision)
         except (
             Exception
-        ) as error:  # missing, private, gated, of an unknown format, no network: each has its own exception
-            raise ConfigError(self.fault(error)) from error
-        splits = {split: name for name in reversed(list(found)) if (split := split_of(name))}
-        if "train" not in splits:
+        ) as error:  # missing, private, gated, unknown format, no network: all raise differently
+            raise ConfigError(self._explain(error)) from error
+        names: dict[str, str] = {}
+        for name in found:
+            split = find_split(name)
+            if split:
+                names.setdefault(split, name)
+        if "train" not in names:
             raise ConfigError(
-                f"dataset.path={self.path} has no train split. Its splits are: {', '.join(found)}."
+                f"dataset.path={self.path} has no train split. Its splits are: {', '.join(found)}. "
+                "Choose another data set, or another dataset.config."
             )
-        notes = [f"Left out: the split {name}." for name in found if name not in splits.values()]
-        return [Source(split, name, encoded_images(found[name])) for split, name in by_split(splits)], notes
+        notes = [f"Left out: the split {name}." for name in found if name not in names.values()]
+        sources = []
+        for split, name in sort_splits(names):
+            sources.append(Source(split, name, keep_images_encoded(found[name])))
+        return sources, notes
 
-    def fault(self, error: Exception) -> str:
+    def _explain(self, error: Exception) -> str:
+        """Return the fault, with the first line of the library's error and the cure."""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if self.download:
-            return f"dataset.path={self.path} could not be read from the hub ({reason}). Check the id, dataset.config and the network."
-        return f"dataset.path={self.path} is not in the local cache of the hub ({reason}). Set dataset.download=true to fetch it."
+            return (
+                f"dataset.path={self.path} could not be read from the hub ({reason}). "
+                "Check the id, dataset.config and the network."
+            )
+        return (
+            f"dataset.path={self.path} is not in the local cache of the hub ({reason}). "
+            "Set dataset.download=true to fetch it."
+        )
 
 
 @contextmanager
-def offline() -> Iterator[None]:
-    """No request leaves this machine; both libraries read their switch at import, so it is turned in place."""
+def block_requests() -> Iterator[None]:
+    """Stop both libraries from sending requests.
+
+    They read the environment variable for this only when they are imported, so their switches are set
+    directly.
+    """
     import datasets
     from huggingface_hub import constants
 

@@ -1,4 +1,7 @@
-"""Dividing rows into train, val and test: by a seed of their own, so that the run's seed never moves an example."""
+"""Divide rows into train, val and test.
+
+The division has a seed of its own, so that the seed of a run never moves an example.
+"""
 
 from __future__ import annotations
 
@@ -6,22 +9,26 @@ import random
 from collections.abc import Hashable, Sequence
 
 
-def spread(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """An order of ``range(len(labels))`` in which every stretch holds the classes in proportion, each class's first row at the front."""
-    order = list(range(len(labels)))
-    random.Random(seed).shuffle(order)
+def spread_classes(labels: Sequence[Hashable], seed: int) -> list[int]:
+    """Return the places of ``labels`` in a random order in which every stretch has the classes in proportion.
+
+    The first row of each class comes at the front.
+    """
+    shuffled = list(range(len(labels)))
+    random.Random(seed).shuffle(shuffled)
     totals: dict[Hashable, int] = {}
-    rank = {}
-    for i in order:
-        rank[i] = totals.get(labels[i], 0)
-        totals[labels[i]] = rank[i] + 1
-    return sorted(order, key=lambda i: rank[i] / totals[labels[i]])  # stable: ties stay shuffled
+    rank_in_class = {}
+    for place in shuffled:
+        rank_in_class[place] = totals.get(labels[place], 0)
+        totals[labels[place]] = rank_in_class[place] + 1
+    # Sorting is stable, so places with equal keys stay shuffled.
+    return sorted(shuffled, key=lambda place: rank_in_class[place] / totals[labels[place]])
 
 
-def cut(order: Sequence[int], *sizes: int) -> list[list[int]]:
-    """Consecutive stretches of ``order`` of the given sizes, each in ascending order."""
-    parts, start = [], 0
+def cut_stretches(order: Sequence[int], sizes: Sequence[int]) -> list[list[int]]:
+    """Return consecutive stretches of ``order`` of the given sizes, each in ascending order."""
+    stretches, start = [], 0
     for size in sizes:
-        parts.append(sorted(order[start : start + size]))
+        stretches.append(sorted(order[start : start + size]))
         start += size
-    return parts
+    return stretches

@@ -1,11 +1,14 @@
-"""The running Python's standard library as a corpus for language models, and its prose as what should not be forgotten."""
+"""Read the running Python's standard library as a corpus for language models.
+
+Retention data are its prose.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -14,14 +17,14 @@ from annotated_types import Ge
 
 from ..errors import ConfigError
 from ..registry import register
-from .dataset import Dataset, Raw, Row
+from .dataset import Dataset, Example, Raw
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
 TENTHS = {
     "val": range(1),
     "test": range(1, 3),
     "train": range(3, 10),
-}  # of all files, by the hash of their path
+}  # by split, its tenths of all files
 Bytes = Annotated[int, Ge(1)]
 
 
@@ -45,59 +48,65 @@ class Stdlib(Dataset):
     length: Annotated[int, Ge(2)] | None = None
 
     def read(self) -> Raw:
+        """Return as many texts as the options ask for, in an order that is the same on every machine."""
         from pydoc_data.topics import topics
 
         root = Path(sysconfig.get_paths()["stdlib"])
-        names = {
-            split: [name for name in sources(root) if share_of(name) in tenths]
-            for split, tenths in TENTHS.items()
-        }
+        names = _split_sources(root)
         if not all(names.values()):
-            cure = "Use a Python that was installed with its library's sources"
+            count = sum(map(len, names.values()))
             raise ConfigError(
-                f"dataset=stdlib found {sum(map(len, names.values()))} sources under {root}. {cure}."
+                f"dataset=stdlib needs the sources of Python's library and found {count} files under {root}. "
+                "Use a Python that was installed with its library's sources."
             )
-        splits = {
-            split: take(documents(root, names[split]), getattr(self, f"{split}_bytes"))
-            for split in ("train", "val", "test")
-        }
-        splits["retention"] = take(
-            ((f"topics/{name}", text) for name, text in sorted(topics.items())), self.retention_bytes
-        )
-        short = [
-            split
-            for split, rows in splits.items()
-            if sum(len(row["text"].encode()) for row in rows) < getattr(self, f"{split}_bytes")
-        ]
-        notes = [
-            f"The standard library has less {split} text than dataset.{split}_bytes asks for; all of it is used."
-            for split in short
-        ]
+        texts: dict[str, Iterable[tuple[str, str]]] = {}
+        for split in ("train", "val", "test"):
+            texts[split] = read_texts(root, names[split])
+        texts["retention"] = [(f"topics/{name}", topics[name]) for name in sorted(topics)]
+        splits, notes = {}, []
+        for split, documents in texts.items():
+            wanted = getattr(self, f"{split}_bytes")
+            splits[split] = take_bytes(documents, wanted)
+            if sum(len(example["text"].encode()) for example in splits[split]) < wanted:
+                notes.append(
+                    f"The standard library has less {split} text than dataset.{split}_bytes asks for; "
+                    "all of it is used."
+                )
         return Raw("causal_lm", (), splits, notes, self.length)
 
 
-def sources(root: Path) -> list[str]:
-    """Relative paths of the library's own Python files, in the order of their hashes."""
+def _split_sources(root: Path) -> dict[str, list[str]]:
+    """Return the source files of each split."""
+    found: dict[str, list[str]] = {split: [] for split in TENTHS}
+    for name in list_sources(root):
+        for split, tenths in TENTHS.items():
+            if find_tenth(name) in tenths:
+                found[split].append(name)
+    return found
+
+
+def list_sources(root: Path) -> list[str]:
+    """Return the relative paths of the library's own Python files, sorted by their hashes."""
     found = []
     for folder, inner, files in os.walk(root):
         inner[:] = [name for name in inner if name not in SKIPPED]
-        found += [
-            (Path(folder) / file).relative_to(root).as_posix() for file in files if file.endswith(".py")
-        ]
-    return sorted(found, key=_digest)
+        for file in files:
+            if file.endswith(".py"):
+                found.append((Path(folder) / file).relative_to(root).as_posix())
+    return sorted(found, key=_hash_name)
 
 
-def _digest(name: str) -> int:
+def _hash_name(name: str) -> int:
     return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8])
 
 
-def share_of(name: str) -> int:
-    """Which tenth of all files a path falls into, on every machine and Python the same."""
-    return _digest(name) % 10
+def find_tenth(name: str) -> int:
+    """Return the tenth of all files that a path belongs to, the same on every machine and Python."""
+    return _hash_name(name) % 10
 
 
-def documents(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
-    """Name and text of each file that is UTF-8 and not empty."""
+def read_texts(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    """Yield the name and the text of each file that is UTF-8 and not empty."""
     for name in names:
         try:
             text = (root / name).read_text(encoding="utf-8")
@@ -107,13 +116,13 @@ def documents(root: Path, names: list[str]) -> Iterator[tuple[str, str]]:
             yield name, text
 
 
-def take(texts: Iterator[tuple[str, str]], size: int) -> list[Row]:
-    """Rows of the first ``size`` bytes; the last text is cut, and loses a character that the cut goes through."""
-    rows: list[Row] = []
+def take_bytes(texts: Iterable[tuple[str, str]], size: int) -> list[Example]:
+    """Return examples with the first ``size`` bytes of UTF-8; a character that is cut in two is dropped."""
+    examples: list[Example] = []
     for name, text in texts:
         coded = text.encode()[:size]
-        rows.append({"id": name, "text": coded.decode(errors="ignore")})
+        examples.append({"id": name, "text": coded.decode(errors="ignore")})
         size -= len(coded)
         if size <= 0:
             break
-    return rows
+    return examples

@@ -1,6 +1,6 @@
-"""Data sets that are tables: which column is what, which row belongs to which split.
+"""Read data sets that are tables: find the columns, and divide the rows into splits.
 
-Where the tables lie is told by the registered classes in ``files.py`` and ``hub.py``; columns are guessed in ``columns.py``.
+The registered classes in ``files.py`` and ``hub.py`` find the tables; ``columns.py`` finds the columns.
 """
 
 from __future__ import annotations
@@ -13,24 +13,31 @@ from typing import TYPE_CHECKING, Annotated, Any, overload
 from annotated_types import Ge, Gt, Lt
 
 from ..errors import ConfigError
-from .columns import Columns, choose, missing, names_of
-from .dataset import Dataset, Raw, Row, Task
-from .splits import cut, spread
+from .columns import Columns, choose_columns, find_missing, read_label_names
+from .dataset import Dataset, Example, Raw, Task
+from .splits import cut_stretches, spread_classes
 
 if TYPE_CHECKING:
     import datasets
 
 Share = Annotated[float, Gt(0), Lt(1)]
+LISTED = 5  # labels that a message names
 
 
 @dataclass(frozen=True)
 class Source:
-    """The table that was given as one split. ``name`` stands in its rows' ids; ``root`` is the folder of images that are files."""
+    """A table that was given as one split.
+
+    ``name`` is part of the ids of its examples. ``root`` is the folder of images that are files.
+    """
 
     split: str
     name: str
     table: datasets.Dataset
     root: Path | None = None
+
+    def __str__(self) -> str:
+        return f"{self.split} split ({self.name})"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,8 +52,8 @@ class Table(Dataset):
         val_share: Share of the training rows that becomes the validation split, if none is given.
         test_share: Share of the training rows that becomes the test split, if none is given.
         split_seed: Seed that draws these rows. The seed of the run does not move a row between splits.
-        fold: Which part of the rows, in the order that ``split_seed`` draws, is the test split. With a test share
-            of 0.5 there are folds 0 and 1, with 0.2 folds 0 to 4.
+        fold: Which part of the rows, in the order that ``split_seed`` draws, is the test split. With a test
+            share of 0.5 there are folds 0 and 1, with 0.2 folds 0 to 4.
         length: Tokens in one example; ``null`` takes the limit of the tokenizer, at most 1,024.
     """
 
@@ -61,171 +68,191 @@ class Table(Dataset):
     length: Annotated[int, Ge(2)] | None = None
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        """The given tables, train first, and notes."""
+        """Return the given tables, train first, and notes."""
         raise NotImplementedError
 
     def read(self) -> Raw:
+        """Read the tables, check them, and divide train where val or test is not given."""
         sources, notes = self.sources()
-        if empty := [source for source in sources if not len(source.table)]:
+        empty = [source for source in sources if not len(source.table)]
+        if empty:
             raise ConfigError(
-                *(
-                    f"The data set's {source.split} split ({source.name}) has no rows. Give one that has."
-                    for source in empty
-                )
+                *[f"The data set's {source} has no rows. Give one that has some." for source in empty]
             )
-        columns = choose(sources[0].table, self.text_column, self.image_column, self.label_column, self.task)
-        sources, dropped = unlabelled(sources, columns)
-        if faults := [fault for source in sources for fault in missing(source.table, source.name, columns)]:
+        columns = choose_columns(
+            sources[0].table, self.text_column, self.image_column, self.label_column, self.task
+        )
+        sources, dropped = drop_unlabelled(sources, columns)
+        faults = []
+        for source in sources:
+            faults += find_missing(source.table, source.name, columns)
+        if faults:
             raise ConfigError(*faults)
-        labels, numbers = number(sources, columns)
+        labels, numbers = number_labels(sources, columns)
         splits, drawn = self.divide(sources, columns, numbers)
         return Raw(columns.task, labels, splits, [*notes, *columns.notes, *dropped, *drawn], self.length)
 
     def divide(
         self, sources: list[Source], columns: Columns, numbers: dict[str, list[int]]
-    ) -> tuple[dict[str, Sequence[Row]], list[str]]:
-        """Rows by split; val and test are drawn from train where they were not given."""
-        given = {source.split: Rows(source, columns, numbers.get(source.split)) for source in sources}
+    ) -> tuple[dict[str, Sequence[Example]], list[str]]:
+        """Return the examples of each split, and notes; val and test are drawn from train if not given."""
+        given = {}
+        for source in sources:
+            given[source.split] = TableExamples(source, columns, numbers.get(source.split))
         train = given["train"]
-        shares = {
-            split: share
-            for split, share in (("val", self.val_share), ("test", self.test_share))
-            if split not in given
-        }
-        sizes = {split: max(1, round(share * len(train))) for split, share in shares.items()}
+        sizes = {}
+        for split, share in (("val", self.val_share), ("test", self.test_share)):
+            if split not in given:
+                sizes[split] = max(1, round(share * len(train)))
         rest = len(train) - sum(sizes.values())
         if rest < max(1, len(set(train.labels))):
-            taken = " and ".join(sizes)
             raise ConfigError(
-                f"Of {len(train)} rows, {taken} leave {max(0, rest)} to train on. Lower dataset.val_share and dataset.test_share."
+                f"Of {len(train)} rows of {train.name}, {' and '.join(sizes)} leave {max(0, rest)} "
+                f"to train on. Lower dataset.val_share={self.val_share} "
+                f"and dataset.test_share={self.test_share}."
             )
-        order = self._turned(spread(train.labels, self.split_seed), sizes.get("test"))
-        parts = dict(zip(["train", *sizes], cut(order, rest, *sizes.values()), strict=True))
-        splits: dict[str, Sequence[Row]] = {
-            **given,
-            **{split: train.pick(part) for split, part in parts.items()},
-        }
-        drawn = (
-            f"of the {len(train)} rows of {train.name}, drawn with dataset.split_seed={self.split_seed}"
-            + (f" fold={self.fold}" if self.fold else "")
-        )
-        notes = [f"{split}: {size} {drawn}." for split, size in sizes.items()]
+        order = self._move_fold(spread_classes(train.labels, self.split_seed), sizes.get("test"))
+        stretches = cut_stretches(order, [rest, *sizes.values()])
+        splits: dict[str, Sequence[Example]] = dict(given)
+        for split, places in zip(["train", *sizes], stretches, strict=True):
+            splits[split] = train.pick(places)
+        drawn = f"drawn with dataset.split_seed={self.split_seed}"
+        if self.fold:
+            drawn += f" fold={self.fold}"
+        notes = []
+        for split, size in sizes.items():
+            notes.append(f"{split}: {size} of the {len(train)} rows of {train.name}, {drawn}.")
         return {split: splits[split] for split in ("train", "val", "test")}, notes
 
-    def _turned(self, order: list[int], size: int | None) -> list[int]:
-        """``order`` with the fold's stretch of ``size`` at its end. Raises ``ConfigError`` where there is no such fold."""
-        folds = len(order) // size if size else 1
+    def _move_fold(self, order: list[int], test_size: int | None) -> list[int]:
+        """Rotate ``order`` so that the fold's stretch of ``test_size`` rows comes last.
+
+        ``test_size`` is None if the test split is given. Raises ``ConfigError`` if there is no such fold.
+        """
+        folds = len(order) // test_size if test_size else 1
         if self.fold >= folds:
-            why = (
-                f"a test split of {size} of {len(order)} rows has the folds 0 to {folds - 1}"
-                if size
-                else "the test split is given"
-            )
-            raise ConfigError(f"dataset.fold={self.fold}: {why}. Choose one of them, or leave it out.")
-        return [
-            *order[len(order) - self.fold * (size or 0) :],
-            *order[: len(order) - self.fold * (size or 0)],
-        ]
+            fault = "the test split is given, so there is only fold 0. Leave dataset.fold out."
+            if test_size:
+                fault = f"a test split of {test_size} of {len(order)} rows has the folds 0 to {folds - 1}. "
+                fault += "Choose one of them."
+            raise ConfigError(f"dataset.fold={self.fold}: {fault}")
+        end = len(order) - self.fold * (test_size or 0)
+        return [*order[end:], *order[:end]]
 
 
-class Rows(Sequence[Row]):
-    """Rows of a table, read when asked for."""
+class TableExamples(Sequence[Example]):
+    """Rows of a table as examples, read on access. ``chosen`` are the places of the rows; by default all."""
 
     def __init__(
         self, source: Source, columns: Columns, labels: list[int] | None, chosen: Sequence[int] | None = None
     ) -> None:
         self.source, self.columns, self.name = source, columns, source.name
         self.table = source.table.select_columns([columns.content])
-        self.numbers = labels
+        self.table_labels = labels
         self.chosen = range(len(self.table)) if chosen is None else chosen
-        self.labels = [labels[i] for i in self.chosen] if labels is not None else [0] * len(self.chosen)
+        self.labels = [0] * len(self.chosen)
+        if labels is not None:
+            self.labels = [labels[place] for place in self.chosen]
 
-    def pick(self, chosen: Sequence[int]) -> Rows:
-        """Only these rows of the table."""
-        return Rows(self.source, self.columns, self.numbers, chosen)
+    def pick(self, chosen: Sequence[int]) -> TableExamples:
+        """Return only the rows of the table at these places."""
+        return TableExamples(self.source, self.columns, self.table_labels, chosen)
 
     def __len__(self) -> int:
         return len(self.chosen)
 
     @overload
-    def __getitem__(self, i: int) -> Row: ...
+    def __getitem__(self, i: int) -> Example: ...
     @overload
-    def __getitem__(self, i: slice) -> Sequence[Row]: ...
-    def __getitem__(self, i: int | slice) -> Row | Sequence[Row]:
+    def __getitem__(self, i: slice) -> Sequence[Example]: ...
+    def __getitem__(self, i: int | slice) -> Example | Sequence[Example]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        row: Row = {"id": f"{self.name}:{self.chosen[i]}"}
-        if self.numbers is not None:
-            row["label"] = self.labels[i]
+        example: Example = {"id": f"{self.name}:{self.chosen[i]}"}
+        if self.table_labels is not None:
+            example["label"] = self.labels[i]
         value = self.table[self.chosen[i]][self.columns.content]
         if self.columns.task != "image_classification":
-            return {**row, "text": value}
+            return {**example, "text": value}
         if self.source.root is not None:
-            row["id"] = Path(value["path"]).relative_to(self.source.root).as_posix()
-        return {**row, "image": decoded(value, row["id"])}
+            example["id"] = Path(value["path"]).relative_to(self.source.root).as_posix()
+        return {**example, "image": decode_image(value, example["id"])}
 
 
-def decoded(value: dict[str, Any], name: str) -> Any:
-    """The PIL image of a cell, upright."""
+def decode_image(value: dict[str, Any], name: str) -> Any:
+    """Return the PIL image of a cell, turned upright."""
     import datasets
 
     try:
         content = value["bytes"] or Path(value["path"]).read_bytes()
         return datasets.Image().decode_example({"bytes": content, "path": None})
-    except Exception as error:  # PIL's decoders raise many kinds for damaged files, and one of its own for images of absurd size
+    except (
+        Exception
+    ) as error:  # PIL raises many kinds of errors for damaged files and for images of absurd size
         raise ConfigError(
             f"The image {name} of the data set cannot be read ({error}). Replace or remove it."
         ) from error
 
 
-def unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Source], list[str]]:
-    """Without the given val or test splits that have no label at all, as benchmarks with hidden labels publish them."""
+def drop_unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Source], list[str]]:
+    """Return the sources without given val or test splits that have no label at all, and notes.
+
+    Benchmarks with hidden labels are published so.
+    """
     if columns.label is None:
         return sources, []
-    bare = [
-        s
-        for s in sources
-        if s.split != "train"
-        and columns.label in s.table.column_names
-        and not any(names_of(s.table, columns.label))
-    ]
-    return [s for s in sources if s not in bare], [
-        f"The given {s.split} split ({s.name}) has no labels and is left out." for s in bare
-    ]
+    kept, notes = [], []
+    for source in sources:
+        has_column = columns.label in source.table.column_names
+        if source.split == "train" or not has_column or any(read_label_names(source.table, columns.label)):
+            kept.append(source)
+        else:
+            notes.append(f"The given {source} has no labels and is left out.")
+    return kept, notes
 
 
-def number(sources: list[Source], columns: Columns) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """The labels' names, and each given split's labels as their numbers."""
+def number_labels(sources: list[Source], columns: Columns) -> tuple[tuple[str, ...], dict[str, list[int]]]:
+    """Return the names of the labels, and for each given split the number of each row's label.
+
+    Both are empty for language models. Raises ``ConfigError`` if train has a single label, or if another
+    split has labels that train lacks.
+    """
     import datasets
 
     if columns.label is None:
         return (), {}
-    names = {source.split: names_of(source.table, columns.label) for source in sources}
+    names = {source.split: read_label_names(source.table, columns.label) for source in sources}
     declared = sources[0].table.features[columns.label]
-    labels = (
-        list(declared.names)
-        if isinstance(declared, datasets.ClassLabel)
-        else sorted(set(names["train"]), key=_natural)
-    )
+    if isinstance(declared, datasets.ClassLabel):
+        labels = list(declared.names)
+    else:
+        labels = sorted(set(names["train"]), key=_sort_naturally)
     faults = []
     if len(set(names["train"])) < 2:
         faults.append(
-            f"Column {columns.label} has only the label {names['train'][0]!r} in {sources[0].name}. Classification needs at least two."
+            f"Column {columns.label} has only the label {names['train'][0]!r} in {sources[0].name}. "
+            "Classification needs at least two: give other data, or another dataset.label_column."
         )
     for source in sources[1:]:
-        if unseen := sorted(set(names[source.split]) - set(labels), key=_natural):
-            known = f"{', '.join(unseen[:5])}{', ...' if len(unseen) > 5 else ''}"
+        unknown = sorted(set(names[source.split]) - set(labels), key=_sort_naturally)
+        if unknown:
+            shown = ", ".join(unknown[:LISTED])
+            if len(unknown) > LISTED:
+                shown += ", ..."
             faults.append(
-                f"The {source.split} split ({source.name}) has labels that train has not: {known}. Make the splits' labels agree."
+                f"The {source} has labels that the train split lacks: {shown}. Make the splits' labels agree."
             )
     if faults:
         raise ConfigError(*faults)
-    of = {label: i for i, label in enumerate(labels)}
-    return tuple(labels), {split: [of[name] for name in column] for split, column in names.items()}
+    number_of = {label: number for number, label in enumerate(labels)}
+    numbers = {}
+    for split, column in names.items():
+        numbers[split] = [number_of[name] for name in column]
+    return tuple(labels), numbers
 
 
-def _natural(label: str) -> tuple[int, float, str]:
-    """Numbers by size before words by letter."""
+def _sort_naturally(label: str) -> tuple[int, float, str]:
+    """Sort numbers by size, before words by letter."""
     try:
         return 0, float(label), label
     except ValueError:

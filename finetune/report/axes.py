@@ -27,7 +27,7 @@ class Axis:
 
 @dataclass(frozen=True)
 class Cost:
-    """A cost of a result: its key in a row, its name for people, and its units from the largest to the smallest."""
+    """A cost of a result: its key in a row, its name for people, and its units, the largest first."""
 
     key: str
     words: str

@@ -29,9 +29,9 @@ Defaults = Callable[[Sequence[str]], Mapping[str, Any]]  # from overrides such a
 def make_command(runs: Sequence[Run], defaults: Defaults | None = None) -> str:
     """Return the shell command that repeats ``runs``.
 
-    It is ``finetune train`` for one run and ``finetune sweep`` over the seeds of several; runs that also differ in
-    other settings get several commands joined by ``&&``. A setting is left out if it equals what ``defaults``
-    returns for the chosen configuration files; without ``defaults``, every setting is written.
+    It is ``finetune train`` for one run and ``finetune sweep`` over the seeds of several; runs that also
+    differ in other settings get several commands joined by ``&&``. A setting is left out if it equals what
+    ``defaults`` returns for the chosen configuration files; without ``defaults``, every setting is written.
     """
     commands = []
     for alike in _group_by_settings(runs, REPEATS):
@@ -98,7 +98,7 @@ def _get_defaults(defaults: Defaults | None, choices: Sequence[str]) -> dict[str
 
 
 def _agreed_threads(runs: Sequence[Run]) -> dict[str, Any]:
-    """Return ``train.threads`` if the settings leave it open and all runs used the same number in one process.
+    """Return ``train.threads`` if the settings leave it open and all runs used the same number.
 
     Another number of threads sums in another order and so changes the last bits.
     """

@@ -31,7 +31,10 @@ TASKS = {"accuracy": "classification", "bits_per_byte": "causal_lm"}  # by the k
 
 @dataclass
 class Comparison:
-    """Rows, best first, with their verdicts. ``keys`` are the compared settings, ``findings`` the fairness check."""
+    """Rows, best first, with their verdicts.
+
+    ``keys`` are the compared settings; ``findings`` are those of the fairness check.
+    """
 
     measure: Measure
     task: str | None
@@ -45,8 +48,8 @@ class Comparison:
     def as_dict(self, curves: bool = True, defaults: Defaults | None = None) -> dict[str, Any]:
         """Return strict JSON.
 
-        ``curves`` includes validation over steps, for which every ``metrics.jsonl`` must be read; ``defaults`` is
-        passed to ``make_command``.
+        ``curves`` includes validation over steps, for which every ``metrics.jsonl`` must be read;
+        ``defaults`` is passed to ``make_command``.
         """
         rows = []
         for row in self.rows:
@@ -77,7 +80,8 @@ def compare(
     """Compare the runs in ``folders``.
 
     ``by`` names the settings that make rows, ``metric`` a number of ``result.json``, ``baseline`` a row.
-    Raises ``ConfigError`` if there are no runs or several tasks, or for an unknown setting, metric or baseline.
+    Raises ``ConfigError`` if there are no runs or several tasks, or for an unknown setting, metric or
+    baseline.
     """
     runs = read_runs(find_runs(folders))
     _check_one_task(runs)
@@ -128,8 +132,8 @@ def _check_one_task(runs: Sequence[Run]) -> None:
             for value, group in groups.items():
                 members.append(f"{value}: {show_count(len(group), 'run')}, such as {group[0].path}")
             raise ConfigError(
-                f"These runs have {len(groups)} {what}, which one table cannot compare ({'; '.join(members)}). "
-                "Give the folders of one at a time."
+                f"These runs have {len(groups)} {what}, which one table cannot compare "
+                f"({'; '.join(members)}). Give the folders of one at a time."
             )
 
 

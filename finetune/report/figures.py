@@ -104,8 +104,8 @@ def _caption_pareto(view: views.ParetoView, cost: Cost) -> str:
     points = sorted(view.points, key=attrgetter("x"))
     labels = ", ".join(point.label for point in points if point.emphasis)
     return (
-        f"The stepped line joins the rows that no other row beats with the same {cost.words} or less ({labels}); "
-        f"the other rows are paler. {INTERVAL} {view.left_out}"
+        f"The stepped line joins the rows that no other row beats with the same {cost.words} or less "
+        f"({labels}); the other rows are paler. {INTERVAL} {view.left_out}"
     )
 
 
@@ -183,7 +183,7 @@ def _draw_level(
 
 
 def style_curve(curve: views.Curve, styles: Styles) -> Style:
-    """Return the style of a curve's markers: the symbols of one series differ, as the dashes of its curves do."""
+    """Return the style of a curve's markers: the curves of one series have different symbols."""
     style = styles[curve.series]
     place = (SYMBOLS.index(style.symbol) + curve.dash) % len(SYMBOLS)
     return replace(style, symbol=SYMBOLS[place])

@@ -61,7 +61,7 @@ FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet calcula
 
 
 class Column(NamedTuple):
-    """A column: its heading, the text of a row's cell, and whether it is about the result or about its cost."""
+    """A column: its heading, the text of a row's cell, and whether it is about the result or its cost."""
 
     heading: str
     cell: Callable[[RowData], str]

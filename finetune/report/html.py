@@ -163,7 +163,8 @@ def _write_summary(comparison: ComparisonData) -> str:
 def _write_fairness(findings: Sequence[Finding]) -> str:
     if not findings:
         return '<p class="fair">The rows differ only in what is compared.</p>'
-    heading = f"Other differences between the rows may decide which row wins ({show_count(len(findings), 'finding')}):"
+    count = show_count(len(findings), "finding")
+    heading = f"Other differences between the rows may decide which row wins ({count}):"
     items = "".join(map(_write_finding, findings))
     return f'<p class="unfair">{escape(heading)}</p><ul class="findings">{items}</ul>'
 

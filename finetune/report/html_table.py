@@ -287,8 +287,8 @@ def _write_details(row: RowData, metric: MetricData) -> str:
     if examples:
         low, high = show_metric(metric, examples["low"]), show_metric(metric, examples["high"])
         parts += (
-            f"<dt>this one model</dt><dd>{low} to {high}, 95 % interval over {examples['count']:,} test examples, "
-            "not over seeds</dd>"
+            f"<dt>this one model</dt><dd>{low} to {high}, "
+            f"95 % interval over {examples['count']:,} test examples, not over seeds</dd>"
         )
     if row["base"] is not None:
         parts += f"<dt>before training</dt><dd>{show_metric(metric, row['base'])}</dd>"

@@ -76,8 +76,8 @@ def explain_columns(result: Inspection) -> str:
         "changed: share of entries that changed; bf16: share that changed after rounding to bfloat16; "
         "norm: |dW| / |W|; rank: effective rank of dW; NSS: relative change of the singular values; "
         f"angle: the largest angle between the first {rank} singular directions before and after. "
-        f"Overlaps of {mask}, as multiples of chance, with the same number of largest entries of |w| and |g|, "
-        f"with the {share} largest entries of the rank-{rank} part of W (princ.), "
+        f"Overlaps of {mask}, as multiples of chance, with the same number of largest entries of |w| and "
+        f"|g|, with the {share} largest entries of the rank-{rank} part of W (princ.), "
         f"and with the {share} smallest entries of |w| (low)."
     )
 
@@ -149,7 +149,7 @@ def make_grid(
 
 
 def _new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure and its axes on the Agg canvas; pyplot would need global state and perhaps a display."""
+    """Return a figure and its axes on the Agg canvas, which needs neither pyplot's state nor a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

@@ -1,8 +1,8 @@
 """Test whether one row is better than another, by the strongest test that their common repetitions allow.
 
-Seeds are not examples. If two rows share several seeds, the test takes both seeds and test examples as drawn at
-random, so its result holds for the methods. If they share a single seed, the test is about those two trained models
-only, and the verdict names such a test (``FIXED``).
+Seeds are not examples. If two rows share several seeds, the test takes both seeds and test examples as drawn
+at random, so its result holds for the methods. If they share a single seed, the test is about those two
+trained models only, and the verdict names such a test (``FIXED``).
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ UNTESTED: Verdict = {"low": None, "high": None, "p": None, "test": "none"}
 class Judge:
     """Compares rows by ``measure``.
 
-    ``partial_overlaps`` collects texts such as ``150 of 200``: how many test examples were compared because not
-    all runs had predicted the same ones.
+    ``partial_overlaps`` collects texts such as ``150 of 200``: how many test examples were compared because
+    not all runs had predicted the same ones.
     """
 
     measure: Measure
@@ -116,8 +116,8 @@ class Judge:
     def _align_examples(self, runs: Sequence[Run]) -> list[tuple[Array, Array]] | None:
         """Return ``above`` and ``below`` of the examples that all ``runs`` predicted.
 
-        Returns None if the measure is not a mean over examples, a run has no predictions, or there are fewer than
-        two common examples.
+        Returns None if the measure is not a mean over examples, a run has no predictions, or there are fewer
+        than two common examples.
         """
         if not self.by_example:
             return None

@@ -75,8 +75,8 @@ def _describe_tests(rows: Sequence[Row], verdicts: Verdicts) -> Iterator[str]:
         yield f"Differences are to {verdicts.baseline}."
     else:
         yield (
-            f"Differences are to {rows[0].label}, the best row. It was chosen by the same number that is tested, "
-            "so its lead is slightly overestimated."
+            f"Differences are to {rows[0].label}, the best row. "
+            "It was chosen by the same number that is tested, so its lead is slightly overestimated."
         )
     names = dict.fromkeys(verdict["test"] for verdict in verdicts.versus.values())
     for name in names:
@@ -111,5 +111,6 @@ def _describe_data(rows: Sequence[Row], judge: Judge) -> Iterator[str]:
     if pooled:
         yield (
             f"Some rows contain runs that differ in {', '.join(sorted(pooled))}; "
-            "a run is paired only with a run that agrees in it. Add it to --by to give each value its own row."
+            "a run is paired only with a run that agrees in it. "
+            "Add it to --by to give each value its own row."
         )

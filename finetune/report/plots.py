@@ -121,7 +121,7 @@ def draw_plots(comparison: ComparisonData) -> Iterator[tuple[str, Any]]:
 
 
 def _new_figure(height: float) -> tuple[Any, Any]:
-    """Return a figure and its axes on the Agg canvas; pyplot would need global state and perhaps a display."""
+    """Return a figure and its axes on the Agg canvas, which needs neither pyplot's state nor a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

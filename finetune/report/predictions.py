@@ -21,8 +21,9 @@ Array = NDArray[Any]
 class PredictedExamples(NamedTuple):
     """What a run predicted. The metric is ``above.sum() / below.sum()`` over the test examples.
 
-    For accuracy ``above`` is 1 where the prediction is right and ``below`` is ones (stored as a single 1); for
-    bits per byte they are bits and bytes. ``ids`` is an Arrow column; ``labels`` the true classes, or None.
+    For accuracy ``above`` is 1 where the prediction is right and ``below`` is ones (stored as a single 1);
+    for bits per byte they are bits and bytes. ``ids`` is an Arrow column; ``labels`` the true classes, or
+    None.
     """
 
     ids: Any
@@ -48,7 +49,8 @@ class Predictions:
     def get(self, run: Run) -> PredictedExamples | None:
         """Return the predictions of ``run``.
 
-        Returns None, and adds a note to the run, if the file is missing, damaged or does not belong to its result.
+        Returns None, and adds a note to the run, if the file is missing, damaged or does not belong to its
+        result.
         """
         if id(run) not in self._by_run:
             try:
@@ -86,7 +88,7 @@ class Predictions:
         return found
 
     def _share_ids(self, ids: Any) -> Any:
-        """Return an equal column of ids read earlier, or ``ids`` itself. Raises ``ValueError`` if an id repeats."""
+        """Return an equal column of ids read earlier, or ``ids``. Raises ``ValueError`` if an id repeats."""
         for earlier in self._id_columns:
             if earlier.equals(ids):
                 return earlier
@@ -134,7 +136,10 @@ class Predictions:
 
 
 def _to_numpy(column: Any) -> Array:
-    """Return a column of numbers from its bytes: Arrow's own conversion imports pandas, which takes a second."""
+    """Return a column of numbers from its bytes.
+
+    Arrow's own conversion imports pandas, which takes a second.
+    """
     array = column.combine_chunks()
     dtype = DTYPES.get(str(array.type))
     if dtype is None or array.null_count:

@@ -119,7 +119,7 @@ def _describe_costs(row: Row) -> dict[str, Any]:
 
 
 def _average_curves(runs: Sequence[Run], key: str) -> list[dict[str, Any]]:
-    """Return the mean and interval, over the seeds that validated at a step, of the metric and of the loss."""
+    """Return, for each validated step, mean and interval of the metric over seeds, and the mean loss."""
     values: dict[int, list[float]] = {}
     losses: dict[int, list[float]] = {}
     for run in runs:

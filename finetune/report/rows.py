@@ -105,8 +105,8 @@ def find_tuned(runs: Iterable[Run]) -> set[str]:
 def choose_keys(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
     """Return the settings that tell rows apart.
 
-    These are the ``wanted`` ones, or all that differ between the runs and are not determined by others. A tuned
-    setting is among them only if a configuration has several runs with the same seed.
+    These are the ``wanted`` ones, or all that differ between the runs and are not determined by others. A
+    tuned setting is among them only if a configuration has several runs with the same seed.
 
     Raises ``ConfigError`` naming every word of ``wanted`` that is no setting.
     """
@@ -178,7 +178,7 @@ def _find_wanted(words: Sequence[str], keys: Sequence[str]) -> list[str]:
 
 
 def short_name(key: str) -> str:
-    """Return a setting as people write it: ``method`` for ``method.name``, ``sparsity`` for ``method.sparsity``."""
+    """Return a setting as people write it: ``method`` for ``method.name``, ``sparsity``."""
     if key == "method.sparsity":
         return "sparsity"
     return key.removesuffix(".name")
@@ -194,7 +194,8 @@ def show_value(value: Any) -> str:
 def make_label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
     """Return a label such as ``lora rank=8``.
 
-    Choices stand as their name, other settings as ``setting=value``; a setting that the method lacks is left out.
+    Choices stand as their name, other settings as ``setting=value``; a setting that the method lacks is left
+    out.
     """
     words = []
     for key in keys:
@@ -213,8 +214,8 @@ def make_label(by: Mapping[str, Any], keys: Sequence[str]) -> str:
 def _name_rows(rows: Sequence[Row], keys: Sequence[str]) -> None:
     """Give each row its label.
 
-    A setting of a method, other than its sparsity, is part of a label only if rows with the same choices differ
-    in it.
+    A setting of a method, other than its sparsity, is part of a label only if rows with the same choices
+    differ in it.
     """
     choices = [short_name(key) for key in keys if key.endswith(".name")]
     groups: dict[tuple[str, ...], list[Row]] = {}

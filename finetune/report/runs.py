@@ -160,7 +160,7 @@ def _list_folder(folder: Path) -> dict[str, bool]:
 
 
 def read_runs(paths: Sequence[Path]) -> list[Run]:
-    """Read the runs at ``paths``; of several runs with one configuration, keep one, if possible a finished one."""
+    """Read the runs at ``paths``; of runs with one configuration, keep one, if possible a finished one."""
     settings_by_group: dict[str, Settings] = {}
     pruned = _find_pruned(paths)
     runs: dict[Any, Run] = {}
@@ -187,7 +187,7 @@ def _keep_one(earlier: Run, later: Run) -> Run:
 
 
 def _find_pruned(paths: Sequence[Path]) -> set[Path]:
-    """Return the runs that a search pruned for their validation, according to the ``search.json`` beside them."""
+    """Return the runs that a search pruned, according to the ``search.json`` beside them."""
     pruned = set()
     for folder in {path.parent for path in paths}:
         search = _read_json(folder / "search.json")
@@ -232,7 +232,7 @@ def _read_run(path: Path, settings_by_group: dict[str, Settings]) -> Run:
 def _read_settings(
     path: Path, group: object, settings_by_group: dict[str, Settings]
 ) -> tuple[Settings | None, int | None]:
-    """Return the settings, which runs of one group share, and the seed if the configuration had to be read."""
+    """Return the settings, which runs of one group share, and the seed if a configuration was read."""
     if isinstance(group, str) and group in settings_by_group:
         return settings_by_group[group], None
     found = _read_config(path)

@@ -2,12 +2,12 @@
 
 Only functions with a ``seed`` argument draw random numbers. The tests support two kinds of claim:
 
-* *Fixed predictors*: McNemar's test, Cochran's Q and the bootstrap ask whether these trained models differ on new
-  examples.
+* *Fixed predictors*: McNemar's test, Cochran's Q and the bootstrap ask whether these trained models differ on
+  new examples.
 * *Methods*: the tests over seeds or splits ask whether training again would give the same order.
 
-Distributions come from ``scipy.special``, because importing ``scipy.stats`` or ``statsmodels`` takes longer than
-comparing a thousand runs. The tests check that the numbers agree.
+Distributions come from ``scipy.special``, because importing ``scipy.stats`` or ``statsmodels`` takes longer
+than comparing a thousand runs. The tests check that the numbers agree.
 """
 
 from __future__ import annotations
@@ -37,8 +37,9 @@ class Estimate(NamedTuple):
 class FiveByTwo(NamedTuple):
     """Dietterich's t (5 degrees of freedom) and Alpaydin's F (10 and 5), each with its p-value.
 
-    Dietterich (1998), "Approximate statistical tests for comparing supervised classification learning algorithms";
-    Alpaydin (1999), "Combined 5x2 cv F test for comparing supervised classification learning algorithms".
+    Dietterich (1998), "Approximate statistical tests for comparing supervised classification learning
+    algorithms"; Alpaydin (1999), "Combined 5x2 cv F test for comparing supervised classification learning
+    algorithms".
     """
 
     t: float
@@ -101,9 +102,10 @@ def mcnemar_exact(b: int, c: int) -> float:
 
 
 def mcnemar_midp(b: int, c: int) -> float:
-    """Return the mid-p value of McNemar's test: the exact p-value minus the probability of the observed counts.
+    """Return the mid-p value of McNemar's test.
 
-    It is less conservative than the exact test and still rarely exceeds its level (Fagerland et al., 2013).
+    It is the exact p-value minus the probability of the observed counts. It is less conservative than the
+    exact test and still rarely exceeds its level (Fagerland et al., 2013).
     """
     from scipy.special import bdtr, gammaln
 
@@ -131,7 +133,7 @@ def mcnemar_chi2(b: int, c: int, corrected: bool = False) -> tuple[float, float]
 
 
 def cochran_q(correct: ArrayLike) -> tuple[float, int, float]:
-    """Return Cochran's Q, its degrees of freedom and its p-value for a matrix [examples, models] of 0 and 1."""
+    """Return Cochran's Q, its degrees of freedom and its p-value for a 0/1 matrix [examples, models]."""
     from scipy.special import chdtrc
 
     x = np.asarray(correct, dtype=float)
@@ -147,8 +149,9 @@ def cochran_q(correct: ArrayLike) -> tuple[float, int, float]:
 def five_by_two(differences: ArrayLike) -> FiveByTwo:
     """Return the tests of five halvings of the data.
 
-    ``differences`` [5, 2] holds, for each halving, the difference after training on one half and on the other.
-    Raises ``ValueError`` for another shape, or if the two differences of every halving are equal but not all zero.
+    ``differences`` [5, 2] holds, for each halving, the difference after training on one half and on the
+    other. Raises ``ValueError`` for another shape, or if the two differences of every halving are equal but
+    not all zero.
     """
     from scipy.special import fdtrc
 
@@ -165,10 +168,10 @@ def five_by_two(differences: ArrayLike) -> FiveByTwo:
 
 
 def corrected_t(differences: Sequence[float], ratio: float) -> Estimate:
-    """Return Nadeau and Bengio's corrected t test over repeated splits (2003, "Inference for the generalization error").
+    """Return the corrected t test over repeated splits.
 
-    ``ratio`` is the number of test examples per training example; 0 for independent repetitions, which gives the
-    paired t test.
+    Nadeau and Bengio (2003), "Inference for the generalization error". ``ratio`` is the number of test
+    examples per training example; 0 for independent repetitions, which gives the paired t test.
     """
     count = len(differences)
     variance = float(np.var(differences, ddof=1))
@@ -196,9 +199,10 @@ def t_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, flo
 def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
     """Test the mean of ``differences`` [seeds, examples], with seeds and examples both drawn at random.
 
-    The result holds for new seeds on new examples. The variance is that of two-way random effects with Hillis's
-    degrees of freedom (2007), as used for several readers who judge the same cases. Two seeds say so little about
-    the variance between seeds that they get one degree of freedom. There must be at least two of each.
+    The result holds for new seeds on new examples. The variance is that of two-way random effects with
+    Hillis's degrees of freedom (2007), as used for several readers who judge the same cases. Two seeds say so
+    little about the variance between seeds that they get one degree of freedom. There must be at least two of
+    each.
     """
     d = np.asarray(differences, dtype=float)
     seeds, n = d.shape
@@ -215,7 +219,8 @@ def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
 def linearised(above: ArrayLike, below: ArrayLike) -> Array:
     """Linearise the ratio of sums ``above`` / ``below``.
 
-    Returns values by example: their mean is the ratio, and their variance gives that of the ratio (delta method).
+    Returns values by example: their mean is the ratio, and their variance gives that of the ratio (delta
+    method).
     """
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     ratio = a.sum() / b.sum()
@@ -226,8 +231,8 @@ def linearised(above: ArrayLike, below: ArrayLike) -> Array:
 def paired_bootstrap(first: Sums, second: Sums, draws: int | None = None, seed: int = 0) -> Estimate:
     """Return the difference of two ratios of sums over the same examples, such as bits per byte.
 
-    Each draw samples examples with replacement, the same ones for both. The interval is that of percentiles, and p is
-    the level at which that interval reaches zero.
+    Each draw samples examples with replacement, the same ones for both. The interval is that of percentiles,
+    and p is the level at which that interval reaches zero.
     """
     columns = np.stack([np.asarray(x, dtype=float) for x in (*first, *second)], axis=1)
     n = len(columns)
@@ -290,7 +295,7 @@ def holm(ps: Sequence[float | None]) -> list[float | None]:
 
 
 def ranks(values: ArrayLike) -> Array:
-    """Return the ranks within each row of ``values``, 1 for the smallest; equal values share their mean rank."""
+    """Return the ranks within each row of ``values``, 1 for the smallest; ties share their mean rank."""
     x = np.asarray(values, dtype=float)
     below = (x[:, None, :] < x[:, :, None]).sum(2)
     equal = (x[:, None, :] == x[:, :, None]).sum(2)

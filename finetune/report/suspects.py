@@ -1,6 +1,7 @@
 """Find runs that should not be trusted.
 
-These are runs that recorded a suspicion themselves, and runs whose methods differ but whose predictions do not.
+These are runs that recorded a suspicion themselves, and runs whose methods differ but whose predictions do
+not.
 """
 
 from __future__ import annotations
@@ -28,13 +29,13 @@ def describe_suspects(runs: Sequence[Run]) -> Iterator[str]:
     for group in _find_identical(runs):
         names = [str(run.path) for run in group]
         yield (
-            f"{show_some(names, LISTED)}: the methods have different settings, but their predictions are identical to the bit. "
-            "A setting may have had no effect."
+            f"{show_some(names, LISTED)}: the methods have different settings, "
+            "but their predictions are identical to the bit. A setting may have had no effect."
         )
 
 
 def _find_identical(runs: Sequence[Run]) -> list[list[Run]]:
-    """Return groups of runs with one seed, identical prediction files and different settings of the method."""
+    """Return groups of runs with one seed, identical predictions and different settings of the method."""
     groups: dict[tuple[object, ...], list[Run]] = {}
     for run in runs:
         if run.status != "finished" or not run.settings_complete:

@@ -1,7 +1,7 @@
 """Write the parts of a Plotly figure as plain data: axes, layouts, markers and hover texts.
 
-No part names a colour but those of the series: the page draws everything else in the colours of its light or dark
-theme. A trace whose ``meta`` is ``INK`` is drawn in the colour of text.
+No part names a colour but those of the series: the page draws everything else in the colours of its light or
+dark theme. A trace whose ``meta`` is ``INK`` is drawn in the colour of text.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Test all rows of a comparison: against the baseline or the best row, against each other, and all together."""
+"""Test the rows of a comparison: against the baseline or the best row, in pairs, and all together."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ ALL_PAIRS = 12  # the largest number of rows for which every pair is tested
 class Verdicts:
     """What the tests found.
 
-    ``baseline``: the label of the given baseline. ``versus``: by label, the test against it or against the best row.
-    ``ranks``: by label, ``best`` or ``tie`` for rows at the top. ``tests``: every pair of rows, or ``versus`` if there
-    are many rows. ``omnibus`` and ``critical_difference``: all rows together, as JSON.
+    ``baseline``: the label of the given baseline. ``versus``: by label, the test against it or against the
+    best row. ``ranks``: by label, ``best`` or ``tie`` for rows at the top. ``tests``: every pair of rows, or
+    ``versus`` if there are many rows. ``omnibus`` and ``critical_difference``: all rows together, as JSON.
     """
 
     baseline: str | None = None
@@ -89,8 +89,8 @@ def _name_rows(a: str, verdict: Verdict) -> Verdict:
 def _test_together(judge: Judge, rows: Sequence[Row], found: Verdicts) -> None:
     """Test whether the rows differ at all.
 
-    Uses Friedman's test over the repetitions that all rows share, with Nemenyi's critical difference; for a single
-    repetition, Cochran's Q over its test examples.
+    Uses Friedman's test over the repetitions that all rows share, with Nemenyi's critical difference; for a
+    single repetition, Cochran's Q over its test examples.
     """
     values = [judge.get_values(row) for row in rows]
     shared = set(values[0]).intersection(*values)

@@ -80,7 +80,8 @@ class DifferenceView:
 class SettingView:
     """Metric against the setting ``key``.
 
-    ``lines`` has the points of each series and combination of other settings; ``levels`` are rows without the setting.
+    ``lines`` has the points of each series and combination of other settings; ``levels`` are rows without the
+    setting.
     """
 
     key: str
@@ -117,8 +118,8 @@ class SettingView:
 class Curve:
     """The validation metric of a row over steps.
 
-    ``low`` and ``high`` bound its band and are empty for a single seed. ``dash`` counts the curves of its series before
-    this one.
+    ``low`` and ``high`` bound its band and are empty for a single seed. ``dash`` counts the curves of its
+    series before this one.
     """
 
     label: str
@@ -131,7 +132,7 @@ class Curve:
 
     @property
     def marked_points(self) -> list[PlotPoint]:
-        """The points that get a marker: all of a curve with few points, since a line of one point is invisible."""
+        """The points that get a marker: all of a short curve, since a line of one point is invisible."""
         if len(self.x) > FEW:
             return []
         found = []
@@ -182,7 +183,8 @@ def _make_point(row: RowData, by: Sequence[str], x: float, y: Axis, emphasis: bo
 def find_front(costs: Sequence[float], values: Sequence[float], higher_is_better: bool) -> list[int]:
     """Return the places of the Pareto front, sorted by cost.
 
-    A place is on the front if no other has at most its cost and at least its value and is better in one of them.
+    A place is on the front if no other has at most its cost and at least its value and is better in one of
+    them.
     """
     sign = 1 if higher_is_better else -1
     found: list[int] = []
@@ -313,7 +315,7 @@ def _name_line(row: RowData, by: Sequence[str], key: str) -> str:
 
 
 def view_differences(comparison: ComparisonData) -> DifferenceView | None:
-    """Return the differences to the baseline or best row, in the order of the table; None if there are none."""
+    """Return the differences to the baseline or best row, sorted as in the table; None if there are none."""
     by, metric, scale = comparison["by"], comparison["metric"], make_metric_axis(comparison).scale
     unit = " in percentage points" if metric["percent"] else ""
     better = "right is better" if metric["higher_is_better"] else "left is better"

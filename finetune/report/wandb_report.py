@@ -1,4 +1,4 @@
-"""Log a comparison to W&B, as a run beside those of the sweep: the table, the numbers of each row, and the plots."""
+"""Log a comparison to W&B as a run beside those of the sweep, with table, numbers and plots."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ Say = Callable[[str], None]
 def log_comparison(data: ComparisonData, folders: Sequence[Path], project: str, say: Say) -> None:
     """Log a comparison as a run in the group that is named after the sweep's folder.
 
-    ``WANDB_MODE`` decides whether it is logged online; without it, a machine that is logged in to W&B logs online and
-    any other offline. An error becomes one line to ``say``.
+    ``WANDB_MODE`` decides whether it is logged online; without it, a machine that is logged in to W&B logs
+    online and any other offline. An error becomes one line to ``say``.
     """
     group = folders[0].resolve().name
     try:
@@ -95,7 +95,7 @@ def make_table(data: ComparisonData) -> tuple[list[Any], list[list[Any]]]:
 
 
 def make_summary(data: ComparisonData) -> dict[str, Any]:
-    """Return each number of each row under a name such as ``lora/mean``, and the findings of the fairness check."""
+    """Return the numbers of each row under names such as ``lora/mean``, and the fairness check."""
     found: dict[str, Any] = {}
     for row in data["rows"]:
         for key in ROW_KEYS:

@@ -13,7 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..models.folder import find, weight_files
+from ..models.folder import find_folder, list_weight_files
 from ..models.load import Base
 
 
@@ -22,7 +22,7 @@ def pretrained_head(base: Base) -> dict[str, Tensor] | None:
     if base.reload_args is None:
         return None
     config, found = base.reload_args[0], dict[str, Tensor]()
-    for file in weight_files(find(config)[0], config):
+    for file in list_weight_files(find_folder(config)[0], config):
         with safe_open(file, "pt") as stored:
             for name in stored.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
                 if name in base.head:

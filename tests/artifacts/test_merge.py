@@ -341,6 +341,6 @@ def test_the_commands(
     assert (code, "entries_put_back" in out) == (0, True)
     code, _, err = say("merge", "--unmerge", "--dtype", "float16", f"ckpt={merged}", f"out={tmp_path / 'x'}")
     assert (code, err.count("\n")) == (2, 1)
-    assert "--dtype=float16 means nothing to merge --unmerge" in err
+    assert "--dtype=float16 has no effect with merge --unmerge" in err
     assert say("merge", f"ckpt={run}", f"out={tmp_path / 'x'}", "--dtype", "int8")[0] == 2
     assert not (tmp_path / "x").exists()

@@ -3,7 +3,7 @@ from collections import Counter
 import numpy as np
 from sklearn.datasets import load_digits, load_sample_image
 
-from finetune.data.digits import PIECES, Digits
+from finetune.data.digits import MOST_PIECES, Digits
 
 
 def test_the_split_is_that_of_vtab_and_covers_every_digit_once():
@@ -38,9 +38,9 @@ def test_reading_twice_gives_the_same_rows():
 
 
 def test_retention_images_are_distinct_pieces_of_two_photographs() -> None:
-    every = Digits(retention_images=2 * len(PIECES)).read().splits["retention"]
+    every = Digits(retention_images=MOST_PIECES).read().splits["retention"]
     photos = {name: load_sample_image(f"{name}.jpg") for name in ("china", "flower")}
-    assert len({row["id"] for row in every}) == len(every) == 2 * len(PIECES)
+    assert len({row["id"] for row in every}) == len(every) == MOST_PIECES
     for row in every:
         name, top, left = row["id"].split("-")
         np.testing.assert_array_equal(

@@ -7,14 +7,14 @@ from PIL import Image
 from transformers import ViTImageProcessorPil
 
 from finetune.data.dataset import Raw
-from finetune.data.encode import collate, encode, fitting_length, windows
+from finetune.data.encode import choose_length, collate, cut_windows, encode
 from finetune.errors import ConfigError
 
 
 @settings(max_examples=40, deadline=None)
 @given(text=st.text(max_size=80) | st.text("the cat☂é😀", max_size=80), length=st.integers(2, 9))
 def test_windows_score_every_byte_and_every_token_once(tokenizer, text, length):
-    items = windows({"id": "d", "text": text}, tokenizer, length)
+    items = cut_windows({"id": "d", "text": text}, tokenizer, length)
     assert sum(item["bytes"] for item in items) == len(text.encode())
     assert [token for item in items for token in item["input_ids"][1:]] == tokenizer(
         text, add_special_tokens=False
@@ -28,7 +28,7 @@ def test_windows_score_every_byte_and_every_token_once(tokenizer, text, length):
 
 def test_a_window_counts_the_bytes_of_its_own_tokens(tokenizer):
     text = "the cat sat on the mat, and then the other cat"
-    for item in windows({"id": "d", "text": text}, tokenizer, 5):
+    for item in cut_windows({"id": "d", "text": text}, tokenizer, 5):
         assert item["bytes"] == len(tokenizer.decode(item["input_ids"][1:]).encode())
 
 
@@ -105,17 +105,17 @@ def test_small_sets_are_processed_once_and_large_ones_are_not_kept(monkeypatch):
     train = encode(raw, processor)["train"]
     assert train[0] is train[0]
     assert len(calls) == 1
-    monkeypatch.setattr("finetune.data.encode.KEPT_BYTES", 10)
+    monkeypatch.setattr("finetune.data.encode.CACHED_BYTES", 10)
     train = encode(raw, processor)["train"]
     assert train[0] is not train[0]
     assert len(calls) == 3
 
 
 def test_the_length_is_what_was_asked_for_or_what_the_tokenizer_allows(tokenizer):
-    assert fitting_length(None, tokenizer) == 16
-    assert fitting_length(7, tokenizer) == 7
+    assert choose_length(None, tokenizer) == 16
+    assert choose_length(7, tokenizer) == 7
     with pytest.raises(ConfigError, match=r"dataset\.length=17 is more than the 16 tokens"):
-        fitting_length(17, tokenizer)
+        choose_length(17, tokenizer)
 
 
 def test_a_split_without_text_is_a_fault(tokenizer):

@@ -252,7 +252,7 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
         (
             [{"text": "x", "label": i % 2} for i in range(4)],
             {"test_share": 0.8},
-            "Lower dataset.val_share and dataset.test_share",
+            "Lower dataset.val_share=0.1 and dataset.test_share=0.8",
         ),
     ],
 )
@@ -265,7 +265,7 @@ def test_labels_that_train_has_not_are_named(tmp_path):
     test = write_csv(tmp_path / "t.csv", [*ROWS[:3], {"text": "x", "category": "prime"}])
     said = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))
     assert said == (
-        "The test split (t.csv) has labels that train has not: prime. Make the splits' labels agree.",
+        "The test split (t.csv) has labels that the train split lacks: prime. Make the splits' labels agree.",
     )
 
 

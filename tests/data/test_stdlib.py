@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.data.stdlib import Stdlib, share_of, sources, take
+from finetune.data.stdlib import Stdlib, find_tenth, list_sources, take_bytes
 from finetune.errors import ConfigError
 
 SMALL = Stdlib(train_bytes=20_000, val_bytes=3_000, test_bytes=4_000, retention_bytes=2_000)
@@ -37,7 +37,7 @@ def test_no_file_is_in_two_splits_and_larger_sizes_only_add():
 
 
 def test_a_file_keeps_its_split_on_every_python():
-    assert {name: share_of(name) for name in ("ast.py", "json/decoder.py", "os.py")} == {
+    assert {name: find_tenth(name) for name in ("ast.py", "json/decoder.py", "os.py")} == {
         "ast.py": 6,
         "json/decoder.py": 3,
         "os.py": 2,
@@ -48,16 +48,16 @@ def test_tests_and_installed_packages_are_not_the_library(tmp_path):
     for name in ("a.py", "sub/b.py", "site-packages/c.py", "test/d.py", "sub/tests/e.py", "note.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("1")
-    assert sorted(sources(tmp_path)) == ["a.py", "sub/b.py"]
+    assert sorted(list_sources(tmp_path)) == ["a.py", "sub/b.py"]
 
 
 def test_a_cut_through_a_character_drops_it():
-    assert take(iter([("x", "aé"), ("y", "b")]), 2) == [{"id": "x", "text": "a"}]
+    assert take_bytes(iter([("x", "aé"), ("y", "b")]), 2) == [{"id": "x", "text": "a"}]
 
 
 def test_a_python_without_sources_is_a_fault(tmp_path, monkeypatch):
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
-    with pytest.raises(ConfigError, match="found 0 sources"):
+    with pytest.raises(ConfigError, match="found 0 files"):
         SMALL.read()
 
 

@@ -254,8 +254,8 @@ def test_a_config_that_contradicts_itself(vit):
     assert "cannot be built" in faults(vit)[0]
 
 
-def test_a_revision_of_a_folder_means_nothing(vit):
-    with pytest.raises(ConfigError, match=r"model\.revision=v2 means nothing"):
+def test_a_revision_of_a_folder_is_refused(vit):
+    with pytest.raises(ConfigError, match=r"model\.revision=v2 has no effect"):
         load(config(vit, revision="v2"), "image_classification", LABELS, seed=0)
 
 

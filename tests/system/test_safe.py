@@ -116,6 +116,6 @@ def test_packed_files_are_refused_by_their_first_bytes(tmp_path: Path, mark: byt
     file = tmp_path / "data.csv"
     file.write_bytes(gzip.compress(b"text,label\n") if kind == "gzip" else mark + bytes(300))
     with pytest.raises(ConfigError, match=rf"data.csv is packed \({kind}\)"):
-        guard.check("csv", [file])
+        guard.check_files("csv", [file])
     file.write_bytes(b"text,label\na,b\n")
-    guard.check("csv", [file])
+    guard.check_files("csv", [file])

@@ -477,7 +477,7 @@ def test_data(place: Path, slow: bool) -> None:
         )
         check("data", said, kind, edits)
         assert listing(place) == before
-        shutil.rmtree(files.scratch(), ignore_errors=True)
+        shutil.rmtree(files.make_scratch_folder(), ignore_errors=True)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "plan", read)
