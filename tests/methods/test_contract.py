@@ -1,4 +1,4 @@
-"""Every registered method has cases in its own test file, and that file puts them to the contract."""
+"""Test that every registered method has cases in its own test file, and that the file tests the contract."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every schedule against moves worked out by hand."""
+"""Compare every schedule with moves worked out by hand."""
 
 from __future__ import annotations
 
@@ -20,43 +20,31 @@ from finetune.schedules.ramp import Ramp
 from finetune.schedules.redraw import Redraw
 from finetune.schedules.static import Static
 
-CARD = [
-    0,
-    0.2439,
-    0.4392,
-    0.5913,
-    0.7056,
-    0.7875,
-    0.8424,
-    0.8757,
-    0.8928,
-    0.8991,
-    0.9,
-]  # gradual pruning from 0 to 0.9 in ten updates
+# Sparsities of a cubic ramp from 0 to 0.9 in ten updates.
+CUBIC = [0, 0.2439, 0.4392, 0.5913, 0.7056, 0.7875, 0.8424, 0.8757, 0.8928, 0.8991, 0.9]
 
 
 def moves(schedule: Schedule, total: int) -> dict[int, Move]:
-    """What is due, by step."""
+    """Return the moves that are due, by step."""
     found = {step: schedule.move(step, total) for step in range(1, total)}
     return {step: move for step, move in found.items() if move is not None}
 
 
 def sparsities(schedule: Schedule, total: int, final: float) -> list[float]:
-    """The share left untrained after each update, K being the share 1 - ``final`` of all entries."""
+    """Return the share left untrained after each update; K is the share 1 - ``final`` of all entries."""
     densities = [schedule.first(total), *(move.density for move in moves(schedule, total).values())]
     return [1 - (1 - final) * density for density in densities]
 
 
 def test_cubic_curve_from_zero_to_nine_tenths() -> None:
-    """gradual_pruning 1: the test vector, and nothing after the ramp."""
+    """Compare with ten updates worked out by hand; nothing moves after the ramp."""
     schedule = Ramp(initial=10.0, every=5, end=0.5)
-    assert sparsities(schedule, 100, final=0.9) == pytest.approx(CARD, abs=1e-12)
+    assert sparsities(schedule, 100, final=0.9) == pytest.approx(CUBIC, abs=1e-12)
     assert list(moves(schedule, 100)) == list(range(5, 51, 5))
     assert [schedule.density(step, 100) for step in range(50, 100)] == [1.0] * 50
 
 
 def test_cubic_is_seven_eighths_of_the_way_at_half_time() -> None:
-    """gradual_pruning 2, for several ends."""
     for initial, final in ((10.0, 0.9), (4.0, 0.75), (0.0, 0.5), (0.25, 0.8)):
         start, half, end = (
             1 - (1 - final) * Ramp(initial=initial, every=4, end=1.0).density(step, 81)
@@ -76,7 +64,10 @@ def test_cubic_is_seven_eighths_of_the_way_at_half_time() -> None:
 def test_curves_fall_ever_more_slowly_and_meet_k(
     initial: float, every: int, total: int, start: float, end: float, power: float
 ) -> None:
-    """gradual_pruning 3: monotone, with shrinking increments; changed only at updates, n + 1 of them with the first choice; K at the end."""
+    """The count is monotone, with shrinking increments, and ends with K.
+
+    It changes at n + 1 updates only, the first choice included.
+    """
     schedule = Ramp(initial=initial, power=power, start=start, end=end, every=every)
     due = moves(schedule, total)
     if schedule.faults(total):
@@ -184,14 +175,20 @@ def test_grow_never_gives_back_and_meets_k(every: int, end: float, total: int) -
 @pytest.mark.parametrize(
     ("schedule", "total", "words"),
     [
-        (Redraw(every=50), 50, "schedule.every=50 "), (DropGrow(every=60), 50, "schedule.every=60 "), (Grow(every=50), 50, "schedule.every=50 "),
-        (Grow(every=6, end=0.5), 10, "schedule.end=0.5"), (Ramp(every=50), 50, "schedule.every=50 "),
-        (Ramp(every=10, end=0.1), 50, "schedule.end=0.1"), (Ramp(every=2, start=0.6, end=0.5), 50, "schedule.start=0.6"),
-        (Narrow(at=0.01), 10, "schedule.at=0.01"), (Narrow(at=0.99), 10, "schedule.at=0.99"),
-        (OneShot(dense=0.01), 10, "schedule.dense=0.01"), (OneShot(dense=0.99), 10, "schedule.dense=0.99"),
+        (Redraw(every=50), 50, "schedule.every=50 "),
+        (DropGrow(every=60), 50, "schedule.every=60 "),
+        (Grow(every=50), 50, "schedule.every=50 "),
+        (Grow(every=6, end=0.5), 10, "schedule.end=0.5"),
+        (Ramp(every=50), 50, "schedule.every=50 "),
+        (Ramp(every=10, end=0.1), 50, "schedule.end=0.1"),
+        (Ramp(every=2, start=0.6, end=0.5), 50, "schedule.start=0.6"),
+        (Narrow(at=0.01), 10, "schedule.at=0.01"),
+        (Narrow(at=0.99), 10, "schedule.at=0.99"),
+        (OneShot(dense=0.01), 10, "schedule.dense=0.01"),
+        (OneShot(dense=0.99), 10, "schedule.dense=0.99"),
     ],
-)  # fmt: skip
-def test_what_a_run_of_this_length_cannot_do(schedule: Schedule, total: int, words: str) -> None:
+)
+def test_a_schedule_that_does_not_fit_the_run_has_a_fault(schedule: Schedule, total: int, words: str) -> None:
     (fault,) = schedule.faults(total)
     assert words in fault
 
@@ -208,7 +205,7 @@ def test_a_schedule_without_faults_moves(total: int, schedule: Schedule) -> None
 
 
 def test_densities_stay_below_the_peak() -> None:
-    """The room that a bank makes: never more entries at once."""
+    """A bank has room for the peak, so more entries would not fit."""
     for schedule in (
         Ramp(initial=7.0, every=3),
         Ramp(initial=0.1, every=3),

@@ -1,4 +1,7 @@
-"""The invariants of IST over low-rank parts and over the sparse bank. The oracles: plain layers with the damped change written in, a plain run."""
+"""Test IST over low-rank parts and over the sparse bank.
+
+The oracles are plain layers with the damped change written in, and a plain run.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +100,10 @@ def state_of(session: Session) -> Blocks:
 
 
 def holdings(session: Session) -> dict[int, dict[str, Tensor]]:
-    """Copies of all that training moves in each block, found without the selector: values, and moments (0 where there are none yet)."""
+    """Copy everything that training moves in each block: values, and moments (0 if there are none yet).
+
+    The blocks are found without the selector.
+    """
     found: dict[int, dict[str, Tensor]] = {}
     for name, layer in patched(session.model).items():
         block = found.setdefault(int(re.findall(r"\d+", name)[0]), {})
@@ -133,13 +139,13 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 
 
 def set_step(session: Session, step: int) -> None:
-    """As if the loop stood before ``step``."""
+    """Set the run to the state before ``step``."""
     session.run.step, session.run.batch = step, next(session.batches.steps(step, step + 1))
     session.run.metrics = {}
 
 
 def shake(session: Session, size: float = 0.3) -> None:
-    """Give every delta a change, as training would."""
+    """Give every delta a random change, as if it had been trained."""
     generator = torch.Generator().manual_seed(3)
     for parameter in session.states["method"].parameters():
         parameter.data.copy_(size * torch.randn(parameter.shape, generator=generator))
@@ -147,7 +153,7 @@ def shake(session: Session, size: float = 0.3) -> None:
 
 @pytest.mark.parametrize("make", MORE.values(), ids=MORE)
 def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], Method]) -> None:
-    """Invariants 1 and 2, moments and weight decay included; the head trains in every step."""
+    """Frozen blocks keep their bits, moments included, under weight decay; the head trains in every step."""
     session = begin(make(), IST(every=2), steps=5)
     real, seen = session.optimizer.step, list[list[int]]()
 
@@ -195,7 +201,7 @@ def test_the_count_is_rounded_down_and_at_least_one(layers: int, share: float, e
 @pytest.mark.parametrize("layers", [1, 2, 3])
 @both
 def test_few_layers_neither_fail_nor_hang(make: Callable[[], Method], layers: int) -> None:
-    """Two layers have two sets to damp, and the default asks for three; one layer has one, which says nothing."""
+    """Of two layers there are two sets to damp, fewer than the default; a single layer is never probed."""
     session = begin(make(), IST(every=2, damped=0.7), layers=layers, steps=6)
     asked: list[Any] = []
     real = session.run.evaluate
@@ -206,7 +212,7 @@ def test_few_layers_neither_fail_nor_hang(make: Callable[[], Method], layers: in
 
 @both
 def test_probes_damp_distinct_halves_and_restore_every_gate(make: Callable[[], Method]) -> None:
-    """Invariant 3: gates to the bit, and the outputs with them."""
+    """Gates and outputs are restored to the bit."""
     session = begin(make(), IST(), steps=30)
     session.start()
     shake(session)
@@ -256,7 +262,8 @@ def test_a_failing_probe_leaves_the_gates_as_they_were(make: Callable[[], Method
 def test_a_probe_measures_the_steps_batch_on_the_damped_weights(
     make: Callable[[], Method], micro: int | None
 ) -> None:
-    """Against plain layers: w + factor * change in the damped blocks, w + change in the others; and the scores by the formula."""
+    """Compare losses with plain layers whose damped blocks hold w + factor * change, and scores with the
+    formula."""
     session = begin(make(), IST(), steps=30, micro_batch_size=micro)
     session.start()
     shake(session)
@@ -300,7 +307,7 @@ def test_a_probe_measures_the_steps_batch_on_the_damped_weights(
 
 
 def test_scores_by_hand() -> None:
-    """Invariant 4: rewards 1/2, 1/4 and 1 have the mean 7/12."""
+    """The rewards 1/2, 1/4 and 1 have the mean 7/12."""
     losses = [math.log(2), math.log(4), 0.0]
     change = IST().score_changes(torch.zeros(4, dtype=torch.float64), [[0, 1], [1, 2], [0, 3]], losses)
     assert change.tolist() == pytest.approx([5 / 6, -25 / 24, -5 / 6, 25 / 24])
@@ -313,7 +320,7 @@ def test_scores_by_hand() -> None:
 
 @pytest.mark.parametrize("reward", ["exp", "loss"])
 def test_scores_keep_to_their_bounds(reward: Any) -> None:
-    """Invariant 4: centred rewards sum to 0, equal losses change nothing, and no score moves by more than the advantages allow."""
+    """Centred rewards sum to 0, equal losses change nothing, and advantages bound the change of a score."""
     selector, generator = IST(reward=reward), torch.Generator().manual_seed(0)
     for _ in range(50):
         scores = torch.randn(6, generator=generator, dtype=torch.float64)
@@ -332,7 +339,7 @@ def test_scores_keep_to_their_bounds(reward: Any) -> None:
 
 @both
 def test_until_the_first_probe_it_is_rst(make: Callable[[], Method]) -> None:
-    """Invariant 5: the same draws, hence the same bits."""
+    """The draws are the same, hence the bits."""
     ist, rst = begin(make(), IST(every=3), steps=6), begin(make(), IST(probes=0), steps=6)
     for one, other in zip(ist.steps(), rst.steps(), strict=True):
         if one.number <= 3:
@@ -347,7 +354,7 @@ def test_until_the_first_probe_it_is_rst(make: Callable[[], Method]) -> None:
 
 
 def test_draws_follow_the_weights() -> None:
-    """Uniform without scores (RST); with them, of one block by its share of sigmoid(-s)."""
+    """Without scores draws are uniform (RST); with scores a block's share is that of its sigmoid(-s)."""
     generator, state = torch.Generator().manual_seed(0), Blocks({3 + b: [] for b in range(8)})
     pairs = Counter(tuple(state.draw(torch.sigmoid(-state.scores), 2, generator)) for _ in range(5600))
     assert len(pairs) == 28
@@ -362,7 +369,7 @@ def test_draws_follow_the_weights() -> None:
 
 
 def test_low_scores_train_and_high_scores_are_damped() -> None:
-    """A score is an unimportance: sigmoid(-s) to train, sigmoid(s) to damp."""
+    """A score means unimportance: weights are sigmoid(-s) to train and sigmoid(s) to damp."""
     session = begin(BOTH["lora"](), IST(damped=0.25), steps=30)
     session.start()
     state, damped = state_of(session), list[int]()
@@ -384,7 +391,7 @@ def test_low_scores_train_and_high_scores_are_damped() -> None:
 
 
 def test_extreme_scores_neither_fail_nor_hang() -> None:
-    """A weight that underflows would be refused by the draw, and a set that chance never gives would be waited for."""
+    """A weight of 0 would make the draw fail, and a set that is never drawn would make it wait forever."""
     session = begin(LoRA(rank=2), IST(every=1), layers=2, steps=3)
     state_of(session).scores += torch.tensor([5000.0, -5000.0])
     contract.finish(session)
@@ -392,7 +399,7 @@ def test_extreme_scores_neither_fail_nor_hang() -> None:
 
 
 def test_damping_a_change_of_zero_does_nothing() -> None:
-    """Invariant 6: LoRA starts with B = 0."""
+    """LoRA starts with B = 0."""
     session = begin(LoRA(rank=2), IST(), steps=30)
     session.start()
     set_step(session, 10)
@@ -412,7 +419,7 @@ def test_damping_a_change_of_zero_does_nothing() -> None:
 
 @pytest.mark.parametrize("case", ["lora dropout", "shira", "shira redraw"])
 def test_all_blocks_without_probes_is_the_plain_run(case: str) -> None:
-    """Invariant 7, to the bit, the method's own draws included."""
+    """The runs agree to the bit, and so do the method's own draws."""
     make = MORE[case]
     plain, all_of_it, none = (
         contract.finish(begin(make(), selector, steps=4))
@@ -425,7 +432,8 @@ def test_all_blocks_without_probes_is_the_plain_run(case: str) -> None:
 
 @both
 def test_a_planted_block_ends_with_the_lowest_score_and_trains_most(make: Callable[[], Method]) -> None:
-    """Invariant 8: the labels are what the model says with the whole change of one block, and the others' changes are small."""
+    """The labels are the model's predictions with the change of one block; the changes of the others are
+    small."""
     session, planted = begin(make(), IST(every=1)), 2
     session.start()
     for block, deltas in state_of(session).parts.items():
@@ -489,7 +497,7 @@ def test_every_method_is_selected_from_or_refused(case: Case) -> None:
 
 
 @both
-def test_the_stored_change_knows_nothing_of_it(make: Callable[[], Method], tmp_path: Path) -> None:
+def test_the_stored_change_holds_no_state_of_the_selector(make: Callable[[], Method], tmp_path: Path) -> None:
     trained, plain, selected = (
         contract.finish(begin(make(), IST(every=2), 3)),
         begin(make(), None),
@@ -503,8 +511,8 @@ def test_the_stored_change_knows_nothing_of_it(make: Callable[[], Method], tmp_p
 
 
 @both
-def test_resting_blocks_keep_no_activations(make: Callable[[], Method]) -> None:
-    """With only the last block training, the blocks below keep nothing for backward."""
+def test_frozen_blocks_save_no_activations(make: Callable[[], Method]) -> None:
+    """If only the last block trains, the blocks below save nothing for backward."""
     kept = {}
     for name, chosen in {"all": list(range(LAYERS)), "last": [LAYERS - 1], "first": [0]}.items():
         session = begin(make(), IST(probes=0))
@@ -546,7 +554,7 @@ def test_language_models(kind: Any, method: Method) -> None:
 
 @both
 def test_half_precision(make: Callable[[], Method]) -> None:
-    """Probes run under autocast too: the model's own tensors are bfloat16."""
+    """Probes run under autocast too; the model's own tensors are bfloat16."""
     train = replace(contract.TRAIN, precision="bf16")
     session = contract.finish(
         contract.begin(make(), train=train, model=vit().bfloat16(), selector=IST(every=2))
@@ -565,13 +573,13 @@ def test_half_precision(make: Callable[[], Method]) -> None:
         (LoRA(targets=("vit.pooler.dense",)), "matches no linear layer"),
     ],
 )
-def test_what_it_cannot_act_on_is_refused(method: Method, words: str) -> None:
+def test_methods_that_cannot_be_selected_by_block_are_refused(method: Method, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         begin(method, IST())
 
 
 def test_parts_outside_the_blocks_always_train() -> None:
-    """The class token of SNELL, and a layer with no number in its name."""
+    """The class token of SNELL, and a layer with no number in its name, are outside."""
     model = vit(4)
     model.vit.bridge = nn.Linear(16, 16)
     session = contract.begin(
@@ -586,7 +594,7 @@ def test_parts_outside_the_blocks_always_train() -> None:
     assert not [name for name in resting if "bridge" in name or "cls" in name or "classifier" in name]
 
 
-def test_settings_that_mean_nothing_are_refused() -> None:
+def test_settings_without_effect_are_refused() -> None:
     assert not IST().faults(11)
     assert not IST(probes=0).faults(1)
     (fault,) = IST().faults(10)

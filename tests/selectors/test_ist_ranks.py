@@ -1,4 +1,4 @@
-"""Two processes that train together choose the same blocks, score them alike and end with the same bits."""
+"""Test that two ranks choose the same blocks, score them alike and end with the same bits."""
 
 from __future__ import annotations
 
@@ -19,10 +19,11 @@ from finetune.training.batches import Batches
 
 
 def train() -> dict[str, Tensor]:
-    """What a run of each kind of part ends with, and what it went through."""
+    """Train each kind of part; return what the runs end with, and their losses and choices on the way."""
     kept: dict[str, Tensor] = {}
     for name, method in {"lora": LoRA(rank=2), "shira": SHiRA(sparsity=0.9)}.items():
-        # every third batch has five examples: the second process has none in one of its micro-batches, and another share of the loss
+        # Every third batch has five examples: one micro-batch of the second rank is empty, and its share of
+        # the loss differs.
         session = contract.begin(
             method, train=replace(contract.TRAIN, micro_batch_size=1), selector=IST(every=2)
         )

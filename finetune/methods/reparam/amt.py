@@ -5,9 +5,9 @@ above ``threshold``, so all are on at step 0. The gradient passes the step funct
 are trained with it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay
 leaves the scores alone, since it would in time switch off everything.
 
-R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second gradient
-b, that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and the gradient
-a of the loss differ in sign, a is damped with a probability that grows with the share of b.
+R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second
+gradient b, that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and
+the gradient a of the loss differ in sign, a is damped with a probability that grows with the share of b.
 
 Formula:
     W' = m W,  m = 1 where s > threshold, else 0        s: [out, in], the scores

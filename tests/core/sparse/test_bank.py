@@ -1,4 +1,4 @@
-"""The bank: its slices, its moves, its packed form, and what does not fit. The oracle of a move is a dictionary of entries."""
+"""Test the bank: slices, moves, packed form and refusals. A dictionary of entries is the oracle of a move."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ Entry = tuple[int, int]
 
 
 class Ledger:
-    """What a bank must hold, entry by entry: value and two moments of the trained ones, the change of the settled ones."""
+    """The expected content of a bank by entry: value and moments of trained ones, change of settled ones."""
 
     def __init__(self) -> None:
         self.trained: dict[Entry, tuple[float, float, float]] = {}
         self.settled: dict[Entry, float] = {}
 
     def revise(self, chosen: list[Entry], dropped: str, seeds: Tensor | None) -> list[int]:
-        """Returns the slots of the newcomers."""
+        """Move the entries; return the slots of the newcomers."""
         old = self.trained
         fresh = [slot for slot, e in enumerate(chosen) if e not in old]
         self.trained = {
@@ -188,7 +188,7 @@ def test_a_settled_entry_returns_with_its_change() -> None:
 def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(
     dropped: Literal["base", "kept"],
 ) -> None:
-    """So newcomers contribute nothing, and with ``kept`` the output stays the same to the bit."""
+    """Newcomers start at 0, and with ``kept`` the output stays the same to the bit."""
     session = contract.finish(contract.begin(Crossing(sparsity=0.8)))
     b: Bank = session.states["method"]["bank"]
     layers = list(patched(session.model).values())
@@ -213,7 +213,7 @@ def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(
 
 
 def test_a_checkpoint_comes_back_with_settled_entries_of_another_number(tmp_path: Path) -> None:
-    """In the middle of a run whose schedule drops entries that keep their change."""
+    """Resume in the middle of a run whose dropped entries keep their change."""
 
     def start() -> Any:
         return contract.begin(
@@ -287,7 +287,7 @@ def test_a_packed_bank_of_other_sites_is_refused() -> None:
 
 
 def test_unpacking_again_is_seen_at_once() -> None:
-    """What is derived from the positions is made again, whatever memory the new tensors lie in."""
+    """Values derived from the positions are computed again, whatever memory the new tensors use."""
     b = bank()
     for counts in ((1, 2, 3), (5, 7, 0), (2, 2, 2), (0, 9, 1)):
         b.unpack(bank(counts).pack())

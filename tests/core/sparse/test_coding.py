@@ -14,7 +14,7 @@ ascending = st.lists(st.one_of(st.integers(0, 300), st.integers(0, TOP))).map(so
 
 
 def slow_code(index: list[int]) -> list[int]:
-    """LEB128 of the gaps, one number after the other."""
+    """Encode gaps in LEB128, one number after the other."""
     code, last = [], 0
     for number in index:
         gap, last = number - last, number
@@ -39,7 +39,7 @@ def test_round_trip_and_the_code_of_the_definition(index: list[int]) -> None:
 @given(st.binary(max_size=40), st.integers(0, 12))
 @settings(deadline=None)
 def test_any_bytes_either_are_a_code_or_are_refused(data: bytes, count: int) -> None:
-    """What is accepted is what the encoder writes: no two codes of one index."""
+    """Only what the encoder writes is accepted, so no index has two codes."""
     code = torch.tensor(list(data), dtype=torch.uint8)
     try:
         index = decode_sorted(code, count)

@@ -1,4 +1,7 @@
-"""The sparse engine: counts, decay, schedules, refusals. The oracles: plain models with masked gradients, torch's AdamW, sorts of everything."""
+"""Test the sparse engine: counts, decay, schedules, refusals.
+
+The oracles are plain models with masked gradients, torch's AdamW, and sorts of all scores.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ DECAYING = AdamW(lr=1e-2, weight_decay=0.3)
 
 
 def double(session: Session) -> Session:
-    """All of it in float64, so that nothing but a real difference shows."""
+    """Make the session float64, so that rounding hides no difference."""
     session.model.double()
     session.states.double()
     session.compute.on_device = lambda inputs: {k: v.double() for k, v in inputs.items()}  # type: ignore[method-assign]
@@ -40,7 +43,7 @@ def double(session: Session) -> Session:
 
 
 def begin(method: Crossing, steps: int = contract.STEPS) -> Session:
-    """A session in float64 whose first choice is made."""
+    """Start a session in float64 and make its first choice."""
     session = double(contract.begin(method, train=replace(contract.TRAIN, steps=steps)))
     session.start()
     return session
@@ -71,7 +74,7 @@ def originals(session: Session) -> list[Tensor]:
 def best(
     scores: list[Tensor], groups: list[list[int]], counts: list[int], allowed: list[set[int]] | None = None
 ) -> list[set[int]]:
-    """The best of each group by one stable sort, of the allowed ones."""
+    """Return the best entries of each group, among the allowed ones, by one stable sort."""
     found: list[set[int]] = [set() for _ in scores]
     for members, k in zip(groups, counts, strict=True):
         units = [
@@ -86,7 +89,7 @@ def best(
 
 
 def plain(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
-    """The model as it computes now, of plain layers, and its adapted weights."""
+    """Return a model of plain layers with the current weights, and its adapted weights."""
     model = contract.tiny().double().requires_grad_(False)
     model.classifier.load_state_dict(session.model.classifier.state_dict())
     found = []
@@ -99,7 +102,7 @@ def plain(session: Session) -> tuple[nn.Module, list[nn.Parameter]]:
 
 
 def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[list[Tensor]]:
-    """The same run by hand on plain layers: masked gradients, AdamW, and decay of the masked entries only."""
+    """Repeat the run on plain layers: masked gradients, AdamW, and decay of the masked entries only."""
     model, parameters = plain(session)
     first = [p.detach().clone() for p in parameters]
     head = model.classifier.requires_grad_()
@@ -144,7 +147,7 @@ def test_training_is_that_of_masked_weights(
 
 @pytest.mark.parametrize("decay", [0.0, 0.3])
 def test_the_dense_limit_is_full_fine_tuning(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The oracle is torch's AdamW, its decay included, on the weights of the plain model, in float32."""
+    """Compare with torch's AdamW, decay included, on the weights of the plain model, in float32."""
     settings = replace(DECAYING, weight_decay=decay)
     monkeypatch.setattr(contract, "OPTIMIZER", settings)
     session = contract.begin(Crossing(sparsity=0.0, decay="zero"), train=replace(contract.TRAIN, clip=None))
@@ -213,7 +216,7 @@ def test_the_count_is_rounded_and_never_zero(sizes: tuple[int, int], sparsity: f
 
 
 def layer_shares(session: Session, sparsity: float) -> list[float]:
-    """K in proportion to the sums of the scores: size times mean."""
+    """Divide K in proportion to the sums of the scores, which are size times mean."""
     sums = [float(w.abs().sum()) for w in originals(session)]
     total = sum(w.numel() for w in originals(session))
     return [s / sum(sums) * (total - round(sparsity * total)) for s in sums]
@@ -233,7 +236,7 @@ def test_a_budget_for_each_layer_by_its_mean_score() -> None:
 
 @pytest.mark.parametrize(("grain", "sparsity"), [("2:4", 0.5), ("1:8", 0.875), ("2:3", 0.333333)])
 def test_n_of_m_in_every_row(grain: str, sparsity: float) -> None:
-    """Also where the sparsity can only be written nearly."""
+    """2:3 has a sparsity that can only be written approximately."""
     targets = ("down",) if grain == "2:3" else ("all",)
     session = begin(Crossing(sparsity=sparsity, grain=grain, score="magnitude", targets=targets))
     n, m = map(int, grain.split(":"))
@@ -273,7 +276,7 @@ def test_whole_units_with_the_largest_mean_score(grain: str, units: int) -> None
 
 
 def gradient(session: Session) -> list[Tensor]:
-    """|g| of the merged weights on the next step's batch, by autograd."""
+    """Return |g| of the merged weights on the batch of the next step, by autograd."""
     model, parameters = plain(session)
     ((batch,),) = session._upcoming(1)
     assert batch is not None
@@ -282,20 +285,20 @@ def gradient(session: Session) -> list[Tensor]:
 
 
 def changes(session: Session) -> dict[tuple[int, int], float]:
-    """The value of each trained entry, in the order of their slots."""
+    """Return the value of each trained entry, in the order of the slots."""
     bank = bank_of(session)
     places = [(i, at) for i in range(len(bank.sizes)) for at in bank.where(i).tolist()]
     return dict(zip(places, bank.values[: bank.active].tolist(), strict=True))
 
 
 def until(session: Session, steps: int) -> Session:
-    """The session after so many steps."""
+    """Run the session for ``steps`` steps."""
     next(step for step in session.steps() if step.number == steps)
     return session
 
 
 def move(session: Session) -> dict[str, float]:
-    """Make the move that is due now, without the step after it. Returns what is logged."""
+    """Make the move that is due, without the step after it; return what is logged."""
     session.run.step, session.run.metrics = session.number, {}
     session.current.before_step(session.run, session.states["method"])
     return session.run.metrics
@@ -306,7 +309,7 @@ def move(session: Session) -> dict[str, float]:
     [(5.0, 3.0, "model"), (4.0, 1.0, "matrix"), (0.2, 3.0, "matrix"), (0.0, 1.0, "model")],
 )
 def test_ramp_follows_its_curve(initial: float, power: float, scope: Scope) -> None:
-    """Oracle: equation 1 of arXiv 1710.01878 for the sparsity, s_t = s_f + (s_i - s_f) (1 - t / (n every))^power."""
+    """Compare with equation 1 of arXiv 1710.01878: s_t = s_f + (s_i - s_f) (1 - t / (n every))^power."""
     steps, every = 10, 2
     schedule = Ramp(initial=initial, power=power, start=0.0, end=0.6, every=every)
     session = contract.begin(
@@ -381,7 +384,10 @@ def test_narrow_keeps_a_subset_and_the_others_keep_their_change() -> None:
 @pytest.mark.parametrize("scope", ["model", "matrix", "layer"])
 @pytest.mark.parametrize("dropped", ["base", "kept"])
 def test_drop_grow(scope: Scope, dropped: Any) -> None:
-    """The smallest changes go and the largest gradients come; survivors keep value and moments, and what left is as the schedule says."""
+    """The smallest changes leave and the largest gradients come in.
+
+    Survivors keep value and moments; entries that left are as the schedule says.
+    """
     schedule = DropGrow(every=3, rate=0.4, decay="linear", dropped=dropped)
     session = until(begin(Crossing(sparsity=0.9, score="gradient", scope=scope, schedule=schedule)), 3)
     groups = [list(range(12))] if scope == "model" else [[i] for i in range(12)]
@@ -435,7 +441,7 @@ def test_redraw_chooses_all_anew() -> None:
     ids=lambda s: s.name,
 )
 def test_the_count_is_met_after_every_move(schedule: Schedule, grain: str, scope: Scope) -> None:
-    """Of whole units: with rows of two widths, at most one of them is missing a group and move."""
+    """Units are whole: with rows of two widths, at most one unit is missing a group and move."""
     session = contract.begin(
         Crossing(sparsity=0.8, score="gradient", scope=scope, grain=grain, schedule=schedule)
     )
@@ -516,7 +522,7 @@ def test_settings_that_contradict_each_other_are_refused(settings: dict[str, Any
         Crossing(**settings)
 
 
-def test_all_faults_are_told_at_once() -> None:
+def test_all_contradictions_are_named_at_once() -> None:
     with pytest.raises(ValueError, match=r"method.rank=8.*method.power=2.0.*method.grain=rows"):
         Crossing(rank=8, power=2.0, grain="rows")
 

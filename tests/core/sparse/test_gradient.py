@@ -1,4 +1,4 @@
-"""The gradient of chosen entries against the whole gradient, in float64."""
+"""Compare the gradient of chosen entries with the whole gradient, in float64."""
 
 from itertools import product
 
@@ -40,7 +40,7 @@ def positions(rows: Tensor, cols: Tensor, shape: tuple[int, int] = SHAPE) -> Ten
 
 
 def oracle(grad_y: Tensor, x: Tensor, index: Tensor) -> Tensor:
-    """By autograd, through a layer."""
+    """Compute the gradient by autograd, through a layer."""
     weight = torch.zeros(grad_y.shape[1], x.shape[1], dtype=torch.float64, requires_grad=True)
     (whole,) = torch.autograd.grad(x.double() @ weight.T, weight, grad_y.double())
     return whole.view(-1)[index.long()]
@@ -67,7 +67,7 @@ LAYOUTS = {
 
 @pytest.fixture(params=["by the rule", "sampled", "dense", "dense in blocks"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every way on every case, several chunks of tokens and blocks of rows included."""
+    """Force each way of computing on each case, with several chunks of tokens and blocks of rows."""
     if request.param != "by the rule":
         monkeypatch.setattr(gradient, "CHUNK", 16)
         monkeypatch.setattr(gradient, "sampled_pays", lambda *_: request.param == "sampled")

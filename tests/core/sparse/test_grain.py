@@ -1,4 +1,4 @@
-"""Units of a weight. The oracles are loops over single entries."""
+"""Test the units of a weight against loops over single entries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.testing.contract import Kind, tiny
 
 
 def units(height: int, width: int, shape: tuple[int, int]) -> list[list[int]]:
-    """The flat positions of each unit, row of units by row of units."""
+    """Return the flat positions of each unit, in the order of the units."""
     found = []
     for top in range(0, shape[0], height):
         for left in range(0, shape[1], width):
@@ -79,7 +79,7 @@ def test_kinds(kind: str, unit: tuple[int, int]) -> None:
     ("kind", "words"),
     [("block:3", "block:3.*some.layer, 4 x 6.*divisor"), ("2:4", "2:4.*6 inputs"), ("4:2", "n below m")],
 )
-def test_what_does_not_divide_is_refused(kind: str, words: str) -> None:
+def test_units_that_do_not_divide_the_weight_are_refused(kind: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         grain_of(kind, site(4, 6), nn.Module())
 
@@ -95,7 +95,7 @@ def test_what_does_not_divide_is_refused(kind: str, words: str) -> None:
 def test_heads_are_rows_of_q_k_v_and_columns_of_o(
     kind: Kind, expected: dict[str, tuple[int, int, int]]
 ) -> None:
-    """Grouped-query attention has fewer heads of keys and values; GPT-2 holds q, k and v in one matrix, one after the other."""
+    """With grouped-query attention k and v have fewer heads; GPT-2 stores q, k and v in one matrix."""
     model = tiny(kind)
     found = {}
     for s in find_sites(model, ("attention",)):
@@ -106,7 +106,7 @@ def test_heads_are_rows_of_q_k_v_and_columns_of_o(
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
 def test_without_the_entries_of_a_head_unit_the_model_computes_as_without_the_head(kind: Kind) -> None:
-    """Oracle: the input of the output projection, where each head fills a slice of its own."""
+    """Compare the input of the output projection, of which each head fills a slice."""
     model = tiny(kind)
     width = head_width(model)
     last = [s for s in find_sites(model, ("attention",)) if s.block == 1]

@@ -1,4 +1,4 @@
-"""Test the backward passes that compute scores: their sums, the memory that they use, and that they leave no trace."""
+"""Test the backward passes that compute scores: their sums, their memory, and that they leave no trace."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def scores(s: Session, score: ScoreName, batches: int = 1) -> list[Tensor]:
 
 @pytest.mark.parametrize("score", SCORES)
 def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Score a step of one micro-batch during its single backward pass, and one of two in turns of the sites."""
+    """One micro-batch is scored in its only pass; with two, the sites take turns."""
     passes = []
     backward = Compute.probe
 
@@ -80,7 +80,7 @@ def test_groups_are_consecutive_and_no_larger_than_the_largest_site(sizes: list[
 def test_sums_never_hold_more_than_the_largest_site(
     score: ScoreName, micro: int | None, batches: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Twice that where the gradients of steps are squared. Where one pass serves all sites nothing is stored."""
+    """The sums take twice that where gradients of steps are squared, and nothing if one pass is enough."""
     stored = []
 
     class Counting(probe._GradientSums):

@@ -1,4 +1,4 @@
-"""Scores against direct computation: autograd on the weights of a plain merged model in float64, singular values, loops."""
+"""Compare scores with direct computation: autograd on a merged float64 model, singular values, loops."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ TARGETS = ("o", "down")  # of GPT-2 both are stored transposed
 
 
 def double(session: Session) -> Session:
-    """The session in float64, its entries away from 0."""
+    """Make the session float64, and move its entries away from 0."""
     session.start()
     session.model.double()
     bank = session.states["method"]["bank"].double()
@@ -58,7 +58,7 @@ def scanned(session: Session, method: Crossing) -> list[Tensor]:
 
 
 def merged(session: Session) -> tuple[nn.Module, list[str]]:
-    """The model as plain layers, and the names of the adapted ones."""
+    """Return the model with plain layers, and the names of the adapted ones."""
     names = list(patched(session.model))
     model, states = copy.deepcopy((session.model, session.states))
     merge(model, states)
@@ -66,7 +66,7 @@ def merged(session: Session) -> tuple[nn.Module, list[str]]:
 
 
 def example_losses(model: nn.Module, session: Session, batch: Any) -> list[tuple[Tensor, int]]:
-    """The summed loss of each example and how many predictions it is of."""
+    """Return the summed loss of each example, and its number of predictions."""
     out = model(**session.compute.on_device(batch.inputs)).logits
     found = []
     for logits, label in zip(out, batch.labels, strict=True):
@@ -84,7 +84,7 @@ def example_losses(model: nn.Module, session: Session, batch: Any) -> list[tuple
 
 @cache
 def case(kind: Kind, micro: int | None, batches: int) -> tuple[Session, dict[str, list[Tensor]]]:
-    """A session, and what a naive computation says about the gradients of its merged weights."""
+    """Return a session, and the gradients of its merged weights by direct computation."""
     train = replace(contract.TRAIN, micro_batch_size=micro)
     session = double(contract.begin(Crossing(sparsity=0.7, targets=TARGETS), kind, train))
     model, names = merged(session)
@@ -132,7 +132,8 @@ def test_scores_of_gradients(score: ScoreName, kind: Kind, micro: int | None, ba
     }
     columns = zip(seen["sum"], seen["w"], seen["squared examples"], seen["squared batches"], strict=True)
     more = {"power": 0.5, "eps": 0.02} if score == "d3" else {}
-    found = scanned(session, replace(session.method, score=score, batches=batches, **more))  # type: ignore[arg-type, type-var]
+    method: Any = session.method
+    found = scanned(session, replace(method, score=score, batches=batches, **more))
     for ours, column in zip(found, columns, strict=True):
         wanted = formulas[score](*column)
         assert float(wanted.abs().max()) > 0
@@ -219,7 +220,7 @@ def test_low_rank_of_what_has_no_higher_rank_is_the_matrix() -> None:
 
 
 def test_off_principal_takes_the_union_of_the_small_and_the_small_after_rank_reduction() -> None:
-    """For every a, the union of the a smallest by |w| and the a smallest by |W_R| are the best by this score."""
+    """For every a, the best entries are the union of the a smallest |w| and the a smallest |W_R|."""
     w = torch.randn(12, 9)
     by_weight, by_rank = (x.abs().view(-1).argsort() for x in (w, low_rank(w, 3)))
     for a in range(1, 108, 7):

@@ -1,4 +1,4 @@
-"""Choosing the best units piece by piece. The oracle is one stable sort of everything, in plain Python."""
+"""Test the choice of the best units piece by piece against one stable sort of all units in plain Python."""
 
 from __future__ import annotations
 
@@ -29,7 +29,10 @@ from finetune.testing import contract
 def sort_everything(
     pieces: list[list[float]], allowed: list[list[bool]], costs: list[int], budget: int
 ) -> dict[int, list[int]]:
-    """Units from the best down until the next would exceed the budget; ties to the earlier piece, then to the lower position."""
+    """Take units from the best down until the next exceeds the budget.
+
+    Ties go to the earlier piece, then to the lower position.
+    """
     units = [
         (-s, p, i)
         for p, scores in enumerate(pieces)
@@ -104,7 +107,7 @@ def test_any_order_of_arrival_gives_one_stable_sort(even: bool, data: Any) -> No
 def test_thousands_of_entries_in_many_pieces(
     levels: int, share: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Large enough that the best so far are cut many times; at few levels nearly everything is tied."""
+    """The pool is trimmed many times; with few levels nearly all entries are tied."""
     monkeypatch.setattr(select, "CHUNK", 1000)
     generator = torch.Generator().manual_seed(levels)
     pieces = [
@@ -127,7 +130,10 @@ def test_thousands_of_entries_in_many_pieces(
 
 
 def test_a_unit_that_does_not_fit_ends_the_choice_whatever_the_order() -> None:
-    """Ten for each unit of the first piece, four for that of the second: 9 and 8 leave room for the 6, but the 7 comes before it."""
+    """A unit of the first piece costs 10, the one of the second 4.
+
+    After 9 and 8 there is room for the 6, but the 7 comes first and does not fit.
+    """
     for order in ((0, 1), (1, 0)):
         top = TopK(25, {0: 10, 1: 4})
         for p in order:
@@ -135,7 +141,7 @@ def test_a_unit_that_does_not_fit_ends_the_choice_whatever_the_order() -> None:
         assert {p: t.tolist() for p, t in top.take().items()} == {0: [0, 1], 1: []}
 
 
-def test_what_alone_exceeds_the_budget_is_not_on_offer() -> None:
+def test_a_unit_that_alone_exceeds_the_budget_is_never_taken() -> None:
     top = TopK(5, {0: 10, 1: 4})
     top.add(0, torch.tensor([9.0]))
     top.add(1, torch.tensor([1.0, 2.0]))
@@ -174,7 +180,7 @@ def test_kth_largest(arrays: list[list[int]], k: int) -> None:
 
 
 def by_remainders(total: int, weights: list[float], caps: list[int]) -> list[float]:
-    """The exact shares: what would exceed a cap stays at it, and the others divide the rest."""
+    """Return the exact shares: a share above its cap is set to it, and the others divide the rest."""
     shares, open_ = [0.0] * len(caps), {i for i, c in enumerate(caps) if c}
     while True:
         left = total - sum(c for i, c in enumerate(caps) if c and i not in open_)
@@ -230,7 +236,8 @@ def test_apportion_refuses_what_it_cannot_divide(total: int, weights: list[float
 
 
 class Live(TorchDispatchMode):
-    """Counts the bytes of the storages that operations made and that still live, at their most. Storages from before do not count."""
+    """Counts the largest number of bytes of live storages that operations have made; older storages do not
+    count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -282,7 +289,7 @@ HISTOGRAMS = 5 * 8 * 2**16  # of 16 bits of the keys, as int64, and what becomes
 
 
 def stack(dtype: torch.dtype = torch.float32, values: int = 0) -> nn.Module:
-    """Linear layers alone; weights of few different values where ``values`` says so."""
+    """Return a model of linear layers; with ``values``, weights of that many different values."""
     model = nn.Sequential(*(nn.Linear(COLUMNS, ROWS, bias=False) for _ in range(LAYERS))).requires_grad_(
         False
     )
@@ -292,14 +299,18 @@ def stack(dtype: torch.dtype = torch.float32, values: int = 0) -> nn.Module:
 
 
 def bare_run(model: nn.Module) -> Any:
-    given = {
-        "model": model,
-        "total": 10,
-        "step": 4,
-        "generator": torch.Generator(),
-        "optimizer": SimpleNamespace(state={}),
-    }
-    return SimpleNamespace(**given, agree=lambda t: t, log=lambda **_: None, moments=lambda parameter: {})
+    """Return a run with what the engine uses, and with moments that a test may set."""
+    moments: dict[Tensor, dict[str, Tensor]] = {}
+    return SimpleNamespace(
+        model=model,
+        total=10,
+        step=4,
+        generator=torch.Generator(),
+        agree=lambda tensor: tensor,
+        log=lambda **_: None,
+        all_moments=moments,
+        moments=lambda parameter: moments.get(parameter, {}),
+    )
 
 
 @pytest.mark.parametrize(
@@ -309,7 +320,7 @@ def bare_run(model: nn.Module) -> Any:
 def test_memory_of_a_choice_over_the_model(
     scope: Scope, sparsity: float, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most the largest layer's scores and 12 bytes an entry, and a constant, however many entries are tied."""
+    """At most the largest layer's scores, 12 bytes an entry and a constant, also with many ties."""
     monkeypatch.setattr(select, "CHUNK", 1 << 15)
     torch.manual_seed(0)
     model = stack(values=values)
@@ -332,7 +343,7 @@ def test_memory_of_a_choice_over_the_model(
 
 @pytest.mark.parametrize("schedule", [DropGrow(every=4, rate=0.5), Redraw(every=4)], ids=lambda s: s.name)
 def test_memory_of_a_move_over_the_model(schedule: Schedule, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same bound, and the entries that settle, which stay."""
+    """The same bound, the two moments of the optimizer, and the entries that settle."""
     monkeypatch.setattr(select, "CHUNK", 1 << 15)
     torch.manual_seed(0)
     model = stack()
@@ -348,7 +359,7 @@ def test_memory_of_a_move_over_the_model(schedule: Schedule, monkeypatch: pytest
     run, k = bare_run(model), len(bank.values)
     method.begin(run, state, None)
     bank.values.data.normal_()
-    run.optimizer.state[bank.values] = {"exp_avg": torch.zeros(k), "exp_avg_sq": torch.zeros(k)}
+    run.all_moments[bank.values] = {"exp_avg": torch.zeros(k), "exp_avg_sq": torch.zeros(k)}
     before = bank.index.clone()
     gc.collect()
     with Live() as live:

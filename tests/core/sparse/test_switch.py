@@ -1,4 +1,4 @@
-"""Switching sparse changes on a live model, against dense sums and untouched copies. The numbered invariants are those of LT-SFT's card."""
+"""Test switching of sparse changes on a live model, against dense sums and untouched copies."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def changes(model: nn.Module, seed: int, share: float = 0.3) -> dict[str, SparseChange]:
-    """Random changes, as large as the weights, of every linear layer."""
+    """Return random changes of every linear layer, as large as the weights."""
     generator = torch.Generator().manual_seed(seed)
     found = {}
     for site in find_sites(model, ("all",)):
@@ -35,7 +35,7 @@ def changes(model: nn.Module, seed: int, share: float = 0.3) -> dict[str, Sparse
 
 
 def dense(model: nn.Module, *parts: dict[str, SparseChange]) -> dict[str, Tensor]:
-    """What the weights must be: for each layer [out, in] the float32 sum of the changes, added to the weight and rounded once."""
+    """Return the expected weights: the float32 sum of the changes, added to the weight and rounded once."""
     wanted = {}
     for site in find_sites(model, ("all",)):
         layer: Any = site.module
@@ -59,7 +59,7 @@ def weights(model: nn.Module) -> dict[str, Tensor]:
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
-    """To the bit, signs of zeros included."""
+    """Compare to the bit, signs of zeros included."""
     bits = {4: torch.int32, 2: torch.int16}
     return all(
         torch.equal(
@@ -73,7 +73,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_apply_writes_the_rounded_sum_and_revert_restores_the_bits(kind: Any, dtype: torch.dtype) -> None:
-    """Invariant 6, the exact form; the rest of the model stays too."""
+    """The rest of the model does not change."""
     model = tiny(kind).to(dtype)
     before, change = copy.deepcopy(model.state_dict()), changes(model, 1)
     wanted = dense(model, change)
@@ -89,7 +89,7 @@ def test_apply_writes_the_rounded_sum_and_revert_restores_the_bits(kind: Any, dt
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_order_does_not_matter_and_overlaps_add(dtype: torch.dtype) -> None:
-    """Invariant 5: to the bit here; within one rounding of adding one after the other."""
+    """The order changes no bit; adding one change after the other differs by one rounding."""
     model = tiny().to(dtype)
     before, a, b, c = weights(model), changes(model, 1), changes(model, 2), changes(model, 3)
     alone, pair, all_three = dense(model, b), dense(model, a, b), dense(model, a, b, c)
@@ -207,7 +207,7 @@ def test_weights_that_something_else_changed_are_left_alone(how: str, active: bo
 
 
 def test_backward_through_a_switch_is_refused() -> None:
-    """Autograd must notice that the weight it saved is another now."""
+    """Autograd must notice that the weight it saved has changed."""
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     switch = Switch(model)
     switch.load("a", changes(model, 1, 0.9))
@@ -262,7 +262,7 @@ def test_names_are_used_once() -> None:
 
 
 def test_pack_is_the_banks_form_and_reads_rows_first() -> None:
-    """Invariant 7: on weights that are not square; a reader that runs down the columns first would find other entries."""
+    """The weights are not square, so reading columns first would find other entries."""
     model = tiny()
     sites, made = find_sites(model, ("all",)), changes(model, 1)
     stored = pack([made[s.name] for s in sites], [s.size for s in sites])

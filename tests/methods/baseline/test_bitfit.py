@@ -1,4 +1,4 @@
-"""BitFit."""
+"""Test BitFit."""
 
 from __future__ import annotations
 

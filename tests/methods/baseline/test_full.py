@@ -1,4 +1,4 @@
-"""Full fine-tuning against a bare torch loop."""
+"""Compare full fine-tuning with a bare torch loop."""
 
 from __future__ import annotations
 

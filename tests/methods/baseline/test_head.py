@@ -1,4 +1,4 @@
-"""The linear probe."""
+"""Test the linear probe."""
 
 from __future__ import annotations
 

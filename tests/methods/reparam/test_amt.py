@@ -1,4 +1,7 @@
-"""The invariants of AMT and R-AMT. Oracles: autograd over dense weights, a Monte Carlo mean, the pretrained model."""
+"""Test AMT and R-AMT.
+
+The oracles are autograd over dense weights, a Monte Carlo mean, and the pretrained model.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ def masks(session: Session) -> list[Mask]:
 
 
 def make(shape: tuple[int, int] = (6, 5)) -> Mask:
-    """A mask with about half of its weights off."""
+    """Return a mask with about half of its weights off."""
     delta = Mask(shape, 1e-2, 5e-3)
     delta.scores.data.add_(1e-2 * torch.randn(shape, generator=torch.Generator().manual_seed(0)))
     return delta
@@ -111,7 +114,7 @@ def test_gradient_dropout_leaves_what_does_not_conflict() -> None:
 
 @pytest.mark.parametrize("strength", [1.0, 0.3])
 def test_gradient_dropout_in_the_mean(strength: float) -> None:
-    """The formula of the card, element by element; with l = 1 and opposite signs E[g] = a |a| / (|a| + |b|)."""
+    """With strength 1 and opposite signs the mean of the gradient is a |a| / (|a| + |b|)."""
     a, b = torch.tensor([2.0, -1.0, 0.5, 3.0]), torch.tensor([-1.0, 3.0, -0.5, 2.0])
     generator = torch.Generator().manual_seed(0)
     drawn = torch.stack([damp(a, b, strength, torch.rand(4, generator=generator)) for _ in range(20000)])
@@ -123,7 +126,7 @@ def test_gradient_dropout_in_the_mean(strength: float) -> None:
 
 
 def dense(session: Session, kind: Any, changed: bool) -> Any:
-    """A plain model in eval mode with this session's head, its weights pretrained or as they are now."""
+    """Return a plain model in eval mode with the session's head, and pretrained or current weights."""
     model = contract.tiny(kind)
     if "head" in session.states:
         model.load_state_dict(session.states["head"].trained(), strict=False)
@@ -135,7 +138,8 @@ def dense(session: Session, kind: Any, changed: bool) -> Any:
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_distilled_gradient_is_that_of_dense_models(kind: Any) -> None:
-    """Over unequal micro-batches, examples or tokens; the teacher has the pretrained weights and the head of now."""
+    """Micro-batches, examples or tokens, are unequal; the teacher has pretrained weights and the current
+    head."""
     method = AMT(gdr=0.0, temperature=2.0)
     session = contract.finish(contract.begin(method, kind, replace(contract.TRAIN, micro_batch_size=3)))
     assert (
@@ -171,7 +175,7 @@ def test_distilled_gradient_is_that_of_dense_models(kind: Any) -> None:
 
 
 def test_scores_step_with_the_damped_gradient() -> None:
-    """Each element of the gradient is a, or where the signs differ sometimes (1 - l) a; and nothing is drawn from torch's own generator."""
+    """An element is a, or sometimes (1 - gdr) a where the signs differ; the default generator is not used."""
     method = AMT(gdr=0.3)
     session = contract.finish(contract.begin(method))
     session.tuned.train()
@@ -211,7 +215,7 @@ def test_at_the_first_step_the_teacher_is_the_student_and_drops_nothing() -> Non
         assert b.abs().max() < 1e-5 * mask.scores.grad.abs().max()
 
 
-def test_plain_amt_asks_no_teacher() -> None:
+def test_plain_amt_runs_no_teacher() -> None:
     session = contract.begin(AMT(gdr=0.0))
 
     def fail(batch: Any) -> Tensor:
@@ -221,7 +225,7 @@ def test_plain_amt_asks_no_teacher() -> None:
     contract.finish(session)
 
 
-def test_masks_that_rest_are_left_out() -> None:
+def test_frozen_masks_are_left_out() -> None:
     session = contract.begin(AMT())
     session.start()
     first, second, *rest = masks(session)
@@ -239,7 +243,7 @@ def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
 
 
 def test_nothing_is_masked_before_adam_can_have_moved_so_far(monkeypatch: pytest.MonkeyPatch) -> None:
-    """0 while 3.2 t lr < initial - threshold; and within a few times as many steps as the ratio of the two, something is."""
+    """Adam moves a score by at most 3.2 t lr in t steps; a few times as many steps mask something."""
     settings(monkeypatch, lr=4e-4)
     steps = [
         s.metrics["masked"] for s in contract.begin(AMT(), train=replace(contract.TRAIN, steps=20)).steps()
@@ -252,7 +256,7 @@ def test_nothing_is_masked_before_adam_can_have_moved_so_far(monkeypatch: pytest
 
 
 def test_only_adam_s_ratio_of_margin_to_rate_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Scores, threshold and rate 128 times as large give the same masks."""
+    """Scores, threshold and rate that are 128 times as large give the same masks."""
     found = []
     for scale in (1, 128):
         settings(monkeypatch, lr=5e-4 * scale, eps=1e-12)
@@ -266,7 +270,7 @@ def test_only_adam_s_ratio_of_margin_to_rate_counts(monkeypatch: pytest.MonkeyPa
 
 
 def test_where_the_loss_does_not_push_only_the_penalty_does() -> None:
-    """Weights of 0 get no gradient from the loss: their scores all shrink together, by penalty * s / ||s||."""
+    """Weights of 0 get no gradient from the loss, so their scores all shrink by penalty * s / ||s||."""
     model = contract.tiny()
     name = "vit.layers.0.attention.q_proj"
     model.get_submodule(name).weight.data[:4] = 0

@@ -1,4 +1,4 @@
-"""LoRA against its formula."""
+"""Compare LoRA with its formula."""
 
 from __future__ import annotations
 

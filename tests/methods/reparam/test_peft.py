@@ -1,4 +1,4 @@
-"""peft's tuners inside our loop."""
+"""Test peft's tuners under this project's loop."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ test_contract = contract_test(CASES)
 
 
 def test_their_lora_trains_as_ours_does() -> None:
-    """Same layers, same scale, same start: the same output after training."""
+    """Both have the same layers, scale and start, and end with the same output."""
     ours = contract.begin(LoRA(rank=4, alpha=8))
     theirs = contract.begin(Peft(config={"r": 4, "lora_alpha": 8}))
     values = theirs.states["method"].state_dict()
@@ -50,8 +50,8 @@ def test_other_tuners_keep_the_contract(type_: str, config: dict[str, object]) -
 ADALORA = {"total_step": contract.STEPS, "tinit": 1, "tfinal": 3, "deltaT": 1, "init_r": 4, "target_r": 2}
 
 
-def test_adalora_goes_on_with_what_it_chooses_ranks_by() -> None:
-    """Stopped before, while and after ranks are taken away; peft keeps its reasons outside of the model."""
+def test_adalora_resumes_with_its_averages() -> None:
+    """The run stops before, while and after ranks are removed; peft keeps its averages outside the model."""
     make = lambda: Peft(type="ADALORA", config=dict(ADALORA))  # noqa: E731
     trial = contract.Trial(make)
     for check in (contract.check_resume, contract.check_stored, contract.check_base_untouched):
@@ -64,8 +64,8 @@ def test_adalora_goes_on_with_what_it_chooses_ranks_by() -> None:
 
 
 @pytest.mark.slow
-def test_adalora_is_as_peft_alone_makes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same run with peft's own dictionaries only."""
+def test_adalora_trains_as_with_peft_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Repeat the run with peft's own dictionaries only."""
     ours = contract.finish(contract.begin(Peft(type="ADALORA", config=dict(ADALORA))))
     monkeypatch.setattr(
         AdaLoraRanks, "after_step", lambda self, step: self._tuner[0].update_and_allocate(step)

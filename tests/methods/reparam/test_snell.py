@@ -1,4 +1,7 @@
-"""The invariants of SNELL. Oracles: ``torch.cdist`` without its matrix product, a sort or ``torch.quantile``, autograd."""
+"""Test SNELL.
+
+The oracles are ``torch.cdist`` without its matrix product, a sort or ``torch.quantile``, and autograd.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +35,7 @@ test_contract = contract_test(CASES)
 
 
 def make(shape: tuple[int, int] = (60, 40), grow: float = 10.0, **options: object) -> Kernel:
-    """A float64 kernel delta, its factors grown to where training would take them."""
+    """Return a float64 kernel delta with factors as large as training makes them."""
     torch.manual_seed(0)
     delta = Kernel(shape, SNELL(**{"rank": 8, "sparsity": 0.7, **options})).double()  # type: ignore[arg-type]
     for p in delta.parameters():
@@ -94,7 +97,7 @@ def test_sparsity_zero_switches_to_the_plain_kernel_in_the_released_reading_only
 
 
 def test_initial_size_at_and_above_sparsity_zero() -> None:
-    """The card's figures for rank 32 and 768x768: 4.9e-4 at 0, 3.8e-7 above."""
+    """At rank 32 and 768 x 768 the mean change is 4.9e-4 at sparsity 0 and 3.8e-7 above."""
     torch.manual_seed(0)
     weight = torch.zeros(768, 768)
     dense, sparse = (
@@ -130,7 +133,7 @@ def test_scaling_the_factors() -> None:
 
 
 def test_kernel_rank_is_far_above_the_factors() -> None:
-    """The card: about 340 at relative tolerance 1e-3 for rank 8 and 768x768, where LoRA has at most 8."""
+    """At rank 8 and 768 x 768 the rank is about 340 at relative tolerance 1e-3; LoRA's is at most 8."""
     torch.manual_seed(0)
     values = torch.linalg.svdvals(Kernel((768, 768), SNELL(rank=8)).kernel())
     assert 300 < int((values > 1e-3 * values[0]).sum()) < 380

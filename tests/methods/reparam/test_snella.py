@@ -1,4 +1,7 @@
-"""The invariants of SNELLA. Oracles: autograd over a plain dense formula, SNELL, and the allocator's recursions written out."""
+"""Test SNELLA.
+
+The oracles are autograd over a plain dense formula, SNELL, and the allocator's recursions written out.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +44,7 @@ SIZES = [32 * 32] * 4 + [48 * 32] * 2  # of the tiny model's layers, a block
 
 
 def make(shape: tuple[int, int] = (60, 40), grow: float = 10.0, **options: Any) -> Competing:
-    """A float64 delta, its factors grown to where training would take them."""
+    """Return a float64 delta with factors as large as training makes them."""
     torch.manual_seed(0)
     delta = Competing(shape, SNELLA(**{"rank": 8, "initial": 0.7, **options})).double()
     for p in (delta.rows, delta.cols):
@@ -50,7 +53,7 @@ def make(shape: tuple[int, int] = (60, 40), grow: float = 10.0, **options: Any) 
 
 
 def plain_kernel(rows: Tensor, cols: Tensor, mix: Tensor) -> Tensor:
-    """K in the card's layout and order, [in, out], turned at the end."""
+    """Compute K in the published layout, [in, out], and transpose it at the end."""
     distance = torch.cdist(cols, rows, compute_mode="donot_use_mm_for_euclid_dist")
     first = 0.1 * distance[0] - 0.1 * distance[1]
     return (first + mix[0] * torch.softmax(first / mix[1], dim=-1) + mix[2]).mT
@@ -118,7 +121,8 @@ def test_sums_of_the_softmax_term_are_alpha() -> None:
 
 
 def test_at_the_start_the_kernel_is_lifted_by_one_over_the_outputs() -> None:
-    """The card: with 768 outputs the offset of 1.3e-3 exceeds the spread of K_0, about 5e-4 at rank 32, so that most entries are positive."""
+    """With 768 outputs the offset of 1.3e-3 exceeds the spread of K_0 (about 5e-4), so most entries are
+    positive."""
     torch.manual_seed(0)
     delta = Competing((768, 768), SNELLA(rank=32))
     kernel, first = delta.kernel(), Kernel.kernel(make((768, 768), 1.0, rank=32, softmax=False))
@@ -128,7 +132,7 @@ def test_at_the_start_the_kernel_is_lifted_by_one_over_the_outputs() -> None:
 
 
 def test_budget_follows_the_cubic_curve() -> None:
-    """gradual_pruning's test vector: from 0 to 0.9 in ten parts."""
+    """Compare with ten updates from 0 to 0.9 worked out by hand."""
     method = SNELLA(sparsity=0.9, start=0.2, end=0.7, every=5)
     zeroed = [1 - method.budget(t, 100, 10**6) / 10**6 for t in range(20, 71, 5)]
     expected = [0, 0.2439, 0.4392, 0.5913, 0.7056, 0.7875, 0.8424, 0.8757, 0.8928, 0.8991, 0.9]
@@ -149,7 +153,7 @@ def test_budget_never_grows_and_meets_both_ends() -> None:
 
 
 def run(method: SNELLA, each: Any) -> Session:
-    """A short run on the tiny model, ``each(session, step)`` being called after every step."""
+    """Make a short run on the tiny model, calling ``each(session, step)`` after every step."""
     session = contract.begin(method)
     for step in session.steps():
         each(session, step)
@@ -157,7 +161,8 @@ def run(method: SNELLA, each: Any) -> Session:
 
 
 def test_divisions_add_up_to_the_budget_and_happen_when_due() -> None:
-    """sum a_l = V, a_l at most n_l; the steps before which V is divided: due ones after ``start``, and the one at ``end``."""
+    """The parts add up to V, none above its layer's size; V is divided at due steps after ``start``, and at
+    ``end``."""
     method = SNELLA(rank=4, sparsity=0.8, start=0.2, end=0.7, every=2)
     seen: dict[int, list[int]] = {}
 
@@ -178,7 +183,7 @@ def test_divisions_add_up_to_the_budget_and_happen_when_due() -> None:
 
 
 def test_non_zeros_right_after_a_division() -> None:
-    """n - 1 - floor(s (n - 1)) for each layer, s = 1 - a / n."""
+    """Each layer has n - 1 - floor(s (n - 1)) non-zero entries, with s = 1 - a / n."""
     session = run(SNELLA(rank=4, sparsity=0.8, end=1.0, every=1), lambda *_: None)
     for delta in deltas(session):
         n, a = delta.size, int(delta.volume)
@@ -188,7 +193,10 @@ def test_non_zeros_right_after_a_division() -> None:
 
 
 def test_scores_are_the_written_out_recursions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """I and U from the updated factors and the step's one gradient, over micro-batches; the division goes by mean(I U), summed over both factors."""
+    """I and U come from the updated factors and the one gradient of the step, over micro-batches.
+
+    The division goes by mean(I U), summed over both factors.
+    """
     method = SNELLA(rank=4, every=1, end=1.0, betas=(0.8, 0.6))
     steps: list[list[Tensor]] = []
     real = SNELLA.after_step
@@ -217,7 +225,7 @@ def test_scores_are_the_written_out_recursions(monkeypatch: pytest.MonkeyPatch) 
 
 
 class Fake:
-    """A run as ``before_step`` sees it."""
+    """A run with what ``before_step`` uses."""
 
     def __init__(self, step: int, total: int) -> None:
         self.step, self.total, self.logged = step, total, dict[str, float]()
@@ -232,7 +240,7 @@ class Fake:
 def divided(
     method: SNELLA, scores: list[float], shapes: list[tuple[int, int]], step: int = 9
 ) -> list[Competing]:
-    """What one division makes of layers with these scores."""
+    """Return the parts of one division among layers with these scores."""
     state = nn.ModuleList([Competing(shape, method) for shape in shapes])
     for delta, score in zip(state, scores, strict=True):
         delta.get_buffer("rows_importance").fill_(score)
@@ -249,7 +257,7 @@ def test_equal_scores_and_sizes_give_equal_shares_and_a_full_budget_zeroes_nothi
 
 
 def test_a_layer_gets_its_score_s_part_but_no_more_than_its_size() -> None:
-    """a = min(n, V score), what is over going to the others in proportion: of 100, 50 and 40 and 10 where each layer has room for 48."""
+    """Of 100, with room for 48 a layer, the parts are 48, 42 and 10: the excess goes to the others."""
     method = SNELLA(rank=2, sparsity=1 - 100 / 144, every=1)
     assert [int(d.volume) for d in divided(method, [5.0, 4.0, 1.0], [(8, 6)] * 3)] == [48, 42, 10]
 
@@ -260,7 +268,7 @@ def test_scores_that_are_all_zero_divide_by_size() -> None:
 
 
 def test_an_empty_layer_changes_nothing_and_its_score_only_decays() -> None:
-    """s = 1: no change, no gradient, hence no importance any more."""
+    """At s = 1 there is no change and no gradient, hence no new importance."""
     delta = make(betas=(0.8, 0.6))
     delta.volume.fill_(0)
     assert not delta(torch.zeros(60, 40)).any()
@@ -298,7 +306,7 @@ def test_output_at_the_start_is_close_to_the_base_but_not_equal() -> None:
     torch.testing.assert_close(now, base, atol=0.3, rtol=0)
 
 
-def test_the_division_is_stored_and_what_it_went_by_only_in_checkpoints(tmp_path: Path) -> None:
+def test_the_division_is_stored_and_its_averages_only_in_checkpoints(tmp_path: Path) -> None:
     session = run(SNELLA(rank=4, every=2), lambda *_: None)
     kept = tensors_to_store(session.states)
     assert not [k for k in kept if "importance" in k or "uncertainty" in k]
@@ -338,7 +346,7 @@ def test_scalars_do_not_decay() -> None:
     assert sum(p.shape == (3,) for p in groups[1]["params"]) >= 12
 
 
-def test_settings_that_cannot_be_meant_are_refused() -> None:
+def test_contradictory_settings_of_snella_are_refused() -> None:
     with pytest.raises(ValueError, match=r"initial=0\.95 is above method\.sparsity=0\.9"):
         SNELLA(initial=0.95)
     with pytest.raises(ValueError, match=r"start=0\.8 is not before"):

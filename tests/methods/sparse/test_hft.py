@@ -1,4 +1,8 @@
-"""The invariants of HFT. The oracles: counts by hand, the untouched model, full fine-tuning, a bare loop with a new optimizer a round."""
+"""Test HFT.
+
+The oracles are counts by hand, the untouched model, full fine-tuning, and a bare loop with a new optimizer a
+round.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +39,7 @@ MLP = r"\.(fc1|fc2|up_proj|gate_proj|down_proj|intermediate\.dense|\d\.output\.d
 
 
 def llama(layers: int, width: int = 8, inner: int = 12, keys: int = 2) -> Any:
-    """A Llama of 2 heads a group of shapes, without memory."""
+    """Return a Llama of the given shapes on the meta device."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     heads = {"num_attention_heads": 2 if keys <= 2 else 32, "num_key_value_heads": keys}
@@ -56,7 +60,7 @@ def bert() -> Any:
 
 
 def frozen(model: nn.Module, method: HFT, seed: int = 0) -> set[str]:
-    """The names of the parameters that a run of this seed leaves frozen."""
+    """Return the names of the parameters that a run of this seed leaves frozen."""
     torch.manual_seed(seed)
     model.requires_grad_(False)
     method.build(model)
@@ -64,7 +68,7 @@ def frozen(model: nn.Module, method: HFT, seed: int = 0) -> set[str]:
 
 
 def count(names: set[str], pattern: str) -> Counter[int]:
-    """Weights among ``names`` by block."""
+    """Count the weights among ``names`` by block."""
     hits = [name for name in names if re.search(pattern, name) and name.endswith("weight")]
     return Counter(int(re.findall(r"\.(\d+)\.", name)[0]) for name in hits)
 
@@ -74,7 +78,7 @@ def values(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def resting(session: Session, step: int, rounds: int) -> set[str]:
-    """The wrapped parameters that rest at a step."""
+    """Return the wrapped parameters that are frozen at a step."""
     state = session.states["method"]
     return {
         name
@@ -85,7 +89,6 @@ def resting(session: Session, step: int, rounds: int) -> set[str]:
 
 @pytest.mark.parametrize("layers", [1, 2, 3, 4, 5])
 def test_two_of_four_attention_matrices_and_the_rule_of_the_mlp(layers: int) -> None:
-    """Invariant 1."""
     names = frozen(llama(layers), HFT())
     assert count(names, ATTENTION) == dict.fromkeys(range(layers), 2)
     assert count(names, MLP).total() == 2 * (layers // 2) + (layers - layers // 2)
@@ -125,7 +128,7 @@ def test_fused_attention_is_one_matrix_and_tied_embeddings_train() -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
 def test_frozen_stays_to_the_bit_and_all_of_each_trained_matrix_moves(kind: Kind) -> None:
-    """Invariants 2 and 6: the pattern is of whole matrices, not of entries."""
+    """The pattern is one of whole matrices, not of entries."""
     before = values(contract.tiny(kind))
     session = contract.finish(contract.begin(HFT(), kind))
     for name, parameter in session.model.named_parameters():
@@ -136,7 +139,6 @@ def test_frozen_stays_to_the_bit_and_all_of_each_trained_matrix_moves(kind: Kind
 
 
 def test_optimizer_holds_the_trained_and_nothing_else() -> None:
-    """Invariant 3."""
     session = contract.begin(HFT())
     for _ in session.steps():
         assert all(p.grad is None for p in session.model.parameters() if not p.requires_grad)
@@ -147,7 +149,6 @@ def test_optimizer_holds_the_trained_and_nothing_else() -> None:
 
 
 def test_the_seed_alone_decides_and_another_changes_half() -> None:
-    """Invariant 4."""
     first, again, other = (frozen(llama(32), HFT(), seed) for seed in (0, 0, 1))
     assert first == again
     for pattern, size in ((ATTENTION, 4 * 32), (MLP, 3 * 32)):
@@ -158,7 +159,6 @@ def test_the_seed_alone_decides_and_another_changes_half() -> None:
 
 
 def test_independent_draws_leave_a_matrix_alone_with_probability_two_to_the_minus_rounds() -> None:
-    """Invariant 5."""
     torch.manual_seed(0)
     pool = {block: [f"{block}{name}" for name in "qkvo"] for block in range(500)}
     from fractions import Fraction
@@ -172,7 +172,7 @@ def test_independent_draws_leave_a_matrix_alone_with_probability_two_to_the_minu
 
 
 def test_half_of_the_entries_only_where_matrices_are_equal_in_size() -> None:
-    """Invariant 7, with the shapes of Llama 2 7B, and of a model whose keys and values are smaller."""
+    """The shapes are those of Llama 2 7B, and of a model with smaller keys and values."""
     for keys in (32, 8):
         model = llama(32, 4096, 11008, keys)
         frozen(model, HFT())
@@ -190,7 +190,6 @@ def test_half_of_the_entries_only_where_matrices_are_equal_in_size() -> None:
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_without_sparsity_it_is_full_fine_tuning_step_for_step(kind: Kind) -> None:
-    """Invariant 8."""
     runs = []
     for method in (HFT(sparsity=0), Full()):
         session = contract.begin(method, kind)
@@ -231,7 +230,7 @@ def test_one_of_a_block_s_two_norms_if_asked(kind: Kind) -> None:
 def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(
     rounds: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """With weight decay: what rests in a round neither moves, nor decays, nor keeps moments."""
+    """With weight decay a frozen matrix neither moves nor decays, and keeps no moments."""
     settings = AdamW(lr=1e-2, weight_decay=0.5)
     monkeypatch.setattr(contract, "OPTIMIZER", settings)
     session = contract.begin(

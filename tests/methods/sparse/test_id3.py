@@ -1,4 +1,4 @@
-"""ID3 step by step: which entries come in, and what they begin with."""
+"""Test ID3 step by step: which entries come in, and with which moments."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ def chosen(session: Any) -> set[tuple[int, int]]:
 
 
 def gradients(session: Any) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer the weight as it is now and the gradient of the coming step's batch, by autograd on a plain model."""
+    """Return each layer's current weight and its gradient on the next step's batch, by autograd on a plain
+    model."""
     twin = contract.tiny()
     with torch.no_grad():
         for name, p in session.states["head"].trained().items():
@@ -45,7 +46,7 @@ def gradients(session: Any) -> list[tuple[Tensor, Tensor]]:
 
 @pytest.mark.parametrize("power", [0.0, 1.0])
 def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
-    """Invariants 1, 2, 3 and 4."""
+    """Counts are exact, no entry leaves, and unchosen entries keep their bits."""
     method = ID3(power=power, eps=1e-3, **SITES)
     session = contract.begin(method)
     original = [layer.original.clone() for layer in patched(session.model).values()]
@@ -73,7 +74,7 @@ def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
 
 
 def test_power_zero_does_not_see_the_weight() -> None:
-    """Invariant 5, by the score itself: with a power the smaller of two weights goes first."""
+    """With a power, the smaller of two weights with equal gradients is chosen first."""
     from finetune.core.sparse.scores import ScoredSite, score_named
 
     g = torch.tensor([[1.0, 1.0]])
@@ -88,14 +89,14 @@ def test_power_zero_does_not_see_the_weight() -> None:
 
 
 def test_all_at_once_is_a_one_shot_gradient_mask() -> None:
-    """Invariant 6: with one part before the first step it is the run of the fixed mask, to the bit."""
+    """With one part before the first step, the run is that of the fixed mask, to the bit."""
     growing = contract.finish(contract.begin(ID3(schedule=Grow(every=5, end=0.9), **SITES)))
     fixed = contract.finish(contract.begin(Crossing(score="d3", scope="model", **SITES)))
     contract.same_values(growing.states, fixed.states)
 
 
 def test_an_entry_has_no_moments_before_it_is_chosen() -> None:
-    """Invariant 8: its first update uses the global bias correction."""
+    """Its first update uses the bias correction of the whole run."""
     session = contract.begin(ID3(**SITES), train=replace(contract.TRAIN, steps=3, clip=None))
     bank: Any = session.states["method"]["bank"]
     steps = session.steps()

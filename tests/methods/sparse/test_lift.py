@@ -1,4 +1,4 @@
-"""LIFT against singular value decompositions, and its refresh."""
+"""Test LIFT against singular value decompositions, and its refresh."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def mask(session: Any, i: int, shape: tuple[int, ...]) -> Tensor:
 
 @pytest.mark.parametrize("rank", [2, 8])
 def test_exactly_k_and_the_largest_of_the_approximation(rank: int) -> None:
-    """Invariant 1, whose sign the released default has the wrong way round."""
+    """The default of the released code takes the smallest instead."""
     session, layers = begun(sparsity=0.9, rank=rank)
     for i, layer in enumerate(layers):
         chosen, near = mask(session, i, layer.original.shape), reduced(layer.original, rank).abs()
@@ -58,7 +58,6 @@ def test_exactly_k_and_the_largest_of_the_approximation(rank: int) -> None:
 
 
 def test_at_full_rank_it_is_plain_magnitude_and_at_a_small_one_hardly() -> None:
-    """Invariant 2."""
     session, layers = begun(sparsity=0.9, rank=32)
     small, _ = begun(sparsity=0.9, rank=1)
     overlaps = []
@@ -83,7 +82,7 @@ def top(score: Tensor, k: int) -> Tensor:
 
 
 def test_follows_the_signal_and_not_the_noise() -> None:
-    """Invariant 3: a few large entries of a dense noise are no principal weights."""
+    """A few large entries of dense noise are not principal weights."""
     g = torch.Generator().manual_seed(0)
     signal = torch.randn(60, 2, generator=g) @ torch.randn(2, 80, generator=g)
     noise = torch.zeros(60, 80).bernoulli_(0.02, generator=g) * 8 * torch.randn(60, 80, generator=g).sign()
@@ -93,14 +92,14 @@ def test_follows_the_signal_and_not_the_noise() -> None:
 
 
 def test_scale_and_transposition() -> None:
-    """Invariant 8."""
+    """The mask does not change with a factor, and is transposed with the weight."""
     w = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
     assert torch.equal(top(look(4 * w), 90), top(look(w), 90))
     assert torch.equal(top(look(w.T.contiguous()), 90), top(look(w), 90).T)
 
 
 def test_refresh_keeps_moments_and_values() -> None:
-    """Invariants 4, 5 and 7, over a refresh at step 2."""
+    """Survivors of a refresh at step 2 keep value and moments, and the change is not of low rank."""
     session = contract.begin(LIFT(targets=ROLES, sparsity=0.9, rank=2, schedule=Redraw(every=2)))
     bank: Any = session.states["method"]["bank"]
     steps = session.steps()

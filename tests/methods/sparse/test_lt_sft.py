@@ -1,4 +1,4 @@
-"""LT-SFT's two phases, against a dense run by hand."""
+"""Test the two phases of LT-SFT against a dense run by hand."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ SITES: dict[str, Any] = {"targets": ("v", "up")}
 
 
 def second_phase(method: LTSFT) -> Any:
-    """A session whose first step of the second phase is yet to come, as its model is then, and the dense changes of the first."""
+    """Return a session before the first step of its second phase, a copy of its model, and the first phase's
+    changes."""
     session = contract.begin(method)
     steps = session.steps()
     first = round(0.5 * contract.STEPS)
@@ -44,7 +45,6 @@ def second_phase(method: LTSFT) -> Any:
 
 
 def test_chosen_are_the_largest_changes_of_the_model_and_all_is_rewound() -> None:
-    """Invariants 3 and 4."""
     session, dense = second_phase(LTSFT(sparsity=0.9, schedule=OneShot(dense=0.5), **SITES))
     assert torch.equal(contract.logits(session.tuned), contract.logits(contract.tiny()))
     bank = session.states["method"]["bank"]
@@ -60,7 +60,6 @@ def test_chosen_are_the_largest_changes_of_the_model_and_all_is_rewound() -> Non
 
 
 def test_only_the_freed_entries_differ_afterwards() -> None:
-    """Invariants 1 and 2."""
     session = contract.finish(contract.begin(LTSFT(sparsity=0.95, **SITES)))
     bank = session.states["method"]["bank"]
     changed = 0
@@ -72,7 +71,6 @@ def test_only_the_freed_entries_differ_afterwards() -> None:
 
 
 def test_with_all_entries_the_second_phase_is_dense_training_from_the_start() -> None:
-    """Invariant 8."""
     session, _ = second_phase(LTSFT(sparsity=0.0, schedule=OneShot(dense=0.5), **SITES))
     plain = contract.begin(Dense(**SITES))
     for p, q in zip(plain.states["head"].parameters(), session.states["head"].parameters(), strict=True):

@@ -1,4 +1,4 @@
-"""The masks of the off-principal study, against their definitions."""
+"""Compare the masks of the off-principal study with their definitions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ HALF: dict[str, Any] = {"targets": ("k", "down"), "rank": 3}
 
 
 def masks(method: OffPrincipal) -> list[tuple[Tensor, Tensor]]:
-    """Of each layer the weight and the mask."""
+    """Return the weight and the mask of each layer."""
     session = contract.begin(method)
     session.start()
     bank, found = session.states["method"]["bank"], []
@@ -36,15 +36,14 @@ def near(w: Tensor) -> Tensor:
 
 
 def test_principal_and_complement_are_halves() -> None:
-    """Invariant 3, first part."""
-    on, off = (masks(OffPrincipal(score="principal", direction=d, **HALF)) for d in ("largest", "smallest"))  # type: ignore[arg-type]
+    on = masks(OffPrincipal(score="principal", direction="largest", **HALF))  # type: ignore[arg-type]
+    off = masks(OffPrincipal(score="principal", direction="smallest", **HALF))  # type: ignore[arg-type]
     for (w, a), (_, b) in zip(on, off, strict=True):
         assert torch.equal(a, ~b)
         assert near(w)[a].min() >= near(w)[b].max() * (1 - 1e-6)
 
 
 def test_at_full_rank_the_principal_mask_is_that_of_large_weights() -> None:
-    """Invariant 3, second part."""
     full = masks(OffPrincipal(score="principal", sparsity=0.7, targets=("k",), rank=32))
     low = masks(OffPrincipal(score="magnitude", direction="smallest", sparsity=0.7, targets=("k",)))
     for (w, large), (_, small) in zip(full, low, strict=True):
@@ -53,7 +52,7 @@ def test_at_full_rank_the_principal_mask_is_that_of_large_weights() -> None:
 
 
 def test_safe_is_the_union_of_low_and_complement_with_k_entries() -> None:
-    """Invariant 5: some a of the smallest by |w| and by |W_R| together, and |low u complement| = |low| + |complement| - |both|."""
+    """For some a it is the union of the a smallest |w| and the a smallest |W_R|, and sizes add up."""
     for w, safe in masks(OffPrincipal(sparsity=0.4, **HALF)):
         k = w.numel() - round(0.4 * w.numel())
         assert int(safe.sum()) == k
@@ -69,8 +68,7 @@ def test_safe_is_the_union_of_low_and_complement_with_k_entries() -> None:
         assert unions[-2] <= chosen <= unions[-1] | unions[-2]
 
 
-def test_what_is_outside_the_mask_stays_to_the_bit() -> None:
-    """Invariant 9."""
+def test_entries_outside_the_mask_stay_to_the_bit() -> None:
     session = contract.begin(OffPrincipal(**HALF))
     session.start()
     bank = session.states["method"]["bank"]

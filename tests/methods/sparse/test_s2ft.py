@@ -1,4 +1,7 @@
-"""The invariants of S2FT. The oracle is the published form: a model with permuted heads and channels, and trained slices beside frozen weights."""
+"""Test S2FT against its published form.
+
+The oracle is a model with permuted heads and channels, and trained slices beside frozen weights.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +53,7 @@ def bank_of(session: Session) -> Bank:
 
 
 def masks(session: Session) -> dict[str, Tensor]:
-    """Which entries of each weight are trained."""
+    """Return which entries of each weight are trained."""
     bank, found = bank_of(session), {}
     for i, (name, layer) in enumerate(patched(session.model).items()):
         flat = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill_(
@@ -61,7 +64,7 @@ def masks(session: Session) -> dict[str, Tensor]:
 
 
 def rows(mask: Tensor, size: int = 1) -> list[int]:
-    """The blocks of ``size`` rows that are trained; they are trained whole."""
+    """Return the blocks of ``size`` rows that are trained; each is trained whole."""
     blocks = mask.reshape(-1, size * mask.shape[1])
     assert torch.equal(blocks.any(1), blocks.all(1))
     return blocks.all(1).nonzero().view(-1).tolist()
@@ -69,7 +72,7 @@ def rows(mask: Tensor, size: int = 1) -> list[int]:
 
 @dataclass
 class Pair:
-    """The order of a coupled pair's units: [only first] [both] [only second] [rest], and where the slices of both are."""
+    """The order of a coupled pair's units ([only first] [both] [only second] [rest]), and both slices."""
 
     order: list[int]
     first: slice
@@ -97,19 +100,25 @@ def scaled(part: slice, size: int) -> slice:
 def permuted(
     model: nn.Module, found: dict[str, Tensor]
 ) -> tuple[nn.Module, dict[str, tuple[Tensor, bool, slice]]]:
-    """The model with permuted heads and channels; and by layer its order along the permuted side, whether that is rows, and the trained slice."""
+    """Return the model with permuted heads and channels.
+
+    Also return, by layer, the order along the permuted side, whether that side is rows, and the trained
+    slice.
+    """
     new, plan = copy.deepcopy(model), dict[str, tuple[Tensor, bool, slice]]()
     for block in range(LAYERS):
         at, mlp = f"model.layers.{block}.self_attn.", f"model.layers.{block}.mlp."
         heads = Pair.of(rows(found[at + "v_proj"], WIDTH), rows(found[at + "o_proj"].T, WIDTH * GROUP), 2)
         channels = Pair.of(rows(found[mlp + "up_proj"]), rows(found[mlp + "down_proj"].T), INNER)
         plan |= {
-            at + "q_proj": (heads.wide(WIDTH * GROUP), True, slice(0, 0)), at + "k_proj": (heads.wide(WIDTH), True, slice(0, 0)),
+            at + "q_proj": (heads.wide(WIDTH * GROUP), True, slice(0, 0)),
+            at + "k_proj": (heads.wide(WIDTH), True, slice(0, 0)),
             at + "v_proj": (heads.wide(WIDTH), True, scaled(heads.first, WIDTH)),
             at + "o_proj": (heads.wide(WIDTH * GROUP), False, scaled(heads.second, WIDTH * GROUP)),
-            mlp + "gate_proj": (channels.wide(1), True, slice(0, 0)), mlp + "up_proj": (channels.wide(1), True, channels.first),
+            mlp + "gate_proj": (channels.wide(1), True, slice(0, 0)),
+            mlp + "up_proj": (channels.wide(1), True, channels.first),
             mlp + "down_proj": (channels.wide(1), False, channels.second),
-        }  # fmt: skip
+        }
     for name, (order, by_row, _) in plan.items():
         weight = new.get_submodule(name).weight
         assert isinstance(weight, Tensor)
@@ -118,7 +127,7 @@ def permuted(
 
 
 def test_training_equals_the_slices_of_a_permuted_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariants 1, 2 and 4: the same function at first, the same steps, and a change on the selected rows and columns alone."""
+    """The function is the same at first, the steps agree, and only selected rows and columns change."""
     monkeypatch.setattr(contract, "OPTIMIZER", SETTINGS)
     original = contract.tiny("llama").double()
     session = started(EACH, model=contract.tiny("llama").double())
@@ -180,7 +189,7 @@ def _fused(weight: Any, change: Tensor, by_row: bool, part: slice) -> Tensor:
 
 @pytest.mark.parametrize("kind", ["llama", "vit"])
 def test_counts_over_the_model_are_exact(kind: Kind) -> None:
-    """Invariant 3; with grouped queries a unit of o is all the queries of one key and value head."""
+    """With grouped-query attention a unit of o is all query heads of one key and value head."""
     session = started(EACH, kind)
     groups, queries, width = {"llama": (2, 2, 8), "vit": (2, 1, 16)}[kind]
     heads = int(0.5 * groups * LAYERS)
@@ -205,7 +214,7 @@ def test_fused_attention_trains_heads_of_the_last_third() -> None:
 
 
 def test_draws_are_over_the_model_and_of_the_seed() -> None:
-    """Layers differ; every channel has the same chance; two seeds differ and one seed agrees."""
+    """Layers differ, each channel has the same chance, and the seed decides."""
     session = started(S2FT(d=0.3))
     first, counts, seen = (
         torch.cat([m.T.all(1) for m in masks(session).values()]),
@@ -230,7 +239,6 @@ def test_all_channels_train_the_whole_matrix() -> None:
 
 
 def test_change_of_down_has_at_most_the_rank_of_its_channels() -> None:
-    """Invariant 6."""
     session = contract.finish(started(S2FT(u=0.1, d=0.1)))
     for name, layer in patched(session.model).items():
         mask = masks(session)[name]
@@ -239,7 +247,7 @@ def test_change_of_down_has_at_most_the_rank_of_its_channels() -> None:
 
 
 def test_merged_twice_is_merged_once() -> None:
-    """Invariant 5: the second time there is nothing left to fold in."""
+    """The second time there is nothing left to fold in."""
     session = contract.finish(started(EACH))
     live = contract.logits(session.tuned, "llama")
     merge(session.model, session.states)
@@ -250,7 +258,6 @@ def test_merged_twice_is_merged_once() -> None:
 
 
 def test_disjoint_selections_add_without_touching_each_other() -> None:
-    """Invariant 7."""
     model, states = contract.tiny("llama"), []
     for start in (0, 10):
         state = S2FT(d=0.1).build(model)
@@ -273,7 +280,6 @@ def test_disjoint_selections_add_without_touching_each_other() -> None:
 
 
 def test_one_more_channel_changes_nothing_at_the_start() -> None:
-    """Invariant 8."""
     few, many = started(S2FT(d=0.1)), started(S2FT(d=0.5))
     assert torch.equal(contract.logits(few.tuned, "llama"), contract.logits(many.tuned, "llama"))
 
@@ -286,7 +292,7 @@ def test_layers_of_different_widths_have_room_for_the_largest_units() -> None:
     assert len(state.values) == 48 * 64
 
 
-def test_what_cannot_be_is_refused() -> None:
+def test_shares_that_the_model_cannot_meet_are_refused() -> None:
     with pytest.raises(ValueError, match="all 0"):
         S2FT(d=0.0)
     with pytest.raises(

@@ -1,4 +1,4 @@
-"""The invariants of SaRA. The oracle is the paper's own form: the entries below the threshold as a leaf vector under torch's AdamW."""
+"""Test SaRA against the paper's form: entries below the threshold as a leaf vector under torch's AdamW."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def bank_of(session: Session) -> Bank:
 
 
 def weights(session: Session) -> list[Tensor]:
-    """All adapted weights as they are now, one vector a site."""
+    """Return all adapted weights as they are now, one vector a site."""
     return [layer.weight.reshape(-1).clone() for layer in patched(session.model).values()]
 
 
@@ -93,7 +93,7 @@ def test_sparsity_trains_the_k_smallest_of_the_model_and_remembers_their_thresho
 
 @pytest.mark.parametrize("method", [SaRA(threshold=THETA), SaRA(sparsity=0.7)])
 def test_narrowing_leaves_those_that_are_still_below_the_threshold(method: SaRA) -> None:
-    """M2 is a subset of M1, its entries were below theta, those that left keep their value, survivors their moments to the bit."""
+    """Entries that leave keep their value, and survivors keep their moments, to the bit."""
     session = started(method)
     theta, first = session.states["method"].theta, places(session)
     for step in session.steps():
@@ -122,7 +122,7 @@ def test_narrowing_leaves_those_that_are_still_below_the_threshold(method: SaRA)
 
 @pytest.mark.parametrize("penalty", [0.0, 0.1])
 def test_entries_above_the_threshold_keep_their_bits(penalty: float) -> None:
-    """The penalty changes the trajectory of the trained entries, and of no others."""
+    """The penalty changes the trained entries and no others."""
     session = started(SaRA(threshold=THETA, penalty=penalty))
     base, first = [w.clone() for w in originals(session)], places(session)
     contract.finish(session)
@@ -133,7 +133,10 @@ def test_entries_above_the_threshold_keep_their_bits(penalty: float) -> None:
 
 
 def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
-    """With decay to 0, the penalty and the narrowing; the other entries keep their bits. The gradient of the vector is the dense one, gathered."""
+    """The run has decay to 0, the penalty and the narrowing; the other entries keep their bits.
+
+    The gradient of the vector is gathered from the dense one.
+    """
     session = started(SaRA(threshold=THETA, targets=(LAYER,), penalty=0.05), double=True)
     model = contract.tiny().double()
     weight = model.get_submodule(LAYER).weight.detach()
@@ -151,7 +154,7 @@ def test_the_whole_run_equals_adamw_on_a_leaf_vector() -> None:
             frozen = vector.detach().float().abs() >= THETA
             assert 0 < int(frozen.sum()) < len(frozen)
         now = weight.view(-1).index_put((where,), vector).view_as(weight)
-        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
+        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
         swapped = {f"{LAYER}.weight": now, "classifier.weight": head[0], "classifier.bias": head[1]}
         logits = functional_call(
             model, swapped, kwargs={"pixel_values": batch.inputs["pixel_values"].double()}
@@ -207,7 +210,8 @@ def test_nuclear_norm_of_a_matrix_of_low_rank_has_no_slope_in_its_null_space() -
 
 
 def test_the_penalty_takes_one_matrix_a_step_and_reaches_its_values_alone() -> None:
-    """Paper's formula, on one site; the draw follows from seed and step, whatever was drawn in between."""
+    """Compare with the paper's formula on one site. The matrix depends on seed and step alone, not on other
+    draws."""
     session = started(SaRA(threshold=THETA, penalty=0.3))
     bank, method, hit = bank_of(session), session.current, list[int]()
     for step in range(12):
@@ -249,7 +253,7 @@ def test_above_all_weights_it_is_adamw_on_everything() -> None:
         [{"params": [*matrices, head[0]], "weight_decay": 0.5}, {"params": [head[1]], "weight_decay": 0.0}]
     )
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
-        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]  # one process: no batch is missing
+        batch = collate([contract.examples()[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
         optimizer.zero_grad()
         nn.functional.cross_entropy(bare(**batch.inputs).logits, batch.labels).backward()
         for group in optimizer.param_groups:
@@ -277,7 +281,7 @@ def test_a_base_in_another_dtype_has_its_own_entries_and_is_rejected() -> None:
         half.states.load_state_dict(session.states.state_dict())
 
 
-def test_other_schedules_are_the_engines() -> None:
+def test_other_schedules_behave_as_in_the_engine() -> None:
     session = contract.finish(started(SaRA(sparsity=0.9, schedule=DropGrow(every=2))))
     assert bank_of(session).active == len(bank_of(session).values)
     assert not len(bank_of(session).settled_values)

@@ -1,4 +1,4 @@
-"""The invariants of SHiRA in its vector form. The oracle is the other form: the whole weight trained with masked gradients."""
+"""Test SHiRA's vector form against its other form: the whole weight trained with masked gradients."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
 
 
 def test_change_has_high_rank() -> None:
-    """The card: out = in = 256 and the budget of a LoRA of rank 4 gave rank 256."""
+    """With out = in = 256 and the budget of a LoRA of rank 4 the rank is 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
     bank = Bank([site], 4 * 512)
     bank.place(
@@ -75,7 +75,7 @@ def test_change_has_high_rank() -> None:
 
 
 def changes(method: SHiRA) -> list[torch.Tensor]:
-    """S of each layer after training."""
+    """Return S of each layer after training."""
     session = contract.finish(started(method))
     deltas = [layer.deltas[0] for layer in patched(session.model).values()]
     return [delta(delta.bank.values).detach() for delta in deltas]
@@ -83,7 +83,7 @@ def changes(method: SHiRA) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("grain", ["element", "row", "column"])
 def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
-    """The card's invariant 6: below a half."""
+    """They are if less than half of the entries is trained."""
     top, bottom = (
         places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain)))
         for d in ("largest", "smallest")
@@ -94,7 +94,7 @@ def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
 
 
 def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
-    """The card's invariant 8: S1^T S2 = 0 exactly. Adapters of single entries do interfere."""
+    """S1^T S2 is exactly 0. Adapters of single entries do interfere."""
     for grain in ("row", "element"):
         first, second = (
             changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain))

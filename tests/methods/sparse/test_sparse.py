@@ -1,4 +1,4 @@
-"""Twenty crossings of the sparse engine's axes, drawn by a fixed seed, against the contract; the class itself says which mean nothing."""
+"""Put twenty crossings of the sparse engine's axes, drawn by a fixed seed, to the contract."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ AXES: dict[str, tuple[Any, ...]] = {
 
 
 def drawn(number: int, seed: int) -> list[Crossing]:
-    """Crossings at random; refused ones are drawn again."""
+    """Draw crossings at random, skipping those that the class refuses."""
     dice = random.Random(seed)
     found: list[Crossing] = []
     while len(found) < number:

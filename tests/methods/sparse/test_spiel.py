@@ -1,4 +1,8 @@
-"""The invariants of SpIEL. The oracles: a dense float64 model whose entries, moments and candidates are kept by masks, autograd, full fine-tuning."""
+"""Test SpIEL.
+
+The oracles are a dense float64 model whose entries, moments and candidates are masks, autograd, and full
+fine-tuning.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +43,7 @@ CASES = [
         data_dependent=True,
         settings=("schedule.every=2", "method.window=1"),
     ),
-    # The contract resumes after the steps 1, 3 and 5 of 6: in the first window, between two, right before a move.
+    # The contract resumes after steps 1, 3 and 5 of 6: in the first window, between two, before a move.
     # GPT-2 stores its weights transposed.
     Case(
         "spiel ma",
@@ -58,7 +62,7 @@ LR = 1e-2
 
 @pytest.fixture(autouse=True)
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SM3 where the criterion is ma."""
+    """Return SM3 for the criterion ma, else AdamW."""
     criterion = getattr(request.node, "callspec", None) and request.node.callspec.params.get("criterion")
     monkeypatch.setattr(contract, "OPTIMIZER", (SM3 if criterion == "ma" else AdamW)(lr=LR))
 
@@ -66,7 +70,7 @@ def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 def made(
     criterion: Any = "ag", sparsity: float = 0.9, targets: tuple[str, ...] = ("all",), **moves: Any
 ) -> SpIEL:
-    """Moves before the steps 2 and 5 of 6."""
+    """Return a method that moves before the steps 2 and 5 of 6."""
     return SpIEL(
         targets, criterion=criterion, sparsity=sparsity, schedule=DropGrow(every=3, **moves), window=2
     )
@@ -77,7 +81,7 @@ def places(bank: Bank) -> list[Tensor]:
 
 
 def dense(bank: Bank, values: Tensor) -> list[Tensor]:
-    """One of the bank's tensors on each whole weight."""
+    """Scatter one of the bank's tensors over each whole weight."""
     found = [torch.zeros(size, dtype=values.dtype) for size in bank.sizes]
     for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
         found[i][bank.where(i).long()] = values[a:b]
@@ -85,7 +89,7 @@ def dense(bank: Bank, values: Tensor) -> list[Tensor]:
 
 
 def before_move(method: SpIEL, step: int, kind: Kind = "vit") -> tuple[Session, Bank, Callable[[], None]]:
-    """A session after ``step`` steps, and what makes the move that is due then."""
+    """Return a session after ``step`` steps, and a function that makes the move that is due then."""
     session = contract.begin(method, kind)
     steps = session.steps()
     for _ in range(step):
@@ -97,7 +101,6 @@ def before_move(method: SpIEL, step: int, kind: Kind = "vit") -> tuple[Session, 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_at_the_start_the_output_is_the_base_s_to_the_bit(criterion: str) -> None:
-    """Invariant 1."""
     session = contract.begin(made(criterion))
     session.start()
     assert torch.equal(contract.logits(session.tuned), contract.logits(contract.tiny()))
@@ -108,7 +111,7 @@ def test_at_the_start_the_output_is_the_base_s_to_the_bit(criterion: str) -> Non
 def test_every_matrix_keeps_its_count_of_distinct_entries(
     criterion: str, sparsity: float, scope: Any
 ) -> None:
-    """Invariant 2; the first choice may differ in number between matrices."""
+    """The first choice may give matrices different counts."""
     session = contract.begin(replace(made(criterion, sparsity), scope=scope))
     session.start()
     bank, moved = session.states["method"]["bank"], 0
@@ -124,7 +127,6 @@ def test_every_matrix_keeps_its_count_of_distinct_entries(
 @pytest.mark.parametrize("criterion", CRITERIA)
 @pytest.mark.parametrize("step", [2, 5])
 def test_a_move_changes_the_weights_only_where_entries_are_dropped(criterion: str, step: int) -> None:
-    """Invariants 3 and 4."""
     session, bank, move = before_move(made(criterion, rate=0.9), step)
     layers = list(patched(session.model).values())
     before, old, values = (
@@ -151,7 +153,7 @@ def test_a_move_changes_the_weights_only_where_entries_are_dropped(criterion: st
 
 
 def first_gradients(session: Session) -> dict[str, Tensor]:
-    """By autograd, on the plain model: the gradient of the first micro-batch's share of the mean loss."""
+    """Return the gradient of the first micro-batch's share of the loss, by autograd on a plain model."""
     plain = contract.tiny().train()
     micro = next(session.batches.steps(0, 1))
     F.cross_entropy(plain(**micro[0].inputs).logits, micro[0].labels).backward()  # type: ignore[union-attr]
@@ -160,7 +162,7 @@ def first_gradients(session: Session) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("micro", [None, 3])
 def test_after_the_first_move_the_entries_are_the_candidates(micro: int | None) -> None:
-    """Invariant 5: the largest gradients of the first micro-batch."""
+    """The candidates have the largest gradients of the first micro-batch."""
     session = contract.begin(made(), train=replace(contract.TRAIN, micro_batch_size=micro))
     steps = session.steps()
     for _ in range(3):
@@ -173,7 +175,8 @@ def test_after_the_first_move_the_entries_are_the_candidates(micro: int | None) 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_the_share_of_later_swaps_falls_linearly(criterion: str) -> None:
-    """Invariant 5: all at first, then rate * (1 - step / steps), rounded down; under another decay never all."""
+    """The first move exchanges all, later ones rate * (1 - step / steps), rounded down; only linear decay
+    begins so."""
     method = SpIEL(
         ("q", "down"), criterion=criterion, sparsity=0.7, schedule=DropGrow(every=2, rate=0.8), window=1
     )  # type: ignore[arg-type]
@@ -199,7 +202,7 @@ def test_the_share_of_later_swaps_falls_linearly(criterion: str) -> None:
             before = places(bank)
 
 
-def test_what_is_offered_and_grown_stays_and_too_few_candidates_swap_the_smallest() -> None:
+def test_an_entry_that_leaves_and_comes_in_stays_and_few_candidates_replace_the_smallest() -> None:
     where, change = torch.tensor([2, 5, 7, 8, 9]), torch.tensor([0.3, -0.1, 0.2, 0.5, -0.4])
 
     def grow(*index: int) -> Callable[[Tensor, int], Tensor]:
@@ -227,7 +230,7 @@ def test_what_is_offered_and_grown_stays_and_too_few_candidates_swap_the_smalles
 
 
 def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> None:
-    """Invariant 6: and what goes on to the layer below has seen the change."""
+    """The gradient passed to the layer below includes the change."""
     found = []
     for watched in (False, True):
         session, bank, _ = before_move(made(sparsity=0.5), 3)
@@ -252,7 +255,8 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Invariant 7: torch's AdamW on the plain matrices; nothing can be swapped, and every entry is as old as the run."""
+    """Compare with torch's AdamW on plain matrices; nothing can be exchanged, and each entry is as old as the
+    run."""
     monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR))
     model = contract.tiny(kind).double()
     session = contract.begin(made(sparsity=0.0), kind, model=model)
@@ -289,7 +293,10 @@ def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest
 
 
 class Dense:
-    """SpIEL-AG with whole matrices and masks: one site's change, moments, ages and candidates as [out, in] tensors, sets chosen in plain Python."""
+    """SpIEL-AG of one site with whole matrices and masks.
+
+    Change, moments, ages and candidates are [out, in] tensors, and sets are chosen in plain Python.
+    """
 
     def __init__(self, size: int, active: Tensor) -> None:
         self.active = torch.zeros(size, dtype=torch.bool).index_fill(0, active.long(), True)
@@ -335,7 +342,7 @@ class Dense:
 def simulated(
     session: Session, sites: dict[str, Dense], every: int, window: int, share: float, decay: float
 ) -> Iterator[None]:
-    """Train the plain model beside the session, a step at a time, and yield after each."""
+    """Train the plain model beside the session, one step at a time, and yield after each step."""
     plain, total = contract.tiny().double().train(), contract.STEPS
     base = {name: plain.get_submodule(name).weight.detach().flatten().clone() for name in sites}
     head = torch.optim.AdamW(
@@ -377,7 +384,7 @@ def simulated(
 def test_two_whole_cycles_equal_a_dense_model_with_masks(
     micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Candidates, sums over micro-batches and steps, both moves, seeds, ages and decay: the same entries, values to 1e-6."""
+    """Candidates, sums, both moves, seeds, ages and decay: the same entries, and values to 1e-6."""
     monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR, weight_decay=0.3))
     train = replace(contract.TRAIN, micro_batch_size=micro, clip=None)
     session = contract.begin(
@@ -401,7 +408,6 @@ def test_two_whole_cycles_equal_a_dense_model_with_masks(
 
 
 def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
-    """Invariant 8."""
     session, bank, move = before_move(made(rate=0.9), 5)
     candidates = session.states["method"]["candidates"]
     old, found = places(bank), [candidates.at_site(bank, i) for i in range(len(bank.sizes))]
@@ -450,7 +456,7 @@ def test_ma_grows_the_largest_products_of_sm3_s_accumulators(
         assert set(bank.where(i).tolist()) == (set(old[i].tolist()) - gone) | set(free[:n])
 
 
-def test_between_windows_nothing_is_watched_or_held_and_nothing_of_it_is_stored() -> None:
+def test_between_windows_nothing_is_watched_and_no_candidates_are_stored() -> None:
     session = contract.begin(made())
     state, sizes = session.states["method"], []
     for _ in session.steps():
@@ -476,8 +482,11 @@ def test_resumes_to_the_bit_with_micro_batches_and_kept_entries(criterion: str) 
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
-def test_under_ist_resting_blocks_keep_entries_without_candidates(criterion: str) -> None:
-    """A block that never trained in a window has no candidates; its entries stay. Those of a block that trained once have that one gradient."""
+def test_under_ist_frozen_blocks_without_candidates_keep_their_entries(criterion: str) -> None:
+    """A block that never trained in a window has no candidates and keeps its entries.
+
+    A block that trained once has that one gradient.
+    """
     session = contract.begin(made(criterion), selector=IST(trained=0.5, every=2))
     contract.finish(session)
     bank = session.states["method"]["bank"]
@@ -491,8 +500,9 @@ def test_under_ist_resting_blocks_keep_entries_without_candidates(criterion: str
     ]
 
 
-def test_a_checkpoint_of_a_move_gone_wrong_can_be_gone_on_from(tmp_path: Any) -> None:
-    """Saved after the move but before its step, as a failed step is: there are no candidates, so nothing moves a second time."""
+def test_a_checkpoint_between_a_move_and_its_failed_step_resumes(tmp_path: Any) -> None:
+    """The checkpoint is saved after the move and before its step: there are no candidates, so nothing moves
+    twice."""
     session, bank, move = before_move(made(), 2)
     move()
     checkpoint.save(tmp_path / "c", session, {})
@@ -506,7 +516,7 @@ def test_a_checkpoint_of_a_move_gone_wrong_can_be_gone_on_from(tmp_path: Any) ->
 
 
 def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
-    """fp16: the gradients that are watched are those of the scaled loss."""
+    """In fp16 the gradients that are watched are those of the scaled loss."""
     bank = contract.begin(made(targets=("q",))).states["method"]["bank"]
     bank.place([torch.arange(k) for k in (3, 2)])
     size, found = bank.sizes[0], []
@@ -522,7 +532,8 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
             x = torch.randn(size, generator=torch.Generator().manual_seed(step)) * (
                 float("inf") if bad else scale
             )
-            candidates.add_gradient(run, bank, 0, SimpleNamespace(dense=x.view(bank.shapes[0])))  # type: ignore[arg-type]
+            grad: Any = SimpleNamespace(dense=x.view(bank.shapes[0]))
+            candidates.add_gradient(run, bank, 0, grad)
             candidates.end_step(run)
         found.append(candidates.at_site(bank, 0))
     first, second = (torch.randn(size, generator=torch.Generator().manual_seed(step)) for step in (1, 2))

@@ -1,4 +1,4 @@
-"""The invariants of SPT. The oracles: gradients of the plain model by autograd, and the rule tried at every tau."""
+"""Test SPT against gradients of the plain model by autograd, and against its rule tried at every tau."""
 
 from __future__ import annotations
 
@@ -57,21 +57,28 @@ def places(session: Session) -> list[Tensor]:
 
 
 def gradients(model: nn.Module, names: list[str], batch: Any) -> list[Tensor]:
-    """Of the mean loss, dense, by autograd."""
+    """Return the dense gradient of the mean loss, by autograd."""
     weights = [model.get_submodule(name).weight.requires_grad_() for name in names]
     loss = nn.functional.cross_entropy(model(pixel_values=batch.inputs["pixel_values"]).logits, batch.labels)
     return list(torch.autograd.grad(loss, weights))
 
 
 def batches(session: Session, count: int) -> list[Any]:
-    steps = session.batches.steps(0, count)
-    return [collate([contract.examples()[int(i)] for i in micro[0].ids]) for micro in steps]  # type: ignore[union-attr]
+    """Return the batches of the next steps; each step has one micro-batch."""
+    found = []
+    for (batch,) in session.batches.steps(0, count):
+        assert batch is not None
+        found.append(collate([contract.examples()[int(i)] for i in batch.ids]))
+    return found
 
 
 def tried(
     scores: list[Tensor], branches: list[int], alpha: float, budget: int
 ) -> tuple[list[list[int]], list[bool], int]:
-    """The rule at every tau: the places of each site's entries, which sites get a branch, and the cost, at the largest tau within the budget."""
+    """Try the rule at every tau, and return the division at the largest tau within the budget.
+
+    That is the places of each site's entries, which sites get a branch, and the cost.
+    """
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     site = torch.cat([torch.full((len(s),), i) for i, s in enumerate(scores)])
     one_more = site[order][:, None] == torch.arange(len(scores))
@@ -90,7 +97,7 @@ def tried(
 
 @pytest.mark.parametrize("seed", range(12))
 def test_division_is_that_of_the_best_tau(seed: int) -> None:
-    """Small numbers, with many ties: every tau is tried."""
+    """The numbers are small, with many ties, so that every tau can be tried."""
     generator = torch.Generator().manual_seed(seed)
     sizes = torch.randint(5, 40, (5,), generator=generator).tolist()
     branches = torch.randint(2, 30, (5,), generator=generator).tolist()
@@ -196,7 +203,7 @@ def test_entries_that_were_not_chosen_never_change_and_branches_have_their_rank(
 def chosen_with(
     session: Session, upcoming: list[list[Any]], factor: float = 1.0
 ) -> tuple[list[list[int]], list[bool]]:
-    """What another look at these micro-batches chooses, with the loss scaled."""
+    """Return the choice made from these micro-batches with a scaled loss."""
 
     def backward(batch: Any, micro: list[Any], summed: bool) -> None:
         loss = nn.functional.cross_entropy(session.tuned(**batch.inputs), batch.labels)
@@ -225,7 +232,7 @@ def test_scale_and_order_of_batches_do_not_matter_and_their_division_does() -> N
     "make", [lambda: BOTH, lambda: replace(BOTH, sparsity=0.999), lambda: replace(BOTH, sparsity=0.0)]
 )
 def test_comes_back_from_disk_whatever_the_seed(make: Callable[[], SPT], tmp_path: Path) -> None:
-    """Entries alone, both, and branches alone."""
+    """The cases are entries alone, entries and branches, and branches alone."""
     session, other = contract.finish(started(make())), started(make(), seed=5)
     save_delta(tmp_path / "delta", session.states, {})
     load_delta(tmp_path / "delta", other.states)
@@ -245,8 +252,8 @@ def test_branches_of_another_rank_are_refused(tmp_path: Path) -> None:
         load_delta(tmp_path / "delta", other.states)
 
 
-def test_a_resting_site_rests_with_its_branch() -> None:
-    """Selectors hold the slice of a site, and its factors lie in it."""
+def test_a_frozen_site_freezes_its_branch() -> None:
+    """Selectors freeze the slice of a site, and its factors lie in that slice."""
     session = started(BOTH)
     bank = bank_of(session)
     rest = bank.structured.tolist().index(True)
@@ -266,26 +273,25 @@ def test_resumes_to_the_bit(make: Callable[[], SPT]) -> None:
 
 
 def test_class_token_is_trained_outside_the_budget() -> None:
-    session = contract.finish(started(BOTH))
-    assert not torch.equal(session.model.vit.embeddings.cls_token, contract.tiny().vit.embeddings.cls_token)  # type: ignore[union-attr, arg-type]
+    model: Any = contract.finish(started(BOTH)).model
+    assert not torch.equal(model.vit.embeddings.cls_token, contract.tiny().vit.embeddings.cls_token)
     assert "class_token" not in started(replace(BOTH, class_token=False)).states["method"]
 
 
-def test_room_is_no_more_than_can_ever_be_trained() -> None:
+def test_capacity_is_at_most_what_can_be_trained() -> None:
     sizes = [layer.original.shape for layer in patched(started(BOTH).model).values()]
     assert len(bank_of(started(replace(BOTH, sparsity=0.0))).values) == sum(4 * sum(shape) for shape in sizes)
-    whole = started(
-        replace(BOTH, sparsity=0.0, rank=32, alpha=1.0)
-    )  # a branch would be larger than the matrix, and is never reached
+    # A branch would be larger than its matrix, so no matrix gets one.
+    whole = started(replace(BOTH, sparsity=0.0, rank=32, alpha=1.0))
     assert bank_of(whole).active == len(bank_of(whole).values) == sum(shape.numel() for shape in sizes)
     assert all(isinstance(view, MixedDelta) and not view.additive for view in whole.states["method"]["views"])
 
 
 def test_branches_are_no_sparse_change_that_could_be_added_to_another() -> None:
     sparse, mixed = (started(replace(BOTH, class_token=False, sparsity=s)) for s in (0.999, 0.9))
-    changes = sparse_changes(
-        SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse))
-    )  # type: ignore[arg-type]
+    setup: Any = SimpleNamespace(config=SimpleNamespace(method=BOTH), session=contract.finish(sparse))
+    changes = sparse_changes(setup)
     assert sum(len(c.values) for c in changes.values()) == bank_of(sparse).active
+    setup.session = mixed
     with pytest.raises(ConfigError, match="it stores a low-rank branch"):
-        sparse_changes(SimpleNamespace(config=SimpleNamespace(method=BOTH), session=mixed))  # type: ignore[arg-type]
+        sparse_changes(setup)

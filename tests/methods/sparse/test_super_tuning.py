@@ -1,4 +1,4 @@
-"""Super-Tuning's mask, its count, and the branch of Supra."""
+"""Test Super-Tuning's mask, its count, and the branch of Supra."""
 
 from __future__ import annotations
 
@@ -40,13 +40,12 @@ def test_the_largest_of_each_matrix() -> None:
 
 
 def test_top_and_bottom_are_disjoint() -> None:
-    """SHiRA's card, invariant 6."""
     top, bottom = masks(SuperTuning(sparsity=0.6)), masks(SuperTuning(sparsity=0.6, direction="smallest"))
     assert all(a and b and not a & b for a, b in zip(top, bottom, strict=True))
 
 
 def test_the_count_is_rounded_where_floating_point_would_truncate() -> None:
-    """SHiRA's card, invariant 2: int(1000 * (1 - 0.9)) is 99."""
+    """int(1000 * (1 - 0.9)) is 99."""
     model = torch.nn.Sequential(torch.nn.Linear(50, 20))
     state = SuperTuning(sparsity=0.9).build(model)
     assert len(state["bank"].values) == 100  # type: ignore[arg-type]
