@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from ..config import plugins
 from ..config.load import load
 from ..config.settings import LoggerConfig
 from ..errors import ConfigError, RunFailed
@@ -35,6 +36,7 @@ def reproduce(path: Path, keep: Path | None = None, options: StartOptions = NO_O
     ``keep``: where the repetition stays; by default it is removed. Raises ``ConfigError`` for no finished run, ``RunFailed`` if it fails.
     """
     before = _finished(path)
+    plugins.check_file(RunFolder(path).config)
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise ConfigError(f"--keep {keep} exists and is not empty. Give a folder that does not exist yet.")
     with _scratch(keep) as folder:

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from ..config import plugins
 from ..config.load import load
 from ..config.settings import Config, LoggerConfig
 from ..errors import ConfigError, FinetuneError, RunFailed
@@ -49,6 +50,7 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     Raises ``ConfigError`` where ``path`` is no run, or one that another process works on.
     """
     files, _ = run_of(path)
+    plugins.check_file(files.config)
     refuse_if_locked(files.path)
     points, threads = [], torch.get_num_threads()
     torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order

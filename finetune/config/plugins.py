@@ -324,6 +324,15 @@ def check(file: Path, text: str) -> None:
         raise ConfigError(*faults)
 
 
+def check_file(file: Path) -> None:
+    """Do what ``check`` does for a file that may be missing or damaged, of which it then says nothing."""
+    try:
+        text = safe.read(file, safe.YAML_BYTES).decode()
+    except (OSError, ValueError):
+        return
+    check(file, text)
+
+
 def _described(record: dict[str, str]) -> str:
     version = f" {record['version']}" if record["version"] else ""
     return f"{record['name']}{version} (SHA-256 {record['sha256'][:SHOWN_DIGITS]})"
