@@ -37,7 +37,9 @@ def train() -> dict[str, Tensor]:
         session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=micro))
         process, world = session.accelerator.process_index, session.accelerator.num_processes
         kept["world"] = torch.tensor(world)
-        session.batches = Batches(session.batches.data, session.train.batch_size, micro, 0, process, world)
+        session.batches = Batches(
+            session.batches.data, session.recipe.train.batch_size, micro, 0, process, world
+        )
         bank = session.states["method"]["bank"]
         starts = torch.tensor([0, *bank.sizes]).cumsum(0)
         for step in session.steps():

@@ -107,8 +107,8 @@ def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[lis
     first = [p.detach().clone() for p in parameters]
     head = model.classifier.requires_grad_()
     optimizer = torch.optim.AdamW([*parameters, *head.parameters()], weight_decay=0.0)
-    for step, micro in enumerate(session.batches.steps(0, session.train.steps)):
-        lr = DECAYING.lr * rate(DECAYING, step, session.train.steps)
+    for step, micro in enumerate(session.batches.steps(0, session.recipe.train.steps)):
+        lr = DECAYING.lr * rate(DECAYING, step, session.recipe.train.steps)
         (batch,) = micro
         assert batch is not None
         optimizer.zero_grad()
