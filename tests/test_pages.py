@@ -46,6 +46,12 @@ def pages() -> Iterator[Any]:
         yield importlib.import_module("doc_pages")
 
 
+@pytest.fixture(scope="module")
+def generated(pages: Any) -> dict[str, str]:
+    """Every generated page by its path."""
+    return pages.generated_pages()
+
+
 def commands() -> Iterator[tuple[str, str]]:
     """Every command line of the program on the pages, with the name of its page."""
     for page in PAGES:
@@ -156,11 +162,11 @@ def test_links_of_the_readme_lead_somewhere() -> None:
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_every_method_has_a_complete_page(pages: Any, name: str) -> None:
+def test_every_method_has_a_complete_page(pages: Any, generated: dict[str, str], name: str) -> None:
     entry = registry.catalog("method")[name]
     missing = pages.read_method(entry).missing
     assert not missing, f"{entry.module} does not say: {', '.join(missing)}"
-    text = pages.generated_pages()[f"methods/{name}.md"]
+    text = generated[f"methods/{name}.md"]
     for heading in (
         "Formula",
         "Options",
@@ -215,8 +221,8 @@ def test_a_page_says_what_its_file_leaves_out(
     assert (every.default, every.values) == ("5", "whole number")
 
 
-def test_the_settings_page_has_every_setting(pages: Any) -> None:
-    text = pages.settings_page()
+def test_the_settings_page_has_every_setting(generated: dict[str, str]) -> None:
+    text = generated["reference/settings.md"]
     for section in ("model", "optimizer", "train", "logger"):
         for field in dataclasses.fields(type(getattr(load([]), section))):
             assert field.name == "name" or f"| `{section}.{field.name}` |" in text
@@ -227,11 +233,12 @@ def test_the_settings_page_has_every_setting(pages: Any) -> None:
                 assert f"| `{name}` |" in text or f"`{kind.name}={option}`" in text
 
 
-def test_every_setting_says_what_it_means(pages: Any) -> None:
-    rows = [line for line in pages.settings_page().splitlines() if line.startswith("| `")]
+def test_every_setting_says_what_it_means(generated: dict[str, str]) -> None:
+    text = generated["reference/settings.md"]
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert len(rows) > 60
     silent = [row for row in rows if not row.rstrip(" |").rpartition("| ")[2]]
-    silent += re.findall(r"### (.*)\n(?:.*\n)+?\| option \| default \| values \|\n", pages.settings_page())
+    silent += re.findall(r"### (.*)\n(?:.*\n)+?\| option \| default \| values \|\n", text)
     assert not silent
 
 
@@ -242,9 +249,9 @@ def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
     assert pages.to_markdown(doc).splitlines() == shown
 
 
-def test_interfaces_are_described(pages: Any) -> None:
+def test_interfaces_are_described(pages: Any, generated: dict[str, str]) -> None:
     for name, (title, _) in pages.API.items():
-        text = pages.generated_pages()[f"api/{name}.md"]
+        text = generated[f"api/{name}.md"]
         assert text.startswith(f"# {title}\n")
         assert "```python\n" in text
 
