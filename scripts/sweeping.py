@@ -16,8 +16,10 @@ import time
 from pathlib import Path
 
 from finetune import sweep
+from finetune.launch.start import NO_OPTIONS
+from finetune.sweep.lines import tail
 from finetune.sweep.pool import Pool
-from finetune.sweep.process import Process, tail
+from finetune.sweep.process import Process
 
 WORDS = ["method=snell", "train.threads=1", "train.device=cpu", "train.eval_every=null"]
 
@@ -27,7 +29,7 @@ def overhead(seed: int, warm: bool) -> float:
     (point,) = sweep.points([*WORDS, "train.steps=2", f"seed={seed}", f"name=warm{warm}"])
     sweep.freeze([point])
     began = time.time()
-    process = Process.start(point, threads=1, warm=warm)
+    process = Process.start(point, NO_OPTIONS, threads=1, fork=warm)
     assert process
     first = None
     while process.poll() is None:

@@ -1,10 +1,10 @@
-"""The command ``finetune sweep``: many runs that are checked first, survive whatever ends them, and are watched while they go."""
+"""The command ``finetune sweep``: check many runs, run them, show them, and go on with them after an interruption."""
 
 from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,10 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ..errors import ConfigError, near
+from ..system.exit_code import INTERRUPTED
 from .options import Plugins, load_plugins
 
 if TYPE_CHECKING:
     from ..sweep import Point
+    from ..sweep.work import Work
 
 Overrides = Annotated[
     list[str] | None,
@@ -93,7 +95,7 @@ Trials = Annotated[
     typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-OF_SEARCH = (
+FOR_SEARCH = (  # options that mean something beside --search
     "--search",
     "--trials",
     "--sweep",
@@ -106,103 +108,168 @@ OF_SEARCH = (
     "--plugins",
     "--json",
 )
+TRIALS = 5  # of tune=, for each configuration
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The words of the command line by what they are for."""
+class Words:
+    """The words of the command line by what they are for.
+
+    ``settings`` choose the runs, ``launcher`` are settings of the launcher, and ``tune`` is the value of ``tune=``.
+    """
 
     settings: list[str]
     launcher: list[str]
-    tune: list[str]
+    tune: str | None
+
+
+@dataclass(frozen=True)
+class Configs:
+    """Where configurations are read from besides the built-in ones."""
+
+    config_dir: Path | None
+    config_file: Path | None
 
 
 def sweep(
     context: typer.Context,
-    overrides: Overrides = None, preset: SweepName = None, name: Name = None, config_dir: ConfigDir = None, config_file: ConfigFile = None,
-    jobs: Jobs = None, launcher: LauncherName = "local", retry: Retry = False, attempts: Attempts = 1, fail_fast: FailFast = False,
-    dry_run: DryRun = False, max_runs: MaxRuns = 500, watch: Watch = None, search: Search = None, trials: Trials = None, plugins: Plugins = None,
+    # what is run
+    overrides: Overrides = None,
+    preset: SweepName = None,
+    name: Name = None,
+    config_dir: ConfigDir = None,
+    config_file: ConfigFile = None,
+    plugins: Plugins = None,
+    # how it is run
+    jobs: Jobs = None,
+    launcher: LauncherName = "local",
+    retry: Retry = False,
+    attempts: Attempts = 1,
+    fail_fast: FailFast = False,
+    # what is done instead of a run of the whole grid
+    dry_run: DryRun = False,
+    max_runs: MaxRuns = 500,
+    watch: Watch = None,
+    search: Search = None,
+    trials: Trials = None,
+    # how it is shown
     as_json: AsJson = False,
-) -> None:  # fmt: skip
-    """Run the cross product of all values: method=lora,snell seed=0,1. The same command again goes on: finished runs are skipped."""
+) -> None:
+    """Run the cross product of all values: method=lora,snell seed=0,1.
+
+    The same command again goes on: finished runs are skipped.
+    """
+    typed = _typed_options(context)
     if watch:
-        raise typer.Exit(
-            _watch(
-                watch,
-                [text for option, text in _typed(context).items() if option != "--watch"] + (overrides or []),
-            )
-        )
-    asked = _asked(overrides or [], preset, name)
-    if search or (trials and not asked.tune):
-        _check_search(_typed(context), asked, search, trials)
+        del typed["--watch"]
+        raise typer.Exit(_watch(watch, [*typed.values(), *(overrides or [])]))
+    words = _sort_words(overrides or [], preset, name)
+    if search or (trials and words.tune is None):
+        _check_search(typed, words, search, trials)
     elif launcher != "local":
-        _check_launcher(_typed(context), launcher)
+        _check_launcher(typed, launcher)
     options = load_plugins(plugins)
-    from ..sweep import launch, points, tune
+    from ..sweep import cluster
     from ..sweep.watch import Board
     from ..sweep.work import Work
 
-    where = launch.launcher(launcher, asked.launcher, config_dir)
-    searched, tuning = None, None
+    configs = Configs(config_dir, config_file)
+    settings = list(words.settings)
+    if words.tune is not None:
+        settings.append(f"tune={words.tune}")
     with Board() as board:
+        work = Work(
+            settings=settings,
+            command=_command(),
+            jobs=jobs,
+            launcher=cluster.choose_launcher(launcher, words.launcher, config_dir),
+            board=board,
+            retry=retry,
+            attempts=attempts,
+            fail_fast=fail_fast,
+            options=options,
+        )
         try:
             if search and trials:
-                from ..sweep import search as searching
-
-                searched = searching.run(
-                    asked.settings, trials, None, jobs, config_dir=config_dir, config_file=config_file, attempts=attempts, fail_fast=fail_fast,
-                    board=board, command=_command(), options=options,
-                )  # fmt: skip
+                report = _run_search(work, trials, configs, as_json)
             else:
-                runs = points(asked.settings, config_dir, config_file, max_runs=max_runs, say=board.say)
-                tuning = tune.plan(runs, asked.tune[0], trials or 5) if asked.tune else None
-                if dry_run:
-                    from ..sweep.forecast import forecast
-                    from .sweep_tables import show_forecast
-
-                    show_forecast(forecast(runs, jobs or 1, retry, board.say, None, tuning, options), as_json)
-                    return
-                work = Work(
-                    where,
-                    jobs,
-                    board,
-                    [*asked.settings, *(f"tune={text}" for text in asked.tune)],
-                    _command(),
-                    retry,
-                    attempts,
-                    fail_fast,
-                    options,
-                )
-                runs, found = work.run(runs, tuning)
+                report = _run_grid(work, words, trials or TRIALS, configs, max_runs, dry_run, as_json)
         except KeyboardInterrupt as error:
             by = f" by {error}" if str(error) else ""
             print(f"Interrupted{by}. What is finished is kept; to go on: {_command()}", file=sys.stderr)
-            raise typer.Exit(130) from None
-    if searched is not None:
-        raise typer.Exit(_report_search(searched, as_json))
-    raise typer.Exit(_report(runs, tuning.tried if tuning else [], found, as_json))
+            raise typer.Exit(INTERRUPTED) from None
+    raise typer.Exit(report())
 
 
-def _asked(words: Sequence[str], preset: str | None, name: str | None) -> Asked:
-    """Sort the words. Raises ``ConfigError`` where an option and a word say the same thing."""
-    settings = [word for word in words if not word.startswith(("launcher.", "tune="))]
-    for option, key in ((preset, "sweep"), (name, "name")):
-        if option is not None:
-            if any(word.startswith(f"{key}=") for word in settings):
-                raise ConfigError(f"--{key} {option} and {key}= are the same setting; keep one of them.")
-            settings.append(f"{key}={option}")
-    tune = [word.removeprefix("tune=") for word in words if word.startswith("tune=")]
-    if len(tune) > 1:
-        raise ConfigError(f"tune={tune[0]} and tune={tune[1]}: one parameter can be tuned; keep one of them.")
-    return Asked(settings, [word for word in words if word.startswith("launcher.")], tune)
+def _run_search(work: Work, trials: int, configs: Configs, as_json: bool) -> Callable[[], int]:
+    """Run a search; return the function that prints its trials and returns the exit code."""
+    from ..sweep import search
+
+    results = search.run(work, trials, configs.config_dir, configs.config_file)
+
+    def report() -> int:
+        from .sweep_tables import show, show_search
+
+        if as_json:
+            show(results, as_json)
+        else:
+            show_search(results)
+        return 1 if any(result["status"] == "failed" for _, result in results) else 0
+
+    return report
+
+
+def _run_grid(
+    work: Work, words: Words, trials: int, configs: Configs, max_runs: int, dry_run: bool, as_json: bool
+) -> Callable[[], int]:
+    """Run a grid, or foresee it; return the function that prints the results and returns the exit code."""
+    from ..sweep import points, tune
+
+    runs = points(
+        words.settings, configs.config_dir, configs.config_file, max_runs=max_runs, say=work.board.say
+    )
+    tuning = None if words.tune is None else tune.plan(runs, words.tune, trials)
+    if dry_run:
+        from ..sweep.forecast import forecast
+
+        foreseen = forecast(runs, work.jobs or 1, work.retry, work.board.say, tuning, work.options)
+
+        def report_forecast() -> int:
+            from .sweep_tables import show_forecast
+
+            show_forecast(foreseen, as_json)
+            return 0
+
+        return report_forecast
+    runs, found = work.run(runs, tuning)
+    return lambda: _report(runs, tuning.trials if tuning else [], found, as_json)
+
+
+def _report(
+    runs: Sequence[Point], trials: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool
+) -> int:
+    """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
+    from .sweep_tables import show
+
+    show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
+    missing = {"status": "not finished", "error": "the same command goes on with it"}
+    code = 0
+    for point in [*trials, *runs]:
+        result = found.get(point.folder.path, missing)
+        if result["status"] != "finished":
+            print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
+            code = 1
+    return code
 
 
 def _watch(folder: Path, others: Sequence[str]) -> int:
+    """Show the sweep in ``folder`` until it ends; the exit code. ``others`` are all other words that were typed."""
     from ..sweep.watch import watch
 
     if others:
         raise ConfigError(
-            f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings and no options."
+            f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings "
+            "and no options."
         )
     try:
         return watch(folder)
@@ -210,95 +277,78 @@ def _watch(folder: Path, others: Sequence[str]) -> int:
         return 0
 
 
-def _typed(context: typer.Context) -> dict[str, str]:
-    """The options that were typed, each as it can be typed again."""
-    given = {
-        p.opts[0]: context.params[p.name]
-        for p in context.command.params
-        if p.name and _from_command_line(context, p.name)
-    }
-    return {
-        option: option if value is True else f"{option} {value}"
-        for option, value in given.items()
-        if option.startswith("--")
-    }
+def _sort_words(words: Sequence[str], preset: str | None, name: str | None) -> Words:
+    """Sort the words. Raises ``ConfigError`` where an option and a word say the same thing."""
+    settings, launcher, tune = list[str](), list[str](), list[str]()
+    for word in words:
+        if word.startswith("launcher."):
+            launcher.append(word)
+        elif word.startswith("tune="):
+            tune.append(word)
+        else:
+            settings.append(word)
+    for option, key in ((preset, "sweep"), (name, "name")):
+        if option is None:
+            continue
+        if any(word.startswith(f"{key}=") for word in settings):
+            raise ConfigError(f"--{key} {option} and {key}= are the same setting; keep one of them.")
+        settings.append(f"{key}={option}")
+    if len(tune) > 1:
+        raise ConfigError(f"{tune[0]} and {tune[1]}: one parameter can be tuned; keep one of them.")
+    return Words(settings, launcher, tune[0].removeprefix("tune=") if tune else None)
 
 
-def _from_command_line(context: typer.Context, name: str) -> bool:
-    source = context.get_parameter_source(name)
-    return source is not None and source.name == "COMMANDLINE"
+def _typed_options(context: typer.Context) -> dict[str, str]:
+    """Return the options that were typed, each by its name as it can be typed again."""
+    typed = {}
+    for parameter in context.command.params:
+        option, source = parameter.opts[0], context.get_parameter_source(parameter.name or "")
+        if source is None or source.name != "COMMANDLINE" or not option.startswith("--"):
+            continue
+        value = context.params[parameter.name or ""]
+        typed[option] = option if value is True else f"{option} {value}"
+    return typed
 
 
-def _check_search(typed: dict[str, str], asked: Asked, search: str | None, trials: int | None) -> None:
-    """Raises ``ConfigError`` with all that is wrong with what a search is asked for."""
+def _check_search(typed: dict[str, str], words: Words, search: str | None, trials: int | None) -> None:
+    """Raise ``ConfigError`` with everything that is wrong with the options of a search."""
     if search is None:
         raise ConfigError(f"--trials {trials} belongs to tune=KEY or to --search optuna; give one of them.")
-    faults = (
-        []
-        if search == "optuna"
-        else [f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna."]
-    )
+    faults = []
+    if search != "optuna":
+        faults.append(f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna.")
     if not trials:
         faults.append(f"--search {search} needs to know how many trials it makes: --trials 20, for example.")
-    foreign = [
-        text for option, text in typed.items() if option not in OF_SEARCH and text != "--launcher local"
-    ]
-    foreign += [*asked.launcher, *(f"tune={text}" for text in asked.tune)]
+    foreign = [text for option, text in typed.items() if option not in FOR_SEARCH]
+    foreign = [text for text in foreign if text != "--launcher local"]
+    foreign += words.launcher
+    if words.tune is not None:
+        foreign.append(f"tune={words.tune}")
     if foreign:
         faults.append(
-            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another by what the earlier ones found, on this "
-            "machine, and runs none again. Leave it out, or --search."
+            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another by what "
+            "the earlier ones found, on this machine, and runs none again. Leave it out, or --search."
         )
     if faults:
         raise ConfigError(*faults)
 
 
 def _check_launcher(typed: dict[str, str], launcher: str) -> None:
-    """Raises ``ConfigError`` with the options that a cluster cannot obey."""
+    """Raise ``ConfigError`` with the options that a cluster cannot obey."""
     faults = []
-    if foreign := [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]:
+    local = [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]
+    if local:
         faults.append(
-            f"{', '.join(foreign)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. Leave it out."
+            f"{', '.join(local)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. "
+            "Leave it out."
         )
-    if "--jobs" in typed and (
-        cure := {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}.get(
-            launcher
-        )
-    ):
-        faults.append(f"{typed['--jobs']} is nothing that --launcher {launcher} takes. {cure}")
+    cures = {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}
+    if "--jobs" in typed and launcher in cures:
+        faults.append(f"{typed['--jobs']} is nothing that --launcher {launcher} takes. {cures[launcher]}")
     if faults:
         raise ConfigError(*faults)
 
 
-def _report_search(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> int:
-    """Print the trials; the exit code."""
-    from .sweep_tables import show, show_search
-
-    if as_json:
-        show(results, as_json)
-    else:
-        show_search(results)
-    return 1 if any(result["status"] == "failed" for _, result in results) else 0
-
-
 def _command() -> str:
-    """What was typed, as it can be typed again."""
+    """Return the command that was typed, quoted for a shell."""
     return shlex.join(["finetune", *sys.argv[1:]])
-
-
-def _report(
-    runs: Sequence[Point], tried: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool
-) -> int:
-    """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
-    from .sweep_tables import show
-
-    show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
-    left = {"status": "not finished", "error": "the same command goes on with it"}
-    wrong = [
-        (point, result)
-        for point in [*tried, *runs]
-        if (result := found.get(point.folder.path, left))["status"] != "finished"
-    ]
-    for point, result in wrong:
-        print(f"Error: {point.folder.path} {result['status']}: {result['error']}", file=sys.stderr)
-    return 1 if wrong else 0

@@ -1,6 +1,10 @@
-"""Train one run and return the exit code of the process. The command ``finetune train`` and every child of a sweep train this way.
+"""Train one run and return the exit code of the process.
 
-``python -m finetune.launch.child PARENT OPTIONS CONFIG`` trains one frozen configuration in a new process (see ``start``).
+The command ``finetune train`` and every child of a sweep train this way. A fresh child of a sweep is
+``python -m finetune.launch.child PARENT OPTIONS CONFIG``, where CONFIG is a frozen configuration.
+
+Modules that take time to import are imported inside the functions, where ``Signals`` is in force already: a
+signal that arrives during the imports must stop the run like any other.
 """
 
 from __future__ import annotations
@@ -12,22 +16,21 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..system.environment import rank
-from ..system.exit_code import print_line
-from ..system.signals import CODE, Interrupted, Signals
+from ..system.exit_code import INTERRUPTED, print_line
+from ..system.signals import Interrupted, Signals
 from .start import StartOptions, child_main
 
 if TYPE_CHECKING:
     from ..config.settings import Config
 
-# Whatever takes time to import is imported inside the functions: a signal that comes meanwhile must stop the run as any other does.
 Read = Callable[[], "tuple[Config, Path]"]
 Report = Callable[[dict[str, Any], Path], None]
 
 
 def train_frozen(config: str, options: StartOptions) -> int:
-    """Train the frozen configuration in the file ``config``; return the exit code as ``train`` does. Prints no result.
+    """Train the frozen configuration in the file ``config``; return 0, or 130 after a signal. Prints no result.
 
-    ``run_child`` calls it and turns what it raises into messages and exit codes.
+    Raises what ``train`` raises; ``run_child`` turns that into a message and an exit code.
     """
 
     def read() -> tuple[Config, Path]:
@@ -47,10 +50,11 @@ def train(
     report: Report = lambda result, folder: None,
     preview: Callable[[Config], None] | None = None,
 ) -> int:
-    """Train the configuration and folder that ``read`` returns; return 0, or 130 after a signal, and raise any other failure.
+    """Train the configuration that ``read`` returns in the folder that it returns; return 0, or 130 after a signal.
 
-    ``processes``: how many ranks train together; by default as many as trained the run before. ``report`` is called with the result in rank 0.
-    ``preview`` is called with the configuration instead of training.
+    ``processes`` is the number of ranks, by default as many as trained this run before. ``report`` is called in
+    rank 0 with the result and the folder. ``preview``, if given, is called with the configuration, and nothing is
+    trained. Raises ``FinetuneError`` for a mistake of the user or a failed run.
     """
     folder: Path | None = None
     try:
@@ -69,16 +73,16 @@ def train(
             from .resume import command
 
             print_line(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes or 1)}")
-        return CODE
+        return INTERRUPTED
 
 
 def _processes_before(folder: Path) -> int:
-    """Return how many ranks trained the run in ``folder`` before; 1 for a new run, and in a rank that a launcher has started."""
+    """Return how many ranks trained the run in ``folder`` before; 1 if none did or a launcher started this one."""
     if "LOCAL_RANK" in os.environ:
         return 1
-    from . import resume
+    from .resume import processes
 
-    before = resume.processes(folder) or 1
+    before = processes(folder) or 1
     if before > 1:
         print_line(f"Going on with {before} processes, as before (--processes takes another number).")
     return before
@@ -87,7 +91,7 @@ def _processes_before(folder: Path) -> int:
 def _result(
     config: Config, folder: Path, signals: Signals, processes: int, options: StartOptions
 ) -> dict[str, Any]:
-    """Train, unless ``folder`` holds the finished result of this configuration already, and return the result."""
+    """Train, unless ``folder`` already holds the finished result of ``config``, and return the result."""
     from ..storage.run_folder import RunFolder
     from .ranks import launch, work
 

@@ -1,7 +1,7 @@
-"""Runs forked from one process that has imported everything: seconds less a run than a new interpreter. Linux only; not with GPUs.
+"""Fork runs from one process that has imported everything: saves seconds a run. Linux only, and not with GPUs.
 
-The server is Python's own (``multiprocessing``'s forkserver). It computes nothing, so that nothing of it can get into a run, and ends with the sweep;
-its children end with it. A GPU's driver does not survive a fork.
+The fork server is that of Python's ``multiprocessing``. It computes nothing, so nothing of it can influence a
+run. It ends with the sweep, and its children end with it. A GPU's driver does not survive a fork.
 """
 
 from __future__ import annotations
@@ -17,36 +17,38 @@ from typing import Any
 from ..storage.lock import INHERITED
 from .start import StartOptions, end_with, run_child
 
-LOADS = "finetune.launch.preload"  # what the server imports
-LOADED_BY = (
-    os.getpid()
-)  # in a child, the server, which has loaded this module, too: it may have ended before the child can look
+PRELOAD = f"{__package__}.preload"
+# The fork server imports this module, so in a forked child this is the server's number, even after it has ended.
+SERVER = os.getpid()
 
 
-class _Inherited:
-    """An open file that is handed to the child; there its number is ``fd``."""
+class _InheritedFile:
+    """An open file that is handed to the child, where its descriptor is ``fd``."""
 
     def __init__(self, fd: int) -> None:
         self.fd = fd
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _received, (reduction.DupFd(self.fd),)
+        return _receive_file, (reduction.DupFd(self.fd),)
 
 
-def _received(passed: Any) -> _Inherited:
-    return _Inherited(passed.detach())
+def _receive_file(passed: Any) -> _InheritedFile:
+    return _InheritedFile(passed.detach())
 
 
 class Forked:
-    """As much of ``subprocess.Popen`` as a sweep uses: a process that trains the frozen configuration in the file ``config``."""
+    """A forked process that trains the frozen configuration in the file ``config``.
 
-    def __init__(self, config: str, options: StartOptions, environment: dict[str, str], held: int) -> None:
+    It has as much of the interface of ``subprocess.Popen`` as a sweep uses. ``lock`` is the descriptor of the
+    run's lock, which the child holds too; ``environment`` replaces the child's environment variables.
+    """
+
+    def __init__(self, config: str, options: StartOptions, environment: dict[str, str], lock: int) -> None:
         read, write = os.pipe()
         self.stderr = os.fdopen(read, "rb", buffering=0)
+        arguments = (config, options, environment, _InheritedFile(write), _InheritedFile(lock))
         try:
-            self._process = context(environment).Process(
-                target=_enter, args=(config, options, environment, _Inherited(write), _Inherited(held))
-            )
+            self._process = server_context(environment).Process(target=_run_forked, args=arguments)
             self._process.start()
         except BaseException:
             self.stderr.close()
@@ -58,47 +60,56 @@ class Forked:
 
     @property
     def returncode(self) -> int | None:
-        """As of ``subprocess``: minus the signal that ended it; ``None`` while it runs."""
+        """The exit code, or minus the signal that ended the process; ``None`` while it runs."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """The same, as a method."""
+        """Return ``returncode``."""
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """To it alone."""
+        """Send a signal to the process, and not to what it started."""
         if self.returncode is None:
             os.kill(self.pid, number)
 
 
-def context(environment: dict[str, str]) -> ForkServerContext:
-    """The server, started at first use. How threads wait is read when a library is loaded, so it must be in the server's own environment."""
+def server_context(environment: dict[str, str]) -> ForkServerContext:
+    """Return the context of the fork server, which starts at its first use.
+
+    OpenMP reads how threads wait when a library is loaded, so ``OMP_*`` must be in the server's own environment.
+    """
     for name, value in environment.items():
         if name.startswith("OMP_"):
             os.environ[name] = value
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([f"{__package__}.bound", __name__, LOADS])
+    context.set_forkserver_preload([PRELOAD])
     return context
 
 
-def _enter(
-    config: str, options: StartOptions, environment: dict[str, str], errors: _Inherited, held: _Inherited
+def _run_forked(
+    config: str,
+    options: StartOptions,
+    environment: dict[str, str],
+    errors: _InheritedFile,
+    lock: _InheritedFile,
 ) -> None:
-    """The child: set up as a process of its own, then trained."""
+    """Set the child up like a new process, then train. ``errors`` becomes its standard error."""
     os.setpgid(0, 0)
-    end_with(LOADED_BY)
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for source, target in ((nowhere, 0), (nowhere, 1), (errors.fd, 2)):
-        os.dup2(source, target)
+    end_with(SERVER)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.dup2(errors.fd, 2)
     os.close(errors.fd)
     os.environ.clear()
-    os.environ.update(environment, **{INHERITED: str(held.fd)})
+    os.environ.update(environment, **{INHERITED: str(lock.fd)})
     import torch
 
-    if environment.get("OMP_NUM_THREADS"):
-        torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if threads := environment.get("OMP_NUM_THREADS"):
+        torch.set_num_threads(int(threads))
     from .child import train_frozen
 
     sys.exit(run_child(train_frozen, options, config))

@@ -1,12 +1,35 @@
-"""What nearly every run needs, imported once for all of a sweep (see ``warm.py``). Never imported by anything else."""
+"""Prepare the fork server (see ``forkserver``): bind it to the sweep, then import what nearly every run needs.
 
-import datasets  # noqa: F401
-import pydantic.type_adapter  # noqa: F401
-from transformers.models.vit import image_processing_pil_vit, modeling_vit  # noqa: F401
+Only the fork server imports this module.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
 
 from ..registry import import_all
-from ..report import summary  # noqa: F401
-from ..system import progress  # noqa: F401
-from ..training import run  # noqa: F401
+from .start import end_with
 
-import_all()
+
+def _bind_to_sweep() -> None:
+    """Let the server end with the sweep, and leave it to the sweep to end the runs in order after a signal."""
+    end_with(os.getppid())
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+
+
+def _import_modules() -> None:
+    """Import what takes seconds: libraries first, then this package and everything that it registers."""
+    import datasets  # noqa: F401
+    import pydantic.type_adapter  # noqa: F401
+    from transformers.models.vit import image_processing_pil_vit, modeling_vit  # noqa: F401
+
+    from ..training import run  # noqa: F401
+    from . import forkserver, ranks  # noqa: F401
+
+    import_all()
+
+
+_bind_to_sweep()  # before the imports, during which a signal may arrive
+_import_modules()

@@ -1,6 +1,7 @@
-"""Several processes that train one run together: started here by torch's launcher, or by ``accelerate launch``.
+"""Train one run by several processes: started here by torch's launcher, or outside by ``accelerate launch``.
 
-The launching process trains nothing. It passes signals on, ends everybody when one process dies, and says why. Imports no torch before ``launch``.
+The launching process trains nothing. It passes signals on, ends all ranks when one dies, and reports why.
+Imports no torch before ``launch`` or ``work`` is called.
 """
 
 from __future__ import annotations
@@ -21,64 +22,81 @@ from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError, FinetuneError, RunFailed, visible
 from ..storage.run_folder import RunFolder
-from ..system.environment import cores, rank
+from ..system.environment import count_cores, rank
+from ..system.exit_code import INTERRUPTED
 from ..system.progress import ProgressBar
-from ..system.signals import CODE, Interrupted, Signals
+from ..system.signals import Interrupted, Signals
 from .resume import command
 from .start import StartOptions, end_with
 
-GRACE = 10.0  # seconds that the others have to end by themselves when one process has failed
+GRACE = 10.0  # seconds that the other ranks have to end by themselves when one has failed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-QUIET = "ignore:resource_tracker:UserWarning"  # locks of libraries whose process is ended at once are given back by Python's tracker, which says so
-SEVERED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+# A process that ends at once leaves locks of libraries behind; Python's tracker frees them, with a warning.
+WARNINGS = "ignore:resource_tracker:UserWarning"
+LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
+MOST_TRACE = 8000  # characters of a traceback that a rank reports
+Report = dict[str, Any]  # what a failed rank reports: rank, code, lines, severed, trace, at
 
 
 class Severed(RunFailed):
-    """Another process has ended."""
+    """The connection to another rank is lost, because that rank has ended."""
 
 
 class ProcessFailed(Exception):
-    """What another process raised, and nobody expected; its cause is that process's traceback."""
+    """A rank raised an error that nothing expected; the cause holds that rank's traceback."""
 
 
 def severed(error: BaseException) -> bool:
-    """Whether an exchange failed, as it does in all processes when one of them has ended."""
-    return isinstance(error, RuntimeError) and any(words in str(error) for words in SEVERED)
+    """Tell whether a collective failed because another rank has ended."""
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION)
 
 
 def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
-    """Train as one process of however many there are; only the first shows how far it is. Raises as ``run.train`` does, and ``Severed``."""
+    """Train as one rank of however many there are, and return the result; only rank 0 shows its progress.
+
+    Raises what ``run.train`` raises, and ``Severed`` where another rank has ended.
+    """
     from ..training import run
 
     try:
-        if rank():
-            return run.train(config, folder, lambda line: None, lambda done, total, words: None, signals)
+        if rank() != 0:
+            return run.train(config, folder, _say_nothing, _show_nothing, signals)
         with ProgressBar() as progress:
             return run.train(config, folder, progress.say, progress, signals)
     except RuntimeError as error:
         if not severed(error):
             raise
         raise Severed(
-            f"Another process of this run has ended, and no other can go on without it. {_whole(folder)}"
+            f"Another process of this run has ended, and no other can go on without it. {_how_to_go_on(folder)}"
         ) from error
 
 
-def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
-    """Train ``config`` in ``folder`` by ``count`` processes of this machine; the content of the run's ``result.json``.
+def _say_nothing(line: str) -> None:
+    """Take the place of a function that prints a line."""
 
-    Raises what the first process to fail has raised, ``RunFailed`` where a signal ended it, and ``Interrupted`` where one asked the run to stop.
+
+def _show_nothing(done: int, total: int, words: str) -> None:
+    """Take the place of a progress bar."""
+
+
+def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
+    """Train ``config`` in ``folder`` by ``count`` ranks on this machine; return the content of ``result.json``.
+
+    Raises the error of the first rank that failed, ``RunFailed`` where a signal killed a rank, and
+    ``Interrupted`` where a signal asked the run to stop.
     """
     if faults := _misfits(config, count):
         raise ConfigError(*faults)
-    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, if not by __all__
+    from torch.distributed import TCPStore  # type: ignore[attr-defined]  # public, though not in __all__
     from torch.multiprocessing.spawn import start_processes
 
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     pipes = [multiprocessing.Pipe(duplex=False) for _ in range(count)]
-    with _threads(count):
+    writers = [writer for _, writer in pipes]
+    with _environment_of_ranks(count):
         started = start_processes(
-            _work,
-            (count, store.port, os.getpid(), options, config.as_dict(), folder, [w for _, w in pipes]),
+            _run_rank,
+            (count, store.port, os.getpid(), options, config.as_dict(), folder, writers),
             count,
             join=False,
         )
@@ -88,38 +106,45 @@ def launch(config: Config, folder: Path, count: int, options: StartOptions) -> d
     finally:
         for process in started.processes:
             process.kill()
-    words = [reader.recv() for reader, _ in pipes if reader.poll()]
-    _judge(
-        [0 if i in killed else process.exitcode for i, process in enumerate(started.processes)], words, folder
-    )
+    reports = [reader.recv() for reader, _ in pipes if reader.poll()]
+    codes = [process.exitcode for process in started.processes]
+    for i in killed:  # these were ended here, so their exit codes tell nothing
+        codes[i] = 0
+    _raise_cause(codes, reports, folder)
     return RunFolder(folder).read_result()
 
 
 def _misfits(config: Config, count: int) -> list[str]:
-    """Why ``count`` processes cannot be had."""
+    """Return the reasons why ``count`` ranks cannot be started here."""
     if "LOCAL_RANK" in os.environ:
         return [
-            f"--processes {count} inside of `accelerate launch` or torchrun, which have started processes already; leave one of them out."
+            f"--processes {count} inside of `accelerate launch` or torchrun, which have started processes "
+            "already; leave one of them out."
         ]
     if config.train.device == "cpu":
         return []
     import torch
 
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else count
-    return (
-        []
-        if count <= gpus
-        else [f"--processes {count}, but there are {gpus} GPUs here. Take fewer, or train.device=cpu."]
-    )
+    if not torch.cuda.is_available():
+        return []
+    gpus = torch.cuda.device_count()
+    if count <= gpus:
+        return []
+    return [f"--processes {count}, but there are {gpus} GPUs here. Take fewer, or train.device=cpu."]
 
 
 @contextmanager
-def _threads(count: int) -> Iterator[None]:
-    """Whoever is started inside gets its share of the cores, unless the user has said how many threads each gets."""
-    ours = {name: str(max(1, cores() // count)) for name in THREADS if name not in os.environ} | {
-        "TORCH_MP_PARALLEL_START": "0"
-    }
-    ours |= {"PYTHONWARNINGS": QUIET} if "PYTHONWARNINGS" not in os.environ else {}
+def _environment_of_ranks(count: int) -> Iterator[None]:
+    """Set the environment variables of ranks that are started inside; what the user has set stays.
+
+    Each rank gets an equal share of the cores.
+    """
+    ours = {"TORCH_MP_PARALLEL_START": "0"}
+    threads = str(max(1, count_cores() // count))
+    defaults = dict.fromkeys(THREADS, threads) | {"PYTHONWARNINGS": WARNINGS}
+    for name, value in defaults.items():
+        if name not in os.environ:
+            ours[name] = value
     os.environ |= ours
     try:
         yield
@@ -129,15 +154,18 @@ def _threads(count: int) -> Iterator[None]:
 
 
 def _supervise(processes: Sequence[Any]) -> set[int]:
-    """Wait until all have ended. Once one has failed the others have ``GRACE`` seconds; returns those that had to be killed."""
+    """Wait until all ranks have ended; return the numbers of those that had to be killed.
+
+    When one has failed, or a signal came, the others have ``GRACE`` seconds to end by themselves.
+    """
     try:
-        _wait(processes, None)
+        _wait_for_first_failure(processes)
     except Interrupted as stop:
         for process in processes:
             if process.is_alive():
                 os.kill(process.pid, signal.Signals[stop.name])
-        _wait(processes, None)
-    _wait(processes, time.monotonic() + GRACE)
+        _wait_for_first_failure(processes)
+    _wait_until(processes, time.monotonic() + GRACE)
     killed = {i for i, process in enumerate(processes) if process.is_alive()}
     for i in killed:
         processes[i].kill()
@@ -146,48 +174,61 @@ def _supervise(processes: Sequence[Any]) -> set[int]:
     return killed
 
 
-def _wait(processes: Sequence[Any], until: float | None) -> None:
-    """Until all have ended, or one has failed; with ``until``, until all have ended or that time has come."""
-    while alive := [process for process in processes if process.is_alive()]:
-        if until is None and any(process.exitcode for process in processes):
+def _wait_for_first_failure(processes: Sequence[Any]) -> None:
+    """Return when all processes have ended, or one has failed."""
+    while _wait_a_moment(processes):
+        if any(process.exitcode for process in processes):
             return
-        if until is not None and time.monotonic() > until:
-            return
-        wait([process.sentinel for process in alive], timeout=0.5)
 
 
-def _whole(folder: Path) -> str:
+def _wait_until(processes: Sequence[Any], end: float) -> None:
+    """Return when all processes have ended, or at the time ``end`` of ``time.monotonic``."""
+    while time.monotonic() < end and _wait_a_moment(processes):
+        pass
+
+
+def _wait_a_moment(processes: Sequence[Any]) -> bool:
+    """Wait up to 0.5 s for a process to end; tell whether any was alive before."""
+    alive = [process.sentinel for process in processes if process.is_alive()]
+    if alive:
+        wait(alive, timeout=0.5)
+    return bool(alive)
+
+
+def _how_to_go_on(folder: Path) -> str:
     return f"What was saved before is whole; `{command(folder)}` goes on."
 
 
-def _judge(codes: list[int], words: list[dict[str, Any]], folder: Path) -> None:
-    """Raise what ended the run, if it did not finish. ``words``: what processes said as they failed."""
+def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
+    """Raise the error that ended the run; return if all exit codes are 0."""
     if not any(codes):
         return
     for i, code in enumerate(codes):
         if code < 0:
-            name = signal.Signals(-code).name
-            why = " (out of memory?)" if code == -signal.SIGKILL else ""
+            hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             raise RunFailed(
-                f"Process {i} of {len(codes)} was ended by {name}{why}, and the others with it. {_whole(folder)}"
+                f"Process {i} of {len(codes)} was ended by {signal.Signals(-code).name}{hint}, and the others "
+                f"with it. {_how_to_go_on(folder)}"
             )
-    words.sort(key=lambda said: (said["severed"], said["at"]))  # causes before what followed from them
-    silent = {"code": 1, "lines": [f"The processes ended with the exit codes {codes}."], "trace": ""}
-    first: dict[str, Any] = words[0] if words else silent
-    if first["code"] == CODE:
-        stop = Interrupted(first["lines"][0])
-        stop.saved = max((said["lines"][1] for said in words if said["code"] == CODE), key=len)
+    if not reports:
+        raise RunFailed(f"The processes ended with the exit codes {codes}.")
+    # Lost connections are consequences: a rank that reports its own error comes before them.
+    reports.sort(key=lambda report: (report["severed"], report["at"]))
+    cause = reports[0]
+    if cause["code"] == INTERRUPTED:
+        stop = Interrupted(cause["lines"][0])
+        saved = [report["lines"][1] for report in reports if report["code"] == INTERRUPTED]
+        stop.saved = max(saved, key=len)  # ranks that wrote nothing say nothing
         raise stop
-    if first["code"] == 2:
-        raise ConfigError(*first["lines"])
-    if first["trace"]:
-        raise ProcessFailed(
-            f"process {first['rank']} of {len(codes)}: {first['lines'][0]}"
-        ) from ProcessFailed(first["trace"])
-    raise RunFailed(first["lines"][0])
+    if cause["code"] == ConfigError.exit_code:
+        raise ConfigError(*cause["lines"])
+    if cause["trace"]:
+        what = f"process {cause['rank']} of {len(codes)}: {cause['lines'][0]}"
+        raise ProcessFailed(what) from ProcessFailed(cause["trace"])
+    raise RunFailed(cause["lines"][0])
 
 
-def _work(
+def _run_rank(
     number: int,
     count: int,
     port: int,
@@ -195,43 +236,40 @@ def _work(
     options: StartOptions,
     settings: dict[str, Any],
     folder: Path,
-    said: Sequence[Any],
+    writers: Sequence[Any],
 ) -> None:
-    """One of the processes; ``said`` has a pipe for the last words of each.
+    """Train as rank ``number``; a failure is reported through this rank's pipe of ``writers``.
 
-    The configuration comes as plain values, since a class of a plug-in can be unpickled only after ``options`` are applied.
+    The configuration comes as plain values: the class of a plug-in exists only after ``options`` are applied.
     """
     end_with(parent)
-    os.setpgid(0, 0)  # a terminal's Ctrl-C is passed on by the launching process, and does not come twice
+    os.setpgid(0, 0)  # the launching process passes a terminal's Ctrl-C on, so it must not arrive here too
     os.environ |= {
         "RANK": str(number),
         "LOCAL_RANK": str(number),
         "WORLD_SIZE": str(count),
         "LOCAL_WORLD_SIZE": str(count),
-    }
-    os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "TORCHELASTIC_RESTART_COUNT": "0",
     }
-    words: dict[str, Any] = {"rank": number, "severed": False, "trace": ""}
+    report: Report = {"rank": number, "severed": False, "trace": ""}
     try:
         with Signals() as signals:
             options.apply()
             work(strict.build(strict.Composed(settings, {})), folder, signals)
         return
     except Interrupted as stop:
-        words |= {"code": CODE, "lines": [stop.name, stop.saved]}
+        report |= {"code": INTERRUPTED, "lines": [stop.name, stop.saved]}
+    except ConfigError as error:
+        report |= {"code": error.exit_code, "lines": list(error.faults)}
     except FinetuneError as error:
-        lines = list(error.faults) if isinstance(error, ConfigError) else [visible(str(error))]
-        words |= {"code": error.exit_code, "lines": lines, "severed": isinstance(error, Severed)}
+        severed_by_other = isinstance(error, Severed)
+        report |= {"code": error.exit_code, "lines": [visible(str(error))], "severed": severed_by_other}
     except Exception as error:
-        words |= {
-            "code": 1,
-            "lines": [visible(f"{type(error).__name__}: {error}")],
-            "trace": traceback.format_exc()[-8000:],
-        }
-    said[number].send(words | {"at": time.monotonic()})
+        what = visible(f"{type(error).__name__}: {error}")
+        report |= {"code": 1, "lines": [what], "trace": traceback.format_exc()[-MOST_TRACE:]}
+    writers[number].send(report | {"at": time.monotonic()})
     sys.stderr.flush()
-    os._exit(words["code"])  # not by way of destructors, which would wait for the others
+    os._exit(report["code"])  # not through destructors, which would wait for the other ranks

@@ -1,6 +1,7 @@
-"""How child processes are started: the command that starts one, and what each child does first. Imports no torch.
+"""Start child processes: the command that starts one, and what each child does first. Imports no torch.
 
-A child is a module run by ``python -m MODULE PARENT OPTIONS WORD...``; its ``__main__`` block calls ``child_main``.
+A fresh child is a module that runs as ``python -m MODULE PARENT OPTIONS WORD...``. Its ``__main__`` block
+calls ``child_main``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 @dataclass(frozen=True)
 class StartOptions:
-    """Options of the command line that must hold in every process it starts: ranks, runs of a sweep, measurements, cluster jobs.
+    """Options of the command line that must hold in every process that it starts.
 
-    Every child receives them, as JSON or pickled, and calls ``apply`` before it reads any configuration. All fields are plain JSON values.
+    These processes are ranks, runs of a sweep, measurements and cluster jobs. Each receives the options, as
+    JSON or pickled, and calls ``apply`` before it reads a configuration. All fields are plain JSON values.
 
-    ``plugins``: absolute folders of plug-ins. Installed plug-ins are found by every process itself.
+    ``plugins``: absolute folders of plug-ins. Every process finds installed plug-ins by itself.
     """
 
     plugins: tuple[str, ...] = ()
@@ -37,7 +39,7 @@ class StartOptions:
     def from_json(cls, text: str) -> StartOptions:
         """Read what ``to_json`` wrote."""
         stated = json.loads(text)
-        return cls(tuple(stated["plugins"]))
+        return cls(plugins=tuple(stated["plugins"]))
 
     def apply(self) -> None:
         """Make the options hold in this process: load the plug-ins that are not loaded yet.
@@ -53,7 +55,10 @@ NO_OPTIONS = StartOptions()
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when the process ``parent`` ends; exit now if it has already ended. Only Linux can."""
+    """Have the kernel kill this process when the process ``parent`` ends; exit now if it has already ended.
+
+    Only Linux can do the former; elsewhere this process goes on.
+    """
     if sys.platform == "linux":
         import ctypes
 
@@ -68,14 +73,14 @@ def child_command(module: str, options: StartOptions, *words: str) -> list[str]:
 
 
 def child_main(main: Callable[..., int]) -> NoReturn:
-    """The ``__main__`` block of a module that ``child_command`` starts: bind to the parent, then run ``main`` and exit."""
+    """Do what the ``__main__`` block of a fresh child does: bind to the parent, run ``main``, and exit."""
     parent, options, *words = sys.argv[1:]
     end_with(int(parent))
     sys.exit(run_child(main, StartOptions.from_json(options), *words))
 
 
 def run_child(main: Callable[..., int], options: StartOptions, *words: str) -> int:
-    """Apply ``options``, call ``main`` with ``words`` and ``options``, and return the exit code, that of an error included."""
+    """Apply ``options``, call ``main(*words, options)``, and return its exit code, or that of its error."""
 
     def action() -> int:
         options.apply()

@@ -1,4 +1,7 @@
-"""What would end runs of a sweep before their first step: data, models and methods that do not fit. Found before any run starts. Imports no torch."""
+"""Find faults that would end runs of a sweep before their first step: data, models and methods that do not fit.
+
+They are found before any run starts. Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -11,54 +14,52 @@ from typing import Any
 from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError
-from ..launch.forkserver import context
+from ..launch.forkserver import server_context
 from ..launch.start import NO_OPTIONS, StartOptions
-from .grid import Point, where
-from .process import environment
+from ..system.environment import child_environment
+from .grid import Point, labels_of_some
 
 
 def check(runs: Sequence[Point], retry: bool = False, options: StartOptions = NO_OPTIONS) -> None:
-    """Raise ``ConfigError`` with every such fault of the ``runs`` that are to be made, those that failed before only with ``retry``.
+    """Raise ``ConfigError`` with every such fault of the ``runs`` that will start.
 
-    Each data set and model is read once, in another process.
+    Runs that failed before are checked only with ``retry``. Each data set and model is read once, in another
+    process.
     """
-    kinds: dict[str, list[Point]] = {}
+    alike: dict[str, list[Point]] = {}  # points whose checks are the same
     for point in runs:
-        if not (point.folder.result.is_file() and (point.folder.finished or not retry)):
+        kept = point.folder.result.is_file() and (point.folder.finished or not retry)
+        if not kept:
             config = point.config
-            what = (
-                config.model,
-                config.dataset,
-                config.method,
-                config.selector,
-                config.train.device,
-                config.train.precision,
-            )
-            kinds.setdefault(repr(what), []).append(point)
-    together = sorted(
-        kinds.values(), key=lambda points: repr((points[0].config.dataset, points[0].config.model))
-    )
-    found = _elsewhere([points[0].config for points in together], options) if together else []
-    told: dict[str, list[Point]] = {}
-    for points, faults in zip(together, found, strict=True):
+            parts = (config.model, config.dataset, config.method, config.selector)
+            machine = (config.train.device, config.train.precision)
+            alike.setdefault(repr((parts, machine)), []).append(point)
+    if not alike:
+        return
+    # Neighbours share their data set and model, so that these are read once.
+    groups = sorted(alike.values(), key=lambda group: repr((group[0].config.dataset, group[0].config.model)))
+    found = _faults_in_child([group[0].config for group in groups], options)
+    points_with: dict[str, list[Point]] = {}
+    for group, faults in zip(groups, found, strict=True):
         for fault in faults:
-            told.setdefault(fault, []).extend(points)
-    if told:
-        raise ConfigError(
-            *(
-                f"{fault}{where([point.label for point in points], len(runs))}"
-                for fault, points in told.items()
-            )
-        )
+            points_with.setdefault(fault, []).extend(group)
+    lines = []
+    for fault, points in points_with.items():
+        labels = [point.label for point in points]
+        lines.append(f"{fault}{labels_of_some(labels, len(runs))}")
+    if lines:
+        raise ConfigError(*lines)
 
 
-def _elsewhere(configs: list[Config], options: StartOptions) -> list[tuple[str, ...]]:
-    """``faults_of``, in a process of its own; no faults where that was ended: a run will meet what ended it."""
-    server = context(environment(1, None))
+def _faults_in_child(configs: list[Config], options: StartOptions) -> list[tuple[str, ...]]:
+    """Call ``faults_of`` in a process of its own.
+
+    No faults are returned if that process is killed: a run will meet what killed it.
+    """
+    server = server_context(child_environment(1, None))
     receiver, sender = server.Pipe(duplex=False)
-    process = server.Process(
-        target=_send, args=([config.as_dict() for config in configs], options, sender), daemon=True
-    )
+    settings = [config.as_dict() for config in configs]
+    process = server.Process(target=_send_faults, args=(settings, options, sender), daemon=True)
     process.start()
     sender.close()
     try:
@@ -67,34 +68,36 @@ def _elsewhere(configs: list[Config], options: StartOptions) -> list[tuple[str, 
     except EOFError:
         return [()] * len(configs)
     finally:
-        process.terminate()
+        process.kill()  # it ignores SIGTERM, as the fork server does
         process.join()
 
 
-def _send(settings: list[dict[str, Any]], options: StartOptions, sender: Connection) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    for standard in (1, 2):
-        os.dup2(nowhere, standard)
+def _send_faults(settings: list[dict[str, Any]], options: StartOptions, sender: Connection) -> None:
+    """Do what the child does: build the configurations after ``options`` are applied, and send their faults."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
     options.apply()
-    sender.send(faults_of([strict.build(strict.Composed(values, {})) for values in settings]))
+    configs = [strict.build(strict.Composed(values, {})) for values in settings]
+    sender.send(faults_of(configs))
 
 
 def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
-    """The faults of each configuration."""
+    """Return the faults of each configuration."""
     known: dict[str, Any] = {}
     faults: list[tuple[str, ...]] = []
     for config in configs:
         try:
-            _try(config, known)
+            _build(config, known)
             faults.append(())
         except ConfigError as error:
             faults.append(error.faults)
-            known.pop("base", None)  # it may be patched in part
+            known.pop("base", None)  # parts of the failed method may be attached to it
     return faults
 
 
-def _try(config: Config, known: dict[str, Any]) -> None:
-    """Read and build as a run does; ``known`` keeps the last data set and model."""
+def _build(config: Config, known: dict[str, Any]) -> None:
+    """Read data and model and build the method as a run does; ``known`` keeps the last data set and model."""
     from ..core.part import detach
     from ..data.encode import encode
     from ..models.load import load, original_parameters

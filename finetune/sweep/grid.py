@@ -1,7 +1,7 @@
-"""The points of a sweep: the cross product of the given values, each a run.
+"""The points of a sweep: the cross product of the given values; each point is a run.
 
-All points are checked and frozen before the first one starts. A run folder is named by its content, so the same command again skips what
-is finished and goes on with what is not.
+All points are checked and frozen before the first one starts. A run folder is named by its content, so the same
+command again skips what is finished and goes on with what is not.
 """
 
 from __future__ import annotations
@@ -28,11 +28,42 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Point:
-    """One run of a sweep. ``label`` says in what it differs from the others, but for its seed; ``config`` has its ``name`` and ``run`` set."""
+    """One run of a sweep.
+
+    ``label`` names the settings in which it differs from the others, without its seed. ``config`` has its ``name``
+    and ``run`` set.
+    """
 
     label: str
     config: Config
     folder: RunFolder
+
+
+class Faults:
+    """Faults of points, each with the labels of the points that have it."""
+
+    def __init__(self) -> None:
+        self._labels: dict[str, list[str]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._labels)
+
+    def add(self, error: ConfigError, label: str) -> None:
+        """Record the faults of the point called ``label``."""
+        for fault in error.faults:
+            self._labels.setdefault(fault, []).append(label)
+
+    def lines(self, total: int) -> list[str]:
+        """Return each fault once, with the points that have it unless all ``total`` points do."""
+        return [fault + labels_of_some(labels, total) for fault, labels in self._labels.items()]
+
+
+def labels_of_some(labels: list[str], total: int) -> str:
+    """Return a note that names the points which have a fault; empty if all ``total`` points have it."""
+    if len(labels) == total:
+        return ""
+    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+    return f" (at {labels[0]}{more})"
 
 
 def points(
@@ -43,88 +74,115 @@ def points(
     max_runs: int = MAX_RUNS,
     say: Say = lambda line: None,
 ) -> list[Point]:
-    """Every point of the sweep, checked; points of the same content are one. Raises ``ConfigError`` with the faults of all points.
+    """Return every point of the sweep, checked; points of the same content become one.
 
-    ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say`` takes a line for whatever is left out.
+    ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say`` is
+    called with a line for whatever is left out. Raises ``ConfigError`` with the faults of all points.
     """
     name, overrides = with_preset(overrides, config_dir)
-    budgets, overrides = _taken("budget", overrides)
-    if fixed := [text for text in overrides if text.startswith("run=")]:
-        raise ConfigError(
-            f"{fixed[0]}: a sweep names its runs by their content. Use name= for the folder that holds them."
-        )
-    expanded = _without_foreign(configuration.expand(overrides, config_dir), overrides, config_dir, say)
+    budgets, overrides = _take_values("budget", overrides)
+    for text in overrides:
+        if text.startswith("run="):
+            raise ConfigError(
+                f"{text}: a sweep names its runs by their content. Use name= for the folder that holds them."
+            )
+    expanded = configuration.expand(overrides, config_dir)
+    expanded = _drop_foreign(expanded, overrides, config_dir, say)
     if budgets:
-        expanded = _sized(expanded, budgets, overrides, config_dir, config_file, say)
+        expanded = _meet_budgets(expanded, budgets, overrides, config_dir, config_file, say)
     if len(expanded) > max_runs:
         raise ConfigError(
-            f"The grid has {len(expanded):,} runs, more than {max_runs:,}. Sweep fewer values, or allow it: --max-runs {len(expanded)}."
+            f"The grid has {len(expanded):,} runs, more than {max_runs:,}. Sweep fewer values, or allow it: "
+            f"--max-runs {len(expanded)}."
         )
     found: dict[Path, Point] = {}
-    faults: dict[str, list[str]] = {}
+    faults = Faults()
     for words in expanded:
         swept = [word for word in words if word not in overrides]
         try:
-            point = _point(swept, configuration.load(words, config_dir, config_file), overrides, name)
+            config = configuration.load(words, config_dir, config_file)
+            point = _make_point(swept, config, overrides, name)
             found.setdefault(point.folder.path, point)
         except ConfigError as error:
-            for fault in error.faults:
-                faults.setdefault(fault, []).append(" ".join(swept))
+            faults.add(error, " ".join(swept))
     if faults:
-        raise ConfigError(*(fault + where(at, len(expanded)) for fault, at in faults.items()))
+        raise ConfigError(*faults.lines(len(expanded)))
     return list(found.values())
 
 
 def with_preset(overrides: list[str], config_dir: Path | None) -> tuple[str, list[str]]:
-    """The name of a sweep without ``name=``, and the overrides with those of ``sweep=NAME`` in front, where they are not given anew."""
-    given = [text.partition("=")[2] for text in overrides if text.startswith("sweep=")]
-    rest = [text for text in overrides if not text.startswith("sweep=")]
-    if len(given) > 1:
-        raise ConfigError(f"sweep={given[0]} and sweep={given[1]} set the same thing; keep one of them.")
-    keys = {text.partition("=")[0] for text in rest}
-    stated = preset(given[0], config_dir) if given else []
-    kept = [text for text in stated if text.partition("=")[0] not in keys]
-    return given[0] if given and not rest else _name([*kept, *rest]), [*kept, *rest]
+    """Return the name of a sweep without ``name=``, and the overrides with ``sweep=NAME`` expanded.
+
+    The overrides of the preset come first; a setting that is given beside it wins.
+    """
+    presets, rest = _split(overrides, "sweep=")
+    if len(presets) > 1:
+        raise ConfigError(f"{presets[0]} and {presets[1]} set the same thing; keep one of them.")
+    if not presets:
+        return _name(rest), rest
+    name = presets[0].partition("=")[2]
+    given = {_key(text) for text in rest}
+    stated = [text for text in preset(name, config_dir) if _key(text) not in given]
+    if not rest:
+        return name, stated
+    return _name([*stated, *rest]), [*stated, *rest]
+
+
+def _split(texts: list[str], start: str) -> tuple[list[str], list[str]]:
+    """Return the texts that start with ``start``, and the others."""
+    found = [text for text in texts if text.startswith(start)]
+    return found, [text for text in texts if not text.startswith(start)]
+
+
+def _key(text: str) -> str:
+    return text.partition("=")[0]
 
 
 def preset(name: str, config_dir: Path | None = None) -> list[str]:
-    """The overrides that ``sweep/NAME.yaml`` lists, in the user's folder or else in ours. Raises ``ConfigError``."""
+    """Return the overrides that ``sweep/NAME.yaml`` lists: the user's file if there is one, else the built-in one.
+
+    Raises ``ConfigError``.
+    """
     folders = [folder / "sweep" for folder in (config_dir, configuration.conf_dir()) if folder]
-    file = next(
-        (folder / f"{name}.yaml" for folder in folders if name and (folder / f"{name}.yaml").is_file()), None
-    )
+    files = [folder / f"{name}.yaml" for folder in folders if name]
+    file = next((file for file in files if file.is_file()), None)
     if file is None:
-        known = sorted({file.stem for folder in folders for file in folder.glob("*.yaml")})
-        raise ConfigError(
-            f"sweep={name} is not a sweep.{near(name, known)} There is: {', '.join(known) or 'none; --config-dir DIR reads DIR/sweep'}."
-        )
+        known = set()
+        for folder in folders:
+            known |= {other.stem for other in folder.glob("*.yaml")}
+        there = ", ".join(sorted(known)) or "none; --config-dir DIR reads DIR/sweep"
+        raise ConfigError(f"sweep={name} is not a sweep.{near(name, sorted(known))} There is: {there}.")
     try:
         stated = safe.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as error:
         raise ConfigError(
             f"sweep={name}: {file} cannot be read as YAML: {' '.join(str(error).split())}"
         ) from None
-    if (
-        not isinstance(stated, list)
-        or not stated
-        or not all(isinstance(text, str) and "=" in text for text in stated)
-    ):
+    if not stated or not isinstance(stated, list) or not all(_is_setting(text) for text in stated):
         raise ConfigError(
             f"sweep={name}: {file} should be a list of key=value, a line each, for example '- method=lora,snell'."
         )
     return stated
 
 
-def _taken(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
-    """The values of ``key``, split at commas, and the other overrides. Raises ``ConfigError`` when it is given twice."""
-    given = [text for text in overrides if text.startswith(f"{key}=")]
+def _is_setting(text: object) -> bool:
+    return isinstance(text, str) and "=" in text
+
+
+def _take_values(key: str, overrides: list[str]) -> tuple[list[str], list[str]]:
+    """Return the values of ``key``, split at commas, and the other overrides.
+
+    Raises ``ConfigError`` when the key is given twice.
+    """
+    given, rest = _split(overrides, f"{key}=")
     if len(given) > 1:
         raise ConfigError(f"{given[0]} and {given[1]} set the same thing; keep one of them.")
-    values = [value for text in given for value in text.partition("=")[2].split(",")]
-    return values, [text for text in overrides if text not in given]
+    if not given:
+        return [], rest
+    return given[0].partition("=")[2].split(","), rest
 
 
-def _sized(
+def _meet_budgets(
     expanded: list[list[str]],
     budgets: list[str],
     overrides: list[str],
@@ -132,69 +190,85 @@ def _sized(
     config_file: Path | None,
     say: Say,
 ) -> list[list[str]]:
-    """The points with the setting that makes each meet each budget; those whose method has a fixed size are left out, unless all have."""
-    from .budget import FixedSize, solve
+    """Return each point once for each budget, with the setting that makes it meet the budget.
+
+    Points whose method has a fixed size are left out; if all have one, ``ConfigError`` is raised.
+    """
+    from .budget import FixedSize
+    from .solve import solve
 
     found: list[list[str]] = []
-    left_out: dict[str, FixedSize] = {}
-    faults: dict[str, list[str]] = {}
+    left_out: dict[str, None] = {}
+    faults = Faults()
     for words, budget in product(expanded, budgets):
         try:
             found.append(solve(budget, words, config_dir, config_file))
         except FixedSize as error:
-            left_out[error.words] = error
+            left_out[error.words] = None
         except ConfigError as error:
-            swept = [word for word in words if word not in overrides] + (
-                [f"budget={budget}"] if len(budgets) > 1 else []
-            )
-            for fault in error.faults:
-                faults.setdefault(fault, []).append(" ".join(swept))
-    if faults or not found:
-        told = [fault + where(at, len(expanded) * len(budgets)) for fault, at in faults.items()]
-        raise ConfigError(*told, *(left_out if not found else ()))
+            swept = [word for word in words if word not in overrides]
+            if len(budgets) > 1:
+                swept.append(f"budget={budget}")
+            faults.add(error, " ".join(swept))
+    if not found:
+        raise ConfigError(*faults.lines(len(expanded) * len(budgets)), *left_out)
+    if faults:
+        raise ConfigError(*faults.lines(len(expanded) * len(budgets)))
     for line in left_out:
         say(f"Left out: {line}")
-    return [list(words) for words in dict.fromkeys(map(tuple, found))]
+    return _unique(found)
 
 
-def _without_foreign(
+def _drop_foreign(
     expanded: list[list[str]], overrides: list[str], config_dir: Path | None, say: Say
 ) -> list[list[str]]:
-    """The points without swept settings that their method lacks and another of the sweep has; those that become equal are one."""
-    names = dict.fromkeys(
-        word.partition("=")[2] for words in expanded for word in words if word.startswith("method=")
-    )
-    if len(names) > 1:
-        swept = {word.partition("=")[0] for words in expanded for word in words if word not in overrides}
-        of_methods = {key: field for key in swept if (field := field_of(key))}
-        lacks = {
-            name: {key for key, field in of_methods.items() if not has_field(name, field, config_dir)}
-            for name in names
+    """Return the points without swept settings that their method lacks and another method of the sweep has.
+
+    Points that become equal are one.
+    """
+    methods = dict.fromkeys(method_of(words) for words in expanded)
+    if len(methods) < 2:
+        return _unique(expanded)
+    fields_swept: dict[str, str] = {}  # by the key of each swept setting of methods
+    for words in expanded:
+        for word in words:
+            field = field_of(_key(word))
+            if field and word not in overrides:
+                fields_swept[_key(word)] = field
+    lacks: dict[str, set[str]] = {}
+    for method in methods:
+        lacks[method] = {
+            key for key, field in fields_swept.items() if not has_field(method, field, config_dir)
         }
-        foreign = set.intersection(*lacks.values())
-        for name, keys in lacks.items():
-            for key in sorted(keys - foreign):
-                say(
-                    f"method={name} has no {key.removeprefix('method.')}, so it is run once per other setting; budget= matches sizes."
-                )
-        expanded = [
-            [
-                word
-                for word in words
-                if word.partition("=")[0] not in lacks.get(method_of(words), set()) - foreign
-            ]
-            for words in expanded
-        ]
-    return [list(words) for words in dict.fromkeys(map(tuple, expanded))]
+    unknown = set.intersection(*lacks.values())  # to every method; refused later
+    for method, keys in lacks.items():
+        for key in sorted(keys - unknown):
+            say(
+                f"method={method} has no {key.removeprefix('method.')}, so it is run once per other setting; "
+                "budget= matches sizes."
+            )
+    kept = []
+    for words in expanded:
+        foreign = lacks[method_of(words)] - unknown
+        kept.append([word for word in words if _key(word) not in foreign])
+    return _unique(kept)
+
+
+def _unique(expanded: list[list[str]]) -> list[list[str]]:
+    """Return the points in their order, equal ones once."""
+    return [list(words) for words in dict.fromkeys(tuple(words) for words in expanded)]
 
 
 def method_of(words: list[str]) -> str:
-    """The method that command-line words choose; "" where they choose none."""
-    return next((word.partition("=")[2] for word in words if word.startswith("method=")), "")
+    """Return the method that the words of a command line choose; "" where they choose none."""
+    for word in words:
+        if word.startswith("method="):
+            return word.partition("=")[2]
+    return ""
 
 
 def field_of(key: str) -> str | None:
-    """The field of a method that a key sets; ``None`` for keys of other sections."""
+    """Return the field of a method that a key sets; ``None`` for keys of other sections."""
     if key == "schedule":
         return key
     return key.split(".")[1] if key.startswith("method.") else None
@@ -202,7 +276,10 @@ def field_of(key: str) -> str | None:
 
 @lru_cache(maxsize=256)
 def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
-    """The settings of a method; ``None`` where it cannot be made without some, and its option is not its name."""
+    """Return the settings of a method.
+
+    ``None`` where that is not known: it cannot be made without some setting, and its option is not its name.
+    """
     try:
         made: object = configuration.load([f"method={method}"], config_dir).method
     except ConfigError:
@@ -214,31 +291,31 @@ def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
 
 
 def has_field(method: str, field: str, config_dir: Path | None) -> bool:
-    """Whether a method has a setting; true where that cannot be told."""
+    """Tell whether a method has a setting; true where that is not known."""
     known = _fields(method, config_dir)
     return known is None or field in known
 
 
-def where(labels: list[str], of: int) -> str:
-    """Which points have a fault that not all have."""
-    more = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
-    return "" if len(labels) == of else f" (at {labels[0]}{more})"
-
-
-def _point(swept: list[str], config: Config, overrides: list[str], name: str) -> Point:
-    name = next((config.name for text in overrides if text.startswith("name=")), None) or name
+def _make_point(swept: list[str], config: Config, overrides: list[str], name: str) -> Point:
+    """Return the point of a configuration; its folder is ``name`` unless ``name=`` was given."""
+    if any(text.startswith("name=") for text in overrides):
+        name = config.name or name
     path = run_folder(replace(config, name=name, run=None))
     label = " ".join(word for word in swept if not word.startswith("seed=")) or config.method.name
     return Point(label, replace(config, name=name, run=path.name), RunFolder(path))
 
 
 def _name(overrides: list[str]) -> str:
-    """The default name: the same for the same overrides in any order."""
-    return f"sweep-{hashlib.sha256(chr(10).join(sorted(overrides)).encode(errors='surrogatepass')).hexdigest()[:8]}"
+    """Return the default name of a sweep, which is the same for the same overrides in any order."""
+    text = "\n".join(sorted(overrides))
+    return f"sweep-{hashlib.sha256(text.encode(errors='surrogatepass')).hexdigest()[:8]}"
 
 
 def freeze(runs: Sequence[Point]) -> None:
-    """Write the frozen configuration of each point into its folder. Raises ``ConfigError`` where other runs' files lie."""
+    """Write the frozen configuration of each point into its folder.
+
+    Raises ``ConfigError`` where files of other runs lie there.
+    """
     faults: list[str] = []
     for point in runs:
         try:

@@ -1,4 +1,7 @@
-"""Hydra's multirun, as a process of its own: ``python -m finetune.sweep.jobs PARENT OPTIONS FILE``, where FILE says what to run (see ``launch``)."""
+"""Run Hydra's multirun in a process of its own: ``python -m finetune.sweep.jobs PARENT OPTIONS FILE``.
+
+FILE is the JSON that ``cluster`` writes; it says what to run.
+"""
 
 from __future__ import annotations
 
@@ -14,49 +17,51 @@ from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from ..launch.start import StartOptions, child_main
-from .launch import job
+from .cluster import job
+
+NAME = "finetune_job"  # of the configuration of a job, in Hydra's store
 
 
 def multirun(file: str, options: StartOptions) -> int:
-    """One Hydra job for each of ``files``. ``hydra.main`` would read the command line and change folders; this is what it calls."""
+    """Run one Hydra job for each of the configurations that ``file`` lists; return 0.
+
+    ``hydra.main`` would read the command line and change folders, so what it calls is called here.
+    """
     logging.getLogger("submitit").setLevel(logging.ERROR)
-    told = json.loads(Path(file).read_text(encoding="utf-8"))
+    order = json.loads(Path(file).read_text(encoding="utf-8"))
     version.setbase("1.3")
-    ConfigStore.instance().store(
-        name="finetune_job",
-        node={"file": None, **{key: told[key] for key in ("threads", "gpus", "home", "options")}},
-    )
-    quiet = [
+    node = {"file": None}
+    for key in ("threads", "gpus", "home", "options"):
+        node[key] = order[key]
+    ConfigStore.instance().store(name=NAME, node=node)
+    overrides = [
+        "file=" + ",".join(_to_grammar(config) for config in order["files"]),
+        f"hydra.sweep.dir={_to_grammar(order['home'])}",
+        "hydra.sweep.subdir=${hydra.job.num}",
+        f"hydra/launcher={order['launcher']}",
         "hydra/job_logging=disabled",
         "hydra/hydra_logging=disabled",
         "hydra.output_subdir=null",
         "hydra.job.chdir=false",
     ]
-    place = [
-        f"hydra.sweep.dir={_written(told['home'])}",
-        "hydra.sweep.subdir=${hydra.job.num}",
-        f"hydra/launcher={told['launcher']}",
-    ]
-    changes = [
-        f"++hydra.launcher.{key}={_written(value)}"
-        for key, value in told["settings"].items()
-        if value is not None
-    ]
+    for key, value in order["settings"].items():
+        if value is not None:
+            overrides.append(f"++hydra.launcher.{key}={_to_grammar(value)}")
     hydra = Hydra.create_main_hydra2("finetune", create_config_search_path(None))
-    files = ",".join(_written(file) for file in told["files"])
-    hydra.multirun(
-        "finetune_job", job, [f"file={files}", *place, *quiet, *changes], with_log_configuration=False
-    )
+    hydra.multirun(NAME, job, overrides, with_log_configuration=False)
     return 0
 
 
-def _written(value: Any) -> str:
-    """A value of JSON in Hydra's grammar."""
+def _to_grammar(value: Any) -> str:
+    """Write a JSON value in the grammar of Hydra's overrides."""
     if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+        items = [f"{key}:{_to_grammar(item)}" for key, item in value.items()]
+        return "{" + ",".join(items) + "}"
     if isinstance(value, list):
-        return "[" + ",".join(_written(item) for item in value) + "]"
-    return QuotedString(value, Quote.double).with_quotes() if isinstance(value, str) else json.dumps(value)
+        return "[" + ",".join(_to_grammar(item) for item in value) + "]"
+    if isinstance(value, str):
+        return QuotedString(value, Quote.double).with_quotes()
+    return json.dumps(value)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Several runs at once, each in a process of its own with its share of the cores or a GPU of its own. Imports no torch."""
+"""Run several points at once, each in a process with its share of the cores or a GPU of its own. Imports no torch."""
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
@@ -13,50 +11,38 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from ..errors import ConfigError
 from ..launch.start import NO_OPTIONS, StartOptions
 from ..storage.lock import holder
-from ..system.environment import cores
+from ..system.environment import count_cores, cuda_devices
 from .grid import Point
-from .process import GRACE, DiskFull, Process, again
+from .process import GRACE, DiskFull, Process, should_rerun
 
 Say = Callable[[str], None]
 Result = dict[str, Any]
-PAUSE = 0.05  # seconds between looks at the processes
-MISTAKE = 2  # the exit code of a mistake of the user's, which trying again does not cure
+PAUSE = 0.05  # seconds between two checks of the processes
 
 
 class Interrupted(KeyboardInterrupt):
     """SIGINT, SIGTERM or SIGHUP came while runs were going; they have been ended and can be gone on with."""
 
 
-def devices() -> list[str]:
-    """The CUDA devices that runs may be given: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists. Imports no torch."""
-    given = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if given is not None:
-        return [name for name in (part.strip() for part in given.split(",")) if name and name != "-1"]
-    command = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.SubprocessError):
-        return []
-    return (
-        [line.strip() for line in done.stdout.splitlines() if line.strip().isdigit()]
-        if done.returncode == 0
-        else []
-    )
-
-
 @contextmanager
 def interruptible() -> Iterator[None]:
-    """SIGTERM and SIGHUP raise like Ctrl-C inside the block, so that children are ended. Only the main thread can have that."""
+    """Let SIGTERM and SIGHUP raise like Ctrl-C inside the block, so that children are ended.
 
-    def end(number: int, frame: FrameType | None) -> None:
+    Only the main thread can handle signals; in another thread nothing changes.
+    """
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
         raise Interrupted(signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    before = {}
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        before[number] = signal.signal(number, interrupt)
     try:
         yield
     finally:
@@ -64,41 +50,54 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class Pool:
-    """Runs points, at most ``jobs`` at once; with GPUs at most as many as there are, each with its own.
+def _no_update(pool: Pool) -> None:
+    """Take the place of ``Pool.update``."""
 
-    ``say`` takes one line for every start and end. ``retry``: run again what had failed before; what a signal ended always is.
-    ``attempts``: how often a run may be started before it counts as failed. ``fail_fast``: start nothing more after a failure, and end what runs.
-    ``look`` is called about every 0.05 s with the pool, whose ``running`` lists the processes and whose ``places`` is how many there can be.
-    ``failed`` tells whether a run did.
-    ``gpus``: names for CUDA_VISIBLE_DEVICES, by default all there are; an empty list for runs on the CPU.
+
+class Pool:
+    """Runs points, at most ``jobs`` at once; with GPUs at most one on each of them.
+
+    ``say`` is called with one line for every start and end. ``retry``: run again what had failed before; a run
+    that a signal ended is run again in any case. ``attempts``: how often a run may be started before it counts as
+    failed. ``fail_fast``: after a failure, start nothing more and end what runs. ``update`` is called with the
+    pool about every 0.05 s. ``gpus``: values for CUDA_VISIBLE_DEVICES, by default all GPUs there are; an empty
+    list for runs on the CPU. ``options`` hold in every child.
+
+    ``places`` is how many points can run at once, ``running`` lists the processes, and ``failed`` tells whether
+    a run failed.
     """
 
     def __init__(
-        self, jobs: int | None, say: Say, *, retry: bool = False, attempts: int = 1, fail_fast: bool = False,
-        look: Callable[[Pool], None] = lambda pool: None, gpus: Sequence[str] | None = None,
+        self,
+        jobs: int | None,
+        say: Say,
+        *,
+        retry: bool = False,
+        attempts: int = 1,
+        fail_fast: bool = False,
+        update: Callable[[Pool], None] = _no_update,
+        gpus: Sequence[str] | None = None,
         options: StartOptions = NO_OPTIONS,
-    ) -> None:  # fmt: skip
-        self._free = list(devices() if gpus is None else gpus)
-        self.places = min(jobs or len(self._free), len(self._free)) if self._free else jobs or 1
-        self._threads = max(1, cores() // self.places)
-        self._without = "" if gpus is not None and not gpus else None
-        self._say, self._retry, self._attempts, self._fail_fast, self._look = (
-            say,
-            retry,
-            attempts,
-            fail_fast,
-            look,
-        )
-        self._options = options
+    ) -> None:
+        self._free_gpus = list(cuda_devices() if gpus is None else gpus)
+        self._hide_gpus = gpus is not None and not gpus
+        if self._free_gpus:
+            self.places = min(jobs or len(self._free_gpus), len(self._free_gpus))
+        else:
+            self.places = jobs or 1
+        self._threads = max(1, count_cores() // self.places)
+        self._say, self._update, self._options = say, update, options
+        self._retry, self._attempts, self._fail_fast = retry, attempts, fail_fast
         self.running: list[Process] = []
         self.results: dict[Path, Result] = {}
-        self._queue: list[Point] = []  # begun by another process, or to be tried again
-        self._tries: dict[Path, int] = {}
-        self._numbers: dict[Path, int] = {}
-        self._busy: dict[Path, float] = {}
-        self._total = ""
         self.failed = False
+        self._ended: Callable[[Point, Result], None]
+        self._verdict: Callable[[Point], str | None]
+        self._waiting: list[Point] = []  # to be tried again, or being run by another process
+        self._tries: dict[Path, int] = {}
+        self._numbers: dict[Path, int] = {}  # in the order in which points came
+        self._busy_since: dict[Path, float] = {}
+        self._total = ""
 
     def run(
         self,
@@ -108,65 +107,67 @@ class Pool:
     ) -> dict[Path, Result]:
         """Run all ``points`` and return the result of each by its folder; a failure is a result too.
 
-        ``points`` is asked for the next one only when there is a place for it, so a generator can choose it by what ``ended`` told; it may give
-        ``None`` for "not yet". Their configurations must be frozen (``grid.freeze``). ``verdict`` is asked about each running point at every look; a
-        text stops its process, and its result is ``{"status": "stopped", "error": text}``. What is finished is not run again.
+        The next point is taken from ``points`` only when there is a place for it, so a generator can choose it
+        by the results before; it yields ``None`` for "not yet". Configurations must be frozen (``grid.freeze``).
+        Finished points are not run again. ``ended`` is called with each point and its result. ``verdict`` is
+        called at every check of a running point; a text that it returns stops the point, whose result is then
+        ``{"status": "stopped", "error": text}``.
 
-        Raises ``Interrupted`` and ``DiskFull`` when all processes have ended.
+        Raises ``Interrupted`` and ``DiskFull``, each when all processes have ended.
         """
+        self._ended, self._verdict = ended, verdict
         self._total = f"/{len(points)}" if isinstance(points, Sized) else ""
         source, more = iter(points), True
         try:
             with interruptible():
-                while more or self._queue or self.running:
-                    self._collect(ended, verdict)
+                while more or self._waiting or self.running:
+                    self._collect()
                     if self._fail_fast and self.failed:
                         self._say("Stopped at the first failure, as --fail-fast says.")
                         break
-                    self._queue = [point for point in self._queue if not self._settle(point, ended)]
-                    more = more and self._fill(source, ended)
-                    self._look(self)
+                    self._waiting = [point for point in self._waiting if not self._begin(point)]
+                    more = more and self._fill(source)
+                    self._update(self)
                     time.sleep(PAUSE)
         finally:
             self._end_all()
         return self.results
 
-    def _collect(
-        self, ended: Callable[[Point, Result], None], verdict: Callable[[Point], str | None]
-    ) -> None:
-        """Take the results of the processes that have ended, and stop those that are to be."""
+    def _collect(self) -> None:
+        """Take the results of processes that have ended, and stop those that ``verdict`` stops."""
         for process in list(self.running):
             try:
                 result = process.poll()
             except DiskFull:
                 self.running.remove(process)
                 raise
-            if result is None and (why := verdict(process.point)):
+            if result is None and (why := self._verdict(process.point)):
                 result = process.stop(why)
             if result is not None:
                 self.running.remove(process)
-                self._free += [process.device] if process.device else []
-                self._take(process, result, ended)
+                if process.device:
+                    self._free_gpus.append(process.device)
+                self._take(process, result)
 
-    def _take(self, process: Process, result: Result, ended: Callable[[Point, Result], None]) -> None:
-        """Record what became of a process, or have it tried again."""
-        point, code = process.point, result.pop("exit_code", 0)
-        why = f" ({result['error']})" if result["status"] != "finished" else ""
-        if (
-            result["status"] == "failed"
-            and code != MISTAKE
-            and self._tries[point.folder.path] < self._attempts
-        ):
-            self._tell(point, f"failed{why}, tried again")
-            self._queue.append(point)
+    def _take(self, process: Process, result: Result) -> None:
+        """Record the result of a process, or queue its point for another attempt."""
+        point, code, status = process.point, result.pop("exit_code", 0), result["status"]
+        why = "" if status == "finished" else f" ({result['error']})"
+        curable = code != ConfigError.exit_code  # another attempt does not cure a mistake of the user
+        if status == "failed" and curable and self._tries[point.folder.path] < self._attempts:
+            self._report(point, f"failed{why}, tried again")
+            self._waiting.append(point)
             return
-        self.failed |= result["status"] == "failed"
-        self._tell(point, f"{result['status']}{why} after {time.monotonic() - process.began:.0f} s")
-        self.results[point.folder.path] = result
-        ended(point, result)
+        self.failed |= status == "failed"
+        self._report(point, f"{status}{why} after {time.monotonic() - process.began:.0f} s")
+        self._record(point, result)
 
-    def _fill(self, source: Iterator[Point | None], ended: Callable[[Point, Result], None]) -> bool:
-        """Ask for points while there is a place; whether there may be more."""
+    def _record(self, point: Point, result: Result) -> None:
+        self.results[point.folder.path] = result
+        self._ended(point, result)
+
+    def _fill(self, source: Iterator[Point | None]) -> bool:
+        """Take points from ``source`` while there is a place; return whether there may be more."""
         while len(self.running) < self.places:
             try:
                 point = next(source)
@@ -175,53 +176,60 @@ class Pool:
             if point is None:
                 return True
             self._numbers.setdefault(point.folder.path, len(self._numbers) + 1)
-            if not self._settle(point, ended):
-                self._queue.append(point)
+            if not self._begin(point):
+                self._waiting.append(point)
         return True
 
-    def _settle(self, point: Point, ended: Callable[[Point, Result], None]) -> bool:
-        """Take the result that is there already, or start the run; whether either could be done."""
-        folder = point.folder.path
-        if point.folder.result.is_file():
-            result = point.folder.read_result()
-            if result["status"] == "finished" or not (folder in self._tries or self._retry or again(result)):
-                kept = (
-                    "finished before, skipped"
-                    if result["status"] == "finished"
-                    else f"failed before ({result['error']}), kept: see --retry"
-                )
-                self._tell(point, kept)
-                self.results[folder] = result
-                ended(point, result)
-                return True
+    def _begin(self, point: Point) -> bool:
+        """Take the result that is there already, or start the run; return whether either could be done."""
+        if self._take_earlier(point):
+            return True
         if len(self.running) >= self.places:
             return False
-        device = self._free.pop() if self._free else None
-        process = Process.start(point, self._options, self._threads, device or self._without, warm=True)
+        device = self._free_gpus.pop() if self._free_gpus else None
+        visible = "" if self._hide_gpus else device
+        process = Process.start(point, self._options, self._threads, visible, fork=True)
         if process is None:
-            self._free += [device] if device else []
-            self._tell_busy(point)
+            if device:
+                self._free_gpus.append(device)
+            self._report_busy(point)
             return False
+        folder = point.folder.path
         self._tries[folder] = self._tries.get(folder, 0) + 1
         self.running.append(process)
-        self._tell(point, "running" + (f" on GPU {device}" if device else ""))
+        self._report(point, f"running on GPU {device}" if device else "running")
         return True
 
-    def _tell_busy(self, point: Point) -> None:
-        """Say once that another process runs a point, if it still does after a second: who only looks has the lock for a moment, too."""
-        folder, now = point.folder.path, time.monotonic()
-        since = self._busy.setdefault(folder, now)
-        if now - since > 1:
-            self._busy[folder] = float("inf")
-            self._tell(point, f"is being run by {holder(folder) or 'another process'}; waiting for it")
+    def _take_earlier(self, point: Point) -> bool:
+        """Take the result of an earlier sweep, unless the point is to be run again; return whether it was taken."""
+        if not point.folder.result.is_file():
+            return False
+        result = point.folder.read_result()
+        if result["status"] == "finished":
+            self._report(point, "finished before, skipped")
+        elif point.folder.path in self._tries or self._retry or should_rerun(result):
+            return False
+        else:
+            self._report(point, f"failed before ({result['error']}), kept: see --retry")
+        self._record(point, result)
+        return True
 
-    def _tell(self, point: Point, words: str) -> None:
-        self._say(
-            f"[{self._numbers.get(point.folder.path, 0)}{self._total}] {point.folder.path.name}: {words}"
-        )
+    def _report_busy(self, point: Point) -> None:
+        """Say once that another process runs a point, if it still does after a second.
+
+        A process that only reads the state of a run holds its lock for a moment, too.
+        """
+        folder, now = point.folder.path, time.monotonic()
+        if now - self._busy_since.setdefault(folder, now) > 1:
+            self._busy_since[folder] = float("inf")
+            self._report(point, f"is being run by {holder(folder) or 'another process'}; waiting for it")
+
+    def _report(self, point: Point, words: str) -> None:
+        number = self._numbers.get(point.folder.path, 0)
+        self._say(f"[{number}{self._total}] {point.folder.path.name}: {words}")
 
     def _end_all(self) -> None:
-        """End the processes: by SIGTERM, then, or at once when interrupted again, by SIGKILL."""
+        """End the processes: by SIGTERM, then by SIGKILL, at once if another signal comes."""
         for process in self.running:
             process.ask_to_stop("interrupted")
         grace = GRACE

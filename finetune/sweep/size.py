@@ -1,6 +1,7 @@
-"""How much a configuration trains and stores, counted on tensors without values. Imports torch.
+"""Count how much a configuration trains and stores, on tensors without values. Imports torch.
 
-Weights are read once for each model and task, and their shapes kept; what a method adds is built on the meta device.
+Weights are read once for each model and task, and only their shapes are kept. What a method adds is built on the
+meta device.
 """
 
 from __future__ import annotations
@@ -25,13 +26,23 @@ from ..storage.atomic import to_json_value
 from ..storage.run_folder import run_folder
 from ..training.build import Pretrained, build_states
 
-DTYPES = {torch.float32: "F32", torch.float64: "F64", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
-          torch.uint8: "U8", torch.bool: "BOOL", torch.int8: "I8", torch.int16: "I16"}  # fmt: skip
+DTYPES = {  # names of types in a safetensors header
+    torch.float32: "F32",
+    torch.float64: "F64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.int8: "I8",
+    torch.int16: "I16",
+}
 
 
 @dataclass(frozen=True)
 class Size:
-    """``trained`` entries and ``stored`` bytes, as a run of it reports them. The new head is in both, ``head`` entries of it."""
+    """``trained`` entries and ``stored`` bytes, as a run reports them; both include the new head's ``head`` entries."""
 
     trained: int
     stored: int
@@ -40,7 +51,10 @@ class Size:
 
 @dataclass(frozen=True)
 class Frame:
-    """A model without values, all of it frozen; the parameters of its new head, the task, its labels, and all ``total`` parameters."""
+    """A frozen model on the meta device, with the data set's task and labels.
+
+    ``head`` names the parameters of its new head, and ``total`` counts all of its parameters.
+    """
 
     model: nn.Module
     head: tuple[str, ...]
@@ -53,51 +67,57 @@ _frames: dict[str, Frame] = {}
 
 
 def frame(config: Config) -> Frame:
-    """The model of ``config`` for its data set; read once a process."""
+    """Return the model of ``config`` for its data set; it is read once a process."""
     tree = config.as_dict()
     key = json.dumps([tree["model"], tree["dataset"]], sort_keys=True)
     if key not in _frames:
         raw = config.dataset.read()
         base = load_model(config.model, raw.task, raw.labels, config.seed)
         total = sum(p.numel() for p in base.model.parameters())
-        _frames[key] = Frame(_emptied(base.model), base.head, raw.task, raw.labels, total)
+        _move_to_meta(base.model)
+        _frames[key] = Frame(base.model, base.head, raw.task, raw.labels, total)
     return _frames[key]
 
 
-def _emptied(model: nn.Module) -> nn.Module:
-    """``model`` with its parameters on the meta device; those that are shared stay so."""
-    held = list(model.parameters())
-    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in held}
+def _move_to_meta(model: nn.Module) -> None:
+    """Replace the parameters of ``model`` by frozen ones on the meta device; shared ones stay shared."""
+    old = list(model.parameters())  # keeps them alive: a freed parameter could give its id to another one
+    empty = {id(p): nn.Parameter(p.detach().to("meta"), requires_grad=False) for p in old}
     for module in model.modules():
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 module._parameters[name] = empty[id(parameter)]
-    return model
 
 
 def measure(config: Config, method: Method | None = None) -> Size:
-    """The size of ``config``, with ``method`` instead of its own if given. Raises ``ConfigError`` where the method does not fit the model.
+    """Return the size of ``config``, with ``method`` instead of its own if given.
 
-    What is trained is that of the last phase. Where entries are chosen by data, their positions are taken to lie at random: the bytes of the gaps
-    between them are the expected ones, and 0 for ``stored`` says that nothing can be expected.
+    Trained entries are those of the last phase. Where data chooses entries, their positions are taken to lie at
+    random, so the bytes of the gaps between them are expected ones. ``stored`` is 0 where training decides what is
+    stored. Raises ``ConfigError`` where the method does not fit the model.
     """
     method = method or config.method
-    last, at = method.phases()[-1].method, frame(config)
+    last, model = method.phases()[-1].method, frame(config)
     seed = config.seed + len(method.phases()) - 1
     try:
-        states, shapes = _counted(at, last, seed, config.train.steps, "meta")
-    except (NotImplementedError, RuntimeError):  # it needs numbers, of its own at least
-        states, shapes = _counted(at, last, seed, config.train.steps, "cpu")
-    head = sum(p.numel() for p in states["head"].parameters()) if "head" in states else 0
+        states, shapes = _build(model, last, seed, config.train.steps, "meta")
+    except (NotImplementedError, RuntimeError):  # the method computes with values while it is built
+        states, shapes = _build(model, last, seed, config.train.steps, "cpu")
+    head = 0
+    if "head" in states:
+        head = sum(p.numel() for p in states["head"].parameters())
     trained = sum(p.numel() for p in states.parameters() if p.requires_grad)
-    return Size(trained, 0 if shapes is None else _file(shapes) + _about(config, method, at), head)
+    stored = 0
+    if shapes is not None:
+        stored = _tensor_file_bytes(shapes) + _description_bytes(config, method, model)
+    return Size(trained, stored, head)
 
 
-def _counted(
-    at: Frame, method: Method, seed: int, steps: int, device: str
+def _build(
+    frame: Frame, method: Method, seed: int, steps: int, device: str
 ) -> tuple[nn.ModuleDict, Shapes | None]:
-    """The states as a session builds them, on a copy of the model, and what is stored of them."""
-    pretrained = Pretrained(copy.deepcopy(at.model), at.head)
+    """Build the states as a session does, on a copy of the model; return them and what is stored of them."""
+    pretrained = Pretrained(copy.deepcopy(frame.model), frame.head)
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         states = build_states(pretrained, method)
@@ -105,7 +125,7 @@ def _counted(
 
 
 def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
-    """Return dtype and shape of every stored tensor, by name; None if training decides."""
+    """Return dtype and shape of every stored tensor, by name; ``None`` if training decides."""
     found: Shapes = {}
     for name, state in states.items():
         shapes = method.stored_shapes(state, steps) if name == "method" else stored_shapes(state)
@@ -116,28 +136,46 @@ def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
     return found
 
 
-def _file(shapes: Shapes) -> int:
-    """Bytes of a safetensors file of these tensors: the header's length, the header in whole words of 8 bytes, the data."""
-    header, end = dict[str, Any](), 0
-    for name, (dtype, shape) in sorted(shapes.items(), key=lambda item: (-item[1][0].itemsize, item[0])):
+def _tensor_file_bytes(shapes: Shapes) -> int:
+    """Return the bytes of a safetensors file of these tensors.
+
+    It holds the header's length, the header filled up to whole words of 8 bytes, and the data.
+    """
+    header: dict[str, Any] = {}
+    end = 0
+    for name, (dtype, shape) in sorted(shapes.items(), key=_place_in_file):
         start, end = end, end + math.prod(shape) * dtype.itemsize
         header[name] = {"dtype": DTYPES[dtype], "shape": list(shape), "data_offsets": [start, end]}
-    return 8 + -(-len(json.dumps(header, separators=(",", ":")).encode()) // 8) * 8 + end
+    length = len(json.dumps(header, separators=(",", ":")).encode())
+    return 8 + math.ceil(length / 8) * 8 + end
 
 
-def _about(config: Config, method: Method, at: Frame) -> int:
-    """Bytes of ``delta.json``, but for a digit or two."""
+def _place_in_file(item: tuple[str, tuple[torch.dtype, tuple[int, ...]]]) -> tuple[int, str]:
+    """Sort tensors as safetensors does: wide types first, then by name."""
+    name, (dtype, _) = item
+    return -dtype.itemsize, name
+
+
+def _description_bytes(config: Config, method: Method, frame: Frame) -> int:
+    """Return the bytes of ``delta.json``, to within a digit or two."""
     named = replace(config, method=method, name=config.name or "sweep-01234567")
     named = replace(named, run=run_folder(named).name)
     content = {
-        **manifest.HEADER, "method": method.name, "config": named.as_dict(), "task": at.task, "labels": list(at.labels), "head": list(at.head),
-        "step": config.train.steps, "phase": len(method.phases()) - 1, "base_fingerprint": "0" * 64,
+        **manifest.HEADER,
+        "method": method.name,
+        "config": named.as_dict(),
+        "task": frame.task,
+        "labels": list(frame.labels),
+        "head": list(frame.head),
+        "step": config.train.steps,
+        "phase": len(method.phases()) - 1,
+        "base_fingerprint": "0" * 64,
         **plugins.record_of(config),
-    }  # fmt: skip
+    }
     return len(json.dumps(to_json_value(content), indent=2, ensure_ascii=False).encode()) + 1
 
 
 def check(config: Config, method: Method) -> None:
-    """Raise ``ConfigError`` for what ``method`` says cannot mean anything in this run."""
+    """Raise ``ConfigError`` with the faults that ``method`` finds in its settings for this run."""
     if faults := method.faults(config.train.steps):
         raise ConfigError(*faults)

@@ -1,4 +1,4 @@
-"""What a search may choose from: intervals and choices, as Hydra's grammar writes them."""
+"""What a search may choose from: intervals and choices, written in Hydra's grammar."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from . import grid
 
 @dataclass(frozen=True)
 class Dimension:
-    """One setting: the texts of its ``options``, or what lies between ``low`` and ``high``, both included, whole numbers only if ``whole``."""
+    """One searched setting: the texts of its ``options``, or the interval from ``low`` to ``high``, both included.
+
+    ``log``: search the interval on a logarithmic scale. ``whole``: search whole numbers only.
+    """
 
     key: str
     options: tuple[str, ...] = ()
@@ -24,11 +27,11 @@ class Dimension:
     whole: bool = False
 
     def word(self, value: float | str) -> str:
-        """``key=value`` as a run takes it."""
-        return f"{self.key}={value if isinstance(value, str) else repr(value)}"
+        """Return ``key=value`` as a run takes it."""
+        return f"{self.key}={value}" if isinstance(value, str) else f"{self.key}={value!r}"
 
     def suggest(self, trial: Any) -> str:
-        """What an Optuna trial chooses."""
+        """Return the ``key=value`` that an Optuna trial chooses."""
         if self.options:
             return self.word(trial.suggest_categorical(self.key, self.options))
         if self.whole:
@@ -36,112 +39,138 @@ class Dimension:
         return self.word(trial.suggest_float(self.key, self.low, self.high, log=self.log))
 
     def ends(self) -> list[str]:
-        """Every option, or both ends of the interval."""
-        values = self.options or [
-            f"{end:.0f}" if float(end).is_integer() else repr(end) for end in (self.low, self.high)
-        ]
-        return [f"{self.key}={value}" for value in values]
+        """Return ``key=value`` for every option, or for both ends of the interval."""
+        if self.options:
+            return [f"{self.key}={option}" for option in self.options]
+        return [self._end(self.low), self._end(self.high)]
+
+    def _end(self, value: float) -> str:
+        return f"{self.key}={value:.0f}" if float(value).is_integer() else f"{self.key}={value!r}"
 
 
 def space(
     overrides: list[str], config_dir: Path | None, config_file: Path | None = None
 ) -> tuple[list[str], list[Dimension]]:
-    """The settings that stay, and those that are searched. Raises ``ConfigError`` for whatever none of the trials could take."""
-    fixed, found, faults = list[str](), list[Dimension](), list[str]()
+    """Return the settings that stay the same and the dimensions that are searched.
+
+    Raises ``ConfigError`` with every value that no trial could take.
+    """
+    fixed, dimensions, faults = list[str](), list[Dimension](), list[str]()
     for text in overrides:
         try:
             dimension = _dimension(text, config_dir)
-            (found.append(dimension) if dimension else fixed.append(text))
         except ConfigError as error:
             faults += error.faults
-    if not faults and not found:
+            continue
+        if dimension is None:
+            fixed.append(text)
+        else:
+            dimensions.append(dimension)
+    if not faults and not dimensions:
         faults = [
-            "Nothing is to be searched. Give a setting an interval or a choice: optimizer.lr=tag(log,interval(1e-4,1e-2)) method.rank=choice(2,4,8)."
+            "Nothing is to be searched. Give a setting an interval or a choice: "
+            "optimizer.lr=tag(log,interval(1e-4,1e-2)) method.rank=choice(2,4,8)."
         ]
     if faults:
         raise ConfigError(*faults)
-    return fixed, _checked(fixed, found, config_dir, config_file)
+    return fixed, _check_ends(fixed, dimensions, config_dir, config_file)
 
 
 def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
-    """What ``text`` searches; ``None`` for one value."""
+    """Return the dimension that the override ``text`` describes; ``None`` if it has a single value."""
     item = override(text)
     key, value = str(item.key_or_group), cast(Any, item.value())
     if not item.is_sweep_override():
         return None
     if key == "seed":
         raise ConfigError(
-            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with several."
+            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with "
+            "several."
         )
     if not item.is_interval_sweep():
         words = configuration.expand([text], config_dir)
-        return Dimension(key, tuple(dict.fromkeys(word.partition("=")[2] for [word] in words)))
+        options = [word.partition("=")[2] for [word] in words]
+        return Dimension(key, tuple(dict.fromkeys(options)))
     low, high, log = float(value.start), float(value.end), "log" in value.tags
-    if not low < high or (log and low <= 0):
-        what = (
-            "needs a first value above 0"
-            if low < high
-            else "is empty: the first value must be below the second"
-        )
-        raise ConfigError(f"{text} {what}, as in {key}=tag(log,interval(1e-4,1e-2)).")
-    return Dimension(
-        key, low=low, high=high, log=log, whole=isinstance(value.start, int) and isinstance(value.end, int)
-    )
+    example = f"as in {key}=tag(log,interval(1e-4,1e-2))"
+    if not low < high:  # true of nan as well
+        raise ConfigError(f"{text} is empty: the first value must be below the second, {example}.")
+    if log and low <= 0:
+        raise ConfigError(f"{text} needs a first value above 0, {example}.")
+    whole = isinstance(value.start, int) and isinstance(value.end, int)
+    return Dimension(key, low=low, high=high, log=log, whole=whole)
 
 
-def _checked(
-    fixed: list[str], found: list[Dimension], config_dir: Path | None, config_file: Path | None
+def _check_ends(
+    fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None
 ) -> list[Dimension]:
-    """The dimensions, those of whole settings marked as such, once each of their ends was tried beside the first ones of the others."""
+    """Build a configuration with each end of each dimension, beside the first ends of the others.
+
+    Returns the dimensions, with ``whole`` set where a setting takes whole numbers only. Raises ``ConfigError`` with
+    the faults of all ends.
+    """
+    methods = [""]
+    for dimension in dimensions:
+        if dimension.key == "method":
+            methods = dimension.ends()
     faults: dict[str, None] = {}
-    methods = next((d.ends() for d in found if d.key == "method"), [""])
-    for i, dimension in enumerate(found):
-        fits = [
-            m
-            for m in methods
-            if dimension.key == "method" or _taken(dimension.ends()[0], [m, *fixed], config_dir)
-        ]
-        for method in fits or methods[:1]:  # what no method has is refused as ever
-            others = [
-                *([method] if method else []),
-                *(d.ends()[0] for d in found if d.key not in ("method", dimension.key)),
-            ]
-            others = fitting(others, fixed, config_dir)
+    checked = []
+    for dimension in dimensions:
+        for method in _methods_with(dimension, methods, fixed, config_dir):
+            beside = [method] if method else []
+            for other in dimensions:
+                if other.key not in ("method", dimension.key):
+                    beside.append(other.ends()[0])
+            beside = fitting(beside, fixed, config_dir)
             try:
-                found[i] = dimension = _typed(dimension, [*fixed, *others], config_dir, config_file)
-                for end in dimension.ends() if dimension.key != "method" else [method]:
-                    grid.points([*fixed, *dict.fromkeys([*others, end])], config_dir, config_file)
+                dimension = _with_type(dimension, [*fixed, *beside], config_dir, config_file)
+                for end in [method] if dimension.key == "method" else dimension.ends():
+                    grid.points([*fixed, *dict.fromkeys([*beside, end])], config_dir, config_file)
             except ConfigError as error:
                 faults |= dict.fromkeys(error.faults)
+        checked.append(dimension)
     if faults:
         raise ConfigError(*faults)
-    return found
+    return checked
 
 
-def _typed(
+def _methods_with(
+    dimension: Dimension, methods: list[str], fixed: list[str], config_dir: Path | None
+) -> list[str]:
+    """Return those of ``methods`` that have the setting; the first one if none has, which will be refused."""
+    if dimension.key == "method":
+        return methods
+    end = dimension.ends()[0]
+    found = [method for method in methods if _is_taken(end, [method, *fixed], config_dir)]
+    return found or methods[:1]
+
+
+def _with_type(
     dimension: Dimension, words: list[str], config_dir: Path | None, config_file: Path | None
 ) -> Dimension:
-    """An interval from one whole number to another is one of whole numbers where the setting takes no others."""
-    if (
-        dimension.options
-        or dimension.whole
-        or not (dimension.low.is_integer() and dimension.high.is_integer())
-    ):
+    """Mark an interval between whole numbers as ``whole`` if the setting takes no others."""
+    if dimension.options or dimension.whole:
         return dimension
-    plain = [word for word in words if not word.startswith(("budget=", "sweep="))]
-    value = configuration.tree([*plain, f"{dimension.key}={dimension.low:.0f}"], config_dir, config_file)[
-        dimension.key
-    ][0]
+    if not (dimension.low.is_integer() and dimension.high.is_integer()):
+        return dimension
+    settings = [word for word in words if not word.startswith(("budget=", "sweep="))]
+    leaves = configuration.tree([*settings, f"{dimension.key}={dimension.low:.0f}"], config_dir, config_file)
+    value, _ = leaves[dimension.key]
     return replace(dimension, whole=isinstance(value, int))
 
 
 def fitting(words: list[str], fixed: list[str], config_dir: Path | None) -> list[str]:
-    """``words`` without the settings that the method among them lacks."""
-    return [word for word in words if _taken(word, [*words, *fixed], config_dir)]
+    """Return ``words`` without the settings that the method among them lacks."""
+    return [word for word in words if _is_taken(word, [*words, *fixed], config_dir)]
 
 
-def _taken(word: str, words: list[str], config_dir: Path | None) -> bool:
-    """Whether the method that ``words`` choose has the setting of ``word``, if it is one of methods; what no method has is refused later."""
+def _is_taken(word: str, words: list[str], config_dir: Path | None) -> bool:
+    """Tell whether the method that ``words`` choose takes the setting of ``word``.
+
+    True as well for settings of other sections, and where ``words`` choose no method: what no method has is
+    refused later.
+    """
     method, field = grid.method_of(words), grid.field_of(word.partition("=")[0])
-    searched = any(other.startswith("method=") for other in words)
-    return not (searched and method and field) or grid.has_field(method, field, config_dir)
+    if not method or not field:
+        return True
+    return grid.has_field(method, field, config_dir)

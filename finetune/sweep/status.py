@@ -1,6 +1,7 @@
-"""What a sweep's folder is doing now, read from its files alone, by whoever may read them. Imports no torch.
+"""Read what a sweep is doing now from the files of its folder alone. Imports no torch.
 
-``sweep.json`` says what was asked for; each run's state follows from its ``result.json``, the lock on its folder and its ``metrics.jsonl``.
+``sweep.json`` says what was asked for. The state of each run follows from its ``result.json``, the lock on its
+folder and its ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -23,27 +24,28 @@ from ..storage.atomic import write_json_atomic
 from ..storage.run_folder import TRIALS, RunFolder
 from ..system import safe
 from .grid import Point
-from .process import last_step, tail
+from .lines import last_step, tail
 
 FILE = "sweep.json"
 LOCK = ".sweep.lock"
-TAIL = 50  # steps whose median time tells the rest
-Row = dict[str, Any]
+MEDIAN_STEPS = 50  # the last steps whose median time predicts the rest
+STATES = ("finished", "running", "failed", "pruned", "waiting")
+Entry = dict[str, Any]  # what sweep.json says of a run: run, label, seed, steps
 
 
-def entry(point: Point, folder: Path) -> Row:
-    """What ``sweep.json`` says of a run of the sweep in ``folder``; of one that is not chosen yet ``run`` is empty there."""
+def entry(point: Point, folder: Path) -> Entry:
+    """Return what ``sweep.json`` says of a point of the sweep in ``folder``."""
     run = point.folder.path.relative_to(folder).as_posix()
     return {"run": run, "label": point.label, "seed": point.config.seed, "steps": point.config.train.steps}
 
 
 @contextmanager
 def announced(
-    folder: Path, points: Sequence[Row], overrides: Sequence[str], jobs: int, command: str
-) -> Iterator[Callable[[Sequence[Row]], None]]:
-    """Write ``sweep.json`` and, for the length of the block, hold a shared lock that tells others that the sweep goes on.
+    folder: Path, entries: Sequence[Entry], overrides: Sequence[str], jobs: int, command: str
+) -> Iterator[Callable[[Sequence[Entry]], None]]:
+    """Write ``sweep.json`` and hold a shared lock for the length of the block: it shows that the sweep goes on.
 
-    ``points`` are entries; gives a function that takes others in their place.
+    Yields a function that replaces the entries. The ``run`` of an entry is empty until its name is known.
     """
     about = {
         "format": 1,
@@ -55,20 +57,20 @@ def announced(
         "started": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
-    def announce(points: Sequence[Row]) -> None:
-        write_json_atomic(folder / FILE, about | {"points": list(points)})
+    def announce(entries: Sequence[Entry]) -> None:
+        write_json_atomic(folder / FILE, about | {"points": list(entries)})
 
     handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
-        announce(points)
+        announce(entries)
         yield announce
     finally:
         os.close(handle)
 
 
 def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
-    """Whether another process has locked ``file``; looking takes the lock for a moment."""
+    """Tell whether another process has locked ``file``. Asking takes the lock for a moment."""
     try:
         handle = os.open(file, os.O_RDWR)
     except OSError:
@@ -82,17 +84,32 @@ def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
     return False
 
 
+@dataclass(frozen=True)
+class RunState:
+    """What a run of a sweep is doing: one of ``STATES``, the last step, and the seconds that it has left or took."""
+
+    run: str
+    label: str
+    seed: int | None
+    steps: int
+    state: str = "waiting"
+    step: int = 0
+    seconds_left: float | None = None
+    seconds: float | None = None
+    error: str | None = None
+
+
 @dataclass
 class Status:
-    """Reads the state of the sweep in ``folder`` again and again; what has ended is read once.
+    """Reads the state of the sweep in ``folder``, as often as asked; a finished run is read once.
 
     Raises ``ConfigError`` when ``folder`` holds no sweep.
     """
 
     folder: Path
     about: Mapping[str, Any] = field(init=False)
-    _ended: dict[str, Row] = field(default_factory=dict)
-    _read: tuple[int, int] = (0, 0)
+    _finished: dict[str, RunState] = field(default_factory=dict)
+    _version: tuple[int, int] = (0, 0)  # inode and time of the sweep.json that was read
 
     def __post_init__(self) -> None:
         self._refresh()
@@ -101,22 +118,14 @@ class Status:
         """Read ``sweep.json`` if it was written since: a search adds its trials one by one."""
         file = self.folder / FILE
         try:
-            there = file.stat()
-            if (there.st_ino, there.st_mtime_ns) == self._read:
-                return
-            about = safe.read_json(
-                file, {"points": [{"run": str, "label": str, "steps": int}], "jobs": int, "started": str}
-            )
-            if not all(_inside(point["run"]) for point in about["points"]):
-                raise ValueError("a run outside the folder")
-            datetime.datetime.fromisoformat(about["started"])
-            self.about, self._read = about, (there.st_ino, there.st_mtime_ns)
+            status = file.stat()
+            version = (status.st_ino, status.st_mtime_ns)
+            if version != self._version:
+                self.about, self._version = _read_about(file), version
         except OSError:
-            what = (
-                "there is no such folder"
-                if not self.folder.is_dir()
-                else f"no sweep was run there (it has no {FILE})"
-            )
+            what = f"no sweep was run there (it has no {FILE})"
+            if not self.folder.is_dir():
+                what = "there is no such folder"
             raise ConfigError(f"{self.folder}: {what}. Give the folder of a sweep, outputs/NAME.") from None
         except ValueError:
             raise ConfigError(
@@ -130,101 +139,125 @@ class Status:
 
     @property
     def seconds(self) -> float:
-        """From the last start of the sweep to now, or, where none works on the folder any more, to the last sign of its runs."""
-        end = time.time() if self.alive else max(map(self._last, self.about["points"]), default=0.0)
-        return max(0.0, end - datetime.datetime.fromisoformat(str(self.about["started"])).timestamp())
+        """Seconds from the last start of the sweep to now, or to the last sign of its runs if no sweep works now."""
+        end = time.time()
+        if not self.alive:
+            end = max(
+                (_last_sign(self.folder / str(point["run"])) for point in self.about["points"]), default=0
+            )
+        started = datetime.datetime.fromisoformat(str(self.about["started"]))
+        return max(0.0, end - started.timestamp())
 
-    def _last(self, point: Mapping[str, Any]) -> float:
-        folder = RunFolder(self.folder / str(point["run"]))
-        return max(
-            (file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()), default=0.0
-        )
-
-    def rows(self) -> list[Row]:
-        """One for each point: run, label, seed, state ("finished", "failed", "pruned", "running" or "waiting"), step, steps, seconds_left, seconds,
-        error."""
+    def states(self) -> list[RunState]:
+        """Return the state of every run."""
         self._refresh()
-        return [self._row(point) for point in self.about["points"]]
+        return [self._state(point) for point in self.about["points"]]
 
-    def _row(self, point: Mapping[str, Any]) -> Row:
+    def _state(self, point: Mapping[str, Any]) -> RunState:
         name = str(point["run"])
-        if name in self._ended and self._ended[name]["state"] == "finished":
-            return self._ended[name]
+        if name in self._finished:
+            return self._finished[name]
         folder = RunFolder(self.folder / name)
-        row = {**point, "state": "waiting", "step": 0, "seconds_left": None, "seconds": None, "error": None}
+
+        def make(state: str, **more: Any) -> RunState:
+            return RunState(name, point["label"], point.get("seed"), point["steps"], state, **more)
+
         if is_locked(folder.path / ".lock"):
-            row |= {"state": "running", **_progress(folder, int(point["steps"]))}
-        elif folder.result.is_file():
-            try:
-                result = folder.read_result()
-            except ConfigError as error:
-                return row | {"state": "failed", "error": str(error)}
-            row |= {
-                "state": result["status"],
-                "step": result.get("steps", 0),
-                "error": result.get("error"),
-                "seconds": duration(folder),
-            }
-            self._ended[name] = row
-        else:
-            row |= {"state": "pruned" if point.get("pruned") else "waiting", "step": last_step(folder)}
-        return row
-
-    def summary(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """The counts of the states, and the seconds that the rest should take (``None`` where nothing tells)."""
-        counts = Counter(row["state"] for row in rows)
-        took = [row["seconds"] for row in rows if row["seconds"]]
-        lefts = [row["seconds_left"] for row in rows if row["state"] == "running"]
-        each = statistics.mean(took) if took else None
-        known = all(left is not None for left in lefts) and (each is not None or not counts["waiting"])
-        total = sum(left or 0.0 for left in lefts) + counts["waiting"] * (each or 0.0)
-        seconds = (
-            total / min(int(self.about["jobs"]), max(1, counts["running"] + counts["waiting"]))
-            if known
-            else None
+            step = last_step(folder)
+            return make("running", step=step, seconds_left=_seconds_left(folder, point["steps"] - step))
+        if not folder.result.is_file():
+            return make("pruned" if point.get("pruned") else "waiting", step=last_step(folder))
+        try:
+            result = folder.read_result()
+        except ConfigError as error:
+            return make("failed", error=str(error))
+        state = make(
+            result["status"],
+            step=result.get("steps", 0),
+            seconds=duration(folder),
+            error=result.get("error"),
         )
-        return {
-            **{state: counts[state] for state in ("finished", "running", "failed", "pruned", "waiting")},
-            "seconds_left": seconds,
-        }
+        if state.state == "finished":
+            self._finished[name] = state
+        return state
+
+    def summary(self, states: Sequence[RunState]) -> dict[str, Any]:
+        """Return how many runs are in each state, and ``seconds_left`` of the sweep (``None`` if not known)."""
+        counts = Counter(state.state for state in states)
+        found: dict[str, Any] = {name: counts[name] for name in STATES}
+        took = [state.seconds for state in states if state.seconds]
+        total = 0.0
+        known = bool(took) or not counts["waiting"]
+        if took:
+            total = counts["waiting"] * statistics.mean(took)
+        for state in states:
+            if state.state == "running":
+                known = known and state.seconds_left is not None
+                total += state.seconds_left or 0.0
+        at_once = min(int(self.about["jobs"]), max(1, counts["running"] + counts["waiting"]))
+        return found | {"seconds_left": total / at_once if known else None}
 
 
-def _inside(run: str) -> bool:
-    """Whether ``run`` is a folder of a sweep, or one of its trials, or empty."""
+def _read_about(file: Path) -> Mapping[str, Any]:
+    """Read and check ``sweep.json``. Raises ``OSError`` and ``ValueError``."""
+    point = {"run": str, "label": str, "steps": int}
+    about: Mapping[str, Any] = safe.read_json(file, {"points": [point], "jobs": int, "started": str})
+    for each in about["points"]:
+        if not _is_inside(each["run"]):
+            raise ValueError("a run outside the folder")
+    datetime.datetime.fromisoformat(about["started"])
+    return about
+
+
+def _is_inside(run: str) -> bool:
+    """Tell whether ``run`` names a folder of a sweep or one of its trials, or is empty."""
     *before, name = Path(run).parts or [""]
     return before in ([], [TRIALS]) and name not in ("..", "/")
 
 
-def _progress(folder: RunFolder, steps: int) -> Row:
-    """Of a run that goes on: its step, and the seconds left by the median of the last steps."""
-    seconds = [line["seconds"] for line in tail(folder.metrics) if isinstance(line.get("seconds"), float)][
-        -TAIL:
-    ]
-    step = last_step(folder)
-    return {"step": step, "seconds_left": statistics.median(seconds) * (steps - step) if seconds else None}
+def _last_sign(path: Path) -> float:
+    """Return when a run last wrote its result or metrics, 0 if it never did."""
+    folder = RunFolder(path)
+    times = [file.stat().st_mtime for file in (folder.result, folder.metrics) if file.is_file()]
+    return max(times, default=0.0)
+
+
+def _seconds_left(folder: RunFolder, steps: int) -> float | None:
+    """Return how long ``steps`` more steps take, by the median of the last ones; ``None`` without any."""
+    seconds = []
+    for line in tail(folder.metrics):
+        if isinstance(line.get("seconds"), float):
+            seconds.append(line["seconds"])
+    if not seconds:
+        return None
+    return float(statistics.median(seconds[-MEDIAN_STEPS:])) * steps
 
 
 def duration(folder: RunFolder) -> float | None:
-    """Seconds from the start of the process that finished a run to its result; ``None`` where that is not known."""
+    """Return the seconds from the start of the process that finished a run to its result; ``None`` if not known.
+
+    A run of a sweep has its start in its lock. A run of ``finetune train`` has no lock and began when it wrote its
+    configuration.
+    """
     try:
-        started = safe.read_json(folder.path / ".lock", {"started": float})["started"]
-        return max(0.0, folder.result.stat().st_mtime - float(started))
+        started = float(safe.read_json(folder.path / ".lock", {"started": float})["started"])
     except (OSError, ValueError):
         try:
-            return max(0.0, folder.result.stat().st_mtime - yaml_time(folder))
+            started = folder.config.stat().st_mtime
         except OSError:
             return None
-
-
-def yaml_time(folder: RunFolder) -> float:
-    """When a run without a lock, of plain ``finetune train``, began: it writes its configuration then. Raises ``OSError``."""
-    return folder.config.stat().st_mtime
+    try:
+        return max(0.0, folder.result.stat().st_mtime - started)
+    except OSError:
+        return None
 
 
 def show_seconds(seconds: float | None) -> str:
-    """``40 s``, ``12 min``, ``3.5 h``; ``?`` when not known."""
+    """Write a duration: ``40 s``, ``12 min``, ``3.5 h``, or ``?`` when not known."""
     if seconds is None:
         return "?"
     if seconds < 90:
         return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+    if seconds < 5400:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"

@@ -1,4 +1,4 @@
-"""A sweep as a live table on a terminal, and as a few plain lines elsewhere. Imports no torch."""
+"""Show a sweep as a live table on a terminal, and as a few plain lines elsewhere. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,18 +10,21 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from ..errors import visible
-from .status import Row, Status, show_seconds
+from .status import RunState, Status, show_seconds
 
 if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
-SHOWN = 12  # failed runs in the table, the latest of the grid
-EVERY = 1.0  # seconds between two readings
+FAILED_ROWS = 12  # failed runs in the table, the last of the grid
+INTERVAL = 1.0  # seconds between two readings
 
 
 class Board:
-    """A context manager that shows the state of a sweep on standard error, where that is a terminal; ``say`` prints lines above it."""
+    """A context manager that shows the state of a sweep on standard error, where that is a terminal.
+
+    ``say`` prints a line above the table; elsewhere than on a terminal there are only these lines.
+    """
 
     def __init__(self) -> None:
         self._live: Live | None = None
@@ -35,18 +38,18 @@ class Board:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if self._live and self._status:
-            self._live.update(table(self._status, self._status.rows()))
+            self._live.update(table(self._status, self._status.states()))
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """Print one line; with the table, which shows as much, only what went wrong."""
+        """Print one line. Above a table, which shows the rest, only what went wrong is printed."""
         if self._live is None:
             print(line, file=sys.stderr, flush=True)
         elif "failed" in line or "Stopped" in line:
             self._live.console.print(line, markup=False, highlight=False)
 
     def show(self, folder: Path) -> None:
-        """Begin with the table of ``folder``, or do nothing where no terminal is."""
+        """Begin to show the table of the sweep in ``folder``; do nothing where there is no terminal."""
         if not sys.stderr.isatty():
             return
         from rich.console import Console
@@ -56,65 +59,71 @@ class Board:
         self._live = Live(console=Console(stderr=True), refresh_per_second=4)
         self._live.start()
 
-    def look(self, *_: Any) -> None:
-        """Read the files again, at most once a second."""
+    def update(self, *_: Any) -> None:
+        """Read the files again and update the table, at most once a second."""
         if self._live and self._status and time.monotonic() >= self._next:
-            self._next = time.monotonic() + EVERY
-            self._live.update(table(self._status, self._status.rows()))
+            self._next = time.monotonic() + INTERVAL
+            self._live.update(table(self._status, self._status.states()))
 
 
-def table(status: Status, rows: Sequence[Row]) -> Group:
-    """What runs and what failed, a line each, and the counts of all."""
+def table(status: Status, states: Sequence[RunState]) -> Group:
+    """Return a table of the runs that failed or are running, with the counts of all runs below it."""
     from rich.console import Group
     from rich.table import Table
     from rich.text import Text
 
-    made = Table("run", "seed", "state", "step", "left")
-    failed = [row for row in rows if row["state"] == "failed"][-SHOWN:]
-    for row in [*failed, *(row for row in rows if row["state"] == "running")]:
-        words = f"failed: {row['error']}" if row["state"] == "failed" else "running"
-        left = "" if row["state"] == "failed" else show_seconds(row["seconds_left"])
-        made.add_row(
-            *(
-                Text(visible(text))
-                for text in (row["label"], str(row["seed"]), words, f"{row['step']}/{row['steps']}", left)
-            )
-        )
-    return Group(*([made] if made.row_count else []), Text(line(status, rows)))
+    failed = [state for state in states if state.state == "failed"]
+    running = [state for state in states if state.state == "running"]
+    found = Table("run", "seed", "state", "step", "left")
+    for state in [*failed[-FAILED_ROWS:], *running]:
+        words, left = "running", show_seconds(state.seconds_left)
+        if state.state == "failed":
+            words, left = f"failed: {state.error}", ""
+        cells = (state.label, str(state.seed), words, f"{state.step}/{state.steps}", left)
+        found.add_row(*[Text(visible(cell)) for cell in cells])
+    counts = Text(summary_line(status, states))
+    if found.row_count:
+        return Group(found, counts)
+    return Group(counts)
 
 
-def line(status: Status, rows: Sequence[Row]) -> str:
-    """The counts in one line."""
-    told = status.summary(rows)
-    rest = f", about {show_seconds(told['seconds_left'])} left" if told["running"] + told["waiting"] else ""
-    counts = ", ".join(
-        f"{told[state]} {state}"
-        for state in ("finished", "running", "failed", "pruned", "waiting")
-        if told[state] or state == "finished"
-    )
-    return f"{status.folder}: {counts} of {len(rows)}{rest} (for {show_seconds(status.seconds)})"
+def summary_line(status: Status, states: Sequence[RunState]) -> str:
+    """Write the counts of the states, the time left and the time taken in one line."""
+    summary = status.summary(states)
+    counts = [f"{summary['finished']} finished"]
+    for name in ("running", "failed", "pruned", "waiting"):
+        if summary[name]:
+            counts.append(f"{summary[name]} {name}")
+    left = ""
+    if summary["running"] + summary["waiting"]:
+        left = f", about {show_seconds(summary['seconds_left'])} left"
+    took = show_seconds(status.seconds)
+    return f"{status.folder}: {', '.join(counts)} of {len(states)}{left} (for {took})"
 
 
 def watch(folder: Path, say: Callable[[str], None] = print) -> int:
-    """Show the sweep in ``folder`` until it ends; 0, or 1 if runs failed. Elsewhere than on a terminal, a line whenever the counts change.
+    """Show the sweep in ``folder`` until it ends; return 0, or 1 if runs failed or are not finished.
 
-    Raises ``ConfigError`` when ``folder`` holds no sweep.
+    Elsewhere than on a terminal, a line is printed whenever the counts change. Raises ``ConfigError`` when
+    ``folder`` holds no sweep.
     """
-    status, before = Status(folder), ""
+    status, before = Status(folder), list[str]()
     with Board() as board:
         board.show(folder)
         while True:
-            alive, rows = status.alive, status.rows()
-            counts = str([row["state"] for row in rows])
-            if not sys.stderr.isatty() and counts != before:
-                say(line(status, rows))
-            before = counts
-            board.look()
+            alive, states = status.alive, status.states()
+            names = [state.state for state in states]
+            if not sys.stderr.isatty() and names != before:
+                say(summary_line(status, states))
+            before = names
+            board.update()
             if not alive:
                 break
-            time.sleep(EVERY)
-    left = sum(row["state"] in ("waiting", "running") for row in rows)
-    if left:
+            time.sleep(INTERVAL)
+    unfinished = names.count("waiting") + names.count("running")
+    if unfinished:
         command = visible(str(status.about.get("command", "the same command")))
-        say(f"No sweep works on {folder} now, and {left} of its runs are not finished. To go on: {command}")
-    return 1 if left or any(row["state"] == "failed" for row in rows) else 0
+        say(
+            f"No sweep works on {folder} now, and {unfinished} of its runs are not finished. To go on: {command}"
+        )
+    return 1 if unfinished or "failed" in names else 0

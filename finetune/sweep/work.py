@@ -1,14 +1,14 @@
-"""The runs of a grid from the first to the last, the trials of ``tune=`` before them; announced to others, and shown."""
+"""Run the points of a grid, with the trials of ``tune=`` before them; announce them to other shells, and show them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ..launch.start import NO_OPTIONS, StartOptions
-from . import launch
+from . import cluster
 from .check import check
 from .grid import Point, freeze
 from .pool import Pool, interruptible
@@ -21,13 +21,17 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Work:
-    """How points are run; ``where`` is ``None`` for this machine. ``settings`` and ``command`` are told to others, as what was typed."""
+    """What was typed, and how its points are run.
 
-    where: launch.Launcher | None
-    jobs: int | None
-    board: Board
+    ``settings`` are the words that choose the points, and ``command`` is the whole command; other shells are told
+    both. ``launcher`` hands the points to a cluster; ``None`` runs them on this machine. The rest is as in ``Pool``.
+    """
+
     settings: Sequence[str]
-    command: str
+    command: str = ""
+    jobs: int | None = 1
+    launcher: cluster.Launcher | None = None
+    board: Board = field(default_factory=Board)
     retry: bool = False
     attempts: int = 1
     fail_fast: bool = False
@@ -36,48 +40,56 @@ class Work:
     def run(
         self, runs: Sequence[Point], tuning: Tuning | None = None
     ) -> tuple[list[Point], dict[Path, Result]]:
-        """The runs, with ``tuning`` those with the values that it chose, and all results by folder. No run follows trials that did not all end."""
-        tried, folder = tuning.tried if tuning else [], runs[0].folder.path.parent
-        if self.where is None:  # a cluster's machines may see what this one does not
-            check(tried or runs, self.retry, self.options)
-        freeze(tried or runs)
+        """Run the points, and return them with all results by folder.
+
+        With ``tuning``, its trials run first, and the points run with the values that it chose. Where not all
+        trials ended, or one failed and ``fail_fast`` is set, no point runs and none is returned.
+        """
+        trials = tuning.trials if tuning else []
+        folder = runs[0].folder.path.parent
+        if self.launcher is None:  # a cluster's machines may have data and models that this one lacks
+            check(trials or runs, self.retry, self.options)
+        freeze(trials or runs)
+        entries = [entry(point, folder) for point in (*trials, *runs)]
         if tuning:
+            for each in entries[len(trials) :]:
+                each["run"] = ""  # its name depends on the value that the trials choose
             self.board.say(
-                f"Tuning {tuning.asked.key} by {len(tried)} trials of {len(tuning.groups)} configurations, on validation."
+                f"Tuning {tuning.request.key} by {len(trials)} trials of {len(tuning.groups)} configurations, "
+                "on validation."
             )
-        trials = [entry(point, folder) for point in tried]
-        listed = [entry(point, folder) | ({"run": ""} if tuning else {}) for point in runs]
-        with announced(
-            folder, [*trials, *listed], self.settings, self._pool(runs).places, self.command
-        ) as announce:
+        places = self.make_pool(runs).places
+        with announced(folder, entries, self.settings, places, self.command) as announce:
             self.board.show(folder)
             if not tuning:
                 return list(runs), self._run(runs)[0]
-            found, failed = self._run(tried)
-            if (self.fail_fast and failed) or any(
-                point.folder.path not in found for point in tried
-            ):  # a cluster may leave some
+            found, failed = self._run(trials)
+            all_ended = all(trial.folder.path in found for trial in trials)  # a cluster may leave some
+            if not all_ended or (failed and self.fail_fast):
                 return [], found
-            runs = tuning.settled(found, self.board.say)
-            announce([*trials, *(entry(point, folder) for point in runs)])
-            return list(runs), found | self._run(runs)[0]
+            tuned = tuning.settle(found, self.board.say)
+            announce([entry(point, folder) for point in (*trials, *tuned)])
+            return tuned, found | self._run(tuned)[0]
 
-    def _pool(self, runs: Sequence[Point]) -> Pool:
-        gpus: list[str] | None = [] if all(point.config.train.device == "cpu" for point in runs) else None
-        about: Mapping[str, Any] = {
-            "retry": self.retry,
-            "attempts": self.attempts,
-            "fail_fast": self.fail_fast,
-            "options": self.options,
-        }
-        return Pool(self.jobs, self.board.say, look=self.board.look, gpus=gpus, **about)
+    def make_pool(self, runs: Sequence[Point]) -> Pool:
+        """Return the pool that runs points like ``runs``; runs on the CPU take no GPU."""
+        on_cpu = all(point.config.train.device == "cpu" for point in runs)
+        return Pool(
+            self.jobs,
+            self.board.say,
+            update=self.board.update,
+            gpus=[] if on_cpu else None,
+            retry=self.retry,
+            attempts=self.attempts,
+            fail_fast=self.fail_fast,
+            options=self.options,
+        )
 
     def _run(self, runs: Sequence[Point]) -> tuple[dict[Path, Result], bool]:
-        """The results by folder, and whether a run failed now."""
-        if self.where is None:
-            pool = self._pool(runs)
+        """Run the points; return the results by folder, and whether a run failed in this call."""
+        if self.launcher is None:
+            pool = self.make_pool(runs)
             return pool.run(runs), pool.failed
         with interruptible():
-            return launch.run_all(
-                runs, self.where, self.jobs, self.retry, self.board.say, self.options
-            ), False
+            found = cluster.run_all(runs, self.launcher, self.jobs, self.retry, self.board.say, self.options)
+            return found, False

@@ -1,6 +1,7 @@
 """Turn the errors of a command into messages on standard error and an exit code. Imports no torch.
 
-0 success, 1 a run failed, 2 the user's mistake, 130 interrupted. The command line and every child process end this way.
+The command line and every child process end this way: 0 for success, 1 for a failed run, 2 for a mistake of the
+user, 130 after SIGINT, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from collections.abc import Callable
 from ..errors import ConfigError, FinetuneError, visible
 from .environment import rank
 
+INTERRUPTED = 130
+
 
 def exit_code_of(action: Callable[[], int]) -> int:
-    """Call ``action`` and return its exit code; if it raises, print what went wrong and return the exit code of the error.
+    """Call ``action`` and return its exit code; if it raises, print what went wrong and return the error's exit code.
 
-    An unexpected error is printed in one line and its traceback goes to a temporary file. With ``FINETUNE_DEBUG=1`` it is raised instead.
+    An unexpected error is printed as one line, and its traceback goes to a temporary file. With
+    ``FINETUNE_DEBUG=1`` it is raised instead.
     """
     try:
         return action()
@@ -34,22 +38,27 @@ def exit_code_of(action: Callable[[], int]) -> int:
     except Exception as error:
         if os.environ.get("FINETUNE_DEBUG") == "1":
             raise
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            name = visible(str(error.filename))[:60]
-            print_line(f"Error: {name}... is too long for the name of a file or folder. Give a shorter one.")
-            return ConfigError.exit_code
-        with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
-            log.write(traceback.format_exc())
-        what = visible(f"{type(error).__name__}: {error}")
-        where = f"(details in {log.name}; FINETUNE_DEBUG=1 shows them)"
-        print_line(f"Error: finetune failed unexpectedly: {what} {where}", every_rank=True)
-        return 1
+        return _report_unexpected(error)
+
+
+def _report_unexpected(error: Exception) -> int:
+    """Print ``error``, which is being handled, and return the exit code."""
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        name = visible(str(error.filename))[:60]
+        print_line(f"Error: {name}... is too long for the name of a file or folder. Give a shorter one.")
+        return ConfigError.exit_code
+    with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
+        log.write(traceback.format_exc())
+    what = visible(f"{type(error).__name__}: {error}")
+    where = f"(details in {log.name}; FINETUNE_DEBUG=1 shows them)"
+    print_line(f"Error: finetune failed unexpectedly: {what} {where}", every_rank=True)
+    return FinetuneError.exit_code
 
 
 def print_line(line: str, every_rank: bool = False) -> None:
     """Print a line on standard error.
 
-    Of several ranks only rank 0 prints, unless ``every_rank`` is set for a message that rank 0 cannot know.
+    Of several ranks only rank 0 prints, unless ``every_rank`` is set, for messages that rank 0 cannot know.
     """
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""How far a run is: a bar with the time left on a terminal, a few plain lines elsewhere. Both go to standard error."""
+"""Show how far a run is: a bar with the time left on a terminal, a few plain lines elsewhere; on standard error."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from ..errors import visible
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-LINES = 10  # how many plain lines a whole run prints
+LINES = 10  # plain lines that a whole run prints
 
 
 class ProgressBar:
-    """A context manager that is called with steps done, steps in total, and a few words.
+    """A context manager that is called with the steps done, the steps in total, and a few words.
 
     Nothing appears before the first call. ``say`` prints a line without tearing the bar.
     """
 
     def __init__(self) -> None:
-        self.live = sys.stderr.isatty()
+        self.on_terminal = sys.stderr.isatty()
         self._bar: Progress | None = None
-        self._start: tuple[float, int] | None = None
-        self._shown = -1
+        self._start: tuple[float, int] | None = None  # time and step of the first call
+        self._printed = -1  # tenths of the run of the last plain line
 
     def __enter__(self) -> ProgressBar:
         return self
@@ -38,7 +38,7 @@ class ProgressBar:
             self._bar.stop()
 
     def __call__(self, done: int, total: int, words: str = "") -> None:
-        if self.live:
+        if self.on_terminal:
             self._draw(done, total, words)
         else:
             self._print(done, total, words)
@@ -48,48 +48,48 @@ class ProgressBar:
         line = visible(line)
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            with suppress(OSError):  # a terminal that is gone is no reason to stop
-                print(f"{line}\n", end="", file=sys.stderr, flush=True)  # in one piece, whatever signal comes
+            return
+        with suppress(OSError):  # a run goes on without its terminal
+            # One write for text and newline: a signal cannot come between them.
+            print(f"{line}\n", end="", file=sys.stderr, flush=True)
 
     def _draw(self, done: int, total: int, words: str) -> None:
         if self._bar is None:
-            from rich.console import Console
-            from rich.progress import (
-                BarColumn,
-                MofNCompleteColumn,
-                Progress,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-
-            columns = (
-                TextColumn("step"),
-                MofNCompleteColumn(),
-                BarColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-            )
-            self._bar = Progress(
-                *columns, TextColumn("{task.description}", markup=False), console=Console(stderr=True)
-            )
+            self._bar = _make_bar()
             self._bar.add_task("", total=total, completed=done)
             self._bar.start()
         self._bar.update(self._bar.task_ids[0], completed=done, total=total, description=words)
 
     def _print(self, done: int, total: int, words: str) -> None:
         now = time.perf_counter()
-        self._start = self._start or (now, done)
+        if self._start is None:
+            self._start = (now, done)
         part = done * LINES // max(total, 1)
-        if part == self._shown:
+        if part == self._printed:
             return
-        self._shown = part
+        self._printed = part
+        line = f"step {done}/{total}"
         began, first = self._start
-        left = (
-            f", about {(now - began) / (done - first) * (total - done):.0f} s left"
-            if done > first and done < total
-            else ""
-        )
-        self.say(f"step {done}/{total}{left}{words and f', {words}'}")
+        if first < done < total:
+            seconds_left = (now - began) / (done - first) * (total - done)
+            line += f", about {seconds_left:.0f} s left"
+        if words:
+            line += f", {words}"
+        self.say(line)
+
+
+def _make_bar() -> Progress:
+    """Return a bar of rich that shows steps, time taken, time left and the words."""
+    from rich import progress
+    from rich.console import Console
+
+    return progress.Progress(
+        progress.TextColumn("step"),
+        progress.MofNCompleteColumn(),
+        progress.BarColumn(),
+        progress.TimeElapsedColumn(),
+        progress.TextColumn("left"),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.description}", markup=False),
+        console=Console(stderr=True),
+    )

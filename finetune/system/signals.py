@@ -1,4 +1,4 @@
-"""What SIGINT, SIGTERM and SIGHUP do to a run: they end it between two steps, or, asked twice, at once. Imports no torch."""
+"""Handle SIGINT, SIGTERM and SIGHUP: the first ends a run between two steps, a second one at once. Imports no torch."""
 
 from __future__ import annotations
 
@@ -12,14 +12,18 @@ from contextlib import contextmanager, suppress
 from types import FrameType, TracebackType
 from typing import Any
 
+from .environment import rank
+from .exit_code import INTERRUPTED
+
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-CODE = 130  # the exit code of whoever was interrupted
-SAME = 1.0  # seconds within which a second signal is the first one's echo: a terminal and a launcher both send theirs
+SAME = (
+    1.0  # seconds within which a second signal repeats the first: a terminal and a launcher both send theirs
+)
 OUTLIVE = 60  # seconds that a process which loads data goes on after SIGTERM
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal named ``name`` ends the run; ``saved`` says what of it is kept. No ``except Exception`` catches it."""
+    """The signal ``name`` ends the run; ``saved`` tells what of it is kept. No ``except Exception`` catches it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -27,9 +31,10 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside ``with``, a signal raises ``Interrupted`` at once, or, in ``patient``, is kept for ``check``; a later one ends the process.
+    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, ``check`` raises it later.
 
-    Only the main thread can have that; elsewhere, and for a signal that was ignored from the start (``nohup``), nothing changes.
+    A second signal, more than a second later, ends the process. Signals that were ignored from the start
+    (``nohup``) stay ignored. Only the main thread can handle signals; in another thread nothing changes.
     """
 
     def __init__(self) -> None:
@@ -41,8 +46,9 @@ class Signals:
 
     def __enter__(self) -> Signals:
         if threading.current_thread() is threading.main_thread():
-            ours = (number for number in NUMBERS if signal.getsignal(number) not in (signal.SIG_IGN, None))
-            self._before = {number: signal.signal(number, self._came) for number in ours}
+            for number in NUMBERS:
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(
@@ -58,7 +64,7 @@ class Signals:
 
     @contextmanager
     def patient(self) -> Iterator[None]:
-        """Nothing inside is broken off: who can stop calls ``check``."""
+        """Let a signal interrupt nothing inside the block, which calls ``check`` where it can stop."""
         self._patient = True
         try:
             self.check()
@@ -66,34 +72,40 @@ class Signals:
         finally:
             self._patient = False
 
-    def _came(self, number: int, frame: FrameType | None) -> None:
+    def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a process that was forked to load data
             return
-        if self.name and time.monotonic() - self._at > SAME:
-            _tell(
-                f"{self.name}, and again {signal.Signals(number).name}: ended at once; what was saved before is whole."
-            )
-            os._exit(CODE)
+        name = signal.Signals(number).name
         if self.name:
+            if time.monotonic() - self._at > SAME:
+                _write(f"{self.name}, and again {name}: ended at once; what was saved before is whole.")
+                os._exit(INTERRUPTED)
             return
-        self.name, self._at = signal.Signals(number).name, time.monotonic()
+        self.name, self._at = name, time.monotonic()
         if not self._patient:
             raise Interrupted(self.name)
-        _tell(f"{self.name}: saving the run at the end of this step; once more ends it at once.")
+        _write(f"{self.name}: saving the run at the end of this step; once more ends it at once.")
 
 
-def _tell(line: str) -> None:
-    """Past Python's buffers, in the middle of whose work a handler may be called; the cursor, which a progress bar hides, is shown again."""
-    if os.environ.get("RANK", "0") != "0":  # of several processes the first one speaks
+def _write(line: str) -> None:
+    """Write a line to standard error by its descriptor: a handler may interrupt Python's buffered writer.
+
+    A terminal's cursor, which a progress bar hides, is shown again. Of several ranks only rank 0 writes.
+    """
+    if rank() != 0:
         return
-    with suppress(OSError):  # after SIGHUP there is no terminal any more
-        os.write(2, (("\n\x1b[?25h" if sys.stderr.isatty() else "") + line + "\n").encode())
+    show_cursor = "\n\x1b[?25h" if sys.stderr.isatty() else ""
+    with suppress(OSError):  # after SIGHUP the terminal is gone
+        os.write(2, f"{show_cursor}{line}\n".encode())
 
 
 def outlive(worker: int = 0) -> None:
-    """In a process that loads data: a SIGTERM sent to all of a run ends this one only after a minute, so that the run can end its step and save."""
+    """Let this process, which loads data, go on for a minute after SIGTERM.
 
-    def later(number: int, frame: FrameType | None) -> None:
+    A SIGTERM to the whole group then ends it only after the run had time to end its step and to save.
+    """
+
+    def end_later(number: int, frame: FrameType | None) -> None:
         signal.alarm(OUTLIVE)
 
-    signal.signal(signal.SIGTERM, later)
+    signal.signal(signal.SIGTERM, end_later)

@@ -17,7 +17,7 @@ from ..data.encode import Images, encode
 from ..errors import ConfigError
 from ..models.load import Base, fingerprint, load, original_parameters
 from ..storage.result import Params
-from ..system.environment import sharding
+from ..system.environment import sharding_faults
 from .batches import Batches
 from .build import Pretrained
 from .evaluate import Evaluation, evaluate
@@ -92,7 +92,7 @@ class Setup:
 
 def check_machine(config: Config) -> None:
     """Raise ``ConfigError`` where this machine, or its launcher, cannot compute as the configuration says."""
-    settings, faults, cuda = config.train, sharding(os.environ), torch.cuda.is_available()
+    settings, faults, cuda = config.train, sharding_faults(os.environ), torch.cuda.is_available()
     if config.model.dtype != "float32" and settings.precision == "fp32":
         faults.append(
             f"model.dtype={config.model.dtype} needs train.precision=bf16 (or fp16 on a GPU): "

@@ -147,18 +147,18 @@ def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str,
 def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from finetune.sweep import launch, pool
+    from finetune.sweep import cluster, pool
 
     given = list[list[str]]()
 
     def run_all(
-        runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None]
+        runs: list[Point], where: object, jobs: int, retry: bool, say: Callable[[str], None], options: object
     ) -> dict[Path, dict[str, object]]:
         given.append([str(point.folder.path.parent) for point in runs])
         return pool.Pool(1, say, gpus=[]).run(runs if len(given) > 1 else runs[1:])
 
-    monkeypatch.setattr(launch, "run_all", run_all)
-    monkeypatch.setattr(launch, "_absent", lambda name: [])
+    monkeypatch.setattr(cluster, "run_all", run_all)
+    monkeypatch.setattr(cluster, "_missing", lambda name: [])
     code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
     assert (code, given) == (1, [["outputs/t/trials"] * 2])
     assert err.count("not finished: the same command goes on with it") == 1

@@ -15,7 +15,8 @@ import pytest
 from finetune import sweep
 from finetune.launch import forkserver as warm
 from finetune.launch.start import NO_OPTIONS
-from finetune.sweep.process import Process, environment
+from finetune.sweep.process import Process
+from finetune.system.environment import child_environment
 
 from ..sweep.conftest import alive
 
@@ -25,7 +26,6 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked
 @pytest.fixture
 def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """An open file, as the lock of a run is; the server imports next to nothing."""
-    monkeypatch.setattr(warm, "LOADS", "finetune.launch.start")
     handle = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     yield handle
     os.close(handle)
@@ -43,7 +43,7 @@ def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("method: {name: nope}\n", encoding="utf-8")
-    child = warm.Forked(str(file), NO_OPTIONS, environment(1, None) | {"COLUMNS": "80"}, held)
+    child = warm.Forked(str(file), NO_OPTIONS, child_environment(1, None) | {"COLUMNS": "80"}, held)
     code, said = ended(child)
     assert code == 2
     assert "Error: method=nope is not known." in said
@@ -51,7 +51,7 @@ def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_
 
 
 def test_a_killed_child_says_by_which_signal(held: int) -> None:
-    child = warm.Forked("config.yaml", NO_OPTIONS, environment(1, None), held)
+    child = warm.Forked("config.yaml", NO_OPTIONS, child_environment(1, None), held)
     os.kill(child.pid, signal.SIGKILL)
     assert ended(child)[0] == -signal.SIGKILL
 
@@ -59,7 +59,6 @@ def test_a_killed_child_says_by_which_signal(held: int) -> None:
 def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, time; from finetune.launch import forkserver, start\n"
-        "forkserver.LOADS = 'finetune.launch.start'\n"
         "child = forkserver.Forked('config.yaml', start.NO_OPTIONS, dict(os.environ), 0)\n"
         "print(child.pid, flush=True); time.sleep(600)"
     )
@@ -92,7 +91,7 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
             ]
         )
         sweep.freeze([point])
-        process = Process.start(point, NO_OPTIONS, threads=1, warm=how)
+        process = Process.start(point, NO_OPTIONS, threads=1, fork=how)
         assert process
         assert isinstance(process._process, warm.Forked) is how
         while (result := process.poll()) is None:

@@ -16,7 +16,7 @@ from finetune.config.settings import TrainConfig
 from finetune.errors import ConfigError, RunFailed
 from finetune.launch import ranks as launcher
 from finetune.launch.start import NO_OPTIONS
-from finetune.system.environment import sharding
+from finetune.system.environment import sharding_faults
 from finetune.system.signals import Interrupted
 from finetune.training.prepare import make_accelerator, prepare
 
@@ -28,7 +28,7 @@ def test_a_sharded_base_is_refused_with_the_reason(name: str, monkeypatch: pytes
     monkeypatch.setenv(name, "true")
     with pytest.raises(ConfigError, match=f"{name}=true: .* splits the base's weights.*--processes N"):
         prepare(load(["method=lora", "train.device=cpu"]))
-    assert not sharding({name: "false"})
+    assert not sharding_faults({name: "false"})
 
 
 def test_what_a_launcher_says_of_accumulation_does_not_divide_the_loss(
@@ -65,29 +65,29 @@ LOST = words(0, 1, "Another process of this run has ended", severed=True)
 
 def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
     folder = Path("outputs/t/r")
-    launcher._judge([0, 0], [], folder)
+    launcher._raise_cause([0, 0], [], folder)
     with pytest.raises(RunFailed, match="no space") as failed:
-        launcher._judge([1, 1], [LOST, words(1, 1, "no space"), words(2, 1, "what came later")], folder)
+        launcher._raise_cause([1, 1], [LOST, words(1, 1, "no space"), words(2, 1, "what came later")], folder)
     assert "Another" not in str(failed.value)
     with pytest.raises(launcher.ProcessFailed, match="process 1 of 2: KeyError: 7") as unexpected:
-        launcher._judge([1, 1], [LOST, words(1, 1, "KeyError: 7", trace="the traceback")], folder)
+        launcher._raise_cause([1, 1], [LOST, words(1, 1, "KeyError: 7", trace="the traceback")], folder)
     assert str(unexpected.value.__cause__) == "the traceback"
     with pytest.raises(RunFailed, match=r"Process 1 of 2 was ended by SIGKILL \(out of memory\?\)"):
-        launcher._judge([1, -9], [LOST], folder)
+        launcher._raise_cause([1, -9], [LOST], folder)
     with pytest.raises(RunFailed, match=r"exit codes \[1, 0\]"):
-        launcher._judge([1, 0], [], folder)
+        launcher._raise_cause([1, 0], [], folder)
 
 
 def test_mistakes_and_signals_are_told_once() -> None:
     with pytest.raises(ConfigError) as wrong:
-        launcher._judge(
+        launcher._raise_cause(
             [2, 2],
             [words(1, 2, "a is wrong", "b is wrong"), words(0, 2, "a is wrong", "b is wrong")],
             Path("r"),
         )
     assert wrong.value.faults == ("a is wrong", "b is wrong")
     with pytest.raises(Interrupted) as stopped:
-        launcher._judge(
+        launcher._raise_cause(
             [130, 130],
             [words(1, 130, "SIGTERM", " after step 3"), words(0, 130, "SIGTERM", " after step 3")],
             Path("r"),

@@ -55,7 +55,7 @@ def point(seed: int, name: str = "s", steps: int = 10) -> Point:
 
 
 def stubbed(of: Point, options: StartOptions = NO_OPTIONS) -> list[str]:
-    """In place of ``process.command``."""
+    """In place of ``process.run_command``."""
     return [sys.executable, "-S", "-E", str(STUB), str(of.folder.config)]
 
 
@@ -63,7 +63,7 @@ def stubbed(of: Point, options: StartOptions = NO_OPTIONS) -> list[str]:
 def stub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., list[Point]]:
     """Children are the stub; called with seeds it makes and freezes their points."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setattr(process, "run_command", stubbed)
     monkeypatch.setattr(process, "FORKS", False)
 
     def make(*seeds: int) -> list[Point]:
@@ -80,7 +80,7 @@ def typed(
 ) -> Callable[..., tuple[int, str, str]]:
     """Runs the command here, with children that train nothing; gives exit code, output and errors."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(process, "command", stubbed)
+    monkeypatch.setattr(process, "run_command", stubbed)
     monkeypatch.setattr(process, "FORKS", False)
     monkeypatch.setattr(work, "check", lambda runs, retry, options: None)
     monkeypatch.setenv("COLUMNS", "160")

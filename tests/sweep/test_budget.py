@@ -14,6 +14,7 @@ from finetune.data import digits
 from finetune.errors import ConfigError
 from finetune.storage.run_folder import run_folder
 from finetune.sweep import budget, size
+from finetune.sweep.solve import solve
 from finetune.testing.cases import Case, find_cases
 from finetune.training import run
 
@@ -90,7 +91,7 @@ def test_real_runs_report_what_was_asked_for(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(digits, "SIZES", {"train": 64, "val": 16, "test": 16})
-    words = budget.solve(ENTRIES, [f"method={method}", *CASES[method].settings, "name=n", "seed=1", *SHORT])
+    words = solve(ENTRIES, [f"method={method}", *CASES[method].settings, "name=n", "seed=1", *SHORT])
     config = load(words)
     config = replace(config, run=run_folder(config).name)  # as the points of a sweep have it
     result = run.train(config, run_folder(config), lambda line: None, lambda done, total, words: None)
@@ -111,7 +112,7 @@ def test_a_method_that_meets_no_budget_says_why(method: str) -> None:
     assert bool(registry.get("method", method).size) == (not fixed)
     words = f"no setting for its size.*{expected:,} trained" if fixed else expected
     with pytest.raises(budget.FixedSize if fixed else ConfigError, match=words):
-        budget.solve(ENTRIES, [f"method={method}"])
+        solve(ENTRIES, [f"method={method}"])
 
 
 def test_every_other_method_names_its_setting() -> None:
@@ -127,20 +128,20 @@ def test_ranks_by_brute_force(method: str, knob: str, shapes: list[tuple[int, in
     for target in (12_300, 49_000, 200_000, 491_000):
         nearest = min(counts, key=lambda rank: abs(counts[rank] - target))
         if abs(counts[nearest] - target) <= 0.02 * target:
-            words = budget.solve(str(target), [f"method={method}"])
+            words = solve(str(target), [f"method={method}"])
             assert words == [f"method={method}", f"method.{knob}={nearest}"]
             continue
         below = max((rank for rank in counts if counts[rank] < target), default=None)
         above = min(rank for rank in counts if counts[rank] >= target)
         with pytest.raises(ConfigError) as caught:
-            budget.solve(str(target), [f"method={method}"])
+            solve(str(target), [f"method={method}"])
         for rank in (below, above):
             assert rank is None or f"method.{knob}={rank} with {counts[rank]:,} trained" in str(caught.value)
 
 
 @pytest.mark.parametrize("target", [720, 5_043, 40_000, 333_333, 780_000])
 def test_sparsity_by_counting(target: int, shapes: list[tuple[int, int]]) -> None:
-    found = value(budget.solve(str(target), ["method=shira"]))
+    found = value(solve(str(target), ["method=shira"]))
     trained = sum(max(1, out * in_ - round(found * out * in_)) for out, in_ in shapes)
     assert abs(trained - target) <= 0.02 * target
 
@@ -150,24 +151,24 @@ def test_units_by_brute_force(shapes: list[tuple[int, int]]) -> None:
     width = min(min(shape) for shape in shapes)
     columns = sum(in_ for out, in_ in shapes if in_ > out)
     for target in (width, 5 * width, 7 * width + 2, 100 * width):
-        found = value(budget.solve(str(target), ["method=s2ft"]))
+        found = value(solve(str(target), ["method=s2ft"]))
         assert int(found * columns) * width == target // width * width
     with pytest.raises(ConfigError) as caught:
-        budget.solve(str(3 * width + width // 2), ["method=s2ft"])
+        solve(str(3 * width + width // 2), ["method=s2ft"])
     assert f"{3 * width:,} trained" in str(caught.value)
     assert f"{4 * width:,} trained" in str(caught.value)
     with pytest.raises(ConfigError, match=f"{width:,} trained"):
-        budget.solve("10", ["method=s2ft"])
+        solve("10", ["method=s2ft"])
 
 
 def test_a_share_is_of_all_parameters() -> None:
     total = size.frame(load([])).total
     assert total > 1_000_000
-    words = budget.solve("5%", ["method=shira"])
+    words = solve("5%", ["method=shira"])
     found = size.measure(load(words))
     assert found.trained - found.head == pytest.approx(0.05 * total, rel=0.001)
     with pytest.raises(ConfigError, match=r"\(100%\), within 2 %.*\(97\.5%\)"):
-        budget.solve("100%", ["method=shira"])
+        solve("100%", ["method=shira"])
 
 
 def test_other_settings_count_too() -> None:
@@ -177,28 +178,28 @@ def test_other_settings_count_too() -> None:
         ["method=lora", "method.targets=[q,v]"],
         ["method=spt", "method.class_token=false"],
     ):
-        solved = budget.solve("24.6k", words)
+        solved = solve("24.6k", words)
         found = size.measure(load(solved))
         assert abs(found.trained - found.head - 24_600) <= 0.02 * 24_600
         assert solved[:-1] == words
 
 
 def test_all_seeds_get_the_same() -> None:
-    assert len({budget.solve("30k", ["method=lift", f"seed={seed}"])[-1] for seed in (0, 1, 7)}) == 1
+    assert len({solve("30k", ["method=lift", f"seed={seed}"])[-1] for seed in (0, 1, 7)}) == 1
 
 
 def test_bytes_of_ranks_are_exact() -> None:
     for rank in (2, 5, 8):
         config = load(["method=lora", f"method.rank={rank}", "name=n"])
         stored = size.measure(config).stored
-        assert budget.solve(f"{stored}B", ["method=lora", "name=n"])[-1] == f"method.rank={rank}"
+        assert solve(f"{stored}B", ["method=lora", "name=n"])[-1] == f"method.rank={rank}"
 
 
 def test_what_training_decides_has_no_bytes() -> None:
     for words in (["method=lift"], ["method=spt"]):
         with pytest.raises(ConfigError, match="decided while it trains"):
-            budget.solve("1MB", words)
-    assert budget.solve(
+            solve("1MB", words)
+    assert solve(
         "1MB", ["method=lift", "schedule.every=200", "train.steps=201", "method.schedule.dropped=base"]
     )
 
@@ -210,10 +211,10 @@ def test_settings_that_contradict_the_budget() -> None:
         ["method=peft", "method.config.r=3"],
     ):
         with pytest.raises(ConfigError, match=f"{words[1]} and budget=50k both say"):
-            budget.solve("50k", words)
-    assert budget.solve("49k", ["method=snell", "sparsity=0.5"])[-1] == "method.rank=4"
+            solve("50k", words)
+    assert solve("49k", ["method=snell", "sparsity=0.5"])[-1] == "method.rank=4"
     with pytest.raises(ConfigError, match=r"2:4.*sparsity"):
-        budget.solve("50k", ["method=shira", "method.grain='2:4'"])
+        solve("50k", ["method=shira", "method.grain='2:4'"])
 
 
 def test_a_setting_that_changes_nothing() -> None:
@@ -221,7 +222,7 @@ def test_a_setting_that_changes_nothing() -> None:
         pytest.warns(UserWarning, match="init_r"),
         pytest.raises(budget.FixedSize, match=r"method\.config\.r does not change how much it trains"),
     ):
-        budget.solve("50k", ["method=peft", "method.type=ADALORA", "method.config={total_step:10}"])
+        solve("50k", ["method=peft", "method.type=ADALORA", "method.config={total_step:10}"])
 
 
 def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -230,6 +231,6 @@ def test_weights_are_read_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(size, "load_model", lambda *given: reads.append(given) or real(*given))
     monkeypatch.setattr(size, "_frames", {})
     for method in ("lora", "snell", "shira"):
-        budget.solve("49.1k", [f"method={method}"])
+        solve("49.1k", [f"method={method}"])
     assert len(reads) == 1
     assert all(p.is_meta for p in size.frame(load([])).model.parameters())

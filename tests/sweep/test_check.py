@@ -30,7 +30,7 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process, which has imported everything."""
-    monkeypatch.setattr(check, "_elsewhere", lambda configs, options: check.faults_of(configs))
+    monkeypatch.setattr(check, "_faults_in_child", lambda configs, options: check.faults_of(configs))
 
 
 @pytest.mark.usefixtures("here")
@@ -97,5 +97,5 @@ def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: 
     failed.write_text('{"format": 1, "status": "failed"}')
     with pytest.raises(ConfigError, match=r"foo.*shira"):
         check.check(runs, retry=True)
-    monkeypatch.setattr(check, "_elsewhere", pytest.fail)
+    monkeypatch.setattr(check, "_faults_in_child", pytest.fail)
     check.check(runs)

@@ -34,9 +34,9 @@ except Interrupted as error:
     print("interrupted by", error)
     sys.exit(130)
 """
-STUBBED = "process.command, process.FORKS = stubbed, False"
+STUBBED = "process.run_command, process.FORKS = stubbed, False"
 BOUND = (
-    "process.FORKS = False\nprocess.command = lambda p, options: [sys.executable, '-c', 'import os, runpy, sys; "
+    "process.FORKS = False\nprocess.run_command = lambda p, options: [sys.executable, '-c', 'import os, runpy, sys; "
     + (
         "from finetune.launch.start import end_with; end_with(int(sys.argv.pop(1))); "
         "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
@@ -131,6 +131,6 @@ def test_a_second_interruption_does_not_wait(stub: Make, monkeypatch: pytest.Mon
             raise Interrupted("SIGINT")
 
     with pytest.raises(Interrupted):
-        Pool(1, lambda line: None, gpus=[], look=look).run([slow])
+        Pool(1, lambda line: None, gpus=[], update=look).run([slow])
     assert stops == [10.0, 0.0]
     assert gone(slow)

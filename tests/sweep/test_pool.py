@@ -18,7 +18,8 @@ from finetune.launch.start import NO_OPTIONS
 from finetune.sweep import pool as pools
 from finetune.sweep.grid import Point
 from finetune.sweep.pool import Pool
-from finetune.sweep.process import DiskFull, Process, environment, lock
+from finetune.sweep.process import DiskFull, Process, take_lock
+from finetune.system import environment
 
 from .conftest import gone, starts
 
@@ -27,7 +28,7 @@ Make = Callable[..., list[Point]]
 
 def runs_at_once(points: list[Point], places: int, **more: object) -> int:
     seen = []
-    Pool(places, lambda line: None, gpus=[], look=lambda p: seen.append(len(p.running)), **more).run(points)  # type: ignore[arg-type]
+    Pool(places, lambda line: None, gpus=[], update=lambda p: seen.append(len(p.running)), **more).run(points)  # type: ignore[arg-type]
     return max(seen)
 
 
@@ -157,7 +158,7 @@ def test_each_gpu_has_one_run_at_a_time(stub: Make, monkeypatch: pytest.MonkeyPa
         4,
         lambda line: None,
         gpus=["3", "5"],
-        look=lambda p: at_once.append([r.device or "" for r in p.running]),
+        update=lambda p: at_once.append([r.device or "" for r in p.running]),
     ).run(points)
     assert max(map(len, at_once)) == 2
     assert all(len(set(devices)) == len(devices) for devices in at_once)
@@ -166,27 +167,27 @@ def test_each_gpu_has_one_run_at_a_time(stub: Make, monkeypatch: pytest.MonkeyPa
 
 def test_devices_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
-    assert pools.devices() == ["2", "GPU-abc"]
+    assert environment.cuda_devices() == ["2", "GPU-abc"]
     for none in ("", "-1"):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", none)
-        assert pools.devices() == []
+        assert environment.cuda_devices() == []
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 0\necho 1\n")
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    assert pools.devices() == ["0", "1"]
+    assert environment.cuda_devices() == ["0", "1"]
     tool.write_text("#!/bin/sh\necho No devices were found\nexit 6\n")
-    assert pools.devices() == []
+    assert environment.cuda_devices() == []
 
 
 def test_threads_are_divided_and_a_lower_wish_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pools, "cores", lambda: 8)
+    monkeypatch.setattr(pools, "count_cores", lambda: 8)
     monkeypatch.setenv("OMP_NUM_THREADS", "16")
     monkeypatch.setenv("MKL_NUM_THREADS", "1")
     monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     threads = Pool(3, print, gpus=[])._threads
-    made = environment(threads, "")
+    made = environment.child_environment(threads, "")
     assert threads == 2
     assert [
         made[name]
@@ -224,7 +225,7 @@ def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
     before = point.folder.result.read_bytes()
     assert Process.start(point, NO_OPTIONS) is None
     assert point.folder.result.read_bytes() == before
-    held = lock(point.folder.path)
+    held = take_lock(point.folder.path)
     assert held is not None
     os.close(held)
 
@@ -235,10 +236,10 @@ def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
     process = Process.start(slow, NO_OPTIONS)
     assert process
     os.close(process._lock)
-    assert lock(slow.folder.path) is None
+    assert take_lock(slow.folder.path) is None
     os.killpg(process._process.pid, signal.SIGKILL)
     process._process.communicate()
-    taken = lock(slow.folder.path)
+    taken = take_lock(slow.folder.path)
     assert taken is not None
     os.close(taken)
 

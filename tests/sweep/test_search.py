@@ -19,8 +19,10 @@ import pytest
 from finetune.config.load import load
 from finetune.errors import ConfigError
 from finetune.sweep import search, space
+from finetune.sweep.grid import Point
 from finetune.sweep.status import Status
-from finetune.sweep.watch import line, watch
+from finetune.sweep.watch import summary_line, watch
+from finetune.sweep.work import Work
 
 from . import fake_training
 from .fake_training import FakePool, accuracy
@@ -46,7 +48,11 @@ def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.sweep.pool.Pool", FakePool)
+    monkeypatch.setattr("finetune.sweep.work.Pool", FakePool)
+
+
+def run_search(words: list[str], trials: int) -> list[tuple[Point, dict[str, Any]]]:
+    return search.run(Work(words), trials)
 
 
 def told(name: str = "s") -> list[dict[str, Any]]:
@@ -71,12 +77,12 @@ def told(name: str = "s") -> list[dict[str, Any]]:
 )
 def test_faults_come_before_the_first_trial(words: list[str], fault: str, fake: None) -> None:
     with pytest.raises(ConfigError, match=fault):
-        search.run(words, 3)
+        run_search(words, 3)
     assert not list(Path().iterdir())
 
 
 def test_the_best_is_found_and_comes_first(fake: None) -> None:
-    results = search.run(ASKED, 20)
+    results = run_search(ASKED, 20)
     finished = [(point, result) for point, result in results if result["status"] == "finished"]
     best, result = finished[0]
     assert result["metrics"]["val"]["accuracy"] == max(accuracy(lr, 8, 8) for _, lr in fake_training.started)
@@ -93,7 +99,7 @@ def test_the_best_is_found_and_comes_first(fake: None) -> None:
 
 def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
     """The rule worked by hand: at a step, the best so far is worse than the median of the finished trials, once they are five."""
-    search.run(ASKED, 16)
+    run_search(ASKED, 16)
     reached: dict[int, list[float]] = {step: [] for step in (2, 4, 6, 8)}
     finished = 0
     for trial in told():
@@ -120,18 +126,18 @@ def test_others_can_watch_it(fake: None, monkeypatch: pytest.MonkeyPatch) -> Non
 
     def watched(self: FakePool, *args: Any) -> dict[str, Any]:
         status = Status(Path("outputs/s"))
-        rows = status.rows()
-        seen.append((status.alive, sum(row["run"] != "" for row in rows), len(rows)))
+        states = status.states()
+        seen.append((status.alive, sum(state.run != "" for state in states), len(states)))
         return train(self, *args)
 
     monkeypatch.setattr(FakePool, "train", watched)
-    search.run(ASKED, 16)
+    run_search(ASKED, 16)
     assert seen == [(True, number, 16) for number in range(1, 17)]
     status = Status(Path("outputs/s"))
-    states = [row["state"] for row in status.rows()]
+    states = [state.state for state in status.states()]
     assert sorted(states) == sorted(trial["status"] for trial in told())
     assert "pruned" in states
-    assert f"{states.count('pruned')} pruned of 16" in line(status, status.rows())
+    assert f"{states.count('pruned')} pruned of 16" in summary_line(status, status.states())
     assert watch(Path("outputs/s")) == 0
 
 
@@ -140,7 +146,11 @@ def test_a_run_that_is_done_is_not_pruned() -> None:
     own = SimpleNamespace(report=lambda value, step: None, should_prune=lambda: True)
     for step, pruned in ((6, True), (8, False)):
         trial: Any = SimpleNamespace(
-            own=own, point=SimpleNamespace(config=load(ASKED[:1] + ASKED[2:])), pruned="", seen=0, judged=True
+            own=own,
+            point=SimpleNamespace(config=load(ASKED[:1] + ASKED[2:])),
+            pruned="",
+            reported=0,
+            judged=True,
         )
         search.Search._judge(object(), trial, {"step": step, "val_accuracy": 0.5})  # type: ignore[arg-type]
         assert bool(trial.pruned) is pruned
@@ -148,28 +158,28 @@ def test_a_run_that_is_done_is_not_pruned() -> None:
 
 def test_the_same_seed_gives_the_same_trials_and_another_others(fake: None) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        search.run([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6)
+        run_search([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6)
     a, b, c = ([t["settings"] for t in told(name)] for name in "abc")
     assert a == b
     assert a != c
 
 
 def test_more_trials_continue_a_search(fake: None) -> None:
-    search.run(ASKED, 9)
+    run_search(ASKED, 9)
     whole = told()
     assert len(fake_training.started) == 9
     for trials in (4, 4, 9):
-        search.run([*ASKED[:-1], "name=parts"], trials)
+        run_search([*ASKED[:-1], "name=parts"], trials)
     assert len(fake_training.started) == 18
     assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [
         (t["settings"], t["status"], t["steps"]) for t in whole
     ]
-    assert search.run(ASKED, 3)
+    assert run_search(ASKED, 3)
     assert len(fake_training.started) == 18
 
 
 def test_failures_are_trials(fake: None) -> None:
-    search.run(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8)
+    run_search(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8)
     states = {t["settings"]["optimizer.lr"]: (t["status"], t["error"]) for t in told()}
     assert states == {"0.01": ("finished", None), "5": ("failed", "the loss is nan")}
     assert len(told()) == 8
@@ -178,7 +188,7 @@ def test_failures_are_trials(fake: None) -> None:
 
 def test_contradictions_between_settings_fail_alone(fake: None) -> None:
     words = ["method=hft", "method.rounds=choice(1,2)", "sparsity=choice(0.5,0.0)", "train.steps=4", "name=s"]
-    search.run(words, 12)
+    run_search(words, 12)
     failed = [t for t in told() if t["status"] == "failed"]
     assert failed
     assert all(t["settings"] == {"method.rounds": "2", "method.sparsity": "0.0"} for t in failed)
@@ -186,7 +196,7 @@ def test_contradictions_between_settings_fail_alone(fake: None) -> None:
 
 
 def test_settings_that_a_method_lacks_are_left_out_for_it(fake: None) -> None:
-    results = search.run(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10)
+    results = run_search(["method=head,shira", "sparsity=choice(0.5,0.9)", "train.steps=2", "name=s"], 10)
     assert {point.label for point, _ in results} == {
         "method=head",
         "method=shira method.sparsity=0.5",
@@ -195,9 +205,9 @@ def test_settings_that_a_method_lacks_are_left_out_for_it(fake: None) -> None:
 
 
 def test_another_search_in_the_folder_is_refused(fake: None) -> None:
-    search.run(ASKED, 1)
+    run_search(ASKED, 1)
     with pytest.raises(ConfigError, match=r"outputs/s holds another search: .*tag\(log"):
-        search.run(["method=head", "optimizer.lr=interval(1e-3,1e-2)", "train.steps=8", "name=s"], 1)
+        run_search(["method=head", "optimizer.lr=interval(1e-3,1e-2)", "train.steps=8", "name=s"], 1)
     assert len(told()) == 1
 
 
@@ -205,37 +215,38 @@ def test_a_damaged_storage_is_said(fake: None) -> None:
     Path("outputs/s").mkdir(parents=True)
     Path("outputs/s/search.db").write_text("this is no database" * 100)
     with pytest.raises(ConfigError, match=r"outputs/s/search.db cannot be read"):
-        search.run(ASKED, 1)
+        run_search(ASKED, 1)
 
 
 def test_one_search_at_a_time(fake: None) -> None:
-    search.run(ASKED, 1)
+    run_search(ASKED, 1)
     with Path("outputs/s/.search.lock").open() as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ConfigError, match="outputs/s is being searched by another process"):
-            search.run(ASKED, 2)
-    assert len(search.run(ASKED, 2)) == 2
+            run_search(ASKED, 2)
+    assert len(run_search(ASKED, 2)) == 2
 
 
 def test_without_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "optuna", None)
     with pytest.raises(ConfigError, match=r"pip install 'finetune-bench\[search\]'"):
-        search.run(ASKED, 1)
+        run_search(ASKED, 1)
 
 
 @pytest.mark.slow
 def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
     """A search in a process of its own, killed with -9 again and again, against one that was left alone."""
-    search.run([*ASKED[:-1], "name=whole"], 9)
+    run_search([*ASKED[:-1], "name=whole"], 9)
     code = f"""
         import sys
         sys.path.insert(0, {str(Path(__file__).parents[2])!r})
-        import finetune.sweep.pool
+        import finetune.sweep.work
         from finetune.sweep import search
+        from finetune.sweep.work import Work
         from tests.sweep import fake_training
         fake_training.FakePool.pause = 0.02
-        finetune.sweep.pool.Pool = fake_training.FakePool
-        search.run({ASKED!r}, 9)
+        finetune.sweep.work.Pool = fake_training.FakePool
+        search.run(Work({ASKED!r}), 9)
     """
     kills = 0
     for wait in (0.1, 0.4, 60):
@@ -269,8 +280,8 @@ def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
     """A real run of many steps beside five trials that were perfect from the start."""
     words = [*QUICK, LR, "train.steps=5000", "train.eval_every=5", "name=s"]
     one = search.Search([w for w in words if w != LR], space.space(words, None)[1], None, None)
-    with one.alone(Path("outputs/s")):
-        one.open(words, 0, False, 6)
+    with one.exclusive(Path("outputs/s")):
+        one.open_study(words, 0, False, 6)
         for lr in (1e-3, 2e-3, 3e-3, 4e-3, 5e-3):
             distribution = {"optimizer.lr": optuna.distributions.FloatDistribution(1e-4, 1e-1, log=True)}
             perfect = {5: 1.0, 10: 1.0}
@@ -281,7 +292,7 @@ def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
                 intermediate_values=perfect,
             )
             one.study.add_trial(made)
-    results = search.run(words, 6)
+    results = run_search(words, 6)
     said = capsys.readouterr().err
     *_, trial = told()
     assert (trial["status"], trial["steps"]) == ("pruned", 5)

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from rich.console import Console
 
 from finetune.errors import ConfigError
 from finetune.sweep.grid import Point, freeze
+from finetune.sweep.lines import last_step, tail
 from finetune.sweep.pool import Pool
-from finetune.sweep.process import last_step, lock, tail
+from finetune.sweep.process import take_lock
 from finetune.sweep.status import Status, announced, duration, entry, show_seconds
 from finetune.sweep.watch import Board, table, watch
 
@@ -39,20 +41,20 @@ def test_each_state_is_read_from_the_files(stub: Make) -> None:
     lines = "".join(json.dumps({"step": step, "seconds": 2.0}) + "\n" for step in (1, 2, 3, 4))
     going.folder.metrics.write_text(lines + '{"step": 5, "sec')
     begun.folder.metrics.write_text(lines)
-    held = lock(going.folder.path)
+    held = take_lock(going.folder.path)
     with announced(Path("outputs/s"), listed(points), ["seed=1,2"], 2, "finetune sweep seed=1,2"):
         status = Status(Path("outputs/s"))
-        rows = status.rows()
+        states = status.states()
         assert status.alive
     assert not status.alive
     assert held
-    assert [row["state"] for row in rows] == ["finished", "failed", "running", "waiting", "waiting"]
-    assert [row["step"] for row in rows] == [10, 0, 4, 4, 0]
-    assert rows[1]["error"] == "no data here"
-    assert rows[2]["seconds_left"] == 2.0 * 6
-    assert rows[0]["seconds"] > 0
-    rows[0]["seconds"], rows[1]["seconds"] = 30.0, 10.0
-    told = status.summary(rows)
+    assert [state.state for state in states] == ["finished", "failed", "running", "waiting", "waiting"]
+    assert [state.step for state in states] == [10, 0, 4, 4, 0]
+    assert states[1].error == "no data here"
+    assert states[2].seconds_left == 2.0 * 6
+    assert states[0].seconds > 0
+    states[0], states[1] = replace(states[0], seconds=30.0), replace(states[1], seconds=10.0)
+    told = status.summary(states)
     assert {key: told[key] for key in ("finished", "running", "failed", "waiting")} == {
         "finished": 1,
         "running": 1,
@@ -150,10 +152,10 @@ def test_trials_and_runs_that_are_still_to_be_chosen(stub: Make) -> None:
     with announced(Path("outputs/s"), listed, [], 1, "finetune sweep x") as announce:
         status = Status(Path("outputs/s"))
         Pool(1, lambda line: None, gpus=[]).run([trial])
-        assert [row["state"] for row in status.rows()] == ["finished", "waiting", "waiting"]
+        assert [state.state for state in status.states()] == ["finished", "waiting", "waiting"]
         announce([listed[0], *(entry(run, Path("outputs/s")) for run in points)])
         Pool(1, lambda line: None, gpus=[]).run(points)
-        assert [row["state"] for row in status.rows()] == ["finished"] * 3
+        assert [state.state for state in status.states()] == ["finished"] * 3
 
 
 @pytest.mark.parametrize("run", ["..", "/", "../s", "trials/..", "trials/../x", "/etc", "a/b"])
@@ -170,11 +172,11 @@ def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
     points = stub(1, 101, 2)
     Pool(1, lambda line: None, gpus=[]).run(points[:2])
     points[2].folder.metrics.write_text('{"step": 4, "seconds": 20.0}\n')
-    held = lock(points[2].folder.path)
+    held = take_lock(points[2].folder.path)
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
         status = Status(Path("outputs/s"))
         shown = Console(width=120, file=io.StringIO())
-        shown.print(table(status, status.rows()))
+        shown.print(table(status, status.states()))
     assert held
     text = shown.file.getvalue()  # type: ignore[attr-defined]
     assert "failed: no data here" in text
@@ -191,7 +193,7 @@ def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(
         monkeypatch.setattr(sys.stderr, "isatty", lambda on=terminal: on)
         with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"), Board() as board:
             board.show(Path("outputs/s"))
-            Pool(1, board.say, gpus=[], look=board.look, retry=True).run(points)
+            Pool(1, board.say, gpus=[], update=board.update, retry=True).run(points)
         said = capsys.readouterr().err
         assert ("-x: running" in said) is not terminal
         assert "failed (no data here)" in said
@@ -203,11 +205,11 @@ def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> No
     Pool(2, lambda line: None, gpus=[]).run(points)
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
         status = Status(Path("outputs/s"))
-        first = status.rows()
+        first = status.states()
         monkeypatch.setattr(
             type(points[0].folder), "read_result", None
         )  # a second reading needs no result again
-        assert status.rows() == first
+        assert status.states() == first
 
 
 def test_a_run_took_the_time_of_its_own_process(stub: Make) -> None:

@@ -35,8 +35,8 @@ def quiet(line: str) -> None:
 
 def tuned(points: list[Point], parameter: str = "optimizer.lr", trials: int = 5) -> list[Point]:
     tuning = tune.plan(points, parameter, trials)
-    grid.freeze(tuning.tried)
-    return tuning.settled(FakePool(1, quiet).run(tuning.tried), quiet)
+    grid.freeze(tuning.trials)
+    return tuning.settle(FakePool(1, quiet).run(tuning.trials), quiet)
 
 
 def told(point: Point) -> dict[str, Any]:

@@ -225,7 +225,7 @@ def child(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Process:
     """A sweep's child that needs a while to save its step when it is asked to end."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        process, "command", lambda of: [sys.executable, "-S", "-c", SAVES, str(of.folder.path)]
+        process, "run_command", lambda of, options: [sys.executable, "-S", "-c", SAVES, str(of.folder.path)]
     )
     one = point(1)
     grid.freeze([one])
@@ -259,4 +259,4 @@ def test_a_child_that_another_asked_to_end_is_run_again_by_the_next_sweep(child:
     while result is None:
         result = child.poll()
     assert (result["status"], result["signal"]) == ("failed", 15)
-    assert process.again(child.point.folder.read_result())
+    assert process.should_rerun(child.point.folder.read_result())

@@ -13,9 +13,9 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.launch.start import NO_OPTIONS
-from finetune.sweep import launch
+from finetune.sweep import cluster
+from finetune.sweep.cluster import Launcher, choose_launcher
 from finetune.sweep.grid import Point
-from finetune.sweep.launch import Launcher, launcher
 
 Make = Callable[..., list[Point]]
 
@@ -36,8 +36,10 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_what_is_asked_for(slurm: Path) -> None:
-    assert launcher("local", []) is None
-    found = launcher("slurm", ["launcher.timeout_min=5", "launcher.partition=gpu", "launcher.setup=[a, b]"])
+    assert choose_launcher("local", []) is None
+    found = choose_launcher(
+        "slurm", ["launcher.timeout_min=5", "launcher.partition=gpu", "launcher.setup=[a, b]"]
+    )
     assert found
     assert {key: found.settings[key] for key in ("timeout_min", "partition", "setup", "nodes")} == {
         "timeout_min": 5,
@@ -49,64 +51,64 @@ def test_what_is_asked_for(slurm: Path) -> None:
 
 def test_mistakes(slurm: Path) -> None:
     with pytest.raises(ConfigError, match=r"--launcher slrm is not a launcher\. Did you mean 'slurm'\?"):
-        launcher("slrm", [])
+        choose_launcher("slrm", [])
     with pytest.raises(
         ConfigError,
         match=r"launcher.timeout is not a setting of --launcher slurm\. Did you mean 'timeout_min'\?",
     ):
-        launcher("slurm", ["launcher.timeout=5"])
+        choose_launcher("slurm", ["launcher.timeout=5"])
     with pytest.raises(ConfigError, match="local has --jobs"):
-        launcher("local", ["launcher.timeout_min=5"])
+        choose_launcher("local", ["launcher.timeout_min=5"])
 
 
 @pytest.mark.parametrize("name", ["ray", "slurm", "joblib"])
 def test_an_extra_that_is_not_installed_is_named_with_the_cure(
     slurm: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    find = launch.importlib.util.find_spec
-    package = launch.PLUGINS[name][0]
+    find = cluster.importlib.util.find_spec
+    package = cluster.PLUGINS[name][0]
     monkeypatch.setattr(
-        launch.importlib.util, "find_spec", lambda module: None if module.endswith(package) else find(module)
+        cluster.importlib.util, "find_spec", lambda module: None if module.endswith(package) else find(module)
     )
     with pytest.raises(ConfigError, match=rf"--launcher {name} .*pip install 'finetune-bench\[{name}\]'"):
-        launcher(name, [])
+        choose_launcher(name, [])
 
 
 def test_no_slurm(slurm: Path) -> None:
     (slurm / "sbatch").unlink()
     with pytest.raises(ConfigError, match="needs Slurm's sbatch, not found here"):
-        launcher("slurm", [])
+        choose_launcher("slurm", [])
 
 
 def test_a_slurm_that_fails_or_does_not_answer(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(slurm, "sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(ConfigError, match="`sinfo` fails: Unable to contact slurm controller"):
-        launcher("slurm", [])
-    monkeypatch.setattr(launch, "ANSWER", 0.2)
+        choose_launcher("slurm", [])
+    monkeypatch.setattr(cluster, "ANSWER", 0.2)
     tool(slurm, "sinfo", "exec /bin/sleep 60")
     with pytest.raises(ConfigError, match="did not answer"):
-        launcher("slurm", [])
+        choose_launcher("slurm", [])
 
 
 def test_a_users_file_wins(slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "launcher").mkdir(parents=True)
     file = tmp_path / "mine" / "launcher" / "slurm.yaml"
     file.write_text("timeout_min: 7\n")
-    found = launcher("slurm", [], tmp_path / "mine")
+    found = choose_launcher("slurm", [], tmp_path / "mine")
     assert found
     assert found.settings == {"timeout_min": 7}
     file.write_text("- 7\n")
     with pytest.raises(ConfigError, match="should be a mapping"):
-        launcher("slurm", [], tmp_path / "mine")
+        choose_launcher("slurm", [], tmp_path / "mine")
 
 
-def test_values_are_written_in_hydras_grammar() -> None:
+def test_values_are_to_grammar_in_hydras_grammar() -> None:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    from finetune.sweep.jobs import _written
+    from finetune.sweep.jobs import _to_grammar
 
     for value in ("a,b=c d", 'say "so"', 5, 0.5, True, None, ["a", 1], {"a": {"b": None}, "c": [1]}):
-        assert OverridesParser.create().parse_override(f"x={_written(value)}").value() == value
+        assert OverridesParser.create().parse_override(f"x={_to_grammar(value)}").value() == value
 
 
 @pytest.mark.slow
@@ -119,15 +121,15 @@ def test_joblib_runs_each_config_in_a_process(
     before.folder.result.write_text(json.dumps({"format": 1, "status": "finished", "seed": 2}))
     (tmp_path / "sitecustomize.py").write_text(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
-        "import finetune.sweep.launch as launch, finetune.sweep.process as process\n"
-        "from tests.sweep.conftest import point, stubbed\nprocess.command = stubbed\n"
-        "launch.load = lambda words, config_file: point(int(config_file.parent.name.split('-s')[1].split('-')[0])).config\n"
+        "import finetune.sweep.cluster as cluster, finetune.sweep.process as process\n"
+        "from tests.sweep.conftest import point, stubbed\nprocess.run_command = stubbed\n"
+        "cluster.load = lambda words, config_file: point(int(config_file.parent.name.split('-s')[1].split('-')[0])).config\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = list[str]()
-    where = launcher("joblib", [])
+    where = choose_launcher("joblib", [])
     assert where
-    found = launch.run_all(points, where, 2, False, said.append, NO_OPTIONS)
+    found = cluster.run_all(points, where, 2, False, said.append, NO_OPTIONS)
     log = next(Path("outputs/s/.launcher").glob("*/log.txt")).read_text()
     assert {path.name.split("-")[1]: result["status"] for path, result in found.items()} == {
         "s1": "finished",
@@ -183,20 +185,20 @@ def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
     points = stub(1)
     monkeypatch.setattr(sys, "executable", "/bin/false")
     said = list[str]()
-    assert launch.run_all(points, Launcher("joblib", {}), 1, False, said.append, NO_OPTIONS) == {}
+    assert cluster.run_all(points, Launcher("joblib", {}), 1, False, said.append, NO_OPTIONS) == {}
     assert "not all jobs of joblib ended with a result" in said[-1]
 
 
 def test_what_slurm_has_is_asked_of_it(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("12", "13_0", "%j"):
         (tmp_path / ".submitit" / name).mkdir(parents=True)
-    assert launch._numbers(tmp_path) == ["12", "13"]
+    assert cluster._slurm_jobs(tmp_path) == ["12", "13"]
     tool(slurm, "squeue", 'test "$5" = "12,13" && echo 12')
-    assert launch._queued(["12", "13"])
+    assert cluster._is_queued(["12", "13"])
     tool(slurm, "squeue", "echo 'slurm_load_jobs error: Invalid job id specified' >&2; exit 1")
-    assert not launch._queued(["12"])
+    assert not cluster._is_queued(["12"])
     tool(slurm, "squeue", "echo 'Unable to contact slurm controller' >&2; exit 1")
-    assert launch._queued(["12"])
+    assert cluster._is_queued(["12"])
 
 
 def test_the_wait_ends_when_slurm_has_lost_the_jobs(
@@ -205,11 +207,11 @@ def test_the_wait_ends_when_slurm_has_lost_the_jobs(
     points = stub(1)
     home = Path("outputs/s/.launcher/x")
     (home / ".submitit" / "12").mkdir(parents=True)
-    monkeypatch.setattr(launch, "SETTLE", 0.3)
-    monkeypatch.setattr(launch, "LOOK", 0.05)
+    monkeypatch.setattr(cluster, "SETTLE", 0.3)
+    monkeypatch.setattr(cluster, "INTERVAL", 0.05)
     waiting = subprocess.Popen(["/bin/sleep", "60"])
     try:
-        launch._wait(waiting, points, home)  # squeue says nothing
+        cluster._wait(waiting, points, home)  # squeue says nothing
         assert waiting.poll() is None
     finally:
         waiting.kill()
