@@ -1,7 +1,8 @@
-"""Add the stored sparse changes of several runs on one base, as LT-SFT composes them (Ansell et al., 2022, arXiv 2110.07560).
+"""Add the stored sparse changes of several runs on one base, as LT-SFT does (arXiv 2110.07560).
 
-The result is the folder of a run that nobody trained: ``eval``, ``merge`` and ``inspect`` take it. Its method is a static sparse one on the changed
-layers. A new head is trained in place and cannot be added: it is that of one run, whose data set and other settings the folder has, too.
+The result has the form of a run folder, so ``eval``, ``merge`` and ``inspect`` accept it. Its method is a
+static sparse one on the changed layers. A new head is trained in place and cannot be added, so it is taken
+from one of the runs, as are the data set and all other settings.
 """
 
 from __future__ import annotations
@@ -31,12 +32,12 @@ from .reopen import rebuild, run_of
 
 @torch.no_grad()
 def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
-    """The change of each layer of a rebuilt run, by the layer's name, without the entries that came back to 0.
+    """Return the change of each layer of a rebuilt run, by the layer's name, without entries of 0.
 
-    Raises ``ConfigError`` where it changes anything in another way; the head is not looked at.
+    Raises ``ConfigError`` if the run changes anything in another way. The head does not count.
     """
     layers = patched(setup.session.model)
-    other = set()  # the parts that are no sparse change
+    other = set()  # kinds of parts that are no sparse change
     on_layers = set()
     found: dict[str, SparseChange] = {}
     for name, layer in layers.items():
@@ -54,150 +55,174 @@ def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
         if part not in on_layers:
             other.add(part.describe())
     if other or not layers:
-        what = f"it stores {' and '.join(sorted(other))}" if other else "it trains the head only"
+        fault = f"it stores {' and '.join(sorted(other))}" if other else "it trains the head only"
         raise ConfigError(
-            f"method={setup.config.method.name} has no sparse change that could be added: {what}. "
+            f"method={setup.config.method.name} has no sparse change that could be added: {fault}. "
             "Compose runs of sparse methods, for example method=shira."
         )
     return found
 
 
 def _without_zeros(change: SparseChange) -> SparseChange:
-    here = change.values != 0
-    return SparseChange(change.index[here], change.values[here])
+    """Leave out the entries whose change is 0."""
+    nonzero = change.values != 0
+    return SparseChange(change.index[nonzero], change.values[nonzero])
+
+
+def _scaled(change: SparseChange, weight: float) -> SparseChange:
+    """Multiply a change by a number."""
+    return _without_zeros(SparseChange(change.index, weight * change.values))
 
 
 def conflicts(changes: Sequence[SparseChange]) -> tuple[int, int]:
-    """How many entries more than one of ``changes`` moves, and how many of those in opposite directions."""
-    index = torch.cat([c.index for c in changes]).unique()
-    count, up, down = (torch.zeros(len(index), dtype=torch.int16) for _ in range(3))
+    """Count the entries that several of ``changes`` move, and those moved in opposite directions."""
+    index = torch.cat([change.index for change in changes]).unique()
+    count = torch.zeros(len(index), dtype=torch.int16)
+    up, down = torch.zeros_like(count), torch.zeros_like(count)
     for change in changes:
         place = torch.searchsorted(index, change.index)
-        for total, hit in ((count, change.values != 0), (up, change.values > 0), (down, change.values < 0)):
-            total[place] += hit.to(total.dtype)
+        count[place] += (change.values != 0).to(count.dtype)
+        up[place] += (change.values > 0).to(count.dtype)
+        down[place] += (change.values < 0).to(count.dtype)
     return int((count > 1).sum()), int(((up > 0) & (down > 0)).sum())
 
 
 def compose(
     runs: Sequence[Path], out: Path, weights: Sequence[float] | None = None, head: Path | None = None
 ) -> dict[str, Any]:
-    """Write the sum of the runs' changes, each times its weight (1 by default), with the head of ``head`` (by default the last run named) to ``out``.
+    """Write the sum of the runs' changes, each times its weight (1 by default), to ``out``.
 
-    Returns what was added and where the runs disagree. Raises ``ConfigError``, with nothing written, for runs that do not fit each other.
+    The head is that of the run ``head``, by default the last of ``runs``. Returns what was added and where
+    the runs disagree. Raises ``ConfigError``, with nothing written, if the runs do not fit each other.
     """
-    weights = [1.0] * len(runs) if weights is None else weights
+    if weights is None:
+        weights = [1.0] * len(runs)
     _check(runs, out, weights, head)
-    chosen = _same(runs, head) if head else len(runs) - 1
-    per_run: list[dict[str, SparseChange]] = []
-    setup, values, methods = None, dict[str, Tensor](), []
+    head_run = _place_of(head, runs) if head else len(runs) - 1
+    changes: list[dict[str, SparseChange]] = []
+    about_runs = []
+    setup, head_values = None, dict[str, Tensor]()
     for i, run in enumerate(runs):
         rebuilt = rebuild(run)
-        methods.append(rebuilt.config.method.name)
         try:
-            per_run.append(
-                {
-                    n: _without_zeros(SparseChange(c.index, weights[i] * c.values))
-                    for n, c in sparse_changes(rebuilt).items()
-                }
-            )
+            found = sparse_changes(rebuilt)
         except ConfigError as error:
             raise ConfigError(*(f"{run}: {fault}" for fault in error.faults)) from None
-        if i == chosen:
-            setup, values = rebuilt, {k: v.clone() for k, v in _head(rebuilt).state_dict().items()}
+        weighted = {layer: _scaled(change, weights[i]) for layer, change in found.items()}
+        changes.append(weighted)
+        entries = sum(len(change.index) for change in weighted.values())
+        method = rebuilt.config.method.name
+        about_runs.append({"run": str(run), "method": method, "weight": weights[i], "entries": entries})
+        if i == head_run:
+            setup = rebuilt
+            head_values = {name: t.clone() for name, t in _head(rebuilt).state_dict().items()}
     assert setup is not None
-    rows, total = _added(setup, per_run)
-    composed = _as_run(setup, rows, total, values)
-    entries = sum(len(c.index) for c in total.values())
-    told = {
-        "runs": [
-            {
-                "run": str(run),
-                "method": method,
-                "weight": weight,
-                "entries": sum(len(c.index) for c in part.values()),
-            }
-            for run, method, weight, part in zip(runs, methods, weights, per_run, strict=True)
-        ],
-        "head": str(runs[chosen]) if values else None,
+    rows, total = _sum_by_layer(setup, changes)
+    composed = _as_run(setup, rows, total, head_values)
+    entries = sum(len(change.index) for change in total.values())
+    summary = {
+        "runs": about_runs,
+        "head": str(runs[head_run]) if head_values else None,
         "entries": entries,
         "density": entries / sum(row["size"] for row in rows),
         "conflicts": sum(row["conflicts"] for row in rows),
         "opposite_signs": sum(row["opposite_signs"] for row in rows),
     }
+    _write(out, composed, summary, rows)
+    return {"out": str(out), **summary, "notes": _notes(runs, head_run, bool(head_values)), "layers": rows}
+
+
+def _write(out: Path, composed: Setup, summary: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the composed run: its configuration, its change, and ``compose.json``."""
     with replacing(out) as temporary:
         files = RunFolder(temporary)
         temporary.mkdir()
         write_yaml_atomic(files.config, composed.config.as_dict(), plugins.comments(composed.config))
         about = {
-            "method": composed.config.method.name, "config": composed.config.as_dict(), "task": composed.base.task, "labels": list(composed.labels),
-            "head": list(composed.base.head), "step": 0, "phase": 0, "base_fingerprint": composed.fingerprint, "composed": told,
-        }  # fmt: skip
+            "method": composed.config.method.name,
+            "config": composed.config.as_dict(),
+            "task": composed.base.task,
+            "labels": list(composed.labels),
+            "head": list(composed.base.head),
+            "step": 0,
+            "phase": 0,
+            "base_fingerprint": composed.fingerprint,
+            "composed": summary,
+        }
         save_delta(files.delta, composed.session.states, about)
-        write_json_atomic(temporary / "compose.json", {**STAMP, **told, "layers": rows})
-    return {"out": str(out), **told, "notes": _notes(runs, chosen, bool(values)), "layers": rows}
+        write_json_atomic(temporary / "compose.json", {**STAMP, **summary, "layers": rows})
 
 
 def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path | None) -> None:
-    """Raise ``ConfigError`` with all that shows before a model is read."""
+    """Raise ``ConfigError`` with every fault that can be found without reading a model."""
     faults = []
     if len(runs) < 2:
         faults.append(
             f"compose adds two runs or more, and {len(runs)} is named: finetune compose RUN1 RUN2 out=DIR."
         )
     if len(weights) != len(runs):
-        faults.append(
-            f"weights={','.join(f'{w:g}' for w in weights)} has {len(weights)} numbers for {len(runs)} runs; give one for each."
-        )
-    faults += [f"weights: {w} is not a finite number." for w in weights if not math.isfinite(w)]
+        given = ",".join(f"{weight:g}" for weight in weights)
+        faults.append(f"weights={given} has {len(weights)} numbers for {len(runs)} runs; give one for each.")
+    for weight in weights:
+        if not math.isfinite(weight):
+            faults.append(f"weights: {weight} is not a finite number.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         faults.append(f"out={out} exists and is not empty. Choose a new folder.")
-    bases: dict[str, list[Path]] = {}
+    by_base: dict[str, list[str]] = {}
     for run in runs:
         try:
-            bases.setdefault(read_description(run_of(run)[0].delta)["base_fingerprint"], []).append(run)
+            fingerprint = read_description(run_of(run)[0].delta)["base_fingerprint"]
         except ConfigError as error:
             faults += [fault.replace("ckpt=", "", 1) for fault in error.faults]
-    if len(bases) > 1:
-        named = "; ".join(f"{', '.join(map(str, members))} on {mark[:8]}" for mark, members in bases.items())
-        faults.append(f"The runs were trained on different bases, so their changes cannot be added: {named}.")
-    if head and _same(runs, head) < 0:
-        faults.append(f"head={head} is not one of the runs named; take one of {', '.join(map(str, runs))}.")
+        else:
+            by_base.setdefault(fingerprint, []).append(str(run))
+    if len(by_base) > 1:
+        named = [f"{', '.join(members)} on {fingerprint[:8]}" for fingerprint, members in by_base.items()]
+        faults.append(
+            f"The runs were trained on different bases, so their changes cannot be added: {'; '.join(named)}."
+        )
+    if head and _place_of(head, runs) < 0:
+        known = ", ".join(str(run) for run in runs)
+        faults.append(f"head={head} is not one of the runs named; take one of {known}.")
     if faults:
         raise ConfigError(*faults)
 
 
-def _same(runs: Sequence[Path], head: Path) -> int:
-    """The place of ``head`` among ``runs``, or -1."""
-    return next((i for i, run in enumerate(runs) if run.resolve() == head.resolve()), -1)
+def _place_of(wanted: Path, runs: Sequence[Path]) -> int:
+    """Return the place of a run among ``runs``, or -1."""
+    for i, run in enumerate(runs):
+        if run.resolve() == wanted.resolve():
+            return i
+    return -1
 
 
 def _head(setup: Setup) -> nn.Module:
-    """The state of the head; empty for a language model."""
+    """Return the state of the head; an empty module for a language model."""
     states: nn.ModuleDict = setup.session.states
     return states["head"] if "head" in states else nn.Module()
 
 
-def _added(
-    setup: Setup, per_run: Sequence[Mapping[str, SparseChange]]
+def _sum_by_layer(
+    setup: Setup, changes: Sequence[Mapping[str, SparseChange]]
 ) -> tuple[list[dict[str, Any]], dict[str, SparseChange]]:
-    """A row for each layer that any run changes, in the model's order, and the sum of its changes."""
+    """Return a row for each layer that some run changes, in the model's order, and the sum of its changes."""
     rows, total = [], {}
-    nothing = SparseChange(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
+    unchanged = SparseChange(torch.zeros(0, dtype=torch.int64), torch.zeros(0))
     for site in all_sites(setup.session.model):
-        if any(site.name in part for part in per_run):
-            mine = [part.get(site.name, nothing) for part in per_run]
-            total[site.name] = _without_zeros(add(mine))
-            twice, opposite = conflicts(mine)
-            entries = len(total[site.name].index)
-            rows.append(
-                {
-                    "layer": site.name,
-                    "size": site.size,
-                    "entries": entries,
-                    "conflicts": twice,
-                    "opposite_signs": opposite,
-                }
-            )
+        of_layer = [by_layer.get(site.name, unchanged) for by_layer in changes]
+        if all(change is unchanged for change in of_layer):
+            continue
+        total[site.name] = _without_zeros(add(of_layer))
+        several, opposite = conflicts(of_layer)
+        rows.append(
+            {
+                "layer": site.name,
+                "size": site.size,
+                "entries": len(total[site.name].index),
+                "conflicts": several,
+                "opposite_signs": opposite,
+            }
+        )
     return rows, total
 
 
@@ -207,13 +232,12 @@ def _as_run(
     total: Mapping[str, SparseChange],
     head: Mapping[str, Tensor],
 ) -> Setup:
-    """The sum as the state of a sparse method on exactly these layers, in the setting of ``setup``."""
+    """Prepare a sparse method on exactly these layers, with the sum as its state. The rest is ``setup``'s."""
     sizes = [row["size"] for row in rows]
-    kept = max(1, sum(len(c.index) for c in total.values()))
-    method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - kept / sum(sizes), 9))
-    composed = prepare(
-        replace(setup.config, name=None, run=None, method=method, selector=get("selector", "none")())
-    )
+    entries = max(1, sum(len(change.index) for change in total.values()))
+    method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - entries / sum(sizes), 9))
+    selector = get("selector", "none")()
+    composed = prepare(replace(setup.config, name=None, run=None, method=method, selector=selector))
     state: Any = composed.session.states["method"]
     state["bank"].unpack(pack(list(total.values()), sizes))
     if head:
@@ -221,16 +245,19 @@ def _as_run(
     return composed
 
 
-def _notes(runs: Sequence[Path], chosen: int, has_head: bool) -> list[str]:
-    """What a user should be told beside the numbers."""
-    places = [run.resolve() for run in runs]
-    twice = [run for i, run in enumerate(runs) if places[i] in places[:i]]
-    head = (
-        "The head, which is trained in place and cannot be added, the data set"
-        if has_head
-        else "There is no new head; the data set"
-    )
-    return [
-        *(f"{run} is named more than once: its change counts each time." for run in twice),
-        f"{head} and the settings are those of {runs[chosen]}.",
-    ]
+def _notes(runs: Sequence[Path], head_run: int, has_head: bool) -> list[str]:
+    """Say what a user should know beside the numbers."""
+    notes = []
+    seen = set()
+    for run in runs:
+        if run.resolve() in seen:
+            notes.append(f"{run} is named more than once: its change counts each time.")
+        seen.add(run.resolve())
+    if has_head:
+        notes.append(
+            f"The head, the data set and the settings are those of {runs[head_run]}: "
+            "heads are trained in place and cannot be added."
+        )
+    else:
+        notes.append(f"There is no new head; the data set and the settings are those of {runs[head_run]}.")
+    return notes

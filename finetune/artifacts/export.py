@@ -1,8 +1,14 @@
-"""A run's change in the format of huggingface/peft: a folder that ``PeftModel.from_pretrained`` loads on the base, with the same logits.
+"""Export a run's change in a format of huggingface/peft that ``PeftModel.from_pretrained`` loads.
 
-Two factors a layer are peft's LoRA, with rank and scale by layer. Single entries of linear layers are its SHiRA: their positions are in the file, and
-peft wants ``r * (in + out)`` of them in every layer, so that layers with fewer get more, which are 0. What method=peft trained goes back as it is. A
-new head goes into ``modules_to_save``.
+The exported folder is read back and must give the run's logits. Three kinds of changes have a format:
+
+- two factors a layer: LoRA, with rank and scale by layer;
+- single entries of linear layers: SHiRA, with the positions in the file. peft wants ``r * (in + out)``
+entries in every
+  layer, so layers with fewer are filled up with entries whose change is 0;
+- what method=peft has trained: the format of its tuner.
+
+A new head goes into ``modules_to_save``.
 """
 
 from __future__ import annotations
@@ -27,68 +33,61 @@ from .compose import sparse_changes
 from .plain import check_free, writing_folder
 from .reopen import rebuild
 
-PREFIX = "base_model.model."  # before every name in a file of peft's
+PREFIX = "base_model.model."  # precedes every name in a file of peft
 
 
 def export(path: Path, form: str, out: Path) -> dict[str, Any]:
-    """Write the change of a run to ``out``, after comparing logits. Raises ``ConfigError``, with nothing written, for what the format cannot hold."""
+    """Write the change of a run to ``out`` and compare the logits of what was written.
+
+    Raises ``ConfigError``, with nothing written, if the format cannot hold the change or the logits differ.
+    """
     if form != "peft":
         raise ConfigError(
-            f"format={form}: no such format; there is peft. Nearest is a plain folder: finetune merge ckpt={path} out={out}."
+            f"format={form}: no such format; there is peft. "
+            f"Nearest is a plain folder: finetune merge ckpt={path} out={out}."
         )
     check_free(out)
     try:
         import peft
     except ImportError:
         raise ConfigError(
-            "export format=peft reads back what it has written, and needs peft: pip install 'finetune-bench[peft]'."
+            "export format=peft reads back what it has written, and needs peft: "
+            "pip install 'finetune-bench[peft]'."
         ) from None
     setup = rebuild(path)
+    model, accelerator = setup.session.model, setup.session.accelerator
     config, tensors = _as_peft(setup, path)
     config.base_model_name_or_path, config.inference_mode = setup.config.model.path, True
     if setup.base.head:
         config.modules_to_save = sorted({name.rpartition(".")[0] for name in setup.base.head})
-        parameters = dict(setup.session.model.named_parameters())
-        tensors |= {PREFIX + name: parameters[name] for name in setup.base.head}
+        for name in setup.base.head:
+            tensors[PREFIX + name] = model.get_parameter(name)
     live = merge.live_logits(setup)
-    tolerance = max(
-        merge.TOLERANCE[setup.config.model.dtype],
-        merge.TOLERANCE[merge.PRECISION[setup.config.train.precision]],
-    )
+    tolerance = merge.default_tolerance(setup.config.model.dtype, setup.config.train.precision)
     with writing_folder(out) as temporary:
         config.save_pretrained(temporary)
-        save_file(
-            {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
-            temporary / "adapter_model.safetensors",
-        )
+        on_disk = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+        save_file(on_disk, temporary / "adapter_model.safetensors")
         with quiet(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            again = (
-                peft.PeftModel.from_pretrained(_base(setup), str(temporary))
-                .to(setup.session.accelerator.device)
-                .eval()
-            )
-            found = merge.compare(
-                live,
-                merge.logits(
-                    lambda **inputs: again(**inputs).logits, setup, setup.session.accelerator.autocast()
-                ),
-            )
+            loaded = peft.PeftModel.from_pretrained(_read_base(setup), str(temporary))
+            loaded = loaded.to(accelerator.device).eval()
+            exported = merge.logits(lambda **inputs: loaded(**inputs).logits, setup, accelerator.autocast())
+        found = merge.compare(live, exported)
         merge.check_equal("exported", found, tolerance)
-    kept = {"modules_to_save": config.modules_to_save} if setup.base.head else {}
-    return {
+    summary = {
         "out": str(out),
         "format": form,
         "type": config.peft_type.value,
         "base": setup.config.model.path,
-        **kept,
-        **found,
-        "tolerance": tolerance,
     }
+    if setup.base.head:
+        summary["modules_to_save"] = config.modules_to_save
+    return {**summary, **found, "tolerance": tolerance}
 
 
-def _base(setup: Setup) -> Any:
-    """The base once more, with its head as it started."""
+def _read_base(setup: Setup) -> Any:
+    """Read the base again, with its head as it was at the start."""
     config = setup.config
     return read_model(find_folder(config.model)[0], config.model, setup.base.task, setup.labels, config.seed)[
         0
@@ -109,22 +108,22 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
     for name, layer in patched(setup.session.model).items():
         if any(delta.acts for delta in layer.deltas):
             layers[name] = layer
-    fault = _misfit_of_all(state, layers)
+    fault = _not_exportable(state, layers)
     if not fault:
         factors = _factors(layers)
         if factors is not None:
-            return _lora(layers, factors)
+            return _as_lora(layers, factors)
         changes = sparse_changes(setup)
-        fault = _misfit({name: layers[name] for name in changes}, changes)
+        fault = _not_shira({name: layers[name] for name in changes}, changes)
         if not fault:
-            return _shira(layers, changes)
+            return _as_shira(layers, changes)
     raise ConfigError(
         f"method={setup.config.method.name}: peft has no such format: {fault}. "
         f"Nearest is a plain Hugging Face folder: finetune merge ckpt={path} out=DIR."
     )
 
 
-def _misfit_of_all(state: nn.Module, layers: dict[str, Patched]) -> str:
+def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:
     """Return why the change is neither two factors a layer nor single entries; empty if it is."""
     in_place = trained_in_place(state)
     if in_place:
@@ -149,7 +148,7 @@ def _factors(layers: dict[str, Patched]) -> dict[str, LowRankChange] | None:
     return found
 
 
-def _lora(layers: dict[str, Patched], factors: dict[str, LowRankChange]) -> tuple[Any, dict[str, Tensor]]:
+def _as_lora(layers: dict[str, Patched], factors: dict[str, LowRankChange]) -> tuple[Any, dict[str, Tensor]]:
     """Write factors as a LoRA of peft, which computes ``alpha / rank * B A``."""
     from peft import LoraConfig
 
@@ -161,36 +160,43 @@ def _lora(layers: dict[str, Patched], factors: dict[str, LowRankChange]) -> tupl
         alphas[name] = len(change.a) * layers[name].deltas[0].gate * change.scale
     rank = Counter(ranks.values()).most_common(1)[0][0]
     alpha = Counter(alphas.values()).most_common(1)[0][0]
+    other_ranks = {name: r for name, r in ranks.items() if r != rank}
+    other_alphas = {name: value for name, value in alphas.items() if value != alpha}
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft multiplies by it, whatever number it is
         target_modules=list(layers),
-        rank_pattern={name: r for name, r in ranks.items() if r != rank},
-        alpha_pattern={name: value for name, value in alphas.items() if value != alpha},
+        rank_pattern=other_ranks,
+        alpha_pattern=other_alphas,
         fan_in_fan_out=any(layer.transposed for layer in layers.values()),
     )
     return config, tensors
 
 
 def _rank(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> int:
-    """The smallest r whose ``r * (in + out)`` entries suffice in every layer."""
-    return max(
-        1, *(-(-len(change.index) // sum(layers[name].original.shape)) for name, change in changes.items())
-    )
+    """Return the smallest r for which ``r * (in + out)`` entries suffice in every layer."""
+    rank = 1
+    for name, change in changes.items():
+        rank = max(rank, -(-len(change.index) // sum(layers[name].original.shape)))
+    return rank
 
 
-def _misfit(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> str:
-    """Why peft's SHiRA cannot hold the changes; empty if it can."""
+def _not_shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> str:
+    """Return why peft's SHiRA cannot hold the changes; empty if it can."""
     rank = _rank(layers, changes)
     for name, layer in layers.items():
         if layer.transposed:
             return f"its SHiRA knows nn.Linear only, and {name} is a Conv1D"
         if rank * sum(layer.original.shape) > layer.original.numel():
-            return f"its SHiRA wants {rank} * (in + out) entries in every layer, and {name} has {layer.original.numel()}"
+            return (
+                f"its SHiRA wants {rank} * (in + out) entries in every layer, "
+                f"and {name} has {layer.original.numel()}"
+            )
     return ""
 
 
-def _shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> tuple[Any, dict[str, Tensor]]:
+def _as_shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> tuple[Any, dict[str, Tensor]]:
+    """Write single entries as a SHiRA of peft: their values, and their rows and columns."""
     from peft import ShiraConfig
 
     rank, tensors = _rank(layers, changes), dict[str, Tensor]()
@@ -198,8 +204,8 @@ def _shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> tupl
         out, in_ = layers[name].original.shape
         free = torch.ones(out * in_, dtype=torch.bool)
         free[change.index] = False
-        more = free.nonzero().view(-1)[: rank * (in_ + out) - len(change.index)]
-        index, order = torch.cat([change.index, more]).sort()
-        tensors[f"{PREFIX}{name}.shira_weight"] = torch.cat([change.values, torch.zeros(len(more))])[order]
+        filler = free.nonzero().view(-1)[: rank * (in_ + out) - len(change.index)]
+        index, order = torch.cat([change.index, filler]).sort()
+        tensors[f"{PREFIX}{name}.shira_weight"] = torch.cat([change.values, torch.zeros(len(filler))])[order]
         tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([index // in_, index % in_]).to(torch.int32)
     return ShiraConfig(r=rank, target_modules=list(changes)), tensors

@@ -1,8 +1,8 @@
-"""What a finished run changed: how much, where, along which directions, and in which entries.
+"""Measure what a finished run changed: how much, where, along which directions, and in which entries.
 
-The update of a layer is its weight with the stored change in it, as merging would write it, minus the pretrained one. How it is measured follows "The
-Path Not Taken" (arXiv 2511.08567): changed entries, spectrum, principal angles, and overlap with masks made from the pretrained weight alone. One
-matrix is looked at at a time.
+The update of a layer is its weight with the stored change, as merging would write it, minus the pretrained
+weight. The measures follow "The Path Not Taken" (arXiv 2511.08567): changed entries, spectrum, principal
+angles, and overlap with masks made from the pretrained weight alone. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..core.linalg import kth_smallest
 from ..core.part import base, patched, trained_in_place
@@ -28,18 +28,23 @@ from ..training.loss import count, example_losses
 from ..training.prepare import Setup
 from .reopen import rebuild, run_of
 
-ETA = 1e-3  # the paper's tolerance, below the distance of neighbours in bfloat16
-DENSE = 0.5  # a run that changed more than this share is looked at as bfloat16 would show it: else its overlaps are all near chance
+ETA = 1e-3  # the paper's tolerance; neighbours in bfloat16 are further apart
+# If more than this share of the entries changed, overlaps count only changes that bfloat16 shows. With all
+# changes every overlap would be near chance.
+DENSE = 0.5
 
 
 def unchanged(w0: Tensor, w1: Tensor) -> Tensor:
-    """Where two weights are equal in bfloat16: |w1 - w0| <= eta max(|w0|, |w1|) after both are rounded to it (definition 2.1)."""
+    """Return where two weights are equal in bfloat16 (definition 2.1 of the paper).
+
+    That is |w1 - w0| <= eta max(|w0|, |w1|) after both are rounded to bfloat16.
+    """
     a, b = w0.to(torch.bfloat16).float(), w1.to(torch.bfloat16).float()
     return (b - a).abs() <= ETA * torch.maximum(a.abs(), b.abs())
 
 
 def largest(score: Tensor, k: int) -> Tensor:
-    """The mask of the ``k`` largest entries; of equal ones the first."""
+    """Return the mask of the ``k`` largest entries. Of equal ones the first are taken."""
     flat = score.reshape(-1)
     if k <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -51,7 +56,7 @@ def largest(score: Tensor, k: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Spectrum:
-    """All singular values, descending, and the first k singular vectors as columns; float64."""
+    """All singular values, descending, and the first k singular vectors as columns, float64."""
 
     sigma: Tensor
     left: Tensor
@@ -59,29 +64,33 @@ class Spectrum:
 
 
 def _gram(w: Tensor) -> Tensor:
+    """Return the smaller of the two Gram matrices, float64."""
     wide = w.double()
     return wide.T @ wide if w.shape[0] >= w.shape[1] else wide @ wide.T
 
 
 def spectrum(w: Tensor, k: int) -> Spectrum:
-    """By the eigenvectors of the smaller Gram matrix in float64: several times faster than an SVD, and exact to about 1e-8 of the largest value."""
+    """Compute the spectrum of ``w`` from the eigenvectors of the smaller Gram matrix in float64.
+
+    That is several times faster than an SVD, and exact to about 1e-8 of the largest value.
+    """
     tall = w.shape[0] >= w.shape[1]
     values, vectors = torch.linalg.eigh(_gram(w))
+    sigma = values.clamp(min=0).sqrt().flip(0)
     short = vectors.flip(1)[:, :k]
-    long = torch.linalg.qr(
-        (w.double() if tall else w.double().T) @ short
-    ).Q  # orthonormal where the rank is below k, too
-    return Spectrum(values.clamp(min=0).sqrt().flip(0), *((long, short) if tall else (short, long)))
+    wide = w.double() if tall else w.double().T
+    long = torch.linalg.qr(wide @ short).Q  # orthonormal even if the rank is below k
+    return Spectrum(sigma, long, short) if tall else Spectrum(sigma, short, long)
 
 
 def singular_values(w: Tensor) -> Tensor:
-    """Descending, float64; with the accuracy of ``spectrum``."""
+    """Return the singular values, descending, float64, with the accuracy of ``spectrum``."""
     values: Tensor = torch.linalg.eigvalsh(_gram(w))
     return values.clamp(min=0).sqrt().flip(0)
 
 
 def largest_angle(a: Tensor, b: Tensor) -> float:
-    """The largest principal angle between the spans of the columns, which are orthonormal, in degrees."""
+    """Return the largest principal angle between the spans of orthonormal columns, in degrees."""
     overlap = a.T @ b
     sine = torch.linalg.matrix_norm(b - a @ overlap, 2)
     cosine = torch.linalg.svdvals(overlap)[-1]
@@ -89,24 +98,29 @@ def largest_angle(a: Tensor, b: Tensor) -> float:
 
 
 def effective_rank(sigma: Tensor) -> float:
-    """exp of the entropy of the singular values divided by their sum; 0 for a matrix of zeros."""
+    """Return exp of the entropy of the singular values divided by their sum; 0 for a matrix of zeros."""
     p = sigma[sigma > 0] / sigma.sum()
-    return float(torch.exp(-(p * p.log()).sum())) if len(p) else 0.0
+    if not len(p):
+        return 0.0
+    return float(torch.exp(-(p * p.log()).sum()))
 
 
 def masks(w0: Tensor, basis: Spectrum, alpha: float) -> dict[str, Tensor]:
-    """The paper's masks of a pretrained weight: the ``alpha`` largest entries of its rank-k approximation, the ``alpha`` smallest of the weight."""
+    """Return the paper's masks of a pretrained weight, each of a share ``alpha`` of its entries.
+
+    ``principal``: the largest of its rank-k approximation. ``low``: the smallest of the weight.
+    """
     count, rank = round(alpha * w0.numel()), basis.left.shape[1]
-    approximation = (
-        (basis.left @ (basis.left.T @ w0.double())).float() if rank < min(w0.shape) else w0
-    ).abs()
-    principal, low = largest(approximation, count), ~largest(w0.abs(), w0.numel() - count)
+    approximation = w0
+    if rank < min(w0.shape):
+        approximation = (basis.left @ (basis.left.T @ w0.double())).float()
+    principal, low = largest(approximation.abs(), count), ~largest(w0.abs(), w0.numel() - count)
     return {"principal": principal, "low": low, "principal_not_low": principal & ~low}
 
 
 @dataclass(frozen=True)
 class Update:
-    """One layer before and after, in the type in which the model is stored; ``grad`` if it was asked for."""
+    """One layer's weight before and after, in the model's dtype, and the loss gradient if it is wanted."""
 
     site: Site
     before: Tensor
@@ -115,54 +129,65 @@ class Update:
 
 
 def measure(update: Update, k: int, alpha: float, sparse: bool) -> dict[str, Any]:
-    """The numbers of one layer. ``sparse``: overlaps are of the changed entries, else of those that bfloat16 shows as changed."""
+    """Measure one layer.
+
+    ``k``: rank of the principal subspaces. ``alpha``: see ``masks``. ``sparse``: overlaps are of all changed
+    entries, otherwise of those whose change bfloat16 shows.
+    """
     w0, w1 = update.before.float(), update.after.float()
-    changed, seen, change = update.after != update.before, ~unchanged(w0, w1), w1 - w0
-    n, k = w0.numel(), min(k, *w0.shape)
+    changed, shown, change = update.after != update.before, ~unchanged(w0, w1), w1 - w0
+    entries, k = w0.numel(), min(k, *w0.shape)
     old = spectrum(w0, k)
-    mask = changed if sparse else seen
-    total = int(mask.sum())
+    counted = changed if sparse else shown
+    total = int(counted.sum())
     found = masks(w0, old, alpha) | {"magnitude": largest(w0.abs(), total)}
     if update.grad is not None:
         found["gradient"] = largest(update.grad.abs(), total)
+    overlap = {}
+    for name, mask in found.items():
+        hits = int((mask & counted).sum())
+        overlap[name] = {"hits": hits, "of": total, "chance": int(mask.sum()) / entries}
     return {
-        "layer": update.site.name, "role": update.site.role, "block": update.site.block, "shape": list(w0.shape), "entries": n,
-        "changed": int(changed.sum()), "changed_bf16": int(seen.sum()), "change_norm": float(change.double().norm()),
-        "weight_norm": float(w0.double().norm()), **_spectral(old, w1, change, k),
-        "overlap": {name: {"hits": int((m & mask).sum()), "of": total, "chance": int(m.sum()) / n} for name, m in found.items()},
-    }  # fmt: skip
+        "layer": update.site.name,
+        "role": update.site.role,
+        "block": update.site.block,
+        "shape": list(w0.shape),
+        "entries": entries,
+        "changed": int(changed.sum()),
+        "changed_bf16": int(shown.sum()),
+        "change_norm": float(change.double().norm()),
+        "weight_norm": float(w0.double().norm()),
+        **_compare_spectra(old, w1, change, k),
+        "overlap": overlap,
+    }
 
 
-def _spectral(old: Spectrum, w1: Tensor, change: Tensor, k: int) -> dict[str, float]:
-    """What became of the spectrum. ``gap``: (sigma_k - sigma_k+1) / sigma_1; angles say little where it is near 0."""
-    largest_value = float(old.sigma[0])
-    names = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right", "gap")
-    if not change.any() or not largest_value:
+def _compare_spectra(old: Spectrum, w1: Tensor, change: Tensor, k: int) -> dict[str, float]:
+    """Measure the spectrum of the change, and how the weight's spectrum and principal subspaces moved.
+
+    ``gap``: (sigma_k - sigma_k+1) / sigma_1 of the pretrained weight. Angles say little where it is near 0.
+    """
+    sigma_1 = float(old.sigma[0])
+    if not change.any() or not sigma_1:
+        names = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right", "gap")
         return dict.fromkeys(names, 0.0)
     new, sigma = spectrum(w1, k), singular_values(change)
     after_k = float(old.sigma[k]) if k < len(old.sigma) else 0.0
-    stable, nss = (
-        float(sigma.square().sum() / sigma[0].square()),
-        float((new.sigma - old.sigma).norm() / old.sigma.norm()),
-    )
-    angles = largest_angle(old.left, new.left), largest_angle(old.right, new.right)
-    return dict(
-        zip(
-            names,
-            (
-                effective_rank(sigma),
-                stable,
-                nss,
-                *angles,
-                (float(old.sigma[k - 1]) - after_k) / largest_value,
-            ),
-            strict=True,
-        )
-    )
+    return {
+        "effective_rank": effective_rank(sigma),
+        "stable_rank": float(sigma.square().sum() / sigma[0].square()),
+        "nss": float((new.sigma - old.sigma).norm() / old.sigma.norm()),
+        "angle_left": largest_angle(old.left, new.left),
+        "angle_right": largest_angle(old.right, new.right),
+        "gap": (float(old.sigma[k - 1]) - after_k) / sigma_1,
+    }
 
 
 def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
-    """The layers that a rebuilt run may have changed, in the model's order, the new head left out."""
+    """Yield the layers that a rebuilt run may have changed, in the model's order, without the new head.
+
+    ``gradient``: number of training batches for the loss gradient; 0: none.
+    """
     session, new = setup.session, set(setup.base.head)
     trained = {name: p for name, p in trained_in_place(session.states).items() if name not in new}
     layers = patched(session.model)
@@ -174,58 +199,70 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
             yield Update(site, layer.original.detach(), layer.weight, grads.get(site.name))
     with base(session.states):
         for site in sites:
-            if (name := f"{site.name}.weight") in trained and site.name not in layers:
+            name = f"{site.name}.weight"
+            if name in trained and site.name not in layers:
                 before = site.as_matrix(site.module.get_parameter("weight"))
                 after = site.as_matrix(trained[name]).to(before.dtype)
                 yield Update(site, before, after, grads.get(site.name))
 
 
 def others(setup: Setup) -> list[dict[str, Any]]:
-    """What else was trained in place: embeddings, norms, biases; the new head left out."""
-    session, matrices = setup.session, {f"{s.name}.weight" for s in all_sites(setup.session.model)}
-    skip = matrices | set(setup.base.head)
-    found = {n.replace(".base.", "."): p.detach() for n, p in trained_in_place(session.states).items()}
-    trained = {name: p for name, p in found.items() if name not in skip}
+    """Measure what else was trained in place: embeddings, norms, biases. The new head is left out."""
+    session = setup.session
+    skipped = {f"{site.name}.weight" for site in all_sites(session.model)} | set(setup.base.head)
+    trained = {}
+    for name, parameter in trained_in_place(session.states).items():
+        if _plain_name(name) not in skipped:
+            trained[_plain_name(name)] = parameter.detach()
     rows = []
     with base(session.states):
-        for name, before in session.model.named_parameters():
-            if (plain := name.replace(".base.", ".")) in trained:
-                after = trained[plain].to(before.dtype)
-                change, weight = (after.double() - before.double()).norm(), before.double().norm()
-                relative = float(change / weight) if weight else None
-                rows.append(
-                    {
-                        "parameter": plain,
-                        "entries": before.numel(),
-                        "changed": int((after != before).sum()),
-                        "relative_norm": relative,
-                    }
-                )
+        for patched_name, before in session.model.named_parameters():
+            name = _plain_name(patched_name)
+            if name not in trained:
+                continue
+            after = trained[name].to(before.dtype)
+            change, weight = (after.double() - before.double()).norm(), before.double().norm()
+            rows.append(
+                {
+                    "parameter": name,
+                    "entries": before.numel(),
+                    "changed": int((after != before).sum()),
+                    "relative_norm": float(change / weight) if weight else None,
+                }
+            )
     return rows
+
+
+def _plain_name(name: str) -> str:
+    """Return a parameter's name in the model without patched layers."""
+    return name.replace(".base.", ".")
 
 
 @torch.enable_grad()
 def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
-    """The gradient of the untrained model's loss over the first ``steps`` training batches, by layer, [out, in]: what a gradient mask is made of."""
+    """Return the gradient of the untrained model's loss on the first batches, by layer, [out, in]."""
     session = setup.session
     with base(session.states):
-        weights = {
-            s.name: s.module.get_parameter("weight")
-            for s in all_sites(session.model)
-            if not s.module.get_parameter("weight").requires_grad
-        }
-        sites = {s.name: s for s in all_sites(session.model)}
+        frozen: dict[str, tuple[Site, nn.Parameter]] = {}
+        for site in all_sites(session.model):
+            weight = site.module.get_parameter("weight")
+            if not weight.requires_grad:
+                frozen[site.name] = site, weight
         session.tuned.eval()
-        for weight in weights.values():
+        for _, weight in frozen.values():
             weight.requires_grad_(True)
-        for batch in (b for micro in session.batches.steps(0, steps) for b in micro if b):
-            with session.accelerator.autocast():
-                logits = session.tuned(**session.compute.on_device(batch.inputs))
-            (example_losses(logits, batch.labels.to(logits.device)).sum() / count(batch)).backward()
-        found = {
-            name: sites[name].as_matrix(w.grad).float() for name, w in weights.items() if w.grad is not None
-        }
-        for weight in weights.values():
+        for micro_batches in session.batches.steps(0, steps):
+            for batch in micro_batches:
+                if batch is None:
+                    continue
+                with session.accelerator.autocast():
+                    logits = session.tuned(**session.compute.on_device(batch.inputs))
+                losses = example_losses(logits, batch.labels.to(logits.device))
+                (losses.sum() / count(batch)).backward()
+        found = {}
+        for name, (site, weight) in frozen.items():
+            if weight.grad is not None:
+                found[name] = site.as_matrix(weight.grad).float()
             weight.requires_grad_(False)
             weight.grad = None
     return found
@@ -235,77 +272,106 @@ MEANS = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right")
 
 
 def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """One row for several layers: counts and squared norms add up, ranks, NSS and angles are means, an overlap is that of all entries together."""
-    total = {key: sum(r[key] for r in rows) for key in ("entries", "changed", "changed_bf16")}
-    norms = {key: math.sqrt(sum(r[key] ** 2 for r in rows)) for key in ("change_norm", "weight_norm")}
-    found: dict[str, Any] = {"layers": len(rows), **total, **norms}
-    found |= {key: sum(r[key] for r in rows) / len(rows) for key in MEANS}
+    """Summarize several layers in one row.
+
+    Counts and squared norms add up; ranks, NSS and angles are means; an overlap is that of all entries
+    together.
+    """
+    found: dict[str, Any] = {"layers": len(rows)}
+    for key in ("entries", "changed", "changed_bf16"):
+        found[key] = sum(row[key] for row in rows)
+    for key in ("change_norm", "weight_norm"):
+        found[key] = math.sqrt(sum(row[key] ** 2 for row in rows))
+    for key in MEANS:
+        found[key] = sum(row[key] for row in rows) / len(rows)
     overlap = {}
     for name in rows[0]["overlap"]:
-        parts = [r["overlap"][name] for r in rows]
-        of = sum(p["of"] for p in parts)
-        chance = sum(p["chance"] * p["of"] for p in parts) / of if of else 0.0
-        overlap[name] = {"hits": sum(p["hits"] for p in parts), "of": of, "chance": chance}
+        hits, total, expected = 0, 0, 0.0
+        for row in rows:
+            part = row["overlap"][name]
+            hits += part["hits"]
+            total += part["of"]
+            expected += part["chance"] * part["of"]
+        overlap[name] = {"hits": hits, "of": total, "chance": expected / total if total else 0.0}
     return shared({**found, "overlap": overlap})
 
 
 def shared(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The row with its counts as shares, too."""
-    density, density_bf16 = (row[key] / row["entries"] for key in ("changed", "changed_bf16"))
-    relative = row["change_norm"] / row["weight_norm"] if row["weight_norm"] else 0.0
-    overlap = {
-        name: {**o, "share": o["hits"] / o["of"] if o["of"] else None} for name, o in row["overlap"].items()
-    }
+    """Add the shares that follow from a row's counts."""
+    overlap = {}
+    for name, counts in row["overlap"].items():
+        overlap[name] = {**counts, "share": counts["hits"] / counts["of"] if counts["of"] else None}
     return {
         **row,
-        "density": density,
-        "density_bf16": density_bf16,
-        "relative_norm": relative,
+        "density": row["changed"] / row["entries"],
+        "density_bf16": row["changed_bf16"] / row["entries"],
+        "relative_norm": row["change_norm"] / row["weight_norm"] if row["weight_norm"] else 0.0,
         "overlap": overlap,
     }
 
 
 def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]]:
-    """A row for each role or block."""
-    return [
-        {key: value, **summed([r for r in rows if r[key] == value])}
-        for value in dict.fromkeys(r[key] for r in rows)
-    ]
+    """Return a row for each role or block."""
+    groups: dict[Any, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault(row[key], []).append(row)
+    return [{key: value, **summed(members)} for value, members in groups.items()]
 
 
 def churn(files: RunFolder) -> list[dict[str, float]]:
-    """The steps at which the run replaced trained entries, and the share of them that was new then."""
+    """Return the steps at which the run replaced trained entries, and the share of them that was new."""
     found = []
     for line in safe.read_lines(files.metrics):
         with suppress(ValueError):  # a line that was cut short
-            if not safe.differs(numbers := safe.parse_json(line), {"step": int, "churn": float}):
+            numbers = safe.parse_json(line)
+            if not safe.differs(numbers, {"step": int, "churn": float}):
                 found.append({"step": numbers["step"], "churn": numbers["churn"]})
     return found
 
 
 @torch.no_grad()
 def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -> dict[str, Any]:
-    """What there is to say about the run at ``path``, as plain values: ``total``, ``roles``, ``blocks``, ``layers``, ``others``, ``churn``.
+    """Measure the run at ``path``. Returns plain values.
 
-    ``rank``: of the principal subspaces; ``alpha``: the share of the entries that a mask has; ``gradient``: how many training batches a gradient mask
-    looks at (0: none; it takes the memory of one gradient). In the result ``mask`` names the count whose entries the overlaps are of. Raises
+    ``rank``: of the principal subspaces. ``alpha``: share of the entries in a mask. ``gradient``: number of
+    training batches for a gradient mask (0: none; it needs the memory of one gradient).
+
+    In the result, ``mask`` names the count of entries that the overlaps are of; ``total``, ``roles``,
+    ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the moves of entries. Raises
     ``ConfigError`` for a run that changed no weight of the base.
     """
     setup = rebuild(path)
     files, state = run_of(path)
     name, rest = setup.config.method.name, others(setup)
-    counts = [(int((u.after != u.before).sum()), u.before.numel()) for u in updates(setup)]
-    if not counts and not rest:
+    changed = entries = 0
+    for update in updates(setup):
+        changed += int((update.after != update.before).sum())
+        entries += update.before.numel()
+    if not entries and not rest:
         raise ConfigError(
-            f"method={name} changed no weight of the base that can be read, so there is nothing to inspect in {path}."
+            f"method={name} changed no weight of the base that can be read, so there is nothing to inspect "
+            f"in {path}."
         )
-    sparse = sum(c for c, _ in counts) <= DENSE * sum(n for _, n in counts)
-    rows = [shared(measure(u, rank, alpha, sparse)) for u in updates(setup, gradient)]
-    step = int(state.name.removeprefix("step-")) if state else read_description(files.delta)["step"]
+    sparse = changed <= DENSE * entries
+    rows = [shared(measure(update, rank, alpha, sparse)) for update in updates(setup, gradient)]
+    folder = files.path / "inspect"
+    if state:
+        step, folder = int(state.name.removeprefix("step-")), folder / state.name
+    else:
+        step = read_description(files.delta)["step"]
     return {
-        "run": str(files.path), "method": name, "step": step, "dtype": setup.config.model.dtype, "rank": rank, "alpha": alpha,
+        "run": str(files.path),
+        "method": name,
+        "step": step,
+        "dtype": setup.config.model.dtype,
+        "rank": rank,
+        "alpha": alpha,
         "mask": "changed" if sparse else "changed_bf16",
-        "total": summed(rows) if rows else None, "roles": _grouped(rows, "role"), "blocks": _grouped(rows, "block"), "layers": rows,
-        "others": rest, "churn": churn(files),
-        "folder": str(files.path / "inspect" / state.name if state else files.path / "inspect"),
-    }  # fmt: skip
+        "total": summed(rows) if rows else None,
+        "roles": _grouped(rows, "role"),
+        "blocks": _grouped(rows, "block"),
+        "layers": rows,
+        "others": rest,
+        "churn": churn(files),
+        "folder": str(folder),
+    }

@@ -1,7 +1,8 @@
-"""A run's base and change as one plain Hugging Face folder, proved before it has its name.
+"""Merge a run's base and change into one plain Hugging Face folder, and prove it before it gets its name.
 
-Each changed weight is formed in float64 and rounded once to the folder's type. The folder is then read again and must give the live model's logits on
-test data. ``finetune/merge.json`` in it says what was compared; ``finetune/originals.safetensors`` leads back to the base where few entries changed.
+Each changed weight is formed in float64 and rounded once to the folder's dtype. The folder is then read back
+and must give the live model's logits on test data. ``finetune/merge.json`` inside it says what was compared.
+If few entries changed, ``finetune/originals.safetensors`` leads back to the base.
 """
 
 from __future__ import annotations
@@ -25,21 +26,19 @@ from . import unmerge
 from .plain import check_free, read, writing_folder
 from .reopen import rebuild
 
-TOLERANCE = {
-    "float32": 1e-3,
-    "bfloat16": 0.2,
-    "float16": 0.02,
-}  # of logits, by the type that weights or products are rounded to
+# The largest difference of a logit, by the dtype that weights or products are rounded to.
+TOLERANCE = {"float32": 1e-3, "bfloat16": 0.2, "float16": 0.02}
 PRECISION = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 ABOUT = f"{unmerge.FOLDER}/{unmerge.ABOUT}"
-BATCHES, EXAMPLES = 4, 16  # the test data that logits are compared on
+BATCHES, EXAMPLES = 4, 16  # test data for which logits are compared
 
 
 def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | None = None) -> dict[str, Any]:
-    """Write the merged model to ``out``, its weights in ``dtype`` (by default the base's). Returns what was compared.
+    """Write the merged model to ``out``, with weights in ``dtype`` (by default the base's).
 
-    ``tolerance``: the largest difference of a logit; by default by ``dtype`` and by the precision that the live model computes in. Raises
-    ``ConfigError`` above it and for an ``out`` in use, with nothing written.
+    ``tolerance``: the largest difference of a logit; by default it follows from ``dtype`` and from the
+    precision in which the live model computes. Returns what was compared. Raises ``ConfigError``, with
+    nothing written, if a difference is larger, if ``out`` is in use, or if the method cannot be merged.
     """
     check_free(out)
     setup = rebuild(path)
@@ -48,11 +47,8 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
         raise ConfigError(f"method={config.method.name} cannot be merged: it changes more than weights.")
     check_mergeable(setup.session.states)
     dtype = dtype or config.model.dtype
-    tolerance = (
-        max(TOLERANCE[dtype], TOLERANCE[PRECISION[config.train.precision]])
-        if tolerance is None
-        else tolerance
-    )
+    if tolerance is None:
+        tolerance = default_tolerance(dtype, config.train.precision)
     live = live_logits(setup)
     layers = fold(setup, getattr(torch, dtype))
     if hasattr(model.config, "use_cache"):
@@ -60,21 +56,12 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
     with writing_folder(out) as temporary:
         save(model, setup.base.processor, temporary)
         stored = unmerge.store(setup, temporary / unmerge.FOLDER)
-        again = read(temporary, setup.base.task, dtype)
-        lost = [
-            name
-            for name, tensor in model.state_dict().items()
-            if not _same(tensor, again.state_dict().get(name))
-        ]
-        if lost:
-            raise ConfigError(
-                f"The merged folder gives other weights when it is read again (first: {lost[0]}); nothing was written."
-            )
-        found = compare(
-            live, plain_logits(again.to(setup.session.accelerator.device), setup, getattr(torch, dtype))
-        )
+        loaded = read(temporary, setup.base.task, dtype)
+        _check_same_weights(model, loaded)
+        loaded = loaded.to(setup.session.accelerator.device)
+        found = compare(live, plain_logits(loaded, setup, getattr(torch, dtype)))
         check_equal("merged", found, tolerance)
-        told = {
+        summary = {
             "method": config.method.name,
             "dtype": dtype,
             **found,
@@ -82,25 +69,40 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
             "unmerge": stored["unmerge"],
             "layers": layers,
         }
-        about = {
-            **manifest.HEADER,
-            "run": str(path),
-            "task": setup.base.task,
-            "head": list(setup.base.head),
-            **stored,
-            **told,
-        }
-        write_json_atomic(temporary / ABOUT, about)
+        about = {**manifest.HEADER, "run": str(path), "task": setup.base.task, "head": list(setup.base.head)}
+        write_json_atomic(temporary / ABOUT, {**about, **stored, **summary})
         manifest.write(temporary / unmerge.FOLDER)
-    return {"out": str(out), **told}
+    return {"out": str(out), **summary}
+
+
+def default_tolerance(dtype: str, precision: str) -> float:
+    """Return the largest difference of a logit between weights in ``dtype`` and a run in ``precision``."""
+    return max(TOLERANCE[dtype], TOLERANCE[PRECISION[precision]])
+
+
+def _check_same_weights(model: nn.Module, loaded: nn.Module) -> None:
+    """Raise ``ConfigError`` unless every tensor was read back to the bit."""
+    found = loaded.state_dict()
+    for name, tensor in model.state_dict().items():
+        other = found.get(name)
+        if other is None or not _same_values(tensor, other):
+            raise ConfigError(
+                f"The merged folder gives other weights when it is read again (first: {name}); "
+                "nothing was written."
+            )
+
+
+def _same_values(tensor: Tensor, other: Tensor) -> bool:
+    """Compare shapes and values, in the dtype of ``other``."""
+    return tensor.shape == other.shape and torch.equal(tensor.cpu().to(other.dtype), other.cpu())
 
 
 @torch.no_grad()
 def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
-    """Put every part's change into the plain model, for good, with all parameters in ``dtype``.
+    """Write every part's change into the plain model, for good, with all parameters in ``dtype``.
 
-    Returns a row for each parameter that was changed or lost by rounding: the largest error of an entry, and the error's norm over those of the exact
-    weight and of the change.
+    Returns a row for each parameter that was changed, or that lost precision by rounding: the largest error
+    of an entry, and the norm of the error divided by that of the exact weight and by that of the change.
     """
     session, rows = setup.session, list[dict[str, Any]]()
     for part in parts(session.states):
@@ -126,35 +128,28 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
 
 
 def _row(name: str, rounded: Tensor, exact: Tensor, change: Tensor | None) -> dict[str, Any]:
-    error, size, moved = (
-        rounded.double() - exact,
-        float(exact.norm()),
-        float(change.norm()) if change is not None else 0.0,
-    )
-    norm = float(error.norm())
+    """Describe the rounding error of one parameter."""
+    error = rounded.double() - exact
+    norm, of_exact = float(error.norm()), float(exact.norm())
+    of_change = 0.0 if change is None else float(change.norm())
     return {
         "layer": name,
         "largest_error": float(error.abs().max()) if error.numel() else 0.0,
-        "relative_error": norm / size if size else 0.0,
-        "error_of_change": norm / moved if moved else None,
+        "relative_error": norm / of_exact if of_exact else 0.0,
+        "error_of_change": norm / of_change if of_change else None,
     }
 
 
-def _same(a: Tensor, b: Tensor | None) -> bool:
-    return b is not None and a.shape == b.shape and torch.equal(a.cpu().to(b.dtype), b.cpu())
-
-
 def live_logits(setup: Setup) -> list[Tensor]:
-    """Of the first test examples, by the model with its parts attached, in the precision of its run."""
-    return logits(lambda **inputs: setup.session.tuned(**inputs), setup, setup.session.accelerator.autocast())
+    """Compute the logits of the first test examples with the parts attached, in the precision of the run."""
+    return logits(setup.session.tuned, setup, setup.session.accelerator.autocast())
 
 
 def plain_logits(model: nn.Module, setup: Setup, dtype: torch.dtype) -> list[Tensor]:
-    """Of the same examples by a model whose weights are of ``dtype``."""
+    """Compute the logits of the same examples with a plain model whose weights are of ``dtype``."""
+    device = setup.session.accelerator.device.type
     narrow = dtype != torch.float32
-    autocast = torch.autocast(
-        setup.session.accelerator.device.type, dtype if narrow else None, enabled=narrow
-    )
+    autocast = torch.autocast(device, dtype if narrow else None, enabled=narrow)
     return logits(lambda **inputs: model(**inputs).logits, setup, autocast)
 
 
@@ -162,33 +157,39 @@ def plain_logits(model: nn.Module, setup: Setup, dtype: torch.dtype) -> list[Ten
 def logits(
     answer: Callable[..., Tensor], setup: Setup, autocast: AbstractContextManager[Any]
 ) -> list[Tensor]:
-    """Of the first test examples, float32 on the CPU."""
+    """Compute logits of the first test examples, float32, on the CPU. ``answer`` maps inputs to logits."""
     setup.session.tuned.eval()
     with autocast:
         return [answer(**setup.session.compute.on_device(batch)).float().cpu() for batch in _batches(setup)]
 
 
 def _batches(setup: Setup) -> Iterator[dict[str, Tensor]]:
+    """Yield the inputs of the first test examples."""
     data = setup.data["test"]
     for start in range(0, min(len(data), BATCHES * EXAMPLES), EXAMPLES):
-        yield collate([data[i] for i in range(start, min(start + EXAMPLES, len(data)))]).inputs
+        stop = min(start + EXAMPLES, len(data))
+        yield collate([data[i] for i in range(start, stop)]).inputs
 
 
 def compare(live: list[Tensor], other: list[Tensor]) -> dict[str, float]:
-    """The largest difference of a logit (NaN where one is not a number), and the share of equal predictions."""
-    difference = torch.stack([(a - b).abs().max() for a, b in zip(live, other, strict=True)]).max()
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(live, other, strict=True))
+    """Return the largest difference of a logit (NaN if there is a NaN) and the share of equal predictions."""
+    differences, equal, count = [], 0, 0
+    for a, b in zip(live, other, strict=True):
+        differences.append((a - b).abs().max())
+        equal += int((a.argmax(-1) == b.argmax(-1)).sum())
+        count += a[..., 0].numel()
     return {
-        "largest_logit_difference": float(difference),
-        "same_predictions": same / sum(a[..., 0].numel() for a in live),
+        "largest_logit_difference": float(torch.stack(differences).max()),
+        "same_predictions": equal / count,
     }
 
 
-def check_equal(what: str, found: dict[str, float], tolerance: float) -> None:
-    """Raise ``ConfigError`` above ``tolerance``."""
+def check_equal(name: str, found: dict[str, float], tolerance: float) -> None:
+    """Raise ``ConfigError`` if logits differ by more than ``tolerance``. ``name``: for the message."""
     difference = found["largest_logit_difference"]
-    if not difference <= tolerance:
+    if not difference <= tolerance:  # true for NaN as well
         raise ConfigError(
-            f"The {what} model's logits differ from the unmerged one's by {difference:.3g}, more than --tolerance {tolerance:g}; "
-            f"nothing was written. {found['same_predictions']:.1%} of the predictions agree. Take a wider --dtype, or a larger --tolerance."
+            f"The {name} model's logits differ from the unmerged one's by {difference:.3g}, more than "
+            f"--tolerance {tolerance:g}; nothing was written. {found['same_predictions']:.1%} of the "
+            "predictions agree. Take a wider --dtype, or a larger --tolerance."
         )

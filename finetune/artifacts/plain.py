@@ -1,4 +1,4 @@
-"""Plain Hugging Face folders: made whole or not at all, and read with everything in its place."""
+"""Read and write plain Hugging Face folders. A folder is written whole or not at all."""
 
 from __future__ import annotations
 
@@ -25,18 +25,25 @@ def check_free(out: Path) -> None:
 
 @contextmanager
 def writing_folder(out: Path) -> Iterator[Path]:
-    """A temporary name, which becomes ``out`` when the block ends without an error. Raises ``ConfigError`` where nothing can be written."""
+    """Give a temporary path that is renamed to ``out`` if the block ends without an error.
+
+    Raises ``ConfigError`` if it cannot be written.
+    """
     try:
         with replacing(out) as temporary, writing(out):
             yield temporary
     except OSError as error:
         raise ConfigError(
-            f"out={out} cannot be written: {error.strerror or error}. Choose a place with room that you may write to."
+            f"out={out} cannot be written: {error.strerror or error}. "
+            "Choose a place with free space that you may write to."
         ) from error
 
 
 def read(folder: Path, task: str, dtype: str) -> Any:
-    """The model of a folder that ``finetune merge`` wrote, all of it. Raises ``ConfigError`` where weights are missing, damaged or do not fit."""
+    """Read the whole model of a folder that ``finetune merge`` wrote, frozen and in eval mode.
+
+    Raises ``ConfigError`` if weights are missing, damaged or of another shape.
+    """
     import transformers
 
     config = ModelConfig("merged", str(folder))
@@ -52,9 +59,7 @@ def read(folder: Path, task: str, dtype: str) -> Any:
                 local_files_only=True,
                 output_loading_info=True,
             )
-    except (
-        Exception
-    ) as error:  # a config.json that contradicts itself raises whatever the architecture happens to
+    except Exception as error:  # the architecture's code raises any type for a contradictory config.json
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(
             f"{folder} holds no model that can be built ({type(error).__name__}: {reason}). Merge again."
@@ -62,6 +67,7 @@ def read(folder: Path, task: str, dtype: str) -> Any:
     wrong = [*info["missing_keys"], *info["unexpected_keys"], *info["mismatched_keys"]]
     if wrong:
         raise ConfigError(
-            f"{folder} does not hold the whole model: {len(wrong)} weights are missing or of another shape (first: {wrong[0]})."
+            f"{folder} does not hold the whole model: {len(wrong)} weights are missing or of another shape "
+            f"(first: {wrong[0]})."
         )
     return model.eval().requires_grad_(False)

@@ -1,6 +1,7 @@
-"""A finished run once more, from its frozen configuration: is the result the same?
+"""Train a finished run again from its frozen configuration, and compare the results.
 
-The repetition is a process of its own in a scratch folder; the run's own folder is only read. Imports no torch.
+The repetition is a process of its own in a scratch folder. The folder of the run is only read. Imports no
+torch.
 """
 
 from __future__ import annotations
@@ -31,33 +32,38 @@ LEVEL = 0.95
 
 
 def reproduce(path: Path, keep: Path | None = None, options: StartOptions = NO_OPTIONS) -> dict[str, Any]:
-    """Run ``path`` again and say what came of it, as plain data; ``verdict`` is identical, inside (the seeds' interval) or different.
+    """Train the run at ``path`` again and compare the results. Returns plain data.
 
-    ``keep``: where the repetition stays; by default it is removed. Raises ``ConfigError`` for no finished run, ``RunFailed`` if it fails.
+    ``verdict`` is identical, inside (the interval of its seeds) or different. ``keep``: where the repeated
+    run stays; by default it is removed. Raises ``ConfigError`` if the run has not finished, ``RunFailed`` if
+    the repetition fails.
     """
-    before = _finished(path)
+    before = _read_finished(path)
     plugins.check_file(RunFolder(path).config)
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise ConfigError(f"--keep {keep} exists and is not empty. Give a folder that does not exist yet.")
-    with _scratch(keep) as folder:
-        after = _again(path, folder, options)
+    with _target_folder(keep) as folder:
+        after = _train_again(path, folder, options)
         return _judge(path, before, RunFolder(folder), after) | {"kept": str(keep) if keep else None}
 
 
-def _finished(path: Path) -> dict[str, Any]:
+def _read_finished(path: Path) -> dict[str, Any]:
+    """Return the result of a finished run."""
     if not path.is_dir():
         raise ConfigError(f"{path}: there is no such folder. Give a run folder, outputs/NAME/RUN.")
     safe.check_links(path)
     result = RunFolder(path).read_result()
     if result.get("status") != "finished":
         raise ConfigError(
-            f"{path} has not finished ({result.get('status')}: {result.get('error')}), so there is nothing to reproduce."
+            f"{path} has not finished ({result.get('status')}: {result.get('error')}), "
+            "so there is nothing to reproduce."
         )
     return result
 
 
 @contextmanager
-def _scratch(keep: Path | None) -> Any:
+def _target_folder(keep: Path | None) -> Any:
+    """Give the folder to train in; without ``keep`` it is removed afterwards."""
     if keep is not None:
         yield keep
         return
@@ -65,52 +71,70 @@ def _scratch(keep: Path | None) -> Any:
         yield Path(folder) / "run"
 
 
-def _again(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
-    """Train in ``folder``, from where the run was started, since its settings may hold relative paths."""
+def _train_again(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
+    """Train in ``folder``, in a process of its own, and return the result.
+
+    The process starts where the run was started, since the settings may hold relative paths. It gets the same
+    number of threads, since another number adds up in another order.
+    """
     outputs = path.resolve().parent.parent
-    started = outputs.parent if outputs.name == "outputs" else Path.cwd()
+    started_in = outputs.parent if outputs.name == "outputs" else Path.cwd()
     command = child_command(__name__, options, str(RunFolder(path.resolve()).config), str(folder.resolve()))
+    environment = dict(os.environ)
     threads = RunFolder(path).read_result().get("threads")
-    same = (
-        {"OMP_NUM_THREADS": str(threads)} if isinstance(threads, int) else {}
-    )  # another number adds up in another order
-    done = subprocess.run(command, cwd=started, stdout=subprocess.DEVNULL, env={**os.environ, **same})
+    if isinstance(threads, int):
+        environment["OMP_NUM_THREADS"] = str(threads)
+    done = subprocess.run(command, cwd=started_in, stdout=subprocess.DEVNULL, env=environment)
     if done.returncode:
-        how = f"signal {-done.returncode}" if done.returncode < 0 else f"exit code {done.returncode}"
-        raise RunFailed(f"{path} could not be run again ({how}); what is above says why.")
+        code = done.returncode
+        how = f"signal {-code}" if code < 0 else f"exit code {code}"
+        raise RunFailed(f"{path} could not be run again ({how}); the lines above say why.")
     return RunFolder(folder).read_result()
 
 
 def _judge(
-    path: Path, before: Mapping[str, Any], again: RunFolder, after: Mapping[str, Any]
+    path: Path, before: Mapping[str, Any], repeated: RunFolder, after: Mapping[str, Any]
 ) -> dict[str, Any]:
-    tests = [(result.get("metrics") or {}).get("test") or {} for result in (before, after)]
-    metrics = {
-        key: {"before": tests[0].get(key), "after": tests[1].get(key)}
-        for key in dict.fromkeys([*tests[0], *tests[1]])
-    }
-    change = _changed(path / "delta" / "delta.safetensors", again.delta / "delta.safetensors")
-    same = change == [] and all(pair["before"] == pair["after"] for pair in metrics.values())
+    """Compare the results of a run and of its repetition."""
+    test_before, test_after = _test_metrics(before), _test_metrics(after)
+    metrics = {}
+    for key in dict.fromkeys([*test_before, *test_after]):
+        metrics[key] = {"before": test_before.get(key), "after": test_after.get(key)}
+    changed = _changed_tensors(path / "delta" / "delta.safetensors", repeated.delta / "delta.safetensors")
     key = next((name for name in MAIN if name in metrics), "loss")
-    values, interval = _seeds(path, before, key)
-    told = tests[1].get(key)
-    inside = interval is not None and told is not None and interval[0] <= told <= interval[1]
-    verdict = "identical" if same else "inside" if inside else "different"
+    values, interval = _seed_interval(path, before, key)
+    value = test_after.get(key)
+    same_metrics = all(pair["before"] == pair["after"] for pair in metrics.values())
+    if changed == [] and same_metrics:
+        verdict = "identical"
+    elif interval is not None and value is not None and interval[0] <= value <= interval[1]:
+        verdict = "inside"
+    else:
+        verdict = "different"
     found = {
         "run": str(path),
         "verdict": verdict,
         "metric": key,
         "test": metrics,
-        "changed_tensors": change,
+        "changed_tensors": changed,
         "seeds": len(values),
         "interval": interval,
-        "differs": _differences(before, after),
+        "differs": _environment_differences(before, after),
     }
     return found | {"words": words(found)}
 
 
-def _seeds(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float], list[float] | None]:
-    """The values of the seeds of this setting that lie beside the run, itself included, and where 95 % of further ones would lie."""
+def _test_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the test metrics of a result; empty if it has none."""
+    return (result.get("metrics") or {}).get("test") or {}
+
+
+def _seed_interval(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float], list[float] | None]:
+    """Return a metric of all seeds of this setting beside the run, and the interval for a further seed.
+
+    The run itself is included. The interval is the 95 % prediction interval of Student's t; None for fewer
+    than two.
+    """
     values = []
     for file in sorted(path.resolve().parent.glob("*/result.json")):
         try:
@@ -120,91 +144,87 @@ def _seeds(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float]
         metrics = other.get("metrics")
         test = metrics.get("test") if isinstance(metrics, dict) else None
         value = test.get(key) if isinstance(test, dict) else None
-        if (
-            other.get("status") == "finished"
-            and other.get("group_hash") == result.get("group_hash")
-            and value is not None
-        ):
+        same_setting = other.get("group_hash") == result.get("group_hash")
+        if other.get("status") == "finished" and same_setting and value is not None:
             values.append(float(value))
-    if len(values) < 2:
+    count = len(values)
+    if count < 2:
         return values, None
     from scipy.special import stdtrit
 
-    reach = (
-        float(stdtrit(len(values) - 1, (1 + LEVEL) / 2))
-        * statistics.stdev(values)
-        * math.sqrt(1 + 1 / len(values))
-    )
-    return values, [statistics.fmean(values) - reach, statistics.fmean(values) + reach]
+    t = float(stdtrit(count - 1, (1 + LEVEL) / 2))
+    reach = t * statistics.stdev(values) * math.sqrt(1 + 1 / count)
+    mean = statistics.fmean(values)
+    return values, [mean - reach, mean + reach]
 
 
-def _differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Versions, commit and device that are not as they were: before and now."""
-    pairs = {
-        name: [(result.get("versions") or {}).get(name) for result in (before, after)]
-        for name in _names(before, after)
-    }
-    pairs |= {key: [before.get(key), after.get(key)] for key in ("git_commit", "device")}
+def _environment_differences(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Return the versions, commit and device that have changed, each as [before, after]."""
+    versions_before, versions_after = before.get("versions") or {}, after.get("versions") or {}
+    pairs = {}
+    for name in [*versions_before, *versions_after]:
+        pairs[name] = [versions_before.get(name), versions_after.get(name)]
+    for name in ("git_commit", "device"):
+        pairs[name] = [before.get(name), after.get(name)]
     return {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
 
 
-def _names(*results: Mapping[str, Any]) -> list[str]:
-    return list(dict.fromkeys(name for result in results for name in result.get("versions") or {}))
-
-
-def _changed(before: Path, after: Path) -> list[str] | None:
-    """The names of stored tensors that are not the same to the bit; ``None`` where there is nothing to compare with."""
+def _changed_tensors(before: Path, after: Path) -> list[str] | None:
+    """List the stored tensors that are not the same to the bit; None if a file is missing or damaged."""
     try:
-        first, second = _tensors(before), _tensors(after)
+        first, second = _read_tensors(before), _read_tensors(after)
     except (OSError, ValueError, KeyError):
         return None
     return [name for name in dict.fromkeys([*first, *second]) if first.get(name) != second.get(name)]
 
 
-def _tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
-    """Type, shape and bytes of each tensor of a safetensors file."""
+def _read_tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
+    """Return dtype, shape and bytes of each tensor of a safetensors file, without torch."""
     safe.tensors_of(file)
     data = file.read_bytes()
     start = 8 + int.from_bytes(data[:8], "little")
-    header = json.loads(data[8:start])
-    return {
-        name: (
-            about["dtype"],
-            about["shape"],
-            data[start + about["data_offsets"][0] : start + about["data_offsets"][1]],
-        )
-        for name, about in header.items()
-        if name != "__metadata__"
-    }
+    found = {}
+    for name, about in json.loads(data[8:start]).items():
+        if name != "__metadata__":
+            first, last = about["data_offsets"]
+            found[name] = about["dtype"], about["shape"], data[start + first : start + last]
+    return found
 
 
 def words(found: Mapping[str, Any]) -> str:
-    """The verdict in a sentence or two."""
-    key, pair = found["metric"], found["test"].get(found["metric"], {"before": None, "after": None})
-    was = (
-        f"{key} {pair['before']:.6g} before, {pair['after']:.6g} now"
-        if None not in pair.values()
-        else f"{key} is missing"
-    )
+    """Say the verdict in a sentence or two."""
+    key, tensors = found["metric"], found["changed_tensors"]
+    pair = found["test"].get(key, {"before": None, "after": None})
+    if None in pair.values():
+        metric = f"{key} is missing"
+    else:
+        metric = f"{key} {pair['before']:.6g} before, {pair['after']:.6g} now"
     if found["verdict"] == "identical":
-        return f"Identical: test metrics and stored change agree to the bit ({was})."
-    tensors = found["changed_tensors"]
-    change = (
-        f"{len(tensors)} stored tensors differ"
-        if tensors
-        else "the change cannot be compared"
-        if tensors is None
-        else "the change is the same"
-    )
+        return f"Identical: test metrics and stored change agree to the bit ({metric})."
+    if tensors is None:
+        change = "the change cannot be compared"
+    elif tensors:
+        change = f"{len(tensors)} stored tensors differ"
+    else:
+        change = "the change is the same"
     if found["interval"] is None:
-        return f"Not identical ({was}; {change}), and there are no other seeds of this setting beside it to judge by."
+        return (
+            f"Not identical ({metric}; {change}), and there are no other seeds of this setting beside it "
+            "to judge by."
+        )
     low, high = found["interval"]
     place = "but inside" if found["verdict"] == "inside" else "and outside"
-    return f"Not identical ({was}; {change}), {place} the interval of its {found['seeds']} seeds, [{low:.6g}, {high:.6g}]."
+    return (
+        f"Not identical ({metric}; {change}), {place} the interval of its {found['seeds']} seeds, "
+        f"[{low:.6g}, {high:.6g}]."
+    )
 
 
 def repeat(config_file: str, target: str, options: StartOptions) -> int:
-    """Train the run again in the folder ``target``; what the process for ``reproduce`` runs. Nothing is sent to W&B a second time."""
+    """Train the run again in the folder ``target``, in the process that ``reproduce`` starts.
+
+    Nothing is sent to W&B a second time. Returns the exit code.
+    """
     from ..training import run
 
     folder, say = Path(target), print_line

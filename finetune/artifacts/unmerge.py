@@ -1,7 +1,8 @@
-"""From a merged folder back to its base, to the bit.
+"""Restore the base from a merged folder, to the bit.
 
-Whatever the method, the base's own entries are kept in the merged folder where rounding and change moved them, as long as that takes at most half of
-the base's bytes: sparse changes and those of few parameters, not low-rank ones, which move every entry.
+Whatever the method, merging stores the base's own entries wherever rounding or the change moved them, as long
+as they take at most half of the base's bytes. That holds for sparse changes and for changes of few
+parameters, and not for low-rank ones, which move every entry.
 """
 
 from __future__ import annotations
@@ -36,71 +37,66 @@ LIKE = {
     "base_fingerprint": str,
 }
 FOLDER, ABOUT, ORIGINALS = "finetune", "merge.json", "originals.safetensors"
-SHARE = 0.5  # of the base's bytes: with more, a copy of the base is the better way back
+SHARE = 0.5  # of the base's bytes; above it a copy of the base is the better way back
 
 
 def _bits(t: Tensor) -> Tensor:
+    """View a tensor as integers, so that comparisons are to the bit."""
     return t.contiguous().view(-1).view(BITS[t.element_size()])
 
 
 def store(setup: Setup, folder: Path) -> dict[str, Any]:
-    """Write what leads from the merged model of ``setup`` back to its base, if that is little; returns what ``merge.json`` must say of it."""
+    """Write what leads from the merged model of ``setup`` back to its base, unless that is too much.
+
+    Returns what ``merge.json`` must say of it.
+    """
     folder.mkdir()
-    model, config = setup.session.model, setup.config.model
-    merged = dict(model.named_parameters())
-    tensors, size, room = (
-        dict[str, Tensor](),
-        0,
-        SHARE * sum(p.numel() for p in merged.values()) * torch.finfo(getattr(torch, config.dtype)).bits / 8,
-    )
+    merged, config = dict(setup.session.model.named_parameters()), setup.config.model
+    about = {"base": config.path, "base_dtype": config.dtype, "base_fingerprint": setup.fingerprint}
+    entries = sum(p.numel() for p in merged.values())
+    limit = SHARE * entries * torch.finfo(getattr(torch, config.dtype)).bits / 8
+    tensors, size = dict[str, Tensor](), 0
     for name, original in original_parameters(setup.base):
-        new = _originals(name, original, merged[name].detach().cpu())
-        size += sum(t.nbytes for t in new.values())
-        if size > room:
-            tensors = {}
-            break
-        tensors |= new
-    told = {"base": config.path, "base_dtype": config.dtype, "base_fingerprint": setup.fingerprint}
-    if size > room:
-        return {
-            **told,
-            "unmerge": f"not possible: nearly every entry differs from the base; the base itself is {config.path}",
-        }
+        lost = _lost_entries(name, original, merged[name].detach().cpu())
+        size += sum(t.nbytes for t in lost.values())
+        if size > limit:
+            reason = f"nearly every entry differs from the base; the base itself is {config.path}"
+            return {**about, "unmerge": f"not possible: {reason}"}
+        tensors |= lost
     save_file(tensors, folder / ORIGINALS)
-    return {**told, "unmerge": "possible"}
+    return {**about, "unmerge": "possible"}
 
 
-def _originals(name: str, original: Tensor, merged: Tensor) -> dict[str, Tensor]:
-    """The entries of a base's parameter that its merged one has lost, by position or, where that is shorter, all."""
-    here, back = _bits(original), _bits(merged.to(original.dtype))
-    where = (here != back).nonzero().view(-1)
+def _lost_entries(name: str, original: Tensor, merged: Tensor) -> dict[str, Tensor]:
+    """Return the entries that a merged parameter has lost: by position, or all if that is shorter."""
+    where = (_bits(original) != _bits(merged.to(original.dtype))).nonzero().view(-1)
     if not len(where):
         return {}
-    sparse = {f"gaps/{name}": encode_sorted(where), f"values/{name}": original.reshape(-1)[where]}
-    return (
-        sparse
-        if sum(t.nbytes for t in sparse.values()) < original.nbytes
-        else {f"all/{name}": original.contiguous()}
-    )
+    by_position = {f"gaps/{name}": encode_sorted(where), f"values/{name}": original.reshape(-1)[where]}
+    if sum(t.nbytes for t in by_position.values()) < original.nbytes:
+        return by_position
+    return {f"all/{name}": original.contiguous()}
 
 
 @torch.no_grad()
 def unmerge(path: Path, out: Path) -> dict[str, Any]:
-    """Write the base of the merged folder ``path`` to ``out``, with its new head, if any, as it started.
+    """Write the base of the merged folder ``path`` to ``out``. A new head is written as it was at the start.
 
-    Raises ``ConfigError``, with nothing written, where the originals are not stored or do not give the very base.
+    Raises ``ConfigError``, with nothing written, if the originals are not stored or do not give exactly the
+    base.
     """
     check_free(out)
-    about = _about(path)
+    about = _read_about(path)
     if about["unmerge"] != "possible":
         raise ConfigError(f"{path} cannot be unmerged: {about['unmerge'].removeprefix('not possible: ')}.")
     model = read(path, about["task"], about["dtype"])
     for parameter in model.parameters():
         parameter.data = parameter.data.to(getattr(torch, about["base_dtype"]))
-    entries = _put_back(model, path / FOLDER / ORIGINALS)
+    entries = _restore_entries(model, path / FOLDER / ORIGINALS)
     if fingerprint(model, about["head"]) != about["base_fingerprint"]:
         raise ConfigError(
-            f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the base, {about['base']}."
+            f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the "
+            f"base, {about['base']}."
         )
     processor, _ = read_processor(path, ModelConfig("merged", str(path)), about["task"], model)
     with writing_folder(out) as temporary:
@@ -113,7 +109,8 @@ def unmerge(path: Path, out: Path) -> dict[str, Any]:
     }
 
 
-def _about(path: Path) -> dict[str, Any]:
+def _read_about(path: Path) -> dict[str, Any]:
+    """Read and check ``merge.json`` of a merged folder."""
     file = path / FOLDER / ABOUT
     try:
         about: Any = safe.read_json(file, LIKE)
@@ -125,38 +122,31 @@ def _about(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{newer}.")
     if about["task"] not in AUTO or not {about["dtype"], about["base_dtype"]} <= DTYPES:
         raise ConfigError(
-            f"{file} names a task or a type of weights that there is not. Give the folder that finetune merge wrote."
+            f"{file} names an unknown task or dtype. Give the folder that finetune merge wrote."
         )
     manifest.check(path / FOLDER)
     found: dict[str, Any] = about
     return found
 
 
-def _put_back(model: nn.Module, file: Path) -> int:
-    """Write the stored originals into ``model``; returns how many. Raises ``ConfigError`` where they do not fit it."""
+def _restore_entries(model: nn.Module, file: Path) -> int:
+    """Write the stored originals into ``model`` and return their number.
+
+    Raises ``ConfigError`` if they do not fit the model.
+    """
     parameters, count = dict(model.named_parameters()), 0
     content = read_tensors(file)
     for key, values in content.items():
         kind, _, name = key.partition("/")
-        parameter = parameters.get(name)
-        where = (
-            decode_sorted(content[f"gaps/{name}"], len(values))
-            if kind == "values" and f"gaps/{name}" in content
-            else None
-        )
         if kind == "gaps":
             continue
-        if (
-            parameter is None
-            or parameter.dtype != values.dtype
-            or (where is None and (kind != "all" or parameter.shape != values.shape))
-        ):
+        gaps = content.get(f"gaps/{name}") if kind == "values" else None
+        where = None if gaps is None else decode_sorted(gaps, len(values))
+        parameter = parameters.get(name)
+        if parameter is None or not _entries_fit(kind, values, where, parameter):
             raise ConfigError(
-                f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made."
-            )
-        if where is not None and (values.ndim != 1 or (len(where) and int(where[-1]) >= parameter.numel())):
-            raise ConfigError(
-                f"{file} does not fit the model beside it (first: {name}). Copy the merged folder again from where it was made."
+                f"{file} does not fit the model beside it (first: {name}). "
+                "Copy the merged folder again from where it was made."
             )
         if where is None:
             parameter.copy_(values)
@@ -164,3 +154,12 @@ def _put_back(model: nn.Module, file: Path) -> int:
             parameter.view(-1)[where] = values
         count += values.numel()
     return count
+
+
+def _entries_fit(kind: str, values: Tensor, where: Tensor | None, parameter: Tensor) -> bool:
+    """Tell whether stored entries, at the positions ``where`` or of the whole parameter, fit it."""
+    if values.dtype != parameter.dtype:
+        return False
+    if where is None:
+        return kind == "all" and values.shape == parameter.shape
+    return values.ndim == 1 and (not len(where) or int(where[-1]) < parameter.numel())

@@ -1,4 +1,8 @@
-"""Whether a run keeps what is promised: its files whole, a resume equal to the bit, its numbers found again, its merge equal to it."""
+"""Verify what is promised of a run.
+
+Its files are whole, its numbers are found again, a resume ends with the same bits, and its merge computes the
+same.
+"""
 
 from __future__ import annotations
 
@@ -27,44 +31,38 @@ from ..system import safe
 from .reopen import evaluate, run_of
 
 Say = Callable[[str], None]
-KEPT = (
-    "status",
-    "metrics",
-    "params",
-    "steps",
-    "best_step",
-    "suspect",
-    "warnings",
-    "batch",
-)  # of result.json, what a repetition has to give again
+# What a repetition has to give again, of result.json.
+REPEATED = ("status", "metrics", "params", "steps", "best_step", "suspect", "warnings", "batch")
 
 
 class _Skipped(Exception):
-    """Why a point means nothing for this run."""
+    """Says why a check makes no sense for this run."""
 
 
 def verify(path: Path, say: Say) -> dict[str, Any]:
-    """Test the run at ``path``, which is only read; trains from its middle to its end in a scratch folder.
+    """Run every check on the run at ``path``, which is only read.
 
-    Returns ``{"run", "verdict", "points": [{"point", "verdict", "words"}]}``; verdicts are pass, fail, and skipped (of the whole: unfinished).
-    Raises ``ConfigError`` where ``path`` is no run, or one that another process works on.
+    One check trains from the middle of the run to its end, in a scratch folder. Returns ``{"run", "verdict",
+    "points": [{"point", "verdict", "words"}]}``. A verdict is pass, fail or skipped; that of the whole is
+    pass, fail or unfinished. Raises ``ConfigError`` if ``path`` is no run, or if another process works on it.
     """
     files, _ = run_of(path)
     plugins.check_file(files.config)
     refuse_if_locked(files.path)
     points, threads = [], torch.get_num_threads()
-    torch.set_num_threads(_threads(files) or threads)  # another number adds up in another order
+    torch.set_num_threads(_threads_of(files) or threads)  # another number adds up in another order
+    checks = {
+        "files": _check_files,
+        "predictions": _check_predictions,
+        "evaluation": _check_evaluation,
+        "resume": _check_resume,
+        "merge": _check_merge,
+    }
     try:
-        for name, test in (
-            ("files", _files),
-            ("predictions", _predictions),
-            ("evaluation", _evaluation),
-            ("resume", _resume),
-            ("merge", _merge),
-        ):
+        for name, check in checks.items():
             say(f"Checking {name} ...")
             try:
-                verdict, words = "pass", test(files, say)
+                verdict, words = "pass", check(files, say)
             except _Skipped as reason:
                 verdict, words = "skipped", f"{reason}"
             except (FinetuneError, OSError) as error:
@@ -72,86 +70,90 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
             points.append({"point": name, "verdict": verdict, "words": words})
     finally:
         torch.set_num_threads(threads)
-    failed = any(point["verdict"] == "fail" for point in points)
-    return {
-        "run": str(path),
-        "verdict": "fail" if failed else "pass" if files.finished else "unfinished",
-        "points": points,
-    }
+    verdict = "pass" if files.finished else "unfinished"
+    if any(point["verdict"] == "fail" for point in points):
+        verdict = "fail"
+    return {"run": str(path), "verdict": verdict, "points": points}
 
 
-def _threads(files: RunFolder) -> int | None:
-    """How many the run had, if it says so."""
+def _threads_of(files: RunFolder) -> int | None:
+    """Return the run's number of threads, if its result says a plausible one."""
     try:
-        said = files.read_result().get("threads")
+        threads = files.read_result().get("threads")
     except ConfigError:
         return None
-    return said if isinstance(said, int) and 0 < said < 1024 else None
+    return threads if isinstance(threads, int) and 0 < threads < 1024 else None
 
 
-def _config(files: RunFolder) -> Config:
+def _read_config(files: RunFolder) -> Config:
+    """Read the frozen configuration."""
     return load([], None, files.config)
 
 
-def _result(files: RunFolder) -> dict[str, Any]:
-    """Of a finished run; others leave nothing to compare with."""
+def _read_finished(files: RunFolder) -> dict[str, Any]:
+    """Return the result of a finished run. Skips the check for others: they leave nothing to compare with."""
     if not files.finished:
         raise _Skipped("the run has not finished")
     return files.read_result()
 
 
-def _files(files: RunFolder, say: Say) -> str:
-    """Every hash, the frozen configuration against the change's, and the lines of metrics."""
+def _check_files(files: RunFolder, say: Say) -> str:
+    """Check every hash, the frozen configuration against that of the change, and the lines of metrics."""
     safe.check_links(files.path)
-    folders = [folder for folder in (files.delta, *map(files.checkpoint, files.steps())) if folder.exists()]
-    faults = [fault for folder in folders for fault in manifest.faults(folder)]
+    candidates = [files.delta, *(files.checkpoint(step) for step in files.steps())]
+    folders = [folder for folder in candidates if folder.exists()]
+    faults: list[str] = []
+    for folder in folders:
+        faults += manifest.faults(folder)
     if files.delta.exists() and not faults:
         files.check_unaltered(read_description(files.delta)["config"], files.delta)
-    _config(files)
+    _read_config(files)
     if files.result.exists():
         result = files.read_result()
         if files.metrics.exists() and result.get("status") == "finished":
-            faults += _lines(files.metrics, result["steps"])
+            faults += _faults_of_metrics(files.metrics, result["steps"])
     if faults:
         raise ConfigError("; ".join(faults))
     older = sum(not (folder / manifest.NAME).exists() for folder in folders)
     aside = f", of {older} older ones without a manifest only the layout" if older else ""
-    return f"{len(folders) - older} folders have the sizes and SHA-256 of their manifests{aside}; configuration and metrics fit them"
-
-
-def _lines(file: Path, steps: int) -> list[str]:
-    """Faults of ``metrics.jsonl``: one line of a loss for every step, in order."""
-    try:
-        rows = [safe.parse_json(line) for line in safe.read_lines(file)]
-        seen = [row["step"] for row in rows if "loss" in row]
-        falls = any(before["step"] > after["step"] for before, after in itertools.pairwise(rows))
-    except (ValueError, KeyError, TypeError) as error:
-        return [f"{file} has a line that is damaged ({error})"]
     return (
-        []
-        if seen == list(range(1, steps + 1)) and not falls
-        else [f"{file} does not have one loss for each of {steps} steps, in order"]
+        f"{len(folders) - older} folders have the sizes and SHA-256 of their manifests{aside}; "
+        "configuration and metrics fit them"
     )
 
 
-def _predictions(files: RunFolder, say: Say) -> str:
-    """The stored answers give the test metrics of ``result.json``."""
-    told, rows = _result(files)["metrics"]["test"], _rows(files)
-    if "bits_per_byte" in told:
-        key, found = (
-            "bits_per_byte",
-            math.fsum(row["loss"] for row in rows) / math.log(2) / sum(row["bytes"] for row in rows),
-        )
+def _faults_of_metrics(file: Path, steps: int) -> list[str]:
+    """Return the faults of ``metrics.jsonl``, which must have a loss for every step, in order."""
+    try:
+        rows = [safe.parse_json(line) for line in safe.read_lines(file)]
+        with_loss = [row["step"] for row in rows if "loss" in row]
+        ordered = all(before["step"] <= after["step"] for before, after in itertools.pairwise(rows))
+    except (ValueError, KeyError, TypeError) as error:
+        return [f"{file} has a line that is damaged ({error})"]
+    if ordered and with_loss == list(range(1, steps + 1)):
+        return []
+    return [f"{file} does not have one loss for each of {steps} steps, in order"]
+
+
+def _check_predictions(files: RunFolder, say: Say) -> str:
+    """Compute the test metrics of ``result.json`` from the stored predictions."""
+    expected, rows = _read_finished(files)["metrics"]["test"], _read_predictions(files)
+    if "bits_per_byte" in expected:
+        key, loss = "bits_per_byte", math.fsum(row["loss"] for row in rows)
+        found = loss / math.log(2) / sum(row["bytes"] for row in rows)
     else:
-        key, found = "accuracy", sum(row["label"] == row["prediction"] for row in rows) / len(rows)
-    if not math.isclose(found, told[key], rel_tol=1e-12):
+        key = "accuracy"
+        found = sum(row["label"] == row["prediction"] for row in rows) / len(rows)
+    if not math.isclose(found, expected[key], rel_tol=1e-12):
         raise ConfigError(
-            f"{files.predictions} gives a test {key} of {found:.9g}, and result.json says {told[key]:.9g}."
+            f"{files.predictions} gives a test {key} of {found:.9g}, "
+            f"and result.json says {expected[key]:.9g}."
         )
     return f"{len(rows)} rows give the test {key} {found:.6g} of result.json"
 
 
-def _rows(files: RunFolder) -> list[dict[str, Any]]:
+def _read_predictions(files: RunFolder) -> list[dict[str, Any]]:
+    """Read the stored predictions, a row an example."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -162,74 +164,97 @@ def _rows(files: RunFolder) -> list[dict[str, Any]]:
         raise ConfigError(f"{files.predictions} cannot be read ({error}).") from error
 
 
-def _evaluation(files: RunFolder, say: Say) -> str:
-    """The stored change, evaluated again, gives the metrics of ``result.json``."""
-    result = _result(files)
-    told, found = result["metrics"], evaluate(files.path)["metrics"]
-    if wrong := [
-        f"{split}: {_pair(told.get(split), metrics)}"
-        for split, metrics in found.items()
-        if metrics != told.get(split)
-    ]:
+def _check_evaluation(files: RunFolder, say: Say) -> str:
+    """Evaluate the stored change again: it must give the metrics of ``result.json``."""
+    result = _read_finished(files)
+    expected, found = result["metrics"], evaluate(files.path)["metrics"]
+    wrong = []
+    for split, metrics in found.items():
+        if metrics != expected.get(split):
+            wrong.append(f"{split}: {_describe_difference(expected.get(split), metrics)}")
+    if wrong:
         raise RunFailed(
-            f"evaluated again, the stored change gives other numbers ({'; '.join(wrong)}){_since(result)}"
+            f"evaluated again, the stored change gives other numbers ({'; '.join(wrong)})"
+            f"{_changed_versions(result)}"
         )
     return f"the stored change gives the metrics of {', '.join(found)} again, to the bit"
 
 
-def _pair(before: Any, after: Mapping[str, float]) -> str:
-    told = before if isinstance(before, Mapping) else {}
-    return ", ".join(
-        f"{key} {told.get(key)} before, {value} now" for key, value in after.items() if told.get(key) != value
-    )
+def _describe_difference(before: Any, after: Mapping[str, float]) -> str:
+    """Name the metrics that differ, with both values."""
+    known = before if isinstance(before, Mapping) else {}
+    differing = []
+    for key, value in after.items():
+        if known.get(key) != value:
+            differing.append(f"{key} {known.get(key)} before, {value} now")
+    return ", ".join(differing)
 
 
-def _since(result: Mapping[str, Any]) -> str:
-    """Versions that are not those of the run."""
-    before, now = result.get("versions") or {}, versions()
-    changed = [
-        f"{name} {before.get(name)} then and {version} now"
-        for name, version in now.items()
-        if before.get(name) != version
-    ]
+def _changed_versions(result: Mapping[str, Any]) -> str:
+    """Name the installed versions that differ from the run's, as an addition to a message."""
+    before = result.get("versions") or {}
+    changed = []
+    for name, version in versions().items():
+        if before.get(name) != version:
+            changed.append(f"{name} {before.get(name)} then and {version} now")
     return f"; {', '.join(changed)}" if changed else ""
 
 
-def _resume(files: RunFolder, say: Say) -> str:
-    """Going on from a checkpoint in the middle ends like the run itself."""
-    result, config = _result(files), _config(files)
+def _check_resume(files: RunFolder, say: Say) -> str:
+    """Train again from a checkpoint in the middle: it must end like the run itself."""
+    result, config = _read_finished(files), _read_config(files)
     if result["steps"] < config.train.steps and config.train.max_seconds:
         raise _Skipped(
-            f"train.max_seconds={config.train.max_seconds} ended the run after {result['steps']} steps, which no repetition would meet"
+            f"cannot be repeated: train.max_seconds={config.train.max_seconds} stopped the run after "
+            f"{result['steps']} steps, and timing is not reproducible"
         )
     if result.get("processes", 1) > 1:
         raise _Skipped(f"the run had {result['processes']} processes, and this is one")
+    start = _middle_checkpoint(files, result["steps"])
+    if start is None:
+        span = f"from the beginning, as no checkpoint of its middle is kept, to step {result['steps']}"
+    else:
+        span = f"from step {start} to step {result['steps']}"
+    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as scratch:
+        repeated = RunFolder(Path(scratch) / "run")
+        say(f"Training {span} in {repeated.path} ...")
+        _train_from(start, files, repeated, config)
+        differences = _differences(files, repeated)
+    if differences:
+        raise RunFailed(
+            f"the run {span} did not end the same: {'; '.join(differences)}{_changed_versions(result)}"
+        )
+    return f"the run {span} ends with the same change, metrics, predictions and result, to the bit"
+
+
+def _middle_checkpoint(files: RunFolder, steps: int) -> int | None:
+    """Return the step of the undamaged checkpoint closest to the middle of the run, if there is one."""
+    whole = []
+    for step in files.steps():
+        if 0 < step < steps and not manifest.faults(files.checkpoint(step)):
+            whole.append(step)
+    return min(whole, key=lambda step: abs(2 * step - steps), default=None)
+
+
+def _train_from(start: int | None, files: RunFolder, repeated: RunFolder, config: Config) -> None:
+    """Copy the run as it was at a checkpoint to a new folder, and train it to the end there.
+
+    Nothing is sent to W&B a second time.
+    """
     from ..training.run import train
 
-    whole = [
-        step
-        for step in files.steps()
-        if 0 < step < result["steps"] and not manifest.faults(files.checkpoint(step))
-    ]
-    start = min(whole, key=lambda step: abs(2 * step - result["steps"]), default=None)
-    where = f"from step {start}" if start else "from the beginning, as no checkpoint of its middle is kept,"
-    with tempfile.TemporaryDirectory(prefix="finetune-verify-") as scratch:
-        again = RunFolder(Path(scratch) / "run")
-        again.path.mkdir()
-        for file in (files.metrics, files.delta, files.checkpoint(start)) if start else ():
-            _copy(file, again.path / file.relative_to(files.path))
-        say(f"Training {where} to step {result['steps']} in {again.path} ...")
-        shutil.copyfile(files.config, again.config)
-        quiet = replace(config, logger=LoggerConfig()) if config.logger.name == "wandb" else config
-        train(quiet, again.path, lambda line: None, lambda done, steps, words: None)
-        if wrong := _unlike(files, again):
-            raise RunFailed(
-                f"the run {where} to step {result['steps']} did not end the same: {'; '.join(wrong)}{_since(result)}"
-            )
-    return f"the run {where} to step {result['steps']} ends with the same change, metrics, predictions and result, to the bit"
+    repeated.path.mkdir()
+    if start is not None:
+        for source in (files.metrics, files.delta, files.checkpoint(start)):
+            _copy(source, repeated.path / source.relative_to(files.path))
+    shutil.copyfile(files.config, repeated.config)
+    if config.logger.name == "wandb":
+        config = replace(config, logger=LoggerConfig())
+    train(config, repeated.path, lambda line: None, lambda done, steps, words: None)
 
 
 def _copy(source: Path, target: Path) -> None:
+    """Copy a file or a folder, if it exists."""
     target.parent.mkdir(parents=True, exist_ok=True)
     if source.is_dir():
         shutil.copytree(source, target)
@@ -237,51 +262,62 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _unlike(files: RunFolder, again: RunFolder) -> list[str]:
-    """In what two finished runs differ."""
-    before, after = files.read_result(), again.read_result()
-    changed = [key for key in KEPT if key in before and before[key] != after.get(key)]
-    found = [
-        f"{key} of result.json was {_short(before[key])} and is {_short(after.get(key))}" for key in changed
-    ]
-    first, second = (read_tensors(folder.delta / "delta.safetensors") for folder in (files, again))
+def _differences(files: RunFolder, repeated: RunFolder) -> list[str]:
+    """Say what differs between two finished runs."""
+    before, after = files.read_result(), repeated.read_result()
+    found = []
+    for key in REPEATED:
+        if key in before and before[key] != after.get(key):
+            found.append(f"{key} of result.json was {_short(before[key])} and is {_short(after.get(key))}")
+    first = read_tensors(files.delta / "delta.safetensors")
+    second = read_tensors(repeated.delta / "delta.safetensors")
     changed = [name for name in sorted({*first, *second}) if not _equal(first.get(name), second.get(name))]
-    found += (
-        [f"{len(changed)} of {len(first)} stored tensors differ (first: {changed[0]})"] if changed else []
-    )
-    found += [] if _numbers(files) == _numbers(again) else ["metrics.jsonl differs"]
-    return found + ([] if _rows(files) == _rows(again) else ["the predictions differ"])
+    if changed:
+        found.append(f"{len(changed)} of {len(first)} stored tensors differ (first: {changed[0]})")
+    if _metrics_without_time(files) != _metrics_without_time(repeated):
+        found.append("metrics.jsonl differs")
+    if _read_predictions(files) != _read_predictions(repeated):
+        found.append("the predictions differ")
+    return found
 
 
 def _equal(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
+    """Tell whether both tensors exist and are the same to the bit."""
     if a is None or b is None or (a.dtype, a.shape) != (b.dtype, b.shape):
         return False
     return torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
-def _numbers(files: RunFolder) -> list[dict[str, Any]]:
-    """The lines of metrics but for what took time."""
-    lines = (
-        map(json.loads, files.metrics.read_text(encoding="utf-8").splitlines())
-        if files.metrics.exists()
-        else ()
-    )
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+def _metrics_without_time(files: RunFolder) -> list[dict[str, Any]]:
+    """Return the lines of metrics without the seconds of each step."""
+    if not files.metrics.exists():
+        return []
+    rows = []
+    for line in files.metrics.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        row.pop("seconds", None)
+        rows.append(row)
+    return rows
 
 
 def _short(value: Any) -> str:
+    """Return a value as JSON, cut at 120 characters."""
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
-def _merge(files: RunFolder, say: Say) -> str:
-    """The merged folder, read again, gives the logits of base and change."""
-    _result(files)
-    if not (method := _config(files).method).mergeable:
+def _check_merge(files: RunFolder, say: Say) -> str:
+    """Merge the run: the merged folder, read back, must give the logits of base and change."""
+    _read_finished(files)
+    method = _read_config(files).method
+    if not method.mergeable:
         raise _Skipped(f"method={method.name} cannot be merged: it changes more than weights")
     from .merge import merge
 
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as scratch:
         found = merge(files.path, Path(scratch) / "merged")
-    same = found["same_predictions"]
-    return f"the merged folder's logits are within {found['largest_logit_difference']:.3g} of the run's, and {same:.2%} of its answers the same"
+    difference, same = found["largest_logit_difference"], found["same_predictions"]
+    return (
+        f"the merged folder's logits are within {difference:.3g} of the run's, and {same:.2%} of its answers "
+        "the same"
+    )

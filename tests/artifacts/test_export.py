@@ -114,7 +114,7 @@ def test_ranks_and_scales_may_differ_by_layer(tmp_path: Path) -> None:
     layers = patched(model)
     factors = module._factors(layers)
     assert factors is not None
-    config, tensors = module._lora(layers, factors)
+    config, tensors = module._as_lora(layers, factors)
     assert set(config.rank_pattern.values()) | {config.r} == {1, 2, 3}
     assert config.alpha_pattern
     config.save_pretrained(tmp_path)

@@ -59,7 +59,7 @@ def repeated(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         shutil.copytree(made, folder)
         return dict(json.loads((folder / "result.json").read_text()))
 
-    monkeypatch.setattr(reproducing, "_again", again)
+    monkeypatch.setattr(reproducing, "_train_again", again)
 
 
 def change(run: Path, **told: Any) -> dict[str, Any]:
