@@ -1,7 +1,7 @@
-"""Agreement between processes; with one process everything is the identity.
+"""Collectives between the processes of a run. With one process each returns its argument.
 
-Every exchange begins with one number: whether somebody breaks off. So a process that ran out of memory, wherever that was, meets the others in
-whatever exchange they come to next, and all of them leave it by ``BrokenOff``; none waits for one that does something else.
+Every collective first reduces an abort flag. So if one process runs out of memory, wherever that is, the
+others raise ``Aborted`` at their next collective instead of waiting for it forever.
 """
 
 from __future__ import annotations
@@ -13,114 +13,122 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-BUCKET = 1 << 23  # entries that are exchanged at once
+BUCKET = 1 << 23  # entries that are reduced at once
 
 
-class BrokenOff(Exception):
-    """Some process has called ``break_off``."""
+class Aborted(Exception):
+    """Another process has called ``abort``."""
 
 
-def alone() -> bool:
-    """Whether there is no other process."""
+def is_single_process() -> bool:
+    """Tell whether there is no other process."""
     return not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1
 
 
-def _place() -> torch.device:
-    """Where tensors are exchanged: NCCL takes none of the CPU's."""
+def _device() -> torch.device:
+    """Return the device of exchanged tensors. NCCL does not take those of the CPU."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
-def _any(said: bool) -> bool:
-    told = torch.tensor(int(said), device=_place())
-    dist.all_reduce(told, dist.ReduceOp.MAX)
-    return bool(told)
+def _reduce_flag(flag: bool) -> bool:
+    """Tell whether the flag is set on any process."""
+    reduced = torch.tensor(int(flag), device=_device())
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return bool(reduced)
 
 
-def meet() -> None:
-    """Wait for all processes. Raises ``BrokenOff``, as every exchange does."""
-    if not alone() and _any(False):
-        raise BrokenOff
+def barrier() -> None:
+    """Wait for all processes. Raises ``Aborted``, as every collective does, if one of them has aborted."""
+    if not is_single_process() and _reduce_flag(False):
+        raise Aborted
 
 
-def break_off() -> None:
-    """Break off what all processes do: each gets ``BrokenOff`` but this one."""
-    if not alone():
-        _any(True)
+def abort() -> None:
+    """Make every other process raise ``Aborted`` at its next collective."""
+    if not is_single_process():
+        _reduce_flag(True)
 
 
-def anyone(said: bool) -> bool:
-    """Whether it is so on any process."""
-    if alone():
-        return said
-    meet()
-    return _any(said)
+def any_process(flag: bool) -> bool:
+    """Tell whether the flag is set on any process."""
+    if is_single_process():
+        return flag
+    barrier()
+    return _reduce_flag(flag)
 
 
 def agree(t: Tensor) -> Tensor:
-    """One value for all processes: floating-point tensors are averaged, others are those of the first process."""
-    if alone():
+    """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
+    if is_single_process():
         return t
     if t.is_floating_point():
-        return total(t) / dist.get_world_size()
-    meet()
-    sent = t.to(_place(), copy=True)
+        return sum_processes(t) / dist.get_world_size()
+    barrier()
+    sent = t.to(_device(), copy=True)
     dist.broadcast(sent, 0)
     return sent.to(t.device)
 
 
-def total(t: Tensor) -> Tensor:
-    """The sum over all processes."""
-    if alone():
+def sum_processes(t: Tensor) -> Tensor:
+    """Return the sum of the tensor over all processes."""
+    if is_single_process():
         return t
-    meet()
-    sent = t.to(_place(), copy=True)
+    barrier()
+    sent = t.to(_device(), copy=True)
     dist.all_reduce(sent)
     return sent.to(t.device)
 
 
 @torch.no_grad()
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Make every gradient the sum of all processes'. One that no process has stays None."""
-    if alone():
+    """Replace every gradient by its sum over all processes. One that no process has stays None."""
+    if is_single_process():
         return
-    every = list(parameters)
-    there = total(torch.tensor([p.grad is not None for p in every], dtype=torch.int32)).tolist()
-    for bucket in _buckets([p for p, has in zip(every, there, strict=True) if has]):
-        flat = torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).reshape(-1) for p in bucket])
-        for p, part in zip(bucket, total(flat).split([p.numel() for p in bucket]), strict=True):
-            p.grad = part.view(p.shape).clone()
+    candidates = list(parameters)
+    counts = sum_processes(torch.tensor([p.grad is not None for p in candidates], dtype=torch.int32)).tolist()
+    present = [p for p, count in zip(candidates, counts, strict=True) if count]
+    for bucket in _buckets(present):
+        pieces = []
+        for p in bucket:
+            grad = torch.zeros_like(p) if p.grad is None else p.grad
+            pieces.append(grad.reshape(-1))
+        total = sum_processes(torch.cat(pieces))
+        for p, piece in zip(bucket, total.split([p.numel() for p in bucket]), strict=True):
+            p.grad = piece.view(p.shape).clone()
 
 
 def _buckets(parameters: list[Tensor]) -> Iterator[list[Tensor]]:
-    """Consecutive ones of one type and device, at most ``BUCKET`` entries together unless one has more."""
+    """Group consecutive tensors of one dtype and device: at most ``BUCKET`` entries, or one tensor."""
     bucket: list[Tensor] = []
+    size = 0
     for p in parameters:
-        if bucket and (
-            sum(q.numel() for q in bucket) + p.numel() > BUCKET
-            or (p.dtype, p.device) != (bucket[0].dtype, bucket[0].device)
-        ):
+        same_kind = not bucket or (p.dtype, p.device) == (bucket[0].dtype, bucket[0].device)
+        if bucket and (size + p.numel() > BUCKET or not same_kind):
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(p)
+        size += p.numel()
     if bucket:
         yield bucket
 
 
 @torch.no_grad()
-def share_(tensors: Iterable[Tensor]) -> None:
-    """Overwrite with those of the first process."""
-    for t in tensors if not alone() else ():
-        meet()
-        sent = t.to(_place(), copy=True)
+def broadcast_(tensors: Iterable[Tensor]) -> None:
+    """Overwrite the tensors with those of the first process."""
+    if is_single_process():
+        return
+    for t in tensors:
+        barrier()
+        sent = t.to(_device(), copy=True)
         dist.broadcast(sent, 0)
         t.copy_(sent)
 
 
 def gather(item: Any) -> list[Any]:
-    """What each process gave, in the order of their numbers."""
-    if alone():
+    """Return the item of each process, in the order of their ranks."""
+    if is_single_process():
         return [item]
-    meet()
+    barrier()
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, item)
     return found

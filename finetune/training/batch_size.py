@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..core.collective import BrokenOff, anyone, break_off, meet
+from ..core.collective import Aborted, abort, any_process, barrier
 from ..errors import RunFailed
 from ..storage.result import peak_memory
 from .memory import ADVICE, ran_out
@@ -29,7 +29,7 @@ def find_batch_size(session: Session) -> None:
     batches.batch_size = batches.world
     while _fits(session, size):
         batches.batch_size = min(size * batches.world, most)
-        if size * batches.world >= most or anyone(_may_run_short(before)):
+        if size * batches.world >= most or any_process(_may_run_short(before)):
             break
         size *= 2
     else:
@@ -51,14 +51,14 @@ def _fits(session: Session, count: int) -> bool:
                 moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
         session.compute.try_backward(session.batches.longest(count))
         del moments
-        meet()
+        barrier()
         fits = True
-    except BrokenOff:
+    except Aborted:
         fits = False
     except (RuntimeError, MemoryError) as error:
         if not ran_out(error):
             raise
-        break_off()
+        abort()
         fits = False
     session.memory.recover()
     return fits

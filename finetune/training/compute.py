@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from ..core.collective import add_gradients, total
+from ..core.collective import add_gradients, sum_processes
 from ..data.encode import Batch
 from .batches import Batches
 from .loss import count, example_losses, scored
@@ -48,7 +48,7 @@ class Compute:
     def count_scored(self, micro: MicroBatches) -> int:
         """Return how many examples (or tokens) of a step are scored, over all processes."""
         ours = sum(count(batch) for batch in micro if batch)
-        return int(total(torch.tensor(ours, device=self.accelerator.device)))
+        return int(sum_processes(torch.tensor(ours, device=self.accelerator.device)))
 
     @contextmanager
     def evaluating(self, for_gradients: bool = False) -> Iterator[Callable[[Batch], Tensor]]:
@@ -79,7 +79,7 @@ class Compute:
             for batch in micro:
                 if batch:
                     loss_sum += self.sum_losses(logits(batch), batch)
-        return total(loss_sum) / self.count_scored(micro)
+        return sum_processes(loss_sum) / self.count_scored(micro)
 
     def scored_logits(self, batch: Batch) -> Tensor:
         """Return a batch's logits at the places that the loss is averaged over, in eval mode.
@@ -119,7 +119,7 @@ class Compute:
             added = added_loss(share) / (len(micro) * self.accelerator.num_processes)
             self.accelerator.backward(task * (1 / counted) + added)
             loss_sum += task.detach()
-        return float(total(loss_sum)) / counted
+        return float(sum_processes(loss_sum)) / counted
 
     def share_gradients(self) -> None:
         """Make every gradient the sum of all processes' gradients."""

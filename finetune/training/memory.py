@@ -14,7 +14,7 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..core.collective import BrokenOff, break_off, meet
+from ..core.collective import Aborted, abort, barrier
 from ..core.method import Run
 from ..core.part import patched
 from ..core.state import state_modules
@@ -107,14 +107,14 @@ class Memory:
         while True:
             try:
                 found = work()
-                meet()
+                barrier()
                 return found
-            except BrokenOff:
+            except Aborted:
                 pass
             except (RuntimeError, MemoryError) as error:
                 if not ran_out(error):
                     raise
-                break_off()
+                abort()
             self.recover()  # outside the except clause: the error keeps every tensor of its stack alive
             if self._revisions() != revisions:
                 raise RunFailed(

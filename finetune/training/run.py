@@ -16,7 +16,7 @@ from torch import nn
 
 from .. import __version__
 from ..config.settings import Config
-from ..core.collective import anyone, meet
+from ..core.collective import any_process, barrier
 from ..core.part import base
 from ..errors import RunFailed
 from ..storage.atomic import STAMP, write_json_atomic
@@ -116,14 +116,14 @@ class Training:
                 self._note(step, tracker)
                 record.spent = time.monotonic() - began
                 most = self.settings.max_seconds
-                late = anyone(bool(most) and record.spent > (most or 0))
+                late = any_process(bool(most) and record.spent > (most or 0))
                 if late or step.number == total or _is_due(step, self.settings.eval_every):
                     metrics = keep_if_best(self.setup, self.files, record)
                     tracker.log(step.number, **{f"val_{name}": value for name, value in metrics.items()})
                     shown = [f"val {name} {value:.3f}" for name, value in metrics.items() if name != "loss"]
                     validated = "".join(f", {text}" for text in shown)
                 record.over = step.number < total and (late or patience_is_over(self.setup, record))
-                if anyone(bool(self.signals.name)):
+                if any_process(bool(self.signals.name)):
                     self.checkpoints.save(record)
                     raise Interrupted(self.signals.name or "a signal to another process")
                 show(step.number, total, f"loss {step.loss:.3f}{validated}")
@@ -211,7 +211,7 @@ class Training:
                 warnings=self.record.watch.warnings,
             )
             write_json_atomic(self.files.result, result)
-        meet()  # barrier: no rank exits before rank 0 has written the result
+        barrier()  # no rank exits before rank 0 has written the result
         return RunFailed(message)
 
     def _interrupt(self, stop: Interrupted) -> None:

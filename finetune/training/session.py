@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.settings import TrainConfig
-from ..core.collective import share_
+from ..core.collective import broadcast_
 from ..core.method import Method, Run
 from ..core.optimizer import Optimizer
 from ..core.part import detach
@@ -120,7 +120,7 @@ class Session:
         self.states = build_states(self.pretrained, self.current, self.selector)
         self.accelerator.free_memory()
         self.compute.tuned = Tuned(self.model, self.states).to(self.accelerator.device)
-        share_(self.states.state_dict().values())
+        broadcast_(self.states.state_dict().values())
         optimizer = make_optimizer(self.states, self.recipe.optimizer)
         self.optimizer = self.accelerator.prepare_optimizer(optimizer)
         self.run = Run(

@@ -111,7 +111,7 @@ def exchanged() -> Kept:
     for i, parameter in enumerate(parameters):
         kept[f"sums {i}"] = torch.empty(0) if parameter.grad is None else parameter.grad
     kept["gathered"] = torch.tensor(collective.gather(rank))
-    kept["anyone"] = torch.tensor([collective.anyone(rank == 1), collective.anyone(False)])
+    kept["anyone"] = torch.tensor([collective.any_process(rank == 1), collective.any_process(False)])
     return kept
 
 
@@ -197,10 +197,10 @@ def test_gradients_add_up(together: list[Kept]) -> None:
 def test_alone_nothing_is_exchanged() -> None:
     t = torch.ones(2)
     assert collective.agree(t) is t
-    assert collective.total(t) is t
+    assert collective.sum_processes(t) is t
     assert collective.gather("x") == ["x"]
-    assert (collective.anyone(True), collective.anyone(False)) == (True, False)
-    collective.meet()
+    assert (collective.any_process(True), collective.any_process(False)) == (True, False)
+    collective.barrier()
 
 
 # out of memory on one process only: all halve, and none waits for one that does something else
