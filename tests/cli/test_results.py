@@ -1,4 +1,4 @@
-"""``finetune compare`` and ``finetune reproduce`` as a user types them."""
+"""``finetune compare`` and ``finetune reproduce``, called with the words that a user types."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from finetune.cli import app as cli
 
 from ..support.run_folders import MakeRun
 
-Said = tuple[int, str, str]
+Output = tuple[int, str, str]
 
 
 @pytest.fixture
-def say(
+def call(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., Said]:
+) -> Callable[..., Output]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def run(*words: object) -> Said:
+    def run(*words: object) -> Output:
         monkeypatch.setattr(sys, "argv", ["finetune", *map(str, words)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
@@ -44,51 +44,51 @@ def sweep(make_run: MakeRun) -> str:
     return "outputs/sweep"
 
 
-def test_table_and_files(say: Callable[..., Said], sweep: str, tmp_path: Path) -> None:
+def test_table_and_files(call: Callable[..., Output], sweep: str, tmp_path: Path) -> None:
     files = [tmp_path / "new" / f"t{end}" for end in (".csv", ".md", ".tex", ".json")]
-    code, out, err = say("compare", sweep, *(word for file in files for word in ("--out", file)))
+    code, out, err = call("compare", sweep, *(word for file in files for word in ("--out", file)))
     assert (code, err.count("Written: ")) == (0, 4)
     assert "lora *" in out
     assert all(file.stat().st_size > 100 for file in files)
-    again = say("compare", sweep, *(word for file in files for word in ("--out", file)))
+    again = call("compare", sweep, *(word for file in files for word in ("--out", file)))
     assert again[0] == 0  # its own files may be replaced
     assert not [file for file in (tmp_path / "new").iterdir() if file not in files]
-    shown = json.loads(say("compare", sweep, "--json")[1])
+    shown = json.loads(call("compare", sweep, "--json")[1])
     assert shown == json.loads(files[3].read_text())
     assert [row["curve"] for row in shown["rows"]] == [[], []]
 
 
-def test_html_and_plots(say: Callable[..., Said], sweep: str, tmp_path: Path) -> None:
-    code, _, err = say("compare", sweep, "--out", "r.html", "--plots", "figures")
+def test_html_and_plots(call: Callable[..., Output], sweep: str, tmp_path: Path) -> None:
+    code, _, err = call("compare", sweep, "--out", "r.html", "--plots", "figures")
     assert code == 0, err
     assert "lora" in (tmp_path / "r.html").read_text()
     assert {file.suffix for file in (tmp_path / "figures").iterdir()} == {".png", ".pdf"}
     assert "finetune sweep method=lora" in (tmp_path / "r.html").read_text()
-    assert say("compare", sweep, "--out", "r.html")[0] == 0
+    assert call("compare", sweep, "--out", "r.html")[0] == 0
 
 
 def test_strict_exits_with_three_on_any_finding(
-    say: Callable[..., Said], sweep: str, make_run: MakeRun
+    call: Callable[..., Output], sweep: str, make_run: MakeRun
 ) -> None:
-    code, out, _ = say("compare", sweep, "--strict", "--out", "t.csv")
+    code, out, _ = call("compare", sweep, "--strict", "--out", "t.csv")
     assert (code, "Runs used different commits" in out, Path("t.csv").is_file()) == (3, True, True)
-    assert say("compare", sweep)[0] == 0
-    assert say("compare", *Path(sweep).glob("lora-*"), "--strict")[0] == 0
+    assert call("compare", sweep)[0] == 0
+    assert call("compare", *Path(sweep).glob("lora-*"), "--strict")[0] == 0
 
 
-def test_what_a_user_made_is_not_overwritten(say: Callable[..., Said], sweep: str, tmp_path: Path) -> None:
+def test_files_of_a_user_are_not_overwritten(call: Callable[..., Output], sweep: str, tmp_path: Path) -> None:
     mine = [tmp_path / name for name in ("notes.md", "data.csv", "x.tex", "y.json", "z.html")]
     for file in mine:
         file.write_text("mine\n")
     (tmp_path / "d.csv").mkdir()
     result = next((tmp_path / sweep).glob("*/result.json"))
     files = [*mine, tmp_path / "d.csv", result, tmp_path / "t.pdf"]
-    code, out, err = say("compare", sweep, *(word for file in files for word in ("--out", file)))
+    code, out, err = call("compare", sweep, *(word for file in files for word in ("--out", file)))
     assert (code, out, err.count("Error: --out ")) == (2, "", 8)
     assert {file.read_text() for file in mine} == {"mine\n"}
 
 
-def test_mistakes_exit_with_two(say: Callable[..., Said], sweep: str, tmp_path: Path) -> None:
+def test_mistakes_exit_with_two(call: Callable[..., Output], sweep: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     for words, said in (
         (["empty"], "holds no run"),
@@ -98,13 +98,13 @@ def test_mistakes_exit_with_two(say: Callable[..., Said], sweep: str, tmp_path: 
         ([sweep, "--baseline", "x"], "is no row"),
         ([sweep, "--out", "/proc/nothing/t.csv"], "cannot be written"),
     ):
-        code, _, err = say("compare", *words)
+        code, _, err = call("compare", *words)
         assert (code, said in err, "Traceback" in err) == (2, True, False), (words, err)
 
 
-def test_by_and_metric_and_baseline(say: Callable[..., Said], sweep: str) -> None:
+def test_by_and_metric_and_baseline(call: Callable[..., Output], sweep: str) -> None:
     found = json.loads(
-        say(
+        call(
             "compare",
             sweep,
             "--by",
@@ -147,10 +147,10 @@ print(*sys.modules, file=sys.stderr)
     assert "lora" in done.stdout
 
 
-def test_reproduce_reports_and_exits(say: Callable[..., Said], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reproduce_reports_and_exits(call: Callable[..., Output], monkeypatch: pytest.MonkeyPatch) -> None:
     found = {"verdict": "identical", "words": "Identical.", "differs": {"torch": ["1", "2"]}, "kept": None}
-    monkeypatch.setattr(reproducing, "reproduce", lambda run, keep: found | {"run": str(run)})
-    assert say("reproduce", "outputs/a/b")[:2] == (0, "Identical.\n  torch: 1 before, 2 now\n")
+    monkeypatch.setattr(reproducing, "reproduce", lambda run, keep, plugins: found | {"run": str(run)})
+    assert call("reproduce", "outputs/a/b")[:2] == (0, "Identical.\n  torch: 1 before, 2 now\n")
     found["verdict"] = "different"
-    code, out, _ = say("reproduce", "outputs/a/b", "--json")
+    code, out, _ = call("reproduce", "outputs/a/b", "--json")
     assert (code, json.loads(out)["run"]) == (1, "outputs/a/b")

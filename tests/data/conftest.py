@@ -1,4 +1,4 @@
-"""A tokenizer made on the spot, whose tokens are pieces of bytes."""
+"""A tokenizer that is trained here; its tokens are sequences of bytes."""
 
 import pytest
 

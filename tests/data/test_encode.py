@@ -90,7 +90,7 @@ def test_pixels_are_those_of_the_processor(mode):
     torch.testing.assert_close(batch.inputs["pixel_values"][2], expected, atol=1e-5, rtol=0)
 
 
-def test_small_sets_are_processed_once_and_large_ones_are_not_kept(monkeypatch):
+def test_images_of_small_sets_are_cached_and_those_of_large_ones_are_not(monkeypatch):
     calls = []
 
     def processor(images, return_tensors):
@@ -111,7 +111,7 @@ def test_small_sets_are_processed_once_and_large_ones_are_not_kept(monkeypatch):
     assert len(calls) == 3
 
 
-def test_the_length_is_what_was_asked_for_or_what_the_tokenizer_allows(tokenizer):
+def test_the_length_is_the_wanted_one_or_the_limit_of_the_tokenizer(tokenizer):
     assert choose_length(None, tokenizer) == 16
     assert choose_length(7, tokenizer) == 7
     with pytest.raises(ConfigError, match=r"dataset\.length=17 is more than the 16 tokens"):

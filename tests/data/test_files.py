@@ -1,4 +1,4 @@
-"""Tables written here and read back; the reader of each format is checked against what was written."""
+"""Data sets in local files: every reader returns what was written into the files."""
 
 import io
 import json
@@ -194,18 +194,19 @@ def faults(dataset):
 
 
 def test_paths_that_do_not_exist_are_all_named():
-    said = faults(Csv(path="nowhere.csv", test_path="neither.csv"))
-    assert said == (
+    found = faults(Csv(path="nowhere.csv", test_path="neither.csv"))
+    assert found == (
         "dataset.path=nowhere.csv does not exist. Check the path.",
         "dataset.test_path=neither.csv does not exist. Check the path.",
     )
 
 
 def test_columns_that_do_not_exist_are_all_named(tmp_path):
-    said = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), text_column="txt", label_column="categry"))
-    assert said == (
+    found = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), text_column="txt", label_column="categry"))
+    assert found == (
         "dataset.text_column=txt is not a column. Did you mean 'text'? The columns are: text, category.",
-        "dataset.label_column=categry is not a column. Did you mean 'category'? The columns are: text, category.",
+        "dataset.label_column=categry is not a column. "
+        "Did you mean 'category'? The columns are: text, category.",
     )
 
 
@@ -261,10 +262,10 @@ def test_faults_of_a_table(tmp_path, rows, options, message):
         Csv(path=write_csv(tmp_path / "a.csv", rows), **options).read()
 
 
-def test_labels_that_train_has_not_are_named(tmp_path):
+def test_labels_that_train_lacks_are_named(tmp_path):
     test = write_csv(tmp_path / "t.csv", [*ROWS[:3], {"text": "x", "category": "prime"}])
-    said = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))
-    assert said == (
+    found = faults(Csv(path=write_csv(tmp_path / "a.csv", ROWS), test_path=test))
+    assert found == (
         "The test split (t.csv) has labels that the train split lacks: prime. Make the splits' labels agree.",
     )
 
@@ -317,8 +318,8 @@ def test_a_split_whose_labels_are_all_hidden_is_left_out(tmp_path):
     assert "The given test split (test.parquet) has no labels and is left out." in raw.notes
 
 
-def test_jsonl_that_is_no_utf8_is_told(tmp_path):
-    """Arrow's reader of JSON takes any bytes for text."""
+def test_jsonl_with_invalid_utf8_is_refused(tmp_path):
+    """Arrow's JSON reader accepts any bytes as text, so the texts are validated after reading."""
     (tmp_path / "a.jsonl").write_bytes(
         b'{"text": "good \x99", "label": "a"}\n{"text": "bad", "label": "b"}\n' * 20
     )

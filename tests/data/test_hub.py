@@ -1,4 +1,4 @@
-"""The hub cannot be reached from a test: its cache is laid out by hand."""
+"""Data sets of the hub. A test cannot reach the hub, so its cache is written by hand."""
 
 import datasets
 import pytest
@@ -10,7 +10,7 @@ from finetune.errors import ConfigError
 
 @pytest.fixture
 def cached(tmp_path, monkeypatch):
-    """A cache that holds the data set someone/words with the splits train, validation and extra."""
+    """Write a cache with the data set someone/words, which has the splits train, validation and extra."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     folder = tmp_path / "cache" / "someone___words" / "default" / "0.0.0" / "0123456789abcdef"
     info = datasets.DatasetInfo(
@@ -44,7 +44,7 @@ def test_a_cached_data_set_is_read_without_the_network(capfd):
     assert capfd.readouterr() == ("", "")
 
 
-def test_without_download_no_request_is_made_and_the_switch_is_put_back(tmp_path, monkeypatch):
+def test_without_download_no_request_is_made_and_the_switches_are_restored(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path)
     before = datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE
     with pytest.raises(
@@ -54,7 +54,7 @@ def test_without_download_no_request_is_made_and_the_switch_is_put_back(tmp_path
     assert before == (datasets.config.HF_HUB_OFFLINE, constants.HF_HUB_OFFLINE)
 
 
-def test_a_failed_download_says_so(monkeypatch):
+def test_a_failed_download_is_reported(monkeypatch):
     def refuse(*args, **options):
         raise ConnectionError("no network")
 

@@ -61,8 +61,7 @@ def test_a_python_without_sources_is_a_fault(tmp_path, monkeypatch):
         SMALL.read()
 
 
-def test_asking_for_more_than_there_is_is_said(monkeypatch):
+def test_a_request_for_more_text_than_there_is_has_a_note(monkeypatch):
     raw = Stdlib(train_bytes=1000, val_bytes=1000, test_bytes=1000, retention_bytes=10**8).read()
-    assert raw.notes == [
-        "The standard library has less retention text than dataset.retention_bytes asks for; all of it is used."
-    ]
+    note = "The standard library has less retention text than dataset.retention_bytes asks for"
+    assert raw.notes == [f"{note}; all of it is used."]

@@ -1,4 +1,4 @@
-"""Folders of tiny random models with a tokenizer of words, as ``save_pretrained`` writes them."""
+"""Write folders of tiny random models with a tokenizer of words, by ``save_pretrained``."""
 
 import pytest
 import torch
@@ -28,7 +28,7 @@ def tokenizer(**special):
 
 @pytest.fixture
 def folder(tmp_path):
-    """A function that writes a model of the named class and returns its folder."""
+    """Return a function that writes a model of the named class and returns its folder."""
 
     def write(name, special=None, **options):
         model_class = getattr(transformers, name)
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def text():
-    """The options of a tiny text model that fits the tokenizer."""
+    """Return the options of a tiny text model that fits the tokenizer."""
     return dict(TEXT)
 
 

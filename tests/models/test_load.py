@@ -1,4 +1,4 @@
-"""Loading against what transformers itself reads from the same folder."""
+"""Models as ``load`` reads them, compared with what transformers reads from the same folder."""
 
 import pytest
 import torch
@@ -125,7 +125,7 @@ def test_original_parameters_returns_the_loaded_tensors_after_the_model_has_chan
     assert all(torch.equal(again[name], before[name]) for name in before)
 
 
-def test_the_fingerprint_sees_every_bit_but_the_heads_and_no_patch(vit):
+def test_the_fingerprint_covers_every_bit_but_the_head_and_ignores_patches(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
     print_ = fingerprint(base.model, base.head)
     assert print_ == fingerprint(
@@ -151,7 +151,7 @@ def test_a_saved_folder_is_read_by_transformers(bert, tmp_path):
     assert again.config.id2label == {0: "a", 1: "b", 2: "c"}
 
 
-def test_a_folder_without_an_image_processor_gets_a_plain_one_and_says_so(vit):
+def test_a_folder_without_an_image_processor_gets_a_plain_one_and_a_note(vit):
     base = load(config(vit), "image_classification", LABELS, seed=0)
     assert base.processor.size == {"height": 8, "width": 8}
     assert "resized to 8x8" in base.notes[0]
@@ -162,9 +162,21 @@ def test_a_folder_without_an_image_processor_gets_a_plain_one_and_says_so(vit):
     assert (list(base.processor.image_mean), base.notes) == ([0.1] * 3, [])
 
 
-def test_an_unknown_architecture_is_said_aloud(folder):
-    path = folder("OPTForCausalLM", {"pad_token": "<pad>"}, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, ffn_dim=32, vocab_size=20,
-                  word_embed_proj_dim=16, pad_token_id=0, bos_token_id=1, eos_token_id=2, max_position_embeddings=24)  # fmt: skip
+def test_an_unknown_architecture_has_a_note(folder):
+    path = folder(
+        "OPTForCausalLM",
+        {"pad_token": "<pad>"},
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        ffn_dim=32,
+        vocab_size=20,
+        word_embed_proj_dim=16,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        max_position_embeddings=24,
+    )
     assert "every linear layer but the head" in load(config(path), "causal_lm", (), seed=0).notes[0]
 
 
@@ -210,10 +222,8 @@ def test_a_checkpoint_that_lacks_a_layer_is_incomplete(vit):
     stored = load_file(vit / "model.safetensors")
     del stored["vit.layernorm.weight"]
     save_file(stored, vit / "model.safetensors", {"format": "pt"})
-    assert (
-        "1 weights of a ViTForImageClassification are missing or of another shape (first: vit.layernorm.weight)"
-        in faults(vit)[0]
-    )
+    fault = "1 weights of a ViTForImageClassification are missing or of another shape"
+    assert f"{fault} (first: vit.layernorm.weight)" in faults(vit)[0]
 
 
 def test_a_model_that_does_not_fit_the_task(vit, bert):
@@ -272,7 +282,7 @@ def test_a_revision_of_a_folder_is_refused(vit):
         ("builtin:", "is not built in"),
     ],
 )
-def test_paths_that_lead_nowhere(path, message):
+def test_paths_without_a_model(path, message):
     with pytest.raises(ConfigError, match=message):
         load(ModelConfig("hf", path), "image_classification", LABELS, seed=0)
 

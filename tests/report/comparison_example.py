@@ -1,4 +1,7 @@
-"""A comparison as ``Comparison.as_dict()`` gives it: five methods, three sparsities, and what can be missing; made without any run."""
+"""A comparison as ``Comparison.as_dict()`` returns it, made without any run.
+
+It has five methods, three sparsities, and rows that lack parts.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,10 @@ LEVEL = {"lora": 0.915, "snell": 0.93, "spiel": 0.922, "shira": 0.90, "sara": 0.
 
 
 def comparison() -> dict[str, Any]:
-    """Fourteen rows, best first: one of three seeds failed, one single seed, one that failed wholly, one hostile label."""
+    """Return fourteen rows, best first.
+
+    A row lacks one of three seeds, a row has a single seed, a row has only failures, and a label is hostile.
+    """
     chance = random.Random(1)
     rows = [
         _row(chance, method, sparsity)
@@ -82,18 +88,42 @@ def _row(chance: random.Random, method: str, sparsity: float | None) -> dict[str
     mean, sd = sum(values) / 3, math.sqrt(sum((v - sum(values) / 3) ** 2 for v in values) / 2)
     half = 4.302652729911275 * sd / math.sqrt(3)
     trained = int(36_000 * density) + 330
+    command = f"finetune train method={method} 'name=a \"b\" & <c>' seed=0"
+    if sparsity is not None:
+        command += f" sparsity={sparsity}"
+    retention = {"mean": 0.71 + chance.gauss(0, 0.01), "low": 0.69, "high": 0.73, "base": 0.74}
+    step_seconds = 0.021 * (1 + chance.random())
     return {
-        "label": label, "by": {"method": method, "sparsity": sparsity}, "seeds": [0, 1, 2],
-        "finished": 3, "failed": 0, "pruned": 0, "unfinished": 0, "missing": 0, "errors": [], "values": values,
-        "mean": mean, "sd": sd, "low": mean - half, "high": mean + half, "single_seed": False, "base": 0.1025, "examples": None,
-        "retention": {"mean": 0.71 + chance.gauss(0, 0.01), "low": 0.69, "high": 0.73, "base": 0.74},
-        "trained": trained, "stored_bytes": trained * (4 if sparsity is None else 5),
-        "step_seconds": 0.021 * (1 + chance.random()), "peak_memory_bytes": int((480 + 90 * chance.random()) * 2**20),
-        "train_seconds": 9.4, "trials": 5, "rank": "", "versus": None,
-        "command": f"finetune train method={method} 'name=a \"b\" & <c>' seed=0" + ("" if sparsity is None else f" sparsity={sparsity}"),
+        "label": label,
+        "by": {"method": method, "sparsity": sparsity},
+        "seeds": [0, 1, 2],
+        "finished": 3,
+        "failed": 0,
+        "pruned": 0,
+        "unfinished": 0,
+        "missing": 0,
+        "errors": [],
+        "values": values,
+        "mean": mean,
+        "sd": sd,
+        "low": mean - half,
+        "high": mean + half,
+        "single_seed": False,
+        "base": 0.1025,
+        "examples": None,
+        "retention": retention,
+        "trained": trained,
+        "stored_bytes": trained * (4 if sparsity is None else 5),
+        "step_seconds": step_seconds,
+        "peak_memory_bytes": int((480 + 90 * chance.random()) * 2**20),
+        "train_seconds": 9.4,
+        "trials": 5,
+        "rank": "",
+        "versus": None,
+        "command": command,
         "runs": [f"outputs/first/{method}-s{seed}" for seed in range(3)],
         "curve": [_point(step, mean, half) for step in range(0, 201, 20)],
-    }  # fmt: skip
+    }
 
 
 def _point(step: int, mean: float, half: float) -> dict[str, Any]:
@@ -175,8 +205,22 @@ def _critical(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _fairness(first: str, second: str) -> list[dict[str, Any]]:
     return [
-        {"kind": "trained", "what": "trained parameters", "values": {first: "360,330", second: "36,330"},
-         "words": "The rows train between 690 and 360,330 parameters: budget= matches them."},
-        {"kind": "setting", "what": "optimizer.lr", "values": {first: "0.001", second: "<0.01>"}, "words": "optimizer.lr is not the same in all."},
-        {"kind": "failures", "what": "failed runs", "values": {second: "1 of 3"}, "words": "2 rows have failed runs, which can flatter them."},
-    ]  # fmt: skip
+        {
+            "kind": "trained",
+            "what": "trained parameters",
+            "values": {first: "360,330", second: "36,330"},
+            "words": "The rows train between 690 and 360,330 parameters: budget= matches them.",
+        },
+        {
+            "kind": "setting",
+            "what": "optimizer.lr",
+            "values": {first: "0.001", second: "<0.01>"},
+            "words": "optimizer.lr is not the same in all.",
+        },
+        {
+            "kind": "failures",
+            "what": "failed runs",
+            "values": {second: "1 of 3"},
+            "words": "2 rows have failed runs, which can flatter them.",
+        },
+    ]

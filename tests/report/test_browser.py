@@ -1,4 +1,4 @@
-"""The HTML report in a real browser: it sorts, filters, copies and draws, without a network and without an error."""
+"""The HTML report in a real browser: it sorts, filters, copies and draws, without network and errors."""
 
 from __future__ import annotations
 
@@ -15,12 +15,22 @@ from finetune.report.figures import make_figures
 
 pytestmark = pytest.mark.browser
 example = runpy.run_path(str(Path(__file__).with_name("comparison_example.py")))
-FLAGS = "headless=new no-sandbox disable-gpu no-first-run disable-background-networking disable-component-update disable-sync hide-scrollbars"
+FLAGS = (
+    "headless=new",
+    "no-sandbox",
+    "disable-gpu",
+    "no-first-run",
+    "disable-background-networking",
+    "disable-component-update",
+    "disable-sync",
+    "hide-scrollbars",
+)
 
-AS_IT_WAS = """
+RESTORE = """
 for (const open of document.querySelectorAll('.toggle[aria-expanded=true]')) open.click();
 const filters = document.getElementById('filters');
-for (const field of filters.querySelectorAll('input, select')) field.value = field.matches('select') ? '*' : '';
+for (const field of filters.querySelectorAll('input')) field.value = '';
+for (const field of filters.querySelectorAll('select')) field.value = '*';
 filters.dispatchEvent(new Event('input'));
 const head = document.querySelectorAll('#rows thead button')[2];
 while (head.closest('th').getAttribute('aria-sort') !== 'descending') head.click();
@@ -41,7 +51,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
     for flag in (
-        *FLAGS.split(),
+        *FLAGS,
         f"user-data-dir={tmp_path_factory.mktemp('profile')}",
         "window-size=1400,900",
     ):
@@ -54,7 +64,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def opened(browser: Any, comparison: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The report, opened once and drawn."""
+    """Return the browser after it has opened and drawn the report."""
     file = tmp_path_factory.mktemp("report") / "report ünï.html"
     html.write_report(comparison, file)
     browser.get(file.as_uri())
@@ -64,10 +74,10 @@ def opened(browser: Any, comparison: dict[str, Any], tmp_path_factory: pytest.Te
 
 @pytest.fixture
 def page(opened: Any) -> Iterator[Any]:
-    """The report as it was when opened; whatever a test does, the browser has nothing to complain of."""
+    """Return the report in the state in which it was opened, and check the browser's log afterwards."""
     yield opened
     assert opened.get_log("browser") == []
-    opened.execute_script(AS_IT_WAS)
+    opened.execute_script(RESTORE)
 
 
 def wait(browser: Any, condition: str) -> None:
@@ -81,9 +91,10 @@ def find(page: Any, query: str) -> Any:
 
 
 def labels(page: Any) -> list[str]:
-    """Names of the rows that can be seen, from the top."""
+    """Return the labels of the visible rows, from the top."""
     return page.execute_script(
-        "return [...document.querySelectorAll('#rows tbody')].filter(b => !b.hidden).map(b => b.rows[0].cells[0].dataset.value)"
+        "const shown = [...document.querySelectorAll('#rows tbody')].filter(body => !body.hidden);"
+        "return shown.map(body => body.rows[0].cells[0].dataset.value)"
     )
 
 
@@ -95,7 +106,7 @@ def expected(
 
 
 def sort_by(page: Any, words: str) -> Any:
-    """The head whose text begins with ``words``, after a click on its button."""
+    """Click the button of the heading that begins with ``words``, and return the heading."""
     for head in page.find_elements("css selector", "#rows thead th"):
         if head.text.replace("\n", " ").startswith(words):
             head.find_element("tag name", "button").click()
@@ -139,7 +150,7 @@ def test_sorts_by_the_keyboard(page: Any, comparison: dict[str, Any]) -> None:
     )
 
 
-def test_names_sort_as_people_count(page: Any, comparison: dict[str, Any]) -> None:
+def test_numbers_in_names_sort_by_size(page: Any, comparison: dict[str, Any]) -> None:
     sort_by(page, "row")
     found = labels(page)
     assert (
@@ -151,7 +162,7 @@ def test_names_sort_as_people_count(page: Any, comparison: dict[str, Any]) -> No
     assert sorted(found) == sorted(row["label"] for row in comparison["rows"])
 
 
-def test_filters_say_what_they_hide(page: Any, comparison: dict[str, Any]) -> None:
+def test_the_page_says_how_many_rows_a_filter_hides(page: Any, comparison: dict[str, Any]) -> None:
     count = find(page, "#count")
     assert count.text == "14 of 14 rows"
     find(page, "#find").send_keys("SPIEL 0.99")
@@ -249,8 +260,9 @@ def test_every_figure_is_drawn_with_its_points(page: Any, comparison: dict[str, 
     for figure in made:
         counts = page.execute_script(
             "const div = document.getElementById(arguments[0]);"
-            "return [div.querySelectorAll('svg.main-svg').length, div.querySelectorAll('.scatterlayer .trace').length,"
-            " div.querySelectorAll('.points path').length, div.clientWidth, div.querySelector('svg').clientWidth]",
+            "const count = (query) => div.querySelectorAll(query).length;"
+            "return [count('svg.main-svg'), count('.scatterlayer .trace'), count('.points path'),"
+            " div.clientWidth, div.querySelector('svg').clientWidth]",
             f"plot-{figure.key}",
         )
         marked = sum(len(trace["x"]) for trace in figure.data if "markers" in trace["mode"])
@@ -264,7 +276,8 @@ def test_every_figure_is_drawn_with_its_points(page: Any, comparison: dict[str, 
 
 
 def test_a_series_is_hidden_and_shown_in_all_figures(page: Any) -> None:
-    query = "return document.querySelectorAll('#plot-pareto_trained .points path, #plot-by_sparsity .points path').length"
+    paths = "#plot-pareto_trained .points path, #plot-by_sparsity .points path"
+    query = f"return document.querySelectorAll('{paths}').length"
     before = page.execute_script(query)
     chip = find(page, ".chip[data-series=spiel]")
     chip.click()
@@ -274,11 +287,12 @@ def test_a_series_is_hidden_and_shown_in_all_figures(page: Any) -> None:
     wait(page, query.replace("return ", "return (") + f") === {before}")
 
 
-def test_nothing_was_asked_of_a_network(page: Any) -> None:
+def test_no_request_was_sent(page: Any) -> None:
     asked = page.execute_script("return performance.getEntriesByType('resource').map(entry => entry.name)")
     assert [name for name in asked if not name.startswith(("data:", "blob:"))] == []
     refused = page.execute_async_script(
-        "const done = arguments[0]; fetch('https://example.org/').then(() => done('went'), () => done('refused'))"
+        "const done = arguments[0];"
+        "fetch('https://example.org/').then(() => done('went'), () => done('refused'))"
     )
     assert refused == "refused"
     messages = [entry["message"] for entry in page.get_log("browser")]
@@ -287,7 +301,10 @@ def test_nothing_was_asked_of_a_network(page: Any) -> None:
 
 
 def test_light_and_dark(page: Any) -> None:
-    colours = "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(document.querySelector('.xtick text')).fill]"
+    colours = (
+        "const tick = document.querySelector('.xtick text');"
+        "return [getComputedStyle(document.body).backgroundColor, getComputedStyle(tick).fill]"
+    )
     light = page.execute_script(colours)
     find(page, "#theme").click()
     wait(page, "return document.documentElement.dataset.theme === 'dark'")
@@ -298,7 +315,7 @@ def test_light_and_dark(page: Any) -> None:
     assert page.execute_script(colours) == light
 
 
-def test_a_telephone_shows_all_without_scrolling_the_page(page: Any) -> None:
+def test_a_small_screen_shows_all_without_scrolling_sideways(page: Any) -> None:
     page.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
         {"width": 400, "height": 800, "deviceScaleFactor": 1, "mobile": True},
@@ -340,7 +357,7 @@ def test_titles_beside_axes_are_whole_above_a_long_legend(opened: Any, tmp_path:
         opened.switch_to.window(first)
 
 
-def test_it_prints(page: Any) -> None:
+def test_the_page_can_be_printed(page: Any) -> None:
     pdf = page.execute_cdp_cmd("Page.printToPDF", {"printBackground": True, "preferCSSPageSize": True})[
         "data"
     ]

@@ -1,4 +1,4 @@
-"""Rows, pairing, verdicts and notes of a comparison, against numbers computed another way."""
+"""Comparisons: rows, pairing, verdicts and notes, checked against numbers computed in another way."""
 
 from __future__ import annotations
 
@@ -28,18 +28,21 @@ from ..support.run_folders import MakeRun
 
 
 def answers(share: float, seed: int = 0, count: int = 200) -> list[int]:
-    """Right for the easiest examples, with some luck; equal seeds share the luck."""
+    """Return which examples a model with accuracy ``share`` gets right.
+
+    These are the easiest ones; the noise is the same for equal seeds.
+    """
     luck = np.random.default_rng(seed).normal(0, 0.1, count)
     return [int(i / count + e < share) for i, e in enumerate(luck)]
 
 
-def data(tmp_path: Path, *folders: Path, **words: Any) -> dict[str, Any]:
+def compare_folders(tmp_path: Path, *folders: Path, **words: Any) -> dict[str, Any]:
     found = compare(list(folders) or [tmp_path / "outputs" / "sweep"], **words).as_dict()
     json.dumps(found, allow_nan=False)
     return found
 
 
-def row(found: dict[str, Any], label: str) -> dict[str, Any]:
+def get_row(found: dict[str, Any], label: str) -> dict[str, Any]:
     (one,) = [row for row in found["rows"] if row["label"] == label]
     return dict(one)
 
@@ -48,11 +51,11 @@ def test_rows_by_method_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
     for seed in (2, 0, 1):
         make_run("lora", seed, answers(0.9, seed))
         make_run("head", seed, answers(0.5, seed + 9))
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     assert (found["by"], found["task"], found["baseline"]) == (["method"], "classification", None)
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
     values = [np.mean(answers(0.9, seed)) for seed in range(3)]
-    lora = row(found, "lora")
+    lora = get_row(found, "lora")
     assert (lora["seeds"], lora["values"]) == ([0, 1, 2], pytest.approx(values))
     assert lora["mean"] == pytest.approx(np.mean(values))
     assert lora["sd"] == pytest.approx(np.std(values, ddof=1))
@@ -65,7 +68,7 @@ def test_rows_by_method_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
         0.03125,
         512 << 20,
     )
-    assert (lora["rank"], row(found, "head")["versus"]["verdict"]) == ("best", "worse")
+    assert (lora["rank"], get_row(found, "head")["versus"]["verdict"]) == ("best", "worse")
     assert found["metric"] == {
         "name": "test.accuracy",
         "words": "accuracy",
@@ -75,12 +78,12 @@ def test_rows_by_method_over_seeds(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 def test_methods_are_judged_over_seeds_and_examples(make_run: MakeRun, tmp_path: Path) -> None:
-    """Paired by seed and by example: the rows' matrices of answers, less one another."""
+    """Runs are paired by seed, and their predictions by example."""
     a, b = ([answers(share, seed + luck) for seed in range(3)] for share, luck in ((0.8, 0), (0.75, 40)))
     for seed in range(3):
         make_run("lora", seed, a[seed])
         make_run("head", seed, b[seed], ids=[f"e{i}" for i in range(200)])
-    test = row(data(tmp_path), "head")["versus"]
+    test = get_row(compare_folders(tmp_path), "head")["versus"]
     expected = statistics.crossed(np.array(b) - np.array(a))
     assert (test["test"], test["against"]) == ("seeds and examples", "lora")
     assert (test["difference"], test["low"], test["high"], test["p"]) == pytest.approx(expected)
@@ -90,8 +93,8 @@ def test_one_seed_is_mcnemar_and_marked(make_run: MakeRun, tmp_path: Path) -> No
     a, b = answers(0.85, 1), answers(0.8, 2)
     make_run("lora", 0, a)
     make_run("head", 0, b)
-    found = data(tmp_path)
-    one = row(found, "head")
+    found = compare_folders(tmp_path)
+    one = get_row(found, "head")
     right, wrong = (
         sum(x > y for x, y in zip(b, a, strict=True)),
         sum(x < y for x, y in zip(b, a, strict=True)),
@@ -118,46 +121,48 @@ def test_bits_per_byte_over_seeds_and_for_one(make_run: MakeRun, tmp_path: Path)
                 bits=list(zip(bits.tolist(), size.tolist(), strict=True)),
                 dataset__name="stdlib",
             )
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     assert (found["task"], found["metric"]["name"], found["metric"]["higher_is_better"]) == (
         "causal_lm",
         "test.bits_per_byte",
         False,
     )
     assert [r["label"] for r in found["rows"]] == ["lora", "head"]
-    test = row(found, "head")["versus"]
+    test = get_row(found, "head")["versus"]
     assert (test["test"], test["verdict"]) == ("seeds and examples", "worse")
-    assert test["difference"] == pytest.approx(row(found, "head")["mean"] - row(found, "lora")["mean"])
+    assert test["difference"] == pytest.approx(
+        get_row(found, "head")["mean"] - get_row(found, "lora")["mean"]
+    )
     runs = sorted((tmp_path / "outputs" / "sweep").glob("*-s0-*"))
-    alone = row(data(tmp_path, *runs), "head")["versus"]
+    alone = get_row(compare_folders(tmp_path, *runs), "head")["versus"]
     assert (alone["test"], alone["verdict"]) == ("paired bootstrap", "worse")
     assert alone["low"] < alone["difference"] < alone["high"]
 
 
 def test_only_common_examples_are_paired(make_run: MakeRun, tmp_path: Path) -> None:
-    """Another order and other ids: what counts is the id."""
+    """Examples are paired by their id, not by their place in the file."""
     a, b = answers(0.85, 1), answers(0.8, 2)
     make_run("lora", 0, a)
     order = list(np.random.default_rng(0).permutation(200)[:150])
     make_run("head", 0, [b[i] for i in order], ids=[f"e{i}" for i in order])
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     right, wrong = sum(b[i] > a[i] for i in order), sum(b[i] < a[i] for i in order)
-    assert row(found, "head")["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
-    assert row(found, "head")["versus"]["difference"] == pytest.approx((right - wrong) / 150)
+    assert get_row(found, "head")["versus"]["p"] == pytest.approx(statistics.mcnemar_midp(right, wrong))
+    assert get_row(found, "head")["versus"]["difference"] == pytest.approx((right - wrong) / 150)
     assert any("150 of 200" in note for note in found["notes"])
 
 
-def test_seeds_that_are_not_shared(make_run: MakeRun, tmp_path: Path) -> None:
-    """One seed in common: those two models. None: the groups, unpaired."""
+def test_rows_that_share_one_seed_or_none(make_run: MakeRun, tmp_path: Path) -> None:
+    """With one common seed two models are compared; with none, two unpaired groups."""
     for seed in (0, 1, 2):
         make_run("lora", seed, answers(0.9, seed))
         make_run("head", seed + 2, answers(0.6, seed))
         make_run("full", seed + 5, answers(0.7, seed))
-    found = data(tmp_path)
-    assert row(found, "head")["versus"]["test"] == "mcnemar mid-p"
-    other = row(found, "full")
+    found = compare_folders(tmp_path)
+    assert get_row(found, "head")["versus"]["test"] == "mcnemar mid-p"
+    other = get_row(found, "full")
     assert other["versus"]["test"] == "welch t over seeds"
-    expected = scipy.stats.ttest_ind(other["values"], row(found, "lora")["values"], equal_var=False)
+    expected = scipy.stats.ttest_ind(other["values"], get_row(found, "lora")["values"], equal_var=False)
     assert other["versus"]["p"] == pytest.approx(expected.pvalue)
     assert {finding["kind"] for finding in found["fairness"]} == {"seeds"}
 
@@ -167,8 +172,8 @@ def test_metric_without_examples_is_tested_over_seeds(make_run: MakeRun, tmp_pat
     for method, losses in values.items():
         for seed, loss in enumerate(losses):
             make_run(method, seed, result={"metrics": {"test": {"accuracy": 0.9}, "val": {"loss": loss}}})
-    found = data(tmp_path, metric="val.loss")
-    test = row(found, "head")["versus"]
+    found = compare_folders(tmp_path, metric="val.loss")
+    test = get_row(found, "head")["versus"]
     assert test["test"] == "paired t over seeds"
     assert test["p"] == pytest.approx(scipy.stats.ttest_rel(values["head"], values["lora"]).pvalue)
     assert found["metric"] == {
@@ -183,10 +188,10 @@ def test_metric_without_examples_is_tested_over_seeds(make_run: MakeRun, tmp_pat
 def test_costs_can_be_the_metric_and_one_seed_has_no_test(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     make_run("head", 0, answers(0.6), result={"stored_bytes": 10})
-    found = data(tmp_path, metric="stored_bytes")
+    found = compare_folders(tmp_path, metric="stored_bytes")
     assert [r["mean"] for r in found["rows"]] == [10, 144_592]
-    assert (row(found, "lora")["versus"]["verdict"], row(found, "head")["rank"]) == ("untested", "")
-    assert data(tmp_path, metric="peak_memory_bytes")["metric"]["name"] == "cost.peak_memory_bytes"
+    assert (get_row(found, "lora")["versus"]["verdict"], get_row(found, "head")["rank"]) == ("untested", "")
+    assert compare_folders(tmp_path, metric="peak_memory_bytes")["metric"]["name"] == "cost.peak_memory_bytes"
 
 
 def test_holm_over_the_table_and_ties(make_run: MakeRun, tmp_path: Path) -> None:
@@ -194,7 +199,7 @@ def test_holm_over_the_table_and_ties(make_run: MakeRun, tmp_path: Path) -> None
     for number, (method, share) in enumerate(shares.items()):
         for seed in range(3):
             make_run(method, seed, answers(share, 10 * number + seed))
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     tests = [r["versus"] for r in found["rows"] if r["versus"]]
     assert [t["p_holm"] for t in tests] == pytest.approx(
         multipletests([t["p"] for t in tests], method="holm")[1]
@@ -214,7 +219,7 @@ def test_friedman_and_critical_difference_over_seeds(make_run: MakeRun, tmp_path
     for seed, triple in enumerate(values):
         for method, value in zip(("lora", "head", "full"), triple, strict=True):
             make_run(method, seed, result={"metrics": {"test": {"accuracy": value}}})
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     expected = scipy.stats.friedmanchisquare(*values.T)
     assert (found["omnibus"]["test"], found["omnibus"]["blocks"]) == ("friedman", 4)
     assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx(
@@ -231,7 +236,7 @@ def test_cochran_for_one_seed(make_run: MakeRun, tmp_path: Path) -> None:
     columns = [answers(share, seed) for seed, share in enumerate((0.9, 0.85, 0.8))]
     for method, right in zip(("lora", "head", "full"), columns, strict=True):
         make_run(method, 0, right)
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     expected = cochrans_q(np.array(columns).T)
     assert found["omnibus"]["test"] == "cochran q"
     assert (found["omnibus"]["statistic"], found["omnibus"]["p"]) == pytest.approx(
@@ -240,7 +245,7 @@ def test_cochran_for_one_seed(make_run: MakeRun, tmp_path: Path) -> None:
     assert found["critical_difference"] is None
 
 
-def test_repeated_splits_allow_for_their_overlap(make_run: MakeRun, tmp_path: Path) -> None:
+def test_repeated_splits_are_corrected_for_their_overlap(make_run: MakeRun, tmp_path: Path) -> None:
     shares = {
         "dataset__name": "csv",
         "dataset__path": "a.csv",
@@ -255,16 +260,16 @@ def test_repeated_splits_allow_for_their_overlap(make_run: MakeRun, tmp_path: Pa
         make_run("lora", 0, a, ids=ids, dataset__split_seed=split, **shares)
         make_run("head", 0, b, ids=ids, dataset__split_seed=split, **shares)
         differences.append(float(np.mean(b) - np.mean(a)))
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     assert len(found["rows"]) == 2
-    assert row(found, "head")["versus"]["test"] == "corrected resampled t"
-    assert row(found, "head")["versus"]["p"] == pytest.approx(
+    assert get_row(found, "head")["versus"]["test"] == "corrected resampled t"
+    assert get_row(found, "head")["versus"]["p"] == pytest.approx(
         statistics.corrected_t(differences, 0.2 / 0.7).p
     )
 
 
 def test_five_halvings_have_a_test_of_their_own(make_run: MakeRun, tmp_path: Path) -> None:
-    """Alpaydin's F with 10 and 5 degrees of freedom, from its formula."""
+    """The expected p-value is Alpaydin's F with 10 and 5 degrees of freedom, from its formula."""
     shares = {
         "dataset__name": "csv",
         "dataset__path": "a.csv",
@@ -280,10 +285,10 @@ def test_five_halvings_have_a_test_of_their_own(make_run: MakeRun, tmp_path: Pat
             make_run(method, 0, right, ids=ids, dataset__split_seed=split, dataset__fold=fold, **shares)
         d[split, fold] = np.mean(b) - np.mean(a)
     f = (d**2).sum() / (2 * ((d - d.mean(1, keepdims=True)) ** 2).sum())
-    told = row(data(tmp_path), "head")["versus"]
-    assert (told["test"], told["low"]) == ("5x2cv F", None)
-    assert (told["difference"], told["p"]) == pytest.approx((d.mean(), scipy.stats.f.sf(f, 10, 5)))
-    assert 0.001 < told["p"] < 0.9
+    versus = get_row(compare_folders(tmp_path), "head")["versus"]
+    assert (versus["test"], versus["low"]) == ("5x2cv F", None)
+    assert (versus["difference"], versus["p"]) == pytest.approx((d.mean(), scipy.stats.f.sf(f, 10, 5)))
+    assert 0.001 < versus["p"] < 0.9
     shutil.rmtree(
         next(
             path
@@ -291,16 +296,16 @@ def test_five_halvings_have_a_test_of_their_own(make_run: MakeRun, tmp_path: Pat
             if json.loads(path.read_text())["method"] == "head"
         ).parent
     )
-    assert row(data(tmp_path), "head")["versus"]["test"] == "corrected resampled t"
+    assert get_row(compare_folders(tmp_path), "head")["versus"]["test"] == "corrected resampled t"
 
 
-def test_rows_follow_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
-    """Rank follows from the method; the rate within snell does not; lora has no sparsity."""
+def test_settings_that_differ_make_rows(make_run: MakeRun, tmp_path: Path) -> None:
+    """The method determines the rank, but not the sparsity of snell; lora has no sparsity."""
     for seed in (0, 1):
         make_run("lora", seed, answers(0.9, seed), method__rank=8)
         for sparsity in (0.9, 0.99):
             make_run("snell", seed, answers(sparsity - 0.1, seed), method__sparsity=sparsity, method__rank=4)
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     assert found["by"] == ["method", "sparsity"]
     assert {r["label"]: r["by"] for r in found["rows"]} == {
         "lora": {"method": "lora", "sparsity": None},
@@ -308,10 +313,10 @@ def test_rows_follow_what_differs(make_run: MakeRun, tmp_path: Path) -> None:
         "snell sparsity=0.99": {"method": "snell", "sparsity": 0.99},
     }
     assert found["fairness"] == []
-    pooled = data(tmp_path, by=["method"])
-    assert row(pooled, "snell")["finished"] == 4
+    pooled = compare_folders(tmp_path, by=["method"])
+    assert get_row(pooled, "snell")["finished"] == 4
     assert any("differ in sparsity" in note for note in pooled["notes"])
-    assert {r["label"] for r in data(tmp_path, by=["sparsity"])["rows"]} == {
+    assert {r["label"] for r in compare_folders(tmp_path, by=["sparsity"])["rows"]} == {
         "no sparsity",
         "sparsity=0.9",
         "sparsity=0.99",
@@ -328,7 +333,7 @@ def test_tuned_settings_make_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
                 optimizer__lr=rate * (1 + seed),
                 tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate},
             )
-    found = data(tmp_path)
+    found = compare_folders(tmp_path)
     assert sorted((r["label"], r["finished"], r["trials"]) for r in found["rows"]) == [
         ("head", 2, 5),
         ("lora", 2, 5),
@@ -340,7 +345,7 @@ def test_tuned_settings_make_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
 def test_a_configuration_tuned_twice_makes_a_row_for_each_value(
     make_run: MakeRun, tmp_path: Path, into: str
 ) -> None:
-    """In one folder or in two; for ``--by`` it is pooled, and every run counts."""
+    """The runs may lie in one folder or in two. With ``--by`` they share a row, and every run counts."""
     for method, rate, folder in (("lora", 0.01, "sweep"), ("head", 0.1, "sweep"), ("head", 0.2, into)):
         for seed in (0, 1):
             make_run(
@@ -351,15 +356,15 @@ def test_a_configuration_tuned_twice_makes_a_row_for_each_value(
                 into=folder,
                 tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": rate},
             )
-    found = data(tmp_path, tmp_path / "outputs")
+    found = compare_folders(tmp_path, tmp_path / "outputs")
     assert found["by"] == ["method", "optimizer.lr"]
-    told = {r["label"]: (r["seeds"], r["missing"], len(set(r["values"]))) for r in found["rows"]}
-    assert told == {
+    rows = {r["label"]: (r["seeds"], r["missing"], len(set(r["values"]))) for r in found["rows"]}
+    assert rows == {
         name: ([0, 1], 0, 1)
         for name in ("lora optimizer.lr=0.01", "head optimizer.lr=0.1", "head optimizer.lr=0.2")
     }
-    pooled = data(tmp_path, tmp_path / "outputs", by=["method"])
-    head = row(pooled, "head")
+    pooled = compare_folders(tmp_path, tmp_path / "outputs", by=["method"])
+    head = get_row(pooled, "head")
     assert (head["finished"], head["missing"], len(head["values"])) == (4, 0, 4)
     assert any("Some rows contain runs that differ in optimizer.lr" in note for note in pooled["notes"])
 
@@ -373,13 +378,13 @@ def test_a_tuned_run_and_an_untuned_one_of_its_seed_are_two_rows(make_run: MakeR
         tuning={"parameter": "optimizer.lr", "trials": 5, "chosen": 0.1},
     )
     make_run("lora", 0, answers(0.8))
-    assert {r["label"]: r["missing"] for r in data(tmp_path)["rows"]} == {
+    assert {r["label"]: r["missing"] for r in compare_folders(tmp_path)["rows"]} == {
         "optimizer.lr=0.1": 0,
         "optimizer.lr=0.001": 0,
     }
 
 
-def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
+def test_runs_of_a_pooled_row_are_paired_whatever_their_tuned_setting(
     make_run: MakeRun, tmp_path: Path
 ) -> None:
     for method, sparsity, rate in (
@@ -398,15 +403,15 @@ def test_a_setting_tuned_for_each_part_of_a_pooled_row_is_paired_as_before(
                 optimizer__lr=rate,
                 tuning=tuning,
             )
-    found = data(tmp_path, by=["method"])
+    found = compare_folders(tmp_path, by=["method"])
     assert [r["versus"]["test"] for r in found["rows"] if r["versus"]] == ["seeds and examples"]
     assert not any("lr" in note for note in found["notes"])
 
 
-def test_trials_of_tuning_are_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
+def test_trials_of_a_tuning_make_no_rows(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     make_run("head", 0, answers(0.9), into="sweep/trials")
-    assert [r["label"] for r in data(tmp_path)["rows"]] == ["lora"]
+    assert [r["label"] for r in compare_folders(tmp_path)["rows"]] == ["lora"]
 
 
 def test_failed_and_unfinished_runs_stay(make_run: MakeRun, tmp_path: Path) -> None:
@@ -414,8 +419,8 @@ def test_failed_and_unfinished_runs_stay(make_run: MakeRun, tmp_path: Path) -> N
     make_run("lora", 1, status="failed")
     make_run("lora", 2, status="unfinished")
     make_run("head", 0, status="failed")
-    found = data(tmp_path)
-    lora, head = row(found, "lora"), row(found, "head")
+    found = compare_folders(tmp_path)
+    lora, head = get_row(found, "lora"), get_row(found, "head")
     assert (lora["finished"], lora["failed"], lora["unfinished"], lora["single_seed"]) == (1, 1, 1, True)
     assert (head["finished"], head["failed"], head["mean"], head["values"], head["trained"]) == (
         0,
@@ -432,7 +437,7 @@ def test_failed_and_unfinished_runs_stay(make_run: MakeRun, tmp_path: Path) -> N
 
 def test_only_failures_still_make_a_table(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, status="failed")
-    assert row(data(tmp_path), "lora")["failed"] == 1
+    assert get_row(compare_folders(tmp_path), "lora")["failed"] == 1
 
 
 def test_missing_metrics_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
@@ -444,8 +449,12 @@ def test_missing_metrics_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     )
     make_run("lora", 1, answers(0.9))
     make_run("head", 0, answers(0.9))
-    found = data(tmp_path, metric="retention.accuracy")
-    assert (row(found, "lora")["missing"], row(found, "lora")["values"], row(found, "head")["missing"]) == (
+    found = compare_folders(tmp_path, metric="retention.accuracy")
+    assert (
+        get_row(found, "lora")["missing"],
+        get_row(found, "lora")["values"],
+        get_row(found, "head")["missing"],
+    ) == (
         1,
         [0.5],
         1,
@@ -453,14 +462,14 @@ def test_missing_metrics_are_counted(make_run: MakeRun, tmp_path: Path) -> None:
     assert any(
         "2 finished runs without retention.accuracy: 1 of lora, 1 of head" in note for note in found["notes"]
     )
-    assert row(found, "lora")["retention"] == {"mean": 0.5, "low": None, "high": None, "base": None}
+    assert get_row(found, "lora")["retention"] == {"mean": 0.5, "low": None, "high": None, "base": None}
 
 
-def test_predictions_that_are_not_the_results_are_not_used(make_run: MakeRun, tmp_path: Path) -> None:
+def test_predictions_that_contradict_the_result_are_not_used(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     make_run("head", 0, answers(0.6), result={"metrics": {"test": {"accuracy": 0.99}}})
-    found = data(tmp_path)
-    assert row(found, "lora")["versus"]["test"] == "none"
+    found = compare_folders(tmp_path)
+    assert get_row(found, "lora")["versus"]["test"] == "none"
     assert any("result.json says 0.99" in note for note in found["notes"])
 
 
@@ -468,44 +477,44 @@ def test_baseline(make_run: MakeRun, tmp_path: Path) -> None:
     for method, share in (("lora", 0.9), ("head", 0.5), ("full", 0.7)):
         for seed in (0, 1, 2):
             make_run(method, seed, answers(share, seed))
-    found = data(tmp_path, baseline="full")
-    assert (found["baseline"], row(found, "full")["versus"]) == ("full", None)
+    found = compare_folders(tmp_path, baseline="full")
+    assert (found["baseline"], get_row(found, "full")["versus"]) == ("full", None)
     assert {r["label"]: r["versus"]["verdict"] for r in found["rows"] if r["versus"]} == {
         "lora": "better",
         "head": "worse",
     }
-    assert row(found, "lora")["rank"] == "best"
+    assert get_row(found, "lora")["rank"] == "best"
     with pytest.raises(ConfigError, match=r"--baseline ful is no row. Did you mean 'full'"):
-        data(tmp_path, baseline="ful")
+        compare_folders(tmp_path, baseline="ful")
 
 
 def test_baseline_by_its_values(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9), method__rank=8)
     for sparsity in (0.9, 0.99):
         make_run("snell", 0, answers(0.8), method__sparsity=sparsity)
-    assert data(tmp_path, baseline="snell,0.99")["baseline"] == "snell sparsity=0.99"
-    assert data(tmp_path, baseline="lora")["baseline"] == "lora"
+    assert compare_folders(tmp_path, baseline="snell,0.99")["baseline"] == "snell sparsity=0.99"
+    assert compare_folders(tmp_path, baseline="lora")["baseline"] == "lora"
     with pytest.raises(ConfigError, match=r"could be snell sparsity=0.9, snell sparsity=0.99"):
-        data(tmp_path, baseline="snell")
+        compare_folders(tmp_path, baseline="snell")
 
 
 def test_different_data_or_tasks_are_refused(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     make_run("lora", 1, answers(0.9), dataset__name="csv", dataset__path="a.csv")
     with pytest.raises(ConfigError, match=r"2 data sets.*digits: 1 run, such as .*csv a.csv: 1 run,"):
-        data(tmp_path)
+        compare_folders(tmp_path)
 
 
-def test_metric_that_nobody_has(make_run: MakeRun, tmp_path: Path) -> None:
+def test_a_metric_that_no_run_has(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     with pytest.raises(ConfigError, match=r"no run has it. Did you mean 'test.accuracy'"):
-        data(tmp_path, metric="test.acuracy")
+        compare_folders(tmp_path, metric="test.acuracy")
 
 
-def test_fields_that_are_no_setting(make_run: MakeRun, tmp_path: Path) -> None:
+def test_words_of_by_that_are_no_setting(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, answers(0.9))
     with pytest.raises(ConfigError) as caught:
-        data(tmp_path, by=["methd", "seed", "lr"])
+        compare_folders(tmp_path, by=["methd", "seed", "lr"])
     assert len(caught.value.faults) == 2
     assert "Did you mean 'method'" in caught.value.faults[0]
 
@@ -520,7 +529,7 @@ def test_curves_have_bands(make_run: MakeRun, tmp_path: Path) -> None:
         lines += [{"step": 3, "loss": 0.25}, {"step": 4, "val_accuracy": values[1]}]
         file = make_run("lora", seed, answers(0.9)) / "metrics.jsonl"
         file.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 5, "val_acc')
-    first, second = row(data(tmp_path), "lora")["curve"]
+    first, second = get_row(compare_folders(tmp_path), "lora")["curve"]
     assert (first["step"], first["mean"], first["loss"]) == (
         2,
         pytest.approx(0.6),
@@ -530,8 +539,8 @@ def test_curves_have_bands(make_run: MakeRun, tmp_path: Path) -> None:
     assert (second["step"], second["loss"]) == (4, 0.25)
 
 
-def test_the_command_is_the_run(make_run: MakeRun, tmp_path: Path) -> None:
-    """Read back by the program itself, it gives the frozen settings again."""
+def test_the_command_repeats_the_run(make_run: MakeRun, tmp_path: Path) -> None:
+    """Parsing the command gives the frozen configuration again."""
     data_set = ["dataset=csv", 'dataset.path="my data, 1.csv"', "dataset.text_column=null"]
     config = load(
         ["method=snell", "sparsity=0.95", "seed=3", "optimizer.betas=[0.8,0.9]", "train.steps=7", *data_set]
@@ -557,8 +566,8 @@ def test_the_command_is_the_run(make_run: MakeRun, tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("skipped", [0, 1])
-def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipped: int) -> None:
-    """Each of its runs and no others, with as many threads as they had."""
+def test_the_command_repeats_the_whole_row(tmp_path: Path, repeated: list[str], skipped: int) -> None:
+    """The command repeats every run of the row and no other, with as many threads."""
     words = [
         "method=lora",
         "dataset=csv",
@@ -572,14 +581,14 @@ def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipp
         folder = tmp_path / point.folder.path.name
         folder.mkdir()
         write_yaml_atomic(folder / "config.yaml", point.config.as_dict())
-        told = {
+        result = {
             "status": "finished",
             "threads": 3,
             "processes": 1,
             "seed": point.config.seed,
             "config_hash": point.config.hash(),
         }
-        write_json_atomic(folder / "result.json", told)
+        write_json_atomic(folder / "result.json", result)
     (only,) = compare([tmp_path], by=["method"]).as_dict()["rows"]
     found = [
         point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])
@@ -592,10 +601,10 @@ def test_the_command_is_the_whole_row(tmp_path: Path, repeated: list[str], skipp
         assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
 
 
-@pytest.mark.parametrize("told", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
+@pytest.mark.parametrize("result", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
 def test_the_command_gives_no_threads_where_the_runs_do_not_agree(
-    make_run: MakeRun, tmp_path: Path, told: dict[str, Any]
+    make_run: MakeRun, tmp_path: Path, result: dict[str, Any]
 ) -> None:
     make_run("lora", 0, answers(0.9), result={"threads": 3, "processes": 1})
-    make_run("lora", 1, answers(0.9), result=told)
-    assert "train.threads=null" in row(data(tmp_path), "lora")["command"]
+    make_run("lora", 1, answers(0.9), result=result)
+    assert "train.threads=null" in get_row(compare_folders(tmp_path), "lora")["command"]

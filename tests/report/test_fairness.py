@@ -1,4 +1,4 @@
-"""What the fairness check finds, and what it leaves alone."""
+"""The fairness check: what it reports, and what it does not."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_setting_that_only_one_row_has(make_run: MakeRun, tmp_path: Path) -> N
     assert found["values"] == {"lora": "1", "snell": "null"}
 
 
-def test_what_is_compared_is_no_finding_and_its_part_neither(make_run: MakeRun, tmp_path: Path) -> None:
+def test_compared_settings_and_their_part_are_no_findings(make_run: MakeRun, tmp_path: Path) -> None:
     for rank, method in ((4, "lora"), (8, "snell")):
         for size in (16, 32):
             make_run(method, 0, RIGHT, train__batch_size=size, method__rank=rank)
@@ -101,7 +101,7 @@ def test_tuning_with_equal_trials_is_fair(make_run: MakeRun, tmp_path: Path) -> 
     }
 
 
-def test_untuned_beside_tuned(make_run: MakeRun, tmp_path: Path) -> None:
+def test_an_untuned_row_beside_a_tuned_one(make_run: MakeRun, tmp_path: Path) -> None:
     make_run("lora", 0, RIGHT, optimizer__lr=0.1, tuning={"parameter": "optimizer.lr", "trials": 5})
     make_run("snell", 0, RIGHT, optimizer__lr=0.2)
     (rate, trials) = findings(tmp_path)
@@ -112,7 +112,7 @@ def test_untuned_beside_tuned(make_run: MakeRun, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("told", "kind", "what"),
+    ("result", "kind", "what"),
     [
         ({"versions": {"finetune": "0.1.0", "torch": "2.12.0"}}, "versions", "torch"),
         ({"versions": {"finetune": "0.1.0"}}, "versions", "torch"),
@@ -122,11 +122,11 @@ def test_untuned_beside_tuned(make_run: MakeRun, tmp_path: Path) -> None:
         ({"steps": 100}, "setting", "steps done"),
     ],
 )
-def test_what_results_record(
-    make_run: MakeRun, tmp_path: Path, told: dict[str, Any], kind: str, what: str
+def test_differences_that_results_record(
+    make_run: MakeRun, tmp_path: Path, result: dict[str, Any], kind: str, what: str
 ) -> None:
     make_run("lora", 0, RIGHT)
-    make_run("snell", 0, RIGHT, result=told)
+    make_run("snell", 0, RIGHT, result=result)
     (found,) = findings(tmp_path)
     assert (found["kind"], found["what"]) == (kind, what)
     assert set(found["values"]) == {"lora", "snell"}

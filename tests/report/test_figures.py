@@ -1,7 +1,11 @@
-"""What the figures show is what the comparison holds: points, fronts, intervals, cliques, and nothing dropped without a word."""
+"""The figures show the numbers of the comparison: points, fronts, intervals and cliques.
+
+Rows that are not drawn are counted in the caption.
+"""
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import runpy
@@ -26,27 +30,24 @@ def comparison() -> dict[str, Any]:
     return example["comparison"]()
 
 
-def drawn(comparison: dict[str, Any]) -> dict[str, Figure]:
+def draw(comparison: dict[str, Any]) -> dict[str, Figure]:
     return {figure.key: figure for figure in make_figures(comparison)}
 
 
-def points(figure: Figure) -> dict[str, tuple[float, float, dict[str, Any], int]]:
-    """x, y, trace and place of each row, by the label in its hover text."""
+def find_points(figure: Figure) -> dict[str, tuple[float, float, dict[str, Any], int]]:
+    """Return x, y, trace and place of each row, by the label in its hover text."""
     found = {}
     for trace in figure.data:
-        for place, said in enumerate(trace.get("customdata", ())):
-            label = (
-                re.match(r"<b>(.*?)</b>", said)[1]
-                .replace("&lt;", "<")
-                .replace("&gt;", ">")
-                .replace("&amp;", "&")
-            )  # type: ignore[index]
+        for place, hover in enumerate(trace.get("customdata", ())):
+            bold = re.match(r"<b>(.*?)</b>", hover)
+            assert bold is not None
+            label = html.unescape(bold[1])
             found[label] = trace["x"][place], trace["y"][place], trace, place
     return found
 
 
 @given(CHOICES, st.booleans())
-def test_a_front_is_what_nothing_beats(pairs: list[tuple[int, int]], higher: bool) -> None:
+def test_no_row_beats_a_row_on_the_front(pairs: list[tuple[int, int]], higher: bool) -> None:
     costs, values = [cost for cost, _ in pairs], [value if higher else -value for _, value in pairs]
 
     def beats(a: tuple[int, int], b: tuple[int, int]) -> bool:
@@ -79,7 +80,7 @@ def test_plotly_takes_every_figure(comparison: dict[str, Any]) -> None:
 def test_points_are_rows_in_readable_units(comparison: dict[str, Any]) -> None:
     scales = {"peak_memory_bytes": 2**20, "trained": 1e3, "step_seconds": 1e-3, "stored_bytes": 2**10}
     for key, scale in scales.items():
-        found = points(drawn(comparison)[f"pareto_{key}"])
+        found = find_points(draw(comparison)[f"pareto_{key}"])
         for row in comparison["rows"]:
             if row["mean"] is None:
                 assert row["label"] not in found
@@ -98,8 +99,8 @@ def test_points_are_rows_in_readable_units(comparison: dict[str, Any]) -> None:
 
 def test_the_front_is_a_step_line_through_the_rows_that_are_not_pale(comparison: dict[str, Any]) -> None:
     for cost in axes.COSTS:
-        figure = drawn(comparison)[f"pareto_{cost.key}"]
-        line, found = figure.data[0], points(figure)
+        figure = draw(comparison)[f"pareto_{cost.key}"]
+        line, found = figure.data[0], find_points(figure)
         steps = list(zip(line["x"], line["y"], strict=True))
         assert line["line"]["shape"] == "hv"
         assert steps[-1] == (max(x for x, *_ in found.values()), steps[-2][1])
@@ -118,7 +119,7 @@ def test_a_lower_metric_can_be_better(comparison: dict[str, Any]) -> None:
         "percent": False,
     }
     comparison["task"] = "causal_lm"
-    found = drawn(comparison)
+    found = draw(comparison)
     steps = list(
         zip(found["pareto_trained"].data[0]["x"], found["pareto_trained"].data[0]["y"], strict=True)
     )[:-1]
@@ -148,8 +149,8 @@ def test_a_method_has_one_colour_and_symbol_everywhere(comparison: dict[str, Any
     assert make_styles(comparison) == make_styles(comparison | {"rows": comparison["rows"][::-1]})
 
 
-def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: dict[str, Any]) -> None:
-    figure = drawn(comparison)["by_sparsity"]
+def test_sparsity_is_drawn_as_density_and_rows_without_it_as_levels(comparison: dict[str, Any]) -> None:
+    figure = draw(comparison)["by_sparsity"]
     lines = {trace["name"]: trace for trace in figure.data}
     means = {(row["by"]["method"], row["by"]["sparsity"]): row["mean"] for row in comparison["rows"]}
     assert set(lines) == {"lora", "snell", "spiel", "shira", "sara"}
@@ -165,7 +166,7 @@ def test_sparsity_is_drawn_as_density_and_what_has_none_as_a_level(comparison: d
 def test_levels_of_one_colour_have_dashes_of_their_own(comparison: dict[str, Any]) -> None:
     for row in comparison["rows"]:
         row["by"]["sparsity"] = None if row["by"]["method"] == "spiel" else row["by"]["sparsity"]
-    figure = drawn(comparison)["by_sparsity"]
+    figure = draw(comparison)["by_sparsity"]
     levels = [trace for trace in figure.data if trace["mode"] == "lines"]
     assert len(levels) == 4
     assert len({(level["line"]["color"], level["line"]["dash"]) for level in levels}) == 4
@@ -185,12 +186,12 @@ def test_other_settings_are_axes_too(comparison: dict[str, Any]) -> None:
     assert not setting.x.log
     assert sum(len(line) for line in setting.lines.values()) == 13
     assert all(re.fullmatch(r"\w+ optimizer\.name=(sm3|adamw)", name) for name in setting.lines)
-    dashes = {(trace["meta"]["series"], trace["line"]["dash"]) for trace in drawn(comparison)["by_rank"].data}
+    dashes = {(trace["meta"]["series"], trace["line"]["dash"]) for trace in draw(comparison)["by_rank"].data}
     assert len(dashes) == len(setting.lines)
     assert views.view_settings(comparison | {"by": ["method"]}) == []
 
 
-def test_rows_that_only_numbers_tell_apart_are_one_line(comparison: dict[str, Any]) -> None:
+def test_rows_that_differ_only_in_numbers_are_one_line(comparison: dict[str, Any]) -> None:
     for place, row in enumerate(comparison["rows"]):
         row["by"] = {"optimizer.lr": None if row["label"] == "lora" else 10.0 ** -(1 + place % 7)}
     (setting,) = views.view_settings(comparison | {"by": ["optimizer.lr"]})
@@ -200,14 +201,14 @@ def test_rows_that_only_numbers_tell_apart_are_one_line(comparison: dict[str, An
     assert set(make_styles(comparison | {"by": ["optimizer.lr"]})) == {"rows"}
 
 
-def test_density_zero_is_said_and_not_drawn(comparison: dict[str, Any]) -> None:
+def test_a_density_of_zero_is_mentioned_but_not_drawn(comparison: dict[str, Any]) -> None:
     comparison["rows"][0]["by"]["sparsity"] = 1.0
-    caption = drawn(comparison)["by_sparsity"].caption
+    caption = draw(comparison)["by_sparsity"].caption
     assert "2 of 14 rows are not drawn" in caption
 
 
 def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> None:
-    figure = drawn(comparison)["curves"]
+    figure = draw(comparison)["curves"]
     lines = [trace for trace in figure.data if "fill" not in trace]
     bands = {trace["name"] for trace in figure.data if "fill" in trace}
     assert len(lines) == views.MOST_CURVES == 12
@@ -229,7 +230,7 @@ def test_curves_have_bands_where_there_are_seeds(comparison: dict[str, Any]) -> 
 def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: int) -> None:
     for row in comparison["rows"]:
         row["curve"] = row["curve"][:count]
-    lines = [trace for trace in drawn(comparison)["curves"].data if "fill" not in trace]
+    lines = [trace for trace in draw(comparison)["curves"].data if "fill" not in trace]
     assert {trace["mode"] for trace in lines} == {"lines+markers"}
     assert (
         len({(trace["marker"]["color"], trace["marker"]["symbol"][0]) for trace in lines}) == len(lines) == 12
@@ -244,15 +245,15 @@ def test_curves_of_few_points_have_markers(comparison: dict[str, Any], count: in
 
 def test_axes_of_shares_end_at_0_and_100(comparison: dict[str, Any]) -> None:
     clip = {"clipmin": -1.5, "clipmax": 101.5}
-    told = {key: figure.layout["yaxis"].get("autorangeoptions") for key, figure in drawn(comparison).items()}
-    assert {key for key, found in told.items() if found == clip} == {
-        key for key in told if key.startswith(("pareto", "by_", "curves"))
+    limits = {key: figure.layout["yaxis"].get("autorangeoptions") for key, figure in draw(comparison).items()}
+    assert {key for key, found in limits.items() if found == clip} == {
+        key for key in limits if key.startswith(("pareto", "by_", "curves"))
     }
     comparison["metric"] |= {"name": "val.loss", "words": "validation loss", "percent": False}
-    assert "autorangeoptions" not in drawn(comparison)["pareto_trained"].layout["yaxis"]
+    assert "autorangeoptions" not in draw(comparison)["pareto_trained"].layout["yaxis"]
 
 
-def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]) -> None:
+def test_points_are_filled_where_a_difference_was_shown(comparison: dict[str, Any]) -> None:
     comparison["rows"][3]["versus"] |= {
         "low": None,
         "high": None,
@@ -261,8 +262,8 @@ def test_differences_are_filled_where_they_were_shown(comparison: dict[str, Any]
         "test": "none",
         "verdict": "untested",
     }
-    figure = drawn(comparison)["differences"]
-    found = points(figure)
+    figure = draw(comparison)["differences"]
+    found = find_points(figure)
     rows = [row for row in comparison["rows"] if row["versus"]]
     assert [row["label"] for row in rows] == sorted(found, key=lambda label: found[label][1])
     for row in rows:
@@ -297,7 +298,7 @@ def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> 
         )
     bars = [
         trace
-        for trace in drawn(comparison)["critical_difference"].data
+        for trace in draw(comparison)["critical_difference"].data
         if trace["name"] == "no difference shown"
     ]
     assert [(round(bar["y"][0]), round(bar["y"][1])) for bar in bars] == [
@@ -305,7 +306,7 @@ def test_every_clique_has_a_bar_and_no_two_touch(comparison: dict[str, Any]) -> 
     ]
     ruler = next(
         trace
-        for trace in drawn(comparison)["critical_difference"].data
+        for trace in draw(comparison)["critical_difference"].data
         if trace["name"] == "critical difference"
     )
     assert ruler["x"] == [1, 1 + comparison["critical_difference"]["cd"]]
@@ -340,7 +341,7 @@ def test_nothing_to_draw_is_no_error(comparison: dict[str, Any]) -> None:
 def test_one_row_alone(comparison: dict[str, Any]) -> None:
     row = comparison["rows"][0]
     row |= {"versus": None, "curve": []}
-    found = drawn(comparison | {"rows": [row], "critical_difference": None, "by": []})
+    found = draw(comparison | {"rows": [row], "critical_difference": None, "by": []})
     assert set(found) == {f"pareto_{cost.key}" for cost in axes.COSTS}
 
 

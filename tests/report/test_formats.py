@@ -1,4 +1,4 @@
-"""Tables for people and for programs: everything is in them, escaped, and fits."""
+"""Tables for people and for programs: complete, escaped, and fitted to the terminal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ODD = "a_b & 100% {x} <y> | *z* ~^\\ $5 #1 [ü]"
 
 @pytest.fixture
 def data(make_run: MakeRun, tmp_path: Path) -> dict[str, Any]:
-    """Two rows of three seeds, one with a failure and a name that no format likes; one row that failed wholly."""
+    """Return three rows: one of three seeds, one with special characters and a failure, one of failures."""
     for seed in range(3):
         make_run("lora", seed, [1] * (45 - seed) + [0] * (5 + seed))
         make_run(
@@ -46,7 +46,7 @@ def printed(data: dict[str, Any], width: int) -> str:
     return str(text)
 
 
-def test_terminal_says_everything(data: dict[str, Any]) -> None:
+def test_the_terminal_shows_everything(data: dict[str, Any]) -> None:
     text = printed(data, 240)
     first = text.splitlines()
     assert first[0].startswith("Fairness check: the rows differ in more")
@@ -79,13 +79,13 @@ def test_one_seed_and_no_findings(make_run: MakeRun, tmp_path: Path) -> None:
 
 def test_csv_reads_back(data: dict[str, Any]) -> None:
     rows = list(csv.DictReader(io.StringIO(formats.write_csv(data))))
-    for told, row in zip(rows, data["rows"], strict=True):
-        assert told["row"] == row["label"]
-        assert told["dataset.note"] == (row["by"]["dataset.note"] or "")
-        assert [float(value) for value in told["values"].split()] == row["values"]
-        assert (float(told["mean"]) if told["mean"] else None) == row["mean"]
-        assert told["versus_verdict"] == ((row["versus"] or {}).get("verdict") or "")
-        assert told["command"] == row["command"]
+    for line, row in zip(rows, data["rows"], strict=True):
+        assert line["row"] == row["label"]
+        assert line["dataset.note"] == (row["by"]["dataset.note"] or "")
+        assert list(map(float, line["values"].split())) == row["values"]
+        assert (float(line["mean"]) if line["mean"] else None) == row["mean"]
+        assert line["versus_verdict"] == ((row["versus"] or {}).get("verdict") or "")
+        assert line["command"] == row["command"]
 
 
 def test_markdown_is_one_table_with_equal_cells(data: dict[str, Any]) -> None:
@@ -104,18 +104,16 @@ def test_latex_escapes(data: dict[str, Any]) -> None:
     columns = body[0].count("r", body[0].index("{l"))
     rows = body[body.index("\\midrule") + 1 : body.index("\\bottomrule")]
     assert all(len(re.findall(r"(?<!\\)&", row)) == columns for row in rows)
-    assert (
-        r"a\_b \& 100\% \{x\} \textless{}y\textgreater{} | *z* \textasciitilde{}\textasciicircum{}\textbackslash{} \$5 \#1 {[}ü]"
-        in text
-    )
+    escaped = r"a\_b \& 100\% \{x\} \textless{}y\textgreater{} | *z* \textasciitilde{}"
+    escaped += r"\textasciicircum{}\textbackslash{} \$5 \#1 {[}ü]"
+    assert escaped in text
     assert "\\textbf{88.00}" in text
 
 
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(data: dict[str, Any], tmp_path: Path) -> None:
-    (tmp_path / "t.tex").write_text(
-        f"\\documentclass{{article}}\\usepackage{{booktabs}}\\begin{{document}}{formats.write_latex(data)}\\end{{document}}"
-    )
+    head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"
+    (tmp_path / "t.tex").write_text(f"{head}{formats.write_latex(data)}\\end{{document}}")
     subprocess.run(
         ["pdflatex", "-halt-on-error", "t.tex"], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL
     )

@@ -1,4 +1,4 @@
-"""The HTML report: whole, without a network, and safe whatever names and errors say."""
+"""The HTML report: complete, independent of a network, and safe with any names and errors."""
 
 from __future__ import annotations
 
@@ -74,11 +74,11 @@ def page() -> Page:
     return Page(html.make_document(example["comparison"]()))
 
 
-def said(page: Page) -> str:
+def read_words(page: Page) -> str:
     return " ".join(" ".join(page.words).split())
 
 
-def test_nothing_comes_from_elsewhere(page: Page) -> None:
+def test_the_page_loads_nothing(page: Page) -> None:
     links = [
         (tag, key, value)
         for tag, found in page.tags
@@ -129,7 +129,7 @@ def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: 
         assert cells[:3] == [sparsity, mean, lost]
         kept = ["trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "trials"]
         assert cells[-5:] == ["" if row[key] is None else str(row[key]) for key in kept]
-    words = said(page)
+    words = read_words(page)
     for shown in (
         "91.99 to 93.19",
         "1 failed",
@@ -142,15 +142,15 @@ def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: 
         assert shown in words
 
 
-def test_what_configurations_say_stays_text(page: Page, comparison: dict[str, Any]) -> None:
+def test_texts_of_configurations_are_not_markup(page: Page, comparison: dict[str, Any]) -> None:
     assert example["HOSTILE"] in "".join(page.words)
-    assert "onerror=alert(1)" in said(page)
+    assert "onerror=alert(1)" in read_words(page)
     assert not page.all("img")
     assert len(page.scripts) == 3
     assert page.open == []
 
 
-def test_the_data_survive_their_script(page: Page, comparison: dict[str, Any]) -> None:
+def test_the_figures_can_be_read_back_from_their_script(page: Page, comparison: dict[str, Any]) -> None:
     (data,) = [text for found, text in page.scripts if found.get("type") == "application/json"]
     expected = [{"key": figure.key, **figure.as_plotly()} for figure in make_figures(comparison)]
     assert json.loads(data) == json.loads(json.dumps(expected))
@@ -161,25 +161,25 @@ def test_the_data_survive_their_script(page: Page, comparison: dict[str, Any]) -
 
 
 def test_fairness_stands_above_the_table(page: Page, comparison: dict[str, Any]) -> None:
-    words = said(page)
+    words = read_words(page)
     for finding in comparison["fairness"]:
         assert words.index(finding["words"]) < words.index("Results")
         assert all(value in words for value in finding["values"].values())
     assert all(note in words for note in comparison["notes"])
     assert "may decide which row wins (3 findings):" in words
-    fair = said(Page(html.make_document(comparison | {"fairness": []})))
+    fair = read_words(Page(html.make_document(comparison | {"fairness": []})))
     assert "The rows differ only in what is compared." in fair
 
 
-def test_the_first_sentence_says_who_is_best_and_who_is_as_good(comparison: dict[str, Any]) -> None:
-    words = said(Page(html.make_document(comparison)))
+def test_the_first_sentences_name_the_best_row_and_its_ties(comparison: dict[str, Any]) -> None:
+    words = read_words(Page(html.make_document(comparison)))
     assert "Best mean: spiel sparsity=0.9 with 92.59 % (95 % interval 91.99 to 93.19)." in words
     assert "These runs do not show a difference to snell sparsity=0.9 ." in words
     rows = comparison["rows"]
     rows[0]["rank"], rows[1]["rank"] = "best", ""
-    assert "better than every other row that was tested" in said(Page(html.make_document(comparison)))
+    assert "better than every other row that was tested" in read_words(Page(html.make_document(comparison)))
     rows[0] |= {"low": None, "high": None, "single_seed": True}
-    assert "(one seed, so no interval)" in said(Page(html.make_document(comparison)))
+    assert "(one seed, so no interval)" in read_words(Page(html.make_document(comparison)))
 
 
 def test_sorting_starts_from_the_order_of_the_rows(page: Page, comparison: dict[str, Any]) -> None:
@@ -191,7 +191,7 @@ def test_sorting_starts_from_the_order_of_the_rows(page: Page, comparison: dict[
     assert [found["aria-sort"] for found in lower.all("th") if "aria-sort" in found].index("ascending") == 2
 
 
-def test_little_is_enough(comparison: dict[str, Any]) -> None:
+def test_a_comparison_may_lack_almost_everything(comparison: dict[str, Any]) -> None:
     failed = comparison["rows"][-1]
     bare = {
         "rows": [failed],
@@ -204,7 +204,7 @@ def test_little_is_enough(comparison: dict[str, Any]) -> None:
         "task": None,
     }
     page = Page(html.make_document(comparison | bare | {"by": []}))
-    assert "nothing to compare yet" in said(page)
+    assert "nothing to compare yet" in read_words(page)
     assert not page.all("div", class_="plot")
     rows = [
         row

@@ -1,4 +1,4 @@
-"""The table and the plots of an inspection: what they say, and that nothing else is touched."""
+"""The table and the plots of an inspection, and that no other file is touched."""
 
 from __future__ import annotations
 
@@ -54,11 +54,21 @@ def found() -> dict[str, Any]:
         if (b, r) != (2, "up")
     ]
     return {
-        "run": "outputs/t/r", "method": "shira", "step": 40, "dtype": "float32", "rank": 32, "alpha": 0.5, "mask": "changed",
-        "total": row(layers=5), "roles": [row(role=r, layers=3) for r in ("q", "up")], "blocks": [row(block=b, layers=2) for b in (-1, 0, 2)],
-        "layers": layers, "others": [{"parameter": "b", "entries": 9, "changed": 8, "relative_norm": 0.1}],
-        "churn": [{"step": 11, "churn": 0.5}, {"step": 21, "churn": 0.125}], "folder": "x",
-    }  # fmt: skip
+        "run": "outputs/t/r",
+        "method": "shira",
+        "step": 40,
+        "dtype": "float32",
+        "rank": 32,
+        "alpha": 0.5,
+        "mask": "changed",
+        "total": row(layers=5),
+        "roles": [row(role=r, layers=3) for r in ("q", "up")],
+        "blocks": [row(block=b, layers=2) for b in (-1, 0, 2)],
+        "layers": layers,
+        "others": [{"parameter": "b", "entries": 9, "changed": 8, "relative_norm": 0.1}],
+        "churn": [{"step": 11, "churn": 0.5}, {"step": 21, "churn": 0.125}],
+        "folder": "x",
+    }
 
 
 def printed(table: InspectionTable, width: int) -> str:
@@ -91,7 +101,7 @@ def test_the_mask_of_dense_runs_is_named(found: dict[str, Any]) -> None:
     assert "the entries that differ in bfloat16" in " ".join(printed(InspectionTable(found), 80).split())
 
 
-def test_what_is_no_layer_is_said_in_a_line(found: dict[str, Any]) -> None:
+def test_parameters_outside_of_layers_have_a_line(found: dict[str, Any]) -> None:
     lines = summarise(found)
     assert lines[0] == "shira, step 40, weights in float32"
     assert "8 entries of 1 embeddings" in lines[1]
@@ -110,7 +120,7 @@ def test_the_grid_leaves_blanks_and_joins_layers_of_one_cell(found: dict[str, An
     ]
 
 
-def test_plots_are_pngs_and_nothing_else_is_touched(found: dict[str, Any], tmp_path: Path) -> None:
+def test_plots_are_pngs_and_no_other_file_is_touched(found: dict[str, Any], tmp_path: Path) -> None:
     folder = tmp_path / "inspect"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
@@ -128,8 +138,7 @@ def test_plots_are_pngs_and_nothing_else_is_touched(found: dict[str, Any], tmp_p
     assert write_plots({**found, "layers": [], "churn": []}, tmp_path / "none") == []
 
 
-def test_matplotlib_and_torch_stay_out_until_there_is_something_to_plot() -> None:
-    code = "import sys, finetune.cli.app, finetune.report.inspection; print(sorted({'torch', 'matplotlib', 'rich'} & set(sys.modules)))"
+def test_neither_matplotlib_nor_torch_is_imported_without_a_plot() -> None:
+    code = "import sys, finetune.cli.app, finetune.report.inspection; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert "torch" not in done.stdout
-    assert "matplotlib" not in done.stdout
+    assert not {"torch", "matplotlib"} & set(done.stdout.split())

@@ -1,4 +1,4 @@
-"""Plots for papers: their size, their fonts, and that they show the numbers of the comparison."""
+"""Plots for papers: their size, their fonts, and the numbers that they show."""
 
 from __future__ import annotations
 
@@ -91,14 +91,14 @@ def test_points_and_intervals_are_the_rows() -> None:
 
 
 def with_levels() -> dict[str, Any]:
-    """Three rows of spiel have no sparsity; two rows differ only in the middle of their long names."""
+    """Return a comparison in which spiel has no sparsity, and two long names differ only in their middle."""
     comparison = example()
     for number, row in enumerate(row for row in comparison["rows"] if row["by"]["method"] == "spiel"):
         row["label"], row["by"]["sparsity"] = f"spiel optimizer.lr=0.00{number + 1}000 schedule=linear", None
     return comparison
 
 
-def test_every_legend_lies_inside_its_figure_and_tells_all_lines_apart() -> None:
+def test_every_legend_lies_inside_its_figure_and_its_names_differ() -> None:
     with matplotlib.rc_context(plots.STYLE):
         found = dict(plots.draw_plots(with_levels()))
         for figure in found.values():
@@ -171,7 +171,7 @@ def test_differences_and_ranks_read_from_the_top() -> None:
     assert len(bars) == len(comparison["critical_difference"]["cliques"])
 
 
-def test_no_global_state_is_touched(tmp_path: Path) -> None:
+def test_global_state_stays_as_it_was(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     comparison = example()
     comparison["rows"] = comparison["rows"][:2]

@@ -1,4 +1,4 @@
-"""Finding run folders, and reading them however torn they are."""
+"""Find run folders, and read them even if they are damaged."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_folders_that_hold_no_run_are_all_named(tmp_path: Path) -> None:
     ] == [True] * 3
 
 
-def test_a_run_that_is_there_twice_counts_once(make_run: MakeRun) -> None:
+def test_two_copies_of_a_run_count_once(make_run: MakeRun) -> None:
     first, second = make_run("lora", 0, [1, 1, 0]), make_run("lora", 0, [1, 1, 0], into="copy")
     (run,) = read_runs([first, second])
     assert run.path == first
@@ -86,7 +86,7 @@ def test_status_of_each(make_run: MakeRun) -> None:
         ("\x00\xff", "damaged"),
     ],
 )
-def test_a_torn_result_is_a_failure_with_its_reason(make_run: MakeRun, content: str, reason: str) -> None:
+def test_a_damaged_result_is_a_failure_with_its_reason(make_run: MakeRun, content: str, reason: str) -> None:
     folder = make_run("lora", 0)
     (folder / "result.json").write_text(content)
     (run,) = read_runs([folder])
@@ -95,18 +95,18 @@ def test_a_torn_result_is_a_failure_with_its_reason(make_run: MakeRun, content: 
     assert run.settings["method.name"] == "lora"
 
 
-def test_a_torn_config_is_read_from_the_change_or_else_a_failure(make_run: MakeRun) -> None:
-    whole, torn, lost = (
+def test_a_damaged_config_is_read_from_the_stored_change_or_is_a_failure(make_run: MakeRun) -> None:
+    whole, damaged, lost = (
         make_run("lora", 0),
         make_run("lora", 1, method__rank=4),
         make_run("lora", 2, method__rank=8),
     )
     config = {"seed": 1, "method": {"name": "lora", "rank": 4}}
-    (torn / "delta").mkdir()
-    (torn / "delta" / "delta.json").write_text(json.dumps({"config": config, "base_fingerprint": "abc"}))
-    for folder in (torn, lost):
+    (damaged / "delta").mkdir()
+    (damaged / "delta" / "delta.json").write_text(json.dumps({"config": config, "base_fingerprint": "abc"}))
+    for folder in (damaged, lost):
         (folder / "config.yaml").write_text("method: {name: [")
-    runs = read_runs([whole, torn, lost])
+    runs = read_runs([whole, damaged, lost])
     assert [run.status for run in runs] == ["finished", "finished", "failed"]
     assert (runs[1].settings["method.rank"], runs[1].base_fingerprint) == (4, "abc")
     assert "config.yaml cannot be read" in (runs[2].error or "")
@@ -121,7 +121,7 @@ JSON = st.recursive(
 )
 
 
-def test_what_a_search_has_pruned_is_called_so(make_run: MakeRun, tmp_path: Path) -> None:
+def test_runs_that_a_search_pruned_are_called_pruned(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("lora", 0, [1, 0]), *(make_run("lora", seed, status="unfinished") for seed in (1, 2))]
     trials = [
         {"run": run.name, "status": status}
@@ -164,7 +164,7 @@ KEYS = [
 def test_no_damage_stops_a_comparison(
     make_run: MakeRun, tmp_path: Path, file: str, cut: int, noise: bytes, key: str, value: object
 ) -> None:
-    """One run is cut short, or holds anything at all where a number should be; the others keep their row."""
+    """One run is cut short, or has arbitrary values for numbers; the other runs keep their rows."""
     for seed in (0, 1):
         make_run("lora", seed, [1, 0, 1])
         make_run("head", seed, [1, 1, 1])

@@ -1,4 +1,4 @@
-"""The worked examples of the specification, other libraries, brute force, and what must hold for any input."""
+"""Statistics against worked examples, other libraries and brute force, and invariants for any input."""
 
 from __future__ import annotations
 
@@ -130,7 +130,9 @@ def test_corrected_t_worked() -> None:
     assert (naive.difference, naive.p, corrected.p) == pytest.approx((0.017, 0.000307, 0.003619), rel=1e-3)
     assert naive.p == pytest.approx(scipy.stats.ttest_1samp(d, 0).pvalue)
     assert (naive.low, naive.high) == pytest.approx(scipy.stats.ttest_1samp(d, 0).confidence_interval())
-    assert (corrected.high - 0.017) / (naive.high - 0.017) == pytest.approx(1.452966, rel=1e-6)  # type: ignore[operator]
+    assert corrected.high is not None
+    assert naive.high is not None
+    assert (corrected.high - 0.017) / (naive.high - 0.017) == pytest.approx(1.452966, rel=1e-6)
     assert ours.corrected_t([0.0, 0.0], 0.1).p == 1
     assert ours.corrected_t([0.1] * 3, 0.1).p is None
 
@@ -175,7 +177,7 @@ def test_interval_over_seeds() -> None:
 
 
 def test_crossed_by_hand() -> None:
-    """Three seeds and four examples; the mean squares as a two-way table gives them."""
+    """Three seeds and four examples; the mean squares are those of a two-way table."""
     d = np.array([[1, 0, 1, 0], [1, 0, 0, 0], [1, 1, 1, -1.0]])
     mean, by_seed, by_example = d.mean(), d.mean(1), d.mean(0)
     seeds = 4 * sum((r - mean) ** 2 for r in by_seed) / 2
@@ -208,30 +210,36 @@ def test_crossed_without_variance() -> None:
     assert ours.crossed(np.tile([0.1, 0.3, 0.2], (3, 1))).p is not None  # seeds agree; examples vary
 
 
-def _null(random: np.random.Generator, seeds: int, n: int, of_seed: float, of_example: float) -> np.ndarray:
-    """Right answers of two equally good methods, less one another, [seeds, n]."""
+def _null(
+    random: np.random.Generator, seeds: int, n: int, seed_effect: float, example_effect: float
+) -> np.ndarray:
+    """Return the difference of the right answers of two equally good methods [seeds, n]."""
     difficulty, models = random.normal(2, 2, n), []
     for _ in range(2):
         strength = (
-            difficulty + of_example * random.normal(0, 1, n) + of_seed * random.normal(0, 1, (seeds, 1))
+            difficulty
+            + example_effect * random.normal(0, 1, n)
+            + seed_effect * random.normal(0, 1, (seeds, 1))
         )
         models.append((strength + random.normal(0, 1, (seeds, n)) > 0).astype(float))
     return models[0] - models[1]
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 5])
-@pytest.mark.parametrize(("of_seed", "of_example"), [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0)])
-def test_equal_methods_are_rarely_told_apart(seeds: int, of_seed: float, of_example: float) -> None:
-    """2,000 comparisons under the null: about 5 % at most; treating seeds as examples is wrong far more often."""
+@pytest.mark.parametrize(("seed_effect", "example_effect"), [(0.0, 0.0), (0.5, 0.0), (0.5, 1.0)])
+def test_a_difference_between_equal_methods_is_rarely_found(
+    seeds: int, seed_effect: float, example_effect: float
+) -> None:
+    """Under the null about 5 % of 2,000 tests find a difference; treating seeds as examples finds more."""
     random = np.random.default_rng(seeds)
     found, naive = 0, 0
     for _ in range(2000):
-        d = _null(random, seeds, 100, of_seed, of_example)
+        d = _null(random, seeds, 100, seed_effect, example_effect)
         p = ours.crossed(d).p
         found += p is not None and p <= 0.05
         naive += ours.mcnemar_midp(int((d > 0).sum()), int((d < 0).sum())) <= 0.05
     assert found / 2000 < 0.085
-    assert of_seed == 0 or naive / 2000 > 0.2
+    assert seed_effect == 0 or naive / 2000 > 0.2
 
 
 def test_null_rates_of_midp_and_five_by_two() -> None:
@@ -248,7 +256,7 @@ def test_null_rates_of_midp_and_five_by_two() -> None:
 
 
 def test_bootstrap_as_every_resample() -> None:
-    """Five examples have 3,125 resamples; the percentiles of all of them are what is estimated."""
+    """Five examples have 3,125 resamples, whose percentiles are the exact result."""
     bits, other, size = (
         np.array([3.0, 1.0, 4.0, 1.0, 5.0]),
         np.array([2.0, 2.0, 3.0, 2.0, 4.0]),
@@ -318,7 +326,7 @@ def test_critical_difference(groups: int) -> None:
 
 
 def test_critical_difference_of_demsar() -> None:
-    """Four classifiers on 14 data sets: 1.25, with the q of 2.569 of the table of that paper."""
+    """Demsar (2006): four classifiers on 14 data sets have 1.25, with q = 2.569 from the paper's table."""
     assert ours.critical_difference(4, 14) == pytest.approx(2.569 * math.sqrt(20 / 84), rel=1e-3)
 
 

@@ -1,4 +1,4 @@
-"""The comparison in W&B's own files, read back as W&B would send them."""
+"""The comparison in W&B's own files, read back from the records that W&B would send."""
 
 from __future__ import annotations
 
@@ -31,21 +31,24 @@ def sweep(make_run: MakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     return tmp_path / "outputs" / "sweep"
 
 
-def records(folder: Path) -> list[Any]:
-    """What an offline run wrote, once W&B's own process has written its end: LevelDB's log format behind a header of 7 bytes."""
+def read_records(folder: Path) -> list[Any]:
+    """Return the records of an offline run after W&B's own process has written the last one.
+
+    The file has LevelDB's log format after a header of 7 bytes.
+    """
     from wandb.proto.wandb_internal_pb2 import Record
 
     (file,) = folder.glob("wandb/offline-run-*/run-*.wandb")
     for _ in range(600):
-        found = [Record.FromString(data) for data in whole(file.read_bytes())]
+        found = [Record.FromString(data) for data in join_chunks(file.read_bytes())]
         if any(record.HasField("exit") for record in found):
             return found
         time.sleep(0.1)
     raise TimeoutError(file)
 
 
-def whole(log: bytes) -> Iterator[bytes]:
-    """The records of the log, put together from chunks of kinds 1 (whole), 2 (first), 3 (middle) and 4 (last)."""
+def join_chunks(log: bytes) -> Iterator[bytes]:
+    """Yield the records of the log, joined from chunks: whole (1), first (2), middle (3), last (4)."""
     at, data = 7, b""
     while at + 7 < len(log):
         if BLOCK - at % BLOCK < 7:  # no chunk begins in what is left of a block
@@ -62,10 +65,10 @@ def whole(log: bytes) -> Iterator[bytes]:
 
 
 def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
-    data, said = compare([sweep]).as_dict(), list[str]()
-    wandb_report.log_comparison(data, [sweep], "trial", said.append)
-    assert said == ["W&B: logged to the project trial, group sweep."]
-    found = records(sweep)
+    data, lines = compare([sweep]).as_dict(), list[str]()
+    wandb_report.log_comparison(data, [sweep], "trial", lines.append)
+    assert lines == ["W&B: logged to the project trial, group sweep."]
+    found = read_records(sweep)
     run = next(record.run for record in found if record.HasField("run"))
     assert (run.project, run.run_group, run.job_type, run.display_name) == (
         "trial",
@@ -106,13 +109,13 @@ def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
     assert all(any(str(image).endswith(path) for path in logged if path.endswith(".png")) for image in images)
 
 
-def test_a_logger_that_fails_costs_one_line(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failing_logger_prints_one_line(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 
     def broken(**_: Any) -> None:
         raise OSError("no space\nleft")
 
     monkeypatch.setattr(wandb, "init", broken)
-    said: list[str] = []
-    wandb_report.log_comparison(compare([sweep]).as_dict(), [sweep], "trial", said.append)
-    assert said == ["Warning: W&B failed (OSError: no space); everything else is done."]
+    lines: list[str] = []
+    wandb_report.log_comparison(compare([sweep]).as_dict(), [sweep], "trial", lines.append)
+    assert lines == ["Warning: W&B failed (OSError: no space); everything else is done."]

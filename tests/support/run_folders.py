@@ -30,8 +30,9 @@ COST = {
 def make_run(tmp_path: Path) -> MakeRun:
     """Return a function that writes a run folder into ``tmp_path/outputs/sweep`` and returns it.
 
-    ``right`` says which test examples the run predicts correctly; ``bits`` gives bits and bytes of each window of a
-    language model instead. ``result`` changes keys of result.json. Other keywords are settings: ``method__rank=4``.
+    ``right`` says which test examples the run predicts correctly; ``bits`` gives bits and bytes of each
+    window of a language model instead. ``result`` changes keys of result.json. Other keywords are settings:
+    ``method__rank=4``.
     """
 
     def write(
