@@ -31,7 +31,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: d
         optimizer.load_state_dict(saved)
         return
     if wrong := sorted({*names} ^ {*given, *saved["state"]}):
-        raise ValueError(f"the optimizer's state differs in {len(wrong)} parameters, the first is {wrong[0]}")
+        raise ValueError(f"{len(wrong)} of the optimizer's parameters differ (first: {wrong[0]})")
     parameters = dict(states.named_parameters())
     numbers = {name: number for number, name in enumerate(given)}
     groups, numbered = [], []

@@ -182,7 +182,7 @@ class Session:
     def _update(self) -> float:
         """Move the trained values once; return the loss.
 
-        Where fp16 gradients overflow, the step is retried at half the loss scale before any schedule counts it.
+        Where fp16 gradients overflow, the step is retried at half the loss scale; no schedule has counted it.
         """
         snapshot, scaler = rng_snapshot(self.run.generator, self.accelerator.device), self.accelerator.scaler
         for _ in range(LOSS_SCALES):
