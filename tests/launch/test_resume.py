@@ -1,4 +1,4 @@
-"""A run that was broken off and gone on with ends as one that was left alone, to the bit. The oracle is always the run that was left alone."""
+"""Check that a resumed run ends with the same bits as an uninterrupted one, which is the oracle."""
 
 from __future__ import annotations
 
@@ -78,9 +78,15 @@ def test_every_generator_goes_on_where_it_stood() -> None:
 
 
 SCHEDULES = {
-    "static": {}, "redraw": {"every": 2}, "drop_grow": {"every": 2}, "one_shot": {"dense": 0.4}, "grow": {"every": 1}, "narrow": {"at": 0.5},
-    "cubic": {"initial": 2.0, "every": 1, "end": 1.0}, "linear": {"initial": 0.5, "power": 1.0, "every": 1, "end": 1.0},
-}  # fmt: skip
+    "static": {},
+    "redraw": {"every": 2},
+    "drop_grow": {"every": 2},
+    "one_shot": {"dense": 0.4},
+    "grow": {"every": 1},
+    "narrow": {"at": 0.5},
+    "cubic": {"initial": 2.0, "every": 1, "end": 1.0},
+    "linear": {"initial": 0.5, "power": 1.0, "every": 1, "end": 1.0},
+}
 
 
 def test_every_schedule_is_a_case() -> None:
@@ -146,7 +152,7 @@ def config(place: list[str], *more: str) -> Config:
 
 
 def go(settings: Config, folder: Path, stops: tuple[int, ...] = ()) -> tuple[dict[str, Any], list[str]]:
-    """Train to the end, stopped after each of ``stops`` and started again. The result, and what was said at the end."""
+    """Train to the end, restarted after each of ``stops``; return the result and the last messages."""
     for stop in stops:
         assert interrupt(settings, folder, stop).name == "SIGTERM"
         assert not (folder / "result.json").exists()
@@ -256,7 +262,7 @@ def test_broken_off_at_a_bad_moment(place: list[str], here: Path, what: str, met
 def test_the_best_change_is_that_of_the_checkpoint(
     place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a machine that rounds otherwise, a later step that was the best before may not be so again: then the earlier one's change must be there."""
+    """Where rounding makes another step the best, the change of that earlier step must be stored."""
     settings = config(place, "method=lora", "train.save_every=2", "train.eval_every=1")
     qualities = iter([0.0, 5.0, 7.0])
     with monkeypatch.context() as first:
@@ -346,7 +352,7 @@ def test_before_the_first_step_nothing_is_saved(
 def test_the_clock_counts_the_time_before_the_break(
     place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A clock that goes on by a second at every look: a run of 3.5 s makes four steps, with a break or without."""
+    """The clock advances by a second at every call: a run of 3.5 s makes four steps, interrupted or not."""
     clock = iter(range(1000))
     monkeypatch.setattr(
         run, "time", SimpleNamespace(monotonic=lambda: float(next(clock)), strftime=time.strftime)

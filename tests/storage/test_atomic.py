@@ -1,4 +1,4 @@
-"""Files and folders appear whole or not at all, and with the permissions of any other file of the user."""
+"""Check that files and folders appear whole or not at all, with the user's usual permissions."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""Today's run folders stay readable, and those of a later version are refused with the version they need.
+"""Check that run folders of format 1 stay readable, and that later formats are refused.
 
-The runs in fixtures/format-1 were made before there were manifests, by finetune 0.1.0 at commit 834c164, on a ViT of width 8 with random weights:
-``finetune train method=shira sparsity=0.5`` (and ``method=lora method.rank=2``) ``model=hf model.path=model model.name=tiny train.steps=6
-train.save_every=4 train.eval_every=2 train.batch_size=8 train.threads=1 train.device=cpu optimizer.lr=0.02 seed=3``. They are never made anew.
+The runs in fixtures/format-1 were made before there were manifests, by finetune 0.1.0 at commit 834c164, on a
+ViT of width 8 with random weights: ``finetune train method=shira sparsity=0.5`` (and ``method=lora
+method.rank=2``) ``model=hf model.path=model model.name=tiny train.steps=6 train.save_every=4
+train.eval_every=2 train.batch_size=8 train.threads=1 train.device=cpu optimizer.lr=0.02 seed=3``.
+They are never made anew.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture(scope="module")
 def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An old run once more, by this version."""
+    """Train an old run once more with this version."""
     folder = tmp_path_factory.mktemp("new")
     shutil.copytree(FIXTURES / "model", folder / "model")
     with pytest.MonkeyPatch.context() as patch:
@@ -47,20 +49,20 @@ def new(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def train(folder: Path, config: Path, *more: str) -> list[str]:
-    """What was said."""
+    """Train; return the messages."""
     said: list[str] = []
     run.train(load(list(more), None, config), folder, said.append, lambda done, steps, words: None)
     return said
 
 
 def again(files: RunFolder) -> list[str]:
-    """Go on from the checkpoint, as if the run had been killed; what was said."""
+    """Resume from the checkpoint as if the run had been killed; return the messages."""
     files.result.unlink()
     return train(files.path, files.config)
 
 
 def close(found: Any, told: Any) -> bool:
-    """Equal, but for what another processor may round otherwise."""
+    """Compare nested numbers, with room for the rounding of another processor."""
     if isinstance(told, dict):
         return found.keys() == told.keys() and all(close(found[key], told[key]) for key in told)
     return bool(found == pytest.approx(told, rel=1e-4))
@@ -82,7 +84,10 @@ def test_an_altered_configuration_is_named_and_not_used(old: Path, was: str, the
     key, value = then.split(": ")
     with pytest.raises(
         ConfigError,
-        match=rf"config.yaml is not what .*delta was trained with: \S*{key} is {value} there and {was.split(': ')[1]} here",
+        match=(
+            rf"config.yaml is not what .*delta was trained with: \S*{key} is {value} there "
+            rf"and {was.split(': ')[1]} here"
+        ),
     ):
         finished.evaluate(Path("lora"))
 
@@ -118,8 +123,12 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
     after = read_tensors(files.delta / "delta.safetensors")
     assert after.keys() == before.keys()
     assert all(after[key].allclose(before[key], rtol=1e-3, atol=1e-5) for key in before)
-    numbers = [[{k: v for k, v in json.loads(line).items() if k in ("step", "loss", "lr", "val_loss")} for line in each]
-               for each in (files.metrics.read_text().splitlines(), lines)]  # fmt: skip
+    numbers: list[list[dict[str, Any]]] = []
+    for each in (files.metrics.read_text().splitlines(), lines):
+        numbers.append([])
+        for line in each:
+            kept = {k: v for k, v in json.loads(line).items() if k in ("step", "loss", "lr", "val_loss")}
+            numbers[-1].append(kept)
     assert len(numbers[0]) == len(numbers[1])
     assert all(close(found, known) for found, known in zip(*numbers, strict=True))
 
@@ -139,8 +148,16 @@ def test_what_is_written_now_says_its_format_and_who_wrote_it(new: Path) -> None
         assert content.get("finetune", content.get("versions", {}).get("finetune")) == "0.1.0", name
 
 
-@pytest.mark.parametrize("name", ["result.json", "delta/delta.json", "delta/manifest.json", "checkpoints/step-6/state.json",
-                                  "checkpoints/step-6/manifest.json"])  # fmt: skip
+@pytest.mark.parametrize(
+    "name",
+    [
+        "result.json",
+        "delta/delta.json",
+        "delta/manifest.json",
+        "checkpoints/step-6/state.json",
+        "checkpoints/step-6/manifest.json",
+    ],
+)
 def test_a_later_format_is_refused_with_the_version_it_needs(
     new: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -153,7 +170,10 @@ def test_a_later_format_is_refused_with_the_version_it_needs(
     if not name.endswith("manifest.json") and name != "result.json":
         manifest.write((files.path / name).parent)  # as the later version would have
     before = {file: file.read_bytes() for file in files.path.rglob("*") if file.is_file()}
-    words = rf"{name} has format 3, and this version of finetune \(0\.1\.0\) reads up to 1; install finetune-bench>=7\.2\.1\."
+    words = (
+        rf"{name} has format 3, and this version of finetune \(0\.1\.0\) reads up to 1; "
+        r"install finetune-bench>=7\.2\.1\."
+    )
     with pytest.raises(ConfigError, match=words):
         files.read_result() if name == "result.json" else finished.evaluate((files.path / name).parent)
     if name.startswith("checkpoints"):
@@ -180,12 +200,23 @@ def test_a_later_configuration_is_refused_with_the_version_it_needs(
             work()
 
 
-@pytest.mark.parametrize(("content", "words"), [
-    ({"format": 1}, ""), ({}, ""), ([], ""), ({"format": 0}, ""), ({"format": 2}, "has format 2.*install a newer finetune-bench"),
-    ({"format": "1"}, "has format 1"), ({"format": True}, "has format True"), ({"format": None}, "has format None"),
-    ({"format": 2, "finetune": "2.0.0rc1"}, "install finetune-bench>=2.0.0rc1"), ({"format": 2, "finetune": "1; rm -rf /"}, "install a newer"),
-    ({"format": 2, "versions": {"finetune": "3.1"}}, "install finetune-bench>=3.1"), ({"format": 2, "versions": "3"}, "install a newer"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"format": 1}, ""),
+        ({}, ""),
+        ([], ""),
+        ({"format": 0}, ""),
+        ({"format": 2}, "has format 2.*install a newer finetune-bench"),
+        ({"format": "1"}, "has format 1"),
+        ({"format": True}, "has format True"),
+        ({"format": None}, "has format None"),
+        ({"format": 2, "finetune": "2.0.0rc1"}, "install finetune-bench>=2.0.0rc1"),
+        ({"format": 2, "finetune": "1; rm -rf /"}, "install a newer"),
+        ({"format": 2, "versions": {"finetune": "3.1"}}, "install finetune-bench>=3.1"),
+        ({"format": 2, "versions": "3"}, "install a newer"),
+    ],
+)
 def test_formats(content: Any, words: str) -> None:
     found = too_new(Path("x.json"), content)
     assert bool(found) == bool(words)

@@ -1,4 +1,4 @@
-"""One process at a time in one run, whoever is killed, and on whichever machine."""
+"""Check that one process at a time works on a run, also after kills and on shared file systems."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,9 +38,10 @@ except ConfigError as error:
 
 @contextmanager
 def other(folder: Path, **settings: object) -> Iterator[subprocess.Popen[str]]:
-    """Another process that wants the lock of ``folder``, and holds it until its input ends."""
+    """Start another process that takes the lock of ``folder`` and holds it until its input ends."""
     command = [sys.executable, "-c", HOLD.format(root=str(ROOT)), str(folder)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **settings)  # type: ignore[call-overload]
+    options: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, **settings}
+    process = subprocess.Popen(command, **options)
     try:
         yield process
     finally:

@@ -1,4 +1,4 @@
-"""Folders that count only whole: each kind of damage is named, and a process killed at any moment of a replacement loses nothing."""
+"""Check that all damage to a folder is named, and that a kill while it is replaced loses nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ TENSOR = b'{"w":{"dtype":"U8","shape":[16],"data_offsets":[0,16]}}'
 
 
 def fill(folder: Path, byte: bytes = b"a", told: bool = True) -> None:
-    """What a folder of tensors looks like; ``told``: as it is made now, not before there were manifests."""
+    """Write the files of a folder of tensors; ``told``: as now, not as before there were manifests."""
     header = TENSOR.ljust(-(-len(TENSOR) // 8) * 8)
     (folder / "delta.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + byte * 16)
     (folder / "delta.json").write_text(
@@ -144,7 +144,10 @@ def test_a_failed_write_leaves_the_folder_that_was_there(
 
 
 def killed_at(moment: int, folder: Path) -> bool:
-    """Replace ``folder`` in a child process that ends before its ``moment``-th call that touches the disk; whether it came that far."""
+    """Replace ``folder`` in a child process that is killed before its ``moment``-th call to the disk.
+
+    Return whether it came that far.
+    """
     child = os.fork()
     if child == 0:
         left = moment

@@ -60,7 +60,7 @@ def test_every_key_is_documented(some_config: Config) -> None:
 
 @pytest.mark.processes
 def test_peak_memory_is_this_process_own() -> None:
-    """Half a GiB held by the launching process must not show; 200 MB held by the process itself must."""
+    """Half a GiB in the parent process must not count; 200 MB in the process itself must."""
     ballast = bytearray(512 << 20)
     ballast[::4096] = b"x" * (len(ballast) // 4096)
     small, large = (

@@ -1,6 +1,8 @@
-"""Batches as a function of seed and step."""
+"""Check that the batches of a step follow from the seed and the step alone."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,8 @@ def test_pieces_cover_the_batch_over_all_processes_in_as_many_rounds(
 @pytest.mark.parametrize("workers", [0, 1])
 def test_starting_later_gives_the_rest_and_draws_nothing_from_the_global_generator(workers: int) -> None:
     def ids(start: int) -> list[list[list[str]]]:
-        batches = Batches(examples(), 8, 3, seed=2, workers=workers)  # type: ignore[arg-type]  # a list serves as a data set
+        data: Any = examples()  # a list serves as a data set
+        batches = Batches(data, 8, 3, seed=2, workers=workers)
         return [[b.ids for b in micro if b] for micro in batches.steps(start, 5)]
 
     torch.manual_seed(0)

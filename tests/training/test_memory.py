@@ -1,4 +1,7 @@
-"""Out of memory: the run ends as one that was started with the smaller micro-batch. The shortage is injected; the oracle is that other run."""
+"""Check that a run which runs out of memory ends as one that was started with the smaller micro-batch.
+
+The shortage is injected. The oracle is that other run.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ from ..support.same_run import differences
 NO_MEMORY = {
     "cuda": torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
     "cpu": RuntimeError(
-        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes."
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: "
+        "you tried to allocate 8 bytes."
     ),
     "cublas": RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "numpy": MemoryError("Unable to allocate 8.00 GiB for an array"),
@@ -65,7 +69,10 @@ METHODS: dict[str, Callable[[], Method]] = {
 
 
 class Short:
-    """Finds no memory for more than ``most`` examples in a forward or backward pass of ``session``'s model, after ``spared`` passes."""
+    """Let passes of more than ``most`` examples through ``session``'s model run out of memory.
+
+    ``where``: in the forward pass, the backward pass, or its ``middle``. The first ``spared`` passes succeed.
+    """
 
     def __init__(
         self,
@@ -108,7 +115,7 @@ def begin(
 
 
 def saved(session: Session) -> dict[str, Any]:
-    """A session's state, which does not move with it."""
+    """Copy a session's state, which training changes in place."""
     return copy.deepcopy(session.state_dict())
 
 
@@ -162,7 +169,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
 
 @pytest.mark.parametrize("name", ["spiel", "snell"])
 def test_a_later_step_goes_on_from_the_state_before_it(name: str) -> None:
-    """The oracle: the undisturbed session's state after three steps, gone on with at the smaller micro-batch."""
+    """The oracle resumes from an undisturbed session's third step with the smaller micro-batch."""
     whole = begin(METHODS[name]())
     steps = whole.steps()
     before = [next(steps).loss for _ in range(3)]
@@ -183,8 +190,9 @@ def test_the_lines_that_are_said_and_what_is_kept() -> None:
     Short(session, 3)
     contract.finish(session)
     assert said == [
-        "Memory ran out at step 1: passes of 4 examples instead of 8 from now on; batch and loss are the same.",
-        "Memory ran out at step 1: passes of 2 examples instead of 4 from now on; batch and loss are the same.",
+        f"Memory ran out at step 1: passes of {after} examples instead of {before} from now on; "
+        "batch and loss are the same."
+        for before, after in ((8, 4), (4, 2))
     ]
     events = [{"step": 1, "from": 8, "to": 4}, {"step": 1, "from": 4, "to": 2}]
     assert session.memory.record().to_json() == {
@@ -217,7 +225,10 @@ def test_memory_that_the_optimizer_lacks_is_the_end_with_advice(monkeypatch: pyt
 def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_back(
     place: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Once, at the worst moments: as the originals are read, as the changed entries are written, and as the originals are put back."""
+    """Memory runs out once, at the worst moments.
+
+    These are: while the originals are read, the changed entries are written, or the originals are restored.
+    """
     session, told = begin(SHiRA(sparsity=0.9)), begin(SHiRA(sparsity=0.9), micro=4)
     steps, oracle = session.steps(), told.steps()
     next(steps)
@@ -318,7 +329,8 @@ def test_a_run_of_a_found_batch_size_is_that_of_the_same_size_given(name: str) -
 
 def test_the_longest_examples_are_tried() -> None:
     items = contract.examples("llama")
-    batch = Batches(items, "auto", None, 0).longest(3)  # type: ignore[arg-type]  # a list serves as a data set
+    data: Any = items  # a list serves as a data set
+    batch = Batches(data, "auto", None, 0).longest(3)
     lengths = sorted((len(item["input_ids"]) for item in items), reverse=True)
     assert batch.inputs["attention_mask"].sum(1).tolist() == lengths[:3]
 
@@ -391,7 +403,7 @@ def config(words: list[str], *more: str) -> Config:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every session has memory for three examples a training pass."""
+    """Give every session memory for three examples a training pass."""
     real = Session.__init__
 
     def init(self: Session, *given: Any, **named: Any) -> None:

@@ -1,7 +1,7 @@
-"""The optimizer's state is known by the names of its parameters: their order and grouping may change.
+"""Check that the optimizer's state is known by the names of its parameters: their order may change.
 
-The reference is always the uninterrupted session. Checkpoints of other orders are made here by rewriting the files of
-a checkpoint, with no code of the package.
+The reference is always the uninterrupted session. Checkpoints of other orders are made here by rewriting the
+files of a checkpoint, with no code of the package.
 """
 
 from __future__ import annotations
@@ -76,13 +76,13 @@ def resume(folder: Path, method: str, optimizer: str) -> Session:
 
 
 def unnamed(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
-    """As the first checkpoints are."""
+    """Remove the names, as in the first checkpoints."""
     del content["parameters"]
     return content, tensors
 
 
 def renumbered(order: list[int], content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
-    """Number the parameters anew: what was at ``order[i]`` comes to i."""
+    """Number the parameters anew: parameter ``order[i]`` becomes parameter i."""
     places = {old: new for new, old in enumerate(order)}
     for group in content["groups"]:
         group["params"] = sorted(places[old] for old in group["params"])
@@ -222,7 +222,7 @@ def the_same_number_twice(content: dict[str, Any], tensors: dict[str, Tensor]) -
 
 
 def one_group_less(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
-    """Of a checkpoint without names: the groups do not fit."""
+    """Join the groups of a checkpoint without names, so that they do not fit."""
     del content["parameters"]
     first, second = content["groups"]
     return {**content, "groups": [{**first, "params": first["params"] + second["params"]}]}, tensors

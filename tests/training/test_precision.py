@@ -1,4 +1,7 @@
-"""Mixed precision against float32, and what an overflow of fp16 may not move. On the CPU, whose autocast and loss scaler torch has."""
+"""Compare mixed precision with float32, and check that an overflow of fp16 moves no schedule.
+
+All runs are on the CPU, where torch has autocast and a loss scaler as well.
+"""
 
 from __future__ import annotations
 
@@ -41,13 +44,13 @@ SCHEDULED: dict[str, Callable[[], Method]] = {
     "snella": lambda: SNELLA(rank=4, every=2),
     "amt": AMT,
 }
-# of the logits and of the losses, after six steps that move logits by 0.5; bfloat16 has 8 bits, float16 has 11
+# Of logits and losses, after six steps that move logits by 0.5; bfloat16 has 8 bits, float16 has 11.
 TOLERANCE = {"bf16": 0.01, "fp16": 0.001}
 
 
 @contextmanager
 def scaled(scale: float = 2.0**16, autocast: bool = True) -> Iterator[None]:
-    """Inside, sessions are those of train.precision=fp16 on a GPU, but on the CPU: float16 autocast and a loss scale."""
+    """Give sessions on the CPU float16 autocast and a loss scale, as train.precision=fp16 does on a GPU."""
     real = contract.make_accelerator
 
     def make(train: Any) -> Any:
@@ -94,7 +97,7 @@ def test_a_run_stays_near_that_in_float32(name: str, precision: str, monkeypatch
 
 
 class Overflow:
-    """Makes one gradient infinite, in the ``at``-th steps' first backward passes, until the loss scale is at most ``most``."""
+    """Make one gradient infinite in the steps ``at`` (from 0), until the loss scale is at most ``most``."""
 
     def __init__(self, session: Session, at: set[int], most: float) -> None:
         self.session, self.at, self.most, self.count = session, at, most, 0
@@ -117,8 +120,11 @@ def steps_of(session: Session) -> list[tuple[Any, ...]]:
 @pytest.mark.parametrize("clip", [1.0, None])
 @pytest.mark.parametrize("name", SCHEDULED)
 def test_an_overflow_moves_no_schedule(name: str, clip: float | None) -> None:
-    """The oracle: a run whose scale is from the start what the other's is after its overflows in the first and the fourth step. A power of two as
-    scale changes no bit, so all that is left is what an overflow may have moved: rates, entries, ages, draws, counts of steps."""
+    """The oracle starts with the loss scale that overflows in steps 1 and 4 leave to the other run.
+
+    A power of two as scale changes no bit. What remains is what an overflow may have moved: rates, entries,
+    ages, random numbers, counts of steps.
+    """
     train = replace(contract.TRAIN, clip=clip)
     with scaled(autocast=False):
         session = contract.begin(SCHEDULED[name](), train=train)
@@ -174,11 +180,12 @@ def test_the_scale_is_part_of_a_checkpoint() -> None:
 
 
 def test_gradients_that_choose_entries_do_not_vanish_in_fp16() -> None:
-    """A loss of 1e-6 of the usual: in float16 without a loss scale every gradient is 0, and the choice would be by position."""
+    """Shrink the loss to 1e-6: in float16 without a loss scale every gradient would be 0."""
 
     def chosen(session: Session) -> Tensor:
         real = session.compute.sum_losses
-        session.compute.sum_losses = lambda logits, batch: real(logits, batch) * 1e-6  # type: ignore[method-assign]
+        small: Any = lambda logits, batch: real(logits, batch) * 1e-6  # noqa: E731
+        session.compute.sum_losses = small  # type: ignore[method-assign]
         session.start()
         bank = session.states["method"]["bank"]
         return torch.cat([bank.where(i) + i * 10_000 for i in range(len(bank.sizes))])

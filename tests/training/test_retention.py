@@ -1,4 +1,4 @@
-"""What a classifier keeps of its pretrained task, against the merged model with the checkpoint's head, put together by hand."""
+"""Check the retention of a classifier against its merged model with the checkpoint's head, built by hand."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ SMALL = [
 
 
 def answers(backbone: Path, head: Path) -> list[int]:
-    """The classes that the weights of ``backbone`` with the head of ``head`` give to the retention images."""
+    """Return the classes of the retention images by the weights of ``backbone`` and the head of ``head``."""
     model, other = (
         AutoModelForImageClassification.from_pretrained(folder, dtype=torch.float32)
         for folder in (backbone, head)

@@ -1,4 +1,4 @@
-"""Whole runs on small data: the files they leave, and that eval, merge and plan tell the truth about them."""
+"""Train whole runs on small data; check their files, and that eval, merge and plan agree with them."""
 
 from __future__ import annotations
 

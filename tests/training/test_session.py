@@ -1,4 +1,4 @@
-"""The loop: rates, phases, failures, and the exact loss."""
+"""Check the training loop: learning rates, phases, failures, and the exact loss."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Rewound(Method):
 
 @dataclass(frozen=True)
 class Second(SHiRA):
-    """Looks at what it starts from."""
+    """Record what the second phase starts from."""
 
     def begin(self, run: Run, state: nn.ModuleDict, previous: Any) -> None:
         super().begin(run, state, previous)

@@ -49,7 +49,10 @@ def metrics(folder: RunFolder) -> list[dict[str, Any]]:
 
 
 def chunks(log: bytes) -> Iterator[tuple[int, bytes]]:
-    """Kind (1 whole, 2 first, 3 middle, 4 last) and bytes of each chunk of a W&B file: LevelDB's log format behind a header of 7 bytes."""
+    """Yield kind (1 whole, 2 first, 3 middle, 4 last) and bytes of each chunk of a W&B file.
+
+    The file is in LevelDB's log format behind a header of 7 bytes.
+    """
     at = 7
     while at + 7 < len(log):
         if BLOCK - at % BLOCK < 7:  # no chunk begins in what is left of the block
@@ -63,7 +66,7 @@ def chunks(log: bytes) -> Iterator[tuple[int, bytes]]:
 
 
 def read(path: Path) -> list[Any]:
-    """The records of a W&B file as far as it is written."""
+    """Return the records of a W&B file as far as it is written."""
     from wandb.proto.wandb_internal_pb2 import Record
 
     found, data = [], b""
@@ -76,7 +79,10 @@ def read(path: Path) -> list[Any]:
 
 
 def records(folder: RunFolder) -> list[Any]:
-    """What the one offline W&B run of this folder recorded; W&B's own process writes the end of it a little after ``finish``."""
+    """Return the records of the one offline W&B run of this folder.
+
+    W&B's own process writes the last of them a little after ``finish``.
+    """
     (path,) = folder.path.glob("wandb/offline-run-*/run-*.wandb")
     for _ in range(600):
         found = read(path)
@@ -209,7 +215,7 @@ def test_wandb_is_offline_without_a_login(
 def test_a_network_that_never_answers_holds_up_nothing(
     folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Logged in, but the server takes connections and stays silent: the run is logged offline after the time limit."""
+    """A server that accepts connections and stays silent: the run is logged offline after the time limit."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         monkeypatch.setattr(tracker, "INIT_SECONDS", 1.0)
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{silent.getsockname()[1]}")

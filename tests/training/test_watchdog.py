@@ -1,4 +1,4 @@
-"""What a run says about itself: planted faults are found, healthy runs are not suspected, series alarm where they should and nowhere else."""
+"""Check that a run finds planted faults in itself, and that healthy runs cause no alarm."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ Series = list[float]
 def told(
     losses: Series, norms: Series | None = None, marks: dict[int, dict[str, float]] | None = None
 ) -> list[str]:
-    """What the watcher says of a run with these losses and norms of gradients, its state going through JSON now and then."""
+    """Return the warnings for these losses and gradient norms; the record goes through JSON at times."""
     state, said, session = WatchRecord(), list[str](), _still()
     for i, loss in enumerate(losses):
         metrics = {"grad_norm": norms[i] if norms else 1.0} | (marks or {}).get(i, {})
@@ -62,20 +62,20 @@ def told(
 
 
 def stored_and_read(state: WatchRecord) -> WatchRecord:
-    """The record as a resumed run reads it from a checkpoint."""
+    """Return the record as a resumed run reads it from a checkpoint."""
     text = json.dumps(ProgressRecord(watch=state).to_json(), allow_nan=False)
     return read_progress(Path("step-1"), json.loads(text)).watch
 
 
 def _still() -> Any:
-    """A session without parts."""
+    """Make a stub of a session without parts."""
     return SimpleNamespace(
         phase=0, states=nn.ModuleDict(), current=LoRA(), selector=SimpleNamespace(unused_parameters=False)
     )
 
 
 def noisy(seed: int, steps: int = 160, largest: float = 0.5) -> Series:
-    """A falling loss of one of several kinds, with noise of one of several shapes and sizes; as batches of a few examples give."""
+    """Return a falling loss with one of several curves and kinds of noise, as small batches give it."""
     draw = np.random.default_rng(seed)
     at = np.arange(steps) / steps
     start, end, size = draw.uniform(0.5, 11), draw.uniform(0.001, 0.4), draw.uniform(0.01, largest)
@@ -86,9 +86,11 @@ def noisy(seed: int, steps: int = 160, largest: float = 0.5) -> Series:
         start * (1 - 0.1 * at),
     ]
     noises = [
-        1 + size * draw.uniform(-1, 1, steps), np.exp(size * draw.standard_normal(steps)), draw.gamma(1 / size, size, steps),
+        1 + size * draw.uniform(-1, 1, steps),
+        np.exp(size * draw.standard_normal(steps)),
+        draw.gamma(1 / size, size, steps),
         1 + np.clip(0.3 * size * draw.standard_t(5, steps), -0.9, None),
-    ]  # fmt: skip
+    ]
     return [float(x) for x in curves[seed % 4] * noises[seed // 4 % 4]]
 
 
@@ -99,7 +101,7 @@ def test_no_false_alarm_on_a_thousand_noisy_falling_series() -> None:
 
 @pytest.mark.parametrize(("largest", "times"), [(0.1, 4.0), (0.5, 1000.0)])
 def test_every_planted_spike_is_told_with_its_step_and_once(largest: float, times: float) -> None:
-    """Four times the loss at the start where the noise is small; where it is of half the loss itself, a thousand times."""
+    """A spike is 4 times the largest loss where noise is small, 1000 times where it is half the loss."""
     for seed in range(60):
         losses, at = noisy(seed, largest=largest), 40 + seed
         spike = times * max(losses)
@@ -140,7 +142,7 @@ def test_dead_gradients_and_norms_that_are_no_number() -> None:
 
 
 def about(session: Session, kind: Any = "vit") -> Any:
-    """What stands in for a ``Setup``; the base is made anew."""
+    """Make a stub of a ``Setup`` with a new base."""
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
     return SimpleNamespace(
         session=session, base=SimpleNamespace(head=head), fingerprint=fingerprint(contract.tiny(kind), head)
@@ -155,7 +157,7 @@ def watched(
     until: int | None = None,
     **begin: Any,
 ) -> tuple[list[str], list[str]]:
-    """Warnings and suspicions of a run on a tiny model; ``harm`` is done to its session before each step's end is looked at."""
+    """Return warnings and suspicions of a run on a tiny model; call ``harm(session)`` after each step."""
     session = contract.begin(method, kind, replace(contract.TRAIN, steps=steps), **begin)
     setup, state, said = about(session, kind), WatchRecord(), list[str]()
     frozen = FrozenState(setup)
@@ -174,12 +176,28 @@ def every(schedule: Any) -> Any:
 
 
 HEALTHY: dict[str, Method] = {
-    "lora": LoRA(rank=2), "shira": SHiRA(sparsity=0.9), "rows": SHiRA(sparsity=0.9, grain="row"), "model": SHiRA(sparsity=0.99, scope="model"),
-    "full": Full(), "hft": HFT(), "hft2": HFT(rounds=2), "bitfit": BitFit(), "lt_sft": LTSFT(sparsity=0.9), "snell": SNELL(sparsity=0.9),
-    "snella": SNELLA(sparsity=0.9, every=2), "peft": Peft(), "grow": every(Grow(every=2)), "ramp": every(Ramp(every=1)), "sara": SaRA(sparsity=0.9),
-    "sara that keeps most": SaRA(sparsity=0.1), "narrow": every(Narrow()),
-    "down": every(Ramp(initial=0.2, every=1)), "moving": every(DropGrow(every=2)), "s2ft": S2FT(), "2:4": SHiRA(sparsity=0.5, grain="2:4"),
-}  # fmt: skip
+    "lora": LoRA(rank=2),
+    "shira": SHiRA(sparsity=0.9),
+    "rows": SHiRA(sparsity=0.9, grain="row"),
+    "model": SHiRA(sparsity=0.99, scope="model"),
+    "full": Full(),
+    "hft": HFT(),
+    "hft2": HFT(rounds=2),
+    "bitfit": BitFit(),
+    "lt_sft": LTSFT(sparsity=0.9),
+    "snell": SNELL(sparsity=0.9),
+    "snella": SNELLA(sparsity=0.9, every=2),
+    "peft": Peft(),
+    "grow": every(Grow(every=2)),
+    "ramp": every(Ramp(every=1)),
+    "sara": SaRA(sparsity=0.9),
+    "sara that keeps most": SaRA(sparsity=0.1),
+    "narrow": every(Narrow()),
+    "down": every(Ramp(initial=0.2, every=1)),
+    "moving": every(DropGrow(every=2)),
+    "s2ft": S2FT(),
+    "2:4": SHiRA(sparsity=0.5, grain="2:4"),
+}
 
 
 @pytest.mark.parametrize("name", HEALTHY)
@@ -196,7 +214,7 @@ def test_layers_that_rest_are_not_suspected() -> None:
 
 @dataclass(frozen=True)
 class Loose(LoRA):
-    """One delta is made and not attached."""
+    """Make one delta that is not attached to the model."""
 
     name: ClassVar[str] = "loose"
 
@@ -262,13 +280,14 @@ def test_statistics_of_batches_that_move_are_found() -> None:
         session.model.vit.running_mean += 1
 
     assert watched(LoRA(rank=2), model=model, harm=count)[1] == [
-        "1 buffers of the model changed in training (first: vit.running_mean), and the stored change does not hold them"
+        "1 buffers of the model changed in training (first: vit.running_mean), "
+        "and the stored change does not hold them"
     ]
 
 
 @dataclass(frozen=True)
 class Fewer(SHiRA):
-    """Trains some entries less, or more, than asked."""
+    """Train fewer entries, or more, than requested."""
 
     name: ClassVar[str] = "fewer"
     by: float = 0.5
@@ -303,7 +322,7 @@ def test_a_kernel_that_is_not_thresholded_is_found(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("clip", [None, 0.01])
 def test_the_norm_that_is_logged_is_that_of_all_gradients(clip: float | None) -> None:
-    """The oracle: autograd on the same batch, in a second session."""
+    """The oracle is autograd on the same batch, in a second session."""
     sessions = [contract.begin(LoRA(rank=2), train=replace(contract.TRAIN, clip=clip)) for _ in range(2)]
     step = next(sessions[0].steps())
     sessions[1].start()
@@ -320,7 +339,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 def test_a_run_is_marked_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A method that forgets where its change ends."""
+    """Change the base in ``after_step``, outside of the method's parts."""
 
     def spill(self: LoRA, run: Any, state: Any) -> None:
         next(iter(patched(run.model).values())).base.bias.data += 0.5
