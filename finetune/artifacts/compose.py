@@ -55,7 +55,9 @@ def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
         if part not in on_layers:
             other.add(part.describe())
     if other or not layers:
-        fault = f"it stores {' and '.join(sorted(other))}" if other else "it trains the head only"
+        fault = "it trains the head only"
+        if other:
+            fault = f"it stores {' and '.join(sorted(other))}"
         raise ConfigError(
             f"method={setup.config.method.name} has no sparse change that could be added: {fault}. "
             "Compose runs of sparse methods, for example method=shira."
@@ -98,7 +100,9 @@ def compose(
     if weights is None:
         weights = [1.0] * len(runs)
     _check(runs, out, weights, head)
-    head_run = _place_of(head, runs) if head else len(runs) - 1
+    head_run = len(runs) - 1
+    if head:
+        head_run = _place_of(head, runs)
     changes: list[dict[str, SparseChange]] = []
     about_runs = []
     setup, head_values = None, dict[str, Tensor]()

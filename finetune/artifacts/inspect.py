@@ -66,7 +66,9 @@ class Spectrum:
 def _gram(w: Tensor) -> Tensor:
     """Return the smaller of the two Gram matrices, float64."""
     wide = w.double()
-    return wide.T @ wide if w.shape[0] >= w.shape[1] else wide @ wide.T
+    if w.shape[0] >= w.shape[1]:
+        return wide.T @ wide
+    return wide @ wide.T
 
 
 def spectrum(w: Tensor, k: int) -> Spectrum:
@@ -74,13 +76,13 @@ def spectrum(w: Tensor, k: int) -> Spectrum:
 
     That is several times faster than an SVD, and exact to about 1e-8 of the largest value.
     """
-    tall = w.shape[0] >= w.shape[1]
     values, vectors = torch.linalg.eigh(_gram(w))
     sigma = values.clamp(min=0).sqrt().flip(0)
     short = vectors.flip(1)[:, :k]
-    wide = w.double() if tall else w.double().T
-    long = torch.linalg.qr(wide @ short).Q  # orthonormal even if the rank is below k
-    return Spectrum(sigma, long, short) if tall else Spectrum(sigma, short, long)
+    # The other side's vectors are orthonormal even if the rank is below k.
+    if w.shape[0] >= w.shape[1]:
+        return Spectrum(sigma, torch.linalg.qr(w.double() @ short).Q, short)
+    return Spectrum(sigma, short, torch.linalg.qr(w.double().T @ short).Q)
 
 
 def singular_values(w: Tensor) -> Tensor:
@@ -227,10 +229,15 @@ def others(setup: Setup) -> list[dict[str, Any]]:
                     "parameter": name,
                     "entries": before.numel(),
                     "changed": int((after != before).sum()),
-                    "relative_norm": float(change / weight) if weight else None,
+                    "relative_norm": _divide(float(change), float(weight), None),
                 }
             )
     return rows
+
+
+def _divide(part: float, whole: float, if_empty: float | None) -> float | None:
+    """Return ``part / whole``; ``if_empty`` if ``whole`` is 0."""
+    return part / whole if whole else if_empty
 
 
 def _plain_name(name: str) -> str:
@@ -292,7 +299,7 @@ def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
             hits += part["hits"]
             total += part["of"]
             expected += part["chance"] * part["of"]
-        overlap[name] = {"hits": hits, "of": total, "chance": expected / total if total else 0.0}
+        overlap[name] = {"hits": hits, "of": total, "chance": _divide(expected, total, 0.0)}
     return shared({**found, "overlap": overlap})
 
 
@@ -300,12 +307,12 @@ def shared(row: Mapping[str, Any]) -> dict[str, Any]:
     """Add the shares that follow from a row's counts."""
     overlap = {}
     for name, counts in row["overlap"].items():
-        overlap[name] = {**counts, "share": counts["hits"] / counts["of"] if counts["of"] else None}
+        overlap[name] = {**counts, "share": _divide(counts["hits"], counts["of"], None)}
     return {
         **row,
         "density": row["changed"] / row["entries"],
         "density_bf16": row["changed_bf16"] / row["entries"],
-        "relative_norm": row["change_norm"] / row["weight_norm"] if row["weight_norm"] else 0.0,
+        "relative_norm": _divide(row["change_norm"], row["weight_norm"], 0.0),
         "overlap": overlap,
     }
 

@@ -130,14 +130,16 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
 def _row(name: str, rounded: Tensor, exact: Tensor, change: Tensor | None) -> dict[str, Any]:
     """Describe the rounding error of one parameter."""
     error = rounded.double() - exact
-    norm, of_exact = float(error.norm()), float(exact.norm())
-    of_change = 0.0 if change is None else float(change.norm())
-    return {
-        "layer": name,
-        "largest_error": float(error.abs().max()) if error.numel() else 0.0,
-        "relative_error": norm / of_exact if of_exact else 0.0,
-        "error_of_change": norm / of_change if of_change else None,
-    }
+    norm, norm_of_exact = float(error.norm()), float(exact.norm())
+    row = {"layer": name, "largest_error": 0.0, "relative_error": 0.0, "error_of_change": None}
+    if error.numel():
+        row["largest_error"] = float(error.abs().max())
+    if norm_of_exact:
+        row["relative_error"] = norm / norm_of_exact
+    norm_of_change = 0.0 if change is None else float(change.norm())
+    if norm_of_change:
+        row["error_of_change"] = norm / norm_of_change
+    return row
 
 
 def live_logits(setup: Setup) -> list[Tensor]:

@@ -82,7 +82,9 @@ def _threads_of(files: RunFolder) -> int | None:
         threads = files.read_result().get("threads")
     except ConfigError:
         return None
-    return threads if isinstance(threads, int) and 0 < threads < 1024 else None
+    if isinstance(threads, int) and 0 < threads < 1024:
+        return threads
+    return None
 
 
 def _read_config(files: RunFolder) -> Config:
@@ -197,7 +199,9 @@ def _changed_versions(result: Mapping[str, Any]) -> str:
     for name, version in versions().items():
         if before.get(name) != version:
             changed.append(f"{name} {before.get(name)} then and {version} now")
-    return f"; {', '.join(changed)}" if changed else ""
+    if not changed:
+        return ""
+    return f"; {', '.join(changed)}"
 
 
 def _check_resume(files: RunFolder, say: Say) -> str:

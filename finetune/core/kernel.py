@@ -34,8 +34,9 @@ class Kernelized(Reparam):
     Options:
         rank: Number of columns of the factors, summed over both distances.
         sparsity: Share of the entries of each change that is set to zero.
-        sparsifier: How the kernel K becomes the change, with the threshold t. ``released`` (the authors' code)
-            is K |K| where |K| > t, with |K| constant in the gradient; ``paper`` (eq. 5) is K max(|K| - t, 0).
+        sparsifier: How the kernel K becomes the change, with the threshold t. ``released`` (the authors'
+            code) is K |K| where |K| > t, with |K| constant in the gradient; ``paper`` (eq. 5) is
+            K max(|K| - t, 0).
         scale: Factor of the distances.
         dropout: Dropout of the layer's input, for the change only.
         drop_path: Probability that the change is left out for an example.
