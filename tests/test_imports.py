@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import runpy
 from pathlib import Path
 
@@ -66,3 +67,28 @@ def test_only_config_and_launchers_know_hydra() -> None:
         if "import hydra" in text or "from hydra" in text or "omegaconf" in text:
             users.add(module)
     assert users == {"finetune.config.load", "finetune.config.grammar", "finetune.sweep.jobs"}
+
+
+def test_only_core_and_methods_ask_for_the_class_of_a_part_or_method() -> None:
+    """Other folders use what parts, states and methods declare."""
+    total, _, _ = RULER["collect"](ROOT)
+    assert total.places.get("isinstance", []) == []
+
+
+def test_the_ruler_finds_each_way_to_ask_for_a_class() -> None:
+    asking = [
+        "isinstance(x, InPlace)",
+        "hasattr(state, 'tuner')",
+        "getattr(method, 'grain', None)",
+        "type(delta).__name__ == 'LowRank'",
+    ]
+    harmless = [
+        "isinstance(x, str)",
+        "hasattr(value, 'item')",
+        "getattr(torch, 'x', None)",
+        "f'{type(x).__name__}'",
+    ]
+    for expressions, expected in ((asking, True), (harmless, False)):
+        for text in expressions:
+            node = ast.parse(text, mode="eval").body
+            assert RULER["asks_for_class"](node, {"InPlace"}) is expected, text

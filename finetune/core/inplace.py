@@ -24,15 +24,16 @@ def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list
     """
     replaced: list[nn.Parameter] = []
 
-    def cast_parameter(*_: Any) -> None:
-        parameter = owner._parameters[leaf]
+    # The hooks act on the module that runs: in a deep copy of the model that is not ``owner``.
+    def cast_parameter(module: nn.Module, *_: Any) -> None:
+        parameter = module._parameters[leaf]
         if parameter is not None and parameter.dtype != dtype:
             replaced.append(parameter)
-            owner._parameters[leaf] = cast(nn.Parameter, parameter.to(dtype))
+            module._parameters[leaf] = cast(nn.Parameter, parameter.to(dtype))
 
-    def restore_parameter(*_: Any) -> None:
+    def restore_parameter(module: nn.Module, *_: Any) -> None:
         if replaced:
-            owner._parameters[leaf] = replaced.pop()
+            module._parameters[leaf] = replaced.pop()
 
     before = owner.register_forward_pre_hook(cast_parameter)
     after = owner.register_forward_hook(restore_parameter, always_call=True)

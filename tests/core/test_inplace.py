@@ -59,6 +59,20 @@ def test_low_precision_parameters_are_trained_in_float32_and_come_back_as_they_w
     assert torch.equal(net[0].weight, before)
 
 
+def test_a_copy_of_a_low_precision_model_runs_by_itself() -> None:
+    """Parameters in float32 are cast while their module runs; in a copy that is the copied module."""
+    net = model().bfloat16()
+    InPlace(net, ["0.weight"], keep=True)
+    x = torch.randn(2, 3, dtype=torch.bfloat16)
+    y = net(x)
+    twin = copy.deepcopy(net)
+    assert torch.equal(twin(x), y)
+    twin[0].weight.data += 1
+    assert not torch.equal(twin(x), y)
+    assert torch.equal(net(x), y)
+    assert net[0].weight.dtype == twin[0].weight.dtype == torch.float32
+
+
 def test_without_a_source_the_base_cannot_be_read_again() -> None:
     with pytest.raises(RuntimeError, match="came from a file"):
         InPlace(model(), ["0.weight"], keep=False).gate = 0.0

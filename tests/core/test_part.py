@@ -269,6 +269,23 @@ def dense_change(delta: Delta, linear: nn.Linear) -> Tensor:
     return kernel * (kernel.abs() - cut).relu()
 
 
+@pytest.mark.parametrize("name", ["sparse", "low rank", "branch"])
+def test_the_declared_change_is_the_change(name: str) -> None:
+    """The oracle is the dense matrix that the delta forms."""
+    linear = layer()
+    delta = DELTAS[name](linear)
+    if isinstance(delta, SparseDelta):
+        delta.bank.double()
+    changes, dense = delta.changes(), torch.zeros(4, 5, dtype=torch.float64)
+    assert (changes.entries is None) == (name != "sparse")
+    if changes.entries is not None:
+        assert changes.entries.index.diff().gt(0).all()
+        dense.view(-1)[changes.entries.index] = changes.entries.values.double()
+    elif changes.factors is not None:
+        dense = changes.factors.scale * changes.factors.b @ changes.factors.a
+    torch.testing.assert_close(dense, delta(linear.weight), rtol=1e-6, atol=1e-6)
+
+
 def test_an_edit_is_differentiated_with_the_gate_of_the_forward_pass() -> None:
     class Scale(Edit):
         def __init__(self) -> None:
