@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
@@ -55,15 +55,19 @@ class Case:
 
 @dataclass(frozen=True)
 class Published:
-    """The default hyperparameters of a paper, and where this project departs from them.
+    """The default hyperparameters of a paper or of its authors' code, and where this project departs from them.
 
-    ``source``: the arXiv number, or the code that was read. ``values``: the value of each field as published.
-    ``departures``: for each field whose default here is another one, that default and the reason.
+    ``source``: the arXiv number, and what was read. ``values``: the published value of each field. ``departures``:
+    for a field whose default here is another one, that default and the reason.
     """
 
     source: str
     values: dict[str, Any]
-    departures: dict[str, tuple[Any, str]]
+    departures: dict[str, tuple[Any, str]] = field(default_factory=dict)
+
+    def expected(self) -> dict[str, Any]:
+        """Return the default that each field must have."""
+        return self.values | {name: default for name, (default, _) in self.departures.items()}
 
 
 SMOKE = ("step_zero", "gradients", "stored", "merge", "base_untouched")

@@ -20,13 +20,25 @@ from finetune.methods.reparam.amt import AMT, Mask, damp
 from finetune.optim.adamw import AdamW
 from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session, make_optimizer
 
 CASES = [
     Case("amt", AMT, ("vit", "gpt2"), data_dependent=True, budget=393_216),
     Case("amt plain", lambda: AMT(gdr=0.0), data_dependent=True),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2307.15049: the configurations of the released code",
+    {
+        "targets": ("attention",),
+        "initial": 1e-2,
+        "threshold": 5e-3,
+        "penalty": 1e-4,
+        "gdr": 1.0,
+        "temperature": 1.0,
+    },
+)
 
 test_contract = contract_test(CASES)
 

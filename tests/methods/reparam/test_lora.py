@@ -9,7 +9,7 @@ from finetune.core.lowrank import LowRank
 from finetune.core.part import Patched
 from finetune.methods.reparam.lora import LoRA
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case("lora", lambda: LoRA(rank=4), ("vit", "gpt2", "llama")),
@@ -19,6 +19,13 @@ CASES = [
         data_dependent=True,
     ),
 ]
+
+# Rank and alpha are those of the authors' runs on RoBERTa large, from memory and not looked up again.
+PUBLISHED = Published(
+    "arXiv 2106.09685",
+    {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "v")},
+    {"targets": (("all",), "all linear layers, as for every other method")},
+)
 
 test_contract = contract_test(CASES)
 

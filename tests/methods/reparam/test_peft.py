@@ -9,7 +9,7 @@ from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LoRA
 from finetune.methods.reparam.peft import AdaLoraRanks, Peft
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case(
@@ -19,6 +19,8 @@ CASES = [
         settings=("method.config.lora_dropout=0.2",),
     )
 ]
+
+PUBLISHED = Published("huggingface/peft: its own defaults, since no setting is passed on", {"config": {}})
 
 test_contract = contract_test(CASES)
 

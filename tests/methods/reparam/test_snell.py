@@ -17,7 +17,7 @@ from finetune.core.part import changed_linear
 from finetune.core.site import Site
 from finetune.methods.reparam.snell import SNELL
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case("snell", lambda: SNELL(rank=8, sparsity=0.9), ("vit", "gpt2", "llama"), data_dependent=True),
@@ -30,6 +30,23 @@ CASES = [
         data_dependent=True,
     ),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2411.01800: rank of the VTAB scripts, sparsity of the ablation in table 5a, the rest from the code",
+    {
+        "rank": 32,
+        "sparsity": 0.9,
+        "sparsifier": "released",
+        "scale": 0.1,
+        "dropout": 0.1,
+        "drop_path": 0.1,
+        "class_token": True,
+    },
+    {
+        "dropout": (0.0, "the same training for all methods; dropout is a setting"),
+        "drop_path": (0.0, "the same training for all methods; dropout is a setting"),
+    },
+)
 
 test_contract = contract_test(CASES)
 

@@ -20,7 +20,7 @@ from finetune.methods.reparam.snell import SNELL
 from finetune.methods.reparam.snella import SNELLA, Competing
 from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session
 
 CASES = [
@@ -37,6 +37,31 @@ CASES = [
         data_dependent=True,
     ),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2510.24037: the released code and its scripts",
+    {
+        "rank": 32,
+        "sparsity": 0.9,
+        "sparsifier": "released",
+        "scale": 0.1,
+        "softmax": True,
+        "initial": 0.0,
+        "start": 0.0,
+        "end": 1.0,
+        "every": 1,
+        "betas": (0.85, 0.85),
+        "dropout": 0.1,
+        "drop_path": 0.1,
+        "class_token": True,
+    },
+    {
+        "end": (0.8, "the last steps train with the final division"),
+        "every": (10, "the code divides once an epoch, this once in so many steps"),
+        "dropout": (0.0, "the same training for all methods; dropout is a setting"),
+        "drop_path": (0.0, "the same training for all methods; dropout is a setting"),
+    },
+)
 
 test_contract = contract_test(CASES)
 

@@ -22,7 +22,7 @@ from finetune.methods.baseline.full import Full
 from finetune.methods.sparse.hft import HFT, draw_frozen
 from finetune.optim.adamw import AdamW
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
 
@@ -31,6 +31,11 @@ CASES = [
     Case("hft rounds", lambda: HFT(rounds=3), ("vit", "gpt2"), selectable=False),
     Case("hft block norms", lambda: HFT(scope="block", norms=True), selectable=False),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2404.18466: half of the matrices of each category, drawn once",
+    {"sparsity": 0.5, "scope": "category", "norms": False, "rounds": 1},
+)
 
 test_contract = contract_test(CASES)
 

@@ -14,10 +14,23 @@ from finetune.methods.sparse.id3 import ID3
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.grow import Grow
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.loss import count, example_losses
 
 CASES = [Case("id3", lambda: ID3(sparsity=0.9), ("vit", "gpt2"), data_dependent=True)]
+
+PUBLISHED = Published(
+    "arXiv 2408.14470: the schedule of the paper, eps and power of the README's example",
+    {
+        "score": "d3",
+        "scope": "model",
+        "schedule": Grow(every=1, end=1.0),
+        "eps": 1e-3,
+        "power": 0.0,
+        "decay": "base",
+    },
+    {"power": (1.0, "0 would be the size of the gradient alone, which is another score")},
+)
 
 test_contract = contract_test(CASES)
 

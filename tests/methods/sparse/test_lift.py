@@ -13,7 +13,7 @@ from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.methods.sparse.lift import LIFT
 from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case(
@@ -24,6 +24,20 @@ CASES = [
         settings=("schedule.every=2",),
     )
 ]
+
+PUBLISHED = Published(
+    "arXiv 2506.00772: about 5 % of the entries, rank 64 for approximation, a refresh every 50 to 1000 steps",
+    {
+        "sparsity": 0.95,
+        "score": "lowrank_magnitude",
+        "direction": "largest",
+        "scope": "matrix",
+        "grain": "element",
+        "rank": 64,
+        "schedule": Redraw(every=50, dropped="kept"),
+        "decay": "zero",
+    },
+)
 
 test_contract = contract_test(CASES)
 

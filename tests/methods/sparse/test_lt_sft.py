@@ -11,7 +11,7 @@ from finetune.core.sparse.engine import Dense
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.schedules.one_shot import OneShot
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case(
@@ -23,6 +23,12 @@ CASES = [
         selectable=False,
     )
 ]
+
+PUBLISHED = Published(
+    "arXiv 2110.07560: the task scripts of the released code; 3 of 13 epochs are dense for entity recognition",
+    {"score": "change", "scope": "model", "schedule": OneShot(dense=3 / 13), "l1": 0.0, "decay": "base"},
+    {"schedule": (OneShot(dense=0.25), "a round number near 3 / 13")},
+)
 
 test_contract = contract_test(CASES)
 

@@ -9,10 +9,16 @@ from torch import Tensor
 
 from finetune.core.part import patched
 from finetune.methods.sparse.off_principal import OffPrincipal
+from finetune.schedules.static import Static
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [Case("off_principal", lambda: OffPrincipal(rank=4))]
+
+PUBLISHED = Published(
+    "arXiv 2511.08567: the case study; it does not state the rank",
+    {"sparsity": 0.5, "score": "off_principal", "scope": "matrix", "schedule": Static(), "decay": "base"},
+)
 
 test_contract = contract_test(CASES)
 

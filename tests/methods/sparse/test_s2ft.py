@@ -21,11 +21,16 @@ from finetune.errors import ConfigError
 from finetune.methods.sparse.s2ft import S2FT
 from finetune.optim.adamw import AdamW
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
 
 CASES = [Case("s2ft", lambda: S2FT(d=0.1, u=0.1))]
+
+PUBLISHED = Published(
+    "arXiv 2412.06289: the released script for Llama 3 8B",
+    {"v": 0.0, "o": 0.0, "u": 0.0, "d": 0.03},
+)
 
 test_contract = contract_test(CASES)
 

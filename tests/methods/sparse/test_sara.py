@@ -20,10 +20,24 @@ from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.narrow import Narrow
 from finetune.schedules.static import Static
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session, rate
 
 CASES = [Case("sara", lambda: SaRA(sparsity=0.9), ("vit", "gpt2"), data_dependent=True)]
+
+PUBLISHED = Published(
+    "arXiv 2409.06633: narrowing at half of the run to 15 to 20 % of the entries, penalty of the text",
+    {
+        "score": "magnitude",
+        "direction": "smallest",
+        "scope": "model",
+        "schedule": Narrow(at=0.5, keep=0.2, dropped="kept"),
+        "decay": "zero",
+        "penalty": 5e-3,
+        "threshold": 2e-3,
+    },
+    {"threshold": (None, "a threshold fits one model; the share of the entries fits all")},
+)
 
 test_contract = contract_test(CASES)
 

@@ -1,4 +1,4 @@
-"""Test SHiRA's vector form against its other form: the whole weight trained with masked gradients."""
+"""The invariants of SHiRA in its vector form. The oracle is the other form: the whole weight trained with masked gradients."""
 
 from __future__ import annotations
 
@@ -13,12 +13,25 @@ from finetune.core.part import patched
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.methods.sparse.shira import SHiRA
-from finetune.storage.delta import load_delta, save_delta
+from finetune.schedules.static import Static
+from finetune.storage import delta as stored
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session
 
 CASES = [Case("shira", lambda: SHiRA(sparsity=0.9), ("vit", "gpt2", "llama"))]
+
+PUBLISHED = Published(
+    "arXiv 2406.13175: 2 % of the entries for images; huggingface/peft for the mask",
+    {
+        "sparsity": 0.98,
+        "score": "random",
+        "scope": "matrix",
+        "grain": "element",
+        "schedule": Static(),
+        "decay": "base",
+    },
+)
 
 test_contract = contract_test(CASES)
 
@@ -64,7 +77,7 @@ def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
 
 
 def test_change_has_high_rank() -> None:
-    """With out = in = 256 and the budget of a LoRA of rank 4 the rank is 256."""
+    """The card: out = in = 256 and the budget of a LoRA of rank 4 gave rank 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
     bank = Bank([site], 4 * 512)
     bank.place(
@@ -75,7 +88,7 @@ def test_change_has_high_rank() -> None:
 
 
 def changes(method: SHiRA) -> list[torch.Tensor]:
-    """Return S of each layer after training."""
+    """S of each layer after training."""
     session = contract.finish(started(method))
     deltas = [layer.deltas[0] for layer in patched(session.model).values()]
     return [delta(delta.bank.values).detach() for delta in deltas]
@@ -83,7 +96,7 @@ def changes(method: SHiRA) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("grain", ["element", "row", "column"])
 def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
-    """They are if less than half of the entries is trained."""
+    """The card's invariant 6: below a half."""
     top, bottom = (
         places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain)))
         for d in ("largest", "smallest")
@@ -94,7 +107,7 @@ def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
 
 
 def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
-    """S1^T S2 is exactly 0. Adapters of single entries do interfere."""
+    """The card's invariant 8: S1^T S2 = 0 exactly. Adapters of single entries do interfere."""
     for grain in ("row", "element"):
         first, second = (
             changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain))
@@ -167,8 +180,8 @@ def test_forward_leaves_the_base_as_it_was_and_gate_zero_is_the_base() -> None:
 
 def test_stored_indices_come_back_whatever_the_seed(tmp_path: Path) -> None:
     session, other = contract.finish(started(SHiRA(sparsity=0.9))), started(SHiRA(sparsity=0.9), seed=5)
-    save_delta(tmp_path / "delta", session.states, {})
-    load_delta(tmp_path / "delta", other.states)
+    stored.save(tmp_path / "delta", session.states, {})
+    stored.load(tmp_path / "delta", other.states)
     assert all(torch.equal(a, b) for a, b in zip(places(session), places(other), strict=True))
     assert torch.equal(session.states["method"]["bank"].values, other.states["method"]["bank"].values)
 
@@ -178,7 +191,7 @@ def test_stored_size_is_at_most_six_bytes_an_entry_at_two_percent(tmp_path: Path
     k = round(0.02 * 768 * 768)
     bank = Bank(sites, 3 * k)
     bank.place([torch.randperm(s.size)[:k].sort().values for s in sites])
-    save_delta(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
+    stored.save(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
     assert (tmp_path / "delta" / "delta.safetensors").stat().st_size <= 6 * len(bank.values)
 
 

@@ -31,7 +31,7 @@ from finetune.selectors.ist import IST
 from finetune.storage import checkpoint
 from finetune.storage.delta import tensors_to_store
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.testing.contract import Kind
 from finetune.training.session import Session, rate
 
@@ -53,6 +53,20 @@ CASES = [
         data_dependent=True,
     ),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2401.16405: the defaults of the released code",
+    {
+        "sparsity": 0.99,
+        "score": "random",
+        "scope": "matrix",
+        "criterion": "ag",
+        "schedule": DropGrow(every=20, rate=0.2, decay="linear", dropped="base"),
+        "window": 5,
+        "decay": "base",
+    },
+    {"sparsity": (0.98, "the share that all sparse methods here have by default")},
+)
 
 test_contract = contract_test(CASES)
 

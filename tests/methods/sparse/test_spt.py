@@ -21,7 +21,7 @@ from finetune.errors import ConfigError
 from finetune.methods.sparse.spt import SPT, divide_budget
 from finetune.storage.delta import load_delta, save_delta, tensors_to_store
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session
 
 CASES = [
@@ -33,6 +33,11 @@ CASES = [
         settings=("method.batches=2",),
     )
 ]
+
+PUBLISHED = Published(
+    "arXiv 2303.08566: the released code",
+    {"rank": 8, "alpha": 10.0, "batches": 16, "class_token": True},
+)
 
 test_contract = contract_test(CASES)
 

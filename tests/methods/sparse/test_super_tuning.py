@@ -7,13 +7,27 @@ import torch
 from finetune.core.lowrank import LowRank
 from finetune.core.part import patched
 from finetune.methods.sparse.super_tuning import SuperTuning
+from finetune.schedules.static import Static
 from finetune.testing import contract
-from finetune.testing.cases import Case, contract_test
+from finetune.testing.cases import Case, Published, contract_test
 
 CASES = [
     Case("super_tuning", lambda: SuperTuning(sparsity=0.9)),
     Case("super_tuning branch", lambda: SuperTuning(sparsity=0.9, branch=2), ("vit", "gpt2")),
 ]
+
+PUBLISHED = Published(
+    "arXiv 2607.09287: the code of huggingface/peft",
+    {
+        "sparsity": 0.99,
+        "score": "magnitude",
+        "direction": "largest",
+        "scope": "matrix",
+        "schedule": Static(),
+        "decay": "base",
+        "branch": 0,
+    },
+)
 
 test_contract = contract_test(CASES)
 
