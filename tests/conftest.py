@@ -7,6 +7,7 @@ import gc
 import sys
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,6 +26,7 @@ STARTS = frozenset(
     }
 )
 MAY_START = ("processes", "slow", "browser", "slurm")
+FAMILIES = sorted(path.name for path in (Path(__file__).parent / "methods").iterdir() if path.is_dir())
 running: pytest.Item | None = None  # the test that runs now, if it may not start a process
 
 
@@ -52,6 +54,38 @@ def report_fork_exec(*arguments: Any) -> Any:
 # sys.addaudithook(refuse_processes)  # switched on as soon as all tests have their marks, within the hour
 fork_exec = _posixsubprocess.fork_exec
 _posixsubprocess.fork_exec = report_fork_exec
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Let ``--family`` choose the tests of one family of methods."""
+    parser.addoption("--family", choices=FAMILIES, help="only the tests of this family of methods")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Deselect the tests that do not belong to the family that ``--family`` names."""
+    family = config.getoption("--family")
+    if not family:
+        return
+    others = [item for item in items if family not in families_of(item)]
+    items[:] = [item for item in items if family in families_of(item)]
+    config.hook.pytest_deselected(items=others)
+
+
+def families_of(item: pytest.Item) -> set[str]:
+    """Name the families that a test belongs to, by its folder or by the methods among its parameters."""
+    from finetune import registry
+    from finetune.testing.cases import Case
+
+    methods = registry.catalog("method")
+    found = set(item.path.parts)
+    for value in item.callspec.params.values() if hasattr(item, "callspec") else ():
+        if isinstance(value, Case):
+            found.add(value.family)
+        elif isinstance(value, str) and value in methods:
+            found.add(methods[value].module.split(".")[-2])
+        elif isinstance(value, str):
+            found |= set(value.split())
+    return found & set(FAMILIES)
 
 
 @pytest.hookimpl(wrapper=True)
