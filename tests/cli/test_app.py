@@ -1,4 +1,9 @@
-"""The command as a user types it: exit codes, messages, what is written and what is not."""
+"""The commands as a user types them: exit codes, messages, what is written and what is not.
+
+The real ``main`` is called in this process; tests/cli/test_start.py starts it in a new one.
+"""
+
+from __future__ import annotations
 
 import json
 import os
@@ -6,7 +11,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +19,7 @@ import pytest
 import finetune
 from finetune.registry import catalog
 
-from ..support.nursery import nursery
+from ..support.command import Said, call
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 MODEL = Path(finetune.__file__).parent / "models" / "tiny_vit"
@@ -29,26 +33,15 @@ SMALL = [
 ]
 
 
-@dataclass
-class Said:
-    code: int
-    out: str
-    err: str
-
-
 Command = Callable[..., Said]
 
 
 @pytest.fixture(scope="module")
-def command(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Command]:
-    """Runs ``finetune`` with the given words, in ``folder``."""
-    with nursery(tmp_path_factory.mktemp("said")) as made:
-
-        def run(*words: object, folder: Path) -> Said:
-            child = made.run(*map(str, words), folder=folder)
-            return Said(child.wait(), child.out, child.said)
-
-        yield run
+def command() -> Iterator[Command]:
+    """Run ``finetune`` with the given words, in ``folder``, on a terminal of 160 columns."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("COLUMNS", "160")
+        yield call
 
 
 Refuse = Callable[..., list[str]]
@@ -56,7 +49,7 @@ Refuse = Callable[..., list[str]]
 
 @pytest.fixture
 def refuse(command: Command, tmp_path: Path) -> Refuse:
-    """Runs a command that must be refused: exit 2, only messages, nothing written. Returns the messages."""
+    """Run a command that must be refused: exit 2, only messages, nothing written. Returns the messages."""
 
     def run(*words: object, folder: Path | None = None) -> list[str]:
         folder = folder or tmp_path
@@ -80,7 +73,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def real(*words: str, folder: Path) -> Said:
-    """The same in a process started from nothing."""
+    """Run ``finetune`` in a new process."""
     done = subprocess.run(
         [sys.executable, "-m", "finetune", *words], cwd=folder, env=ENV, capture_output=True, text=True
     )
@@ -145,6 +138,7 @@ def test_bad_settings(refuse: Refuse, words: list[str], messages: list[str]) -> 
     assert all(message in line for line, message in zip(lines, messages, strict=True)), lines
 
 
+@pytest.mark.processes
 def test_bad_settings_in_a_fresh_process(tmp_path: Path) -> None:
     said = real("train", "method=snel", folder=tmp_path)
     assert (said.code, said.out, len(said.err.splitlines())) == (2, "", 1)
