@@ -1,4 +1,4 @@
-"""Declare what a method's own test file tells the tests that try every method, and find it in a folder of tests."""
+"""Read what a method's own test file says of the method, for the tests that try every method."""
 
 from __future__ import annotations
 
@@ -25,12 +25,13 @@ class Case:
     ``make``: gives a new instance.
     ``kinds``: the tiny models on which the contract is tried.
     ``optimizer``: the optimizer's settings in the contract.
-    ``data_dependent``: the data or random draws decide what is trained, so two processes that split a batch end
-    nearly where one does, and not within rounding.
+    ``data_dependent``: the data or random draws decide what is trained. Two processes that split a batch then
+    end near one process, but not within rounding.
     ``settings``: the same for the command line, where defaults do nothing in a short run ("method.window=1").
     ``selectable``: False if ``selector=ist`` refuses the method.
-    ``budget``: None if ``budget=49k`` is met within 2 %; else the number of values that the method trains of the
-    built-in model without its head, which no setting changes, or words of the refusal.
+    ``budget``: None if ``budget=49k`` can be met within 2 %. If no setting changes the size of a method, the
+    number of values that it trains in the built-in model without its head. If the budget is refused for another
+    reason, words of the message.
     """
 
     name: str
@@ -49,16 +50,16 @@ class Case:
 
     @property
     def family(self) -> str:
-        """Return the name of the folder of the method in ``finetune/methods``, or of its package elsewhere."""
+        """Return the folder of the method in ``finetune/methods``, or its package if it lies elsewhere."""
         return type(self.make()).__module__.split(".")[-2]
 
 
 @dataclass(frozen=True)
 class Published:
-    """The default hyperparameters of a paper or of its authors' code, and where this project departs from them.
+    """The default hyperparameters of a paper or of its authors' code, and the departures from them.
 
-    ``source``: the arXiv number, and what was read. ``values``: the published value of each field. ``departures``:
-    for a field whose default here is another one, that default and the reason.
+    ``source``: the arXiv number, and what was read. ``values``: the published value of each field.
+    ``departures``: for a field whose default here is another one, that default and the reason.
     """
 
     source: str
@@ -74,12 +75,12 @@ SMOKE = ("step_zero", "gradients", "stored", "merge", "base_untouched")
 
 
 def checks_for(method: Method) -> tuple[str, ...]:
-    """Name the checks of the contract that a method is put to.
+    """Name the checks of the contract that a method must pass.
 
-    A preset of the sparse engine is a subclass of ``Sparse`` that sets defaults and overrides no function. It gets
-    the checks of one training only (``SMOKE``). What the others look at is code of the engine alone: resuming, the
-    seed, micro-batches and bfloat16. They are tried on the engine with every score, schedule and grain in
-    tests/methods/sparse/test_sparse.py.
+    A preset of the sparse engine is a subclass of ``Sparse`` that sets defaults and overrides no function. It
+    must pass the checks that need one training (``SMOKE``). The others test code of the engine alone:
+    resuming, the seed, micro-batches and bfloat16. The tests of the engine run them with every schedule and
+    grain (tests/methods/sparse/test_sparse.py).
     """
     if method.is_preset():
         return SMOKE
@@ -119,7 +120,7 @@ def find_cases(folder: Path) -> list[Case]:
 
 
 def find_published(folder: Path) -> dict[str, Published]:
-    """Collect the ``PUBLISHED`` of every test file below ``folder``, by the name of the method of its first case."""
+    """Collect the ``PUBLISHED`` of every test file below ``folder``, by the method of its first case."""
     found = {}
     for module in _test_modules(folder):
         if "PUBLISHED" in vars(module):

@@ -1,8 +1,8 @@
 """Check what every method must guarantee: ``check(lambda: LoRA(rank=4))``.
 
-No check compares a method with itself alone. The references are the untouched model, an uninterrupted run, the
-whole batch, and the plain model after merging. The models are tiny and have random weights. The data is random
-and follows a rule that can be learned. One training of six steps serves most checks (see ``Trial``).
+No check compares a method with itself alone. The references are the untouched model, an uninterrupted run,
+the whole batch, and the plain model after merging. The models are tiny and have random weights. The data is
+random and follows a rule that can be learned. One training of six steps serves most checks (see ``Trial``).
 """
 
 from __future__ import annotations
@@ -109,7 +109,8 @@ def begin(
     """Make a session of ``method`` on a tiny model, or on ``model``."""
     model = model if model is not None else tiny(kind)
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
-    batches = Batches(examples(kind), train.batch_size, train.micro_batch_size, seed, workers=train.workers)  # type: ignore[arg-type]  # a list serves
+    data: Any = examples(kind)  # a list has what Batches needs of a data set
+    batches = Batches(data, train.batch_size, train.micro_batch_size, seed, workers=train.workers)
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
@@ -147,7 +148,7 @@ def same_values(a: nn.Module, b: nn.Module) -> None:
 
 @dataclass(frozen=True)
 class Standing:
-    """Everything that the rest of a run depends on: values, optimizer, random generators, place in the run."""
+    """Everything that the rest of a run depends on: values, optimizer, random generators and place."""
 
     tensors: dict[str, Tensor]
     optimizer_settings: str
@@ -234,9 +235,10 @@ class Trained:
 
 
 class Trial:
-    """One method on one kind of model, as the checks try it. It is trained once, when a check first asks for it.
+    """One method on one kind of model, as the checks try it. It is trained when a check first needs it.
 
-    ``make`` gives a new instance of the method, ``choose`` a new selector. Without ``optimizer`` it is ``OPTIMIZER``.
+    ``make`` gives a new instance of the method, ``choose`` a new selector. ``optimizer`` is by default
+    ``OPTIMIZER``.
     """
 
     def __init__(
@@ -275,7 +277,7 @@ class Trial:
 
 
 def check_step_zero(trial: Trial) -> None:
-    """Before the first step the output equals the base's if the method says ``neutral_start``, and differs if not."""
+    """The output before the first step equals the base's exactly if the method says ``neutral_start``."""
     neutral, base_logits = trial.make().neutral_start, logits(tiny(trial.kind), trial.kind)
     if neutral:
         equal = torch.allclose(trial.trained.start, base_logits, atol=1e-6)
@@ -319,8 +321,8 @@ def check_merge(trial: Trial) -> None:
 def check_resume(trial: Trial) -> None:
     """A run that continues from any of its checkpoints reaches the next one, and the end, with the same bits.
 
-    Each of the stretches between two checkpoints is run again by a new session. A value that a checkpoint lacks
-    is missed in the stretch in which the run uses it.
+    A new session runs each stretch between two checkpoints again. If a checkpoint lacks a value, the stretch
+    that uses the value differs.
     """
     whole = trial.trained
     for start, end in pairwise((*SAVED, STEPS)):
@@ -334,7 +336,7 @@ def check_resume(trial: Trial) -> None:
 
 
 def check_base_untouched(trial: Trial) -> None:
-    """Training changes the model; inside ``base`` and after ``detach`` it is the pretrained one to the bit."""
+    """Training changes the model; in ``base`` and after ``detach`` it is the pretrained one to the bit."""
     original, trained = tiny(trial.kind), trial.take_trained()
     session, base_logits = trained.session, logits(original, trial.kind)
     assert not torch.equal(trained.live, base_logits), "training changed nothing"
@@ -397,7 +399,7 @@ def check_bf16(trial: Trial) -> None:
     same_values(session.model, original)
 
 
-# in this order; check_base_untouched is the last of those that share one training, for it takes the session apart
+# In this order: check_base_untouched takes apart the session that the checks before it share.
 CHECKS: dict[str, Callable[[Trial], None]] = {
     "step_zero": check_step_zero,
     "gradients": check_gradients,

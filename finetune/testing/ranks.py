@@ -1,4 +1,4 @@
-"""Several processes that train together, for tests: a script is started once for each, on the CPU, and stores what it ended with."""
+"""Run a test script in several processes that train together on the CPU, and read what each has stored."""
 
 from __future__ import annotations
 
@@ -11,11 +11,15 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-LIMIT = 600  # seconds; an exchange that one process misses would wait for ever
+LIMIT = 600  # seconds; if one process misses a collective, the others would wait for ever
 
 
 def run(script: str, folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
-    """The tensors that each of ``world`` processes ``python SCRIPT FILE`` has stored in its FILE. Raises ``AssertionError`` if one fails."""
+    """Start ``python SCRIPT FILE`` in ``world`` processes and return the tensors that each stored in its
+    FILE.
+
+    Raises ``AssertionError`` if one of them fails.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
@@ -27,13 +31,12 @@ def run(script: str, folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
         "ACCELERATE_USE_CPU": "1",
     }
     files = [folder / f"{rank}-of-{world}.safetensors" for rank in range(world)]
-    started = [
-        subprocess.Popen(
-            [sys.executable, script, str(file)],
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
-        )
-        for rank, file in enumerate(files)
-    ]  # fmt: skip
+    started = []
+    for rank, file in enumerate(files):
+        environment = {**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+        command = [sys.executable, script, str(file)]
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        started.append(process)
     try:
         said = [process.communicate(timeout=LIMIT)[1] for process in started]
     finally:

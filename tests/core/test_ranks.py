@@ -1,4 +1,4 @@
-"""Two processes that train one sparse set together choose the same entries, and nearly those of one process at the same global batch."""
+"""Two processes that train one sparse set together choose the same entries, nearly those of one process."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from finetune.testing import contract, ranks
 from finetune.training.batches import Batches
 
 CASES = {
-    # one pass that tells all; every third batch has five examples, three here and two there
+    # one pass scores everything; every third batch has five examples: three here and two there
     "gradient": (
         None,
         Crossing(sparsity=0.9, score="gradient", scope="model", schedule=DropGrow(every=2, rate=0.4)),
     ),
-    # in turns; then the second process has none in one of its micro-batches
+    # scored matrix by matrix; the second process has an empty micro-batch now and then
     "fisher": (1, Crossing(sparsity=0.9, score="fisher", targets=("v",), schedule=Redraw(every=3))),
     "sensitivity": (2, Crossing(sparsity=0.9, score="sensitivity", targets=("v",), batches=3)),
     "random": (None, Crossing(sparsity=0.9, schedule=Redraw(every=2))),
@@ -31,7 +31,7 @@ CASES = {
 
 
 def train() -> dict[str, Tensor]:
-    """What runs go through and end with."""
+    """Train all cases; return the losses, the chosen entries and the final states."""
     kept: dict[str, Tensor] = {}
     for name, (micro, method) in CASES.items():
         session = contract.begin(method, train=replace(contract.TRAIN, micro_batch_size=micro))

@@ -1,4 +1,4 @@
-"""Several processes that train together have the same bits, and end as one process does at the same global batch."""
+"""Several processes that train together have the same bits, and end as one process with the whole batch."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Kept = dict[str, Tensor]
 
 
 def cases_named(which: str) -> list[Case]:
-    """The cases of the sample, of a family, or all that do not depend on the data."""
+    """Return the cases of the sample, of a family, or all that do not depend on the data."""
     if which == "sample":
         return [CASES[name] for name in SAMPLE]
     if which == "fixed":
@@ -65,7 +65,7 @@ def begin(method: Method, **options: Any) -> Session:
 
 
 def everything(cases: list[Case]) -> Kept:
-    """Train these cases and a few special ones. ``chosen`` marks those whose trained entries depend on the data."""
+    """Train these cases and a few special ones. ``chosen`` marks cases that depend on the data."""
     kept: Kept = {}
     uneven = replace(
         TRAIN, micro_batch_size=3
@@ -203,11 +203,13 @@ def test_alone_nothing_is_exchanged() -> None:
     collective.barrier()
 
 
-# out of memory on one process only: all halve, and none waits for one that does something else
+# If one process runs out of memory, all halve their micro-batches, and no collective is left waiting.
 
 
 def limited(most: int, where: str) -> Callable[[Any, Any], None]:
-    """A hook that finds no memory for more than ``most`` examples on the second process (or, alone, on the only one)."""
+    """Make a hook that finds no memory for more than ``most`` examples on the second process, or on the only
+    one.
+    """
 
     def check(module: Any, args: Any, kwargs: Any, output: Any) -> None:
         if len(kwargs["pixel_values"]) <= most or int(os.environ.get("RANK", "1")) != 1:
@@ -217,7 +219,7 @@ def limited(most: int, where: str) -> Callable[[Any, Any], None]:
         if output.logits.requires_grad:
             output.logits.register_hook(_no_memory)
 
-    return check  # type: ignore[return-value]
+    return check
 
 
 def _no_memory(grad: Tensor) -> None:
@@ -225,7 +227,7 @@ def _no_memory(grad: Tensor) -> None:
 
 
 def short_of_memory(most: int | None) -> Kept:
-    """Runs that find memory for ``most`` examples a pass, or are told so from the start (None)."""
+    """Train with memory for ``most`` examples a pass, or with that size given from the start (None)."""
     kept: Kept = {}
     for name, method in {"lora": LoRA(rank=2), "spiel": SPIEL(), "lt_sft": CASES["lt_sft"].make()}.items():
         for where in ("forward", "backward"):

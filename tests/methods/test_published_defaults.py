@@ -1,4 +1,4 @@
-"""Every method has the defaults that were published for it; each method's test file says which (``PUBLISHED``)."""
+"""Every method has the published defaults, which its test file lists as ``PUBLISHED``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Budgets: what is solved for against counting by hand, and against what real runs report."""
+"""Compare the settings that budgets are solved for with counts by hand and with what real runs report."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from finetune.sweep.solve import solve
 from finetune.testing.cases import Case, find_cases
 from finetune.training import run
 
-ENTRIES = "49k"  # near what low ranks reach, so that all methods can
+ENTRIES = "49k"  # near what low ranks reach, so that every method can meet it
 SHORT = [
     "train.steps=4",
     "train.eval_every=null",
@@ -44,7 +44,7 @@ SOLVED = [name for name, case in CASES.items() if case.budget is None]
 
 @pytest.fixture(scope="module")
 def shapes() -> list[tuple[int, int]]:
-    """Of the linear layers of the built-in model, from its weights."""
+    """Return the shapes of the linear layers of the built-in model, read from its weights."""
     from finetune.models.load import load as load_model
 
     config = load([])
@@ -58,18 +58,28 @@ def shapes() -> list[tuple[int, int]]:
 
 
 def value(words: list[str]) -> float:
-    """What was solved: the last of ``words``."""
+    """Return the value that was solved for, the last of ``words``."""
     return float(words[-1].partition("=")[2])
 
 
 @pytest.mark.parametrize(
     ("text", "kind", "target"),
     [
-        ("0.5%", "share", 5_000.0), ("100%", "share", 1e6), (".25%", "share", 2_500.0), ("400k", "trained", 4e5), ("1.5M", "trained", 1.5e6),
-        ("49152", "trained", 49_152.0), ("4e5", "trained", 4e5), ("2G", "trained", 2e9), ("1MB", "stored", 1e6), ("1MiB", "stored", 2.0**20),
-        ("512KiB", "stored", 2.0**19), ("1.5kB", "stored", 1_500.0), ("800B", "stored", 800.0),
+        ("0.5%", "share", 5_000.0),
+        ("100%", "share", 1e6),
+        (".25%", "share", 2_500.0),
+        ("400k", "trained", 4e5),
+        ("1.5M", "trained", 1.5e6),
+        ("49152", "trained", 49_152.0),
+        ("4e5", "trained", 4e5),
+        ("2G", "trained", 2e9),
+        ("1MB", "stored", 1e6),
+        ("1MiB", "stored", 2.0**20),
+        ("512KiB", "stored", 2.0**19),
+        ("1.5kB", "stored", 1_500.0),
+        ("800B", "stored", 800.0),
     ],
-)  # fmt: skip
+)
 def test_what_a_budget_means(text: str, kind: str, target: float) -> None:
     found = budget.parse(text)
     assert (found.kind, found.target(1_000_000)) == (kind, pytest.approx(target))
@@ -93,7 +103,7 @@ def test_real_runs_report_what_was_asked_for(
     monkeypatch.setattr(digits, "SIZES", {"train": 64, "val": 16, "test": 16})
     words = solve(ENTRIES, [f"method={method}", *CASES[method].settings, "name=n", "seed=1", *SHORT])
     config = load(words)
-    config = replace(config, run=run_folder(config).name)  # as the points of a sweep have it
+    config = replace(config, run=run_folder(config).name)  # as in a sweep
     result = run.train(config, run_folder(config), lambda line: None, lambda done, total, words: None)
     counted = size.measure(config)
     assert result["params"]["trained"] == counted.trained
@@ -101,7 +111,7 @@ def test_real_runs_report_what_was_asked_for(
     assert abs(counted.trained - counted.head - 49_000) <= 0.02 * 49_000
     assert (counted.stored == 0) == (method in ("lift", "spt"))
     if method in ("lora", "snell", "snella", "peft"):
-        assert abs(result["stored_bytes"] - counted.stored) <= 1  # a digit of the best step
+        assert abs(result["stored_bytes"] - counted.stored) <= 1  # the best step may have another digit
     elif counted.stored:
         assert result["stored_bytes"] == pytest.approx(counted.stored, rel=0.02)
 
@@ -147,7 +157,7 @@ def test_sparsity_by_counting(target: int, shapes: list[tuple[int, int]]) -> Non
 
 
 def test_units_by_brute_force(shapes: list[tuple[int, int]]) -> None:
-    """Columns of the down projections, int(d * all of them) of the model, each as long as the model is wide."""
+    """Of all columns of the down projections, int(d * all) are trained, each as long as the model is wide."""
     width = min(min(shape) for shape in shapes)
     columns = sum(in_ for out, in_ in shapes if in_ > out)
     for target in (width, 5 * width, 7 * width + 2, 100 * width):
@@ -172,7 +182,7 @@ def test_a_share_is_of_all_parameters() -> None:
 
 
 def test_other_settings_count_too() -> None:
-    """A branch beside the entries, a head of which not all is a site, another optimizer."""
+    """A branch beside the entries, fewer targets, and no class token."""
     for words in (
         ["method=super_tuning", "method.branch=1"],
         ["method=lora", "method.targets=[q,v]"],

@@ -1,4 +1,4 @@
-"""The invariants of SHiRA in its vector form. The oracle is the other form: the whole weight trained with masked gradients."""
+"""Compare SHiRA's vector of values with its other form, a whole weight trained with masked gradients."""
 
 from __future__ import annotations
 
@@ -71,13 +71,13 @@ def test_count_is_rounded_and_never_zero(size: tuple[int, int], sparsity: float,
 
 def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
     first, again, other = (places(started(SHiRA(sparsity=0.9), seed)) for seed in (0, 0, 1))
-    assert not torch.equal(first[0], first[1])  # q and k of the first block
+    assert not torch.equal(first[0], first[1])  # the query and the key of the first block
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_change_has_high_rank() -> None:
-    """The card: out = in = 256 and the budget of a LoRA of rank 4 gave rank 256."""
+    """With the budget of a LoRA of rank 4, a change of 256 x 256 has rank 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
     bank = Bank([site], 4 * 512)
     bank.place(
@@ -88,7 +88,7 @@ def test_change_has_high_rank() -> None:
 
 
 def changes(method: SHiRA) -> list[torch.Tensor]:
-    """S of each layer after training."""
+    """Return each layer's change after training."""
     session = contract.finish(started(method))
     deltas = [layer.deltas[0] for layer in patched(session.model).values()]
     return [delta(delta.bank.values).detach() for delta in deltas]
@@ -96,7 +96,7 @@ def changes(method: SHiRA) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("grain", ["element", "row", "column"])
 def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
-    """The card's invariant 6: below a half."""
+    """This holds for less than half of the entries."""
     top, bottom = (
         places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain)))
         for d in ("largest", "smallest")
@@ -107,7 +107,7 @@ def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
 
 
 def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
-    """The card's invariant 8: S1^T S2 = 0 exactly. Adapters of single entries do interfere."""
+    """S1^T S2 is exactly 0, which it is not for single entries."""
     for grain in ("row", "element"):
         first, second = (
             changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain))
