@@ -72,6 +72,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
+@pytest.mark.processes
 def test_the_same_bits_again(run: Path, tmp_path: Path) -> None:
     """In a real process; a path in its settings is meant from where the run was started."""
     before = files(tmp_path)
@@ -164,6 +165,7 @@ def test_only_finished_runs(run: Path, tmp_path: Path) -> None:
         reproduce(tmp_path)
 
 
+@pytest.mark.processes
 def test_a_repetition_that_fails(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     (run / "config.yaml").write_text("method: 1\n")
     with pytest.raises(RunFailed, match=r"could not be run again .exit code 2"):

@@ -55,6 +55,7 @@ def test_a_dry_run_tells_time_and_memory_and_writes_nothing(
     assert "seconds: 5 min" in out  # four, one after the other
 
 
+@pytest.mark.processes
 def test_a_dry_run_knows_what_is_there(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -83,6 +84,7 @@ def test_a_dry_run_knows_what_is_there(
     assert "could not be measured: no way" in err
 
 
+@pytest.mark.processes
 def test_a_dry_run_counts_the_trials_of_tune_and_knows_what_they_chose(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:

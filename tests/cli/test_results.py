@@ -123,6 +123,7 @@ def test_by_and_metric_and_baseline(call: Callable[..., Output], sweep: str) -> 
     )
 
 
+@pytest.mark.processes
 def test_a_table_imports_neither_torch_nor_pandas_nor_slow_parts_of_scipy(sweep: str, tmp_path: Path) -> None:
     code = """
 import sys

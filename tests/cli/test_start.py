@@ -5,7 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 import finetune
+
+pytestmark = pytest.mark.processes
 
 ENV = {**os.environ, "COLUMNS": "160"}
 

@@ -21,6 +21,7 @@ SEARCHED = ["--search", "optuna", "--trials", "3", "method=head", "optimizer.lr=
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 
 
+@pytest.mark.processes
 def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = typed(*SMALL, "seed=1,2", "name=a", "--jobs", "2")
     assert code == 0, err
@@ -117,6 +118,7 @@ def test_a_search_is_ended_by_its_first_failure_and_tries_again(
     assert "Stopped at the first failure" in err
 
 
+@pytest.mark.processes
 def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = typed(*SMALL, "seed=101,1,2", "name=a", "--fail-fast")
     assert code == 1

@@ -66,7 +66,10 @@ def test_every_group_is_read_by_some_test() -> None:
     assert groups == {*RUNS, *registry.outside_runs()}
 
 
-@pytest.mark.parametrize("group", RUNS)
+GROUPS = [pytest.param(name, marks=pytest.mark.processes) if name == "logger" else name for name in RUNS]
+
+
+@pytest.mark.parametrize("group", GROUPS)  # wandb starts a process
 def test_one_file_of_each_group_makes_a_run(
     group: str, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -38,6 +38,7 @@ def ended(child: warm.Forked) -> tuple[int | None, str]:
     return child.poll(), said
 
 
+@pytest.mark.processes
 def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_it(
     held: int, tmp_path: Path
 ) -> None:
@@ -50,12 +51,14 @@ def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_
     assert child.pid != os.getpid()
 
 
+@pytest.mark.processes
 def test_a_killed_child_says_by_which_signal(held: int) -> None:
     child = warm.Forked("config.yaml", NO_OPTIONS, child_environment(1, None), held)
     os.kill(child.pid, signal.SIGKILL)
     assert ended(child)[0] == -signal.SIGKILL
 
 
+@pytest.mark.processes
 def test_children_end_with_a_sweep_that_is_killed(tmp_path: Path) -> None:
     code = (
         "import os, time; from finetune.launch import forkserver, start\n"

@@ -103,6 +103,7 @@ def _hangs() -> None:
     signal.pause()
 
 
+@pytest.mark.processes
 def test_who_does_not_end_by_itself_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launcher, "GRACE", 0.1)
     started = [multiprocessing.get_context("fork").Process(target=target) for target in (_hangs, _fails)]

@@ -110,6 +110,7 @@ def test_latex_escapes(data: dict[str, Any]) -> None:
     assert "\\textbf{88.00}" in text
 
 
+@pytest.mark.processes
 @pytest.mark.skipif(not shutil.which("pdflatex"), reason="needs pdflatex")
 def test_latex_compiles(data: dict[str, Any], tmp_path: Path) -> None:
     head = "\\documentclass{article}\\usepackage{booktabs}\\begin{document}"

@@ -243,6 +243,7 @@ def test_a_report_is_written_whole_or_not_at_all(
         html.write_report(comparison, file / "x.html")
 
 
+@pytest.mark.processes
 def test_writing_a_report_imports_no_plotting_library(tmp_path: Path) -> None:
     here = Path(__file__).with_name("comparison_example.py")
     code = f"""

@@ -138,6 +138,7 @@ def test_plots_are_pngs_and_no_other_file_is_touched(found: dict[str, Any], tmp_
     assert write_plots({**found, "layers": [], "churn": []}, tmp_path / "none") == []
 
 
+@pytest.mark.processes
 def test_neither_matplotlib_nor_torch_is_imported_without_a_plot() -> None:
     code = "import sys, finetune.cli.app, finetune.report.inspection; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

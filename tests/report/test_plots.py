@@ -171,6 +171,7 @@ def test_differences_and_ranks_read_from_the_top() -> None:
     assert len(bars) == len(comparison["critical_difference"]["cliques"])
 
 
+@pytest.mark.processes
 def test_global_state_stays_as_it_was(tmp_path: Path) -> None:
     before = dict(matplotlib.rcParams)
     comparison = example()
@@ -185,6 +186,7 @@ def test_global_state_stays_as_it_was(tmp_path: Path) -> None:
     assert not {"torch", "matplotlib", "numpy"} & set(loaded)
 
 
+@pytest.mark.processes
 def test_pyplot_is_not_imported(tmp_path: Path) -> None:
     here = Path(__file__).with_name("comparison_example.py")
     code = f"""

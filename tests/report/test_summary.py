@@ -95,6 +95,7 @@ def test_bytes_are_shown_in_readable_units(count: int, text: str) -> None:
     assert show_bytes(count) == text
 
 
+@pytest.mark.processes
 def test_a_summary_imports_neither_torch_nor_rich_nor_yaml() -> None:
     code = "import sys, finetune.report.summary; print({'torch', 'rich.table', 'yaml'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

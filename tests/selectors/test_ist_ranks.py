@@ -38,6 +38,7 @@ def train() -> dict[str, Tensor]:
     return kept
 
 
+@pytest.mark.processes
 @pytest.mark.slow
 def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
     first, second = ranks.run(__file__, tmp_path)

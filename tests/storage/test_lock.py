@@ -63,6 +63,7 @@ def test_it_says_who_holds_it_and_nobody_afterwards(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "outputs" / "run" / ".lock").read_text()) == {"started": told["started"]}
 
 
+@pytest.mark.processes
 def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> None:
     with other(tmp_path) as holder:
         assert said(holder) == "held"
@@ -94,6 +95,7 @@ def test_whoever_follows_a_killed_process_clears_up_after_it(tmp_path: Path) -> 
         assert {path.name for path in tmp_path.rglob("*")} == {".lock", "checkpoints", "step-2"}
 
 
+@pytest.mark.processes
 def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -> None:
     handle = lock.lock(tmp_path)
     assert handle is not None
@@ -117,6 +119,7 @@ def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -
     lock.release(again)
 
 
+@pytest.mark.processes
 def test_a_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None:
     (started, says), (ends, keeps) = os.pipe(), os.pipe()
     with lock.holding_lock(tmp_path):
@@ -186,6 +189,7 @@ def test_on_a_disk_of_this_machine_another_name_was_this_machine(
         assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
 
 
+@pytest.mark.processes
 def test_the_kind_of_a_file_system_is_what_linux_says() -> None:
     assert lock._file_system(Path("/proc/self")) == "proc"
     found = subprocess.run(

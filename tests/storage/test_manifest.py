@@ -176,6 +176,7 @@ def killed_at(moment: int, folder: Path) -> bool:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
 
 
+@pytest.mark.processes
 def test_a_process_killed_at_any_moment_leaves_the_old_or_the_new_folder_whole(whole: Path) -> None:
     moment, seen, missing = 0, list[str](), 0
     while killed_at(moment, whole):
@@ -211,6 +212,7 @@ def test_what_a_living_process_writes_is_left_alone(tmp_path: Path) -> None:
     lock.recover(tmp_path / "nowhere")
 
 
+@pytest.mark.processes
 def test_a_file_is_replaced_whole_by_a_process_killed_at_any_time(tmp_path: Path) -> None:
     file = tmp_path / "result.json"
     file.write_text("old")

@@ -24,6 +24,7 @@ def names(folder: Path) -> list[str]:
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.processes
 def test_import_brings_no_torch() -> None:
     names = ["system.disk", "training.tracker"]
     names += [f"storage.{name}" for name in ("atomic", "rows", "run_folder", "lock", "manifest", "result")]

@@ -35,6 +35,7 @@ def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.processes
 def test_what_is_asked_for(slurm: Path) -> None:
     assert choose_launcher("local", []) is None
     found = choose_launcher(
@@ -49,6 +50,7 @@ def test_what_is_asked_for(slurm: Path) -> None:
     }
 
 
+@pytest.mark.processes
 def test_mistakes(slurm: Path) -> None:
     with pytest.raises(ConfigError, match=r"--launcher slrm is not a launcher\. Did you mean 'slurm'\?"):
         choose_launcher("slrm", [])
@@ -80,6 +82,7 @@ def test_no_slurm(slurm: Path) -> None:
         choose_launcher("slurm", [])
 
 
+@pytest.mark.processes
 def test_a_slurm_that_fails_or_does_not_answer(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tool(slurm, "sinfo", "echo 'Unable to contact slurm controller' >&2; exit 1")
     with pytest.raises(ConfigError, match="`sinfo` fails: Unable to contact slurm controller"):
@@ -90,6 +93,7 @@ def test_a_slurm_that_fails_or_does_not_answer(slurm: Path, monkeypatch: pytest.
         choose_launcher("slurm", [])
 
 
+@pytest.mark.processes
 def test_a_users_file_wins(slurm: Path, tmp_path: Path) -> None:
     (tmp_path / "mine" / "launcher").mkdir(parents=True)
     file = tmp_path / "mine" / "launcher" / "slurm.yaml"
@@ -179,6 +183,7 @@ def test_ray_runs_each_config_in_a_process(tmp_path: Path) -> None:
     assert [(row["status"], row["steps"]) for row in json.loads(done.stdout)] == [("finished", 2)] * 2, logs
 
 
+@pytest.mark.processes
 def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
     stub: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -189,6 +194,7 @@ def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
     assert "not all jobs of joblib ended with a result" in said[-1]
 
 
+@pytest.mark.processes
 def test_what_slurm_has_is_asked_of_it(slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("12", "13_0", "%j"):
         (tmp_path / ".submitit" / name).mkdir(parents=True)
@@ -201,6 +207,7 @@ def test_what_slurm_has_is_asked_of_it(slurm: Path, tmp_path: Path, monkeypatch:
     assert cluster._is_queued(["12"])
 
 
+@pytest.mark.processes
 def test_the_wait_ends_when_slurm_has_lost_the_jobs(
     stub: Make, slurm: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

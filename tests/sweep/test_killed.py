@@ -18,6 +18,8 @@ from finetune.sweep.process import Process
 
 from .conftest import alive, gone, pid, point, starts
 
+pytestmark = pytest.mark.processes
+
 Make = Callable[..., list[Point]]
 SWEEP = """
 import sys

@@ -32,6 +32,7 @@ def runs_at_once(points: list[Point], places: int, **more: object) -> int:
     return max(seen)
 
 
+@pytest.mark.processes
 def test_each_is_run_once_and_as_many_at_once_as_asked(stub: Make) -> None:
     points = stub(*range(6))
     assert runs_at_once(points, 3) == 3
@@ -43,6 +44,7 @@ def test_each_is_run_once_and_as_many_at_once_as_asked(stub: Make) -> None:
     assert [starts(p) for p in points] == [1] * 6
 
 
+@pytest.mark.processes
 def test_failures_are_rows_and_only_retried_when_asked(stub: Make) -> None:
     said = list[str]()
     points = stub(1, 101, 104)
@@ -60,6 +62,7 @@ def test_failures_are_rows_and_only_retried_when_asked(stub: Make) -> None:
     assert [starts(p) for p in points] == [1, 2, 2]
 
 
+@pytest.mark.processes
 def test_attempts_cure_what_may_pass_and_no_mistakes(stub: Make) -> None:
     points = stub(101, 102, 104)
     results = Pool(2, lambda line: None, gpus=[], attempts=3).run(points)
@@ -67,6 +70,7 @@ def test_attempts_cure_what_may_pass_and_no_mistakes(stub: Make) -> None:
     assert [results[p.folder.path]["status"] for p in points] == ["failed", "finished", "failed"]
 
 
+@pytest.mark.processes
 def test_a_killed_child_is_recorded_and_the_next_sweep_goes_on_with_it(stub: Make) -> None:
     killed, other = points = stub(102, 3)
     results = Pool(1, lambda line: None, gpus=[]).run(points)
@@ -79,6 +83,7 @@ def test_a_killed_child_is_recorded_and_the_next_sweep_goes_on_with_it(stub: Mak
     assert [starts(p) for p in points] == [2, 1]
 
 
+@pytest.mark.processes
 def test_fail_fast_ends_the_others(stub: Make) -> None:
     slow, bad, later = points = stub(60, 101, 1)
     results = Pool(2, lambda line: None, gpus=[], fail_fast=True).run(points)
@@ -88,6 +93,7 @@ def test_fail_fast_ends_the_others(stub: Make) -> None:
     assert gone(slow)
 
 
+@pytest.mark.processes
 def test_a_generator_chooses_by_what_has_ended(stub: Make) -> None:
     told = list[int]()
 
@@ -101,6 +107,7 @@ def test_a_generator_chooses_by_what_has_ended(stub: Make) -> None:
     assert told == [1, 2, 3]
 
 
+@pytest.mark.processes
 def test_a_verdict_stops_a_run_and_leaves_no_result(stub: Make) -> None:
     slow, quick = points = stub(60, 1)
     results = Pool(2, lambda line: None, gpus=[]).run(
@@ -112,6 +119,7 @@ def test_a_verdict_stops_a_run_and_leaves_no_result(stub: Make) -> None:
     assert gone(slow)
 
 
+@pytest.mark.processes
 def test_a_full_disk_ends_the_sweep_and_is_no_failure(stub: Make) -> None:
     done, full, later = points = stub(1, 103, 2)
     with pytest.raises(DiskFull, match="No space left on device"):
@@ -121,6 +129,7 @@ def test_a_full_disk_ends_the_sweep_and_is_no_failure(stub: Make) -> None:
     assert starts(later) == 0
 
 
+@pytest.mark.processes
 def test_a_disk_that_is_really_full(stub: Make, tmp_path: Path) -> None:
     disk = tmp_path / "outputs"
     disk.mkdir()
@@ -151,6 +160,7 @@ def test_a_disk_that_is_really_full(stub: Make, tmp_path: Path) -> None:
         subprocess.run(["umount", str(disk)], check=True)
 
 
+@pytest.mark.processes
 def test_each_gpu_has_one_run_at_a_time(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     points = stub(*range(6))
     at_once = list[list[str]]()
@@ -165,6 +175,7 @@ def test_each_gpu_has_one_run_at_a_time(stub: Make, monkeypatch: pytest.MonkeyPa
     assert {(p.folder.path / "started").read_text().split()[1] for p in points} == {"3", "5"}
 
 
+@pytest.mark.processes
 def test_devices_are_those_that_are_visible(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, GPU-abc")
     assert environment.cuda_devices() == ["2", "GPU-abc"]
@@ -195,6 +206,7 @@ def test_threads_are_divided_and_a_lower_wish_stays(monkeypatch: pytest.MonkeyPa
     ] == ["2", "1", "PASSIVE", ""]
 
 
+@pytest.mark.processes
 def test_what_another_process_runs_is_waited_for_and_not_run_again(stub: Make) -> None:
     first, second = stub(60, 1)
     other = Process.start(first, NO_OPTIONS)
@@ -219,6 +231,7 @@ def _finish(process: Process) -> None:
         time.sleep(0.02)
 
 
+@pytest.mark.processes
 def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
     (point,) = stub(1)
     Pool(1, lambda line: None, gpus=[]).run([point])
@@ -230,6 +243,7 @@ def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
     os.close(held)
 
 
+@pytest.mark.processes
 def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
     """As after kill -9 on a machine whose kernel cannot end the child: it inherited the lock, so nobody starts the run again."""
     (slow,) = stub(60)
@@ -244,6 +258,7 @@ def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
     os.close(taken)
 
 
+@pytest.mark.processes
 def test_a_run_that_is_offered_twice_is_run_once(stub: Make) -> None:
     """As a search does that draws the same settings again."""
     (point,) = stub(1)

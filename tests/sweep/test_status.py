@@ -34,6 +34,7 @@ def listed(points: list[Point]) -> list[dict[str, Any]]:
     return [entry(point, Path("outputs/s")) for point in points]
 
 
+@pytest.mark.processes
 def test_each_state_is_read_from_the_files(stub: Make) -> None:
     points = stub(1, 101, 2, 3, 4)
     done, bad, going, begun = points[:4]
@@ -86,6 +87,7 @@ def test_a_folder_that_is_no_sweep(tmp_path: Path, what: str) -> None:
         watch(folder)
 
 
+@pytest.mark.processes
 def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
     points = stub(1, 2, 60, 101)
     said = list[str]()
@@ -106,6 +108,7 @@ def test_watching_from_elsewhere_ends_with_the_sweep(stub: Make) -> None:
     assert any("running" in line and "waiting" in line for line in said)
 
 
+@pytest.mark.processes
 def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
     points = stub(1, 2)
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep x"):
@@ -127,6 +130,7 @@ def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
     assert said == ["outputs/s: 2 finished of 2 (for 2 min)"]
 
 
+@pytest.mark.processes
 def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
     points = stub(1, 2)
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep seed=1,2"):
@@ -141,6 +145,7 @@ def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
     assert watch(Path("outputs/s"), said.append) == 0
 
 
+@pytest.mark.processes
 def test_trials_and_runs_that_are_still_to_be_chosen(stub: Make) -> None:
     points = stub(1, 2)
     trial = point(3, "s/trials")
@@ -168,6 +173,7 @@ def test_a_run_outside_the_folder_is_refused(stub: Make, run: str) -> None:
         Status(Path("outputs/s"))
 
 
+@pytest.mark.processes
 def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
     points = stub(1, 101, 2)
     Pool(1, lambda line: None, gpus=[]).run(points[:2])
@@ -185,6 +191,7 @@ def test_the_table_shows_what_runs_and_what_failed(stub: Make) -> None:
     assert "1 finished, 1 running, 1 failed of 3" in text
 
 
+@pytest.mark.processes
 def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(
     stub: Make, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -200,6 +207,7 @@ def test_on_a_terminal_there_is_a_table_and_elsewhere_lines(
         assert ("1 finished, 1 failed of 2" in said) is terminal
 
 
+@pytest.mark.processes
 def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     points = stub(*range(20))
     Pool(2, lambda line: None, gpus=[]).run(points)
@@ -212,6 +220,7 @@ def test_looking_costs_little(stub: Make, monkeypatch: pytest.MonkeyPatch) -> No
         assert status.states() == first
 
 
+@pytest.mark.processes
 def test_a_run_took_the_time_of_its_own_process(stub: Make) -> None:
     """Its configuration was frozen with all others, before any run was started."""
     points = stub(60, 1)  # five seconds, and a fifth of one

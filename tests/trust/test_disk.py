@@ -166,6 +166,7 @@ def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path, undisturbed: list[
     assert outcome(folder) == undisturbed
 
 
+@pytest.mark.processes
 def test_a_run_in_use_is_refused_by_the_command_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

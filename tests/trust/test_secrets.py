@@ -50,6 +50,7 @@ def holding(folder: Path) -> list[tuple[str, str]]:
     return found
 
 
+@pytest.mark.processes
 def test_no_file_of_a_run_holds_a_secret(secret: Path) -> None:
     """With W&B offline: everything that would be sent lies in its folder."""
     config = [
@@ -68,6 +69,7 @@ def test_no_file_of_a_run_holds_a_secret(secret: Path) -> None:
     assert not any(word in said.out + said.err for word in WORDS)
 
 
+@pytest.mark.processes
 def test_wandb_is_not_told_of_machine_and_user(secret: Path) -> None:
     said = call(
         "train",
@@ -88,6 +90,7 @@ def test_wandb_is_not_told_of_machine_and_user(secret: Path) -> None:
     )  # as a protocol buffer holds text: a short name alone may stand there by chance
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize(
     "word",
     [

@@ -22,6 +22,8 @@ from ..support.nursery import Child, Nursery, nursery
 from ..support.same_run import differences
 from ..sweep.conftest import point
 
+pytestmark = pytest.mark.processes
+
 RUN = Path("outputs", "t", "r")
 STEPS = 12
 
