@@ -1,4 +1,4 @@
-"""Compare SHiRA's vector of values with its other form, a whole weight trained with masked gradients."""
+"""Test SHiRA's vector form against its other form: the whole weight trained with masked gradients."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.methods.sparse.shira import SHiRA
 from finetune.schedules.static import Static
-from finetune.storage import delta as stored
+from finetune.storage.delta import load_delta, save_delta
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session
@@ -71,13 +71,13 @@ def test_count_is_rounded_and_never_zero(size: tuple[int, int], sparsity: float,
 
 def test_masks_differ_between_layers_of_one_shape_and_between_seeds() -> None:
     first, again, other = (places(started(SHiRA(sparsity=0.9), seed)) for seed in (0, 0, 1))
-    assert not torch.equal(first[0], first[1])  # the query and the key of the first block
+    assert not torch.equal(first[0], first[1])  # q and k of the first block
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def test_change_has_high_rank() -> None:
-    """With the budget of a LoRA of rank 4, a change of 256 x 256 has rank 256."""
+    """With out = in = 256 and the budget of a LoRA of rank 4 the rank is 256."""
     site = Site("q", nn.Linear(256, 256), 0, "q", (256, 256))
     bank = Bank([site], 4 * 512)
     bank.place(
@@ -88,7 +88,7 @@ def test_change_has_high_rank() -> None:
 
 
 def changes(method: SHiRA) -> list[torch.Tensor]:
-    """Return each layer's change after training."""
+    """Return S of each layer after training."""
     session = contract.finish(started(method))
     deltas = [layer.deltas[0] for layer in patched(session.model).values()]
     return [delta(delta.bank.values).detach() for delta in deltas]
@@ -96,7 +96,7 @@ def changes(method: SHiRA) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("grain", ["element", "row", "column"])
 def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
-    """This holds for less than half of the entries."""
+    """They are if less than half of the entries is trained."""
     top, bottom = (
         places(started(SHiRA(sparsity=0.6, score="magnitude", direction=d, grain=grain)))
         for d in ("largest", "smallest")
@@ -107,7 +107,7 @@ def test_top_and_bottom_magnitude_are_disjoint(grain: str) -> None:
 
 
 def test_row_structured_adapters_that_share_no_row_do_not_interfere() -> None:
-    """S1^T S2 is exactly 0, which it is not for single entries."""
+    """S1^T S2 is exactly 0. Adapters of single entries do interfere."""
     for grain in ("row", "element"):
         first, second = (
             changes(SHiRA(sparsity=0.9, score="magnitude", direction=d, grain=grain))
@@ -180,8 +180,8 @@ def test_forward_leaves_the_base_as_it_was_and_gate_zero_is_the_base() -> None:
 
 def test_stored_indices_come_back_whatever_the_seed(tmp_path: Path) -> None:
     session, other = contract.finish(started(SHiRA(sparsity=0.9))), started(SHiRA(sparsity=0.9), seed=5)
-    stored.save(tmp_path / "delta", session.states, {})
-    stored.load(tmp_path / "delta", other.states)
+    save_delta(tmp_path / "delta", session.states, {})
+    load_delta(tmp_path / "delta", other.states)
     assert all(torch.equal(a, b) for a, b in zip(places(session), places(other), strict=True))
     assert torch.equal(session.states["method"]["bank"].values, other.states["method"]["bank"].values)
 
@@ -191,7 +191,7 @@ def test_stored_size_is_at_most_six_bytes_an_entry_at_two_percent(tmp_path: Path
     k = round(0.02 * 768 * 768)
     bank = Bank(sites, 3 * k)
     bank.place([torch.randperm(s.size)[:k].sort().values for s in sites])
-    stored.save(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
+    save_delta(tmp_path / "delta", nn.ModuleDict({"bank": bank}), {})
     assert (tmp_path / "delta" / "delta.safetensors").stat().st_size <= 6 * len(bank.values)
 
 
