@@ -48,11 +48,11 @@ def _close_held_locks() -> None:
 os.register_at_fork(after_in_child=_close_held_locks)
 
 
-def lock(folder: Path) -> int | None:
-    """Take the lock without waiting; return an open file for ``release``, ``None`` if another process has it.
+def try_lock(folder: Path) -> int | None:
+    """Take the lock without waiting; return an open file, or ``None`` if another process holds it.
 
-    Without ``flock`` support, trust the process and the host recorded in the file. Raises ``OSError`` where
-    the file cannot be made.
+    ``release_lock`` takes the file back. Without ``flock`` support, trust the process and the host recorded
+    in the file. Raises ``OSError`` where the file cannot be made.
     """
     for attempt in range(1, ATTEMPTS + 1):
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
@@ -78,7 +78,7 @@ def lock(folder: Path) -> int | None:
     return None
 
 
-def sign(handle: int, pid: int) -> None:
+def sign_lock(handle: int, pid: int) -> None:
     """Record process ``pid`` of this host as the holder in a lock file that is held."""
     record = {"pid": pid, "host": socket.gethostname(), "started": time.time()}
     try:
@@ -88,7 +88,7 @@ def sign(handle: int, pid: int) -> None:
         pass  # a full disk: the lock itself holds without the record
 
 
-def release(handle: int) -> None:
+def release_lock(handle: int) -> None:
     """Release a lock. Its record keeps only the time at which it was taken, to tell how long a run took."""
     try:
         record = json.loads(os.pread(handle, RECORD_BYTES, 0))
@@ -100,7 +100,7 @@ def release(handle: int) -> None:
         os.close(handle)
 
 
-def holder(folder: Path) -> str:
+def lock_holder(folder: Path) -> str:
     """Return the holder that a run folder's lock records, as ``process 12 on host``; empty if none."""
     record = _read_record(folder)
     return f"process {record['pid']} on {record['host']}" if record else ""
@@ -148,7 +148,7 @@ def holding_lock(folder: Path) -> Iterator[None]:
     finally:
         _held.discard(handle)
         if is_ours:
-            release(handle)
+            release_lock(handle)
 
 
 def recover(folder: Path) -> None:
@@ -187,7 +187,7 @@ def _is_alive(pid: int) -> bool:
 def _take(folder: Path) -> int:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        handle = lock(folder)
+        handle = try_lock(folder)
     except OSError as error:
         raise ConfigError(
             f"The run folder {folder} cannot be written: {error.strerror}. "
@@ -199,16 +199,16 @@ def _take(folder: Path) -> int:
     if record and record["host"] != socket.gethostname() and _file_system(folder).startswith(SHARED):
         os.close(handle)
         raise ConfigError(
-            f"{folder} was last used by {holder(folder)}, which did not report its end, and this machine "
-            f"cannot see whether it still runs. If it does not, remove {folder / NAME}; "
+            f"{folder} was last used by {lock_holder(folder)}, which did not report its end, and this "
+            f"machine cannot see whether it still runs. If it does not, remove {folder / NAME}; "
             "then the same command goes on."
         )
-    sign(handle, os.getpid())
+    sign_lock(handle, os.getpid())
     return handle
 
 
 def _in_use(folder: Path) -> str:
-    user = holder(folder) or "another process"
+    user = lock_holder(folder) or "another process"
     return f"{folder} is in use by {user}. Wait for it, or end it; then the same command goes on."
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from ..errors import ConfigError
 from ..launch.start import NO_OPTIONS, StartOptions
-from ..storage.lock import holder
+from ..storage.lock import lock_holder
 from ..system.environment import count_cores, cuda_devices
 from .grid import Point
 from .process import GRACE, DiskFull, Process, should_rerun
@@ -222,7 +222,7 @@ class Pool:
         folder, now = point.folder.path, time.monotonic()
         if now - self._busy_since.setdefault(folder, now) > 1:
             self._busy_since[folder] = float("inf")
-            self._report(point, f"is being run by {holder(folder) or 'another process'}; waiting for it")
+            self._report(point, f"is being run by {lock_holder(folder) or 'another process'}; waiting for it")
 
     def _report(self, point: Point, words: str) -> None:
         number = self._numbers.get(point.folder.path, 0)

@@ -19,8 +19,8 @@ from typing import Any
 from ..errors import FinetuneError
 from ..launch.forkserver import Forked
 from ..launch.start import StartOptions, child_command
-from ..storage import lock as locks
 from ..storage.atomic import write_json_atomic
+from ..storage.lock import INHERITED, release_lock, sign_lock, try_lock
 from ..storage.result import make_result
 from ..storage.run_folder import RunFolder
 from ..system.environment import child_environment
@@ -50,7 +50,7 @@ def take_lock(folder: Path) -> int | None:
     Raises ``DiskFull`` where the lock cannot be written.
     """
     try:
-        return locks.lock(folder)
+        return try_lock(folder)
     except OSError as error:
         raise DiskFull(folder, error.strerror or str(error)) from None
 
@@ -88,7 +88,7 @@ class Process:
         self._stderr = b""  # the end of what the child wrote
         self._stopped = ""  # why it was stopped
         point.folder.result.unlink(missing_ok=True)  # of an earlier failure
-        environment = child_environment(threads, device) | {locks.INHERITED: str(lock)}
+        environment = child_environment(threads, device) | {INHERITED: str(lock)}
         self._process: Forked | subprocess.Popen[bytes]
         if fork and FORKS and not device:
             self._process = Forked(str(point.folder.config), options, environment, lock)
@@ -105,7 +105,7 @@ class Process:
         assert self._process.stderr is not None
         self._pipe = self._process.stderr.fileno()
         os.set_blocking(self._pipe, False)
-        locks.sign(self._lock, self._process.pid)
+        sign_lock(self._lock, self._process.pid)
 
     @classmethod
     def start(
@@ -127,12 +127,12 @@ class Process:
         if lock is None:
             return None
         if point.folder.finished:
-            locks.release(lock)
+            release_lock(lock)
             return None
         try:
             return cls(point, lock, options, threads, device, fork)
         except BaseException:
-            locks.release(lock)
+            release_lock(lock)
             raise
 
     def poll(self) -> dict[str, Any] | None:
@@ -184,7 +184,7 @@ class Process:
     def _close(self) -> None:
         assert self._process.stderr is not None
         self._process.stderr.close()
-        locks.release(self._lock)
+        release_lock(self._lock)
 
     def _result(self) -> dict[str, Any]:
         """Return what became of the child, which has ended."""

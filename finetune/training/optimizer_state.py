@@ -27,6 +27,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: d
     """
     names = _names(optimizer, states)
     given = [name for group in saved["param_groups"] for name in group["params"]]
+    for group in saved["param_groups"]:
+        _check_settings(group, optimizer.param_groups[0])
     if given and isinstance(given[0], int):
         optimizer.load_state_dict(saved)
         return
@@ -41,6 +43,21 @@ def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: d
     entries = {numbers[name]: entry for name, entry in saved["state"].items()}
     optimizer.param_groups = groups
     optimizer.load_state_dict({"state": entries, "param_groups": numbered})
+
+
+def _check_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
+    """Raise ``ValueError`` where a setting of a saved group has another type than the optimizer's own."""
+    for key, value in saved.items():
+        own = current.get(key)
+        if key != "params" and None not in (value, own) and _kind(value) != _kind(own):
+            raise ValueError(f"the optimizer's {key} is {str(value)[:40]!r}")
+
+
+def _kind(value: Any) -> Any:
+    """Return what two settings have in common that may replace each other; JSON makes lists of tuples."""
+    if isinstance(value, list | tuple):
+        return [_kind(item) for item in value]
+    return float if type(value) is int else type(value)
 
 
 def _names(optimizer: torch.optim.Optimizer, states: nn.Module) -> list[str]:

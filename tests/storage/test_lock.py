@@ -58,8 +58,11 @@ def test_it_says_who_holds_it_and_nobody_afterwards(tmp_path: Path) -> None:
     with lock.holding_lock(tmp_path / "outputs" / "run"):
         told = json.loads((tmp_path / "outputs" / "run" / ".lock").read_text())
         assert (told["pid"], told["host"]) == (os.getpid(), socket.gethostname())
-        assert lock.holder(tmp_path / "outputs" / "run") == f"process {os.getpid()} on {socket.gethostname()}"
-    assert lock.holder(tmp_path / "outputs" / "run") == ""
+        assert (
+            lock.lock_holder(tmp_path / "outputs" / "run")
+            == f"process {os.getpid()} on {socket.gethostname()}"
+        )
+    assert lock.lock_holder(tmp_path / "outputs" / "run") == ""
     assert json.loads((tmp_path / "outputs" / "run" / ".lock").read_text()) == {"started": told["started"]}
 
 
@@ -72,19 +75,19 @@ def test_a_live_holder_is_named_and_a_dead_one_is_followed(tmp_path: Path) -> No
             lock.holding_lock(tmp_path),
         ):
             pytest.fail("two at once")
-        assert lock.lock(tmp_path) is None
+        assert lock.try_lock(tmp_path) is None
         with pytest.raises(ConfigError, match=rf"is in use by process {holder.pid} "):
             lock.refuse_if_locked(tmp_path)
         holder.send_signal(signal.SIGKILL)
         holder.wait()
-        assert lock.holder(tmp_path).startswith(
+        assert lock.lock_holder(tmp_path).startswith(
             f"process {holder.pid} "
         )  # it had no time to take its name away
     lock.refuse_if_locked(tmp_path)
     lock.refuse_if_locked(tmp_path / "none")
     assert not (tmp_path / "none").exists()
     with lock.holding_lock(tmp_path):
-        assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
+        assert lock.lock_holder(tmp_path).startswith(f"process {os.getpid()} ")
 
 
 def test_whoever_follows_a_killed_process_clears_up_after_it(tmp_path: Path) -> None:
@@ -97,16 +100,16 @@ def test_whoever_follows_a_killed_process_clears_up_after_it(tmp_path: Path) -> 
 
 @pytest.mark.processes
 def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -> None:
-    handle = lock.lock(tmp_path)
+    handle = lock.try_lock(tmp_path)
     assert handle is not None
-    lock.sign(handle, 12)
+    lock.sign_lock(handle, 12)
     environment = {**os.environ, lock.INHERITED: str(handle)}
     with other(tmp_path, pass_fds=(handle,), env=environment) as child:
         assert said(child) == "held"
-        assert lock.holder(tmp_path).startswith("process 12 ")
-        lock.release(handle)
-        assert lock.lock(tmp_path) is None  # the child still has it
-    again = lock.lock(tmp_path)
+        assert lock.lock_holder(tmp_path).startswith("process 12 ")
+        lock.release_lock(handle)
+        assert lock.try_lock(tmp_path) is None  # the child still has it
+    again = lock.try_lock(tmp_path)
     assert again is not None
     with other(tmp_path, env={**os.environ, lock.INHERITED: "57"}) as child:  # no such file
         assert "is in use" in said(child)
@@ -115,8 +118,8 @@ def test_a_child_may_be_given_the_lock_and_takes_no_second_one(tmp_path: Path) -
         tmp_path / "elsewhere", pass_fds=(again,), env={**os.environ, lock.INHERITED: str(again)}
     ) as child:  # that of another folder
         assert said(child) == "held"
-        assert lock.lock(tmp_path / "elsewhere") is None
-    lock.release(again)
+        assert lock.try_lock(tmp_path / "elsewhere") is None
+    lock.release_lock(again)
 
 
 @pytest.mark.processes
@@ -130,13 +133,13 @@ def test_a_worker_that_outlives_the_holder_does_not_hold(tmp_path: Path) -> None
             os.read(ends, 1)  # until the pipe is closed
             os._exit(0)
         os.read(started, 1)
-    handle = lock.lock(tmp_path)
+    handle = lock.try_lock(tmp_path)
     os.close(keeps)
     os.waitpid(worker, 0)
     for pipe in (started, says, ends):
         os.close(pipe)
     assert handle is not None
-    lock.release(handle)
+    lock.release_lock(handle)
 
 
 def test_a_lock_that_was_removed_meanwhile_keeps_nobody_out_and_is_not_taken(
@@ -152,11 +155,11 @@ def test_a_lock_that_was_removed_meanwhile_keeps_nobody_out_and_is_not_taken(
 
     real = fcntl.flock
     monkeypatch.setattr(fcntl, "flock", flock)
-    handle = lock.lock(tmp_path)
+    handle = lock.try_lock(tmp_path)
     assert handle is not None
     assert len(calls) == 2
     assert os.path.samestat(os.fstat(handle), (tmp_path / ".lock").stat())
-    lock.release(handle)
+    lock.release_lock(handle)
 
 
 @pytest.mark.parametrize("kind", ["nfs4", "lustre", "fuse.sshfs"])
@@ -186,7 +189,7 @@ def test_on_a_disk_of_this_machine_another_name_was_this_machine(
     (tmp_path / ".lock").write_text(json.dumps({"pid": 12, "host": "an-earlier-container", "started": 0}))
     monkeypatch.setattr(lock, "_file_system", lambda folder: "overlay")
     with lock.holding_lock(tmp_path):
-        assert lock.holder(tmp_path).startswith(f"process {os.getpid()} ")
+        assert lock.lock_holder(tmp_path).startswith(f"process {os.getpid()} ")
 
 
 @pytest.mark.processes
@@ -222,9 +225,9 @@ def test_where_there_are_no_locks_the_name_has_to_do(
 )
 def test_what_stands_in_the_file_need_not_make_sense(tmp_path: Path, text: str) -> None:
     (tmp_path / ".lock").write_text(text)
-    assert lock.holder(tmp_path) == ""
+    assert lock.lock_holder(tmp_path) == ""
     with lock.holding_lock(tmp_path):
-        assert lock.holder(tmp_path)
+        assert lock.lock_holder(tmp_path)
 
 
 def test_a_lock_that_is_a_link_is_not_written_through(tmp_path: Path) -> None:

@@ -228,7 +228,19 @@ def one_group_less(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files
     return {**content, "groups": [{**first, "params": first["params"] + second["params"]}]}, tensors
 
 
+def settings_of_words(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
+    content["groups"][0]["betas"] = ["a", "b"]
+    return content, tensors
+
+
+def a_flag_for_a_rate(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
+    content["groups"][0]["lr"] = True
+    return content, tensors
+
+
 HOSTILE = {
+    settings_of_words: r"the optimizer's betas is \"\['a', 'b'\]\"",
+    a_flag_for_a_rate: "the optimizer's lr is 'True'",
     without_last: "there are 39 names for the optimizer's 40 parameters",
     of_another_name: r"2 of the optimizer's parameters differ \(first: ../../elsewhere\)",
     named_twice: "names for the optimizer's",
