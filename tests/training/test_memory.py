@@ -257,7 +257,7 @@ def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_bac
 
 def test_a_score_that_runs_out_in_the_middle_is_made_again(monkeypatch: pytest.MonkeyPatch) -> None:
     session, told = begin(METHODS["gradient"]()), begin(METHODS["gradient"](), micro=4)
-    real, calls = choosing.scan, [0]
+    real, calls = choosing.scan_scores, [0]
 
     def scan(*given: Any) -> None:
         calls[0] += 1
@@ -267,7 +267,7 @@ def test_a_score_that_runs_out_in_the_middle_is_made_again(monkeypatch: pytest.M
             raise NO_MEMORY["cuda"]
         real(*given)
 
-    monkeypatch.setattr(choosing, "scan", scan)
+    monkeypatch.setattr(choosing, "scan_scores", scan)
     assert losses(session) == losses(told)
     contract.same_session(session, told)
 

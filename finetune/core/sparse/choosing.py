@@ -13,7 +13,7 @@ from ..site import Site
 from .bank import Bank
 from .budgets import Budget, count_entries, divide_entries
 from .grain import Grain
-from .probe import Visit, scan
+from .probe import Visit, scan_scores
 from .schedule import Move
 from .select import TopK
 from .settings import SparseSettings
@@ -124,7 +124,7 @@ class Chooser:
             visit(i, score.neg_() if self.settings.direction == "smallest" else score)
 
         weights = [layers[site.name] for site in self.sites]
-        scan(self.settings, self.run, self.bank, weights, self.dense, visit_larger_is_better)
+        scan_scores(self.settings, self.run, self.bank, weights, self.dense, visit_larger_is_better)
 
     def _visit_changes(self, visit: Visit) -> None:
         """Call ``visit`` with every site and the absolute change of its entries; untrained ones have 0."""

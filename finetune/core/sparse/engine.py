@@ -28,7 +28,7 @@ from ..state import Shapes
 from .bank import Bank, SparseDelta
 from .budgets import Budget, count_entries, make_budgets
 from .choosing import Chooser
-from .grain import Grain, grain_of
+from .grain import Grain, make_grain
 from .requested import adjacent_entries, requested_entries, scheduled_share, settled_depend_on_training
 from .settings import SparseSettings
 from .validation import find_contradictions
@@ -83,7 +83,7 @@ class Sparse(SparseSettings):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
-        grains = [grain_of(self.grain, site, model) for site in sites]
+        grains = [make_grain(self.grain, site, model) for site in sites]
         capacity = 0
         for budget in self.budgets(sites, grains):
             capacity += count_entries(budget, self.schedule.peak, sites, grains)
@@ -104,7 +104,7 @@ class Sparse(SparseSettings):
         if move.redraw:
             chosen = self.choose(run, state, move.density)
         else:
-            chosen = self.chooser(run, state).apply_move(move)
+            chosen = self.make_chooser(run, state).apply_move(move)
         newcomers = bank.revise(chosen, run.moments(bank.values), self.schedule.dropped)
         run.log(churn=len(newcomers) / max(1, bank.active), trained=float(bank.active))
 
@@ -114,9 +114,9 @@ class Sparse(SparseSettings):
         ``previous``: the state of the phase before, whose weights the score sees if that phase trained all
         entries. Returns flat positions, int32, ascending.
         """
-        return self.chooser(run, state, previous).choose_best(share)
+        return self.make_chooser(run, state, previous).choose_best(share)
 
-    def chooser(self, run: Run, state: Any, previous: Any = None) -> Chooser:
+    def make_chooser(self, run: Run, state: Any, previous: Any = None) -> Chooser:
         """Make the chooser for the current step."""
         sites, grains = self.sites_and_grains(run, state)
         dense: list[Tensor | None] | None = None
@@ -128,7 +128,7 @@ class Sparse(SparseSettings):
     def sites_and_grains(self, run: Run, state: Any) -> tuple[list[Site], list[Grain]]:
         """Return the sites of a built state and the grain of each."""
         sites = [view.site for view in state["views"]]
-        return sites, [grain_of(self.grain, site, run.model) for site in sites]
+        return sites, [make_grain(self.grain, site, run.model) for site in sites]
 
     @torch.no_grad()
     def after_step(self, run: Run, state: Any) -> None:

@@ -74,7 +74,7 @@ class Grain:
         return torch.zeros(self.units, dtype=torch.bool, device=index.device).index_fill_(0, unit, True)
 
 
-def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
+def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
     """Return the grain called ``kind`` for the weight of a site.
 
     Raises ``ConfigError`` where its units do not divide the weight, or where the site has no such units.
@@ -102,7 +102,7 @@ def grain_of(kind: str, site: Site, model: nn.Module) -> Grain:
     return Grain(site.shape, height, width)
 
 
-def head_width(model: nn.Module) -> int:
+def find_head_width(model: nn.Module) -> int:
     """Return the width of one attention head (rows of q, k or v, columns of o); 0 if the config lacks it."""
     config: Any = getattr(model, "config", None)
     config = getattr(config, "text_config", config)
@@ -119,7 +119,7 @@ def _head_grain(site: Site, model: nn.Module) -> Grain:
     Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k
     and v have fewer heads than q.
     """
-    width, (out, in_) = head_width(model), site.shape
+    width, (out, in_) = find_head_width(model), site.shape
     if site.role not in ROLES_WITH_HEADS or not width:
         raise ConfigError(
             f"method.grain=head: {site.name} ({site.role}) has no heads. Use method.targets=attention, and a "

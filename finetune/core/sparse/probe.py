@@ -21,7 +21,7 @@ from .scores import ScoredSite, score_named
 Visit = Callable[[int, Tensor], None]  # takes a site's position and its scores, [out, in] float32
 
 
-def scan(
+def scan_scores(
     method: Any, run: Run, bank: Bank, layers: list[Patched], trained: list[Tensor | None], visit: Visit
 ) -> None:
     """Call ``visit(i, score)`` once for each site i, with the score that ``method.score`` names.

@@ -67,7 +67,7 @@ class Schedule:
         return True
 
     def faults(self, total: int) -> list[str]:
-        """Return one sentence, with the setting's name, for each setting without effect in ``total`` steps."""
+        """Return one sentence, naming the setting, for each setting without effect in ``total`` steps."""
         return []
 
 

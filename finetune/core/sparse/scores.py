@@ -1,8 +1,9 @@
 """The scores that trained entries are chosen by: one axis of the sparse engine.
 
-A score is a class with ``@register("name")``, here or in the file of the method that brings it. It is called with one
-site at a time and with the method, whose settings it may read, and returns a float32 number for each entry of the
-site's weight; the engine trains the entries with the largest scores (or the smallest, with ``direction=smallest``).
+A score is a class with ``@register("name")``, here or in the file of the method that brings it. It is called
+with one site at a time and with the method, whose settings it may read, and returns a float32 number for each
+entry of the site's weight; the engine trains the entries with the largest scores (or the smallest, with
+``direction=smallest``).
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ ScoreName = Annotated[str, registry.Named("score")]
 class ScoredSite:
     """One site as a score sees it.
 
-    ``grad`` [out, in]: what the score ``needs`` of the gradients. ``trained`` [out, in]: the weight at the end of a
-    dense phase, where there was one.
+    ``grad`` [out, in]: what the score ``needs`` of the gradients. ``trained`` [out, in]: the weight at the
+    end of a dense phase, where there was one.
     """
 
     layer: Patched
@@ -50,11 +51,11 @@ class ScoredSite:
 class Score:
     """Base of all scores.
 
-    ``needs``: the weight alone, the ``gradient`` summed over batches, the sum of the squared gradients of single
-    examples (``squares``), or of those of whole batches (``batch squares``).
-    ``uses``: which of the method's settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine
-    refuses a value for the others.
-    ``signed``: a score may be negative, so that no budget can be divided in proportion to its mean.
+    ``needs``: the weight alone, the ``gradient`` summed over batches, the sum of the squared gradients of
+    single examples (``squares``), or of those of whole batches (``batch squares``). ``uses``: which of the
+    method's settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine refuses a value
+    for the others. ``signed``: a score may be negative, so that no budget can be divided in proportion to its
+    mean.
     """
 
     KIND: ClassVar[str] = "score"
@@ -183,7 +184,7 @@ class LowRankMagnitude(Score):
 
 @register("principal")
 class Principal(LowRankMagnitude):
-    """|W_R| under the name of LIFT (arXiv 2506.00772), whose principal weights have the largest values of it."""
+    """|W_R|, as LIFT (arXiv 2506.00772) names it: its principal weights have the largest values."""
 
     uses: ClassVar[tuple[str, ...]] = ("rank",)
 
@@ -192,8 +193,9 @@ class Principal(LowRankMagnitude):
 class OffPrincipal(Score):
     """Minus the better of an entry's places in the ascending orders of |w| and |W_R|.
 
-    The K largest scores are the union of the a smallest entries by |w| and the a smallest by |W_R|, for the a whose
-    union has K entries: the "safe" mask of arXiv 2511.08567, M_low united with the complement of M_princ.
+    The K largest scores are the union of the a smallest entries by |w| and the a smallest by |W_R|, for the a
+    whose union has K entries: the "safe" mask of arXiv 2511.08567, M_low united with the complement of
+    M_princ.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("rank",)

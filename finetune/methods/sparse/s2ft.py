@@ -45,7 +45,7 @@ from ...core.method import Method, Run
 from ...core.part import attach
 from ...core.site import Site, all_sites, find_sites
 from ...core.sparse.bank import Bank, SparseDelta
-from ...core.sparse.grain import Grain, head_width
+from ...core.sparse.grain import Grain, find_head_width
 from ...errors import ConfigError
 from ...registry import register
 
@@ -175,7 +175,7 @@ def find_units(site: Site, model: nn.Module) -> Units:
         return Units(Grain(site.shape, 1, in_), 0, out)
     if site.role == "down":
         return Units(Grain(site.shape, out, 1), 0, in_)
-    width, rows = head_width(model), _value_rows(site, model)
+    width, rows = find_head_width(model), _value_rows(site, model)
     if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
         raise ConfigError(
             f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. "

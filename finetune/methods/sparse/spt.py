@@ -47,7 +47,7 @@ from ...core.method import Method, Run
 from ...core.part import attach, patched
 from ...core.site import Site, find_sites
 from ...core.sparse.mixed import Mixed, MixedDelta
-from ...core.sparse.probe import scan
+from ...core.sparse.probe import scan_scores
 from ...core.sparse.select import TopK
 from ...registry import register
 
@@ -149,7 +149,7 @@ class SPT(Method):
             positions[i] = run.agree(top.take()[i])
             scores[i] = run.agree(score.reshape(-1)[positions[i].long()]).cpu()
 
-        scan(self, run, bank, [layers[site.name] for site in sites], [None] * len(sites), keep_best)
+        scan_scores(self, run, bank, [layers[site.name] for site in sites], [None] * len(sites), keep_best)
         in_order = [scores[i] for i in range(len(sites))]
         chosen, structured = divide_budget(in_order, limits, bank.branches, budget)
         bank.mix([positions[i][own.to(positions[i].device)] for i, own in enumerate(chosen)], structured)

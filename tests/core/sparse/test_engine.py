@@ -17,7 +17,7 @@ from finetune.core.part import patched
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.budgets import Budget
-from finetune.core.sparse.grain import grain_of
+from finetune.core.sparse.grain import make_grain
 from finetune.core.sparse.schedule import Schedule
 from finetune.core.sparse.settings import Direction, Scope
 from finetune.methods.sparse.sparse import Crossing
@@ -212,7 +212,7 @@ def test_the_count_is_rounded_and_never_zero(sizes: tuple[int, int], sparsity: f
     method = Crossing(sparsity=sparsity)
     (site,) = sites = find_sites(model, ("all",))
     # int(1000 * (1 - 0.9)) would be 99
-    assert method.budgets(sites, [grain_of("element", site, model)]) == [Budget([0], expected)]
+    assert method.budgets(sites, [make_grain("element", site, model)]) == [Budget([0], expected)]
 
 
 def layer_shares(session: Session, sparsity: float) -> list[float]:
@@ -260,13 +260,13 @@ def test_whole_units_with_the_largest_mean_score(grain: str, units: int) -> None
     sites = find_sites(session.model, ("q", "v"))
     means = []
     for w, site in zip(originals(session), sites, strict=True):
-        g = grain_of(grain, site, session.model)
+        g = make_grain(grain, site, session.model)
         means.append(w.abs().unflatten(0, (-1, g.height)).unflatten(2, (-1, g.width)).mean((1, 3)).view(-1))
     k = max(round((4096 - round(0.7 * 4096)) / size), 1)
     assert bank_of(session).active == k * size == len(bank_of(session).values)
     expected = best(means, [[0, 1, 2, 3]], [k])
     for i, (site, found) in enumerate(zip(sites, chosen(session), strict=True)):
-        g = grain_of(grain, site, session.model)
+        g = make_grain(grain, site, session.model)
         held = g.members(torch.tensor(sorted(found), dtype=torch.int64)).nonzero().view(-1)
         assert set(held.tolist()) == expected[i]
         assert len(found) == len(held) * size

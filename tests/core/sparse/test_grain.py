@@ -12,7 +12,7 @@ from torch import nn
 
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.choosing import choose_n_of_m
-from finetune.core.sparse.grain import Grain, grain_of, head_width
+from finetune.core.sparse.grain import Grain, find_head_width, make_grain
 from finetune.errors import ConfigError
 from finetune.testing.contract import Kind, tiny
 
@@ -71,7 +71,7 @@ def site(out: int, in_: int, role: str = "q") -> Site:
     ],
 )
 def test_kinds(kind: str, unit: tuple[int, int]) -> None:
-    grain = grain_of(kind, site(4, 6), nn.Module())
+    grain = make_grain(kind, site(4, 6), nn.Module())
     assert (grain.height, grain.width, grain.m) == (*unit, 0)
 
 
@@ -81,7 +81,7 @@ def test_kinds(kind: str, unit: tuple[int, int]) -> None:
 )
 def test_units_that_do_not_divide_the_weight_are_refused(kind: str, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        grain_of(kind, site(4, 6), nn.Module())
+        make_grain(kind, site(4, 6), nn.Module())
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_heads_are_rows_of_q_k_v_and_columns_of_o(
     model = tiny(kind)
     found = {}
     for s in find_sites(model, ("attention",)):
-        grain = grain_of("head", s, model)
+        grain = make_grain("head", s, model)
         found[s.role] = (grain.height, grain.width, grain.units)
     assert found == expected
 
@@ -108,12 +108,12 @@ def test_heads_are_rows_of_q_k_v_and_columns_of_o(
 def test_without_the_entries_of_a_head_unit_the_model_computes_as_without_the_head(kind: Kind) -> None:
     """Compare the input of the output projection, of which each head fills a slice."""
     model = tiny(kind)
-    width = head_width(model)
+    width = find_head_width(model)
     last = [s for s in find_sites(model, ("attention",)) if s.block == 1]
     taps: dict[str, torch.Tensor] = {}
     (o,) = (s for s in last if s.role == "o")
     values = next(s for s in last if s.role in ("v", "qkv"))
-    grain = grain_of("head", values, model)
+    grain = make_grain("head", values, model)
     o.module.register_forward_hook(lambda m, args, out: taps.update(x=args[0].detach()))
     inputs = (
         {"pixel_values": torch.randn(2, 3, 16, 16)}
@@ -137,9 +137,9 @@ def test_without_the_entries_of_a_head_unit_the_model_computes_as_without_the_he
 
 def test_layers_without_heads_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"grain=head: some.layer \(up\).*targets=attention"):
-        grain_of("head", site(4, 6, "up"), tiny())
+        make_grain("head", site(4, 6, "up"), tiny())
     with pytest.raises(ConfigError, match="no heads"):
-        grain_of("head", site(4, 6), nn.Module())
+        make_grain("head", site(4, 6), nn.Module())
 
 
 @given(st.integers(2, 5), st.data())
@@ -154,7 +154,7 @@ def test_n_of_m_takes_the_best_n_of_every_m_inputs(of: int, data: Any) -> None:
     scores = data.draw(
         st.lists(st.sampled_from([-1.0, 0.0, -0.0, 2.0, 3.0]), min_size=entries, max_size=entries)
     )
-    grain = grain_of(f"{best}:{of}", site(rows, groups * of), nn.Module())
+    grain = make_grain(f"{best}:{of}", site(rows, groups * of), nn.Module())
     wanted = []
     for start in range(0, entries, of):
         wanted += sorted(sorted(range(start, start + of), key=lambda i: (-scores[i], i))[:best])
@@ -164,4 +164,4 @@ def test_n_of_m_takes_the_best_n_of_every_m_inputs(of: int, data: Any) -> None:
 
 def test_n_of_m_refuses_nan() -> None:
     with pytest.raises(ValueError, match="NaN"):
-        choose_n_of_m(torch.tensor([[0.0, float("nan")]]), grain_of("1:2", site(1, 2), nn.Module()))
+        choose_n_of_m(torch.tensor([[0.0, float("nan")]]), make_grain("1:2", site(1, 2), nn.Module()))

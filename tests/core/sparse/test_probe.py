@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from finetune.core.part import patched
 from finetune.core.sparse import probe
-from finetune.core.sparse.probe import scan
+from finetune.core.sparse.probe import scan_scores
 from finetune.core.sparse.settings import ScoreName
 from finetune.errors import ConfigError
 from finetune.methods.sparse.sparse import Crossing
@@ -42,7 +42,7 @@ def scores(s: Session, score: ScoreName, batches: int = 1) -> list[Tensor]:
         found[i] = values
 
     method: Any = replace(s.method, score=score, batches=batches)  # type: ignore[type-var]
-    scan(method, s.run, s.states["method"]["bank"], layers, [None] * len(layers), visit)
+    scan_scores(method, s.run, s.states["method"]["bank"], layers, [None] * len(layers), visit)
     return [found[i] for i in range(len(layers))]
 
 

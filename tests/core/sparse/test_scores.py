@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune import registry
 from finetune.core.linalg import low_rank
 from finetune.core.part import merge, patched
-from finetune.core.sparse.probe import scan
+from finetune.core.sparse.probe import scan_scores
 from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.core.sparse.select import TopK
 from finetune.core.sparse.settings import ScoreName
@@ -44,7 +44,7 @@ def double(session: Session) -> Session:
 def scanned(session: Session, method: Crossing) -> list[Tensor]:
     layers = list(patched(session.model).values())
     found: dict[int, Tensor] = {}
-    scan(
+    scan_scores(
         method,
         session.run,
         session.states["method"]["bank"],
