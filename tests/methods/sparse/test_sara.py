@@ -95,6 +95,13 @@ def test_trained_are_exactly_those_below_the_threshold_and_adam_keeps_two_number
     assert [t.numel() for t in moments] == [count, count]
 
 
+def test_a_weight_that_equals_the_threshold_is_not_trained() -> None:
+    magnitudes = torch.cat(originals(contract.begin(SaRA(threshold=THETA)))).abs()
+    equal = float(magnitudes[magnitudes >= THETA].min())
+    bank = bank_of(contract.begin(SaRA(threshold=equal)))
+    assert len(bank.values) == int((magnitudes < THETA).sum())
+
+
 def test_sparsity_trains_the_k_smallest_of_the_model_and_remembers_their_threshold() -> None:
     session = started(SaRA(sparsity=0.9))
     every = torch.cat([w.abs() for w in originals(session)])
