@@ -35,4 +35,4 @@ docs: $(DOCS) ## the documentation, built into site/; warnings are errors, and n
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv && .venv/bin/pip install -q -c constraints.txt -e '.[test,dev]' && touch $@
 $(DOCS): $(READY)
-	.venv/bin/pip install -q -c constraints.txt -e '.[docs]' && touch $@
+	.venv/bin/pip install -q -c constraints.txt 'finetune-bench[docs]' && touch $@  # it is installed: only the extra is added
