@@ -175,7 +175,7 @@ def options_table(options: list[Option], prefix: str) -> list[str]:
         default = f"`{option.default}`" if option.default else "required"
         cells = [f"`{prefix}{option.name}`", default, option.values, to_markdown(option.meaning)]
         cells = cells[: len(columns)]
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append("| " + " | ".join(re.sub(r"(?<!\\)\|", r"\|", cell) for cell in cells) + " |")
     return [*lines, ""]
 
 
@@ -297,7 +297,13 @@ def to_markdown(text: str) -> str:
             block.append(line)
             continue
         if block:
-            lines += ["", "```text", *inspect.cleandoc("\n" + "\n".join(block)).splitlines(), "```", ""]
+            lines += [
+                "",
+                "```text",
+                *inspect.cleandoc("\n" + "\n".join(block)).replace("``", "").splitlines(),
+                "```",
+                "",
+            ]
             block = []
         in_list = bool(lines) and lines[-1].startswith(("- ", "  "))
         starts_or_ends_list = line.startswith("- ") != in_list and not line.startswith("  ")
@@ -305,7 +311,12 @@ def to_markdown(text: str) -> str:
             lines.append("")
         lines.append(escape_prose(line))
     if block:
-        lines += ["", "```text", *inspect.cleandoc("\n" + "\n".join(block)).splitlines(), "```"]
+        lines += [
+            "",
+            "```text",
+            *inspect.cleandoc("\n" + "\n".join(block)).replace("``", "").splitlines(),
+            "```",
+        ]
     return "\n".join(lines).strip("\n")
 
 

@@ -249,6 +249,13 @@ def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
     assert pages.to_markdown(doc).splitlines() == shown
 
 
+def test_a_cell_of_a_table_keeps_its_bars(pages: Any) -> None:
+    option = pages.Option("t", "0.5", "number", "Keeps |K| > ``t``.")
+    assert (
+        pages.options_table([option], "method.")[2] == r"| `method.t` | `0.5` | number | Keeps \|K\| > `t`. |"
+    )
+
+
 def test_interfaces_are_described(pages: Any, generated: dict[str, str]) -> None:
     for name, (title, _) in pages.API.items():
         text = generated[f"api/{name}.md"]
