@@ -14,7 +14,7 @@ from ..errors import ConfigError
 from ..models.folder import check_fits, check_weights
 from ..models.load import AUTO, quiet
 from ..storage.atomic import replacing
-from ..system.disk import writing
+from ..system.disk import safetensors_errors_as_os_errors
 
 
 def check_free(out: Path) -> None:
@@ -30,7 +30,7 @@ def writing_folder(out: Path) -> Iterator[Path]:
     Raises ``ConfigError`` if it cannot be written.
     """
     try:
-        with replacing(out) as temporary, writing(out):
+        with replacing(out) as temporary, safetensors_errors_as_os_errors(out):
             yield temporary
     except OSError as error:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""The command ``finetune sweep``: check many runs, run them, show them, and go on with them after an interruption."""
+"""The command ``finetune sweep``: check many runs, run them, show them, go on after an interruption."""
 
 from __future__ import annotations
 
@@ -115,7 +115,8 @@ TRIALS = 5  # of tune=, for each configuration
 class Words:
     """The words of the command line by what they are for.
 
-    ``settings`` choose the runs, ``launcher`` are settings of the launcher, and ``tune`` is the value of ``tune=``.
+    ``settings`` choose the runs, ``launcher`` are settings of the launcher, and ``tune`` is the value of
+    ``tune=``.
     """
 
     settings: list[str]
@@ -248,7 +249,7 @@ def _run_grid(
 def _report(
     runs: Sequence[Point], trials: Sequence[Point], found: dict[Path, dict[str, Any]], as_json: bool
 ) -> int:
-    """Print the results of the runs, and what went wrong with them and with the trials of ``tune=``; the exit code."""
+    """Print the results of the runs, and what went wrong in them and in the trials; return the exit code."""
     from .sweep_tables import show
 
     show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
@@ -263,13 +264,16 @@ def _report(
 
 
 def _watch(folder: Path, others: Sequence[str]) -> int:
-    """Show the sweep in ``folder`` until it ends; the exit code. ``others`` are all other words that were typed."""
+    """Show the sweep in ``folder`` until it ends; return the exit code.
+
+    ``others`` are all other words that were typed.
+    """
     from ..sweep.watch import watch
 
     if others:
         raise ConfigError(
-            f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no settings "
-            "and no options."
+            f"{', '.join(others)}: --watch {folder} only shows a sweep that another shell runs; it takes no "
+            "settings and no options."
         )
     try:
         return watch(folder)
@@ -326,8 +330,8 @@ def _check_search(typed: dict[str, str], words: Words, search: str | None, trial
         foreign.append(f"tune={words.tune}")
     if foreign:
         faults.append(
-            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another by what "
-            "the earlier ones found, on this machine, and runs none again. Leave it out, or --search."
+            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another "
+            "by what the earlier ones found, on this machine, and runs none again. Leave it out, or --search."
         )
     if faults:
         raise ConfigError(*faults)
@@ -339,8 +343,8 @@ def _check_launcher(typed: dict[str, str], launcher: str) -> None:
     local = [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]
     if local:
         faults.append(
-            f"{', '.join(local)}: only --launcher local has that; --launcher {launcher} hands over all runs at once. "
-            "Leave it out."
+            f"{', '.join(local)}: only --launcher local has that; --launcher {launcher} hands over all runs "
+            "at once. Leave it out."
         )
     cures = {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}
     if "--jobs" in typed and launcher in cures:

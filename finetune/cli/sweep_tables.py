@@ -36,7 +36,7 @@ def show(results: Sequence[tuple[Point, dict[str, Any]]], as_json: bool) -> None
 
 
 def show_search(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
-    """Print the trials of a search by their validation metric, best first; the test set has no say in a search."""
+    """Print the trials of a search with their validation metrics, the best first."""
     from ..report.metric import main_metric
     from .display import show_table
 
@@ -75,8 +75,8 @@ def show_forecast(forecast: dict[str, Any], as_json: bool) -> None:
     show_tree({"folder": forecast["folder"], "runs": rows, "total": total}, as_json)
     if any(row["run"] is None for row in forecast["runs"]):
         print(
-            "Runs named ? take the value that their trials choose; which of them are finished is known when the "
-            "trials are.",
+            "Runs named ? take the value that their trials choose; which of them are finished is known when "
+            "the trials are.",
             file=sys.stderr,
         )
     faults = {row["fault"]: row["settings"] for row in forecast["runs"] if row["fault"]}
@@ -85,7 +85,7 @@ def show_forecast(forecast: dict[str, Any], as_json: bool) -> None:
 
 
 def _forecast_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Return the cells of a row of a forecast; ``?`` is what is not known, and runs that are there take nothing."""
+    """Return the cells of a row of a forecast; ``?`` stands for what is not known."""
     from ..report.metric import show_bytes
     from ..sweep.forecast import is_new
     from ..sweep.status import show_seconds

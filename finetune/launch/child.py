@@ -28,9 +28,9 @@ Report = Callable[[dict[str, Any], Path], None]
 
 
 def train_frozen(config: str, options: StartOptions) -> int:
-    """Train the frozen configuration in the file ``config``; return 0, or 130 after a signal. Prints no result.
+    """Train the frozen configuration in the file ``config``; return 0, or 130 after a signal.
 
-    Raises what ``train`` raises; ``run_child`` turns that into a message and an exit code.
+    Prints no result. Raises what ``train`` raises; ``run_child`` turns that into a message and an exit code.
     """
 
     def read() -> tuple[Config, Path]:
@@ -50,11 +50,11 @@ def train(
     report: Report = lambda result, folder: None,
     preview: Callable[[Config], None] | None = None,
 ) -> int:
-    """Train the configuration that ``read`` returns in the folder that it returns; return 0, or 130 after a signal.
+    """Train the configuration in the folder that ``read`` returns; return 0, or 130 after a signal.
 
-    ``processes`` is the number of ranks, by default as many as trained this run before. ``report`` is called in
-    rank 0 with the result and the folder. ``preview``, if given, is called with the configuration, and nothing is
-    trained. Raises ``FinetuneError`` for a mistake of the user or a failed run.
+    ``processes`` is the number of ranks, by default as many as trained this run before. ``report`` is called
+    in rank 0 with the result and the folder. ``preview``, if given, is called with the configuration, and
+    nothing is trained. Raises ``FinetuneError`` for a mistake of the user or a failed run.
     """
     folder: Path | None = None
     try:
@@ -77,7 +77,7 @@ def train(
 
 
 def _processes_before(folder: Path) -> int:
-    """Return how many ranks trained the run in ``folder`` before; 1 if none did or a launcher started this one."""
+    """Return how many ranks trained this run before; 1 if none did, or if a launcher started this process."""
     if "LOCAL_RANK" in os.environ:
         return 1
     from .resume import processes

@@ -1,7 +1,9 @@
-"""Fork runs from one process that has imported everything: saves seconds a run. Linux only, and not with GPUs.
+"""Fork runs from one process that has imported everything, which saves seconds a run.
+
+This works on Linux only, and not with GPUs, whose drivers do not survive a fork.
 
 The fork server is that of Python's ``multiprocessing``. It computes nothing, so nothing of it can influence a
-run. It ends with the sweep, and its children end with it. A GPU's driver does not survive a fork.
+run. It ends with the sweep, and its children end with it.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from ..storage.lock import INHERITED
 from .start import StartOptions, end_with, run_child
 
 PRELOAD = f"{__package__}.preload"
-# The fork server imports this module, so in a forked child this is the server's number, even after it has ended.
+# The fork server imports this module, so in a forked child this is the server's number, even after it has
+# ended.
 SERVER = os.getpid()
 
 
@@ -76,7 +79,8 @@ class Forked:
 def server_context(environment: dict[str, str]) -> ForkServerContext:
     """Return the context of the fork server, which starts at its first use.
 
-    OpenMP reads how threads wait when a library is loaded, so ``OMP_*`` must be in the server's own environment.
+    OpenMP reads how threads wait when a library is loaded, so ``OMP_*`` must be in the server's own
+    environment.
     """
     for name, value in environment.items():
         if name.startswith("OMP_"):

@@ -1,4 +1,4 @@
-"""Prepare the fork server (see ``forkserver``): bind it to the sweep, then import what nearly every run needs.
+"""Prepare the fork server (see ``forkserver``): bind it to the sweep, then import what most runs need.
 
 Only the fork server imports this module.
 """
@@ -13,7 +13,7 @@ from .start import end_with
 
 
 def _bind_to_sweep() -> None:
-    """Let the server end with the sweep, and leave it to the sweep to end the runs in order after a signal."""
+    """Let the server end with the sweep, and ignore signals: after one, the sweep ends its runs in order."""
     end_with(os.getppid())
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

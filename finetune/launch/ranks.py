@@ -67,7 +67,8 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
         if not severed(error):
             raise
         raise Severed(
-            f"Another process of this run has ended, and no other can go on without it. {_how_to_go_on(folder)}"
+            "Another process of this run has ended, and no other can go on without it. "
+            f"{_how_to_go_on(folder)}"
         ) from error
 
 
@@ -80,7 +81,7 @@ def _show_nothing(done: int, total: int, words: str) -> None:
 
 
 def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
-    """Train ``config`` in ``folder`` by ``count`` ranks on this machine; return the content of ``result.json``.
+    """Train ``config`` in ``folder`` by ``count`` ranks on this machine; return the run's result.
 
     Raises the error of the first rank that failed, ``RunFailed`` where a signal killed a rank, and
     ``Interrupted`` where a signal asked the run to stop.
@@ -207,8 +208,8 @@ def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
         if code < 0:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             raise RunFailed(
-                f"Process {i} of {len(codes)} was ended by {signal.Signals(-code).name}{hint}, and the others "
-                f"with it. {_how_to_go_on(folder)}"
+                f"Process {i} of {len(codes)} was ended by {signal.Signals(-code).name}{hint}, and the "
+                f"others with it. {_how_to_go_on(folder)}"
             )
     if not reports:
         raise RunFailed(f"The processes ended with the exit codes {codes}.")

@@ -1,4 +1,4 @@
-"""``finetune train --resume RUN``: read the run that it goes on with, and tell the user how to go on. Imports no torch."""
+"""``finetune train --resume RUN``: read the run to go on with, and say how to go on. Imports no torch."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from ..system import safe
-from ..system.disk import writing
+from ..system.disk import safetensors_errors_as_os_errors
 from . import manifest
 from .atomic import write_json_atomic
 from .delta import read_tensors
@@ -73,7 +73,7 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
     folder.parent.mkdir(exist_ok=True)
     with manifest.sealed_folder(folder) as temporary:
         file = temporary / "state.safetensors"
-        with writing(file):
+        with safetensors_errors_as_os_errors(file):
             save_file(tensors_of(saved), file)
         write_json_atomic(temporary / "state.json", content)
         if best is not None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ..core.state import packed_modules
 from ..errors import ConfigError
 from ..system import safe
-from ..system.disk import writing
+from ..system.disk import safetensors_errors_as_os_errors
 from . import manifest
 from .atomic import write_json_atomic
 
@@ -56,7 +56,7 @@ def save_delta(folder: Path, states: nn.Module, description: dict[str, Any]) -> 
     tensors = {name: tensor.cpu().contiguous() for name, tensor in tensors_to_store(states).items()}
     with manifest.sealed_folder(folder) as temporary:
         file = temporary / "delta.safetensors"
-        with writing(file):
+        with safetensors_errors_as_os_errors(file):
             save_file(tensors, file)
         write_json_atomic(temporary / "delta.json", {**manifest.HEADER, **description})
 

@@ -1,11 +1,13 @@
 """The budget of a sweep, ``budget=``: how much every method of it trains or stores.
 
-``budget=0.5%``   of all parameters of the model (``params.total``) are trained
-``budget=400k``   entries are trained (k, M, G: 10^3, 10^6, 10^9)
-``budget=1MB``    are stored, as ``stored_bytes`` reports it (kB, MB, GB: powers of 1000; KiB, MiB, GiB: of 1024)
+``budget=0.5%``  of all parameters of the model (``params.total``) are trained
+``budget=400k``  entries are trained (k, M, G: 10^3, 10^6, 10^9)
+``budget=1MB``   are stored, as ``stored_bytes`` reports it (kB, MB, GB: powers of 1000; KiB, MiB, GiB: of
+                 1024)
 
-The task's new head, which all methods train alike, does not count as trained; it is stored with the rest. Where
-data chooses the entries, stored bytes are expected ones: positions are taken to lie at random. Imports no torch.
+The task's new head, which all methods train alike, does not count as trained; it is stored with the rest.
+Where data chooses the entries, stored bytes are expected ones: positions are taken to lie at random. Imports
+no torch.
 """
 
 from __future__ import annotations
@@ -32,7 +34,10 @@ class FixedSize(ConfigError):
 
 @dataclass(frozen=True)
 class Budget:
-    """A share of the model's parameters, a number of trained entries, or stored bytes; ``text`` as it was written."""
+    """A share of the model's parameters, a number of trained entries, or stored bytes.
+
+    ``text`` is how it was written.
+    """
 
     text: str
     amount: float
@@ -62,8 +67,8 @@ def parse(text: str) -> Budget:
     unit = found[3] if found else ""
     if not found or unit not in {"%", *COUNTS, *BYTES}:
         raise ConfigError(
-            f"budget={text} is no budget. Write a share of the model's parameters (0.5%), a number of trained ones "
-            "(400k, 1.5M), or bytes stored (1MB, 512KiB)."
+            f"budget={text} is no budget. Write a share of the model's parameters (0.5%), a number of "
+            "trained ones (400k, 1.5M), or bytes stored (1MB, 512KiB)."
         )
     number = float(found[1] + (found[2] or ""))
     if number <= 0:

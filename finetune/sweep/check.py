@@ -1,6 +1,6 @@
-"""Find faults that would end runs of a sweep before their first step: data, models and methods that do not fit.
+"""Find data, models and methods that do not fit, before any run of a sweep starts.
 
-They are found before any run starts. Imports no torch.
+Such faults would end runs before their first step. Imports no torch.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def _faults_in_child(configs: list[Config], options: StartOptions) -> list[tuple
 
 
 def _send_faults(settings: list[dict[str, Any]], options: StartOptions, sender: Connection) -> None:
-    """Do what the child does: build the configurations after ``options`` are applied, and send their faults."""
+    """Do what the child does: apply ``options``, build the configurations, and send their faults."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -1,7 +1,7 @@
 """Hand runs to a cluster by Hydra's own launchers: joblib, submitit (Slurm), ray.
 
-Each job runs one frozen configuration in a process. Jobs only write run folders, so their results are read from
-there, whatever the launcher reports.
+Each job runs one frozen configuration in a process. Jobs only write run folders, so their results are read
+from there, whatever the launcher reports.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = N
     """
     if name not in ("local", *PLUGINS):
         raise ConfigError(
-            f"--launcher {name} is not a launcher.{near(name, PLUGINS)} There is: local, {', '.join(PLUGINS)}."
+            f"--launcher {name} is not a launcher.{near(name, PLUGINS)} "
+            f"There is: local, {', '.join(PLUGINS)}."
         )
     given = dict(word.removeprefix("launcher.").split("=", 1) for word in words)
     if name == "local":
@@ -78,7 +79,7 @@ def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = N
 
 
 def _settings(name: str, config_dir: Path | None) -> dict[str, Any]:
-    """Return the settings in ``launcher/NAME.yaml``: the user's file if there is one, else the built-in one."""
+    """Return the settings in ``launcher/NAME.yaml`` of the user, or else in the built-in one."""
     file = conf_dir() / "launcher" / f"{name}.yaml"
     if config_dir and (config_dir / "launcher" / f"{name}.yaml").is_file():
         file = config_dir / "launcher" / f"{name}.yaml"
@@ -92,7 +93,7 @@ def _settings(name: str, config_dir: Path | None) -> dict[str, Any]:
 
 
 def _missing(name: str) -> list[str]:
-    """Return what is missing here for a launcher to work: a package, or Slurm's tools; empty if nothing is."""
+    """Return what a launcher lacks on this machine: a package, or Slurm's tools; empty if nothing."""
     plugin = f"hydra_plugins.{PLUGINS[name][0]}"
     if importlib.util.find_spec("hydra_plugins") is None or importlib.util.find_spec(plugin) is None:
         return [
@@ -103,8 +104,8 @@ def _missing(name: str) -> list[str]:
     missing = [tool for tool in ("sbatch", "sinfo", "squeue") if shutil.which(tool) is None]
     if missing:
         return [
-            f"--launcher slurm needs Slurm's {', '.join(missing)}, not found here. Start from a login node, or "
-            "use --launcher local."
+            f"--launcher slurm needs Slurm's {', '.join(missing)}, not found here. Start from a login node, "
+            "or use --launcher local."
         ]
     cure = "See `sinfo`, or use --launcher local."
     try:
@@ -146,7 +147,7 @@ def _is_kept(point: Point, retry: bool) -> bool:
 def _submit(
     todo: Sequence[Point], launcher: Launcher, jobs: int | None, home: Path, say: Say, options: StartOptions
 ) -> None:
-    """Start Hydra's launcher in a process of its own, which logs to a file, and wait until every job has ended."""
+    """Start Hydra's launcher in a process of its own that logs to a file; wait until all jobs have ended."""
     settings = dict(launcher.settings)
     threads = settings.get("cpus_per_task") or 0
     if launcher.name == "joblib":
@@ -193,8 +194,8 @@ def _all_ended(points: Sequence[Point]) -> bool:
 def _wait(process: subprocess.Popen[bytes], todo: Sequence[Point], home: Path | None) -> None:
     """Wait until the launcher ends or all points have results.
 
-    With ``home``, the folder of Slurm's jobs, wait no longer than ``SETTLE`` seconds after Slurm has lost them:
-    the launcher itself would wait for a job that died.
+    With ``home``, the folder of Slurm's jobs, wait no longer than ``SETTLE`` seconds after Slurm has lost
+    them: the launcher itself would wait for a job that died.
     """
     lost_since: float | None = None
     while process.poll() is None and not _all_ended(todo):
@@ -229,7 +230,7 @@ def _is_queued(numbers: Sequence[str]) -> bool:
 
 
 def job(config: Any) -> str:
-    """Do what a job of the cluster does: run the configuration in ``config.file`` to its end and return its status.
+    """Do what a job of the cluster does: run the configuration in ``config.file``, and return its status.
 
     A failed run raises nothing.
     """
@@ -247,7 +248,7 @@ def job(config: Any) -> str:
 
 @contextmanager
 def _free_gpu(home: Path) -> Iterator[str | None]:
-    """Wait for a GPU that no other job of this sweep uses on this machine; ``None`` if there are none at all."""
+    """Wait for a GPU that no other job of this sweep uses on this machine; ``None`` if it has none."""
     names = cuda_devices()
     home.mkdir(parents=True, exist_ok=True)
     while names:

@@ -1,4 +1,4 @@
-"""Foresee what a sweep would take: time and memory of each point, from finished runs like it or from a measurement."""
+"""Foresee the time and memory of each point of a sweep, from finished runs like it or from a measurement."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ def forecast(
 ) -> dict[str, Any]:
     """Return the folder of a sweep, a row for every run, and totals, as plain data; write nothing.
 
-    A row says what would become of its run (``would``), how many ``seconds`` and ``memory_bytes`` it would take
-    (``None`` where that is not known), whether it ``fits`` in the memory of this machine beside the other ``jobs``,
-    and the ``fault`` of a measurement that failed. The total of seconds is for ``jobs`` runs at once.
+    A row says what would become of its run (``would``), how many ``seconds`` and ``memory_bytes`` it would
+    take (``None`` where that is not known), whether it ``fits`` in the memory of this machine beside the
+    other ``jobs``, and the ``fault`` of a measurement that failed. The total of seconds is for ``jobs`` runs
+    at once.
 
     With ``tuning`` its trials come first; a run whose value they have still to choose has no name yet.
     """
@@ -76,7 +77,10 @@ def is_new(would: str) -> bool:
 
 
 class _Estimates:
-    """Time and memory of configurations: of finished runs in other seeds, else measured once for each kind of run."""
+    """Time and memory of configurations.
+
+    They are taken from finished runs in other seeds, or else measured once for each kind of run.
+    """
 
     def __init__(self, say: Say, options: StartOptions) -> None:
         self._say, self._options = say, options
@@ -111,7 +115,7 @@ def _kind(config: Config) -> str:
 
 
 def _finished_runs() -> dict[str, list[tuple[float | None, int]]]:
-    """Return seconds and peak bytes of every finished run under ``outputs``, by its configuration without the seed."""
+    """Return seconds and peak bytes of every finished run under ``outputs``, by its ``group_hash``."""
     found: dict[str, list[tuple[float | None, int]]] = {}
     like = {"status": str, "cost": {"peak_memory_bytes": int}, "group_hash": str}
     for file in Path("outputs").glob("*/*/result.json"):

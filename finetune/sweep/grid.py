@@ -1,7 +1,7 @@
 """The points of a sweep: the cross product of the given values; each point is a run.
 
-All points are checked and frozen before the first one starts. A run folder is named by its content, so the same
-command again skips what is finished and goes on with what is not.
+All points are checked and frozen before the first one starts. A run folder is named by its content, so the
+same command again skips what is finished and goes on with what is not.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Say = Callable[[str], None]
 class Point:
     """One run of a sweep.
 
-    ``label`` names the settings in which it differs from the others, without its seed. ``config`` has its ``name``
-    and ``run`` set.
+    ``label`` names the settings in which it differs from the others, without its seed. ``config`` has its
+    ``name`` and ``run`` set.
     """
 
     label: str
@@ -76,8 +76,8 @@ def points(
 ) -> list[Point]:
     """Return every point of the sweep, checked; points of the same content become one.
 
-    ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say`` is
-    called with a line for whatever is left out. Raises ``ConfigError`` with the faults of all points.
+    ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say``
+    is called with a line for whatever is left out. Raises ``ConfigError`` with the faults of all points.
     """
     name, overrides = with_preset(overrides, config_dir)
     budgets, overrides = _take_values("budget", overrides)
@@ -139,7 +139,7 @@ def _key(text: str) -> str:
 
 
 def preset(name: str, config_dir: Path | None = None) -> list[str]:
-    """Return the overrides that ``sweep/NAME.yaml`` lists: the user's file if there is one, else the built-in one.
+    """Return the overrides that ``sweep/NAME.yaml`` of the user lists, or else those of the built-in one.
 
     Raises ``ConfigError``.
     """
@@ -160,7 +160,8 @@ def preset(name: str, config_dir: Path | None = None) -> list[str]:
         ) from None
     if not stated or not isinstance(stated, list) or not all(_is_setting(text) for text in stated):
         raise ConfigError(
-            f"sweep={name}: {file} should be a list of key=value, a line each, for example '- method=lora,snell'."
+            f"sweep={name}: {file} should be a list of key=value, a line each, for example "
+            "'- method=lora,snell'."
         )
     return stated
 
@@ -287,7 +288,8 @@ def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
             made = registry.get("method", method)
         except ConfigError:
             return None
-    return frozenset(f.name for f in fields(made) if f.init)  # type: ignore[arg-type]  # methods are dataclasses
+    settings = fields(made)  # type: ignore[arg-type]  # methods are dataclasses
+    return frozenset(field.name for field in settings if field.init)
 
 
 def has_field(method: str, field: str, config_dir: Path | None) -> bool:

@@ -1,6 +1,7 @@
-"""Measure a few steps of a configuration in a process of its own and in a temporary folder. Imports no torch at the top.
+"""Measure a few steps of a configuration in a process of its own and in a temporary folder.
 
-``python -m finetune.sweep.measure PARENT OPTIONS CONFIG`` is that process; it prints a ``Measurement`` as JSON.
+``python -m finetune.sweep.measure PARENT OPTIONS CONFIG`` is that process; it prints the result as JSON.
+Imports no torch at the top.
 """
 
 from __future__ import annotations
@@ -72,7 +73,7 @@ def _fault(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def room_for_one(jobs: int) -> int:
-    """Return the bytes that one of ``jobs`` runs at once may take: those of a GPU, else a share of the free memory."""
+    """Return the bytes for one of ``jobs`` runs at once: those of a GPU, else a share of the free memory."""
     import psutil
 
     if gpus := cuda_memory():
@@ -81,13 +82,13 @@ def room_for_one(jobs: int) -> int:
 
 
 def measure_here(config: str, options: StartOptions) -> int:
-    """Do what the process of ``measure`` does: print a measurement of the configuration in the file ``config``."""
+    """Do what the process of ``measure`` does: measure the configuration in a file, and print the result."""
     print(json.dumps(asdict(_measure_run(Path(config), room_for_one(1)))))
     return 0
 
 
 def _measure_run(file: Path, room: int) -> Measurement:
-    """Train a few steps of the configuration in ``file``; one that needs more than ``room`` bytes is only planned."""
+    """Train a few steps of the configuration in ``file``, unless it needs more than ``room`` bytes."""
     import psutil
 
     from ..training import run

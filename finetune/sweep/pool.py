@@ -1,4 +1,4 @@
-"""Run several points at once, each in a process with its share of the cores or a GPU of its own. Imports no torch."""
+"""Run several points at once, each in a process with a share of the cores or with a GPU. Imports no torch."""
 
 from __future__ import annotations
 
@@ -57,14 +57,14 @@ def _no_update(pool: Pool) -> None:
 class Pool:
     """Runs points, at most ``jobs`` at once; with GPUs at most one on each of them.
 
-    ``say`` is called with one line for every start and end. ``retry``: run again what had failed before; a run
-    that a signal ended is run again in any case. ``attempts``: how often a run may be started before it counts as
-    failed. ``fail_fast``: after a failure, start nothing more and end what runs. ``update`` is called with the
-    pool about every 0.05 s. ``gpus``: values for CUDA_VISIBLE_DEVICES, by default all GPUs there are; an empty
-    list for runs on the CPU. ``options`` hold in every child.
+    ``say`` is called with one line for every start and end. ``retry``: run again what had failed before; a
+    run that a signal ended is run again in any case. ``attempts``: how often a run may be started before it
+    counts as failed. ``fail_fast``: after a failure, start nothing more and end what runs. ``update`` is
+    called with the pool about every 0.05 s. ``gpus``: values for CUDA_VISIBLE_DEVICES, by default all GPUs
+    there are; an empty list for runs on the CPU. ``options`` hold in every child.
 
-    ``places`` is how many points can run at once, ``running`` lists the processes, and ``failed`` tells whether
-    a run failed.
+    ``places`` is how many points can run at once, ``running`` lists the processes, and ``failed`` tells
+    whether a run failed.
     """
 
     def __init__(
@@ -107,11 +107,11 @@ class Pool:
     ) -> dict[Path, Result]:
         """Run all ``points`` and return the result of each by its folder; a failure is a result too.
 
-        The next point is taken from ``points`` only when there is a place for it, so a generator can choose it
-        by the results before; it yields ``None`` for "not yet". Configurations must be frozen (``grid.freeze``).
-        Finished points are not run again. ``ended`` is called with each point and its result. ``verdict`` is
-        called at every check of a running point; a text that it returns stops the point, whose result is then
-        ``{"status": "stopped", "error": text}``.
+        The next point is taken from ``points`` only when there is a place for it, so a generator can choose
+        it by the results before; it yields ``None`` for "not yet". Configurations must be frozen
+        (``grid.freeze``). Finished points are not run again. ``ended`` is called with each point and its
+        result. ``verdict`` is called at every check of a running point; a text that it returns stops the
+        point, whose result is then ``{"status": "stopped", "error": text}``.
 
         Raises ``Interrupted`` and ``DiskFull``, each when all processes have ended.
         """
@@ -201,7 +201,7 @@ class Pool:
         return True
 
     def _take_earlier(self, point: Point) -> bool:
-        """Take the result of an earlier sweep, unless the point is to be run again; return whether it was taken."""
+        """Take an earlier sweep's result unless the point is to be run again; return whether it was taken."""
         if not point.folder.result.is_file():
             return False
         result = point.folder.read_result()

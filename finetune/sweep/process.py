@@ -1,7 +1,7 @@
 """Run one point in a process of its own: watch it, stop it on request, and never run it twice at once.
 
-A ``Process`` holds the lock of its run (``RUN/.lock``), and its child inherits that lock. Whichever of the two is
-killed, the run cannot be started a second time while the other one lives. Imports no torch.
+A ``Process`` holds the lock of its run (``RUN/.lock``), and its child inherits that lock. Whichever of the
+two is killed, the run cannot be started a second time while the other one lives. Imports no torch.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class DiskFull(FinetuneError):
 
     def __init__(self, folder: Path, why: str) -> None:
         super().__init__(
-            f"{folder} cannot be written: {why}. Whatever finished is kept; make room, and the same command goes on."
+            f"{folder} cannot be written: {why}. Whatever finished is kept; make room, and the same command "
+            "goes on."
         )
 
 
@@ -69,7 +70,7 @@ def run_command(point: Point, options: StartOptions) -> list[str]:
 
 
 class Process:
-    """A run that a child trains. ``start`` makes it; call ``poll`` until it returns the result; ``stop`` ends it early.
+    """A run that a child trains. Call ``start``, then ``poll`` until it returns the result, or ``stop``.
 
     ``point`` is the run, ``device`` its CUDA device, ``began`` the time of its start by ``time.monotonic``.
     """
@@ -120,8 +121,8 @@ class Process:
 
         Returns ``None`` if another process is running it or has just finished it. Raises ``DiskFull``.
 
-        ``threads``: how many the child may use. ``device``: its CUDA_VISIBLE_DEVICES. ``fork``: fork it from the
-        fork server where that is possible.
+        ``threads``: how many the child may use. ``device``: its CUDA_VISIBLE_DEVICES. ``fork``: fork it from
+        the fork server where that is possible.
         """
         lock = take_lock(point.folder.path)
         if lock is None:
@@ -157,7 +158,7 @@ class Process:
             self._signal(signal.SIGTERM)
 
     def stop(self, why: str, grace: float = GRACE) -> dict[str, Any]:
-        """End the child, by SIGKILL after ``grace`` seconds, and return the result. It can be run again later."""
+        """End the child, by SIGKILL after ``grace`` seconds; return the result. It can be run again later."""
         self.ask_to_stop(why)
         end = time.monotonic() + grace
         while (result := self.poll()) is None:
@@ -214,7 +215,7 @@ class Process:
 
 
 def _signal_of(code: int) -> int:
-    """Return the signal behind an exit code, 0 if there is none. A child that saved and left was sent SIGTERM."""
+    """Return the signal behind an exit code, 0 if there is none; SIGTERM for a child that saved and left."""
     if code == INTERRUPTED:
         return int(signal.SIGTERM)
     return max(0, -code)
@@ -246,7 +247,10 @@ def _add_to_log(folder: RunFolder, lines: list[str]) -> None:
 def run_to_end(
     point: Point, options: StartOptions, threads: int | None = None, device: str | None = None
 ) -> dict[str, Any]:
-    """Run one point in a fresh process and return its result; while another process runs it, wait. Raises ``DiskFull``."""
+    """Run one point in a fresh process and return its result; wait while another process runs it.
+
+    Raises ``DiskFull``.
+    """
     while (process := Process.start(point, options, threads, device)) is None:
         if point.folder.finished:
             return point.folder.read_result()

@@ -2,8 +2,8 @@
 
 Trials are judged by their validation metric alone. Optuna's storage is ``search.db`` in the folder, and
 ``search.json`` says the same for people. The same command goes on with a search that was ended, and with more
-``--trials`` it continues one that was done. With one job, the same seed gives the same trials, however often the
-search was ended.
+``--trials`` it continues one that was done. With one job, the same seed gives the same trials, however often
+the search was ended.
 """
 
 from __future__ import annotations
@@ -133,12 +133,13 @@ class Search:
         except Exception as error:  # of Optuna, SQLAlchemy or SQLite
             why = " ".join(str(error).split())[:200]
             raise ConfigError(
-                f"{file} cannot be read as the storage of a search ({why}). Choose another name=, or remove it."
+                f"{file} cannot be read as the storage of a search ({why}). Choose another name=, or remove "
+                "it."
             ) from None
         if before and before != settings:
             raise ConfigError(
-                f"{self.folder} holds another search: {' '.join(before)}. Choose another name=, or give the same "
-                "settings."
+                f"{self.folder} holds another search: {' '.join(before)}. Choose another name=, or give the "
+                "same settings."
             )
         self.study.set_user_attr("asked", settings)
 
@@ -151,7 +152,7 @@ class Search:
         return replace(found[0], label=" ".join(words))
 
     def entries(self) -> list[Entry]:
-        """Return what ``sweep.json`` says: an entry for each run, and one for each trial that is still to be made."""
+        """Return the entries of ``sweep.json``: one for each run, and one for each trial still to be made."""
         trials = self.study.get_trials(deepcopy=False)
         made: dict[str, Entry] = {}
         for trial in trials:
@@ -187,7 +188,7 @@ class Search:
         return self.study.ask()
 
     def _seed_sampler(self, number: int) -> None:
-        """Let the trial ``number`` draw from a seed of its own, however many trials this process made before."""
+        """Give the trial ``number`` a seed of its own, so that interruptions do not change what it draws."""
         import optuna
 
         seed = (self._seed * SEED_DISTANCE + number) % 2**32
@@ -307,7 +308,7 @@ def _gain(metric: Any, values: dict[str, float]) -> float:
 
 
 def _order(trial: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort finished trials first, the best first; of equal metrics that of the lower loss, then the earlier."""
+    """Sort finished trials first, the best first; of equal metrics the lower loss, then the earlier trial."""
     val = trial["val"] or {}
     metric = main_metric(val)
     if metric is None:

@@ -1,7 +1,7 @@
 """Count how much a configuration trains and stores, on tensors without values. Imports torch.
 
-Weights are read once for each model and task, and only their shapes are kept. What a method adds is built on the
-meta device.
+Weights are read once for each model and task, and only their shapes are kept. What a method adds is built on
+the meta device.
 """
 
 from __future__ import annotations
@@ -42,7 +42,10 @@ DTYPES = {  # names of types in a safetensors header
 
 @dataclass(frozen=True)
 class Size:
-    """``trained`` entries and ``stored`` bytes, as a run reports them; both include the new head's ``head`` entries."""
+    """``trained`` entries and ``stored`` bytes as a run reports them; both include the new head.
+
+    ``head`` is the number of its entries.
+    """
 
     trained: int
     stored: int
@@ -92,9 +95,9 @@ def _move_to_meta(model: nn.Module) -> None:
 def measure(config: Config, method: Method | None = None) -> Size:
     """Return the size of ``config``, with ``method`` instead of its own if given.
 
-    Trained entries are those of the last phase. Where data chooses entries, their positions are taken to lie at
-    random, so the bytes of the gaps between them are expected ones. ``stored`` is 0 where training decides what is
-    stored. Raises ``ConfigError`` where the method does not fit the model.
+    Trained entries are those of the last phase. Where data chooses entries, their positions are taken to lie
+    at random, so the bytes of the gaps between them are expected ones. ``stored`` is 0 where training decides
+    what is stored. Raises ``ConfigError`` where the method does not fit the model.
     """
     method = method or config.method
     last, model = method.phases()[-1].method, frame(config)

@@ -1,4 +1,7 @@
-"""Solve the setting that decides a method's size, so that a run meets its budget. Imports no torch at the top."""
+"""Solve the setting that decides a method's size, so that a run meets its budget.
+
+Imports no torch at the top.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,8 @@ def solve(
         key = text.partition("=")[0]
         if ALIASES.get(key, key) == f"method.{knob}":
             raise ConfigError(
-                f"{text} and budget={budget} both say how much method={config.method.name} trains; keep one of them."
+                f"{text} and budget={budget} both say how much method={config.method.name} trains; keep "
+                "one of them."
             )
     tree = config.as_dict()
     deciding = {name: tree[name] for name in ("model", "dataset", "method", "train")}
@@ -61,8 +65,8 @@ def _describe_fixed(config: Config, wanted: Budget) -> str:
 
     amount, total = wanted.amount_of(size.measure(config)), size.frame(config).total
     return (
-        f"method={config.method.name} has no setting for its size, which is fixed: {wanted.show(amount, total)}; "
-        f"it cannot meet budget={wanted.text}."
+        f"method={config.method.name} has no setting for its size, which is fixed: "
+        f"{wanted.show(amount, total)}; it cannot meet budget={wanted.text}."
     )
 
 
@@ -70,8 +74,8 @@ def _describe_fixed(config: Config, wanted: Budget) -> str:
 class Ladder:
     """The values of a size setting in the order in which the size grows; each value has a number, its rung.
 
-    With a ``step``, rung i is the whole number i * step. Without one, rung i is the share i / FINE, or 1 - i / FINE
-    if the setting is ``falling``: a larger value makes the size smaller.
+    With a ``step``, rung i is the whole number i * step. Without one, rung i is the share i / FINE, or 1 - i
+    / FINE if the setting is ``falling``: a larger value makes the size smaller.
     """
 
     first: int
@@ -171,8 +175,8 @@ class _Solver:
             return None
         if self.wanted.kind == "stored" and not found.stored:
             raise ConfigError(
-                f"method={name}: what it stores is decided while it trains, so budget={self.wanted.text} cannot be "
-                "solved for; give the number of trained parameters, or a share (0.5%)."
+                f"method={name}: what it stores is decided while it trains, so budget={self.wanted.text} "
+                "cannot be solved for; give the number of trained parameters, or a share (0.5%)."
             )
         return self.wanted.amount_of(found)
 
@@ -204,8 +208,8 @@ class _Solver:
     def _nearest_rungs(self) -> list[int]:
         """Return the last allowed rung below the target and the first that reaches it, where there are such.
 
-        A single rung is returned if it is exact. Bisects between ``low``, below the target, and ``high``, which
-        reaches it.
+        A single rung is returned if it is exact. Bisects between ``low``, below the target, and ``high``,
+        which reaches it.
         """
         allowed = self._allowed_rung()
         low, high = self.ladder.first - 1, self.ladder.last + 1
@@ -224,14 +228,15 @@ class _Solver:
         return [rung for rung in (low, high) if self._is_allowed(rung)]
 
     def _first_doubling(self, rung: int) -> int:
-        """Return the first of ``rung``, 2 * ``rung``, 4 * ``rung``, ... that reaches the target, or the last rung.
+        """Return the first of ``rung``, 2 * ``rung``, 4 * ``rung``, ... that reaches the target, or the last.
 
         Raises ``FixedSize`` where the setting changes nothing.
         """
         if self.amount(self.ladder.value(rung)) == self.amount(self.ladder.value(2 * rung)):
             name, knob = self.config.method.name, self.config.method.size
             raise FixedSize(
-                f"method={name}: method.{knob} does not change how much it trains here, so no budget can be met by it."
+                f"method={name}: method.{knob} does not change how much it trains here, so no budget can "
+                "be met by it."
             )
         high = rung
         while high < self.ladder.last and not self._reaches(high, rung):

@@ -14,7 +14,7 @@ from . import grid
 
 @dataclass(frozen=True)
 class Dimension:
-    """One searched setting: the texts of its ``options``, or the interval from ``low`` to ``high``, both included.
+    """One searched setting: the texts of its ``options``, or the closed interval from ``low`` to ``high``.
 
     ``log``: search the interval on a logarithmic scale. ``whole``: search whole numbers only.
     """
@@ -84,8 +84,8 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
         return None
     if key == "seed":
         raise ConfigError(
-            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found with "
-            "several."
+            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found "
+            "with several."
         )
     if not item.is_interval_sweep():
         words = configuration.expand([text], config_dir)
@@ -106,8 +106,8 @@ def _check_ends(
 ) -> list[Dimension]:
     """Build a configuration with each end of each dimension, beside the first ends of the others.
 
-    Returns the dimensions, with ``whole`` set where a setting takes whole numbers only. Raises ``ConfigError`` with
-    the faults of all ends.
+    Returns the dimensions, with ``whole`` set where a setting takes whole numbers only. Raises
+    ``ConfigError`` with the faults of all ends.
     """
     methods = [""]
     for dimension in dimensions:

@@ -1,7 +1,7 @@
 """Read what a sweep is doing now from the files of its folder alone. Imports no torch.
 
-``sweep.json`` says what was asked for. The state of each run follows from its ``result.json``, the lock on its
-folder and its ``metrics.jsonl``.
+``sweep.json`` says what was asked for. The state of each run follows from its ``result.json``, the lock on
+its folder and its ``metrics.jsonl``.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def entry(point: Point, folder: Path) -> Entry:
 def announced(
     folder: Path, entries: Sequence[Entry], overrides: Sequence[str], jobs: int, command: str
 ) -> Iterator[Callable[[Sequence[Entry]], None]]:
-    """Write ``sweep.json`` and hold a shared lock for the length of the block: it shows that the sweep goes on.
+    """Write ``sweep.json`` and hold a shared lock inside the block: it shows that the sweep goes on.
 
     Yields a function that replaces the entries. The ``run`` of an entry is empty until its name is known.
     """
@@ -86,7 +86,7 @@ def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run of a sweep is doing: one of ``STATES``, the last step, and the seconds that it has left or took."""
+    """What a run of a sweep is doing: one of ``STATES``, its last step, and its seconds left or taken."""
 
     run: str
     label: str
@@ -139,7 +139,7 @@ class Status:
 
     @property
     def seconds(self) -> float:
-        """Seconds from the last start of the sweep to now, or to the last sign of its runs if no sweep works now."""
+        """Seconds from the sweep's last start to now, or to the last sign of its runs if it has ended."""
         end = time.time()
         if not self.alive:
             end = max(
@@ -182,7 +182,7 @@ class Status:
         return state
 
     def summary(self, states: Sequence[RunState]) -> dict[str, Any]:
-        """Return how many runs are in each state, and ``seconds_left`` of the sweep (``None`` if not known)."""
+        """Return the number of runs in each state, and the ``seconds_left`` (``None`` if not known)."""
         counts = Counter(state.state for state in states)
         found: dict[str, Any] = {name: counts[name] for name in STATES}
         took = [state.seconds for state in states if state.seconds]
@@ -234,10 +234,10 @@ def _seconds_left(folder: RunFolder, steps: int) -> float | None:
 
 
 def duration(folder: RunFolder) -> float | None:
-    """Return the seconds from the start of the process that finished a run to its result; ``None`` if not known.
+    """Return the seconds from the start of the process that finished a run to its result, if known.
 
-    A run of a sweep has its start in its lock. A run of ``finetune train`` has no lock and began when it wrote its
-    configuration.
+    A run of a sweep has its start in its lock. A run of ``finetune train`` has no lock and began when it
+    wrote its configuration.
     """
     try:
         started = float(safe.read_json(folder.path / ".lock", {"started": float})["started"])

@@ -1,8 +1,8 @@
-"""Tune one setting by the same number of trials for every configuration of a grid, judged on validation alone.
+"""Tune one setting by the same number of trials for every configuration of a grid, on validation alone.
 
-The trials of a configuration run on the first of its seeds, in ``outputs/NAME/trials``; then all its seeds run
-with the value that did best. Each of these runs has a ``tuning.json`` that says what was tried. Test results play
-no part: nothing here reads them.
+The trials of a configuration run on the first of its seeds, in ``outputs/NAME/trials``; then all its seeds
+run with the value that did best. Each of these runs has a ``tuning.json`` that says what was tried. Test
+results play no part: nothing here reads them.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Request:
     high: float | None = None
 
     def values(self, center: Any, trials: int) -> list[float]:
-        """Return ``trials`` values, equally far apart on a logarithmic scale, ascending. Raises ``ConfigError``."""
+        """Return ``trials`` ascending values, equally far apart on a log scale. Raises ``ConfigError``."""
         is_number = isinstance(center, int | float) and not isinstance(center, bool)
         whole = is_number and isinstance(center, int)
         if self.low is None or self.high is None:
@@ -58,8 +58,8 @@ class Request:
             found.append(max(1, round(value)) if whole else float(f"{value:.3g}"))
         if len(set(found)) < trials:
             raise ConfigError(
-                f"tune={self.key} takes whole numbers only, too few for {trials} trials here. Give wider limits, or "
-                "fewer --trials."
+                f"tune={self.key} takes whole numbers only, too few for {trials} trials here. Give wider "
+                "limits, or fewer --trials."
             )
         return found
 
@@ -109,7 +109,7 @@ class Tuning:
         return found
 
     def settle(self, results: Mapping[Path, Result], say: Say) -> list[Point]:
-        """Return the points with the value that did best on validation, frozen, each with its ``tuning.json``.
+        """Return the points with the best value on validation, frozen, each with its ``tuning.json``.
 
         Where all trials of a configuration failed, it keeps its own value.
         """
@@ -194,7 +194,10 @@ def _trial_row(value: float, result: Result) -> dict[str, Any]:
 
 
 def _groups(points: Sequence[Point], request: Request, trials: int) -> list[Group]:
-    """Group the points by configuration, and add the trials. Raises ``ConfigError`` with the faults of all trials."""
+    """Group the points by configuration, and add the trials.
+
+    Raises ``ConfigError`` with the faults of all trials.
+    """
     by_rest: dict[str, dict[str, list[Point]]] = {}  # by all other settings, then by the value to tune
     for point in points:
         value = repr(_value(point.config, request.key))
@@ -202,7 +205,8 @@ def _groups(points: Sequence[Point], request: Request, trials: int) -> list[Grou
     for values in by_rest.values():
         if len(values) > 1:
             raise ConfigError(
-                f"tune={request.key}: the grid has {request.key}={', '.join(values)}, too. Leave one of the two out."
+                f"tune={request.key}: the grid has {request.key}={', '.join(values)}, too. "
+                "Leave one of the two out."
             )
     faults: dict[str, None] = {}
     groups = []
@@ -239,7 +243,8 @@ def _value(config: Config, key: str) -> Any:
     for step in key.split("."):
         if not isinstance(value, dict) or step not in value:
             raise ConfigError(
-                f"tune={key}: method={config.method.name} has no such setting. Write tune=optimizer.lr, for example."
+                f"tune={key}: method={config.method.name} has no such setting. Write tune=optimizer.lr, for "
+                "example."
             )
         value = value[step]
     return value

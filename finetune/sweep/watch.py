@@ -124,6 +124,7 @@ def watch(folder: Path, say: Callable[[str], None] = print) -> int:
     if unfinished:
         command = visible(str(status.about.get("command", "the same command")))
         say(
-            f"No sweep works on {folder} now, and {unfinished} of its runs are not finished. To go on: {command}"
+            f"No sweep works on {folder} now, and {unfinished} of its runs are not finished. "
+            f"To go on: {command}"
         )
     return 1 if unfinished or "failed" in names else 0

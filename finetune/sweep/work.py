@@ -1,4 +1,4 @@
-"""Run the points of a grid, with the trials of ``tune=`` before them; announce them to other shells, and show them."""
+"""Run the points of a grid, after the trials of ``tune=``; announce them to other shells, and show them."""
 
 from __future__ import annotations
 
@@ -23,8 +23,9 @@ Result = dict[str, Any]
 class Work:
     """What was typed, and how its points are run.
 
-    ``settings`` are the words that choose the points, and ``command`` is the whole command; other shells are told
-    both. ``launcher`` hands the points to a cluster; ``None`` runs them on this machine. The rest is as in ``Pool``.
+    ``settings`` are the words that choose the points, and ``command`` is the whole command; other shells are
+    told both. ``launcher`` hands the points to a cluster; ``None`` runs them on this machine. The rest is as
+    in ``Pool``.
     """
 
     settings: Sequence[str]
@@ -55,8 +56,8 @@ class Work:
             for each in entries[len(trials) :]:
                 each["run"] = ""  # its name depends on the value that the trials choose
             self.board.say(
-                f"Tuning {tuning.request.key} by {len(trials)} trials of {len(tuning.groups)} configurations, "
-                "on validation."
+                f"Tuning {tuning.request.key} by {len(trials)} trials of {len(tuning.groups)} "
+                "configurations, on validation."
             )
         places = self.make_pool(runs).places
         with announced(folder, entries, self.settings, places, self.command) as announce:

@@ -1,4 +1,7 @@
-"""What a full, a read-only or a vanished disk does to a run: one line with the cure; what was saved before stays whole. Imports no torch."""
+"""Report a full, read-only or vanished disk in one line with the cure. Imports no torch.
+
+Files are written atomically, so what was saved before such an error is whole.
+"""
 
 from __future__ import annotations
 
@@ -12,40 +15,45 @@ from pathlib import Path
 from ..errors import RunFailed
 
 WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO, errno.EFBIG, errno.ESTALE)
-CODE = re.compile(r"(?:os error|code:|errno) (\d+)", re.IGNORECASE)
+ERRNO = re.compile(r"(?:os error|code:|errno) (\d+)", re.IGNORECASE)
 
 
 @contextmanager
 def disk_errors_as_run_failed(folder: Path) -> Iterator[None]:
-    """Turn an ``OSError`` of a run that goes on in ``folder`` into ``RunFailed``."""
+    """Turn an ``OSError`` inside the block, where the run in ``folder`` goes on, into ``RunFailed``."""
     try:
         yield
     except OSError as error:
-        raise RunFailed(words(folder, error)) from error
+        raise RunFailed(_describe(folder, error)) from error
 
 
-def words(folder: Path, error: OSError) -> str:
-    """What happened, and how to go on."""
+def _describe(folder: Path, error: OSError) -> str:
+    """Return what happened to the run in ``folder``, and how to go on."""
     why = error.strerror or str(error) or type(error).__name__
     cure = f"`finetune train --resume {folder}` goes on"
     if error.errno == errno.ENOENT and not (folder / "config.yaml").exists():
         return (
             f"{folder} has vanished while its run went on ({why}). Put it back, and {cure}; or start again."
         )
-    ours = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
-    if ours or error.errno in WRITING:
-        return f"{folder} cannot be written: {why}. What was saved before is whole; make room or make it writable, and {cure}."
-    return f"The run in {folder} stopped: {why}{f' ({error.filename})' if error.filename else ''}. What was saved before is whole; {cure}."
+    of_run = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
+    if of_run or error.errno in WRITING:
+        return (
+            f"{folder} cannot be written: {why}. What was saved before is whole; make room or make it "
+            f"writable, and {cure}."
+        )
+    if error.filename:
+        why = f"{why} ({error.filename})"
+    return f"The run in {folder} stopped: {why}. What was saved before is whole; {cure}."
 
 
 @contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """Turn what safetensors raises where a file cannot be written into the ``OSError`` that it was."""
+def safetensors_errors_as_os_errors(file: Path) -> Iterator[None]:
+    """Turn the error that safetensors raises inside the block into the ``OSError`` behind it."""
     from safetensors import SafetensorError
 
     try:
         yield
     except SafetensorError as error:
-        code = CODE.search(str(error))
-        number = int(code[1]) if code else errno.EIO
+        found = ERRNO.search(str(error))
+        number = int(found[1]) if found else errno.EIO
         raise OSError(number, os.strerror(number), str(file)) from error

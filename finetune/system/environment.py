@@ -1,4 +1,4 @@
-"""Read the environment of this process: rank, CPU cores, CUDA devices, launcher settings. Imports no torch."""
+"""Read this process's environment: rank, CPU cores, CUDA devices, launcher settings. Imports no torch."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def count_cores() -> int:
 
 
 def cuda_devices() -> list[str]:
-    """Return the CUDA devices that runs may use: those of CUDA_VISIBLE_DEVICES, else all that nvidia-smi lists."""
+    """Return the CUDA devices in CUDA_VISIBLE_DEVICES, or else all that nvidia-smi lists."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is None:
         return [str(number) for number in _ask_nvidia_smi("index")]
@@ -56,9 +56,10 @@ def _ask_nvidia_smi(what: str) -> list[int]:
 
 
 def child_environment(threads: int | None, device: str | None) -> dict[str, str]:
-    """Return the environment variables for a child with at most ``threads`` threads and the CUDA devices ``device``.
+    """Return the environment variables of a child with at most ``threads`` threads and the given ``device``.
 
-    A lower number of threads that the user has set stays. ``None`` leaves threads or devices as they are here.
+    ``device`` is the value of CUDA_VISIBLE_DEVICES. A lower number of threads that the user has set stays.
+    ``None`` leaves threads or devices as they are here.
     """
     made = dict(os.environ)
     if threads is not None:
@@ -80,8 +81,8 @@ def sharding_faults(environ: Mapping[str, str]) -> list[str]:
         value = environ.get(name, "")
         if value.lower() in ("1", "true", "yes", "y", "on", "t"):
             faults.append(
-                f"{name}={value}: {what} splits the base's weights, and changes are chosen in, written into and "
-                "merged with whole ones. Launch with plain data parallelism: `finetune train --processes N`, or "
-                "`accelerate launch` with a configuration without it."
+                f"{name}={value}: {what} splits the base's weights, and changes are chosen in, written into "
+                "and merged with whole ones. Launch with plain data parallelism: `finetune train "
+                "--processes N`, or `accelerate launch` with a configuration without it."
             )
     return faults

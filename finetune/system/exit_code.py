@@ -1,7 +1,7 @@
 """Turn the errors of a command into messages on standard error and an exit code. Imports no torch.
 
-The command line and every child process end this way: 0 for success, 1 for a failed run, 2 for a mistake of the
-user, 130 after SIGINT, SIGTERM or SIGHUP.
+The command line and every child process end this way: 0 for success, 1 for a failed run, 2 for a mistake of
+the user, 130 after SIGINT, SIGTERM or SIGHUP.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ INTERRUPTED = 130
 
 
 def exit_code_of(action: Callable[[], int]) -> int:
-    """Call ``action`` and return its exit code; if it raises, print what went wrong and return the error's exit code.
+    """Call ``action`` and return its exit code; if it raises, print the error and return the error's code.
 
     An unexpected error is printed as one line, and its traceback goes to a temporary file. With
     ``FINETUNE_DEBUG=1`` it is raised instead.

@@ -1,4 +1,4 @@
-"""Show how far a run is: a bar with the time left on a terminal, a few plain lines elsewhere; on standard error."""
+"""Show on standard error how far a run is: by a bar on a terminal, by a few plain lines elsewhere."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Seed, save and restore the random generators that a run may draw from: torch's, CUDA's, numpy's and Python's."""
+"""Seed, save and restore the random generators that a run draws from: torch's, CUDA's, numpy's, Python's."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def state() -> dict[str, Tensor]:
 
 
 def restore(saved: dict[str, Tensor]) -> None:
-    """Set all generators to the states that ``state`` returned; a generator that ``saved`` lacks stays as it is."""
+    """Set all generators to the states in ``saved``; a generator that it lacks stays as it is."""
     torch.set_rng_state(saved["torch"])
     if "numpy" in saved:
         position, has_gauss, gauss = saved["numpy.rest"].tolist()

@@ -30,8 +30,8 @@ ROWS_PER_BYTE = 50  # of a Parquet file: a row takes a byte or more, except in c
 LINES_BYTES = 2**28
 DEPTH = 64  # levels of nesting
 NODES = 10_000  # values of a YAML text, aliases counted as what they stand for
-# A tensor file above this size must have a tenth of what it claims on disk: file systems that compress keep less
-# than all, and a sparse file has next to nothing.
+# A tensor file above this size must have a tenth of what it claims on disk: file systems that compress keep
+# less than all, and a sparse file has next to nothing.
 HOLE = 2**26
 DIMENSIONS = 8  # of a tensor
 SIZES = {  # bytes of an entry by its type in a safetensors header
@@ -94,7 +94,7 @@ def too_new(file: Path, content: Any) -> str:
 
 
 def first_line(file: Path) -> dict[str, Any]:
-    """Return the format and version that the first line of a frozen configuration states; empty if it has none."""
+    """Return format and version from the first line of a frozen configuration; empty if it states none."""
     try:
         found = re.match(rb"# format (\d{1,9}), finetune ([\w.+]{1,40})\n", read(file, YAML_BYTES))
     except (OSError, ValueError):
@@ -199,9 +199,9 @@ def read_lines(file: Path) -> Iterator[str]:
 def differs(value: Any, like: Any, name: str = "it") -> str:
     """Return in what ``value``, called ``name``, does not have the shape ``like``; empty if it has.
 
-    ``like`` is a type, a union of types, ``[like]``, ``{str: like}``, a tuple of alternatives, or a mapping of
-    keys, where a key that ends in ``?`` may be absent; other keys may be there. Numbers must be finite and fit
-    64 bits; a float may be a whole number.
+    ``like`` is a type, a union of types, ``[like]``, ``{str: like}``, a tuple of alternatives, or a mapping
+    of keys, where a key that ends in ``?`` may be absent; other keys may be there. Numbers must be finite and
+    fit 64 bits; a float may be a whole number.
     """
     if isinstance(like, tuple):
         faults = [differs(value, one, name) for one in like]
@@ -242,7 +242,7 @@ def _mapping_fault(value: Any, like: Mapping[Any, Any], name: str) -> str:
 
 
 def _fits(value: Any, like: Any) -> bool:
-    """Tell whether ``value`` is of the type or union ``like``; a bool is no number, and a number is finite."""
+    """Tell whether ``value`` is of the type or union ``like``; a bool is no number, numbers are finite."""
     if like is object:
         return True
     if isinstance(value, bool):
@@ -350,7 +350,8 @@ def _checked_header(header: Any, room: int) -> Header:
         possible = dtype in SIZES and len(shape) <= DIMENSIONS and min(shape, default=0) >= 0
         if not possible or entry["data_offsets"] != [end, end + size] or not name.isprintable():
             raise Unsafe(
-                f"its tensor {name[:80]!r} of type {dtype[:20]!r} and shape {str(shape)[:80]} does not fit its place"
+                f"its tensor {name[:80]!r} of type {dtype[:20]!r} and shape {str(shape)[:80]} does not fit "
+                "its place"
             )
         end += size
     if end != room:
@@ -359,9 +360,10 @@ def _checked_header(header: Any, room: int) -> Header:
 
 
 def check_links(root: Path) -> None:
-    """Raise ``ConfigError`` naming the first files or folders of a run that are links out of its folder ``root``.
+    """Raise ``ConfigError`` naming files and folders inside the run folder ``root`` that are links out of it.
 
-    ``root`` itself may be a link. W&B's folder is left out: nothing here reads it, and its links stay inside.
+    At most five are named. ``root`` itself may be a link. W&B's folder is left out: nothing here reads it,
+    and its links stay inside.
     """
     inside = root.resolve()
     faults = []
@@ -371,8 +373,8 @@ def check_links(root: Path) -> None:
             path = Path(folder) / name
             if path.is_symlink() and not path.resolve().is_relative_to(inside):
                 faults.append(
-                    f"{path} is a link out of the run's folder, which is not followed. Put what it points to in "
-                    "its place."
+                    f"{path} is a link out of the run's folder, which is not followed. Put what it points "
+                    "to in its place."
                 )
     if faults:
         raise ConfigError(*faults[:5])

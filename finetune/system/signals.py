@@ -1,4 +1,7 @@
-"""Handle SIGINT, SIGTERM and SIGHUP: the first ends a run between two steps, a second one at once. Imports no torch."""
+"""Handle SIGINT, SIGTERM and SIGHUP: the first one ends a run between two steps, a second one at once.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +26,7 @@ OUTLIVE = 60  # seconds that a process which loads data goes on after SIGTERM
 
 
 class Interrupted(KeyboardInterrupt):
-    """The signal ``name`` ends the run; ``saved`` tells what of it is kept. No ``except Exception`` catches it."""
+    """The signal ``name`` ends the run; ``saved`` tells what is kept. No ``except Exception`` catches it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(name)
@@ -31,7 +34,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, ``check`` raises it later.
+    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, only ``check`` does.
 
     A second signal, more than a second later, ends the process. Signals that were ignored from the start
     (``nohup``) stay ignored. Only the main thread can handle signals; in another thread nothing changes.
