@@ -12,7 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from multiprocessing import reduction
+from multiprocessing import forkserver, reduction, resource_tracker
 from multiprocessing.context import ForkServerContext
 from typing import Any
 
@@ -20,6 +20,7 @@ from ..storage.lock import INHERITED
 from .start import StartOptions, end_with, run_child
 
 PRELOAD = f"{__package__}.preload"
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 # The fork server imports this module, so in a forked child this is the server's number, even after it has
 # ended.
 SERVER = os.getpid()
@@ -87,6 +88,14 @@ def server_context(environment: dict[str, str]) -> ForkServerContext:
             os.environ[name] = value
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
+    # The server inherits the blocked signals and keeps them blocked until ``preload`` ignores them; a Ctrl-C
+    # would kill it meanwhile. The tracker must run before, since its start unblocks signals.
+    resource_tracker.ensure_running()
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        forkserver.ensure_running()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
     return context
 
 

@@ -9,14 +9,16 @@ import os
 import signal
 
 from ..registry import import_all
+from .forkserver import SIGNALS
 from .start import end_with
 
 
 def _bind_to_sweep() -> None:
     """Let the server end with the sweep, and ignore signals: after one, the sweep ends its runs in order."""
     end_with(os.getppid())
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+    for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # ``forkserver`` blocked them for the start
 
 
 def _import_modules() -> None:
@@ -26,7 +28,7 @@ def _import_modules() -> None:
     from transformers.models.vit import image_processing_pil_vit, modeling_vit  # noqa: F401
 
     from ..training import run  # noqa: F401
-    from . import forkserver, ranks  # noqa: F401
+    from . import ranks  # noqa: F401
 
     import_all()
 

@@ -45,8 +45,14 @@ def test_a_dry_run_tells_time_and_memory_and_writes_nothing(
         10 + 50 + 4 * 3
     ] * 4  # validations after 30, 60, 90 and 100 steps
     assert told["total"] == {
-        "runs": 4, "finished": 0, "to_run": 4, "seconds": 144.0, "peak_memory_bytes": 2**30, "room_bytes": 3 * 2**29, "cannot_fit": 0,
-    }  # fmt: skip
+        "runs": 4,
+        "finished": 0,
+        "to_run": 4,
+        "seconds": 144.0,
+        "peak_memory_bytes": 2**30,
+        "room_bytes": 3 * 2**29,
+        "cannot_fit": 0,
+    }
     assert not Path("outputs").exists()
     monkeypatch.setattr(forecast, "room_for_one", lambda jobs: 2**29)
     _, out, _ = typed(*words)

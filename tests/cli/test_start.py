@@ -15,7 +15,11 @@ ENV = {**os.environ, "COLUMNS": "160"}
 
 
 def test_light_modules_stay_light() -> None:
-    code = "import sys, finetune.cli.app, finetune.registry, finetune.config.load, finetune.sweep; finetune.registry.catalog('method'); print(*sys.modules)"
+    code = (
+        "import sys, finetune.cli.app, finetune.registry, finetune.config.load, finetune.sweep\n"
+        "finetune.registry.catalog('method')\n"
+        "print(*sys.modules)"
+    )
     loaded = subprocess.run(
         [sys.executable, "-c", code], env=ENV, capture_output=True, text=True, check=True
     ).stdout.split()

@@ -170,7 +170,7 @@ def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
 
 @pytest.mark.slow
 def test_through_the_command(tmp_path: Path) -> None:
-    """One point works and one cannot: exit 1, both in the table; the same again starts neither, and with --retry the one that failed."""
+    """Of two points one fails: exit code 1, and both in the table. The same command again starts neither."""
     words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "optimizer.lr=1e-3,1e38", "name=s"]
     done = subprocess.run(words, env=ENV, capture_output=True, text=True, cwd=tmp_path)
     assert done.returncode == 1, done.stderr
@@ -187,7 +187,7 @@ def test_through_the_command(tmp_path: Path) -> None:
 
 
 def results(folder: Path) -> dict[str, list[object]]:
-    """What the runs found, without times and memory, by run; the trained change and the predictions to the bit."""
+    """Return the results of the runs without times and memory, with the bytes of changes and predictions."""
     found: dict[str, list[object]] = {}
     for file in sorted(folder.glob("*/result.json")):
         told = json.loads(file.read_text())
@@ -204,7 +204,7 @@ def results(folder: Path) -> dict[str, list[object]]:
 
 @pytest.mark.slow
 def test_a_killed_sweep_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
-    """kill -9 of the parent, and of a child, while it trains: the same command ends with all runs finished, to the bit."""
+    """After kill -9 of the parent and of a child, the same command ends with the same runs, to the bit."""
     steps = [word for word in SMALL if "steps" not in word]
     words = [
         sys.executable,

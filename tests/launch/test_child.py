@@ -1,4 +1,4 @@
-"""One function trains a run, for the command line and for the children of a sweep, and returns its exit code."""
+"""One function trains a run for the command line and for a sweep's children, and returns the exit code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Children forked from a warm process: they are processes of their own, end with the sweep, and train to the same bits as fresh ones."""
+"""Children of the fork server end with the sweep, and train to the same bits as fresh processes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs without training, for tests of what chooses and judges runs: a pool whose accuracy is a known function of the learning rate."""
+"""Runs without training, for tests of searches and tuning: accuracy is a known function of the rate."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ def accuracy(lr: float, step: int, steps: int) -> float:
 
 
 class FakePool:
-    """The contract of ``finetune.sweep.pool.Pool`` with one place. ``pause`` seconds pass at each of a run's validations."""
+    """Has the interface of ``finetune.sweep.pool.Pool`` and one place.
+
+    ``pause``: seconds that pass at each validation of a run.
+    """
 
     pause = 0.0
     places = 1

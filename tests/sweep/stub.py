@@ -1,4 +1,4 @@
-"""Stands for ``finetune train``, in a tenth of a second: what it does is told by its run's seed, and what it finds follows from its configuration."""
+"""Takes the place of ``finetune train`` for a tenth of a second: the seed of its run says how it ends."""
 
 import json
 import os

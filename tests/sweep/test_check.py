@@ -1,4 +1,4 @@
-"""What cannot be run is found before anything runs. The oracle is ``train`` itself, which refuses the same in the same words."""
+"""Faults are found before any run starts. The oracle is ``train``, which refuses with the same message."""
 
 from __future__ import annotations
 

@@ -119,7 +119,7 @@ def test_values_are_to_grammar_in_hydras_grammar() -> None:
 def test_joblib_runs_each_config_in_a_process(
     stub: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """Hydra's launcher for real; of the jobs only what they run is replaced, by a module that the workers find first."""
+    """The launcher is Hydra's own; a ``sitecustomize`` module replaces what the jobs run."""
     points = stub(1, 101, 2)
     bad, before = points[1:]
     before.folder.result.write_text(json.dumps({"format": 1, "status": "finished", "seed": 2}))
@@ -127,7 +127,9 @@ def test_joblib_runs_each_config_in_a_process(
         f"import sys\nsys.path.insert(0, {str(Path(__file__).parents[2])!r})\n"
         "import finetune.sweep.cluster as cluster, finetune.sweep.process as process\n"
         "from tests.sweep.conftest import point, stubbed\nprocess.run_command = stubbed\n"
-        "cluster.load = lambda words, config_file: point(int(config_file.parent.name.split('-s')[1].split('-')[0])).config\n"
+        "def load(words, config_file):\n"
+        "    return point(int(config_file.parent.name.split('-s')[1].split('-')[0])).config\n"
+        "cluster.load = load\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     said = list[str]()

@@ -37,13 +37,17 @@ except Interrupted as error:
     sys.exit(130)
 """
 STUBBED = "process.run_command, process.FORKS = stubbed, False"
-BOUND = (
-    "process.FORKS = False\nprocess.run_command = lambda p, options: [sys.executable, '-c', 'import os, runpy, sys; "
-    + (
-        "from finetune.launch.start import end_with; end_with(int(sys.argv.pop(1))); "
-        "runpy.run_path(sys.argv.pop(1))', str(__import__('os').getpid()), *stubbed(p)[3:]]"
-    )
-)
+BOUND = """
+import os
+CODE = '''
+import runpy, sys
+from finetune.launch.start import end_with
+end_with(int(sys.argv.pop(1)))
+runpy.run_path(sys.argv.pop(1))
+'''
+process.FORKS = False
+process.run_command = lambda p, options: [sys.executable, "-c", CODE, str(os.getpid()), *stubbed(p)[3:]]
+"""
 ROOT = Path(__file__).parents[2]
 
 

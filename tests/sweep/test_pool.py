@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -26,9 +27,10 @@ from .conftest import gone, starts
 Make = Callable[..., list[Point]]
 
 
-def runs_at_once(points: list[Point], places: int, **more: object) -> int:
+def runs_at_once(points: list[Point], places: int, **more: Any) -> int:
     seen = []
-    Pool(places, lambda line: None, gpus=[], update=lambda p: seen.append(len(p.running)), **more).run(points)  # type: ignore[arg-type]
+    pool = Pool(places, lambda line: None, gpus=[], update=lambda p: seen.append(len(p.running)), **more)
+    pool.run(points)
     return max(seen)
 
 
@@ -245,7 +247,7 @@ def test_what_was_finished_meanwhile_is_not_started(stub: Make) -> None:
 
 @pytest.mark.processes
 def test_the_lock_outlives_the_sweep_that_took_it(stub: Make) -> None:
-    """As after kill -9 on a machine whose kernel cannot end the child: it inherited the lock, so nobody starts the run again."""
+    """After kill -9 of a sweep whose child lives on, the child's lock keeps the run from starting again."""
     (slow,) = stub(60)
     process = Process.start(slow, NO_OPTIONS)
     assert process

@@ -98,7 +98,7 @@ def test_the_best_is_found_and_comes_first(fake: None) -> None:
 
 
 def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
-    """The rule worked by hand: at a step, the best so far is worse than the median of the finished trials, once they are five."""
+    """The oracle is the rule: once five trials have finished, what is worse than their median is pruned."""
     run_search(ASKED, 16)
     reached: dict[int, list[float]] = {step: [] for step in (2, 4, 6, 8)}
     finished = 0

@@ -1,4 +1,4 @@
-"""The readers of strangers' files, each limit by itself: what stands behind them would often refuse the same file, later and for another reason."""
+"""Each limit of the readers of untrusted files by itself; later code would often refuse the file, too."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ def test_a_whole_file_is_told_as_its_library_does(tmp_path: Path) -> None:
         ({"a\x1b[2J": entry([2], 0, 8)}, bytes(8), "does not fit its place"),
         ({"a": entry([1] * 9, 0, 4)}, bytes(4), "does not fit its place"),
         (
-            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
+            '{"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, '
+            '"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}}',
             bytes(4),
             "twice",
         ),
