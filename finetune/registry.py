@@ -55,7 +55,7 @@ KINDS = {
         Kind(
             "score",
             "finetune.core.sparse.scores.Score",
-            ("core/sparse", "methods"),
+            ("scores", "methods"),
             "method.score",
             is_value=True,
         ),

@@ -22,6 +22,7 @@ ALLOWED = {
     "core": BOTTOM | {"registry"},
     "config": BOTTOM | {"registry", "system"},
     "schedules": KINDS,
+    "scores": KINDS,
     "selectors": KINDS,
     "optim": KINDS,
     "methods": KINDS | {"schedules"},
@@ -55,7 +56,7 @@ def test_there_is_no_circle() -> None:
 def test_siblings_do_not_import_each_other() -> None:
     """A method never imports a method; nor a schedule a schedule, nor a selector a selector."""
     for module, targets in GRAPH.items():
-        for kind in ("methods", "schedules", "selectors"):
+        for kind in ("methods", "schedules", "scores", "selectors"):
             if module.startswith(f"finetune.{kind}."):
                 assert not [t for t in targets if t.startswith(f"finetune.{kind}.")], module
 

@@ -153,7 +153,7 @@ BROKEN = {
     "a taken name": (
         "from finetune.core.sparse.scores import Score\nfrom finetune.registry import register\n\n"
         '@register("snip")\nclass Mine(Score):\n    """Mine."""\n',
-        r"the score 'snip' is there already, in finetune.core.sparse.scores. Change the class Mine",
+        r"the score 'snip' is there already, in finetune.scores.gradients. Change the class Mine",
     ),
     "no kind": (
         "from finetune.registry import register\n\n@register('x')\nclass Mine:\n    pass\n",
