@@ -60,6 +60,7 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
         "interchangeable parts",
         {
             "schedules": "when the choice of entries is made again",
+            "scores": "what entries are chosen by",
             "selectors": "which blocks train at a step",
             "optim": "AdamW, SM3",
         },

@@ -4,35 +4,62 @@ from __future__ import annotations
 
 import importlib.util
 import re
-import sys
+from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 
 import pytest
+
+from finetune.config import plugins
+from finetune.config.load import load
+from finetune.registry import KINDS
+from finetune.testing import contract
 
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
 
 
-def _load(name: str, code: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    file = folder / f"{name.replace('.', '_')}.py"
-    file.write_text(code)
-    spec = importlib.util.spec_from_file_location(name, file)
+def example(folder: Path) -> Path:
+    """Write the files of the worked example as the page says, and return the folder of the plug-in."""
+    text = PAGE.read_text(encoding="utf-8")
+    for heading, code in re.findall(r"\n## \d\. [^`\n]*`(mine/[^`]*)`\n.*?```\w+\n(.*?)```", text, re.DOTALL):
+        file = folder / heading
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(code, encoding="utf-8")
+    return folder / "mine"
+
+
+@pytest.fixture
+def mine(tmp_path: Path) -> Iterator[Path]:
+    yield example(tmp_path)
+    plugins.unload()
+
+
+def test_worked_example(mine: Path) -> None:
+    """The files run as they stand: the contract on its first case, the test of the page, the option of the YAML file."""
+    assert {file.relative_to(mine).as_posix() for file in mine.rglob("*.*")} == {
+        "row_scale.py",
+        "test_row_scale.py",
+        "conf/method/row_scale.yaml",
+    }
+    spec = importlib.util.spec_from_file_location("example_test", mine / "test_row_scale.py")
     assert spec is not None
     assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, name, module)
-    spec.loader.exec_module(module)
-    return module
+    tests = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(tests)
+    contract.check(tests.RowScale)
+    tests.test_factor_scales_a_row()
+    assert load(["method=row_scale"]).method == tests.RowScale()
 
 
-def test_worked_example(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    method, test = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    _load("finetune.methods.row_scale", method, tmp_path, monkeypatch)
-    tests = _load("example_test", test, tmp_path, monkeypatch)
-    names = [name for name in vars(tests) if name.startswith("test_")]
-    assert names == ["test_contract", "test_factor_scales_a_row"]
-    for name in names:
-        getattr(tests, name)()
+def test_the_table_of_kinds_is_complete() -> None:
+    rows = re.findall(
+        r"^\| `(\w+)` \| (.*?) \| .* \| `([\w/]+)", PAGE.read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert {name for name, _, _ in rows} == {kind.name for kind in KINDS.values() if kind.place}
+    for name, base, place in rows:
+        kind = KINDS[name]
+        if kind.folders:
+            assert kind.base in base
+            assert place.startswith(f"finetune/{kind.folders[0]}/")
 
 
 def test_every_promise_names_its_test() -> None:

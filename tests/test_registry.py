@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import re
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,19 @@ def test_every_registered_class_is_of_its_kind(name: str) -> None:
         assert entry.doc
         for fact, value in entry.facts.items():
             assert fact == "class" or getattr(cls, fact) == value
+
+
+@pytest.mark.parametrize("name", WITH_CLASSES)
+def test_every_registered_class_is_named_in_a_test(name: str) -> None:
+    """By its class or, as in a configuration, by its name."""
+    texts = [
+        file.read_text(encoding="utf-8")
+        for file in Path(__file__).parent.rglob("test_*.py")
+        if file != Path(__file__)
+    ]
+    words = set(re.findall(r"\w+", " ".join(texts)))
+    unnamed = [e.name for e in registry.catalog(name).values() if not {e.name, e.facts["class"]} & words]
+    assert not unnamed
 
 
 def test_the_table_is_the_only_one() -> None:

@@ -7,32 +7,50 @@ import os
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from .test_docs import example
+from .test_new import NAMES
+
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.mark.slow
-def test_the_wheel_runs_the_main_job(tmp_path: Path) -> None:
-    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
-    subprocess.run(build, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("finetune_bench-*.whl")
-    with zipfile.ZipFile(wheel) as file:
-        file.extractall(tmp_path / "site")
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site")}
+pytestmark = pytest.mark.slow
 
-    def python(*arguments: str) -> str:
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The unpacked wheel."""
+    folder = tmp_path_factory.mktemp("wheel")
+    build = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(folder), str(ROOT)]
+    subprocess.run(build, check=True, capture_output=True)
+    (wheel,) = folder.glob("finetune_bench-*.whl")
+    with zipfile.ZipFile(wheel) as file:
+        file.extractall(folder / "site")
+    return folder / "site"
+
+
+@pytest.fixture
+def python(site: Path, tmp_path: Path) -> Callable[..., str]:
+    """Run Python with the package of the wheel, in a folder of the test's own, and return what it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(site), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+    def run(*arguments: str) -> str:
         done = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True
         )
-        assert done.returncode == 0, done.stderr
+        assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 
-    assert Path(python("-c", "import finetune; print(finetune.__file__)").strip()).is_relative_to(
-        tmp_path / "site"
-    )
+    place = Path(run("-c", "import finetune; print(finetune.__file__)").strip())
+    assert place.is_relative_to(site)
+    return run
+
+
+def test_the_wheel_runs_the_main_job(site: Path, python: Callable[..., str], tmp_path: Path) -> None:
     result = json.loads(
         python(
             "-m", "finetune", "train", "--json", "method=snell", "sparsity=0.1", "train.steps=2", "name=wheel"
@@ -44,4 +62,45 @@ def test_the_wheel_runs_the_main_job(tmp_path: Path) -> None:
         json.loads(python("-m", "finetune", "eval", "--json", f"ckpt={run}"))["metrics"]["test"]
         == result["metrics"]["test"]
     )
-    assert "tiny_lm" in {path.name for path in (tmp_path / "site" / "finetune" / "models").iterdir()}
+    assert "tiny_lm" in {path.name for path in (site / "finetune" / "models").iterdir()}
+
+
+def test_the_example_of_the_documentation_is_a_plug_in(python: Callable[..., str], tmp_path: Path) -> None:
+    """Somebody who installed the wheel adds a method without touching the package."""
+    folder = str(example(tmp_path))
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", folder)
+    assert "row_scale" in python("-m", "finetune", "methods", "--plugins", folder)
+    words = ["method=row_scale", "train.steps=2", "train.eval_every=null", "name=n", "run=r"]
+    result = json.loads(python("-m", "finetune", "train", "--json", "--plugins", folder, *words))
+    assert [record["name"] for record in result["plugins"]] == ["mine"]
+    again = json.loads(python("-m", "finetune", "eval", "--json", "--plugins", folder, "ckpt=outputs/n/r"))
+    assert again["metrics"]["test"] == result["metrics"]["test"]
+
+
+def test_a_skeleton_of_every_kind_is_a_plug_in(
+    site: Path, python: Callable[..., str], tmp_path: Path
+) -> None:
+    before = {file: file.stat().st_mtime_ns for file in site.rglob("*") if "__pycache__" not in str(file)}
+    for kind, name in NAMES.items():
+        python("-m", "finetune.testing.new", kind, name, "--plugins", "mine")
+    python("-m", "pytest", "-q", "-p", "no:cacheprovider", "mine")
+    chosen = [
+        f"{kind}={name}"
+        for kind, name in NAMES.items()
+        if kind not in ("method", "score", "model", "dataset")
+    ]
+    words = [
+        "method=sparse",
+        f"method.score={NAMES['score']}",
+        *chosen,
+        "train.steps=2",
+        "train.eval_every=null",
+    ]
+    result = json.loads(python("-m", "finetune", "train", "--json", "--plugins", "mine", *words))
+    assert result["status"] == "finished"
+    shown = python(
+        "-m", "finetune", "show", "--plugins", "mine", "model=mine", "model.path=x", "method=row_scale"
+    )
+    assert 'model.name: "mine"' in shown
+    after = {file: file.stat().st_mtime_ns for file in site.rglob("*") if "__pycache__" not in str(file)}
+    assert after == before

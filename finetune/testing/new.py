@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 from string import Template
 
-from ..config import plugins
 from ..errors import ConfigError, near
 from ..registry import KINDS, ROOT, Kind, catalog
 from ..system.exit_code import exit_code_of
@@ -97,8 +96,6 @@ def write(kind_name: str, name: str, family: str, folder: Path | None) -> list[P
         raise ConfigError(
             f"{ROOT.parent} is not a checkout of this project. Name a folder of your own: --plugins DIR."
         )
-    if folder is not None and folder.is_dir() and any(folder.glob("*.py")):
-        plugins.load([folder])
     if name in catalog(kind_name):
         raise ConfigError(
             f"{kind_name}={name} is there already, in {catalog(kind_name)[name].module}. Take another name."

@@ -17,9 +17,12 @@ from finetune.core.sparse.schedule import Schedule
 from finetune.errors import ConfigError
 from finetune.schedules.drop_grow import DropGrow
 
-DATA = [f"dataset={name}" for name in ("csv", "jsonl", "parquet", "imagefolder", "hub")]
-OPEN = {"model=hf": "model.path", **dict.fromkeys(DATA, "dataset.path")}  # what a choice leaves to the user
 VARIANTS = {"schedule=cubic": "ramp", "schedule=linear": "ramp", "selector=rst": "ist"}
+OPEN = {}  # the setting that a file leaves to the user
+for _file in sorted(config.conf_dir().glob("*/*.yaml")):
+    for _line in _file.read_text().splitlines():
+        if _line.endswith(": ???"):
+            OPEN[f"{_file.parent.name}={_file.stem}"] = f"{_file.parent.name}.{_line.partition(':')[0]}"
 FITS = {"redraw": ["schedule.every=100"]}  # where the default period is no less than the default run
 FILES = sorted(
     f"{file.parent.name}={file.stem}"

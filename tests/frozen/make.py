@@ -2,7 +2,7 @@
 
 This script was run once, at commit 0c0ceea, and is never run again. Later versions only read ``runs`` and
 ``recorded.json``; the script stays as the description of what was run. A method that joins later gets no
-frozen run: its name goes into ``LATER_METHODS`` of ``test_frozen.py``.
+frozen run.
 
     OMP_NUM_THREADS=1 PYTHONPATH=. python tests/frozen/make.py
 

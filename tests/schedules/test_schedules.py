@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from finetune import registry
 from finetune.core.sparse.schedule import Move, Schedule
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
@@ -219,15 +218,3 @@ def test_densities_stay_below_the_peak() -> None:
             max([schedule.first(40), *(move.density for move in moves(schedule, 40).values())])
             <= schedule.peak
         )
-
-
-def test_every_schedule_is_tested_here() -> None:
-    assert set(registry.catalog("schedule")) == {
-        "static",
-        "one_shot",
-        "redraw",
-        "drop_grow",
-        "ramp",
-        "narrow",
-        "grow",
-    }

@@ -105,6 +105,6 @@ def test_the_draw_leaves_no_option_out() -> None:
     for axis in ("direction", "scope", "grain", "decay"):
         seen = Counter(getattr(m, axis) for m in CROSSINGS)
         assert set(seen) == set(AXES[axis]), axis
-    assert sorted(AXES["score"]) == sorted(settings_used())
+    assert set(AXES["score"]) <= set(settings_used())
     assert {m.schedule.name for m in CROSSINGS} == {s.name for s in SCHEDULES}
     assert len({m.score for m in CROSSINGS}) > 8
