@@ -94,6 +94,7 @@ def test_a_skeleton_of_every_kind_is_a_plug_in(
         f"method.score={NAMES['score']}",
         *chosen,
         "train.steps=2",
+        "schedule.every=1",
         "train.eval_every=null",
     ]
     result = json.loads(python("-m", "finetune", "train", "--json", "--plugins", "mine", *words))
