@@ -1,11 +1,13 @@
-"""Step time and whole-process peak memory of SNELL and of the sparse engine beside their peers, and how fast the command line answers.
+"""Measure step time and peak memory of SNELL and the sparse engine beside other methods, and start-up time.
 
-    python scripts/benchmark.py                 # everything, as a Markdown table on standard output
+    python scripts/benchmark.py                 # one table, as Markdown on standard output
     python scripts/benchmark.py --table sparse --steps 9 --write docs/benchmarks.md
 
-ViT-B/16 with random weights, batch 8, 224x224, float32, AdamW, all 72 linear layers of the blocks and the head trained. Every contestant is a process
-of its own; they take turns step by step, so that a machine that drifts drifts for all. Step time: the median over the turns, after one step to warm
-up; ratios: the median over turns of the ratio within a turn, with the middle half of them; memory: the kernel's own count of the peak (VmHWM).
+The model is ViT-B/16 with random weights at batch 8, 224x224, float32, AdamW. All 72 linear layers of the
+blocks and the head are trained. Every contestant runs in its own process, and they take turns step by step,
+so that a drift of the machine affects all of them. Step time is the median over the turns, after one step to
+warm up. A ratio is the median over turns of the ratio within a turn, with its quartiles. Memory is the peak
+of the process as the kernel counts it (VmHWM).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ TABLES = {
     "sparse": ["full", "peft_lora8", "peft_super", "sparse99", "sparse90", "s2ft"],
     "curve": [f"curve{s}" for s in CURVE],
 }
-FIGURES = [  # what, target, key, ours, theirs
+FIGURES = [  # what is compared, target, figure, our contestant, the other contestant
     ("SNELL-16 peak memory / peft LoRA r=16", "at most 0.75", "mib", "snell", "peft_lora"),
     ("SNELL-16 step / peft LoRA r=16", "at most 2.0", "seconds", "snell", "peft_lora"),
     ("SNELL-16 step / plain reference", "at most 0.3", "seconds", "snell", "reference"),
@@ -60,7 +62,8 @@ FIGURES = [  # what, target, key, ours, theirs
 ]
 
 
-def vit_base() -> Any:
+def make_vit_base() -> Any:
+    """Return ViT-B/16 with random weights."""
     import torch
     from transformers import ViTConfig, ViTForImageClassification
 
@@ -68,8 +71,8 @@ def vit_base() -> Any:
     return ViTForImageClassification(ViTConfig(num_labels=CLASSES))
 
 
-def bare_steps(model: Any, steps: int) -> Iterator[float]:
-    """The seconds of each step of the plainest loop over the parameters that require a gradient."""
+def run_bare_steps(model: Any, steps: int) -> Iterator[float]:
+    """Train the parameters that require a gradient in a plain loop; yield the seconds of each step."""
     import torch
 
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
@@ -83,8 +86,8 @@ def bare_steps(model: Any, steps: int) -> Iterator[float]:
         yield time.perf_counter() - began
 
 
-def our_steps(method: Any, steps: int) -> Iterator[float]:
-    """The seconds of each step of this package's own loop."""
+def run_our_steps(method: Any, steps: int) -> Iterator[float]:
+    """Train by this package's own loop; yield the seconds of each step."""
     import torch
 
     from finetune.config.settings import TrainConfig
@@ -103,15 +106,18 @@ def our_steps(method: Any, steps: int) -> Iterator[float]:
 
     train = TrainConfig(steps=steps, batch_size=BATCH, clip=None, device="cpu")
     batches = Batches(Noise(), BATCH, None, 0)
-    pretrained = Pretrained(vit_base(), ("classifier.weight", "classifier.bias"))
+    pretrained = Pretrained(make_vit_base(), ("classifier.weight", "classifier.bias"))
     recipe = Recipe(method, AdamW(lr=1e-4), train, seed=0)
     session = Session(pretrained, recipe, batches, make_accelerator(train))
     for step in session.steps():
         yield step.seconds
 
 
-def reference_snell() -> Any:
-    """What the method's authors compute, written plainly: both distances by cdist, the threshold by a sort, the whole branch checkpointed."""
+def make_reference_snell() -> Any:
+    """Return SNELL written plainly, as its authors compute it.
+
+    Both distances are by cdist, the threshold is by a sort, and the whole branch is checkpointed.
+    """
     import torch
     import torch.nn.functional as F
     from torch import Tensor, nn
@@ -138,7 +144,7 @@ def reference_snell() -> Any:
         def forward(self, x: Tensor) -> Tensor:
             return self.layer(x) + checkpoint(self.change, x, use_reentrant=False)
 
-    model = vit_base().requires_grad_(False)
+    model = make_vit_base().requires_grad_(False)
     for site in find_sites(model, ("all",)):
         owner, _, leaf = site.name.rpartition(".")
         setattr(model.get_submodule(owner), leaf, Branch(site.module))
@@ -147,16 +153,20 @@ def reference_snell() -> Any:
     return model
 
 
-def peft_model(kind: str, **settings: Any) -> Any:
+def make_peft_model(kind: str, **settings: Any) -> Any:
+    """Return ViT-B/16 with an adapter of peft and a trained head."""
     import peft
 
     targets = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-    model = peft.inject_adapter_in_model(getattr(peft, kind)(target_modules=targets, **settings), vit_base())
+    model = peft.inject_adapter_in_model(
+        getattr(peft, kind)(target_modules=targets, **settings), make_vit_base()
+    )
     model.classifier.requires_grad_(True)
     return model
 
 
-def contestant(name: str, steps: int) -> Iterator[float]:
+def run_contestant(name: str, steps: int) -> Iterator[float]:
+    """Train the named contestant; yield the seconds of each step."""
     from finetune.methods.baseline.full import Full
     from finetune.methods.reparam.lora import LoRA
     from finetune.methods.reparam.snell import SNELL
@@ -165,77 +175,88 @@ def contestant(name: str, steps: int) -> Iterator[float]:
     from finetune.methods.sparse.super_tuning import SuperTuning
 
     if name.startswith("curve"):
-        return our_steps(Crossing(sparsity=float(name.removeprefix("curve"))), steps)
-    makers: dict[str, Callable[[], Iterator[float]]] = {
-        "full": lambda: bare_steps(vit_base(), steps),
-        "peft_lora": lambda: bare_steps(peft_model("LoraConfig", r=16, lora_alpha=16), steps),
-        "peft_lora8": lambda: bare_steps(peft_model("LoraConfig", r=8, lora_alpha=8), steps),
-        "peft_super": lambda: bare_steps(peft_model("SupertuningConfig", sparsity=0.99), steps),
-        "reference": lambda: bare_steps(reference_snell(), steps),
-        "our_full": lambda: our_steps(Full(), steps),
-        "our_lora": lambda: our_steps(LoRA(rank=16), steps),
-        "snell": lambda: our_steps(SNELL(rank=16, sparsity=0.9), steps),
-        "sparse99": lambda: our_steps(SuperTuning(sparsity=0.99), steps),
-        "sparse90": lambda: our_steps(Crossing(sparsity=0.9), steps),
-        "s2ft": lambda: our_steps(S2FT(d=0.03), steps),
+        return run_our_steps(Crossing(sparsity=float(name.removeprefix("curve"))), steps)
+    methods = {
+        "our_full": Full(),
+        "our_lora": LoRA(rank=16),
+        "snell": SNELL(rank=16, sparsity=0.9),
+        "sparse99": SuperTuning(sparsity=0.99),
+        "sparse90": Crossing(sparsity=0.9),
+        "s2ft": S2FT(d=0.03),
     }
-    return makers[name]()
+    if name in methods:
+        return run_our_steps(methods[name], steps)
+    if name == "full":
+        return run_bare_steps(make_vit_base(), steps)
+    if name == "reference":
+        return run_bare_steps(make_reference_snell(), steps)
+    if name == "peft_super":
+        return run_bare_steps(make_peft_model("SupertuningConfig", sparsity=0.99), steps)
+    rank = {"peft_lora": 16, "peft_lora8": 8}[name]
+    return run_bare_steps(make_peft_model("LoraConfig", r=rank, lora_alpha=rank), steps)
 
 
-def peak_mib() -> float:
+def read_peak_mib() -> float:
+    """Return the peak memory of this process in MiB."""
     status = Path("/proc/self/status").read_text()
     return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
-def one(name: str, steps: int, threads: int) -> None:
-    """In a process of its own: a step for each line on standard input, after one to warm up, and its figures as JSON."""
+def serve_steps(name: str, steps: int, threads: int) -> None:
+    """Do a step to warm up and one for each line on standard input; print the figures of each as JSON.
+
+    This runs in the process of a contestant.
+    """
     import torch
 
     torch.set_num_threads(threads)
-    for seconds in contestant(name, steps + 1):
-        print(json.dumps({"seconds": seconds, "mib": peak_mib()}), flush=True)
-        if not sys.stdin.readline():  # nobody asks for more
+    for seconds in run_contestant(name, steps + 1):
+        print(json.dumps({"seconds": seconds, "mib": read_peak_mib()}), flush=True)
+        if not sys.stdin.readline():  # the measuring process has closed the pipe
             return
 
 
 def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, list[float]]]:
-    """Seconds of each step, and the peak in MiB so far, by contestant. Only one computes at a time."""
+    """Return, for each contestant, the seconds of each step and the peak in MiB so far.
+
+    Only one contestant computes at a time.
+    """
     running = {}
     for name in names:
         command = [sys.executable, __file__, "--one", name, "--steps", str(steps), "--threads", str(threads)]
-        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         running[name] = subprocess.Popen(
-            command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, **pipes
+            command,
+            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
-        _answer(running[name])
+        _read_answer(running[name])
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "mib": []} for name in names}
     for turn in range(steps):
         for name, process in running.items():
+            assert process.stdin
             process.stdin.write("go\n")
             process.stdin.flush()
-            for key, value in _answer(process).items():
+            for key, value in _read_answer(process).items():
                 found[name][key].append(value)
-        print(
-            f"turn {turn + 1}:",
-            *(f"{name} {f['seconds'][-1]:.2f}" for name, f in found.items()),
-            file=sys.stderr,
-            flush=True,
-        )
+        seconds = [f"{name} {figures['seconds'][-1]:.2f}" for name, figures in found.items()]
+        print(f"turn {turn + 1}:", *seconds, file=sys.stderr, flush=True)
     for process in running.values():
         process.communicate()
     return found
 
 
-def _answer(process: Any) -> dict[str, float]:
+def _read_answer(process: Any) -> dict[str, float]:
     line = process.stdout.readline()
     if not line:
-        raise SystemExit(f"a contestant ended with code {process.wait()}")
+        raise SystemExit(f"A contestant ended with code {process.wait()}: {' '.join(process.args)}")
     answer: dict[str, float] = json.loads(line)
     return answer
 
 
-def answers(arguments: list[str], runs: int = 7) -> float:
-    """The median seconds of a whole ``finetune`` command."""
+def time_command(arguments: list[str], runs: int = 7) -> float:
+    """Return the median seconds of a whole ``finetune`` command."""
     times = []
     for _ in range(runs):
         began = time.perf_counter()
@@ -244,40 +265,42 @@ def answers(arguments: list[str], runs: int = 7) -> float:
     return statistics.median(times)
 
 
-def table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
-    lines = ["| what | s/step | peak MiB |", "|---|---|---|"]
-    lines += [
-        f"| {LABELS[name]} | {statistics.median(f['seconds']):.2f} | {f['mib'][-1]:.0f} |"
-        for name, f in found.items()
-    ]
-    figures = [
-        (f"| {what} | {target} |", found[ours][key], found[theirs][key])
-        for what, target, key, ours, theirs in FIGURES
-        if {ours, theirs} <= found.keys()
-    ]
-    if figures:
-        lines += ["", "| figure | target | measured |", "|---|---|---|"]
-        lines += [f"{start} {ratio(ours, theirs)} |" for start, ours, theirs in figures]
-    if "our_full" in found:
-        lines.append(f"| `finetune --help` | under 0.5 s | {answers(['--help']):.2f} s |")
-        lines.append(f"| `finetune methods` | under 1 s | {answers(['methods']):.2f} s |")
+def write_table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
+    """Return the measurements as Markdown, with the ratios that have a target."""
     import torch
 
+    lines = ["| what | s/step | peak MiB |", "|---|---|---|"]
+    for name, figures in found.items():
+        lines.append(
+            f"| {LABELS[name]} | {statistics.median(figures['seconds']):.2f} | {figures['mib'][-1]:.0f} |"
+        )
+    ratios = []
+    for what, target, key, ours, theirs in FIGURES:
+        if ours in found and theirs in found:
+            ratios.append(f"| {what} | {target} | {show_ratio(found[ours][key], found[theirs][key])} |")
+    if ratios:
+        lines += ["", "| figure | target | measured |", "|---|---|---|", *ratios]
+    if "our_full" in found:
+        lines.append(f"| `finetune --help` | under 0.5 s | {time_command(['--help']):.2f} s |")
+        lines.append(f"| `finetune methods` | under 1 s | {time_command(['methods']):.2f} s |")
     turns = len(next(iter(found.values()))["seconds"])
-    return (
-        "\n".join(lines)
-        + f"\n\n{turns} turns of one step each, {threads} threads, {platform.machine()}, torch {torch.__version__}."
-    )
+    machine = f"{threads} threads, {platform.machine()}, torch {torch.__version__}"
+    return "\n".join([*lines, "", f"{turns} turns of one step each, {machine}."])
 
 
-def ratio(ours: list[float], theirs: list[float]) -> str:
-    """The median over turns of the ratio within a turn, and the middle half of them where they differ."""
-    each = [a / b for a, b in zip(ours, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(each, n=4) if len(each) > 1 else each * 3
-    return f"{middle:.2f}" if f"{low:.2f}" == f"{high:.2f}" else f"{middle:.2f} ({low:.2f} to {high:.2f})"
+def show_ratio(ours: list[float], theirs: list[float]) -> str:
+    """Return the median over turns of the ratio within a turn, and the quartiles if they differ."""
+    ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
+    if len(ratios) == 1:
+        return f"{ratios[0]:.2f}"
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    if f"{low:.2f}" == f"{high:.2f}":
+        return f"{middle:.2f}"
+    return f"{middle:.2f} ({low:.2f} to {high:.2f})"
 
 
 def main() -> None:
+    """Measure the contestants of a table, print the table, and write it into a file if asked to."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -286,18 +309,18 @@ def main() -> None:
         "--table",
         choices=TABLES,
         default="snell",
-        help="which contestants, and which table of the file --write names",
+        help="the contestants to measure, and the table to replace in the file of --write",
     )
-    parser.add_argument("--only", nargs="+", choices=LABELS, help="only these of them")
-    parser.add_argument("--steps", type=int, default=9, help="how many turns there are")
+    parser.add_argument("--only", nargs="+", choices=LABELS, help="only these contestants")
+    parser.add_argument("--steps", type=int, default=9, help="number of turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", type=Path, help="put the tables between the markers in this file")
     given = parser.parse_args()
     if given.one:
-        one(given.one, given.steps, given.threads)
+        serve_steps(given.one, given.steps, given.threads)
         return
     names = [name for name in TABLES[given.table] if name in (given.only or TABLES[given.table])]
-    text = table(measure(names, given.steps, given.threads), given.threads)
+    text = write_table(measure(names, given.steps, given.threads), given.threads)
     print(text)
     if given.write:
         start, end = f"<!-- {given.table} -->\n", f"<!-- /{given.table} -->"

@@ -3,12 +3,14 @@
     python scripts/pretrain_tiny.py vit --data DATA/cifar10            # the image model
     python scripts/pretrain_tiny.py lm  --data DATA                    # the language model
 
-``DATA/cifar10`` holds ``train.parquet`` and ``test.parquet`` (columns image, label; CIFAR-10); ``DATA`` holds wikitext2/,
-tinyshakespeare/ and gsm8k/. What the shipped models took and reached stands in the README beside their weights, which this script writes.
+``DATA/cifar10`` has CIFAR-10 as ``train.parquet`` and ``test.parquet`` (columns image and label). ``DATA``
+has the folders wikitext2, tinyshakespeare and gsm8k. The script writes a README beside the weights, with the
+training time and the test result.
 
-The image model starts from the mimetic initialisation of attention (Trockman and Kolter, arXiv 2305.09828) and whitened patches, sees only a part
-of its patches in the first epochs (PatchDropout, arXiv 2208.07220), and moves its matrices by Muon (Jordan et al., 2024): all to train for few
-epochs on a CPU.
+Three methods make a few epochs on a CPU sufficient for the image model. It starts from the mimetic
+initialization of attention (Trockman and Kolter, arXiv 2305.09828) and whitened patches. In the first epochs
+it sees only a part of its patches (PatchDropout, arXiv 2208.07220). Its matrices are trained by Muon (Jordan
+et al., 2024).
 """
 
 from __future__ import annotations
@@ -30,19 +32,18 @@ MODELS = Path(__file__).resolve().parents[1] / "finetune" / "models"
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def sinusoid(side: int, dim: int) -> Tensor:
-    """Two-dimensional sine and cosine positions, ``[side * side, dim]``."""
+def make_positions(side: int, dim: int) -> Tensor:
+    """Return two-dimensional sine and cosine positions [side * side, dim]."""
     rates = 1.0 / 10000 ** (torch.arange(dim // 4) / (dim / 4))
     angles = torch.arange(side)[:, None] * rates
     wave = torch.cat([angles.sin(), angles.cos()], 1)  # [side, dim / 2]
-    return torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1).reshape(
-        side * side, dim
-    )
+    grid = torch.cat([wave[:, None].expand(-1, side, -1), wave[None].expand(side, -1, -1)], -1)
+    return grid.reshape(side * side, dim)
 
 
 @torch.no_grad()
-def mimetic_(layer: nn.Module, heads: int) -> None:
-    """Start with ``Wq^T Wk`` near the identity in every head and ``Wo Wv`` near minus the identity."""
+def init_mimetic_(layer: nn.Module, heads: int) -> None:
+    """Initialize ``Wq^T Wk`` of every head near the identity, and ``Wo Wv`` near minus the identity."""
     attention = layer.attention
     dim = attention.q_proj.weight.shape[0]
     head = dim // heads
@@ -57,13 +58,10 @@ def mimetic_(layer: nn.Module, heads: int) -> None:
 
 
 @torch.no_grad()
-def whiten_(projection: nn.Conv2d, images: Tensor) -> None:
-    """Start with the principal directions of image patches, each at unit variance and in both signs, in as many filters as there are."""
-    patches = (
-        F.unfold(images / 127.5 - 1, projection.kernel_size, stride=projection.stride)
-        .transpose(1, 2)
-        .flatten(0, 1)
-    )
+def init_whitening_(projection: nn.Conv2d, images: Tensor) -> None:
+    """Initialize filters with the principal directions of patches, at unit variance and in both signs."""
+    columns = F.unfold(images / 127.5 - 1, projection.kernel_size, stride=projection.stride)
+    patches = columns.transpose(1, 2).flatten(0, 1)
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
     filters = vectors.T / (values + 1e-2).sqrt()[:, None]
     both = torch.cat([filters, -filters]).view(-1, *projection.weight.shape[1:])
@@ -71,13 +69,18 @@ def whiten_(projection: nn.Conv2d, images: Tensor) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is replaced by the nearest orthogonal matrix (five Newton-Schulz steps), for matrices; float32, equal shapes together."""
+    """Momentum for matrices, with each update replaced by the nearest orthogonal matrix.
+
+    The orthogonal matrix comes from five Newton-Schulz steps in float32; matrices of one shape are computed
+    together.
+    """
 
     def __init__(self, matrices: list[nn.Parameter], lr: float, momentum: float = 0.95) -> None:
         super().__init__(matrices, {"lr": lr, "momentum": momentum})
 
     @torch.no_grad()
     def step(self) -> None:
+        """Update every matrix once."""
         for group in self.param_groups:
             by_shape: dict[tuple[int, ...], list[nn.Parameter]] = {}
             for p in group["params"]:
@@ -86,32 +89,35 @@ class Muon(torch.optim.Optimizer):
                 for p in same:
                     momentum = self.state[p].setdefault("momentum", torch.zeros_like(p))
                     momentum.lerp_(p.grad, 1 - group["momentum"])
-                updates = torch.stack(
-                    [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in same]
-                )
-                for p, update in zip(same, orthogonal(updates), strict=True):
+                updates = [p.grad.lerp(self.state[p]["momentum"], group["momentum"]) for p in same]
+                for p, update in zip(same, orthogonalize(torch.stack(updates)), strict=True):
                     p.sub_(update, alpha=group["lr"] * max(1, p.shape[0] / p.shape[1]) ** 0.5)
 
 
-def optimizers(model: nn.Module, blocks: nn.Module, steps: int) -> list[Any]:
-    """Muon for the matrices of the blocks, AdamW for the rest, and their schedules: a short warm-up, then linearly to zero. Step each once a step."""
+def make_optimizers(model: nn.Module, blocks: nn.Module, steps: int) -> list[Any]:
+    """Return Muon for the matrices of the blocks, AdamW for the rest, and a schedule for each.
+
+    The learning rates warm up for a few steps and then fall linearly to zero. Call ``step`` of all once per
+    step.
+    """
     matrices = [p for p in blocks.parameters() if p.ndim == 2]
-    rest = [p for p in model.parameters() if all(p is not m for m in matrices)]
-    both: list[torch.optim.Optimizer] = [
-        torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01),
-        Muon(matrices, 1e-2),
-    ]
-    warm = min(300, steps // 10)
-    return both + [
-        torch.optim.lr_scheduler.LambdaLR(o, lambda step: min((step + 1) / warm, 1 - step / steps))
-        for o in both
-    ]
+    by_muon = {id(matrix) for matrix in matrices}
+    rest = [p for p in model.parameters() if id(p) not in by_muon]
+    warm_up = min(300, steps // 10)
+
+    def scale(step: int) -> float:
+        return min((step + 1) / warm_up, 1 - step / steps)
+
+    adamw, muon = torch.optim.AdamW(rest, lr=2e-3, weight_decay=0.01), Muon(matrices, 1e-2)
+    schedule = torch.optim.lr_scheduler.LambdaLR
+    return [adamw, muon, schedule(adamw, scale), schedule(muon, scale)]
 
 
-def orthogonal(x: Tensor) -> Tensor:
-    """Approximately U V^T of each matrix's singular value decomposition."""
+def orthogonalize(x: Tensor) -> Tensor:
+    """Return approximately U V^T of the singular value decomposition of each matrix."""
     tall = x.shape[-2] > x.shape[-1]
-    x = x.mT if tall else x
+    if tall:
+        x = x.mT
     x = x / (x.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for _ in range(5):
         a = x @ x.mT
@@ -120,34 +126,35 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def read_images(path: Path) -> tuple[Tensor, Tensor]:
-    """CIFAR-10 rows as uint8 ``[n, 3, 32, 32]`` and labels ``[n]``."""
+    """Return the images of CIFAR-10, uint8 [n, 3, 32, 32], and their labels [n]."""
     import numpy as np
     import pyarrow.parquet as pq
     from PIL import Image
 
     table = pq.read_table(path).to_pydict()
-    pixels = np.stack(
-        [np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")) for row in table["image"]]
-    )
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"])
+    images = []
+    for row in table["image"]:
+        images.append(np.asarray(Image.open(io.BytesIO(row["bytes"])).convert("RGB")))
+    pixels = torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2)
+    return pixels.contiguous(), torch.tensor(table["label"])
 
 
 def augment(x: Tensor) -> Tensor:
-    """Random crop of a reflected border of 4 and random flip, one draw per image; uint8 in, float in [-1, 1] out."""
+    """Crop each image at random after adding a reflected border of 4, and flip half of them.
+
+    Takes uint8 and returns float in [-1, 1].
+    """
     n, padded = len(x), F.pad(x.float(), (4, 4, 4, 4), mode="reflect")
     top, left = torch.randint(0, 9, (2, n))
     columns = torch.arange(32).expand(n, 32)
     columns = torch.where(torch.rand(n, 1) < 0.5, columns.flip(1), columns) + left[:, None]
     rows = torch.arange(32) + top[:, None]
-    return (
-        padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
-        / 127.5
-        - 1
-    )
+    cropped = padded[torch.arange(n)[:, None, None], :, rows[:, :, None], columns[:, None]]
+    return cropped.permute(0, 3, 1, 2) / 127.5 - 1
 
 
-def logits_of(model: nn.Module, x: Tensor, keep: float) -> Tensor:
-    """The classifier's output from a random ``keep`` share of the patches (all of them at 1)."""
+def compute_logits(model: nn.Module, x: Tensor, keep: float) -> Tensor:
+    """Return the classifier's output for a random share ``keep`` of the patches; 1 keeps all."""
     h = model.vit.embeddings(x)
     patches = h.shape[1] - 1
     if keep < 1:
@@ -159,85 +166,96 @@ def logits_of(model: nn.Module, x: Tensor, keep: float) -> Tensor:
 
 
 @torch.no_grad()
-def accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+def measure_accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Return the share of images that the model classifies correctly."""
     model.eval()
-    hits = sum(
-        (logits_of(model, a / 127.5 - 1, 1.0).argmax(1) == b).sum().item()
-        for a, b in zip(x.split(500), y.split(500), strict=True)
-    )
+    right = 0
+    for images, labels in zip(x.split(500), y.split(500), strict=True):
+        right += int((compute_logits(model, images / 127.5 - 1, 1.0).argmax(1) == labels).sum())
     model.train()
-    return hits / len(y)
+    return right / len(y)
 
 
 def pretrain_vit(data: Path, epochs: int, seed: int, batch: int = 128) -> None:
+    """Train the image model and write it."""
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessorPil
 
     torch.manual_seed(seed)
     started = time.time()
     config = ViTConfig(
-        hidden_size=128, num_hidden_layers=6, num_attention_heads=4, intermediate_size=384, image_size=32, patch_size=4,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, id2label=dict(enumerate(CIFAR10)), label2id={c: i for i, c in enumerate(CIFAR10)},
-    )  # fmt: skip
+        hidden_size=128,
+        num_hidden_layers=6,
+        num_attention_heads=4,
+        intermediate_size=384,
+        image_size=32,
+        patch_size=4,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        id2label=dict(enumerate(CIFAR10)),
+        label2id={name: number for number, name in enumerate(CIFAR10)},
+    )
     model = ViTForImageClassification(config)
     with torch.no_grad():
-        model.vit.embeddings.position_embeddings[0, 1:] = 0.3 * sinusoid(8, 128)
+        model.vit.embeddings.position_embeddings[0, 1:] = 0.3 * make_positions(8, 128)
     for layer in model.vit.layers:
-        mimetic_(layer, config.num_attention_heads)
+        init_mimetic_(layer, config.num_attention_heads)
     (x, y), (x_test, y_test) = read_images(data / "train.parquet"), read_images(data / "test.parquet")
-    whiten_(model.vit.embeddings.patch_embeddings.projection, x[:2000])
+    init_whitening_(model.vit.embeddings.patch_embeddings.projection, x[:2000])
     per_epoch = len(x) // batch
     steps = epochs * per_epoch
-    turns = optimizers(model, model.vit.layers, steps)
+    updates = make_optimizers(model, model.vit.layers, steps)
+    folder = MODELS / "tiny_vit"
     for epoch in range(epochs):
-        keep = 0.4 if epoch < 0.7 * epochs else 0.7 if epoch < epochs - 1 else 1.0
+        keep = 0.7
+        if epoch < 0.7 * epochs:
+            keep = 0.4
+        elif epoch == epochs - 1:
+            keep = 1.0
         total = 0.0
         for chosen in torch.randperm(len(x))[: per_epoch * batch].split(batch):
-            loss = F.cross_entropy(logits_of(model, augment(x[chosen]), keep), y[chosen])
+            loss = F.cross_entropy(compute_logits(model, augment(x[chosen]), keep), y[chosen])
             model.zero_grad()
             loss.backward()
-            for turn in turns:
-                turn.step()
+            for update in updates:
+                update.step()
             total += loss.item()
-        tested, minutes = accuracy(model, x_test[:2000], y_test[:2000]), (time.time() - started) / 60
-        print(
-            f"epoch {epoch + 1}/{epochs} keep {keep} loss {total / per_epoch:.3f} test {tested:.3f} {minutes:.0f} min",
-            flush=True,
-        )
-        folder = MODELS / "tiny_vit"
-        copy.deepcopy(model).half().save_pretrained(
-            folder
-        )  # float16 halves the file; reading it as float32 is exact
-    ViTImageProcessorPil(
+        tested = measure_accuracy(model, x_test[:2000], y_test[:2000])
+        minutes = (time.time() - started) / 60
+        figures = f"keep {keep} loss {total / per_epoch:.3f} test {tested:.3f} {minutes:.0f} min"
+        print(f"epoch {epoch + 1}/{epochs} {figures}", flush=True)
+        # float16 halves the file, and reading it as float32 is exact.
+        copy.deepcopy(model).half().save_pretrained(folder)
+    processor = ViTImageProcessorPil(
         size={"height": 32, "width": 32}, image_mean=[0.5] * 3, image_std=[0.5] * 3
-    ).save_pretrained(folder)
-    reached = f"test accuracy {accuracy(model, x_test, y_test):.4f} on CIFAR-10's 10,000 test images"
-    what = "ViT, 6 blocks of width 128, patches of 4, for 32x32 images"
+    )
+    processor.save_pretrained(folder)
+    tested = measure_accuracy(model, x_test, y_test)
     write_card(
         folder,
-        what,
+        "ViT, 6 blocks of width 128, patches of 4, for 32x32 images",
         "CIFAR-10's 50,000 training images",
-        reached,
+        f"test accuracy {tested:.4f} on CIFAR-10's 10,000 test images",
         f"vit --data DATA/cifar10 --epochs {epochs} --seed {seed}",
         started,
     )
 
 
 def read_prose(data: Path) -> tuple[str, str]:
-    """Training and held-out English prose."""
-    gsm8k = "\n".join(
-        f"{row['question']}\n{row['answer']}"
-        for row in map(json.loads, (data / "gsm8k" / "train.jsonl").open())
-    )
+    """Return English prose for training, and other prose for the test."""
     train = [
         (data / "wikitext2" / "valid.txt").read_text(),
         (data / "tinyshakespeare" / "input.txt").read_text(),
-        gsm8k,
     ]
+    with (data / "gsm8k" / "train.jsonl").open() as lines:
+        for line in lines:
+            problem = json.loads(line)
+            train.append(f"{problem['question']}\n{problem['answer']}")
     return "\n".join(train), (data / "wikitext2" / "test.txt").read_text()
 
 
 @torch.no_grad()
-def bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int) -> float:
+def measure_bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int) -> float:
+    """Return the bits per byte of ``text``, whose tokens are ``ids``, in windows of ``length`` tokens."""
     model.eval()
     nats = 0.0
     for piece in ids.split(length - 1):
@@ -248,6 +266,7 @@ def bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int) -> floa
 
 
 def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16) -> None:
+    """Train the language model and its tokenizer, and write both."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -270,45 +289,49 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
     ).save_pretrained(folder)
     ids, ids_test = torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
     config = LlamaConfig(
-        vocab_size=1024, hidden_size=128, intermediate_size=352, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-        max_position_embeddings=length, tie_word_embeddings=True, bos_token_id=0, eos_token_id=0, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=1024,
+        hidden_size=128,
+        intermediate_size=352,
+        num_hidden_layers=5,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=length,
+        tie_word_embeddings=True,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
     model = LlamaForCausalLM(config)
     steps = epochs * (len(ids) // length // batch)
-    turns = optimizers(model, model.model.layers, steps)
+    updates = make_optimizers(model, model.model.layers, steps)
     for step in range(steps):
         starts = torch.randint(0, len(ids) - length + 1, (batch, 1))
-        window = F.pad(
-            ids[starts + torch.arange(length - 1)], (1, 0)
-        )  # every window is led by the start token
+        window = F.pad(ids[starts + torch.arange(length - 1)], (1, 0))  # a window begins with the start token
         loss = model(window, labels=window).loss
         model.zero_grad()
         loss.backward()
-        for turn in turns:
-            turn.step()
+        for update in updates:
+            update.step()
         if step % 100 == 99 or step == steps - 1:
-            print(
-                f"step {step + 1}/{steps} loss {loss.item():.3f} {(time.time() - started) / 60:.1f} min",
-                flush=True,
-            )
+            minutes = (time.time() - started) / 60
+            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {minutes:.1f} min", flush=True)
     model.half().save_pretrained(folder)
-    reached = bits_per_byte(model.float(), ids_test, held_out, length)
-    what = "Llama, 5 blocks of width 128, 1,024 byte-level BPE tokens, context 256"
-    prose = "WikiText-2's validation text, Tiny Shakespeare and GSM8K's training problems"
+    tested = measure_bits_per_byte(model.float(), ids_test, held_out, length)
     write_card(
         folder,
-        what,
-        prose,
-        f"{reached:.3f} bits per byte on WikiText-2's test text",
+        "Llama, 5 blocks of width 128, 1,024 byte-level BPE tokens, context 256",
+        "WikiText-2's validation text, Tiny Shakespeare and GSM8K's training problems",
+        f"{tested:.3f} bits per byte on WikiText-2's test text",
         f"lm --data DATA --epochs {epochs} --seed {seed}",
         started,
     )
 
 
 def write_card(folder: Path, what: str, data: str, reached: str, command: str, started: float) -> None:
+    """Write the README beside the weights, and print the result."""
     from safetensors.torch import load_file
 
-    size = sum(t.numel() for t in load_file(folder / "model.safetensors").values())
+    size = sum(tensor.numel() for tensor in load_file(folder / "model.safetensors").values())
     minutes = (time.time() - started) / 60
     lines = [
         f"# {folder.name}\n\n{what}; {size:,} parameters, stored as float16.\n",
@@ -321,7 +344,8 @@ def write_card(folder: Path, what: str, data: str, reached: str, command: str, s
     print(f"{folder.name}: {reached}, {minutes:.0f} min")
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Train the model that is named on the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -334,3 +358,7 @@ if __name__ == "__main__":
         pretrain_vit(given.data, given.epochs or 14, given.seed)
     else:
         pretrain_lm(given.data, given.epochs or 1, given.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,16 +1,19 @@
-"""Fill docs/results.md: every sparse method on the built-in image and language tasks, at three sparsities, with three seeds.
+"""Fill docs/results.md: every sparse method on the built-in image and language tasks.
 
     python scripts/results.py --jobs 2
 
-Runs lie in outputs/results and finished ones are skipped, so it can be broken off and given again. Each worker is one process with one thread. LoRA's
-rank is the one whose trained count is nearest to that of the sparse methods; S2FT's share of channels likewise. ``full``, ``hft`` and ``amt`` have no
-such number and get a row of their own.
+Each method is run at three sparsities with three seeds. The runs lie in outputs/results, and finished ones
+are skipped, so the command can be interrupted and repeated. Each worker is a process with one thread. The
+rank of LoRA, and the share of channels of S2FT, are chosen so that the number of trained parameters is
+nearest to that of the sparse methods. ``full``, ``hft`` and ``amt`` have no such setting and get a row of
+their own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -54,125 +57,150 @@ AT_SPARSITY: dict[str, list[str]] = {
 }
 ALONE: dict[str, list[str]] = {"full": ["method=full"], "hft": ["method=hft"], "amt": ["method=amt"]}
 Point = tuple[str, str, float | None, int]  # task, row, sparsity, seed
+Result = dict[str, Any]  # the content of result.json, or the status and error of a run that could not start
 
 
-def points() -> list[Point]:
-    """All of them; those that are worth most, if time runs out, first."""
-    alone = [(t, row, None, seed) for t, row, seed in product(TASKS, ALONE, SEEDS)]
-    return sorted(
-        [*alone, *product(TASKS, AT_SPARSITY, SPARSITIES, SEEDS)],
-        key=lambda p: (p[2] not in (None, 0.99), p[3]),
-    )
+def list_points() -> list[Point]:
+    """Return all points; those that matter most come first, in case time runs out."""
+    points: list[Point] = []
+    for task, seed in product(TASKS, SEEDS):
+        for row in ALONE:
+            points.append((task, row, None, seed))
+        for row, sparsity in product(AT_SPARSITY, SPARSITIES):
+            points.append((task, row, sparsity, seed))
+    return sorted(points, key=rank_point)
 
 
-def matched(task: list[str], row: str, sparsity: float) -> list[str]:
-    """The setting that gives this row the count of the sparsity."""
+def rank_point(point: Point) -> tuple[bool, int]:
+    """Sort points at sparsity 0.99, or without one, to the front, and then by seed."""
+    _, _, sparsity, seed = point
+    return sparsity not in (None, 0.99), seed
+
+
+def match_count(task: list[str], row: str, sparsity: float) -> list[str]:
+    """Return the setting with which this row trains as many parameters as sparse methods at ``sparsity``."""
     from finetune.config.load import load
     from finetune.training.plan import plan
 
     if row not in ("lora, same count", "s2ft"):
         return [f"sparsity={sparsity}"]
-    shapes = [layer["shape"] for layer in plan(load([*task, "method=shira"]))["layers"]]
-    layers = [s for s in shapes if len(s) == 2 and min(s) > 10]  # without the head
-    wanted = (1 - sparsity) * sum(a * b for a, b in layers)
+    entries = sides = growing = 0
+    for layer in plan(load([*task, "method=shira"]))["layers"]:
+        shape = layer["shape"]
+        if len(shape) == 2 and min(shape) > 10:  # without the head
+            entries += shape[0] * shape[1]
+            sides += shape[0] + shape[1]
+            if shape[1] > shape[0]:
+                growing += shape[0] * shape[1]
+    wanted = (1 - sparsity) * entries
     if row == "s2ft":
-        down = sum(a * b for a, b in layers if b > a)
-        return [f"method.d={min(1.0, wanted / down):.6f}"]
-    return [f"method.rank={max(1, round(wanted / sum(a + b for a, b in layers)))}"]
+        return [f"method.d={min(1.0, wanted / growing):.6f}"]
+    return [f"method.rank={max(1, round(wanted / sides))}"]
 
 
-def config_of(point: Point) -> Any:
+def load_config(point: Point) -> Any:
+    """Return the configuration of a point."""
     from finetune.config.load import load
 
     task, row, sparsity, seed = point
-    common = [*TASKS[task][0], f"seed={seed}", "train.threads=1", "name=results", "logger=none"]
-    more = ALONE[row] if sparsity is None else [*AT_SPARSITY[row], *matched(TASKS[task][0], row, sparsity)]
-    return load([*common, *more])
+    words = [*TASKS[task][0], f"seed={seed}", "train.threads=1", "name=results", "logger=none"]
+    if sparsity is None:
+        words += ALONE[row]
+    else:
+        words += [*AT_SPARSITY[row], *match_count(TASKS[task][0], row, sparsity)]
+    return load(words)
 
 
-def work(part: int, of: int, only_read: bool) -> None:
-    """Run every ``of``-th point from ``part`` on, in this process, or only read what is finished."""
+def run_part(part: int, parts: int, only_read: bool) -> None:
+    """Run every ``parts``-th point, beginning with ``part``, in this process.
+
+    ``only_read`` skips unfinished runs. Prints each point with its result as a line of JSON.
+    """
     from finetune.errors import FinetuneError
     from finetune.storage.run_folder import RunFolder, run_folder
     from finetune.training import run
 
-    for point in points()[part::of]:
+    for point in list_points()[part::parts]:
+        result: Result
         try:
-            config = config_of(point)
+            config = load_config(point)
             folder = RunFolder(run_folder(replace(config, name="results", run=None)))
             if not folder.finished and only_read:
                 continue
             if not folder.finished:
                 run.train(config, folder.path, lambda line: None, lambda done, total, words: None)
-            found = folder.read_result()
+            result = folder.read_result()
         except FinetuneError as error:
-            found = {"status": "failed", "error": str(error)}
-        print(json.dumps({"point": point, "result": found}), flush=True)
+            result = {"status": "failed", "error": str(error)}
+        print(json.dumps({"point": point, "result": result}), flush=True)
 
 
-def spread(values: list[float], scale: float) -> str:
-    shown = [v * scale for v in values]
-    return (
-        f"{statistics.mean(shown):.2f} ± {statistics.stdev(shown):.2f}"
-        if len(shown) > 1
-        else f"{shown[0]:.2f}"
-    )
+def show_spread(values: list[float], scale: float) -> str:
+    """Return the mean and the standard deviation over seeds."""
+    scaled = [value * scale for value in values]
+    if len(scaled) == 1:
+        return f"{scaled[0]:.2f}"
+    return f"{statistics.mean(scaled):.2f} ± {statistics.stdev(scaled):.2f}"
 
 
-def cells(results: list[dict[str, Any]], metric: str) -> str:
-    good = [r for r in results if r["status"] == "finished"]
-    if not good:
-        return f"failed: {results[0]['error'][:60]} | | |" if results else "not run | | |"
-    scale = 100.0 if metric == "accuracy" else 1.0
-    kept = [r["metrics"]["retention"] for r in good if r["metrics"].get("retention")]
-    retention = spread([k[metric] for k in kept], scale) if kept and metric in kept[0] else ""
-    trained = statistics.median(r["params"]["trained"] for r in good)
-    return f"{spread([r['metrics']['test'][metric] for r in good], scale)} | {retention} | {trained:,.0f} |"
+def get_scale(metric: str) -> float:
+    """Return 100 for accuracies, which are shown in percent."""
+    return 100.0 if metric == "accuracy" else 1.0
 
 
-def claim(found: dict[Point, dict[str, Any]], task: str, a: str, b: str, split: str) -> list[str]:
-    """Row ``a`` against row ``b``, seed by seed, at every sparsity."""
+def write_cells(results: list[Result], metric: str) -> str:
+    """Return the cells of a row: test metric, retention and trained parameters."""
+    finished = [result for result in results if result["status"] == "finished"]
+    if not results:
+        return "not run | | |"
+    if not finished:
+        return f"failed: {results[0]['error'][:60]} | | |"
+    tests, retentions, trained = [], [], []
+    for result in finished:
+        tests.append(result["metrics"]["test"][metric])
+        trained.append(result["params"]["trained"])
+        retention = result["metrics"].get("retention") or {}
+        if metric in retention:
+            retentions.append(retention[metric])
+    scale = get_scale(metric)
+    shown = show_spread(retentions, scale) if retentions else ""
+    return f"{show_spread(tests, scale)} | {shown} | {statistics.median(trained):,.0f} |"
+
+
+def write_claim(found: dict[Point, Result], task: str, a: str, b: str, split: str) -> list[str]:
+    """Return a line for each sparsity that compares row ``a`` with row ``b``, seed by seed."""
     metric, lines = TASKS[task][1], []
     for sparsity in SPARSITIES:
-        pairs = [(found.get((task, a, sparsity, s)), found.get((task, b, sparsity, s))) for s in SEEDS]
-        whole = [
-            (x["metrics"], y["metrics"])
-            for x, y in pairs
-            if x and y and x["status"] == y["status"] == "finished"
-        ]
-        gaps = [x[split][metric] - y[split][metric] for x, y in whole if x.get(split) and y.get(split)]
-        better = sum(g > 0 if metric == "accuracy" else g < 0 for g in gaps)
-        if gaps:
-            lines.append(
-                f"| {task} | {a} against {b} | {sparsity:g} | {split} | {statistics.mean(gaps):+.4f} | {better} of {len(gaps)} |"
-            )
+        gaps = []
+        for seed in SEEDS:
+            first = get_metrics(found, (task, a, sparsity, seed)).get(split)
+            second = get_metrics(found, (task, b, sparsity, seed)).get(split)
+            if first and second:
+                gaps.append(first[metric] - second[metric])
+        if not gaps:
+            continue
+        better = sum(gap > 0 for gap in gaps)
+        if metric != "accuracy":
+            better = sum(gap < 0 for gap in gaps)
+        compared = f"{a} against {b} | {sparsity:g} | {split}"
+        lines.append(f"| {task} | {compared} | {statistics.mean(gaps):+.4f} | {better} of {len(gaps)} |")
     return lines
 
 
-def report(found: dict[Point, dict[str, Any]]) -> str:
+def get_metrics(found: dict[Point, Result], point: Point) -> dict[str, Any]:
+    """Return the metrics of a point; empty if its run has not finished."""
+    result = found.get(point)
+    if result is None or result["status"] != "finished":
+        return {}
+    metrics: dict[str, Any] = result["metrics"]
+    return metrics
+
+
+def write_report(found: dict[Point, Result]) -> str:
+    """Return a table for each task, and the claims, as Markdown."""
     lines = []
-    for task, (settings, metric) in TASKS.items():
-        lines += [
-            f"### {task}: {metric} ({' '.join(settings)})",
-            "",
-            f"| method | sparsity | test {metric} | retention {metric} | trained |",
-        ]
-        lines.append("|---|---|---|---|---|")
-        bases = [r["metrics"] for p, r in found.items() if p[0] == task and r["status"] == "finished"][:1]
-        for b in bases:
-            scale = 100.0 if metric == "accuracy" else 1.0
-            kept = (b.get("base_retention") or {}).get(metric)
-            shown = "" if kept is None else f"{kept * scale:.2f}"
-            lines.append(f"| base, untrained | | {b['base'][metric] * scale:.2f} | {shown} | 0 |")
-        for row in ALONE:
-            lines.append(
-                f"| {row} | | {cells([found[p] for p in found if p[:3] == (task, row, None)], metric)}"
-            )
-        for sparsity, row in product(SPARSITIES, AT_SPARSITY):
-            lines.append(
-                f"| {row} | {sparsity:g} | {cells([found[p] for p in found if p[:3] == (task, row, sparsity)], metric)}"
-            )
-        lines.append("")
+    for task in TASKS:
+        lines += [*write_task(found, task), ""]
     lines += [
         "### The two claims",
         "",
@@ -180,14 +208,64 @@ def report(found: dict[Point, dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|",
     ]
     for task in TASKS:
-        for a, b in [("smallest magnitude", "super_tuning"), ("smallest magnitude", "shira, random")]:
-            lines += claim(found, task, a, b, "retention")
-        for a in ("spiel, AG", "spiel, MA"):
-            lines += claim(found, task, a, "shira, random", "test")
+        for other in ("super_tuning", "shira, random"):
+            lines += write_claim(found, task, "smallest magnitude", other, "retention")
+        for row in ("spiel, AG", "spiel, MA"):
+            lines += write_claim(found, task, row, "shira, random", "test")
     return "\n".join(lines)
 
 
+def write_task(found: dict[Point, Result], task: str) -> list[str]:
+    """Return the lines of a task's table."""
+    settings, metric = TASKS[task]
+    lines = [
+        f"### {task}: {metric} ({' '.join(settings)})",
+        "",
+        f"| method | sparsity | test {metric} | retention {metric} | trained |",
+        "|---|---|---|---|---|",
+    ]
+    for point in found:
+        metrics = get_metrics(found, point)
+        if point[0] == task and metrics:
+            lines.append(write_base(metrics, metric))
+            break
+    for row in ALONE:
+        lines.append(f"| {row} | | {write_cells(find_results(found, task, row, None), metric)}")
+    for sparsity, row in product(SPARSITIES, AT_SPARSITY):
+        cells = write_cells(find_results(found, task, row, sparsity), metric)
+        lines.append(f"| {row} | {sparsity:g} | {cells}")
+    return lines
+
+
+def write_base(metrics: dict[str, Any], metric: str) -> str:
+    """Return the row of the untrained model."""
+    scale = get_scale(metric)
+    retention = (metrics.get("base_retention") or {}).get(metric)
+    shown = "" if retention is None else f"{retention * scale:.2f}"
+    return f"| base, untrained | | {metrics['base'][metric] * scale:.2f} | {shown} | 0 |"
+
+
+def find_results(found: dict[Point, Result], task: str, row: str, sparsity: float | None) -> list[Result]:
+    """Return the results of all seeds of a row."""
+    return [result for point, result in found.items() if point[:3] == (task, row, sparsity)]
+
+
+def start_workers(jobs: int, only_read: bool) -> list[subprocess.Popen[str]]:
+    """Start the processes that run or read the points."""
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
+    command = [sys.executable, __file__, "--jobs", str(jobs)]
+    if only_read:
+        command.append("--read")
+    workers = []
+    for part in range(jobs):
+        workers.append(
+            subprocess.Popen([*command, "--part", str(part)], stdout=subprocess.PIPE, text=True, env=env)
+        )
+    return workers
+
+
 def main() -> None:
+    """Run all points in several processes, and write the tables into docs/results.md."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -196,39 +274,21 @@ def main() -> None:
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
-        work(given.part, given.jobs, given.read)
+        run_part(given.part, given.jobs, given.read)
         return
-    import os
-
-    quiet = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    command = [
-        sys.executable,
-        __file__,
-        *(["--read"] if given.read else []),
-        "--jobs",
-        str(given.jobs),
-        "--part",
-    ]
-    workers = [
-        subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, text=True, env=quiet)
-        for i in range(given.jobs)
-    ]
-    found: dict[Point, dict[str, Any]] = {}
-    for worker in workers:
+    found: dict[Point, Result] = {}
+    total = len(list_points())
+    for worker in start_workers(given.jobs, given.read):
         assert worker.stdout
         for line in worker.stdout:
             entry = json.loads(line)
             found[tuple(entry["point"])] = entry["result"]
-            print(
-                f"{len(found)}/{len(points())} {entry['point']} {entry['result']['status']}",
-                file=sys.stderr,
-                flush=True,
-            )
+            status = f"{len(found)}/{total} {entry['point']} {entry['result']['status']}"
+            print(status, file=sys.stderr, flush=True)
     file = ROOT / "docs" / "results.md"
     before, _, rest = file.read_text().partition("<!-- results -->\n")
-    file.write_text(
-        f"{before}<!-- results -->\n{report(found)}\n<!-- /results -->{rest.partition('<!-- /results -->')[2]}"
-    )
+    after = rest.partition("<!-- /results -->")[2]
+    file.write_text(f"{before}<!-- results -->\n{write_report(found)}\n<!-- /results -->{after}")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
-"""What a sweep costs beside its runs: seconds from a run's start to its first step, and runs per minute with --jobs 2 against --jobs 1.
+"""Measure what a sweep costs beside its runs.
 
     python scripts/sweeping.py --runs 4
 
-The built-in image task, one thread a run. Give the machine nothing else to do meanwhile; the load before each measurement is printed.
+Prints the seconds from the start of a run to its first step, and the runs per minute with --jobs 1 and --jobs
+2. The task is the built-in image task with one thread per run. The machine should be idle otherwise; the load
+before each measurement is printed, too.
 """
 
 from __future__ import annotations
@@ -24,25 +26,29 @@ from finetune.sweep.process import Process
 WORDS = ["method=snell", "train.threads=1", "train.device=cpu", "train.eval_every=null"]
 
 
-def overhead(seed: int, warm: bool) -> float:
-    """Seconds from starting the process to the beginning of its first step; ``warm``: forked, as a sweep does, from one that has imported all."""
+def time_to_first_step(seed: int, warm: bool) -> float:
+    """Return the seconds from the start of a process to the beginning of its first step.
+
+    ``warm``: fork the process from one that has imported everything, as a sweep does.
+    """
     (point,) = sweep.points([*WORDS, "train.steps=2", f"seed={seed}", f"name=warm{warm}"])
     sweep.freeze([point])
     began = time.time()
     process = Process.start(point, NO_OPTIONS, threads=1, fork=warm)
     assert process
-    first = None
+    elapsed = None
     while process.poll() is None:
-        lines = tail(point.folder.metrics) if first is None else []
-        if lines:
-            first = time.time() - began - lines[0]["seconds"]
+        if elapsed is None:
+            lines = tail(point.folder.metrics)
+            if lines:
+                elapsed = time.time() - began - lines[0]["seconds"]
         time.sleep(0.01)
-    assert first is not None, point.folder.log.read_text()
-    return first
+    assert elapsed is not None, point.folder.log.read_text()
+    return elapsed
 
 
-def minutes(jobs: int, runs: int, steps: int) -> float:
-    """Wall time of a sweep, in minutes."""
+def time_sweep(jobs: int, runs: int, steps: int) -> float:
+    """Return the wall time of a sweep in minutes."""
     points = sweep.points([*WORDS, f"train.steps={steps}", f"seed=range(0,{runs})", f"name=jobs{jobs}"])
     sweep.freeze(points)
     began = time.perf_counter()
@@ -53,34 +59,35 @@ def minutes(jobs: int, runs: int, steps: int) -> float:
 
 
 def main() -> None:
+    """Measure, and print the figures as JSON."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--runs", type=int, default=4, help="how many runs each sweep has")
-    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each")
+    parser.add_argument("--runs", type=int, default=4, help="runs of each sweep")
+    parser.add_argument("--steps", type=int, default=40, help="optimizer steps of each run")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         os.chdir(folder)
         load = [os.getloadavg()[0]]
-        fresh = [overhead(seed, False) for seed in range(args.runs)]
-        starts = [overhead(seed, True) for seed in range(args.runs + 1)]
+        fresh = [time_to_first_step(seed, warm=False) for seed in range(args.runs)]
+        forked = [time_to_first_step(seed, warm=True) for seed in range(args.runs + 1)]
         speed = {}
         for jobs in (1, 2):
             load.append(os.getloadavg()[0])
-            speed[jobs] = args.runs / minutes(jobs, args.runs, args.steps)
+            speed[jobs] = args.runs / time_sweep(jobs, args.runs, args.steps)
         os.chdir(Path(__file__).parent)
-    told = {
+    figures = {
         "seconds_to_first_step": {
-            "median": round(statistics.median(starts), 2),
-            "first (imports)": round(starts[0], 2),
-            "each": [round(s, 2) for s in starts[1:]],
-            "a new interpreter each": [round(s, 2) for s in fresh],
+            "median": round(statistics.median(forked), 2),
+            "first (imports)": round(forked[0], 2),
+            "each": [round(seconds, 2) for seconds in forked[1:]],
+            "a new interpreter each": [round(seconds, 2) for seconds in fresh],
         },
         "runs_per_minute": {f"jobs {jobs}": round(value, 2) for jobs, value in speed.items()},
         "ratio": round(speed[2] / speed[1], 2),
         "load_before": [round(value, 1) for value in load],
     }
-    print(json.dumps(told, indent=2))
+    print(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
