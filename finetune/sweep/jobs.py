@@ -10,10 +10,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from hydra import version
-from hydra._internal.hydra import Hydra
-from hydra._internal.utils import create_config_search_path
+from hydra import initialize
 from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.types import Quote, QuotedString
 
 from ..launch.start import StartOptions, child_main
@@ -29,7 +28,6 @@ def multirun(file: str, options: StartOptions) -> int:
     """
     logging.getLogger("submitit").setLevel(logging.ERROR)
     order = json.loads(Path(file).read_text(encoding="utf-8"))
-    version.setbase("1.3")
     node = {"file": None}
     for key in ("threads", "gpus", "home", "options"):
         node[key] = order[key]
@@ -47,7 +45,9 @@ def multirun(file: str, options: StartOptions) -> int:
     for key, value in order["settings"].items():
         if value is not None:
             overrides.append(f"++hydra.launcher.{key}={_to_grammar(value)}")
-    hydra = Hydra.create_main_hydra2("finetune", create_config_search_path(None))
+    initialize(config_path=None, job_name="finetune", version_base="1.3")
+    hydra = GlobalHydra.instance().hydra
+    assert hydra is not None
     hydra.multirun(NAME, job, overrides, with_log_configuration=False)
     return 0
 

@@ -9,7 +9,9 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
+from accelerate.state import (
+    AcceleratorState,  # its _reset_state: no public way makes a second Accelerator differ
+)
 
 from ..config.settings import Config, TrainConfig
 from ..core.part import base, parts, patched

@@ -11,7 +11,7 @@ import pytest
 
 from finetune import registry
 from finetune.config.load import conf_dir, expand, load
-from finetune.sweep import grid, launch
+from finetune.sweep import cluster, grid
 from finetune.testing import contract
 from finetune.training import run
 
@@ -85,8 +85,8 @@ def test_one_file_of_each_group_makes_a_run(
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "launcher").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_launcher_file_is_read(path: Path) -> None:
-    assert path.stem in launch.PLUGINS
-    assert launch._settings(path.stem, None)
+    assert path.stem in cluster.PLUGINS
+    assert cluster._settings(path.stem, None)
 
 
 @pytest.mark.parametrize("path", sorted((conf_dir() / "sweep").glob("*.yaml")), ids=lambda path: path.stem)
