@@ -112,7 +112,12 @@ def test_selectors(method: contract.Make, selector: Callable[[], Selector]) -> N
 
 @pytest.mark.parametrize(
     "change",
-    [{"micro_batch_size": 3}, {"precision": "bf16"}, {"workers": 2}, {"clip": None}],
+    [
+        {"micro_batch_size": 3},
+        {"precision": "bf16"},
+        {"clip": None},
+        pytest.param({"workers": 2}, marks=pytest.mark.processes),
+    ],
     ids=lambda change: next(iter(change)),
 )
 def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:

@@ -64,6 +64,7 @@ def join_chunks(log: bytes) -> Iterator[bytes]:
             data = b""
 
 
+@pytest.mark.processes
 def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
     data, lines = compare([sweep]).as_dict(), list[str]()
     wandb_report.log_comparison(data, [sweep], "trial", lines.append)
@@ -109,6 +110,7 @@ def test_offline_run_holds_the_table_and_the_numbers(sweep: Path) -> None:
     assert all(any(str(image).endswith(path) for path in logged if path.endswith(".png")) for image in images)
 
 
+@pytest.mark.processes
 def test_a_failing_logger_prints_one_line(sweep: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import wandb
 

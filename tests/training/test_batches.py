@@ -31,7 +31,7 @@ def test_pieces_cover_the_batch_over_all_processes_in_as_many_rounds(
     assert max(len(piece) for plan in plans for piece in plan) <= micro
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.processes)])
 def test_starting_later_gives_the_rest_and_draws_nothing_from_the_global_generator(workers: int) -> None:
     def ids(start: int) -> list[list[list[str]]]:
         data: Any = examples()  # a list serves as a data set

@@ -110,6 +110,7 @@ def test_jsonl_resumes(folder: RunFolder, some_config: Config) -> None:
     assert metrics(folder) == [{"step": 1, "loss": 1.0}, {"step": 2, "loss": 1.0}, {"step": 3, "loss": 2.0}]
 
 
+@pytest.mark.processes
 def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_config: Config) -> None:
     random.seed(0)
     expected = random.random()
@@ -149,11 +150,13 @@ def test_wandb_offline_run_holds_what_a_grid_needs(folder: RunFolder, some_confi
     assert [record.exit.exit_code for record in found if record.HasField("exit")] == [0]
 
 
+@pytest.mark.processes
 def test_a_failed_run_is_marked_failed(folder: RunFolder, some_config: Config) -> None:
     make_tracker(with_logger(some_config, "wandb"), folder, pytest.fail).finish({"status": "failed"})
     assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [1]
 
 
+@pytest.mark.processes
 def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_config: Config) -> None:
     settings = with_logger(some_config, "wandb")
     make_tracker(settings, folder, pytest.fail).finish({"status": "interrupted"})
@@ -172,6 +175,7 @@ def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_con
     assert tracker._read_or_draw_id(folder) == tracker._read_or_draw_id(folder)
 
 
+@pytest.mark.processes
 @pytest.mark.parametrize("where", ["init", "log", "finish"])
 def test_whatever_wandb_raises_costs_one_line(
     folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch, where: str
@@ -198,6 +202,7 @@ def test_whatever_wandb_raises_costs_one_line(
     assert len(metrics(folder)) == 2
 
 
+@pytest.mark.processes
 def test_wandb_is_offline_without_a_login(
     folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -212,6 +217,7 @@ def test_wandb_is_offline_without_a_login(
     assert asked == ["offline", "online"]
 
 
+@pytest.mark.processes
 def test_a_network_that_never_answers_holds_up_nothing(
     folder: RunFolder, some_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
