@@ -146,6 +146,7 @@ def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str,
     assert (code, "3 finished of 3" in out) == (0, True)
 
 
+@pytest.mark.processes
 def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
