@@ -193,7 +193,7 @@ def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path
 
 
 def _place_of(wanted: Path, runs: Sequence[Path]) -> int:
-    """Return the place of a run among ``runs``, or -1."""
+    """Return the position of a run among ``runs``, or -1."""
     for i, run in enumerate(runs):
         if run.resolve() == wanted.resolve():
             return i
@@ -236,7 +236,7 @@ def _as_run(
     total: Mapping[str, SparseChange],
     head: Mapping[str, Tensor],
 ) -> Setup:
-    """Prepare a sparse method on exactly these layers, with the sum as its state. The rest is ``setup``'s."""
+    """Prepare a sparse method on exactly these layers, with the sum as its state. The rest is from ``setup``."""
     sizes = [row["size"] for row in rows]
     entries = max(1, sum(len(change.index) for change in total.values()))
     method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - entries / sum(sizes), 9))
@@ -250,7 +250,7 @@ def _as_run(
 
 
 def _notes(runs: Sequence[Path], head_run: int, has_head: bool) -> list[str]:
-    """Say what a user should know beside the numbers."""
+    """Return notes that a user should read besides the numbers."""
     notes = []
     seen = set()
     for run in runs:

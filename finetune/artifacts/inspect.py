@@ -343,7 +343,7 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
     ``rank``: of the principal subspaces. ``alpha``: share of the entries in a mask. ``gradient``: number of
     training batches for a gradient mask (0: none; it needs the memory of one gradient).
 
-    In the result, ``mask`` names the count of entries that the overlaps are of; ``total``, ``roles``,
+    In the result, ``mask`` names the set of entries whose overlaps are measured; ``total``, ``roles``,
     ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the moves of entries. Raises
     ``ConfigError`` for a run that changed no weight of the base.
     """

@@ -48,7 +48,7 @@ def compare(
     metric: Annotated[
         str | None,
         typer.Option(
-            help="Another number than test.accuracy or test.bits_per_byte: val.loss, retention.accuracy."
+            help="The number to compare, such as val.loss; by default test.accuracy or test.bits_per_byte."
         ),
     ] = None,
     baseline: Annotated[
@@ -111,7 +111,7 @@ def _print_table(data: dict[str, Any]) -> None:
 
 
 def _load_defaults(choices: Sequence[str]) -> Mapping[str, Any]:
-    """Return every setting of a configuration that only ``choices`` override."""
+    """Return all settings of the configuration that ``choices`` alone select."""
     return _load_settings(tuple(choices))
 
 
@@ -196,12 +196,13 @@ def reproduce(
         Path, typer.Argument(metavar="RUN", help="The folder of a finished run.", show_default=False)
     ],
     keep: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Keep the repetition there; by default it is removed.")
+        Path | None,
+        typer.Option(metavar="DIR", help="Keep the repeated run here; by default it is removed."),
     ] = None,
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a finished run again: is it identical, inside the interval of its seeds, or neither (exit 1)?"""
+    """Train a finished run again: is it identical, within the interval of its seeds, or neither (exit 1)?"""
     from ..artifacts.reproduce import reproduce as reproduce_run
     from ..storage.atomic import to_json_value
 

@@ -24,7 +24,7 @@ def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list
     """
     replaced: list[nn.Parameter] = []
 
-    # The hooks act on the module that runs: in a deep copy of the model that is not ``owner``.
+    # The hooks act on the module that runs. In a deep copy of the model, this module is not ``owner``.
     def cast_parameter(module: nn.Module, *_: Any) -> None:
         parameter = module._parameters[leaf]
         if parameter is not None and parameter.dtype != dtype:
@@ -94,7 +94,7 @@ class InPlace(Part):
                 found[name] = nn.Parameter(original, requires_grad=False)
             return found
         if self.source is None:
-            raise RuntimeError("the base's own tensors can only be read again if the model came from a file")
+            raise RuntimeError("the base was trained in place; without a model file it cannot be read again")
         device = next(self.parameters()).device
         for name, tensor in self.source():
             if name in self._owners:

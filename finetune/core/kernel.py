@@ -21,7 +21,7 @@ from .method import Reparam, Run
 from .part import Cache, Delta, WeightGrad, changed_linear, patched
 
 TINY = 1e-12  # lower bound of squared distances: rows that coincide then get a gradient of 0
-# Rows or columns of the kernel that are made at once on the CPU: few enough for its cache, enough to be fast.
+# Rows or columns of the kernel that the CPU forms at once: a block fits into the cache and is not slow.
 BLOCK = 512
 
 BlockIndex = tuple[slice, slice]
@@ -183,8 +183,8 @@ class Kernel(Delta):
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of the factors: dL/drow_j = sum_i e_ji (row_j - col_i).
 
-        Those of the columns are likewise. e is dL/dK divided by the distance. The second distance enters with
-        the opposite sign.
+        The gradients of the columns have the same form. e is dL/dK divided by the distance. The second
+        distance enters with the opposite sign.
         """
         slopes = grad.dense
         grads = [torch.zeros_like(p) for p in self.inputs()]
@@ -218,7 +218,7 @@ class Kernel(Delta):
 
     @property
     def additive(self) -> bool:
-        """Tell whether dropout or drop path is active: then the change is applied beside the layer."""
+        """Tell whether dropout or drop path is active; if so, the change is applied beside the layer."""
         return self.training and bool(self.method.dropout or self.method.drop_path)
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:

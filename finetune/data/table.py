@@ -197,7 +197,7 @@ def decode_image(value: dict[str, Any], name: str) -> Any:
 def drop_unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Source], list[str]]:
     """Return the sources without given val or test splits that have no label at all, and notes.
 
-    Benchmarks with hidden labels are published so.
+    Benchmarks that hide their labels are published in this way.
     """
     if columns.label is None:
         return sources, []

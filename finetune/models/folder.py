@@ -17,12 +17,12 @@ BUILTIN = Path(__file__).parent
 DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
-FEW_LAYERS = 64  # a number of layers that config.json may claim whatever the weights are
+FEW_LAYERS = 64  # config.json may claim up to this many layers without a check against the weights
 TASKS = {
     "image_classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "causal_lm": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
-}  # by task, transformers' table of the model types that can do it
+}  # the task: transformers' table of the model types that can do it
 
 
 def find_folder(config: ModelConfig) -> tuple[Path, str]:
@@ -144,8 +144,8 @@ def _find_foreign_code(
 def check_weights(folder: Path, config: ModelConfig) -> int:
     """Return how many entries the weights have.
 
-    Raises ``ConfigError`` naming every file that is missing, cut short or a pickle; if there is none, naming
-    numbers of layers in config.json that the weights cannot have.
+    Raises ``ConfigError`` that names every file that is missing, truncated or a pickle. If there is no such
+    file, it names each number of layers in config.json that the weights cannot have.
     """
     faults, sizes = [], list[int]()
     for file in list_weight_files(folder, config):

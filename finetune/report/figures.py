@@ -292,7 +292,7 @@ def _draw_differences(comparison: ComparisonData, styles: Styles) -> Figure | No
         f"Bars are 95 % intervals. Filled: differs from {view.baseline} after Holm's correction; "
         f"hollow: no difference was shown, or not tested. {view.left_out}"
     )
-    return Figure("differences", f"differences to {view.baseline}", caption, data, layout)
+    return Figure("differences", f"differences from {view.baseline}", caption, data, layout)
 
 
 def _describe_difference(point: PlotPoint, versus: Mapping[str, Any], unit: str) -> str:

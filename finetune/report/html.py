@@ -35,11 +35,11 @@ SHAPES = {
     "pentagon": '<path d="m8 2 6 4.500-2.300 7H4.300L2 6.500z"/>',
     "star": '<path d="m8 1 2 5h5l-4 3.200L12.500 15 8 11.500 3.500 15 5 9.200 1 6h5z"/>',
 }  # SVG of each symbol
-KINDS = {"trained": "budget", "trials": "tuning"}  # kinds of findings that the page calls otherwise
+KINDS = {"trained": "budget", "trials": "tuning"}  # kinds of findings that have another name on the page
 OMNIBUS = {"cochran q": "Cochran's Q", "friedman": "Friedman's test"}
 TASKS = {"causal_lm": "language modelling"}
-WIDE_FIGURES = ("curves", "differences", "critical_difference")  # besides those of settings
-LISTED = 5  # rows that the summary names
+WIDE_FIGURES = ("curves", "differences", "critical_difference")  # wide, as are the figures of settings
+LISTED = 5  # most rows that the summary names
 PAIR_HEADINGS = ("row", "against", "difference", "95 % interval", "p", "p, Holm", "verdict", "test")
 
 
@@ -107,7 +107,7 @@ def _hash_script(script: str) -> str:
 
 
 def _encode_figures(figures: Sequence[Figure]) -> str:
-    """Return the figures as JSON that cannot end the script element that it stands in."""
+    """Return the figures as JSON that cannot close the script element around it."""
     data = [{"key": figure.key, **figure.as_plotly()} for figure in figures]
     text = json.dumps(data, allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")
@@ -154,7 +154,7 @@ def _write_summary(comparison: ComparisonData) -> str:
     summary = f"Best mean: <b>{escape(best['label'])}</b> with {mean}{unit} ({interval})."
     ties = [f"<b>{escape(row['label'])}</b>" for row in ranked[1:] if row["rank"] == "tie"]
     if ties:
-        summary += f" These runs do not show a difference to {show_some(ties, LISTED)}."
+        summary += f" These runs do not show a difference from {show_some(ties, LISTED)}."
     if best["rank"] == "best" and len(rows) > 1:
         summary += " It is better than every other row that was tested."
     return summary

@@ -19,12 +19,12 @@ from .styles import Style, find_series, make_styles
 EMPTY = f'<span class="none">{DASH}</span>'
 RANKS = {
     "best": ("best", "better than every other row"),
-    "tie": ("top", "no difference to the best mean was shown"),
-}  # by the rank of a row, its badge and the badge's title
+    "tie": ("top", "not shown to differ from the best mean"),
+}  # the rank of a row: its badge and the badge's title
 
 
 class Cell(NamedTuple):
-    """A cell: the value by which its column is sorted, None if there is none, and the HTML that is shown."""
+    """A table cell: the value that its column is sorted by (None if it has none), and its HTML."""
 
     value: Any = None
     html: str = EMPTY
@@ -69,7 +69,7 @@ def make_columns(comparison: ComparisonData) -> list[Column]:
 
 
 def _is_in_labels(key: str, rows: Sequence[RowData]) -> bool:
-    """Tell whether every label begins with the value of the setting, so that it needs no column."""
+    """Tell whether every label begins with the value of the setting, which then needs no column."""
     return all(row["label"].startswith(show_setting(row["by"].get(key))) for row in rows)
 
 
@@ -81,7 +81,7 @@ def _write_setting(key: str, row: RowData) -> Cell:
 
 
 def _make_number_column(key: str, heading: str, explanation: str, show: Callable[[Any], str]) -> Column:
-    """Return the column of a number of a row, which may be missing."""
+    """Return a column that shows one number of each row; the number may be missing."""
     return Column(heading, explanation, partial(_write_number, key, show))
 
 
@@ -139,7 +139,7 @@ def _make_versus_column(comparison: ComparisonData) -> Column:
     baselines = dict.fromkeys(row["versus"]["against"] for row in comparison["rows"] if row["versus"])
     against = ", ".join(baselines)
     explanation = (
-        f"difference to {against} with its 95 % interval, and p after Holm's correction; "
+        f"difference from {against} with its 95 % interval, and p after Holm's correction; "
         "a tie means that no difference was shown"
     )
     return Column(f"to {against}", explanation, partial(_write_versus, comparison["metric"]))
@@ -234,7 +234,7 @@ def _write_row(
     columns: Sequence[Column],
     styles: Mapping[str, Style],
 ) -> str:
-    """Return the ``tbody`` of a row; its attributes hold what the page's search and selections look at."""
+    """Return the ``tbody`` of a row; its attributes hold what the page's search and filters use."""
     settings = [show_setting(row["by"].get(key)) for key in dict.fromkeys(comparison["by"])]
     words = escape(" ".join([row["label"], *settings, *row["errors"]]).lower())
     data = ""

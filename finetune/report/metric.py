@@ -1,4 +1,4 @@
-"""Know the main metric of each task, and show its values to people."""
+"""Define the main metric of each task, and format its values."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Metric:
     higher_is_better: bool
 
     def show(self, value: float) -> str:
-        """Return ``value`` as text with its unit and the digits that are worth reading."""
+        """Return ``value`` as text with its unit and a sensible number of digits."""
         if self.key == "accuracy":
             return f"{100 * value:.2f} %"
         return f"{value:.4f}"

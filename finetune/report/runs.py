@@ -20,10 +20,10 @@ from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
 from ..system import safe
 
-NO_RESULT = ("failed", "pruned", "unfinished")  # the statuses of runs without a result; a search prunes
+NO_RESULT = ("failed", "pruned", "unfinished")  # statuses of runs without a result; only a search prunes
 DEPTH = 4  # how many levels below a given folder are searched: outputs/NAME/RUN is two levels deep
-SKIPPED_FOLDERS = {"trials", "wandb", "checkpoints", "inspect", "delta"}  # below a sweep, but never a run
-NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings that do not make another experiment
+SKIPPED_FOLDERS = {"trials", "wandb", "checkpoints", "inspect", "delta"}  # below a sweep or a run, never runs
+NOT_THE_RUN = (*WITHOUT_EFFECT, "seed")  # settings in which repetitions of one experiment may differ
 FILES_OF_A_RUN = (
     "result.json",
     "config.yaml",

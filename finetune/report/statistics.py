@@ -200,9 +200,9 @@ def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
     """Test the mean of ``differences`` [seeds, examples], with seeds and examples both drawn at random.
 
     The result holds for new seeds on new examples. The variance is that of two-way random effects with
-    Hillis's degrees of freedom (2007), as used for several readers who judge the same cases. Two seeds say so
-    little about the variance between seeds that they get one degree of freedom. There must be at least two of
-    each.
+    Hillis's degrees of freedom (2007), as used for several readers who judge the same cases. Two seeds get
+    one degree of freedom, because they say little about the variance between seeds. At least two seeds and
+    two examples are needed.
     """
     d = np.asarray(differences, dtype=float)
     seeds, n = d.shape
@@ -219,8 +219,8 @@ def crossed(differences: ArrayLike, level: float = 0.95) -> Estimate:
 def linearised(above: ArrayLike, below: ArrayLike) -> Array:
     """Linearise the ratio of sums ``above`` / ``below``.
 
-    Returns values by example: their mean is the ratio, and their variance gives that of the ratio (delta
-    method).
+    Returns one value for each example. The mean of these values is the ratio, and their variance gives the
+    variance of the ratio (delta method).
     """
     a, b = np.asarray(above, dtype=float), np.asarray(below, dtype=float)
     ratio = a.sum() / b.sum()
@@ -231,8 +231,8 @@ def linearised(above: ArrayLike, below: ArrayLike) -> Array:
 def paired_bootstrap(first: Sums, second: Sums, draws: int | None = None, seed: int = 0) -> Estimate:
     """Return the difference of two ratios of sums over the same examples, such as bits per byte.
 
-    Each draw samples examples with replacement, the same ones for both. The interval is that of percentiles,
-    and p is the level at which that interval reaches zero.
+    Each resample draws examples with replacement and uses the same ones for both ratios. The interval is a
+    percentile interval, and p is the level at which it reaches zero.
     """
     columns = np.stack([np.asarray(x, dtype=float) for x in (*first, *second)], axis=1)
     n = len(columns)
@@ -261,9 +261,9 @@ def _percentiles(difference: float, found: Array) -> Estimate:
 
 
 def _draw_counts(n: int, draws: int, seed: int) -> Iterator[NDArray[Any]]:
-    """Yield how often each of ``n`` examples is drawn, as parts [some draws, n].
+    """Yield how often each of ``n`` examples is drawn, in chunks of shape [draws, n].
 
-    A small result is cached, since the next pair of rows mostly has as many examples.
+    A small result is cached, because the next pair of rows usually has the same number of examples.
     """
     if n * draws <= CACHED:
         yield _draw_all_counts(n, draws, seed)

@@ -315,7 +315,7 @@ def _name_line(row: RowData, by: Sequence[str], key: str) -> str:
 
 
 def view_differences(comparison: ComparisonData) -> DifferenceView | None:
-    """Return the differences to the baseline or best row, sorted as in the table; None if there are none."""
+    """Return differences from the baseline or best row in the table's order; None if there are none."""
     by, metric, scale = comparison["by"], comparison["metric"], make_metric_axis(comparison).scale
     unit = " in percentage points" if metric["percent"] else ""
     better = "right is better" if metric["higher_is_better"] else "left is better"
@@ -363,7 +363,7 @@ def _place_bars(labels: Sequence[str], cliques: Sequence[Sequence[str]]) -> list
         places = [labels.index(label) for label in clique if label in labels]
         if len(places) > 1:
             spans.add((min(places), max(places)))
-    ends: list[int] = []  # the last place that the bars of each lane reach
+    ends: list[int] = []  # where the last bar of each lane ends
     bars = []
     for first, last in sorted(spans):
         lane = 0

@@ -279,7 +279,7 @@ def field_of(key: str) -> str | None:
 def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
     """Return the settings of a method.
 
-    ``None`` where that is not known: it cannot be made without some setting, and its option is not its name.
+    ``None`` if they are unknown: the method requires a setting, and its option differs from its name.
     """
     try:
         made: object = configuration.load([f"method={method}"], config_dir).method
@@ -316,7 +316,7 @@ def _name(overrides: list[str]) -> str:
 def freeze(runs: Sequence[Point]) -> None:
     """Write the frozen configuration of each point into its folder.
 
-    Raises ``ConfigError`` where files of other runs lie there.
+    Raises ``ConfigError`` if a folder holds files of another run.
     """
     faults: list[str] = []
     for point in runs:

@@ -20,14 +20,15 @@ from ..launch.start import StartOptions, child_command, child_main
 from ..storage.run_folder import RunFolder
 from ..system.environment import child_environment, cuda_memory
 
-STEPS = 4  # that a measurement makes
+STEPS = 4  # optimizer steps of a measurement
 
 
 @dataclass(frozen=True)
 class Measurement:
     """Seconds of one step, of one evaluation and of everything else in a run, and its peak memory.
 
-    Without seconds, the run was only planned, since it does not fit, or failed; ``fault`` says why it failed.
+    Seconds are missing if the run would not fit into memory and was only planned, or if it failed; ``fault``
+    then says why.
     """
 
     step: float | None = None
@@ -73,7 +74,7 @@ def _fault(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def room_for_one(jobs: int) -> int:
-    """Return the bytes for one of ``jobs`` runs at once: those of a GPU, else a share of the free memory."""
+    """Return the bytes that each of ``jobs`` parallel runs may use: a GPU's, else a share of free memory."""
     import psutil
 
     if gpus := cuda_memory():
@@ -82,7 +83,7 @@ def room_for_one(jobs: int) -> int:
 
 
 def measure_here(config: str, options: StartOptions) -> int:
-    """Do what the process of ``measure`` does: measure the configuration in a file, and print the result."""
+    """Measure the configuration in a file and print the result, in the process that ``measure`` starts."""
     print(json.dumps(asdict(_measure_run(Path(config), room_for_one(1)))))
     return 0
 

@@ -34,14 +34,14 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, only ``check`` does.
+    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, only ``check`` raises it.
 
     A second signal, more than a second later, ends the process. Signals that were ignored from the start
     (``nohup``) stay ignored. Only the main thread can handle signals; in another thread nothing changes.
     """
 
     def __init__(self) -> None:
-        self.name = ""  # of the signal that came
+        self.name = ""  # the signal that was received
         self._at = 0.0
         self._patient = False
         self._owner = os.getpid()
@@ -61,7 +61,7 @@ class Signals:
             signal.signal(number, handler)
 
     def check(self) -> None:
-        """Raise ``Interrupted`` if a signal came."""
+        """Raise ``Interrupted`` if a signal was received."""
         if self.name:
             raise Interrupted(self.name)
 
@@ -103,9 +103,9 @@ def _write(line: str) -> None:
 
 
 def outlive(worker: int = 0) -> None:
-    """Let this process, which loads data, go on for a minute after SIGTERM.
+    """Keep this data-loading process alive for a minute after SIGTERM.
 
-    A SIGTERM to the whole group then ends it only after the run had time to end its step and to save.
+    When the whole process group gets SIGTERM, the run can still finish its step and save.
     """
 
     def end_later(number: int, frame: FrameType | None) -> None:

@@ -31,7 +31,7 @@ def files_of(kind: Kind, name: str, family: str, folder: Path | None) -> dict[Pa
     for part, place in places.items():
         skeleton = SKELETONS / f"{kind.name}.{part}.txt"
         if not skeleton.exists():
-            continue  # a score has no YAML file, and a model nothing else
+            continue  # a score has no YAML file, and a model has only a YAML file
         text = Template(skeleton.read_text(encoding="utf-8")).substitute(
             name=name, cls=_class_name(name), **texts
         )
@@ -73,7 +73,7 @@ def _places_in_plugin(kind: Kind, name: str, folder: Path) -> dict[str, Path]:
 
 
 def _texts_in_plugin(kind: Kind, name: str) -> dict[str, str]:
-    """Return how a test of a plug-in finds the class: it loads the folder that it lies in."""
+    """Return the lines by which a plug-in's test gets the class: it loads its own folder."""
     find = f'{_class_name(name)} = registry.get("{kind.name}", "{name}")'
     return {
         "first_imports": "from pathlib import Path\n\n",
@@ -84,7 +84,7 @@ def _texts_in_plugin(kind: Kind, name: str) -> dict[str, str]:
 
 
 def write(kind_name: str, name: str, family: str, folder: Path | None) -> list[Path]:
-    """Write the skeleton and return its files. Raises ``ConfigError``, with nothing written, where that is impossible."""
+    """Write the skeleton and return its files. Raises ``ConfigError`` and writes nothing if it cannot."""
     kinds = [kind for kind in KINDS if list(SKELETONS.glob(f"{kind}.*"))]
     if kind_name not in kinds:
         raise ConfigError(

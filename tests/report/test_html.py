@@ -174,7 +174,7 @@ def test_fairness_stands_above_the_table(page: Page, comparison: dict[str, Any])
 def test_the_first_sentences_name_the_best_row_and_its_ties(comparison: dict[str, Any]) -> None:
     words = read_words(Page(html.make_document(comparison)))
     assert "Best mean: spiel sparsity=0.9 with 92.59 % (95 % interval 91.99 to 93.19)." in words
-    assert "These runs do not show a difference to snell sparsity=0.9 ." in words
+    assert "These runs do not show a difference from snell sparsity=0.9 ." in words
     rows = comparison["rows"]
     rows[0]["rank"], rows[1]["rank"] = "best", ""
     assert "better than every other row that was tested" in read_words(Page(html.make_document(comparison)))

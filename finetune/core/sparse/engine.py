@@ -111,8 +111,8 @@ class Sparse(SparseSettings):
     def choose(self, run: Run, state: Any, share: float, previous: Any = None) -> list[Tensor]:
         """Choose the best entries of each site by score, at a ``share`` of the budgets.
 
-        ``previous``: the state of the phase before, whose weights the score sees if that phase trained all
-        entries. Returns flat positions, int32, ascending.
+        ``previous``: the state of the previous phase; if that phase trained all entries, scores use its
+        weights. Returns flat positions, int32, ascending.
         """
         return self.make_chooser(run, state, previous).choose_best(share)
 
@@ -197,7 +197,7 @@ class Sparse(SparseSettings):
         return [f"{found} entries are stored, but method.sparsity={self.sparsity:g} asks for {requested:.0f}"]
 
     def stored_shapes(self, state: nn.Module, steps: int) -> Shapes | None:
-        """Expect K entries in random places. None where training decides how many entries are stored."""
+        """Return shapes for K random entries, or None if training decides how many are stored."""
         if settled_depend_on_training(self.schedule, steps):
             return None
         shapes = super().stored_shapes(state, steps)

@@ -1,4 +1,4 @@
-"""Switch between sparse changes on a live plain model: write them into its weights, take them out to the bit.
+"""Switch between sparse changes on a live plain model: add them to its weights, and remove them to the bit.
 
     switch = Switch(model)
     switch.load("french", changes)     a ``SparseChange`` for each layer name; kept with the original entries
@@ -28,7 +28,7 @@ from .coding import decode_sorted, encode_sorted
 
 
 def pack(changes: Sequence[SparseChange], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Return one change for each weight in the form of ``Bank.pack``. ``sizes``: entries of each weight."""
+    """Pack one change for each weight in the form of ``Bank.pack``. ``sizes``: entries of each weight."""
     flat = []
     offset = 0
     for change, size in zip(changes, sizes, strict=True):
@@ -42,7 +42,7 @@ def pack(changes: Sequence[SparseChange], sizes: Sequence[int]) -> dict[str, Ten
 
 
 def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseChange]:
-    """Return one change for each weight from what ``Bank.pack`` returned. ``sizes``: entries of each weight.
+    """Unpack the result of ``Bank.pack``: one change for each weight. ``sizes``: entries of each weight.
 
     Raises ``ConfigError`` if it does not fit weights of these sizes.
     """
@@ -50,8 +50,8 @@ def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseCha
     flat = decode_sorted(packed["gaps"], len(packed["values"]))
     if len(counts) != len(sizes) or sum(counts) != len(flat):
         raise ConfigError(
-            f"The stored sparse change is of {len(counts)} weights, and {len(sizes)} are given. "
-            "Give those that it was trained on."
+            f"The stored sparse change is for {len(counts)} weights, but {len(sizes)} were given. "
+            "Give the weights that it was trained on."
         )
     changes = []
     offset = 0
@@ -59,8 +59,8 @@ def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseCha
         index = index - offset
         if len(index) and not 0 <= int(index[0]) <= int(index[-1]) < size:
             raise ConfigError(
-                "The stored sparse change has positions outside the weights given. "
-                "Give those that it was trained on."
+                "The stored sparse change has positions outside the given weights. "
+                "Give the weights that it was trained on."
             )
         changes.append(SparseChange(index, values))
         offset += size
@@ -80,13 +80,14 @@ def add(changes: Sequence[SparseChange]) -> SparseChange:
 
 
 PROBE = 8  # entries of a weight that are compared before a switch
-BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # integers by bytes of an element
+BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes of an element: integer dtype
 
 
 class _Weight:
-    """One weight of the live model. It notices changes that this module has not made.
+    """One weight of the live model. It detects changes that were made by other code.
 
-    For that it remembers torch's version counter, and a few entries, because fused optimizers do not count.
+    It compares torch's version counter, and a few entries, because fused optimizers do not increment the
+    counter.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -122,7 +123,8 @@ class _Weight:
     def write(self, index: Tensor, entries: Tensor) -> None:
         """Overwrite the entries at ``index``.
 
-        On the CPU numpy does it: on two cores its serial assignment is faster than all of torch's ways.
+        On the CPU, numpy does this: on two cores its serial assignment is faster than every way that torch
+        offers.
         """
         if self.flat.device.type == "cpu":
             bits = BITS[self.flat.element_size()]  # numpy has no bfloat16

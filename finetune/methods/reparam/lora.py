@@ -9,12 +9,13 @@ Formula:
 
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685.
 
-Reading: A is drawn as by Kaiming with a = sqrt(5), which is uniform in +-1/sqrt(in), and B is 0. All linear
-layers of the blocks are adapted, where the paper adapts the query and value projections. rank 8 is a common
-choice, and alpha = 2 rank. The learning rate of ``method=lora`` was chosen as its file says.
+Reading: A starts from Kaiming's uniform initialization with a = sqrt(5), which is uniform in +-1/sqrt(in),
+and B from 0. All linear layers of the blocks are adapted, where the paper adapts the query and value
+projections. rank 8 is a common choice, and alpha = 2 rank. ``conf/method/lora.yaml`` says how the learning
+rate of ``method=lora`` was chosen.
 
 Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of
-huggingface/peft, from the same factors, to the same output.
+huggingface/peft, from the same factors, and expects the same output.
 
 Cost: rank (in + out) trained values a layer, their gradients and two moments in Adam. The factors are stored.
 """

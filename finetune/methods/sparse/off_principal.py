@@ -1,7 +1,8 @@
 """Off-principal masks: train entries off the principal part of each weight, chosen once.
 
-The pretrained weights decide which. There are four masks of K entries a matrix, each a choice of score and
-direction. The default is the "safe" mask, the union of the other two masks that avoid the principal part.
+The pretrained weights decide which entries these are. There are four masks of K entries a matrix, each a
+choice of score and direction. The default is the "safe" mask, the union of the other two masks that avoid the
+principal part.
 
 Formula:
     W_R: best approximation of W of rank ``rank``

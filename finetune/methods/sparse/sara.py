@@ -1,8 +1,8 @@
-"""SaRA: train the weights with the smallest magnitude, narrowed once, with a nuclear-norm penalty.
+"""SaRA: train the weights of smallest magnitude, narrowed once, and penalize their nuclear norm.
 
-One threshold theta holds for all layers. The entries below it are trained; at the share ``schedule.at`` of
-the run, only those that are still below it stay trained, and the others keep the value they have reached.
-Decay pulls values towards 0, as AdamW does on the weights.
+One threshold theta holds for all layers. The entries below it are trained. After the share ``schedule.at`` of
+the run, only the entries that are still below theta stay trained; the others keep the values that they have
+reached. Decay pulls values towards 0, as AdamW does on the weights.
 
 Formula:
     M = {|w| < theta}        theta: ``threshold``, or the K-th smallest |w| with K from ``sparsity``
@@ -14,15 +14,15 @@ Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive S
 
 Reading: Paper and released code were read. The paper writes the threshold without the absolute value, but
 means it. Its penalty is the sum over all matrices; one random matrix in each step is what the code does. The
-paper's text finds penalty = 5e-3 best, which is the default; the released commands have 5e-4. Narrowing
-halfway through is the paper's.
+paper's text finds penalty = 5e-3 best, which is the default; the released commands have 5e-4. The paper
+narrows halfway through the run.
 
-Differs: The faults of the released default optimizer are not taken over:
+Differs: The faults of the released default optimizer are not reproduced:
 - its penalty reaches none of the trained values,
 - its first forward pass takes |w| for w, and the same happens after narrowing,
 - narrowing drops Adam's moments.
-Its masks also cover biases, norms and convolutions; here the linear layers. Weights are compared with theta
-in float32, so a base in float16 or bfloat16 has its own M.
+Its masks also cover biases, norms and convolutions; here they cover linear layers only. Weights are compared
+with theta in float32, so a base in float16 or bfloat16 has its own M.
 
 Cost: One trained value for every entry of M, its gradient and two moments in Adam. Values and positions are
 stored. With a penalty, one eigendecomposition of the smaller Gram matrix of one layer in every step.
@@ -74,7 +74,7 @@ class SaRA(Sparse):
     decay: Literal["base", "zero"] = "zero"
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "the smallest weights of the model, halfway narrowed to those that stayed small"
+    trains: ClassVar[str] = "the smallest weights of the model; halfway, only those that stayed small"
     paper: ClassVar[str] = "arXiv 2409.06633"
 
     def contradictions(self) -> list[str]:
@@ -84,7 +84,7 @@ class SaRA(Sparse):
             value = getattr(self, name)
             if value != fields[name].default:
                 found.append(
-                    f"method.{name}={value}: SaRA is one threshold on |w| over the model; take method=sparse "
+                    f"method.{name}={value}: SaRA applies one threshold on |w| to the whole model; take method=sparse "
                     "for other choices."
                 )
         if self.threshold is not None:
@@ -97,7 +97,7 @@ class SaRA(Sparse):
         return found
 
     def _threshold_contradictions(self, threshold: float) -> list[str]:
-        """Name settings that say the same as a threshold, or that it leaves no room for."""
+        """Return a fault for each setting that ``threshold`` already decides or makes useless."""
         found = []
         if self.sparsity != type(self).__dataclass_fields__["sparsity"].default:
             found.append(

@@ -1,10 +1,10 @@
 """SPT: train single entries where few are sensitive, and a low-rank branch where many are.
 
 The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss,
-before training and in eval mode. The tau most sensitive entries of all matrices are chosen. In a matrix with
-few of them each is trained by itself; a matrix with many gets a low-rank branch B A instead. tau is the
-largest number at which all that is trained is within the budget. The class token, where a model has one, is
-trained too, in place and outside of the budget.
+before training and in eval mode. The tau most sensitive entries of all matrices are chosen. A matrix with few
+chosen entries trains each of them by itself; a matrix with many gets a low-rank branch B A instead. tau is
+the largest number for which all trained values together fit into the budget. The class token, where a model
+has one, is trained too, in place and outside of the budget.
 
 Formula:
     sensitivity = sum over batches of g^2
@@ -15,15 +15,16 @@ Formula:
 
 Paper: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, arXiv 2303.08566.
 
-Reading: The abstract and the released code were read. alpha = 10 is the released scripts'; the paper's rule
-is remembered as c >= P, which is ``alpha=1``, and is unverified. 16 batches and rank 8 are the released
-defaults.
+Reading: The abstract and the released code were read. alpha = 10 is taken from the released scripts. The
+paper's rule is remembered as c >= P, which is ``alpha=1``; this is unverified. 16 batches and rank 8 are the
+released defaults.
 
 Differs:
 - The released code computes sensitivities in train mode, and on the first examples of the training set in
   order.
 - It takes the nearest tau on a grid of steps of 20,000; here tau is exact.
-- One weight decay holds for factors and entries; the released code spares the entries and the class token.
+- Factors and entries have the same weight decay; the released code does not decay the entries and the class
+  token.
 - Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for
   biases and norms, which is no part of the abstract.
 
@@ -61,10 +62,10 @@ def divide_budget(
     entries at which a site gets a branch instead, and ``branches``: the number of values of that branch,
     never below the limit.
 
-    Entries of all sites are taken from the best down, ties from the earlier site. An entry costs 1; the one
-    that reaches its site's limit turns all of them into a branch and costs the difference. The first entry
-    that does not fit into the budget ends the choice. Returns which of each site's scores are trained as
-    entries, bool, and which sites have a branch, [sites] bool.
+    The entries of all sites are taken in the order of their scores, best first; of equal scores, the earlier
+    site comes first. An entry costs 1; the one that reaches its site's limit turns all of them into a branch
+    and costs the difference. The first entry that does not fit into the budget ends the choice. Returns which
+    of each site's scores are trained as entries, bool, and which sites have a branch, [sites] bool.
     """
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     counts = torch.tensor([len(s) for s in scores])
@@ -90,8 +91,8 @@ class SPT(Method):
         sparsity: Share of the entries of all layers that is not trained. The rest is the budget of entries
             and branches together.
         rank: Rank of a branch.
-        alpha: A matrix gets a branch if 1 / alpha as many of its entries are chosen as the branch has
-            parameters.
+        alpha: A matrix gets a branch if the number of its chosen entries is at least the branch's number of
+            parameters divided by alpha.
         batches: Number of steps whose batches the sensitivity is computed from.
         class_token: Whether the class token is trained too.
     """
