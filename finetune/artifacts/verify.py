@@ -305,7 +305,7 @@ def _metrics_without_time(files: RunFolder) -> list[dict[str, Any]]:
 
 
 def _short(value: Any) -> str:
-    """Return a value as JSON, cut at 120 characters."""
+    """Return a value as JSON, truncated to 120 characters."""
     text = json.dumps(value)
     return text if len(text) <= 120 else f"{text[:117]}..."
 

@@ -158,7 +158,7 @@ def sweep(
 ) -> None:
     """Run the cross product of all values: method=lora,snell seed=0,1.
 
-    The same command again goes on: finished runs are skipped.
+    Repeating the command continues the sweep: finished runs are skipped.
     """
     typed = _typed_options(context)
     if watch:
@@ -253,7 +253,7 @@ def _report(
     from .sweep_tables import show
 
     show([(point, found[point.folder.path]) for point in runs if point.folder.path in found], as_json)
-    missing = {"status": "not finished", "error": "the same command goes on with it"}
+    missing = {"status": "not finished", "error": "the same command resumes it"}
     code = 0
     for point in [*trials, *runs]:
         result = found.get(point.folder.path, missing)

@@ -43,7 +43,7 @@ class Severed(RunFailed):
 
 
 class ProcessFailed(Exception):
-    """A rank raised an error that nothing expected; the cause holds that rank's traceback."""
+    """A rank raised an unexpected error; the cause holds that rank's traceback."""
 
 
 def severed(error: BaseException) -> bool:
@@ -67,17 +67,16 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
         if not severed(error):
             raise
         raise Severed(
-            "Another process of this run has ended, and no other can go on without it. "
-            f"{_how_to_go_on(folder)}"
+            f"Another process of this run has ended, so this one cannot continue. {_how_to_resume(folder)}"
         ) from error
 
 
 def _say_nothing(line: str) -> None:
-    """Take the place of a function that prints a line."""
+    """Print nothing, on ranks other than 0."""
 
 
 def _show_nothing(done: int, total: int, words: str) -> None:
-    """Take the place of a progress bar."""
+    """Show no progress, on ranks other than 0."""
 
 
 def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
@@ -136,7 +135,7 @@ def _misfits(config: Config, count: int) -> list[str]:
 
 @contextmanager
 def _environment_of_ranks(count: int) -> Iterator[None]:
-    """Set the environment variables of ranks that are started inside; what the user has set stays.
+    """Set environment variables for ranks started inside the block; those that the user set stay.
 
     Each rank gets an equal share of the cores.
     """
@@ -196,8 +195,8 @@ def _wait_a_moment(processes: Sequence[Any]) -> bool:
     return bool(alive)
 
 
-def _how_to_go_on(folder: Path) -> str:
-    return f"What was saved before is whole; `{command(folder)}` goes on."
+def _how_to_resume(folder: Path) -> str:
+    return f"Everything saved before is complete; `{command(folder)}` resumes the run."
 
 
 def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
@@ -209,7 +208,7 @@ def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
             hint = " (out of memory?)" if code == -signal.SIGKILL else ""
             raise RunFailed(
                 f"Process {i} of {len(codes)} was ended by {signal.Signals(-code).name}{hint}, and the "
-                f"others with it. {_how_to_go_on(folder)}"
+                f"others with it. {_how_to_resume(folder)}"
             )
     if not reports:
         raise RunFailed(f"The processes ended with the exit codes {codes}.")
@@ -219,7 +218,7 @@ def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
     if cause["code"] == INTERRUPTED:
         stop = Interrupted(cause["lines"][0])
         saved = [report["lines"][1] for report in reports if report["code"] == INTERRUPTED]
-        stop.saved = max(saved, key=len)  # ranks that wrote nothing say nothing
+        stop.saved = max(saved, key=len)  # only the rank that wrote a checkpoint describes it
         raise stop
     if cause["code"] == ConfigError.exit_code:
         raise ConfigError(*cause["lines"])

@@ -35,15 +35,15 @@ def frozen(run: Path, overrides: list[str]) -> Config:
             wrong.append(text)
     if wrong:
         allowed = ", ".join("logger.*" if key == "logger" else key for key in NOT_THE_RUN if key not in PLACE)
-        rule = f"--resume goes on with a run as it was started, and takes only {allowed}."
+        rule = f"--resume continues a run as it was started, and takes only {allowed}."
         raise ConfigError(*[f"{text}: {rule} Start another run for anything else." for text in wrong])
     return load(overrides, None, file)
 
 
 def processes(run: Path) -> int | None:
-    """Return how many ranks made the newest readable checkpoint in ``run``.
+    """Return how many ranks wrote the newest readable checkpoint in ``run``.
 
-    ``None`` where there is no checkpoint, or where more ranks made it than one machine has.
+    ``None`` if there is no checkpoint, or if more ranks wrote it than one machine can run.
     """
     files = RunFolder(run)
     for step in reversed(files.steps()):
@@ -55,9 +55,9 @@ def processes(run: Path) -> int | None:
 
 
 def command(folder: Path | None, processes: int = 1) -> str:
-    """Return the command that goes on with the run in ``folder``, by as many ranks.
+    """Return the command that resumes the run in ``folder``, with ``processes`` ranks.
 
-    Before a configuration is frozen there, or without a folder, it is the command that was typed.
+    Without a folder, or before a configuration is frozen in it, this is the command that was typed.
     """
     if folder is None or not (folder / "config.yaml").is_file():
         return f"finetune {shlex.join(sys.argv[1:])}"

@@ -57,7 +57,7 @@ NO_OPTIONS = StartOptions()
 def end_with(parent: int) -> None:
     """Have the kernel kill this process when the process ``parent`` ends; exit now if it has already ended.
 
-    Only Linux can do the former; elsewhere this process goes on.
+    Only Linux can do the former; elsewhere this process continues.
     """
     if sys.platform == "linux":
         import ctypes

@@ -33,7 +33,7 @@ RECORD_BYTES = 1000
 SHARED = (
     *("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph"),
     *("gluster", "9p", "virtiofs", "fuse", "afs", "pvfs", "orangefs"),
-)  # how the types of file systems begin that several machines may share
+)  # first letters of types of file systems that several machines may share
 UNSUPPORTED = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
 _held: set[int] = set()
 
@@ -72,9 +72,9 @@ def try_lock(folder: Path) -> int | None:
             return handle
         if _is_lock_of(handle, folder):
             return handle
-        if attempt == ATTEMPTS:  # some file systems give a file another inode number at every look
+        if attempt == ATTEMPTS:  # some file systems report another inode number at every call
             return handle
-        os.close(handle)  # the file was removed after it was opened, so this lock would keep no process out
+        os.close(handle)  # the file was removed after it was opened, so this lock would exclude no process
     return None
 
 
@@ -109,7 +109,8 @@ def lock_holder(folder: Path) -> str:
 def refuse_if_locked(folder: Path) -> None:
     """Raise ``ConfigError`` if another process holds the lock now.
 
-    Takes nothing, so ``holding_lock`` may still fail later; this check only fails before the slow work does.
+    This does not take the lock, so ``holding_lock`` may still fail later. The check saves slow work that
+    would be lost.
     """
     if os.environ.get(INHERITED):
         return
@@ -174,7 +175,7 @@ def recover(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Return whether this machine runs a process of that number."""
+    """Tell whether this machine runs a process with that number."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -201,7 +202,7 @@ def _take(folder: Path) -> int:
         raise ConfigError(
             f"{folder} was last used by {lock_holder(folder)}, which did not report its end, and this "
             f"machine cannot see whether it still runs. If it does not, remove {folder / NAME}; "
-            "then the same command goes on."
+            "then the same command continues."
         )
     sign_lock(handle, os.getpid())
     return handle
@@ -209,7 +210,7 @@ def _take(folder: Path) -> int:
 
 def _in_use(folder: Path) -> str:
     user = lock_holder(folder) or "another process"
-    return f"{folder} is in use by {user}. Wait for it, or end it; then the same command goes on."
+    return f"{folder} is in use by {user}. Wait for it, or end it; then the same command continues."
 
 
 def _is_lock_of(handle: int, folder: Path) -> bool:

@@ -18,7 +18,7 @@ LANGUAGE = {"loss": "float64", "bytes": "int64"}
 class MetricsFile:
     """A file of lines, each a JSON object with its ``step``. It is open only while a line is written.
 
-    ``start``: the step that a resumed run goes on from. Lines of later steps and a torn last line are
+    ``start``: the step that a resumed run continues from. Lines of later steps and a torn last line are
     dropped; with 0, all lines are.
     """
 

@@ -174,7 +174,7 @@ def _submit(
         _wait(process, todo, home if launcher.name == "slurm" else None)
     except KeyboardInterrupt:
         if numbers := _slurm_jobs(home):
-            say(f"Slurm goes on with the jobs {', '.join(numbers)}; to end them: scancel {' '.join(numbers)}")
+            say(f"Slurm continues the jobs {', '.join(numbers)}; to end them: scancel {' '.join(numbers)}")
         raise
     finally:
         if process.poll() is None:

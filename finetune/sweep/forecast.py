@@ -1,4 +1,4 @@
-"""Foresee the time and memory of each point of a sweep, from finished runs like it or from a measurement."""
+"""Predict the time and memory of each point of a sweep from similar finished runs or from a measurement."""
 
 from __future__ import annotations
 
@@ -34,24 +34,24 @@ def forecast(
 ) -> dict[str, Any]:
     """Return the folder of a sweep, a row for every run, and totals, as plain data; write nothing.
 
-    A row says what would become of its run (``would``), how many ``seconds`` and ``memory_bytes`` it would
+    A row says what would happen to its run (``would``), how many ``seconds`` and ``memory_bytes`` it would
     take (``None`` where that is not known), whether it ``fits`` in the memory of this machine beside the
     other ``jobs``, and the ``fault`` of a measurement that failed. The total of seconds is for ``jobs`` runs
     at once.
 
-    With ``tuning`` its trials come first; a run whose value they have still to choose has no name yet.
+    With ``tuning``, its trials come first; a run whose tuned value is not chosen yet has no name.
     """
     trials = tuning.trials if tuning else []
     unnamed: list[Point] = []
     if tuning:
-        there = [trial for trial in trials if not is_new(_fate(trial, retry))]
+        there = [trial for trial in trials if not is_new(_outcome(trial, retry))]
         results = {trial.folder.path: trial.folder.read_result() for trial in there}
         runs, unnamed = tuning.foresee(results)
     room = room_for_one(jobs)
     estimates = _Estimates(say, options)
     rows = []
     for point in (*trials, *runs):
-        rows.append(_row(point, point.folder.path.name, _fate(point, retry), estimates, room))
+        rows.append(_row(point, point.folder.path.name, _outcome(point, retry), estimates, room))
     for point in unnamed:
         rows.append(_row(point, None, FOLLOWS, estimates, room))
     total = _total(rows, jobs, room)
@@ -61,8 +61,8 @@ def forecast(
     return {"folder": str([*runs, *unnamed][0].folder.path.parent), "runs": rows, "total": total}
 
 
-def _fate(point: Point, retry: bool) -> str:
-    """Return what would become of a point."""
+def _outcome(point: Point, retry: bool) -> str:
+    """Return what would happen to a point."""
     folder = point.folder
     if folder.finished:
         return FINISHED
@@ -72,7 +72,7 @@ def _fate(point: Point, retry: bool) -> str:
 
 
 def is_new(would: str) -> bool:
-    """Tell whether a run of that fate takes time and memory."""
+    """Tell whether a run with that outcome takes time and memory."""
     return would not in (FINISHED, FAILED)
 
 
@@ -87,7 +87,7 @@ class _Estimates:
         self._known = _finished_runs()
         self._measured: dict[str, Measurement] = {}
 
-    def of(self, config: Config) -> dict[str, Any]:
+    def estimate(self, config: Config) -> dict[str, Any]:
         """Return ``seconds``, ``memory_bytes`` and ``fault`` of a run of ``config``."""
         if earlier := self._known.get(group_hash(config)):
             seconds = [taken for taken, _ in earlier if taken is not None]
@@ -109,7 +109,7 @@ class _Estimates:
 
 
 def _kind(config: Config) -> str:
-    """Return what decides the time of a step, roughly: runs of one kind are measured once."""
+    """Return a key for the time of a step: of runs with one key, only the first is measured."""
     train = replace(config.train, steps=1)
     return repr((config.method.name, config.selector.name, config.model, config.dataset, train))
 
@@ -142,7 +142,7 @@ def _row(point: Point, run: str | None, would: str, estimates: _Estimates, room:
         "fault": None,
     }
     if is_new(would):
-        row |= estimates.of(point.config)
+        row |= estimates.estimate(point.config)
         if row["memory_bytes"] is not None:
             row["fits"] = row["memory_bytes"] <= room
     return row

@@ -1,7 +1,7 @@
 """The points of a sweep: the cross product of the given values; each point is a run.
 
-All points are checked and frozen before the first one starts. A run folder is named by its content, so the
-same command again skips what is finished and goes on with what is not.
+All points are checked and frozen before the first one starts. A run folder is named by its content, so
+repeating the command skips finished runs and resumes unfinished ones.
 """
 
 from __future__ import annotations

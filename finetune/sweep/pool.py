@@ -24,7 +24,7 @@ PAUSE = 0.05  # seconds between two checks of the processes
 
 
 class Interrupted(KeyboardInterrupt):
-    """SIGINT, SIGTERM or SIGHUP came while runs were going; they have been ended and can be gone on with."""
+    """A signal (SIGINT, SIGTERM or SIGHUP) came; the active runs were ended and can be resumed."""
 
 
 @contextmanager

@@ -40,8 +40,8 @@ class DiskFull(FinetuneError):
 
     def __init__(self, folder: Path, why: str) -> None:
         super().__init__(
-            f"{folder} cannot be written: {why}. Whatever finished is kept; make room, and the same command "
-            "goes on."
+            f"{folder} cannot be written: {why}. Finished runs are kept; make room, and the same command "
+            "continues."
         )
 
 

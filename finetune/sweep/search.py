@@ -1,9 +1,9 @@
 """A search: trials that Optuna chooses one after the other, each a run in the sweep's folder.
 
-Trials are judged by their validation metric alone. Optuna's storage is ``search.db`` in the folder, and
-``search.json`` says the same for people. The same command goes on with a search that was ended, and with more
-``--trials`` it continues one that was done. With one job, the same seed gives the same trials, however often
-the search was ended.
+Trials are judged by their validation metric alone. Optuna's storage is ``search.db`` in the folder;
+``search.json`` has the same content in readable form. The same command continues an interrupted search, and
+with more ``--trials`` it extends a finished one. With one job, the same seed gives the same trials, however
+often the search was interrupted.
 """
 
 from __future__ import annotations

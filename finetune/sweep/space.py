@@ -84,7 +84,7 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
         return None
     if key == "seed":
         raise ConfigError(
-            f"{text}: a search would choose the seed that was lucky. Search with one, and run what it found "
+            f"{text}: a search would choose a lucky seed. Search with one seed, and run what it found "
             "with several."
         )
     if not item.is_interval_sweep():
@@ -104,7 +104,7 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
 def _check_ends(
     fixed: list[str], dimensions: list[Dimension], config_dir: Path | None, config_file: Path | None
 ) -> list[Dimension]:
-    """Build a configuration with each end of each dimension, beside the first ends of the others.
+    """Build a configuration for each end of each dimension; the others stay at their first end.
 
     Returns the dimensions, with ``whole`` set where a setting takes whole numbers only. Raises
     ``ConfigError`` with the faults of all ends.
@@ -167,8 +167,8 @@ def fitting(words: list[str], fixed: list[str], config_dir: Path | None) -> list
 def _is_taken(word: str, words: list[str], config_dir: Path | None) -> bool:
     """Tell whether the method that ``words`` choose takes the setting of ``word``.
 
-    True as well for settings of other sections, and where ``words`` choose no method: what no method has is
-    refused later.
+    Also true for settings of other sections, and if ``words`` choose no method: a setting that no method has
+    is refused later.
     """
     method, field = grid.method_of(words), grid.field_of(word.partition("=")[0])
     if not method or not field:

@@ -43,7 +43,7 @@ def entry(point: Point, folder: Path) -> Entry:
 def announced(
     folder: Path, entries: Sequence[Entry], overrides: Sequence[str], jobs: int, command: str
 ) -> Iterator[Callable[[Sequence[Entry]], None]]:
-    """Write ``sweep.json`` and hold a shared lock inside the block: it shows that the sweep goes on.
+    """Write ``sweep.json`` and hold a shared lock inside the block: it shows that the sweep is active.
 
     Yields a function that replaces the entries. The ``run`` of an entry is empty until its name is known.
     """

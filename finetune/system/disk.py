@@ -1,6 +1,6 @@
 """Report a full, read-only or vanished disk in one line with the cure. Imports no torch.
 
-Files are written atomically, so what was saved before such an error is whole.
+Files are written atomically, so everything saved before such an error is complete.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ ERRNO = re.compile(r"(?:os error|code:|errno) (\d+)", re.IGNORECASE)
 
 @contextmanager
 def disk_errors_as_run_failed(folder: Path) -> Iterator[None]:
-    """Turn an ``OSError`` inside the block, where the run in ``folder`` goes on, into ``RunFailed``."""
+    """Turn an ``OSError`` in the block, during the run in ``folder``, into ``RunFailed``."""
     try:
         yield
     except OSError as error:
@@ -28,22 +28,20 @@ def disk_errors_as_run_failed(folder: Path) -> Iterator[None]:
 
 
 def _describe(folder: Path, error: OSError) -> str:
-    """Return what happened to the run in ``folder``, and how to go on."""
+    """Return what happened to the run in ``folder``, and how to resume it."""
     why = error.strerror or str(error) or type(error).__name__
-    cure = f"`finetune train --resume {folder}` goes on"
+    cure = f"`finetune train --resume {folder}` resumes the run"
     if error.errno == errno.ENOENT and not (folder / "config.yaml").exists():
-        return (
-            f"{folder} has vanished while its run went on ({why}). Put it back, and {cure}; or start again."
-        )
+        return f"{folder} has vanished during its run ({why}). Put it back, and {cure}; or start again."
     of_run = error.filename is not None and Path(os.fsdecode(error.filename)).is_relative_to(folder)
     if of_run or error.errno in WRITING:
         return (
-            f"{folder} cannot be written: {why}. What was saved before is whole; make room or make it "
+            f"{folder} cannot be written: {why}. Everything saved before is complete; make room or make it "
             f"writable, and {cure}."
         )
     if error.filename:
         why = f"{why} ({error.filename})"
-    return f"The run in {folder} stopped: {why}. What was saved before is whole; {cure}."
+    return f"The run in {folder} stopped: {why}. Everything saved before is complete; {cure}."
 
 
 @contextmanager

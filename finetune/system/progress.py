@@ -49,7 +49,7 @@ class ProgressBar:
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
             return
-        with suppress(OSError):  # a run goes on without its terminal
+        with suppress(OSError):  # a run continues without its terminal
             # One write for text and newline: a signal cannot come between them.
             print(f"{line}\n", end="", file=sys.stderr, flush=True)
 

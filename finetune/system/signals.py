@@ -19,10 +19,8 @@ from .environment import rank
 from .exit_code import INTERRUPTED
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAME = (
-    1.0  # seconds within which a second signal repeats the first: a terminal and a launcher both send theirs
-)
-OUTLIVE = 60  # seconds that a process which loads data goes on after SIGTERM
+SAME = 1.0  # seconds; a second signal this soon is a repetition, sent by the launcher as well
+OUTLIVE = 60  # seconds that a data-loading process survives SIGTERM
 
 
 class Interrupted(KeyboardInterrupt):
@@ -81,13 +79,13 @@ class Signals:
         name = signal.Signals(number).name
         if self.name:
             if time.monotonic() - self._at > SAME:
-                _write(f"{self.name}, and again {name}: ended at once; what was saved before is whole.")
+                _write(f"{self.name}, then {name}: ended at once; everything saved before is complete.")
                 os._exit(INTERRUPTED)
             return
         self.name, self._at = name, time.monotonic()
         if not self._patient:
             raise Interrupted(self.name)
-        _write(f"{self.name}: saving the run at the end of this step; once more ends it at once.")
+        _write(f"{self.name}: saving the run at the end of this step; a second signal ends it at once.")
 
 
 def _write(line: str) -> None:

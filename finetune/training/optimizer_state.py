@@ -9,7 +9,7 @@ from torch import nn
 
 
 def save_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module) -> dict[str, Any]:
-    """Return ``optimizer.state_dict()`` with the parameters' names in ``states`` for their numbers."""
+    """Return ``optimizer.state_dict()`` with the parameters' names in ``states`` instead of numbers."""
     saved = optimizer.state_dict()
     names = _names(optimizer, states)
     entries = {names[number]: entry for number, entry in saved["state"].items()}
@@ -18,12 +18,11 @@ def save_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module) -> dict[
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: dict[str, Any]) -> None:
-    """Take over what ``save_optimizer`` returned.
+    """Restore an optimizer from what ``save_optimizer`` returned.
 
-    The groups become those of ``saved``, with their settings: a run goes on as it was, even where this
-    version would group its parameters otherwise. Numbers instead of names, as the first checkpoints have,
-    count through the parameters in the order of the optimizer's groups. Raises ``ValueError`` where ``saved``
-    has other parameters.
+    The groups and their settings are taken from ``saved``, so a resumed run keeps its groups even if this
+    version would form others. The first checkpoints have numbers instead of names; these count the parameters
+    in the order of the optimizer's groups. Raises ``ValueError`` if ``saved`` has other parameters.
     """
     names = _names(optimizer, states)
     given = [name for group in saved["param_groups"] for name in group["params"]]
@@ -54,7 +53,7 @@ def _check_settings(saved: dict[str, Any], current: dict[str, Any]) -> None:
 
 
 def _kind(value: Any) -> Any:
-    """Return what two settings have in common that may replace each other; JSON makes lists of tuples."""
+    """Return a value's type, or the types in a list; numbers count as float, and tuples as lists (JSON)."""
     if isinstance(value, list | tuple):
         return [_kind(item) for item in value]
     return float if type(value) is int else type(value)

@@ -83,7 +83,7 @@ class Setup:
     def _images_with_answers(self) -> Images:
         """The retention images, labelled by the untrained model with its pretrained head."""
         images: Images = self.data["retention"]
-        # leaving base() restores a trained head, too, so the pretrained head goes on inside it
+        # leaving base() also restores a trained head, so the pretrained head is put on inside the block
         with base(self.session.states), with_head(self.session.model, self._head or {}):
             answers = self._measure(images).rows
         rows = []

@@ -243,7 +243,7 @@ def train(
 ) -> dict[str, Any]:
     """Train the run of ``config`` in ``folder``; return the content of its ``result.json``.
 
-    An unfinished run of the same configuration goes on from its newest whole checkpoint. A finished one is
+    An unfinished run of the same configuration resumes from its newest complete checkpoint. A finished one is
     left as it is. Raises ``ConfigError``, with nothing written, where the configuration is wrong or another
     process works on the run; ``RunFailed`` when the loss is not finite or the folder cannot be written;
     ``Interrupted`` when one of ``signals`` came.

@@ -1,4 +1,4 @@
-"""Check at a run's end that its method acted, nothing else moved, and as much was trained as requested."""
+"""Check at a run's end that the method acted, nothing else moved, and the requested amount was trained."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FrozenState:
         return checksums(own)
 
     def find_changes(self) -> list[str]:
-        """Return what did not stay as it was, one sentence each."""
+        """Return one sentence for each thing that changed."""
         session, found = self.setup.session, []
         now = self._buffers()
         moved = [name for name, checksum in self.buffers.items() if now.get(name) != checksum]
@@ -62,7 +62,7 @@ class FrozenState:
         if self._is_recoverable:
             with base(session.states):
                 same = fingerprint(session.model, self.setup.base.head) == self.setup.fingerprint
-        else:  # the frozen parameters of another phase are others
+        else:  # another phase has other frozen parameters
             same = self.states is not session.states or self._parameters() == self.parameters
         if not same:
             found.append(

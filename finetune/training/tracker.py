@@ -62,7 +62,7 @@ class JsonLines:
 class WeightsAndBiases:
     """The tracker of ``logger=wandb``: it writes ``metrics.jsonl`` and sends the same to W&B.
 
-    The first error that W&B raises is told to ``say``; the run goes on without W&B.
+    The first error that W&B raises is passed to ``say``; the run continues without W&B.
     """
 
     def __init__(self, config: Config, folder: RunFolder, say: Callable[[str], None], start: int) -> None:
@@ -117,7 +117,7 @@ class WeightsAndBiases:
             self._run = None
             self._say(
                 f"Warning: W&B failed to {what} ({_first_line(error)}); "
-                "the run goes on with metrics.jsonl only."
+                "the run continues with metrics.jsonl only."
             )
 
     def log(self, step: int, **metrics: float) -> None:
@@ -172,7 +172,7 @@ def _first_line(error: Exception) -> str:
 def make_tracker(config: Config, folder: RunFolder, say: Callable[[str], None], start: int = 0) -> Tracker:
     """Make the tracker that ``config.logger`` names.
 
-    ``say`` takes its warnings. ``start``: the step that a resumed run goes on from.
+    ``say`` takes its warnings. ``start``: the step that a resumed run continues from.
     """
     if config.logger.name == "none":
         return NullTracker()

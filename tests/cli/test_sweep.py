@@ -122,10 +122,10 @@ def test_a_search_is_ended_by_its_first_failure_and_tries_again(
 def test_fail_fast_and_a_full_disk_exit_1(typed: Callable[..., tuple[int, str, str]]) -> None:
     code, _, err = typed(*SMALL, "seed=101,1,2", "name=a", "--fail-fast")
     assert code == 1
-    assert err.count("not finished: the same command goes on with it") == 2
+    assert err.count("not finished: the same command resumes it") == 2
     code, _, err = typed(*SMALL, "seed=1,103,2", "name=b")
     assert code == 1
-    assert "No space left on device. Whatever finished is kept" in err
+    assert "No space left on device. Finished runs are kept" in err
     assert Path("outputs/b").is_dir()
 
 
@@ -137,7 +137,7 @@ def test_trials_of_tune_are_run_as_runs_are(typed: Callable[..., tuple[int, str,
     assert (code, err.count("tried again"), err.count("kept: see --retry")) == (1, 3, 0)
     code, out, err = typed(*TUNED, "seed=104,1", "--retry", "--fail-fast", "--json")
     assert (code, out) == (1, "[]\n")
-    assert err.count("not finished: the same command goes on with it") == 1
+    assert err.count("not finished: the same command resumes it") == 1
     assert "-s1-" not in err  # no run follows
     code, out, _ = typed("--watch", "outputs/t")
     assert (code, "2 failed, 2 waiting of 4" in out) == (1, True)
@@ -164,7 +164,7 @@ def test_a_launcher_takes_the_trials_of_tune_and_no_run_follows_those_it_lost(
     monkeypatch.setattr(cluster, "_missing", lambda name: [])
     code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
     assert (code, given) == (1, [["outputs/t/trials"] * 2])
-    assert err.count("not finished: the same command goes on with it") == 1
+    assert err.count("not finished: the same command resumes it") == 1
     code, _, err = typed(*TUNED, "seed=1", "--launcher", "joblib")
     assert (code, given[1:]) == (0, [["outputs/t/trials"] * 2, ["outputs/t"]])
 

@@ -63,7 +63,7 @@ def told(name: str = "s") -> list[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("words", "fault"),
     [
-        (["method=lora", "seed=0,1"], "the seed that was lucky"),
+        (["method=lora", "seed=0,1"], "would choose a lucky seed"),
         (["method=lora"], "Nothing is to be searched"),
         (["method=lora", "optimizer.lr=interval(1e-2,1e-4)"], "is empty"),
         (["method=lora", "optimizer.lr=tag(log,interval(0,1))"], "needs a first value above 0"),

@@ -131,7 +131,7 @@ def test_a_folder_that_becomes_read_only_ends_a_run_in_one_line(
 
     with pytest.raises(
         RunFailed,
-        match=rf"{folder} cannot be written: Read-only file system.* `finetune train --resume {folder}` goes on",
+        match=rf"{folder} cannot be written: Read-only file system.* `finetune train --resume {folder}` resumes",
     ):
         go(folder, at=3, then=protect)
     try:
@@ -149,7 +149,7 @@ def test_a_folder_that_becomes_read_only_ends_a_run_in_one_line(
 @pytest.mark.parametrize(("logger", "at"), [("jsonl", 3), ("none", 1), ("none", 6)])
 def test_a_folder_that_vanishes_is_not_made_again(tmp_path: Path, logger: str, at: int) -> None:
     folder = tmp_path / "outputs" / "run"
-    with pytest.raises(RunFailed, match=f"{folder} has vanished while its run went on"):
+    with pytest.raises(RunFailed, match=f"{folder} has vanished during its run"):
         go(folder, f"logger={logger}", at=at, then=lambda: shutil.rmtree(folder))
     assert not RunFolder(folder).result.exists()
     assert not RunFolder(folder).delta.exists()

@@ -197,7 +197,7 @@ def test_a_killed_process_ends_the_other(words: list[str], tmp_path: Path) -> No
     assert errors[0].startswith(
         "Error: Process 1 of 2 was ended by SIGKILL (out of memory?), and the others with it."
     )
-    assert errors[0].endswith(f"`finetune train --resume {RUN}` goes on.")
+    assert errors[0].endswith(f"`finetune train --resume {RUN}` resumes the run.")
     assert len(errors) == 1
     assert not (tmp_path / RUN / "result.json").exists()
 

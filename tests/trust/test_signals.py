@@ -167,7 +167,7 @@ def test_a_second_signal_does_not_wait_for_the_step() -> None:
         assert step.returncode == 130
         first, second = step.stderr.read().splitlines()
         assert first.startswith("SIGTERM: saving the run at the end of this step")
-        assert second.startswith("SIGTERM, and again SIGTERM: ended at once")
+        assert second.startswith("SIGTERM, then SIGTERM: ended at once")
 
 
 def test_two_signals_harm_nothing(begin: Nursery, words: list[str], whole: Path, tmp_path: Path) -> None:
@@ -180,7 +180,7 @@ def test_two_signals_harm_nothing(begin: Nursery, words: list[str], whole: Path,
         130,
         -signal.SIGTERM,
     )  # the last one may come when it has ended, but for the interpreter
-    assert "SIGTERM: saving the run" in child.said or "again SIGTERM: ended at once" in child.said
+    assert "SIGTERM: saving the run" in child.said or "then SIGTERM: ended at once" in child.said
     again = begin.run("train", "--resume", str(RUN), folder=tmp_path)
     assert again.wait() == 0, again.said
     assert differences(whole, tmp_path / RUN) == []
@@ -191,7 +191,7 @@ def test_resume_refuses_what_it_cannot_do(
 ) -> None:
     folder = whole.parents[2]
     for more, fault in (
-        (["train.steps=20", "seed=4"], "train.steps=20: --resume goes on with a run as it was started"),
+        (["train.steps=20", "seed=4"], "train.steps=20: --resume continues a run as it was started"),
         (["--config", str(whole / "config.yaml")], "--resume outputs/t/r goes with neither --config"),
     ):
         refused = begin.run("train", "--resume", str(RUN), *more, folder=folder)

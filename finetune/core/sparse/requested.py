@@ -42,9 +42,8 @@ def adjacent_entries(grain: str, shapes: list[tuple[int, int]]) -> int:
 
 
 def settled_depend_on_training(schedule: Schedule, total: int) -> bool:
-    """Tell whether training decides how many entries are stored.
-
-    It does where entries that leave keep their change while others come in.
+    """Tell whether training decides how many entries are stored. It does if entries that leave keep their
+    change while others enter.
     """
     if schedule.dropped != "kept":
         return False

@@ -1,4 +1,4 @@
-"""What a score is: the numbers that trained entries are chosen by, one axis of the sparse engine.
+"""The base of all scores: a score is the number by which trained entries are chosen.
 
 A score is a class with ``@register("name")``, in ``finetune/scores`` or in the file of the method that brings it. It is
 called with one site at a time and with the method, whose settings it may read, and returns a float32 number for each
@@ -49,11 +49,10 @@ class ScoredSite:
 class Score:
     """Base of all scores.
 
-    ``needs``: the weight alone, the ``gradient`` summed over batches, the sum of the squared gradients of
-    single examples (``squares``), or of those of whole batches (``batch squares``). ``uses``: which of the
-    method's settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine refuses a value
-    for the others. ``signed``: a score may be negative, so that no budget can be divided in proportion to its
-    mean.
+    ``needs``: the weight alone, the ``gradient`` summed over batches, or a sum of squared gradients: those of
+    single examples (``squares``) or of whole batches (``batch squares``). ``uses``: which of the method's
+    settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine refuses a value for the
+    others. ``signed``: a score may be negative, so that no budget can be divided in proportion to its mean.
     """
 
     KIND: ClassVar[str] = "score"

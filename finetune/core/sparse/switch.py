@@ -232,11 +232,13 @@ class Switch:
     def apply(self, name: str) -> None:
         """Add one change to the active ones. Raises ``ConfigError`` if it is active already."""
         if name in self._active:
-            raise ConfigError(f"The change {name!r} is active already; applied again it would count twice.")
+            raise ConfigError(
+                f"The change {name!r} is active already; applying it again would count it twice."
+            )
         self.to(*self._active, name)
 
     def revert(self, name: str | None = None) -> None:
-        """Take one change out, or all. Raises ``ConfigError`` if it is not active."""
+        """Remove one change, or all. Raises ``ConfigError`` if it is not active."""
         if name is None:
             self.to()
         elif name in self._active:

@@ -1,7 +1,7 @@
 """SNELLA: SNELL whose layers compete for a shrinking number of non-zero entries.
 
-Two things are new to SNELL. A softmax term with three trained scalars is added to its kernel K_0, and the
-share of zeroed entries is no longer the same in every layer. A budget of non-zero entries of all layers
+SNELLA changes SNELL in two ways. A softmax term with three trained scalars is added to the kernel K_0, and
+the share of zeroed entries is no longer the same in every layer. A budget of non-zero entries of all layers
 together shrinks along a cubic curve between the shares ``start`` and ``end`` of the run. Every ``every``
 steps it is divided among the layers in proportion to a score of their factors, no layer getting more than its
 size. After every step the score's averages take in the step's gradient.

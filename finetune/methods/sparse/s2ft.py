@@ -168,7 +168,7 @@ class S2FT(Method):
 def find_units(site: Site, model: nn.Module) -> Units:
     """Return the units of a site: channels of up and down, heads of v, qkv and o.
 
-    Raises ``ConfigError`` where the heads of the site are not known.
+    Raises ``ConfigError`` if the heads of the site are unknown.
     """
     out, in_ = site.shape
     if site.role == "up":
@@ -178,7 +178,7 @@ def find_units(site: Site, model: nn.Module) -> Units:
     width, rows = find_head_width(model), _value_rows(site, model)
     if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
         raise ConfigError(
-            f"method.v and method.o choose heads, and those of {site.name} ({out} x {in_}) are not known. "
+            f"method.v and method.o choose heads, but the heads of {site.name} ({out} x {in_}) are unknown. "
             "Use method.u and method.d."
         )
     if site.role == "o":

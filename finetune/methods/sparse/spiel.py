@@ -23,14 +23,14 @@ Formula:
 
 Paper: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024, arXiv 2401.16405.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. The abstract drops
-by the change of magnitude and speaks of a few candidates; the code drops by |change| itself and has as many
-candidates as there are trained entries, and so has this file. Period 20, window 5 and rate 0.2 are the
-released defaults.
+Reading: The abstract and the released code were read; the body of the paper was not available. In the
+abstract, entries are dropped by their change of magnitude, and there are a few candidates. The code drops by
+|change| itself and has as many candidates as trained entries; this file follows the code. Period 20, window 5
+and rate 0.2 are the released defaults.
 
 Differs:
-- Squares are those of a step's gradient, over all its micro-batches and ranks, so their number does not
-  matter. In the released code they are those of micro-batches, and accumulation makes the moments too small.
+- The gradient of a whole step is squared, over all micro-batches and ranks, so their number does not matter.
+  The released code squares the gradient of each micro-batch, and accumulation makes its moments too small.
 - From the second window on the released code sums g + 1 steps but gives the age g. Here it is g steps and the
   age g.
 - Ranks of the released code may choose different entries; here they agree.
@@ -39,8 +39,8 @@ Differs:
   ``sparsity`` of the layers' entries.
 
 Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out
-accumulators a layer. During a window positions and two sums of as many candidates. Values and positions are
-stored.
+accumulators a layer. During a window, also the positions and two sums of K candidates. Values and positions
+are stored.
 """
 
 from __future__ import annotations
