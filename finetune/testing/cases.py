@@ -30,8 +30,8 @@ class Case:
     ``settings``: the same for the command line, where defaults do nothing in a short run ("method.window=1").
     ``selectable``: False if ``selector=ist`` refuses the method.
     ``budget``: None if ``budget=49k`` can be met within 2 %. If no setting changes the size of a method, the
-    number of values that it trains in the built-in model without its head. If the budget is refused for another
-    reason, words of the message.
+    number of values that it trains in the built-in model without its head. If the budget is refused for
+    another reason, words of the message.
     """
 
     name: str
