@@ -28,14 +28,14 @@ def enter(values: Mapping[str, Any], sections_only: bool = False) -> dict[str, A
     ``sections_only``: enter whole sections and nothing inside them.
     """
     filled = copy.deepcopy(dict(values))
-    for key, value in LATER.items():
+    for key in sorted(LATER, key=_depth):  # a section is entered before the settings inside it
         if sections_only and "." in key:
             continue
         parent, name = _parent(filled, key)
         if parent is None:
             continue
         if name not in parent or (parent is filled and parent[name] is None):
-            parent[name] = copy.deepcopy(value)
+            parent[name] = copy.deepcopy(LATER[key])
     return filled
 
 

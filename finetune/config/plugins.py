@@ -193,7 +193,7 @@ def _conf_of(folder: Path) -> Path | None:
 def _stated_version(folder: Path) -> str:
     """Return the ``__version__`` in the folder's ``__init__.py``, or ""."""
     file = folder / "__init__.py"
-    for line in file.read_text(encoding="utf-8").splitlines() if file.is_file() else ():
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
         name, sign, value = line.partition("=")
         if sign and name.strip() == "__version__":
             return value.strip().strip("\"'")

@@ -1,6 +1,6 @@
 """The typed configuration of one run: what every part of the program may ask for.
 
-The classes only hold values; ``config.py`` fills and checks them. Methods and data sets bring dataclasses of their own.
+The classes only hold values; ``load.py`` fills and checks them. Methods and data sets bring dataclasses of their own.
 """
 
 from __future__ import annotations

@@ -111,7 +111,8 @@ class _Estimates:
 def _kind(config: Config) -> str:
     """Return a key for the time of a step: of runs with one key, only the first is measured."""
     train = replace(config.train, steps=1)
-    return repr((config.method.name, config.selector.name, config.model, config.dataset, train))
+    names = (config.method.name, config.optimizer.name, config.selector.name)
+    return repr((names, config.model, config.dataset, train))
 
 
 def _finished_runs() -> dict[str, list[tuple[float | None, int]]]:

@@ -169,6 +169,16 @@ def test_a_section_is_left_out_whole_with_its_own_later_settings(monkeypatch: py
     }
 
 
+def test_a_missing_section_gets_its_own_later_settings_in_any_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise the default of a setting inside a section that came later would reach an old run."""
+    entries = [("goal.smooth", 0.5), ("goal", {"name": "task"})]
+    for ordered in (entries, entries[::-1]):
+        monkeypatch.setattr(later, "LATER", dict(ordered))
+        filled = later.enter({"seed": 0})
+        assert filled == {"seed": 0, "goal": {"name": "task", "smooth": 0.5}}
+        assert later.without(filled) == {"seed": 0}
+
+
 def test_a_new_run_has_the_defaults_and_not_the_absences(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(later.LATER, "train.clip", None)
     assert load([]).train.clip == 1.0

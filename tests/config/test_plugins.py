@@ -201,6 +201,13 @@ def test_folders_that_hold_no_plug_in(tmp_path: Path) -> None:
     assert found[3] == f"--plugins {file}: there is no such folder."
 
 
+def test_a_file_that_is_no_utf8(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "mine")
+    (folder / "__init__.py").write_bytes(b'__version__ = "1\xff"\n')
+    (fault,) = faults(folder)
+    assert f"{folder / '__init__.py'} cannot be imported: UnicodeDecodeError" in fault
+
+
 def test_two_folders_of_one_name(tmp_path: Path) -> None:
     write_plugin(tmp_path / "a/mine")
     write_plugin(tmp_path / "b/mine")
