@@ -6,11 +6,13 @@ them.
 
 The optimizer's tensors are named ``optimizer/POSITION/KEY``. ``parameters`` in ``state.json`` gives the name
 of the parameter at each position. Checkpoints made before it existed lack that list: there, positions count
-through the optimizer's parameters in the order of its groups.
+through the optimizer's parameters in the order of its groups. Some optimizers keep plain numbers as well, a
+count of steps for example: these are ``numbers`` in ``state.json``, by position and key.
 """
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +21,7 @@ from typing import Any, Protocol
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError
+from ..errors import ConfigError, RunFailed
 from ..system import safe
 from ..system.disk import safetensors_errors_as_os_errors
 from . import manifest
@@ -33,6 +35,7 @@ STATE_SCHEMA = {
     "number": int,
     "groups": [{"params": [int]}],
     "parameters?": [str],
+    "numbers?": {str: {str: int | float | bool | None}},
     "scaler": object,
     "extra": {},
 }
@@ -70,6 +73,8 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
         "scaler": saved["scaler"],
     }
     content |= {"groups": groups, "parameters": list(positions), "extra": extra}
+    if numbers := _numbers_of(saved["optimizer"], positions):
+        content["numbers"] = numbers
     folder.parent.mkdir(exist_ok=True)
     with manifest.sealed_folder(folder) as temporary:
         file = temporary / "state.safetensors"
@@ -92,9 +97,29 @@ def tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
             found[f"{kind}/{name}"] = tensor
     positions = _positions(saved["optimizer"])
     for name, entry in saved["optimizer"]["state"].items():
-        for key, tensor in entry.items():
-            found[f"optimizer/{positions[name]}/{key}"] = tensor
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                found[f"optimizer/{positions[name]}/{key}"] = value
     return {name: tensor.detach().cpu().contiguous() for name, tensor in found.items()}
+
+
+def _numbers_of(optimizer: dict[str, Any], positions: dict[str, int]) -> dict[str, dict[str, Any]]:
+    """Return the values of the optimizer's state that are no tensors, by position and key.
+
+    Raises ``RunFailed`` for a value that is neither a tensor nor a finite number nor ``None``.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for name, entry in optimizer["state"].items():
+        for key, value in entry.items():
+            if isinstance(value, Tensor):
+                continue
+            if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
+                raise RunFailed(
+                    f"The optimizer keeps {key}={str(value)[:40]} for {name}, which no checkpoint can hold. "
+                    "It may keep tensors, finite numbers and None."
+                )
+            found.setdefault(str(positions[name]), {})[key] = value
+    return found
 
 
 def _positions(optimizer: dict[str, Any]) -> dict[str, int]:
@@ -140,12 +165,20 @@ def _sort_tensors(stored: dict[str, Tensor], content: dict[str, Any]) -> dict[st
         names = list(range(len(positions)))
     elif len(names) != len(positions) or len({*names}) != len(names):
         raise ValueError(f"there are {len({*names})} names for the optimizer's {len(positions)} parameters")
-    entries: dict[int | str, dict[str, Tensor]] = {}
+    values: list[tuple[str, str, Any]] = []
     for name, tensor in found["optimizer"].items():
         place, _, key = name.partition("/")
+        values.append((place, key, tensor))
+    for place, numbers in content.get("numbers", {}).items():
+        values += [(place, key, number) for key, number in numbers.items()]
+    entries: dict[int | str, dict[str, Any]] = {}
+    for place, key, value in values:
         if int(place) not in positions:
             raise ValueError(f"the optimizer's groups have no parameter {int(place)}")
-        entries.setdefault(names[int(place)], {})[key] = tensor
+        entry = entries.setdefault(names[int(place)], {})
+        if key in entry:
+            raise ValueError(f"the optimizer's {key} is there twice, as a tensor and as a number")
+        entry[key] = value
     groups = [{**group, "params": [names[place] for place in group["params"]]} for group in groups]
     return {**found, "optimizer": {"state": entries, "param_groups": groups}}
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from finetune.core.method import Method
 from finetune.core.optimizer import Optimizer
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, RunFailed
 from finetune.methods.baseline.full import Full
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.methods.sparse.sparse import Crossing
@@ -170,6 +170,63 @@ def test_a_version_that_groups_otherwise_goes_on_to_the_same_bits(
     contract.same_values(resume(tmp_path / "state", "full", optimizer).states, whole.states)
 
 
+class CountingSGD(torch.optim.Optimizer):
+    """Gradient descent whose state is plain Python, as in some third-party optimizers; later steps are smaller."""
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["steps"] = state.get("steps", 0) + 1
+                state["share"], state["buffer"] = 1 / state["steps"], None
+                parameter.sub_(parameter.grad, alpha=group["lr"] * state["share"])
+
+
+@dataclass(frozen=True)
+class Counting(Optimizer):
+    name = "counting"
+
+    def make(self, groups: list[dict[str, Any]], states: nn.Module) -> torch.optim.Optimizer:
+        return CountingSGD(groups, {"lr": self.lr})
+
+
+def test_numbers_in_the_state_of_an_optimizer_go_on_to_the_same_bits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(OPTIMIZERS, "counting", Counting(lr=1e-2))
+    whole = train_and_save(tmp_path / "state", "full", "counting")
+    content = json.loads((tmp_path / "state" / "state.json").read_text())
+    assert content["numbers"]["0"] == {"steps": AT, "share": 1 / AT, "buffer": None}
+    resumed = resume(tmp_path / "state", "full", "counting")
+    contract.same_values(resumed.states, whole.states)
+    assert resumed.state_dict()["optimizer"] == whole.state_dict()["optimizer"]
+
+
+@pytest.mark.parametrize("value", [[1, 2], "text", float("nan")])
+def test_what_no_checkpoint_can_hold_is_one_clear_error(tmp_path: Path, value: Any) -> None:
+    session = contract.begin(Full(), optimizer=Counting(lr=1e-2))
+    next(session.steps())
+    next(iter(session.optimizer.state.values()))["history"] = value
+    with pytest.raises(RunFailed, match=r"keeps history=.* which no checkpoint can hold"):
+        checkpoint.save(tmp_path / "state", session, {})
+    assert not (tmp_path / "state").exists()
+
+
+def a_number_of_another_parameter(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
+    return {**content, "numbers": {"99": {"steps": 3}}}, tensors
+
+
+def a_number_of_another_type(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
+    return {**content, "numbers": {"0": {"steps": [3]}}}, tensors
+
+
+def a_number_for_a_tensor(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
+    return {**content, "numbers": {"0": {"exp_avg": 3}}}, tensors
+
+
 def without_last(content: dict[str, Any], tensors: dict[str, Tensor]) -> Files:
     content["parameters"].pop()
     return content, tensors
@@ -251,6 +308,9 @@ HOSTILE = {
     names_of_numbers: r"parameters\[0\] should be a str and is 0",
     groups_of_words: r"groups\[0\].params\[0\] should be a int",
     the_same_number_twice: "the optimizer's groups do not number their parameters from 0",
+    a_number_of_another_parameter: "the optimizer's groups have no parameter 99",
+    a_number_of_another_type: r"numbers.0.steps should be a .* and is \[3\]",
+    a_number_for_a_tensor: "the optimizer's exp_avg is there twice, as a tensor and as a number",
     one_group_less: "different number of parameter groups",
 }
 
