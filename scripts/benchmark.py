@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py                 # one table, as Markdown on standard output
     python scripts/benchmark.py --table sparse --steps 9 --write docs/benchmarks.md
+    python scripts/benchmark.py --table sparse --only sparse99 s2ft --against OTHER_CHECKOUT
 
 The model is ViT-B/16 with random weights at batch 8, 224x224, float32, AdamW. All 72 linear layers of the
 blocks and the head are trained. Every contestant runs in its own process, and they take turns step by step,
@@ -24,6 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]
 BATCH, CLASSES = 8, 100
 LABELS = {
     "full": "full fine-tuning, bare torch loop",
@@ -216,22 +218,20 @@ def serve_steps(name: str, steps: int, threads: int) -> None:
             return
 
 
-def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, list[float]]]:
+def measure(
+    names: list[str], steps: int, threads: int, against: Path | None = None
+) -> dict[str, dict[str, list[float]]]:
     """Return, for each contestant, the seconds of each step and the peak in MiB so far.
 
-    Only one contestant computes at a time.
+    Only one contestant computes at a time. With ``against``, another checkout of this project, each contestant
+    also runs there, under its name followed by ``(other)``.
     """
     running = {}
     for name in names:
-        command = [sys.executable, __file__, "--one", name, "--steps", str(steps), "--threads", str(threads)]
-        running[name] = subprocess.Popen(
-            command,
-            env={**os.environ, "OMP_NUM_THREADS": str(threads)},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        _read_answer(running[name])
+        running[name] = _start(name, ROOT, steps, threads)
+        if against:
+            running[f"{name} (other)"] = _start(name, against.resolve(), steps, threads)
+    names = list(running)
     found: dict[str, dict[str, list[float]]] = {name: {"seconds": [], "mib": []} for name in names}
     for turn in range(steps):
         for name, process in running.items():
@@ -245,6 +245,20 @@ def measure(names: list[str], steps: int, threads: int) -> dict[str, dict[str, l
     for process in running.values():
         process.communicate()
     return found
+
+
+def _start(name: str, root: Path, steps: int, threads: int) -> subprocess.Popen[str]:
+    """Start a contestant with the code of the checkout ``root`` and wait for its first step."""
+    options = ["--one", name, "--steps", str(steps), "--threads", str(threads)]
+    process = subprocess.Popen(
+        [sys.executable, str(root / "scripts" / "benchmark.py"), *options],
+        env={**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(root)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    _read_answer(process)
+    return process
 
 
 def _read_answer(process: Any) -> dict[str, float]:
@@ -288,6 +302,17 @@ def write_table(found: dict[str, dict[str, list[float]]], threads: int) -> str:
     return "\n".join([*lines, "", f"{turns} turns of one step each, {machine}."])
 
 
+def write_comparison(found: dict[str, dict[str, list[float]]]) -> str:
+    """Return this checkout's figures over those of the other one, as Markdown."""
+    lines = ["| what | step, this / other | peak memory, this / other |", "|---|---|---|"]
+    for name, figures in found.items():
+        if name in LABELS:
+            other = found[f"{name} (other)"]
+            ratios = [show_ratio(figures[key], other[key]) for key in ("seconds", "mib")]
+            lines.append(f"| {LABELS[name]} | {ratios[0]} | {ratios[1]} |")
+    return "\n".join(lines)
+
+
 def show_ratio(ours: list[float], theirs: list[float]) -> str:
     """Return the median over turns of the ratio within a turn, and the quartiles if they differ."""
     ratios = [a / b for a, b in zip(ours, theirs, strict=True)]
@@ -315,11 +340,20 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=9, help="number of turns")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--write", type=Path, help="put the tables between the markers in this file")
+    parser.add_argument(
+        "--against",
+        type=Path,
+        metavar="DIR",
+        help="another checkout of this project, whose code takes turns with this one's",
+    )
     given = parser.parse_args()
     if given.one:
         serve_steps(given.one, given.steps, given.threads)
         return
     names = [name for name in TABLES[given.table] if name in (given.only or TABLES[given.table])]
+    if given.against:
+        print(write_comparison(measure(names, given.steps, given.threads, given.against)))
+        return
     text = write_table(measure(names, given.steps, given.threads), given.threads)
     print(text)
     if given.write:
