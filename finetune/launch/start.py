@@ -39,7 +39,7 @@ class StartOptions:
     def from_json(cls, text: str) -> StartOptions:
         """Read what ``to_json`` wrote."""
         stated = json.loads(text)
-        return cls(plugins=tuple(stated["plugins"]))
+        return cls(tuple(stated["plugins"]))
 
     def apply(self) -> None:
         """Make the options hold in this process: load the plug-ins that are not loaded yet.
