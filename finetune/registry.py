@@ -78,7 +78,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Named:
-    """Mark a text setting whose value is the name of a registered class: ``Annotated[str, Named("score")]``."""
+    """Mark a text setting that is the name of a registered class: ``Annotated[str, Named("score")]``."""
 
     kind: str
 
@@ -99,7 +99,7 @@ def sections() -> list[Kind]:
 
 
 def nested() -> dict[str, Kind]:
-    """Return, by place, the kinds whose class is chosen by the ``name`` in a mapping inside another section."""
+    """Return, by place, the kinds whose class is chosen by ``name`` in a mapping inside another section."""
     return {kind.place: kind for kind in KINDS.values() if "." in kind.place and not kind.is_value}
 
 

@@ -67,7 +67,12 @@ def test_only_config_and_launchers_know_hydra() -> None:
         text = path.read_text(encoding="utf-8")
         if "import hydra" in text or "from hydra" in text or "omegaconf" in text:
             users.add(module)
-    assert users == {"finetune.config.load", "finetune.config.grammar", "finetune.sweep.jobs"}
+    assert users == {
+        "finetune.config.compose",
+        "finetune.config.grammar",
+        "finetune.config.load",
+        "finetune.sweep.jobs",
+    }
 
 
 def test_only_core_and_methods_ask_for_the_class_of_a_part_or_method() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from finetune import registry
-from finetune.config import grammar, load, strict
+from finetune.config import classes, grammar, load
 
 WITH_CLASSES = [name for name, kind in registry.KINDS.items() if kind.folders]
 
@@ -47,7 +47,7 @@ def test_every_registered_class_is_named_in_a_test(name: str) -> None:
 
 def test_the_table_is_the_only_one() -> None:
     """A row decides what a configuration, a sweep and Hydra's groups know of a kind."""
-    assert list(strict.CHOSEN) == ["method", "dataset", "optimizer", "selector"]
+    assert list(classes.CHOSEN) == ["method", "dataset", "optimizer", "selector"]
     assert grammar.PLACED == {"schedule": "method.schedule"}
     assert registry.outside_runs() == ["sweep", "launcher"]
     folders = {path.name for path in load.conf_dir().iterdir() if path.is_dir()}

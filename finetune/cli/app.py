@@ -1,4 +1,4 @@
-"""The command line: thin, and quick to start, since whatever is heavy is imported inside the commands."""
+"""Define the command line. Modules that take time to import are imported inside the commands."""
 
 from __future__ import annotations
 
@@ -24,9 +24,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None
 )
-LENIENT = {
-    "ignore_unknown_options": True
-}  # stray --flags reach the overrides, where one message with a cure refuses them
+# Unknown options reach the overrides, where one message with a cure refuses them.
+LENIENT = {"ignore_unknown_options": True}
 
 Overrides = Annotated[
     list[str] | None,
@@ -93,7 +92,8 @@ def train(
         int | None,
         typer.Option(
             min=1,
-            help="How many processes of this machine train together, each on a GPU of its own; by default one, or as many as before.",
+            help="Number of processes on this machine that train together, each on a GPU of its own. "
+            "Default: one, or as many as trained the run before.",
         ),
     ] = None,
     dry_run: Annotated[
@@ -102,9 +102,10 @@ def train(
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train one method on one model and one data set. Without settings: SNELL on the built-in model and digits.
+    """Train one method on one model and one data set. Without settings: SNELL, the built-in model, digits.
 
-    SIGINT (Ctrl-C), SIGTERM and SIGHUP save at the end of the step, tell the command to go on, and exit with 130; a second one ends at once.
+    After SIGINT (Ctrl-C), SIGTERM or SIGHUP the run saves at the end of the step, prints the command that
+    resumes it, and exits with 130. A second signal ends it at once.
     """
     from ..launch import child
 
@@ -130,7 +131,7 @@ def train(
 def _run_to_train(
     overrides: list[str], config_dir: Path | None, config_file: Path | None, resume: Path | None
 ) -> tuple[Config, Path]:
-    """The configuration to train, and where its run lies."""
+    """Return the configuration to train, and the folder of its run."""
     if resume is None:
         from ..config.load import load
         from ..storage.run_folder import run_folder
@@ -139,7 +140,8 @@ def _run_to_train(
         return config, run_folder(config)
     if config_dir or config_file:
         raise ConfigError(
-            f"--resume {resume} goes with neither --config nor --config-dir: the run's own config.yaml is complete."
+            f"--resume {resume} goes with neither --config nor --config-dir: the run's own config.yaml is "
+            "complete. Leave them out."
         )
     from ..launch.resume import frozen
 
@@ -152,18 +154,18 @@ def methods(plugins: Plugins = None, as_json: AsJson = False) -> None:
     load_plugins(plugins)
     from ..registry import catalog
 
-    rows = [
-        {
-            "name": e.name,
-            **{fact: e.facts.get(fact, "") for fact in ("family", "trains", "paper")},
-            "about": e.doc,
-        }
-        for e in catalog("method").values()
-    ]
+    rows = []
+    for entry in catalog("method").values():
+        row = {"name": entry.name}
+        for fact in ("family", "trains", "paper"):
+            row[fact] = entry.facts.get(fact, "")
+        if as_json:  # too long for a table
+            row["about"] = entry.doc
+        rows.append(row)
     if as_json:
         print(json.dumps(rows, indent=2))
     else:
-        show_table([{key: value for key, value in row.items() if key != "about"} for row in rows])
+        show_table(rows)
 
 
 @app.command(context_settings=LENIENT)
@@ -180,17 +182,15 @@ def show(
 
     leaves = tree(overrides or [], config_dir, config_file)
     if as_json:
-        print(
-            json.dumps(
-                {key: {"value": value, "from": origin} for key, (value, origin) in leaves.items()}, indent=2
-            )
-        )
-    else:
-        lines = {f"{key}: {json.dumps(value)}": origin for key, (value, origin) in leaves.items()}
-        width = min(max(map(len, lines)), 60)
-        print(*(f"{line:<{width}}  # {origin}" for line, origin in lines.items()), sep="\n")
+        shown = {key: {"value": value, "from": origin} for key, (value, origin) in leaves.items()}
+        print(json.dumps(shown, indent=2))
+        return
+    lines = {f"{key}: {json.dumps(value)}": origin for key, (value, origin) in leaves.items()}
+    width = min(max(map(len, lines)), 60)
+    for line, origin in lines.items():
+        print(f"{line:<{width}}  # {origin}")
 
 
 def main() -> None:
-    """Run the command line. Ends with 0, or 1 for a failed run, or 2 for a mistake of the user's; never shows a traceback unasked."""
+    """Run the command line and exit: 0, 1 for a failed run, 2 for a user's mistake, 130 after a signal."""
     sys.exit(exit_code_of(app))

@@ -1,4 +1,4 @@
-"""The YAML groups, ours and the user's: where their files lie, and what those of the user may not hold."""
+"""Find the YAML groups, built-in ones and others, and refuse files that may not be used."""
 
 from __future__ import annotations
 
@@ -12,19 +12,18 @@ from ..system import safe
 from . import plugins
 from .origins import PACKAGE
 
-CALL = re.compile(
-    r"\$\{[^{}]*:[^{}]*\}"
-)  # of a resolver, which Hydra would call while it reads a list of defaults
+# A call of a resolver, which Hydra would make while it reads a list of defaults.
+CALL = re.compile(r"\$\{[^{}]*:[^{}]*\}")
 
 
 def conf_dir() -> Path:
-    """The YAML groups: inside the installed package, or beside it in a checkout."""
+    """Return the folder of the built-in groups: inside the installed package, or beside it in a checkout."""
     inside = PACKAGE / "conf"
     return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def roots(config_dir: Path | None) -> list[Path]:
-    """Return the folders of groups in the order in which they are searched: the user's, ours, those of plug-ins."""
+    """Return the folders of groups in the order of search: the user's, the built-in one, plug-ins'."""
     found = [conf_dir(), *plugins.conf_dirs()]
     return [config_dir, *found] if config_dir else found
 
@@ -33,17 +32,25 @@ def yaml_files(config_dir: Path | None) -> list[Path]:
     """Return the YAML files of all folders of groups."""
     found: list[Path] = []
     for root in roots(config_dir):
-        found += [*root.glob("*.yaml"), *root.glob("*/*.yaml")]
+        found += _files_in(root)
     return found
 
 
+def _files_in(root: Path) -> list[Path]:
+    return [*root.glob("*.yaml"), *root.glob("*/*.yaml")]
+
+
 def stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
-    """Changes whenever a file of the groups does."""
-    return tuple((str(file), file.stat().st_mtime_ns) for file in yaml_files(config_dir) if file.exists())
+    """Return a value that changes whenever a file of the groups does."""
+    found = []
+    for file in yaml_files(config_dir):
+        if file.exists():
+            found.append((str(file), file.stat().st_mtime_ns))
+    return tuple(found)
 
 
 def label(file: Path, config_dir: Path | None) -> str:
-    """A file of the groups as people know it."""
+    """Return the name of a file of the groups for messages."""
     if file.is_relative_to(conf_dir()):
         return f"conf/{file.relative_to(conf_dir())}"
     if config_dir and file.is_relative_to(config_dir.resolve()):
@@ -52,34 +59,41 @@ def label(file: Path, config_dir: Path | None) -> str:
 
 
 def check(config_dir: Path | None) -> None:
-    """Raise ``ConfigError`` naming every file of the user's that is too large, too deep, or calls something."""
-    faults = _doubled()
-    for file in [file for file in yaml_files(config_dir) if not file.is_relative_to(conf_dir())]:
+    """Raise ``ConfigError`` for every file that is too large or too deep, makes a call, or has a taken name.
+
+    The built-in files are not checked.
+    """
+    faults = _name_clashes()
+    for file in yaml_files(config_dir):
+        if file.is_relative_to(conf_dir()):
+            continue
         try:
-            called = CALL.search(safe.yaml_text(file))
+            call = CALL.search(safe.yaml_text(file))
         except safe.Unsafe as error:
-            faults.append(f"{file} is not read: {error}. Make it smaller, or take it away.")
+            faults.append(f"{file} is not read: {error}. Make it smaller, or remove it.")
             continue
         except (OSError, ValueError, yaml.YAMLError):
-            continue  # a fault of its own, which counts where the file is chosen
-        if called:
+            continue  # composing the file says what is wrong, if the file is chosen
+        if call:
             faults.append(
-                f"{file}: {called[0]} is not resolved: a value can refer to another setting by ${{key}}, and to nothing else."
+                f"{file}: {call[0]} is not resolved: a value can refer to another setting by ${{key}}, and "
+                "to nothing else."
             )
     if faults:
         raise ConfigError(*faults)
 
 
-def _doubled() -> list[str]:
-    """Return a fault for each YAML file of a plug-in that has the name of one of ours or of another plug-in's."""
-    faults, seen = list[str](), {conf_dir()}
+def _name_clashes() -> list[str]:
+    """Return a fault for each YAML file of a plug-in whose name a built-in or another plug-in's file has."""
+    faults, known = [], [conf_dir()]
     for root in plugins.conf_dirs():
-        for file in (*root.glob("*.yaml"), *root.glob("*/*.yaml")):
-            for other in seen:
-                if (other / file.relative_to(root)).exists():
+        for file in _files_in(root):
+            name = file.relative_to(root)
+            for other in known:
+                if (other / name).exists():
                     faults.append(
-                        f"{file}: {file.relative_to(root)} is there already, in {other}. Rename it: only --config-dir "
-                        "replaces built-in files."
+                        f"{file}: {name} exists already in {other}. Rename it: only --config-dir replaces "
+                        "built-in files."
                     )
-        seen.add(root)
+        known.append(root)
     return faults

@@ -1,7 +1,7 @@
 """Settings that are newer than some runs, each with the value that its absence means.
 
-A frozen configuration without such a setting is read as if it had that value, whatever the default is by now. At that
-value the setting leaves a configuration's hash as it was before the setting came.
+A frozen configuration without such a setting is read as if it had that value, whatever the default is by now.
+At that value the setting leaves a configuration's hash as it was before the setting came.
 """
 
 from __future__ import annotations
@@ -12,8 +12,9 @@ from typing import Any
 
 from .. import registry
 
-# By dotted key. A step may be limited to classes, as in "method[lora,snell].dropout" or "method.schedule[ramp].power":
-# without a limit every class of the kind must have the setting. A whole section is a key, too.
+# By dotted key, which can also name a whole section. A step may be limited to classes, as in
+# "method[lora,snell].dropout" and "method.schedule[ramp].power"; without a limit, every class of the kind must
+# have the setting.
 LATER: dict[str, Any] = {"train.patience": None}
 for _kind in registry.KINDS.values():
     if _kind.absent:
@@ -40,7 +41,7 @@ def enter(values: Mapping[str, Any], sections_only: bool = False) -> dict[str, A
 
 
 def without(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` without the later settings that have the value of their absence, but for those of ``HASHED``."""
+    """Return ``values`` without the settings of ``LATER`` that have the value there, except ``HASHED``."""
     rest = copy.deepcopy(dict(values))
     for key in sorted(LATER, key=_depth, reverse=True):  # a section is compared after the settings inside it
         parent, name = _parent(rest, key)
@@ -54,7 +55,7 @@ def _depth(key: str) -> int:
 
 
 def _parent(values: dict[str, Any], key: str) -> tuple[dict[str, Any] | None, str]:
-    """Return the mapping that holds ``key``, None where there is none of the classes asked for, and the last name."""
+    """Return the mapping that holds ``key`` (None if there is none of the right class), and the last name."""
     *steps, last = key.split(".")
     parent: Any = values
     for step in steps:

@@ -1,9 +1,11 @@
 """Load plug-ins: methods, scores, schedules, optimizers, selectors and data sets from outside this package.
 
-A plug-in is a folder that the user names (``--plugins DIR``), or an installed package with an entry point in the group
-``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the registry, and the YAML
-groups in its folder ``conf`` join those of this package. Nothing that is read from a run or a model names a plug-in to
-load: a run records names, versions and SHA-256 only, and these are compared with what is loaded.
+A plug-in is a folder that the user names (``--plugins DIR``), or an installed package with an entry point in
+the group
+``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the registry,
+and the YAML groups in its folder ``conf`` join those of this package. Nothing that is read from a run or a
+model names a plug-in to load: a run records names, versions and SHA-256 only, and these are compared with
+what is loaded.
 """
 
 from __future__ import annotations
@@ -40,8 +42,9 @@ SHOWN_DIGITS = 10
 class Plugin:
     """A plug-in.
 
-    ``version``: "" if it states none; ``sha256``: of its Python files, as they were when it was loaded; ``package``: the
-    name that the names of its modules start with; ``folder``: where ``--plugins`` found it; ``conf``: its YAML groups.
+    ``version``: "" if it states none; ``sha256``: of its Python files, as they were when it was loaded;
+    ``package``: the name that the names of its modules start with; ``folder``: where ``--plugins`` found it;
+    ``conf``: its YAML groups.
     """
 
     name: str
@@ -64,7 +67,8 @@ _warned: set[str] = set()
 def load(folders: Sequence[str | Path] = ()) -> None:
     """Load the plug-ins in ``folders`` and those that are installed; what is loaded already stays as it is.
 
-    Raises ``ConfigError`` with every fault that is found: files that cannot be imported, names that are taken.
+    Raises ``ConfigError`` with every fault that is found: files that cannot be imported, names that are
+    taken.
     """
     global _installed_are_loaded
     faults: list[str] = []
@@ -92,7 +96,7 @@ def folders() -> tuple[str, ...]:
 
 
 def words() -> str:
-    """Return the options of a command line that loads the same folders again, with a space in front; or ""."""
+    """Return the options that load the same folders again, each with a space in front."""
     return "".join(f" --plugins {shlex.quote(folder)}" for folder in folders())
 
 
@@ -111,7 +115,7 @@ def conf_dirs() -> tuple[Path, ...]:
 
 
 def unload() -> None:
-    """Forget all plug-ins, as at the start of the process. Their modules stay imported under their names no longer."""
+    """Forget all plug-ins and their modules, as at the start of the process."""
     global _installed_are_loaded
     for plugin in _LOADED:
         _forget_modules(plugin.package)
@@ -134,7 +138,8 @@ def _load_folder(folder: Path) -> list[str]:
         return [f"{option}: there is no such folder."]
     if taken := [plugin for plugin in _LOADED if plugin.name == path.name]:
         return [
-            f"{option}: a plug-in named {path.name} is loaded already ({taken[0].package}). Rename the folder."
+            f"{option}: a plug-in named {path.name} is loaded already ({taken[0].package}). Rename the "
+            "folder."
         ]
     if PACKAGE not in sys.modules:
         parent = ModuleType(PACKAGE)
@@ -150,7 +155,9 @@ def _load_folder(folder: Path) -> list[str]:
 
 def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
     """Load the plug-in that an installed package's entry point names; return its faults."""
-    package, version = (point.dist.name, point.dist.version) if point.dist else ("an unknown package", "")
+    package, version = "an unknown package", ""
+    if point.dist:
+        package, version = point.dist.name, point.dist.version
     source = f"The plug-in {point.name} of {package} {version}".rstrip()
     cure = f"Update the package, or remove it: pip uninstall {package}."
     try:
@@ -160,9 +167,10 @@ def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
     if spec is None or spec.origin is None:
         return [f"{source}: there is no module {point.module}. {cure}"]
     origin = Path(spec.origin)
-    is_package = bool(spec.submodule_search_locations)
-    files = _python_files(origin.parent) if is_package else (origin,)
-    conf = _conf_of(origin.parent) if is_package else None
+    files: tuple[Path, ...] = (origin,)
+    conf = None
+    if spec.submodule_search_locations:  # a package
+        files, conf = _python_files(origin.parent), _conf_of(origin.parent)
     plugin = Plugin(point.name, version, _digest(files), point.module, None, conf)
     return _load_modules(plugin, files, source, cure)
 
@@ -193,7 +201,9 @@ def _conf_of(folder: Path) -> Path | None:
 def _stated_version(folder: Path) -> str:
     """Return the ``__version__`` in the folder's ``__init__.py``, or ""."""
     file = folder / "__init__.py"
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else ():
+    if not file.is_file():
+        return ""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
         name, sign, value = line.partition("=")
         if sign and name.strip() == "__version__":
             return value.strip().strip("\"'")
@@ -273,7 +283,7 @@ def used_by(config: Any) -> list[dict[str, str]]:
 
 
 def _modules_of(value: Any) -> Iterable[str]:
-    """Yield the modules of all classes whose instances or names a configuration holds, base classes included."""
+    """Yield the modules of the classes that a configuration uses, by instance or name, and of their bases."""
     if not is_dataclass(value):
         return
     cls: type = type(value)
@@ -289,7 +299,7 @@ def _modules_of(value: Any) -> Iterable[str]:
 
 
 def record_of(config: Any) -> dict[str, list[dict[str, str]]]:
-    """Return the key ``plugins`` of result.json and delta.json; nothing where the configuration uses no plug-in."""
+    """Return the key ``plugins`` of result.json and delta.json, or an empty mapping if no plug-in is used."""
     found = used_by(config)
     return {"plugins": found} if found else {}
 
@@ -300,7 +310,9 @@ def comments(config: Any) -> list[str]:
 
 
 def check(file: Path, text: str) -> None:
-    """Compare the plug-ins that ``text``, the frozen configuration in ``file``, names with those that are loaded.
+    """Compare the plug-ins that a frozen configuration names with those that are loaded.
+
+    ``text``: the content of ``file``.
 
     Raises ``ConfigError`` for each that is not loaded, and warns of each whose files differ.
     """

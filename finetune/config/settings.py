@@ -1,6 +1,7 @@
-"""The typed configuration of one run: what every part of the program may ask for.
+"""Define the typed configuration of one run.
 
-The classes only hold values; ``load.py`` fills and checks them. Methods and data sets bring dataclasses of their own.
+The classes only hold values, which ``load`` reads and ``strict`` checks. Methods, data sets, optimizers and
+selectors bring dataclasses of their own.
 """
 
 from __future__ import annotations
@@ -40,24 +41,19 @@ class ModelConfig:
 class TrainConfig:
     """Set the training loop.
 
-    Options:
-        steps: Optimizer steps.
-        batch_size: Examples in one optimizer step, over all processes. ``auto`` takes as many as one pass of each
-            process holds, at most 512.
-        micro_batch_size: Examples in one forward and backward pass; ``null`` takes the whole batch at once.
-        eval_batch_size: Examples in one pass of an evaluation.
-        precision: Type of the computations; ``bf16`` and ``fp16`` use autocast, and ``fp16`` needs a GPU.
-        clip: Largest norm of all gradients together; ``null`` does not clip.
-        eval_every: Steps between validations; ``null`` validates only at the end.
-        save_every: Steps between checkpoints; ``null`` saves none but those on a signal or a failure.
-        keep_last: Number of checkpoints that stay on disk; ``null`` keeps all.
-        max_seconds: Seconds of training after which the run ends early.
-        patience: Validations in a row without a better one after which the run ends early. They count from the
-            step at which the requested sparsity is reached.
-        workers: Processes that load data; 0 loads in the training process.
-        select: Whether the state that was best on validation or the last one is stored and tested.
-        device: Device of the run; ``auto`` takes a GPU if there is one.
-        threads: Threads of torch, divided among the processes of a machine; ``null`` takes what torch chooses.
+    Options: steps: Optimizer steps. batch_size: Examples in one optimizer step, over all processes. ``auto``
+    takes as many as one pass of each process holds, at most 512. micro_batch_size: Examples in one forward
+    and backward pass; ``null`` takes the whole batch at once. eval_batch_size: Examples in one pass of an
+    evaluation. precision: Type of the computations; ``bf16`` and ``fp16`` use autocast, and ``fp16`` needs a
+    GPU. clip: Largest norm of all gradients together; ``null`` does not clip. eval_every: Steps between
+    validations; ``null`` validates only at the end. save_every: Steps between checkpoints; ``null`` saves
+    none but those on a signal or a failure. keep_last: Number of checkpoints that stay on disk; ``null``
+    keeps all. max_seconds: Seconds of training after which the run ends early. patience: Validations in a row
+    without a better one after which the run ends early. They count from the step at which the requested
+    sparsity is reached. workers: Processes that load data; 0 loads in the training process. select: Whether
+    the state that was best on validation or the last one is stored and tested. device: Device of the run;
+    ``auto`` takes a GPU if there is one. threads: Threads of torch, divided among the processes of a machine;
+    ``null`` takes what torch chooses.
     """
 
     steps: Annotated[int, Ge(1)] = 200
@@ -79,16 +75,19 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.batch_size == "auto" and self.micro_batch_size:
             raise ValueError(
-                f"train.micro_batch_size={self.micro_batch_size} means nothing to train.batch_size=auto, which takes all in one pass."
+                f"train.micro_batch_size={self.micro_batch_size} has no effect with train.batch_size=auto, "
+                "which takes the whole batch in one pass; leave one of them out."
             )
-        if self.patience and (not self.eval_every or self.select == "last"):
-            other = (
-                f"train.select={self.select}, which knows no best"
-                if self.eval_every
-                else "train.eval_every=null, which never validates"
-            )
+        if not self.patience:
+            return
+        other = ""
+        if self.select == "last":
+            other = "train.select=last (there is no best checkpoint)"
+        if not self.eval_every:
+            other = "train.eval_every=null (nothing is validated before the end)"
+        if other:
             raise ValueError(
-                f"train.patience={self.patience} means nothing to {other}; leave one of them out."
+                f"train.patience={self.patience} has no effect with {other}; leave one of them out."
             )
 
 
@@ -110,7 +109,10 @@ class LoggerConfig:
 
 @dataclass(frozen=True)
 class Config:
-    """One run, complete. ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses."""
+    """Hold all settings of one run.
+
+    ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses.
+    """
 
     name: str | None
     run: str | None
@@ -124,12 +126,12 @@ class Config:
     selector: Any = None
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain nested values, complete enough to build this config again."""
+        """Return plain nested values, from which this configuration can be built again."""
         plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # tuples become lists, as in YAML
         return plain
 
     def deciding(self) -> dict[str, Any]:
-        """Return ``as_dict`` with only the settings that can change the result, as the configuration's hash covers them.
+        """Return the part of ``as_dict`` that can change the result; the hash covers it.
 
         A setting that is newer than some runs is left out at the value that its absence means.
         """
@@ -157,7 +159,7 @@ def _deciding(part: Any, prefix: str) -> Any:
 
 
 def _plain(value: Any) -> Any:
-    """Return dataclasses as mappings, at any depth: a registered one with its name in front, and its former settings."""
+    """Return dataclasses as mappings, at any depth; registered ones with name and former settings."""
     if not is_dataclass(value):
         return value
     plain: dict[str, Any] = {}

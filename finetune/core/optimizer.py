@@ -14,10 +14,12 @@ if TYPE_CHECKING:  # a configuration is checked where torch is not wanted
 
 @dataclass(frozen=True)
 class Optimizer:
-    """Base of all optimizers, with the settings that all have. A subclass adds the settings that only it uses.
+    """Base of all optimizers, with the settings that all of them have.
 
-    ``former``: settings that earlier versions wrote into configurations of this optimizer and that it ignores, with the
-    only value that they may have; they are still written, so that no configuration changes its hash.
+    A subclass adds the settings that only it uses.
+    ``former``: settings that earlier versions wrote into configurations of this optimizer and that it
+    ignores, with the only value that they may have; they are still written, so that no configuration changes
+    its hash.
 
     Options:
         lr: Learning rate, the largest of its schedule.

@@ -1,4 +1,4 @@
-"""SM3: squared gradients by rows and columns only (Anil et al., 2019, arXiv 1901.11150, its second algorithm)."""
+"""SM3 keeps squared gradients by rows and columns (Anil et al., 2019, arXiv 1901.11150, algorithm II)."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ class SM3(Optimizer):
 class SM3Optimizer(torch.optim.Optimizer):
     """The SM3 update: v = the smallest accumulator of an entry + g^2, then p -= lr * g / sqrt(v + eps).
 
-    Each accumulator then becomes the largest v among its entries; nothing lowers an accumulator. A matrix has an
-    accumulator for every row and every column; any other tensor has one for every index of every dimension, which for
-    vectors is Adagrad. The values of a bank are entries of its sites: ``state[bank.values]`` holds ``row.i`` [out, 1]
-    and ``col.i`` [1, in] for site i from the start, and they stay when entries move. There is no momentum. Weight decay
-    is decoupled, as in AdamW.
+    Each accumulator then becomes the largest v among its entries; nothing lowers an accumulator. A matrix has
+    an accumulator for every row and every column; any other tensor has one for every index of every
+    dimension, which for vectors is Adagrad. The values of a bank are entries of its sites:
+    ``state[bank.values]`` holds ``row.i`` [out, 1] and ``col.i`` [1, in] for site i from the start, and they
+    stay when entries move. There is no momentum. Weight decay is decoupled, as in AdamW.
     """
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[EntryStore] = ()) -> None:
@@ -50,7 +50,10 @@ class SM3Optimizer(torch.optim.Optimizer):
         self.banks: dict[Tensor, EntryStore] = {bank.values: bank for bank in banks}
         for group in self.param_groups:
             for p in group["params"]:
-                self.state[p] = _bank_state(self.banks[p]) if p in self.banks else _dense_state(p)
+                if p in self.banks:
+                    self.state[p] = _bank_state(self.banks[p])
+                else:
+                    self.state[p] = _dense_state(p)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # no closure is evaluated again
@@ -68,7 +71,9 @@ class SM3Optimizer(torch.optim.Optimizer):
         v = torch.addcmul(v, grad, grad)
         for accumulator in state.values():
             others = [d for d in range(v.ndim) if accumulator.shape[d] != v.shape[d]]
-            largest = v.amax(others, keepdim=True) if others else v
+            largest = v
+            if others:
+                largest = v.amax(others, keepdim=True)
             torch.maximum(accumulator, largest, out=accumulator)
         p.addcdiv_(grad, v.add_(eps).sqrt_(), value=-lr)
 
@@ -89,7 +94,7 @@ class SM3Optimizer(torch.optim.Optimizer):
 
 
 def _dense_state(p: Tensor) -> dict[str, Tensor]:
-    """Return an accumulator for each dimension, all 0, of size 1 in every other dimension; one scalar for a scalar."""
+    """Return one accumulator of 0 for each dimension, with size 1 in every other dimension."""
     if not p.ndim:
         return {"cover.0": p.new_zeros([])}
     state = {}
@@ -101,7 +106,7 @@ def _dense_state(p: Tensor) -> dict[str, Tensor]:
 
 
 def _bank_state(bank: EntryStore) -> dict[str, Tensor]:
-    """Return the row and the column accumulators of every site of ``bank``, all 0: first all rows, then all columns."""
+    """Return row and column accumulators of 0 for every site of ``bank``."""
     state = {}
     for i, (rows, _) in enumerate(bank.shapes):
         state[f"row.{i}"] = bank.values.new_zeros(rows, 1)

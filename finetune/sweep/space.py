@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from ..config import load as configuration
-from ..config.grammar import override
+from ..config.grammar import parse_override
 from ..errors import ConfigError
 from . import grid
 
@@ -78,7 +78,7 @@ def space(
 
 def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
     """Return the dimension that the override ``text`` describes; ``None`` if it has a single value."""
-    item = override(text)
+    item = parse_override(text)
     key, value = str(item.key_or_group), cast(Any, item.value())
     if not item.is_sweep_override():
         return None

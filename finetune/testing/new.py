@@ -3,7 +3,8 @@
     python -m finetune.testing.new KIND NAME                  into this checkout
     python -m finetune.testing.new KIND NAME --plugins DIR    into a folder of plug-ins
 
-The code works and passes its test as it stands; what has to be replaced is marked TODO. No other file changes.
+The code works and passes its test as it stands; what has to be replaced is marked TODO. No other file
+changes.
 """
 
 from __future__ import annotations

@@ -348,7 +348,9 @@ def test_on_the_cpu_it_stops_where_the_next_might_take_all_memory(monkeypatch: p
 
 
 def test_sizes_that_contradict_each_other_are_refused() -> None:
-    with pytest.raises(ConfigError, match=r"train.micro_batch_size=2 means nothing to train.batch_size=auto"):
+    with pytest.raises(
+        ConfigError, match=r"train.micro_batch_size=2 has no effect with train.batch_size=auto"
+    ):
         load(["train.batch_size=auto", "train.micro_batch_size=2"])
     with pytest.raises(ConfigError, match=r"train.batch_size='most'.* should be .*'auto'"):
         load(["train.batch_size=most"])

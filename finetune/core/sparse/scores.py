@@ -1,9 +1,9 @@
 """The base of all scores: a score is the number by which trained entries are chosen.
 
-A score is a class with ``@register("name")``, in ``finetune/scores`` or in the file of the method that brings it. It is
-called with one site at a time and with the method, whose settings it may read, and returns a float32 number for each
-entry of the site's weight. The engine trains the entries with the largest numbers, or with the smallest
-(``direction=smallest``).
+A score is a class with ``@register("name")``, in ``finetune/scores`` or in the file of the method that brings
+it. It is called with one site at a time and with the method, whose settings it may read, and returns a
+float32 number for each entry of the site's weight. The engine trains the entries with the largest numbers, or
+with the smallest (``direction=smallest``).
 """
 
 from __future__ import annotations
