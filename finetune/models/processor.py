@@ -88,7 +88,8 @@ def read_tokenizer(folder: Path, config: ModelConfig, model: Any) -> Any:
     if len(found) > embedded:
         raise ConfigError(
             f"model.path={config.path}: its tokenizer has {len(found)} tokens, "
-            f"but the model embeds {embedded}. They belong to different models: give the model its own tokenizer."
+            f"but the model embeds {embedded}. "
+            "They belong to different models: give the model its own tokenizer."
         )
     if model.config.pad_token_id is None:
         model.config.pad_token_id = found.pad_token_id
