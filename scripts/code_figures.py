@@ -1,6 +1,7 @@
-"""Measure the code: sizes, density, import circles. ``python scripts/code_figures.py [--by-folder] [--root DIR] [--json]``.
+"""Measure the code: sizes, density and circular imports.  python scripts/code_figures.py [--by-folder]
+[--root DIR] [--json]
 
-DIR is any checkout of this project, so two commits can be compared by the same ruler. Nothing is imported.
+DIR is any checkout of this project, so two commits can be compared by the same measure. Nothing is imported.
 """
 
 from __future__ import annotations
@@ -15,9 +16,9 @@ from typing import Any
 
 WIDTH = 110
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
-# What a method, schedule or selector is, attaches or keeps derives from one of these, or is one of these.
+# Base classes of methods, schedules and selectors, and of what they attach or keep.
 KINDS = {"Method", "Schedule", "Selector", "Part", "Patched", "StateModule", "Bank"}
-# Names under which code outside of core and methods holds such objects.
+# Names of variables for such objects in code outside of core and methods.
 HOLDERS = ("bank", "current", "delta", "method", "module", "part", "schedule", "selector", "state", "states")
 # Attributes of other packages' objects that may be asked for by hasattr.
 FOREIGN = {"use_cache": "configurations of transformers", "item": "scalars of numpy and torch"}
@@ -35,24 +36,24 @@ class Measured:
     places: dict[str, list[str]] = field(default_factory=dict)
 
     def add(self, kind: str, place: str) -> None:
-        """Count one occurrence of ``kind`` and remember where it is."""
+        """Count one occurrence of ``kind`` and record its place."""
         self.counts[kind] += 1
         self.places.setdefault(kind, []).append(place)
 
     def per_thousand(self, kind: str) -> float:
-        """Occurrences of ``kind`` in a thousand lines."""
+        """Return the occurrences of ``kind`` per thousand lines."""
         return 1000 * self.counts[kind] / max(1, self.lines)
 
 
-def is_choosing(node: ast.AST) -> bool:
+def is_and_or_choice(node: ast.AST) -> bool:
     """Tell whether ``a and b or c`` stands for ``b if a else c``."""
     if not isinstance(node, ast.BoolOp) or not isinstance(node.op, ast.Or):
         return False
     return any(isinstance(value, ast.BoolOp) and isinstance(value.op, ast.And) for value in node.values[:-1])
 
 
-def classes_of_kinds(root: Path) -> set[str]:
-    """Return the names of all classes of the package that derive from one of ``KINDS``, and ``KINDS`` itself."""
+def find_classes_of_kinds(root: Path) -> set[str]:
+    """Return ``KINDS`` and the names of all classes of the package that derive from them."""
     bases: dict[str, set[str]] = {}
     for path in (root / "finetune").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -67,10 +68,10 @@ def classes_of_kinds(root: Path) -> set[str]:
 
 
 def asks_for_class(node: ast.AST, classes: set[str]) -> bool:
-    """Tell whether an expression finds out what a part or method is instead of using what it declares.
+    """Tell whether an expression tests the class of a part or method instead of using what it declares.
 
-    That is ``isinstance`` with one of ``classes``, ``hasattr``, ``getattr`` with a default, and a comparison of the
-    name of an object's class.
+    Such expressions are ``isinstance`` with one of ``classes``, ``hasattr``, ``getattr`` with a default, and
+    a comparison of the name of an object's class.
     """
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
         asked, attribute = node.args[0], node.args[1]
@@ -103,7 +104,7 @@ def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> 
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
         if isinstance(node, COMPREHENSIONS) or called in ("map", "filter"):
             total.add("comprehensions", place)
-        elif isinstance(node, ast.IfExp) or is_choosing(node):
+        elif isinstance(node, ast.IfExp) or is_and_or_choice(node):
             total.add("ternaries", place)
         if outside and asks_for_class(node, classes):
             total.add("isinstance", place)
@@ -112,8 +113,8 @@ def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> 
                 total.add("internal names", f"{place} {node.module}.{name.name}")
 
 
-def modules(root: Path) -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
+def find_modules(root: Path) -> dict[str, Path]:
+    """Return the file of every module of the package, by dotted name."""
     found = {}
     for path in sorted((root / "finetune").rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
@@ -121,8 +122,8 @@ def modules(root: Path) -> dict[str, Path]:
     return found
 
 
-def imports_of(path: Path, root: Path, known: set[str]) -> set[str]:
-    """The modules of this package that a file imports: at its top, inside functions and for type checking alike."""
+def find_imports(path: Path, root: Path, known: set[str]) -> set[str]:
+    """Return the modules of this package that a file imports, also inside functions and for type checking."""
     folder = list(path.relative_to(root).parent.parts)
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
@@ -137,14 +138,14 @@ def imports_of(path: Path, root: Path, known: set[str]) -> set[str]:
     return found & known
 
 
-def import_graph(root: Path) -> dict[str, set[str]]:
-    """For every module the modules that it imports."""
-    known = modules(root)
-    return {name: imports_of(path, root, set(known)) - {name} for name, path in known.items()}
+def make_import_graph(root: Path) -> dict[str, set[str]]:
+    """Return, for every module, the modules that it imports."""
+    known = find_modules(root)
+    return {name: find_imports(path, root, set(known)) - {name} for name, path in known.items()}
 
 
-def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """The groups of nodes that reach each other, each sorted (strongly connected components of more than one node)."""
+def find_circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return the strongly connected components of more than one node, each sorted."""
     reach: dict[str, set[str]] = {}
     for start in graph:
         seen, waiting = set(), [start]
@@ -162,33 +163,33 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
     return found
 
 
-def folder_of(module: str) -> str:
-    """The folder or top-level module right below the package."""
+def get_folder(module: str) -> str:
+    """Return the folder or top-level module directly below the package."""
     parts = module.split(".")
     return parts[1] if len(parts) > 1 else "__init__"
 
 
-def folder_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
-    """The same graph between the folders of the package."""
+def make_folder_graph(graph: dict[str, set[str]]) -> dict[str, set[str]]:
+    """Return the same graph between the folders of the package."""
     found: dict[str, set[str]] = {}
     for module, targets in graph.items():
-        here = folder_of(module)
-        found.setdefault(here, set()).update(folder_of(target) for target in targets)
+        here = get_folder(module)
+        found.setdefault(here, set()).update(get_folder(target) for target in targets)
         found[here].discard(here)
     return found
 
 
-def collect(root: Path) -> tuple[Measured, dict[str, Measured], dict[str, Any]]:
-    """All figures of a checkout: in total, by folder, and of its imports."""
-    total, by_folder, classes = Measured(), dict[str, Measured](), classes_of_kinds(root)
-    for name, path in modules(root).items():
+def collect_figures(root: Path) -> tuple[Measured, dict[str, Measured], dict[str, Any]]:
+    """Return the figures of a checkout: in total, by folder, and of its imports."""
+    total, by_folder, classes = Measured(), dict[str, Measured](), find_classes_of_kinds(root)
+    for name, path in find_modules(root).items():
         label = path.relative_to(root).as_posix()
         measure_file(path, label, total, classes)
-        measure_file(path, label, by_folder.setdefault(folder_of(name), Measured()), classes)
-    graph = import_graph(root)
+        measure_file(path, label, by_folder.setdefault(get_folder(name), Measured()), classes)
+    graph = make_import_graph(root)
     facts = {
-        "circles of modules": circles(graph),
-        "circles of folders": circles(folder_graph(graph)),
+        "circles of modules": find_circles(graph),
+        "circles of folders": find_circles(make_folder_graph(graph)),
         "files at the top level": len(list((root / "finetune").glob("*.py"))),
     }
     return total, by_folder, facts
@@ -198,13 +199,13 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", type=Path, default=Path(__file__).resolve().parents[1])
-    parser.add_argument("--by-folder", action="store_true", help="also a line a folder")
+    parser.add_argument("--by-folder", action="store_true", help="also print a line for each folder")
     parser.add_argument(
         "--where", choices=["long lines", "comprehensions", "ternaries", "isinstance", "internal names"]
     )
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
-    total, by_folder, facts = collect(given.root)
+    total, by_folder, facts = collect_figures(given.root)
     if given.where:
         print(*total.places.get(given.where, []), sep="\n")
         return

@@ -12,16 +12,16 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parent)]
 
-from doc_pages import API, generated_pages, methods_by_family  # noqa: E402  # this folder is on the path from here on
+from doc_pages import API, generate_pages, group_methods_by_family  # noqa: E402
 
-PAGES = generated_pages()
+PAGES = generate_pages()
 LOADED = re.compile(r'src="https?://[^"]*"|<link[^>]*rel="stylesheet"[^>]*href="https?://[^"]*"')
 
 
 def on_config(config: Any) -> Any:
     """Add the generated pages to the navigation, below the entries ``Methods`` and ``API``."""
     methods: list[Any] = ["methods/index.md"]
-    for family, names in methods_by_family().items():
+    for family, names in group_methods_by_family().items():
         methods.append({family: [{name: f"methods/{name}.md"} for name in names]})
     api = []
     for name, (title, _) in API.items():

@@ -1,11 +1,13 @@
-"""Write the generated pages of the documentation as Markdown: one a method, the settings, the interfaces.
+"""Write the generated pages of the documentation as Markdown: one for each method, the settings, the
+interfaces.
 
-``doc_hook.py`` hands these pages to MkDocs. ``python scripts/doc_pages.py NAME`` prints the page of one method,
-and names on standard error what its file does not say yet.
+``doc_hook.py`` hands these pages to MkDocs. ``python scripts/doc_pages.py NAME`` prints the page of one
+method, and lists on standard error what its file does not say yet.
 """
 
 from __future__ import annotations
 
+import argparse
 import ast
 import inspect
 import re
@@ -77,9 +79,9 @@ def read_method(entry: Entry) -> MethodFile:
     found = find_class(entry.module, str(entry.facts["class"]))
     facts: dict[str, object] = {}
     for definition in reversed(class_chain(found)):
-        facts |= literal_class_variables(definition.node)
+        facts |= read_class_variables(definition.node)
     method = MethodFile(entry, found, facts, read_options(found))
-    sections = split_docstring(module_doc(entry.module), LABELS)
+    sections = split_docstring(read_module_doc(entry.module), LABELS)
     required = {"title": sections.title, "family": facts.get("family"), "trains": facts.get("trains")}
     required |= {label: sections.labelled.get(label) for label in LABELS}
     required |= {f"option {option.name}": option.meaning for option in method.options}
@@ -87,7 +89,7 @@ def read_method(entry: Entry) -> MethodFile:
     return method
 
 
-def literal_class_variables(node: ast.AST) -> dict[str, object]:
+def read_class_variables(node: ast.AST) -> dict[str, object]:
     """Return the values of the ``ClassVar`` lines of a class, where they are literals."""
     values: dict[str, object] = {}
     for line in ast.iter_child_nodes(node):
@@ -99,31 +101,36 @@ def literal_class_variables(node: ast.AST) -> dict[str, object]:
     return values
 
 
-def module_doc(module: str) -> str:
+def read_module_doc(module: str) -> str:
     """Return the docstring of a module, or an empty text."""
     return ast.get_docstring(parse_module(module)) or ""
 
 
-def method_page(entry: Entry) -> str:
+def write_method_page(entry: Entry) -> str:
     """Write the page of one method."""
     method = read_method(entry)
-    sections = split_docstring(module_doc(entry.module), LABELS)
+    sections = split_docstring(read_module_doc(entry.module), LABELS)
     name, _, about = sections.title.partition(": ")
     first = about or sections.title
     lines = [f"# {name if about else entry.name}", "", to_markdown(first[:1].upper() + first[1:]), ""]
     lines += [f"| method | `{entry.name}` |", "|---|---|"]
-    lines += [f"| {key} | {value} |" for key, value in method_facts(method)]
+    lines += [f"| {key} | {value} |" for key, value in list_method_facts(method)]
     lines += ["", to_markdown(sections.text), ""]
     for label in LABELS:
         if label == "Paper":
-            lines += ["## Options", "", *options_table(method.options, "method."), *defaults_file(entry.name)]
+            lines += [
+                "## Options",
+                "",
+                *write_options_table(method.options, "method."),
+                *show_defaults_file(entry.name),
+            ]
         text = to_markdown(sections.labelled.get(label, "Not described yet."))
         text = re.sub(r"^none\b", "None", text)
         lines += [f"## {HEADINGS[label]}", "", link_papers(text), ""]
     return "\n".join(lines)
 
 
-def method_facts(method: MethodFile) -> list[tuple[str, str]]:
+def list_method_facts(method: MethodFile) -> list[tuple[str, str]]:
     """Return the rows of the table at the top of a method's page."""
     facts = method.facts
     rows = [
@@ -147,7 +154,7 @@ def method_facts(method: MethodFile) -> list[tuple[str, str]]:
     return rows
 
 
-def defaults_file(name: str) -> list[str]:
+def show_defaults_file(name: str) -> list[str]:
     """Show the YAML file that ``method=NAME`` selects, if it sets more than the name."""
     file = ROOT / "conf" / "method" / f"{name}.yaml"
     text = file.read_text(encoding="utf-8").strip()
@@ -163,7 +170,7 @@ def defaults_file(name: str) -> list[str]:
     ]
 
 
-def options_table(options: list[Option], prefix: str) -> list[str]:
+def write_options_table(options: list[Option], prefix: str) -> list[str]:
     """Write options as the lines of a table; ``prefix`` stands before each name."""
     if not options:
         return ["There are no options.", ""]
@@ -179,7 +186,7 @@ def options_table(options: list[Option], prefix: str) -> list[str]:
     return [*lines, ""]
 
 
-def methods_by_family() -> dict[str, list[str]]:
+def group_methods_by_family() -> dict[str, list[str]]:
     """Return the names of the methods of each family; families and names in alphabetical order."""
     families: dict[str, list[str]] = {}
     for name, entry in catalog("method").items():
@@ -188,7 +195,7 @@ def methods_by_family() -> dict[str, list[str]]:
     return dict(sorted(families.items()))
 
 
-def methods_page() -> str:
+def write_methods_page() -> str:
     """Write the list of all methods, by family."""
     lines = [
         "# Methods",
@@ -196,7 +203,7 @@ def methods_page() -> str:
         "`finetune methods` prints this list. Each page is made from the file of its method.",
         "",
     ]
-    for family, names in methods_by_family().items():
+    for family, names in group_methods_by_family().items():
         lines += [f"## {family}", "", "| method | trains | paper |", "|---|---|---|"]
         for name in names:
             facts = read_method(catalog("method")[name]).facts
@@ -206,26 +213,28 @@ def methods_page() -> str:
     return "\n".join(lines)
 
 
-def settings_page() -> str:
+def write_settings_page() -> str:
     """Write every setting that does not belong to a method, with its default and its values."""
     kinds = [kind for kind in KINDS.values() if kind.place and kind.name != "method"]
     groups = ["method", "train", "logger", *(kind.name for kind in kinds if not kind.is_value)]
     choosing = ", ".join(f"`{name}=`" for name in groups)
     lines = [
-        "# Settings", "",
-        "Every setting is written `key=value`. `finetune show` prints all of them with the file or the word that",
-        f"set each. {choosing} choose a file of `conf/`, which can set several values at once. The settings of a",
-        "method are on [its page](../methods/index.md).", "",
-    ]  # fmt: skip
+        "# Settings",
+        "",
+        "Every setting is written `key=value`. `finetune show` prints all of them, each with the file or the",
+        f"word on the command line that set it. {choosing} choose a file of `conf/`, which can set several",
+        "values at once. The settings of a method are on [its page](../methods/index.md).",
+        "",
+    ]
     for section, name in SECTIONS.items():
         found = find_class("finetune.config.settings", name)
-        lines += [f"## `{section}`", "", *settings_section(found, f"{section}.")]
+        lines += [f"## `{section}`", "", *write_settings_section(found, f"{section}.")]
     for kind in kinds:
-        lines += kind_settings(kind)
+        lines += write_kind_settings(kind)
     return "\n".join(lines)
 
 
-def kind_settings(kind: Kind) -> list[str]:
+def write_kind_settings(kind: Kind) -> list[str]:
     """Write what can be chosen of one kind, and the settings of each choice."""
     lines = [f"## `{kind.place if kind.is_value else kind.name}`", ""]
     if kind.is_value:
@@ -235,11 +244,11 @@ def kind_settings(kind: Kind) -> list[str]:
         return [*lines, ""]
     if not kind.folders:
         module, _, name = kind.base.rpartition(".")
-        return [*lines, *settings_section(find_class(module, name), f"{kind.name}.")]
+        return [*lines, *write_settings_section(find_class(module, name), f"{kind.name}.")]
     for entry in catalog(kind.name).values():
         title = ", ".join(f"`{kind.name}={option}`" for option in group_options(kind.name, entry.name))
         lines += [f"### {title}", ""]
-        lines += settings_section(find_class(entry.module, str(entry.facts["class"])), f"{kind.name}.")
+        lines += write_settings_section(find_class(entry.module, str(entry.facts["class"])), f"{kind.name}.")
     return lines
 
 
@@ -251,20 +260,20 @@ def find_class(module: str, name: str) -> Definition:
     return Definition(target[0], target[1])
 
 
-def settings_section(found: Definition, prefix: str) -> list[str]:
+def write_settings_section(found: Definition, prefix: str) -> list[str]:
     """Write what a settings class says of itself, and its options."""
     sections = split_docstring(found.doc, (OPTIONS,))
     text = "\n".join([sections.title, sections.text])
     options = [option for option in read_options(found) if option.name != "name"]  # `model=hf` sets the name
-    return [to_markdown(text), "", *options_table(options, prefix)]
+    return [to_markdown(text), "", *write_options_table(options, prefix)]
 
 
-def api_page(title: str, modules: list[str]) -> str:
+def write_api_page(title: str, modules: list[str]) -> str:
     """Write the public classes and functions of some modules, each with its signature and docstring."""
     lines = [f"# {title}", ""]
     for name in modules:
         module = f"finetune.{name}"
-        lines += [f"## `{module}`", "", to_markdown(module_doc(module)), ""]
+        lines += [f"## `{module}`", "", to_markdown(read_module_doc(module)), ""]
         for found in public_definitions(module):
             lines += describe_definition(found, "###")
             if isinstance(found.node, ast.ClassDef):
@@ -337,21 +346,23 @@ def link_papers(text: str) -> str:
     return re.sub(r"arXiv (\d{4}\.\d{4,5})", r"[arXiv \1](https://arxiv.org/abs/\1)", text)
 
 
-def generated_pages() -> dict[str, str]:
+def generate_pages() -> dict[str, str]:
     """Return all generated pages: the path below docs/, and the Markdown."""
-    pages = {"methods/index.md": methods_page(), "reference/settings.md": settings_page()}
+    pages = {"methods/index.md": write_methods_page(), "reference/settings.md": write_settings_page()}
     for entry in catalog("method").values():
-        pages[f"methods/{entry.name}.md"] = method_page(entry)
+        pages[f"methods/{entry.name}.md"] = write_method_page(entry)
     for name, (title, modules) in API.items():
-        pages[f"api/{name}.md"] = api_page(title, modules)
+        pages[f"api/{name}.md"] = write_api_page(title, modules)
     return pages
 
 
 def main() -> None:
-    """Print the page of the method named on the command line."""
-    for name in sys.argv[1:]:
+    """Print the pages of the methods named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("names", nargs="+", metavar="NAME", choices=sorted(catalog("method")))
+    for name in parser.parse_args().names:
         entry = catalog("method")[name]
-        print(method_page(entry))
+        print(write_method_page(entry))
         missing = read_method(entry).missing
         if missing:
             print(f"{name}: not said: {', '.join(missing)}", file=sys.stderr)

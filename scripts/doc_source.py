@@ -271,7 +271,7 @@ def show_names_of(base: str) -> str:
 
 
 def group_options(kind: str, name: str) -> list[str]:
-    """Return the YAML files of a kind that choose the registered ``name``; the name itself if there are none."""
+    """Return the YAML files that choose the registered ``name``, or the name if there are none."""
     found = []
     for file in sorted((ROOT / "conf" / kind).glob("*.yaml")):
         if re.search(rf"^ *name: {name}$", file.read_text(encoding="utf-8"), re.MULTILINE):

@@ -2,12 +2,13 @@
 
     python scripts/five_methods.py
 
-It runs ``finetune sweep`` and writes mean and standard deviation between the markers ``<!-- table -->``. Finished
-runs are skipped, so an interrupted command can be given again.
+The script runs ``finetune sweep`` and writes mean and standard deviation between the markers
+``<!-- table -->``. Finished runs are skipped, so an interrupted command can be repeated.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import statistics
 import subprocess
@@ -36,6 +37,7 @@ def table_row(method: str, results: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     """Run the sweep and write the table into the page."""
+    argparse.ArgumentParser(description=__doc__).parse_args()
     command = [sys.executable, "-m", "finetune", "sweep", "--json", *SWEEP]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     by_method: dict[str, list[dict[str, Any]]] = {}

@@ -1,8 +1,9 @@
-"""Write the skeleton of a new method, score, schedule, optimizer, selector, data set or model into this checkout.
+"""Write a working skeleton of a method, score, schedule, optimizer, selector, data set or model.
 
-``python scripts/new.py KIND NAME``, for example ``python scripts/new.py method row_scale --family reparam``. With
-``--plugins DIR`` the files go into a folder of plug-ins; ``python -m finetune.testing.new`` does the same where this
-package was installed from a wheel.
+    python scripts/new.py method row_scale --family reparam    into this checkout
+    python scripts/new.py KIND NAME --plugins DIR              into a folder of plug-ins
+
+If this package was installed from a wheel, ``python -m finetune.testing.new`` does the same.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Make the pictures of README.md and of the documentation, in docs/images/.
 
-    python scripts/pictures.py architecture     # architecture.svg: the folders of the package and what they import
-    python scripts/pictures.py report           # report.png: the HTML report of a sweep, in a headless Chromium
+    python scripts/pictures.py architecture     # architecture.svg: the package's folders and imports
+    python scripts/pictures.py report           # report.png: an HTML report in a headless Chromium
 
 The report is that of a real sweep in outputs/picture: five methods, three seeds, some minutes on two cores.
 Finished runs are skipped, so the command can be given again.
@@ -21,14 +21,18 @@ ROOT = Path(__file__).resolve().parents[1]
 IMAGES = ROOT / "docs" / "images"
 
 SWEEP = [
-    "method=lora,super_tuning,shira,sara,s2ft", "budget=49152", "seed=0,1,2", "train.steps=60", "train.threads=1",
+    "method=lora,super_tuning,shira,sara,s2ft",
+    "budget=49152",
+    "seed=0,1,2",
+    "train.steps=60",
+    "train.threads=1",
     "name=picture",
-]  # fmt: skip
+]
 WINDOW = (1280, 1000)
 COLORS = 128
 RULE = "A box imports only from rows below its own, or from boxes to its right."
 
-# From top to bottom and from left to right; tests/test_pages.py checks that imports agree with RULE.
+# From top to bottom and from left to right. tests/test_pages.py checks that imports agree with RULE.
 LAYERS: list[tuple[str, dict[str, str]]] = [
     ("commands", {"cli": "train, sweep, compare, eval, merge, export, inspect, verify ..."}),
     (
@@ -73,8 +77,15 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
             "score x direction x scope x grain x schedule",
         },
     ),
-    ("ground", {"registry": "names of methods and other kinds", "system": "signals, disk, safe reading", "errors": "what is raised"}),
-]  # fmt: skip
+    (
+        "ground",
+        {
+            "registry": "names of methods and other kinds",
+            "system": "signals, disk, safe reading",
+            "errors": "what is raised",
+        },
+    ),
+]
 
 WIDTH, MARGIN, LABEL = 1080, 20, 180
 ROW, GAP = 62, 10
@@ -118,7 +129,8 @@ def has_folder(name: str) -> bool:
 def draw_box(x: float, y: float, width: float, fill: str, title: str, about: str) -> list[str]:
     """Draw one box with a title and, below it, at most two lines of text."""
     lines = [
-        f'<rect x="{x:.0f}" y="{y}" width="{width:.0f}" height="{ROW}" rx="6" fill="{fill}" stroke="#90a4ae"/>',
+        f'<rect x="{x:.0f}" y="{y}" width="{width:.0f}" height="{ROW}" rx="6" '
+        f'fill="{fill}" stroke="#90a4ae"/>',
         text_line(x + 10, y + 22, TITLE_SIZE, "#1a237e", title, bold=True),
     ]
     for number, row in enumerate(wrap_words(about, (width - 20) / CHARACTER)):

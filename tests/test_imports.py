@@ -8,7 +8,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 RULER = runpy.run_path(str(ROOT / "scripts" / "code_figures.py"))
-GRAPH: dict[str, set[str]] = RULER["import_graph"](ROOT)
+GRAPH: dict[str, set[str]] = RULER["make_import_graph"](ROOT)
 
 BOTTOM = {"__init__", "errors"}
 KINDS = BOTTOM | {"registry", "core"}  # what a method, schedule, selector or optimizer may use
@@ -40,7 +40,7 @@ ALLOWED = {
 
 
 def test_imports_run_one_way() -> None:
-    folders = RULER["folder_graph"](GRAPH)
+    folders = RULER["make_folder_graph"](GRAPH)
     assert folders.keys() == ALLOWED.keys()
     wrong = {
         name: sorted(targets - ALLOWED[name]) for name, targets in folders.items() if targets - ALLOWED[name]
@@ -49,8 +49,8 @@ def test_imports_run_one_way() -> None:
 
 
 def test_there_is_no_circle() -> None:
-    assert RULER["circles"](GRAPH) == []
-    assert RULER["circles"](RULER["folder_graph"](GRAPH)) == []
+    assert RULER["find_circles"](GRAPH) == []
+    assert RULER["find_circles"](RULER["make_folder_graph"](GRAPH)) == []
 
 
 def test_siblings_do_not_import_each_other() -> None:
@@ -63,7 +63,7 @@ def test_siblings_do_not_import_each_other() -> None:
 
 def test_only_config_and_launchers_know_hydra() -> None:
     users = set()
-    for module, path in RULER["modules"](ROOT).items():
+    for module, path in RULER["find_modules"](ROOT).items():
         text = path.read_text(encoding="utf-8")
         if "import hydra" in text or "from hydra" in text or "omegaconf" in text:
             users.add(module)
@@ -77,7 +77,7 @@ def test_only_config_and_launchers_know_hydra() -> None:
 
 def test_only_core_and_methods_ask_for_the_class_of_a_part_or_method() -> None:
     """Other folders use what parts, states and methods declare."""
-    total, _, _ = RULER["collect"](ROOT)
+    total, _, _ = RULER["collect_figures"](ROOT)
     assert total.places.get("isinstance", []) == []
 
 

@@ -49,7 +49,7 @@ def pages() -> Iterator[Any]:
 @pytest.fixture(scope="module")
 def generated(pages: Any) -> dict[str, str]:
     """Every generated page by its path."""
-    return pages.generated_pages()
+    return pages.generate_pages()
 
 
 def commands() -> Iterator[tuple[str, str]]:
@@ -252,7 +252,8 @@ def test_prose_of_a_docstring_is_not_read_as_markup(pages: Any) -> None:
 def test_a_cell_of_a_table_keeps_its_bars(pages: Any) -> None:
     option = pages.Option("t", "0.5", "number", "Keeps |K| > ``t``.")
     assert (
-        pages.options_table([option], "method.")[2] == r"| `method.t` | `0.5` | number | Keeps \|K\| > `t`. |"
+        pages.write_options_table([option], "method.")[2]
+        == r"| `method.t` | `0.5` | number | Keeps \|K\| > `t`. |"
     )
 
 

@@ -3,9 +3,8 @@
 The exported folder is read back and must give the run's logits. Three kinds of changes have a format:
 
 - two factors a layer: LoRA, with rank and scale by layer;
-- single entries of linear layers: SHiRA, with the positions in the file. peft wants ``r * (in + out)``
-entries in every
-  layer, so layers with fewer are filled up with entries whose change is 0;
+- single entries of linear layers: SHiRA, with the positions in the file. peft requires ``r * (in + out)``
+  entries in every layer, so layers with fewer are filled up with entries whose change is 0;
 - what method=peft has trained: the format of its tuner.
 
 A new head goes into ``modules_to_save``.
@@ -186,10 +185,10 @@ def _not_shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> 
     rank = _rank(layers, changes)
     for name, layer in layers.items():
         if layer.transposed:
-            return f"its SHiRA knows nn.Linear only, and {name} is a Conv1D"
+            return f"its SHiRA supports nn.Linear only, and {name} is a Conv1D"
         if rank * sum(layer.original.shape) > layer.original.numel():
             return (
-                f"its SHiRA wants {rank} * (in + out) entries in every layer, "
+                f"its SHiRA requires {rank} * (in + out) entries in every layer, "
                 f"and {name} has {layer.original.numel()}"
             )
     return ""

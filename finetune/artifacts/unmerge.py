@@ -1,8 +1,8 @@
 """Restore the base from a merged folder, to the bit.
 
-Whatever the method, merging stores the base's own entries wherever rounding or the change moved them, as long
-as they take at most half of the base's bytes. That holds for sparse changes and for changes of few
-parameters, and not for low-rank ones, which move every entry.
+With any method, merging stores the base's original entries wherever the change or rounding altered them, if
+these take at most half of the base's bytes. That holds for sparse changes and for changes of few parameters,
+and not for low-rank ones, which move every entry.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LIKE = {
     "base_fingerprint": str,
 }
 FOLDER, ABOUT, ORIGINALS = "finetune", "merge.json", "originals.safetensors"
-SHARE = 0.5  # of the base's bytes; above it a copy of the base is the better way back
+SHARE = 0.5  # of the base's bytes; above it, keeping a copy of the base is better
 
 
 def _bits(t: Tensor) -> Tensor:
@@ -46,9 +46,9 @@ def _bits(t: Tensor) -> Tensor:
 
 
 def store(setup: Setup, folder: Path) -> dict[str, Any]:
-    """Write what leads from the merged model of ``setup`` back to its base, unless that is too much.
+    """Write the entries that restore the base of the merged ``setup``, unless there are too many.
 
-    Returns what ``merge.json`` must say of it.
+    Returns what ``merge.json`` must record about the base.
     """
     folder.mkdir()
     merged, config = dict(setup.session.model.named_parameters()), setup.config.model
@@ -95,7 +95,7 @@ def unmerge(path: Path, out: Path) -> dict[str, Any]:
     entries = _restore_entries(model, path / FOLDER / ORIGINALS)
     if fingerprint(model, about["head"]) != about["base_fingerprint"]:
         raise ConfigError(
-            f"{path} does not lead back to its base: it was changed after merging. Restore it, or take the "
+            f"{path} cannot be unmerged: it was changed after merging. Restore it, or take the "
             f"base, {about['base']}."
         )
     processor, _ = read_processor(path, ModelConfig("merged", str(path)), about["task"], model)

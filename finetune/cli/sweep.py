@@ -1,4 +1,4 @@
-"""The command ``finetune sweep``: check many runs, run them, show them, go on after an interruption."""
+"""The command ``finetune sweep``: check many runs, run them, show them, continue after an interruption."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def sweep(
                 report = _run_grid(work, words, trials or TRIALS, configs, max_runs, dry_run, as_json)
         except KeyboardInterrupt as error:
             by = f" by {error}" if str(error) else ""
-            print(f"Interrupted{by}. What is finished is kept; to go on: {_command()}", file=sys.stderr)
+            print(f"Interrupted{by}. Finished runs are kept. To continue: {_command()}", file=sys.stderr)
             raise typer.Exit(INTERRUPTED) from None
     raise typer.Exit(report())
 

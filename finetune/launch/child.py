@@ -72,7 +72,7 @@ def train(
         with suppress(OSError):  # after SIGHUP the terminal may be gone
             from .resume import command
 
-            print_line(f"Stopped by {stop.name}{stop.saved}. To go on: {command(folder, processes or 1)}")
+            print_line(f"Stopped by {stop.name}{stop.saved}. To continue: {command(folder, processes or 1)}")
         return INTERRUPTED
 
 

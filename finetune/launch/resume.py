@@ -1,4 +1,4 @@
-"""``finetune train --resume RUN``: read the run to go on with, and say how to go on. Imports no torch."""
+"""``finetune train --resume RUN``: read the run to resume, and name the command for it. Imports no torch."""
 
 from __future__ import annotations
 

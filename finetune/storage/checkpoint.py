@@ -1,4 +1,4 @@
-"""Store a session so that it can go on to the bit: tensors as safetensors, the rest as JSON, no pickle.
+"""Store a session so that it can resume to the bit: tensors as safetensors, the rest as JSON, no pickle.
 
 A checkpoint is a folder: ``state.safetensors`` has the tensors of the states, the optimizer and the random
 generators, ``state.json`` the rest, ``manifest.json`` their checksums. The best change so far lies beside
@@ -29,7 +29,7 @@ from .atomic import write_json_atomic
 from .delta import read_tensors
 from .run_folder import RunFolder
 
-CURE = "Go on from another checkpoint, or train again."
+CURE = "Resume from another checkpoint, or train again."
 STATE_SCHEMA = {
     "phase": int,
     "number": int,
@@ -49,7 +49,7 @@ class Saved(Protocol):
 
 
 class Loadable(Protocol):
-    """A session that can go on from a saved state."""
+    """A session that can resume from a saved state."""
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         """Take over what ``state_dict`` returned. Raises ``ValueError`` or the like where it does not fit."""
@@ -215,7 +215,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
     """Return the folder of the newest whole checkpoint, or ``None``; tell ``say`` of each damaged one.
 
-    Raises ``ConfigError`` at one of a later format: the version that wrote it can go on from there.
+    Raises ``ConfigError`` at one of a later format: the version that wrote it can resume from there.
     """
     for step in reversed(files.steps()):
         folder = files.checkpoint(step)

@@ -115,7 +115,7 @@ def read_progress(
     except ValueError as error:
         raise ConfigError(
             f"{folder / 'state.json'} is no state of a run ({error}). "
-            "Go on from another checkpoint, or train again."
+            "Resume from another checkpoint, or train again."
         ) from error
     return ProgressRecord(**values)
 

@@ -38,7 +38,7 @@ class Measurement:
     fault: str | None = None
 
     def seconds(self, config: Config) -> float | None:
-        """Return how long a run of ``config`` takes; ``None`` where that is not known."""
+        """Return how long a run of ``config`` takes; ``None`` if that is unknown."""
         if self.step is None:
             return None
         steps, every = config.train.steps, config.train.eval_every

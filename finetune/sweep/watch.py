@@ -21,9 +21,9 @@ INTERVAL = 1.0  # seconds between two readings
 
 
 class Board:
-    """A context manager that shows the state of a sweep on standard error, where that is a terminal.
+    """A context manager that shows the state of a sweep on standard error if that is a terminal.
 
-    ``say`` prints a line above the table; elsewhere than on a terminal there are only these lines.
+    ``say`` prints a line above the table. Without a terminal, there are only these lines.
     """
 
     def __init__(self) -> None:
@@ -42,7 +42,7 @@ class Board:
             self._live.stop()
 
     def say(self, line: str) -> None:
-        """Print one line. Above a table, which shows the rest, only what went wrong is printed."""
+        """Print one line. Above a table, only problems are printed, because the table shows the rest."""
         if self._live is None:
             print(line, file=sys.stderr, flush=True)
         elif "failed" in line or "Stopped" in line:
@@ -104,8 +104,8 @@ def summary_line(status: Status, states: Sequence[RunState]) -> str:
 def watch(folder: Path, say: Callable[[str], None] = print) -> int:
     """Show the sweep in ``folder`` until it ends; return 0, or 1 if runs failed or are not finished.
 
-    Elsewhere than on a terminal, a line is printed whenever the counts change. Raises ``ConfigError`` when
-    ``folder`` holds no sweep.
+    Without a terminal, a line is printed whenever the counts change. Raises ``ConfigError`` if ``folder``
+    holds no sweep.
     """
     status, before = Status(folder), list[str]()
     with Board() as board:
@@ -124,7 +124,7 @@ def watch(folder: Path, say: Callable[[str], None] = print) -> int:
     if unfinished:
         command = visible(str(status.about.get("command", "the same command")))
         say(
-            f"No sweep works on {folder} now, and {unfinished} of its runs are not finished. "
-            f"To go on: {command}"
+            f"No sweep is running in {folder}, and {unfinished} of its runs are not finished. "
+            f"To continue: {command}"
         )
     return 1 if unfinished or "failed" in names else 0

@@ -115,7 +115,7 @@ class Batches:
             "collate_fn": collate,
             "num_workers": self.workers,
             "worker_init_fn": outlive,
-            # the loader would draw from the global generator, and a resumed run go on with other numbers
+            # the loader would draw from the global generator, and a resumed run would get other numbers
             "generator": torch.Generator(),
         }
         loader = iter(DataLoader(self.data, batch_sampler=wanted, **options))

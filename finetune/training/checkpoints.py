@@ -1,4 +1,4 @@
-"""Save the checkpoints of a run, and go on from the newest one."""
+"""Save the checkpoints of a run, and resume from the newest one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Checkpoints:
         self._snapshot: Snapshot | None = None
 
     def resume(self, fresh: ProgressRecord, begun: bool) -> ProgressRecord | None:
-        """Go on from the newest whole checkpoint; return its record, or ``None`` if there is none.
+        """Resume from the newest complete checkpoint; return its record, or ``None`` if there is none.
 
         ``fresh``: the record of a new run, which fills in what an old checkpoint lacks. ``begun``: the run
         was started before. Raises ``ConfigError`` where the checkpoint belongs to another configuration.

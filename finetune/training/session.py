@@ -67,7 +67,7 @@ class Step:
 class Session:
     """A method in training on a model.
 
-    ``steps()`` trains. ``state_dict()`` after any step is enough to go on from there to the same bits.
+    ``steps()`` trains. ``state_dict()`` after any step is enough to resume from there to the same bits.
     ``phases`` holds, for each phase, its method and the numbers of steps done at its start and at its end.
     """
 
@@ -250,7 +250,7 @@ class Session:
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Go on from ``saved``.
+        """Resume from ``saved``.
 
         Raises ``RuntimeError`` or ``ValueError`` where it belongs to another method, model or run.
         """

@@ -152,12 +152,12 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
         (
             "gpt2",
             ["method=shira", "sparsity=0.9"],
-            "its SHiRA knows nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D",
+            "its SHiRA supports nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D",
         ),
         (
             "vit",
             ["method=shira", "sparsity=0.02"],
-            "its SHiRA wants .* entries in every layer, and .* has 1024",
+            "its SHiRA requires .* entries in every layer, and .* has 1024",
         ),
     ],
 )

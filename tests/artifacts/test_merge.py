@@ -293,7 +293,7 @@ def test_a_merged_folder_that_was_changed_is_refused(runs: Runs, tmp_path: Path)
     tensors = stored(tmp_path / "merged")
     tensors["vit.layernorm.bias"][0] += 1
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
-    refused("does not lead back to its base: it was changed after merging")
+    refused("cannot be unmerged: it was changed after merging")
     originals = tmp_path / "merged" / "finetune" / "originals.safetensors"
     originals.write_bytes(originals.read_bytes()[:-1])
     refused("originals.safetensors is damaged or cut short")
@@ -311,7 +311,7 @@ def test_a_merged_folder_that_was_changed_is_refused(runs: Runs, tmp_path: Path)
             content[key] = content[key].double()
         save_file(content, originals)
         manifest.write(originals.parent)
-        refused("does not fit the model beside it|does not lead back")
+        refused("does not fit the model beside it|cannot be unmerged")
     (tmp_path / "merged" / "model.safetensors").write_bytes(b"short")
     refused("model.safetensors")
     about = tmp_path / "merged" / ABOUT

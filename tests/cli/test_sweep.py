@@ -265,6 +265,6 @@ def test_ctrl_c_ends_the_children_and_says_how_to_go_on(tmp_path: Path) -> None:
     parent.send_signal(signal.SIGINT)
     _, said = parent.communicate(timeout=60)
     assert parent.returncode == 130
-    assert "Interrupted by SIGINT. What is finished is kept; to go on: finetune sweep method=bitfit" in said
+    assert "Interrupted by SIGINT. Finished runs are kept. To continue: finetune sweep method=bitfit" in said
     assert not Path(f"/proc/{pid}").exists()
     assert not list(tmp_path.glob("outputs/s/*/result.json"))

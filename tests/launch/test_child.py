@@ -83,7 +83,7 @@ def test_a_signal_returns_130_and_says_how_to_go_on(
 
     assert child.train(lambda: (config, frozen.path), NO_OPTIONS, processes=2, preview=preview) == 130
     assert capsys.readouterr().err == (
-        f"Stopped by {name}. To go on: finetune train --resume {frozen.path} --processes 2\n"
+        f"Stopped by {name}. To continue: finetune train --resume {frozen.path} --processes 2\n"
     )
 
 

@@ -63,7 +63,7 @@ def test_a_stopped_run_goes_on_by_the_command_that_it_prints(
     assert child.until(lambda: (run / "metrics.jsonl").exists()), child.said
     child.kill(signal.SIGTERM)
     assert child.wait() == 130, child.said
-    printed = child.said.partition("To go on: finetune ")[2].strip()
+    printed = child.said.partition("To continue: finetune ")[2].strip()
     assert shlex.split(printed) == ["train", "--resume", "outputs/n/r", "--plugins", str(mine)]
     more = commands.start(*shlex.split(printed), folder=tmp_path)
     steps = len((run / "metrics.jsonl").read_text().splitlines())

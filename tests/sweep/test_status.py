@@ -138,8 +138,8 @@ def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
     said = list[str]()
     assert watch(Path("outputs/s"), said.append) == 1
     assert (
-        said[-1] == "No sweep works on outputs/s now, and 2 of its runs are not finished. "
-        "To go on: finetune sweep seed=1,2"
+        said[-1] == "No sweep is running in outputs/s, and 2 of its runs are not finished. "
+        "To continue: finetune sweep seed=1,2"
     )
     Pool(2, said.append, gpus=[]).run(points)
     assert watch(Path("outputs/s"), said.append) == 0

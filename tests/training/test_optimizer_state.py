@@ -326,4 +326,4 @@ def test_wrong_names_and_numbers_are_one_clear_error(tmp_path: Path, change: Cal
         checkpoint.load(tmp_path / "state", new)
     (fault,) = raised.value.faults
     assert "is no state of this method and model" in fault or "state.json cannot be read" in fault
-    assert fault.endswith("Go on from another checkpoint, or train again.")
+    assert fault.endswith("Resume from another checkpoint, or train again.")

@@ -214,7 +214,7 @@ def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bit
     err = (tmp_path / "broken" / "err").read_text()
     assert err.count("SIGTERM: saving the run at the end of this step") == 1, err
     assert err.splitlines()[-1].startswith("Stopped by SIGTERM after step "), err
-    told = shlex.split(err.partition("To go on: finetune ")[2])
+    told = shlex.split(err.partition("To continue: finetune ")[2])
     assert told == ["train", "--resume", str(RUN), "--processes", "2"]
     code, _, err = run(finetune(*told[:-2]), tmp_path / "broken")
     assert code == 0, err

@@ -64,7 +64,7 @@ def said_command(child: Child) -> list[str]:
     """The words of the command that is told in the last line."""
     last = child.said.splitlines()[-1]
     assert last.startswith("Stopped by SIG"), child.said
-    program, *rest = shlex.split(last.partition("To go on: ")[2])
+    program, *rest = shlex.split(last.partition("To continue: ")[2])
     assert program == "finetune"
     return rest
 
@@ -88,7 +88,7 @@ def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
     assert child.wait() == 130
     assert f"Stopped by {number.name} after step " in child.said
     (saved,) = (tmp_path / RUN / "checkpoints").iterdir()
-    assert f"{saved.relative_to(tmp_path)}. To go on" in child.said
+    assert f"{saved.relative_to(tmp_path)}. To continue" in child.said
     assert not (tmp_path / RUN / "result.json").exists()
     command = said_command(child)
     assert command == ["train", "--resume", str(RUN)]
@@ -114,7 +114,7 @@ def test_before_the_first_step_it_ends_at_once(
     assert child.until((tmp_path / RUN / "config.yaml").exists), child.said  # measuring the base
     child.kill(signal.SIGTERM)
     assert child.wait() == 130
-    assert child.said.count("Stopped by SIGTERM. To go on: ") == 1
+    assert child.said.count("Stopped by SIGTERM. To continue: ") == 1
     assert not (tmp_path / RUN / "checkpoints").exists()
     again = begin.run(*said_command(child), folder=tmp_path)
     assert again.wait() == 0, again.said

@@ -22,15 +22,15 @@ pushed down reaches the threshold in (initial - threshold) / lr steps, so that a
 Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models", ICCV
 2023, arXiv 2307.15049.
 
-Reading: The abstract, the project page and the released code were read, the text of the paper was not. The
+Reading: The abstract, the project page and the released code were read, but not the text of the paper. The
 probability is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``,
 ``penalty`` and ``gdr`` are those of the released configurations; the documentation there also names gdr = 0.3
 for some data sets. ``method=amt`` sets other scores and another learning rate, as its file explains.
 
 Differs:
-- The paper's classes are text features of CLIP, which teacher and student share and nothing trains. Here a
-  new head is trained, and the teacher is the pretrained body with the current head. In a language model every
-  token is a sample.
+- The paper's classes are text features of CLIP, which teacher and student share and which are never trained.
+  Here a new head is trained, and the teacher is the pretrained body with the current head. In a language
+  model every token is a sample.
 - The code adds 1e-8 to the denominator of the probability. It is left out here, because gradients of means
   can be that small.
 - The code also masks the convolution of the patch embedding, which is no linear layer here.

@@ -3,8 +3,7 @@
 A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is
 added to it. The half is drawn once before training, or once for each of several rounds. Embeddings, head,
 pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, as GPT-2's
-qkv, counts as one: to freeze some of its rows would need masks, and weight decay would move those rows all
-the same.
+qkv, counts as one: freezing some of its rows would need masks, and weight decay would still move those rows.
 
 Formula:
     W <- W - rate M step(W)        M: 0 for a frozen matrix, 1 for a trained one
@@ -13,12 +12,12 @@ Formula:
 
 Paper: Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025, arXiv 2404.18466.
 
-Reading: The body of the paper could not be read, and the authors released no code. The rule by category is
+Reading: The body of the paper was not available, and the authors released no code. The rule by category is
 the one on which the abstract, reviews and a third party's code agree; that embeddings and head train is
 unverified. ``sparsity`` is the share of the *matrices*, which is a share of the entries only where matrices
 are equal in size. Shares other than the paper's half follow the same rule: the nearest count over the model,
 halves down, and no block more than one away from its even share. ``norms`` is a rule of the third party's
-code only. The paper draws once a stage (a task, or a round of tuning), never within one: ``rounds`` makes
+code only. The paper draws once per stage (a task, or a round of tuning), never within one. ``rounds`` makes
 stages of equal length within a run, each with the weights as they are and a new optimizer. The learning
 rate's schedule spans the whole run.
 
@@ -96,8 +95,8 @@ class HFT(Method):
 
     Options:
         sparsity: Share of the matrices that is frozen.
-        scope: Group in which the share is met: each ``category`` of matrices (attention and feed-forward, as
-            in the paper), or all matrices of a ``block`` or of the ``model``.
+        scope: Group within which the share holds: each ``category`` of matrices (attention and feed-forward,
+            as in the paper), or all matrices of a ``block`` or of the ``model``.
         norms: Whether half of each block's norms is frozen too.
         rounds: Number of equal stretches of the run, each with a new half and a new optimizer.
     """

@@ -12,8 +12,8 @@ Formula:
 Paper: Agarwal et al., "Step-by-Step Unmasking for Parameter-Efficient Fine-tuning of Large Language Models",
 TACL 2025, arXiv 2408.14470.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. eps = 1e-3 is from
-the example in the released documentation; that example has the exponent 0, the default here is 1.
+Reading: The abstract and the released code were read; the body of the paper was not available. eps = 1e-3 is
+from the example in the released documentation; that example has the exponent 0, the default here is 1.
 
 Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
@@ -21,8 +21,8 @@ Differs:
 - Where scores are equal the released code chooses more than a step's part, and removes the surplus from
   entries that may have been chosen earlier. Here ties go to the lower position, so every part is exact and no
   entry leaves.
-- The released code scores all trained tensors, embeddings, norms, biases and head included; here the linear
-  layers.
+- The released code scores all trained tensors, including embeddings, norms, biases and the head; here only
+  linear layers are scored.
 - In the released code weight decay moves entries that are not chosen.
 - As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the
   bias correction of the whole run.
