@@ -75,7 +75,7 @@ def _train_again(path: Path, folder: Path, options: StartOptions) -> dict[str, A
     """Train in ``folder``, in a process of its own, and return the result.
 
     The process starts where the run was started, since the settings may hold relative paths. It gets the same
-    number of threads, since another number adds up in another order.
+    number of threads, because another number would change the order of sums.
     """
     outputs = path.resolve().parent.parent
     started_in = outputs.parent if outputs.name == "outputs" else Path.cwd()

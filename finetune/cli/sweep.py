@@ -59,7 +59,7 @@ LauncherName = Annotated[
     str,
     typer.Option("--launcher", metavar="NAME", help="local, joblib, slurm or ray, with launcher.KEY=VALUE."),
 ]
-Retry = Annotated[bool, typer.Option("--retry", help="Run again what had failed before.")]
+Retry = Annotated[bool, typer.Option("--retry", help="Run failed runs again.")]
 Attempts = Annotated[
     int,
     typer.Option(
@@ -73,7 +73,7 @@ FailFast = Annotated[
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="List the runs with the time and memory they should take; run nothing."),
+    typer.Option("--dry-run", help="List the runs with their expected time and memory; run nothing."),
 ]
 MaxRuns = Annotated[
     int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")
@@ -95,7 +95,7 @@ Trials = Annotated[
     typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-FOR_SEARCH = (  # options that mean something beside --search
+FOR_SEARCH = (  # options that can be combined with --search
     "--search",
     "--trials",
     "--sweep",
@@ -223,7 +223,7 @@ def _run_search(work: Work, trials: int, configs: Configs, as_json: bool) -> Cal
 def _run_grid(
     work: Work, words: Words, trials: int, configs: Configs, max_runs: int, dry_run: bool, as_json: bool
 ) -> Callable[[], int]:
-    """Run a grid, or foresee it; return the function that prints the results and returns the exit code."""
+    """Run or forecast a grid; return the function that prints the results and returns the exit code."""
     from ..sweep import points, tune
 
     runs = points(

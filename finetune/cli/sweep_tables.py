@@ -58,7 +58,7 @@ def show_search(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
 
 
 def _show_folder(results: Sequence[tuple[Point, dict[str, Any]]]) -> None:
-    print(f"Everything lies in {results[0][0].folder.path.parent}")
+    print(f"All files are in {results[0][0].folder.path.parent}")
 
 
 def show_forecast(forecast: dict[str, Any], as_json: bool) -> None:
@@ -75,8 +75,8 @@ def show_forecast(forecast: dict[str, Any], as_json: bool) -> None:
     show_tree({"folder": forecast["folder"], "runs": rows, "total": total}, as_json)
     if any(row["run"] is None for row in forecast["runs"]):
         print(
-            "Runs named ? take the value that their trials choose; which of them are finished is known when "
-            "the trials are.",
+            "Runs named ? take the value that their trials choose. "
+            "Whether they are finished is known after the trials.",
             file=sys.stderr,
         )
     faults = {row["fault"]: row["settings"] for row in forecast["runs"] if row["fault"]}

@@ -1,7 +1,7 @@
 """Collectives between the processes of a run. With one process each returns its argument.
 
-Every collective first reduces an abort flag. So if one process runs out of memory, wherever that is, the
-others raise ``Aborted`` at their next collective instead of waiting for it forever.
+Every collective first reduces an abort flag. If one process runs out of memory at any point, the others raise
+``Aborted`` at their next collective instead of waiting forever.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ class Selector:
         return None
 
     def before_step(self, run: Run, state: Any) -> None:
-        """Called after the method's ``before_step``: freeze what does not train in this step."""
+        """Freeze what does not train in this step. Called after the method's ``before_step``."""
 
     def after_step(self, run: Run, state: Any) -> None:
         """Undo what ``before_step`` set. Between steps everything is trainable, as it was built."""

@@ -84,7 +84,7 @@ def _processes_before(folder: Path) -> int:
 
     before = processes(folder) or 1
     if before > 1:
-        print_line(f"Going on with {before} processes, as before (--processes takes another number).")
+        print_line(f"Continuing with {before} processes, as before (--processes sets another number).")
     return before
 
 
@@ -98,7 +98,7 @@ def _result(
     files = RunFolder(folder)
     if files.finished:
         files.open_or_check(config)
-        print_line(f"{folder} holds the finished result of this very run, so nothing was run again.")
+        print_line(f"{folder} already holds the finished result of this run, so nothing was trained.")
         return files.read_result()
     if processes > 1:
         return launch(config, folder, processes, options)

@@ -1,9 +1,9 @@
-"""Fork runs from one process that has imported everything, which saves seconds a run.
+"""Fork runs from one process that has imported everything, which saves seconds in every run.
 
 This works on Linux only, and not with GPUs, whose drivers do not survive a fork.
 
-The fork server is that of Python's ``multiprocessing``. It computes nothing, so nothing of it can influence a
-run. It ends with the sweep, and its children end with it.
+The fork server is that of Python's ``multiprocessing``. It computes nothing, so it cannot influence a run. It
+ends with the sweep, and its children end with it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .start import StartOptions, end_with, run_child
 
 PRELOAD = f"{__package__}.preload"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# The fork server imports this module, so in a forked child this is the server's number, even after it has
+# The fork server imports this module, so in a forked child this is the server's process id, even after it has
 # ended.
 SERVER = os.getpid()
 
@@ -72,7 +72,7 @@ class Forked:
         return self.returncode
 
     def send_signal(self, number: int) -> None:
-        """Send a signal to the process, and not to what it started."""
+        """Send a signal to the process, but not to its children."""
         if self.returncode is None:
             os.kill(self.pid, number)
 

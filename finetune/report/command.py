@@ -100,7 +100,7 @@ def _get_defaults(defaults: Defaults | None, choices: Sequence[str]) -> dict[str
 def _agreed_threads(runs: Sequence[Run]) -> dict[str, Any]:
     """Return ``train.threads`` if the settings leave it open and all runs used the same number.
 
-    Another number of threads sums in another order and so changes the last bits.
+    Another number of threads would add in another order and change the last bits.
     """
     if runs[0].settings.get("train.threads") is not None:
         return {}

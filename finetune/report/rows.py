@@ -19,7 +19,7 @@ FIRST = (
     "optimizer.name",
     "method.schedule.name",
     "method.sparsity",
-)  # settings that come first, in this order, when rows are told apart
+)  # settings that come first, in this order, in the labels of rows
 Block = tuple[Any, ...]  # what identifies one repetition: seed, split seed, fold, settings that the row pools
 
 

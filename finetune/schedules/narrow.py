@@ -1,4 +1,4 @@
-"""The narrow schedule: once, a part of the trained entries is given up.
+"""The narrow schedule: give up a part of the trained entries, once in a run.
 
 Formula:
     before step round(at * steps): the best keep * K of the K trained entries by score stay trained

@@ -25,7 +25,7 @@ LONGEST_NAME = 200  # bytes
 
 
 def _check_name(key: str, value: str) -> str:
-    """Return ``value`` if it can be one folder's name; raise ``ConfigError`` otherwise."""
+    """Return ``value`` if it is valid as a folder's name; raise ``ConfigError`` otherwise."""
     unsafe = not value.isprintable() or value.startswith(".") or "/" in value or "\\" in value
     if not value or unsafe or len(value.encode()) > LONGEST_NAME:
         raise ConfigError(
@@ -113,12 +113,12 @@ class RunFolder:
             raise ConfigError(f"{newer}.")
         if fault := safe.differs(result, RESULT_SCHEMA):
             raise ConfigError(
-                f"{self.result} is not as a run wrote it: {fault}. Train again in another folder."
+                f"{self.result} was not written by a run: {fault}. Train again in another folder."
             )
         return result
 
     def steps(self) -> list[int]:
-        """Return the steps of all checkpoints in ascending order, whole or not. Other names are left out."""
+        """Return the steps of all checkpoints, complete or not, in ascending order. Ignore other names."""
         found = []
         for path in (self.path / "checkpoints").glob("step-*"):
             if match := CHECKPOINT.fullmatch(path.name):
@@ -181,5 +181,5 @@ class RunFolder:
         if differences := describe_differences(self.config, recorded, free):
             raise ConfigError(
                 f"{self.config} is not what {beside} was trained with: {differences}. "
-                "Put it back as it was; `finetune train` starts other runs."
+                "Restore it. For other settings, start another run with `finetune train`."
             )

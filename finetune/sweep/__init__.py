@@ -1,4 +1,4 @@
-"""Sweeps: many runs, each in a process of its own, that survive whatever ends them."""
+"""Sweeps: many runs, each in its own process. A sweep can be interrupted and continued at any time."""
 
 from .grid import Point, freeze, points
 

@@ -54,7 +54,7 @@ def check(runs: Sequence[Point], retry: bool = False, options: StartOptions = NO
 def _faults_in_child(configs: list[Config], options: StartOptions) -> list[tuple[str, ...]]:
     """Call ``faults_of`` in a process of its own.
 
-    No faults are returned if that process is killed: a run will meet what killed it.
+    If that process is killed, no faults are returned: a run will fail for the same reason.
     """
     server = server_context(child_environment(1, None))
     receiver, sender = server.Pipe(duplex=False)
@@ -73,7 +73,7 @@ def _faults_in_child(configs: list[Config], options: StartOptions) -> list[tuple
 
 
 def _send_faults(settings: list[dict[str, Any]], options: StartOptions, sender: Connection) -> None:
-    """Do what the child does: apply ``options``, build the configurations, and send their faults."""
+    """Apply ``options``, build the configurations and send their faults, in the child process."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, 1)
     os.dup2(null, 2)

@@ -129,7 +129,7 @@ class Status:
             raise ConfigError(f"{self.folder}: {what}. Give the folder of a sweep, outputs/NAME.") from None
         except ValueError:
             raise ConfigError(
-                f"{file} is not what a sweep wrote. Give the command of the sweep again: it writes it anew."
+                f"{file} was not written by a sweep. Run the sweep's command again to rewrite it."
             ) from None
 
     @property

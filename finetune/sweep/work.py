@@ -23,9 +23,9 @@ Result = dict[str, Any]
 class Work:
     """What was typed, and how its points are run.
 
-    ``settings`` are the words that choose the points, and ``command`` is the whole command; other shells are
-    told both. ``launcher`` hands the points to a cluster; ``None`` runs them on this machine. The rest is as
-    in ``Pool``.
+    ``settings`` are the words that choose the points, and ``command`` is the whole command; both are recorded
+    for other shells. ``launcher`` hands the points to a cluster; ``None`` runs them on this machine. The rest
+    is as in ``Pool``.
     """
 
     settings: Sequence[str]

@@ -76,7 +76,7 @@ def rng_restore(generator: torch.Generator, snapshot: dict[str, Tensor]) -> None
 
 
 class Memory:
-    """The sizes of a session's batches, and their changes for lack of memory, each told to ``say``."""
+    """The sizes of a session's batches. They are reduced when memory runs out, with a line to ``say``."""
 
     def __init__(self, session: Retried, device: torch.device) -> None:
         self.session, self.device = session, device

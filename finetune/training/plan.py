@@ -20,8 +20,8 @@ STATE_TENSORS = 3  # of each trained entry: its gradient and the optimizer's two
 def plan(config: Config) -> dict[str, Any]:
     """Return what ``train`` would do; trains and writes nothing.
 
-    Trained entries by layer and stored bytes are those at the start of the last phase, the expected peak
-    memory is the highest of all phases. A layer's count is ``None`` where earlier phases would decide it.
+    Trained entries by layer and stored bytes are those at the start of the last phase; the expected peak
+    memory is the maximum over all phases. A layer's count is ``None`` where earlier phases would decide it.
     """
     setup = prepare(config)
     session = setup.session

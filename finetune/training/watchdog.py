@@ -22,11 +22,11 @@ from .session import Session, Step
 
 LONGEST_WINDOW, SHORTEST_WINDOW = 32, 16  # steps that a value is compared with
 SIGMAS = 8.0
-MAD_TO_SIGMA = 1.4826  # from the median absolute deviation of a normal distribution to its standard deviation
+MAD_TO_SIGMA = 1.4826  # standard deviation of a normal distribution over its median absolute deviation
 LOSS_FACTOR, NORM_FACTOR = 2.0, 10.0  # how many times the median a spike must reach
 DEAD_STEPS = 5  # steps in a row whose gradient is 0
 MOTION_STEPS = 5  # steps in which every part should have moved
-SMALLEST = 1e-30  # what takes the place of 0 in a logarithm
+SMALLEST = 1e-30  # replaces 0 in a logarithm
 
 
 def observe(record: WatchRecord, session: Session, step: Step) -> list[str]:

@@ -54,7 +54,7 @@ def rotation(n: int, seed: int = 0) -> Tensor:
     return torch.linalg.qr(some((n, n), seed).double()).Q
 
 
-def of(
+def measure_row(
     before: Tensor,
     after: Tensor,
     k: int = 6,
@@ -92,12 +92,12 @@ def test_the_tolerance_would_be_wrong_in_float16_so_types_are_compared_as_stored
     up = (half.view(torch.int16) + 1).view(torch.float16)
     by_the_formula = (up.float() - half.float()).abs() <= 1e-3 * up.float()
     assert by_the_formula.all()
-    row = of(half.view(16, 32), up.view(16, 32), 3)
+    row = measure_row(half.view(16, 32), up.view(16, 32), 3)
     assert row["changed"] == 512
     rounded = up.bfloat16() != half.bfloat16()
     assert 0 < row["changed_bf16"] == int(rounded.sum()) < 512
     single = torch.linspace(1, 1.001, 64).view(8, 8)
-    assert of(single, torch.nextafter(single, torch.tensor(9.0)), 3)["changed_bf16"] == 0
+    assert measure_row(single, torch.nextafter(single, torch.tensor(9.0)), 3)["changed_bf16"] == 0
 
 
 @settings(max_examples=40, deadline=None)
@@ -138,7 +138,7 @@ def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
     shares: dict[str, list[float]] = {"principal": [], "low": [], "magnitude": [], "gradient": []}
     for draw in range(60):
         hit = torch.rand(w.shape, generator=torch.Generator().manual_seed(draw)) < 0.1
-        row = of(w, torch.where(hit, w + 1, w), 6, 0.3, grad=some((60, 50), 7))
+        row = measure_row(w, torch.where(hit, w + 1, w), 6, 0.3, grad=some((60, 50), 7))
         for name, found in shares.items():
             found.append(row["overlap"][name]["share"])
         assert row["overlap"]["magnitude"]["chance"] == row["density"]
@@ -147,7 +147,7 @@ def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
         assert np.mean(found) == pytest.approx(0.1 if name in ("magnitude", "gradient") else 0.3, abs=0.02)
     mask = masks(w, spectrum(w, 6), 0.3)["principal"]
     hit = w > 1
-    row = of(w, torch.where(hit, 2 * w, w), 6, 0.3)
+    row = measure_row(w, torch.where(hit, 2 * w, w), 6, 0.3)
     outside = int((~mask & hit).sum()) / int(hit.sum())
     assert row["overlap"]["principal"]["share"] + outside == pytest.approx(1)
 
@@ -155,7 +155,7 @@ def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
 def test_known_overlaps() -> None:
     w = some((30, 20))
     top = largest(w.abs(), 60)
-    row = of(w, torch.where(top, w + 1, w), 4, 0.1, grad=-w)
+    row = measure_row(w, torch.where(top, w + 1, w), 4, 0.1, grad=-w)
     assert row["changed"] == 60
     assert {name: row["overlap"][name]["share"] for name in ("magnitude", "gradient", "low")} == {
         "magnitude": 1,
@@ -163,18 +163,18 @@ def test_known_overlaps() -> None:
         "low": 0,
     }
     low = ~largest(w.abs(), 540)
-    assert of(w, torch.where(low, w + 1, w), 4, 0.1)["overlap"]["low"]["share"] == 1
+    assert measure_row(w, torch.where(low, w + 1, w), 4, 0.1)["overlap"]["low"]["share"] == 1
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_a_rotation_keeps_the_spectrum_and_a_factor_keeps_the_directions(shape: tuple[int, int]) -> None:
     """Invariant 6."""
     w = some(shape).double()
-    turned = of(w.float(), (rotation(shape[0]) @ w).float())
+    turned = measure_row(w.float(), (rotation(shape[0]) @ w).float())
     assert turned["nss"] < 1e-6
     assert turned["angle_right"] < 1e-3
     assert turned["angle_left"] > 10
-    scaled = of(w.float(), 1.25 * w.float())
+    scaled = measure_row(w.float(), 1.25 * w.float())
     assert scaled["nss"] == pytest.approx(0.25)
     assert max(scaled["angle_left"], scaled["angle_right"]) < 1e-3
 
@@ -184,7 +184,7 @@ def test_a_rotation_keeps_the_spectrum_and_a_factor_keeps_the_directions(shape: 
 def test_spectrum_angles_and_bound(shape: tuple[int, int], seed: int, size: float) -> None:
     """Invariant 7, and the numbers themselves by numpy and scipy."""
     before, after = some(shape, seed), some(shape, seed) + size * some(shape, seed + 1000)
-    row, k = of(before, after), 6
+    row, k = measure_row(before, after), 6
     (u0, s0, v0), (u1, s1, v1) = (
         np.linalg.svd(w.double().numpy(), full_matrices=False) for w in (before, after)
     )
@@ -215,7 +215,7 @@ def test_ranks_that_are_known() -> None:
 
 @pytest.mark.parametrize("w", [torch.zeros(6, 4), some((6, 1)) @ some((1, 4))])
 def test_no_change_and_weights_of_low_rank_give_numbers(w: Tensor) -> None:
-    same, other = of(w, w, 3), of(w, w + some((6, 4), 5), 3)
+    same, other = measure_row(w, w, 3), measure_row(w, w + some((6, 4), 5), 3)
     assert same["changed"] == same["nss"] == same["angle_left"] == same["effective_rank"] == 0
     assert same["overlap"]["low"]["share"] is None
     assert all(math.isfinite(v) for row in (same, other) for v in row.values() if isinstance(v, float))
@@ -225,7 +225,7 @@ def test_layers_together_are_as_one() -> None:
     pairs = [
         (some(shape, i), some(shape, i) + (some(shape, i + 50) > 1) * 0.1) for i, shape in enumerate(SHAPES)
     ]
-    rows = [of(a, b, 4, 0.2) for a, b in pairs]
+    rows = [measure_row(a, b, 4, 0.2) for a, b in pairs]
     whole = summed(rows)
     before, after = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
     assert whole["density"] == pytest.approx(float((before != after).float().mean()))

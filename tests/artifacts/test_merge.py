@@ -33,7 +33,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs(tmp_path_factory.mktemp("runs"))
 
 
-def stored(folder: Path) -> dict[str, Tensor]:
+def read_tensors(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
@@ -202,7 +202,7 @@ def test_the_written_file_itself_is_tested(
 
     def loses(entry: bool, model: Any, processor: Any, out: Path) -> None:
         write(model, processor, out)
-        tensors = stored(out)
+        tensors = read_tensors(out)
         name = next(name for name, t in tensors.items() if t.ndim == 2 and "layer" in name)
         if entry:
             tensors[name][0, 0] += 1e-3
@@ -236,15 +236,15 @@ def test_unmerged_is_the_base_to_the_byte(
     runs: Runs, tmp_path: Path, kind: str, words: list[str], dtypes: tuple[str, str | None]
 ) -> None:  # fmt: skip
     run, (base_dtype, dtype) = runs(kind, *words, dtype=dtypes[0]), dtypes
-    base = stored(runs.base(kind, base_dtype))
+    base = read_tensors(runs.base(kind, base_dtype))
     assert merge(run, tmp_path / "merged", dtype)["unmerge"] == "possible"
     assert not all(
-        torch.equal(t, stored(tmp_path / "merged")[name].to(t.dtype))
+        torch.equal(t, read_tensors(tmp_path / "merged")[name].to(t.dtype))
         for name, t in base.items()
         if not name.startswith("classifier")
     )
     unmerge(tmp_path / "merged", tmp_path / "back")
-    back = stored(tmp_path / "back")
+    back = read_tensors(tmp_path / "back")
     assert back.keys() == base.keys()
     for name, tensor in base.items():
         if not name.startswith("classifier"):  # the run's head was new
@@ -290,7 +290,7 @@ def test_a_merged_folder_that_was_changed_is_refused(runs: Runs, tmp_path: Path)
         shutil.copytree(whole, tmp_path / "merged")
 
     refused("merge.json cannot be read") if shutil.copytree(runs.base("vit"), tmp_path / "merged") else None
-    tensors = stored(tmp_path / "merged")
+    tensors = read_tensors(tmp_path / "merged")
     tensors["vit.layernorm.bias"][0] += 1
     save_file(tensors, tmp_path / "merged" / "model.safetensors", {"format": "pt"})
     refused("cannot be unmerged: it was changed after merging")

@@ -55,11 +55,11 @@ def run(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def repeated(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The repetition is the run itself, at once."""
 
-    def again(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
+    def copy_run(path: Path, folder: Path, options: StartOptions) -> dict[str, Any]:
         shutil.copytree(made, folder)
         return dict(json.loads((folder / "result.json").read_text()))
 
-    monkeypatch.setattr(reproducing, "_train_again", again)
+    monkeypatch.setattr(reproducing, "_train_again", copy_run)
 
 
 def change(run: Path, **told: Any) -> dict[str, Any]:

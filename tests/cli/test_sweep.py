@@ -25,7 +25,7 @@ ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "
 def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None:
     code, out, err = typed(*SMALL, "seed=1,2", "name=a", "--jobs", "2")
     assert code == 0, err
-    assert "Everything lies in outputs/a" in out
+    assert "All files are in outputs/a" in out
     assert "[2/2]" in err
     code, out, err = typed(*SMALL, "seed=1,2,101", "name=a", "--json")
     assert code == 1

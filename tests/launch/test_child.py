@@ -48,7 +48,7 @@ def test_a_frozen_configuration_is_trained_in_its_folder(
     assert run_child(child.train_frozen, NO_OPTIONS, str(frozen.config)) == 0
     out, err = capsys.readouterr()
     assert out == ""
-    assert "holds the finished result of this very run" in err
+    assert "already holds the finished result of this run" in err
     assert frozen.result.read_bytes() == written
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from finetune import sweep
-from finetune.launch import forkserver as warm
+from finetune.launch import forkserver
 from finetune.launch.start import NO_OPTIONS
 from finetune.sweep.process import Process
 from finetune.system.environment import child_environment
@@ -24,14 +24,14 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="runs are forked
 
 
 @pytest.fixture
-def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
+def lock_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
     """An open file, as the lock of a run is; the server imports next to nothing."""
     handle = os.open(tmp_path / "lock", os.O_RDWR | os.O_CREAT)
     yield handle
     os.close(handle)
 
 
-def ended(child: warm.Forked) -> tuple[int | None, str]:
+def wait_for_child(child: forkserver.Forked) -> tuple[int | None, str]:
     said = child.stderr.read().decode()  # to the end: nobody else holds the pipe
     child._process.join(60)
     child.stderr.close()
@@ -40,22 +40,24 @@ def ended(child: warm.Forked) -> tuple[int | None, str]:
 
 @pytest.mark.processes
 def test_the_child_trains_a_frozen_configuration_and_reports_what_is_wrong_with_it(
-    held: int, tmp_path: Path
+    lock_handle: int, tmp_path: Path
 ) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("method: {name: nope}\n", encoding="utf-8")
-    child = warm.Forked(str(file), NO_OPTIONS, child_environment(1, None) | {"COLUMNS": "80"}, held)
-    code, said = ended(child)
+    child = forkserver.Forked(
+        str(file), NO_OPTIONS, child_environment(1, None) | {"COLUMNS": "80"}, lock_handle
+    )
+    code, said = wait_for_child(child)
     assert code == 2
     assert "Error: method=nope is not known." in said
     assert child.pid != os.getpid()
 
 
 @pytest.mark.processes
-def test_a_killed_child_says_by_which_signal(held: int) -> None:
-    child = warm.Forked("config.yaml", NO_OPTIONS, child_environment(1, None), held)
+def test_a_killed_child_says_by_which_signal(lock_handle: int) -> None:
+    child = forkserver.Forked("config.yaml", NO_OPTIONS, child_environment(1, None), lock_handle)
     os.kill(child.pid, signal.SIGKILL)
-    assert ended(child)[0] == -signal.SIGKILL
+    assert wait_for_child(child)[0] == -signal.SIGKILL
 
 
 @pytest.mark.processes
@@ -96,7 +98,7 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
         sweep.freeze([point])
         process = Process.start(point, NO_OPTIONS, threads=1, fork=how)
         assert process
-        assert isinstance(process._process, warm.Forked) is how
+        assert isinstance(process._process, forkserver.Forked) is how
         while (result := process.poll()) is None:
             time.sleep(0.05)
         assert result["status"] == "finished", result["error"]

@@ -55,7 +55,7 @@ def train(folder: Path, config: Path, *more: str) -> list[str]:
     return said
 
 
-def again(files: RunFolder) -> list[str]:
+def resume_run(files: RunFolder) -> list[str]:
     """Resume from the checkpoint as if the run had been killed; return the messages."""
     files.result.unlink()
     return train(files.path, files.config)
@@ -112,7 +112,7 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
     files = RunFolder(Path(name))
     told, lines = files.read_result(), files.metrics.read_text().splitlines()
     before = read_tensors(files.delta / "delta.safetensors")
-    said = again(files)
+    said = resume_run(files)
     assert "Going on from step 4" in said[-1]
     result = files.read_result()
     assert close(result["metrics"], told["metrics"])
@@ -237,7 +237,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(
     torn.write_bytes(data)
     for name in ("step-8", "step-07", "step-x"):  # one of a crash, and two that are not ours
         (files.path / "checkpoints" / name).mkdir()
-    said = again(files)
+    said = resume_run(files)
     skipped = [line for line in said if "skipped" in line]
     assert ["step-8" in line for line in skipped] == [True, False]
     assert (
@@ -264,7 +264,7 @@ def test_a_torn_change_is_refused_by_name(new: Path, tmp_path: Path, monkeypatch
     files = RunFolder(Path("shira"))
     told = files.read_result()["metrics"]
     assert [manifest.faults(files.checkpoint(step)) for step in files.steps()] == [[], []]
-    again(files)  # the checkpoint brings the change back
+    resume_run(files)  # the checkpoint brings the change back
     assert finished.evaluate(Path("shira"))["metrics"] == {
         split: told[split] for split in ("val", "test", "retention")
     }

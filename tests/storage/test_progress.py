@@ -18,7 +18,7 @@ FIRST = sorted((TESTS / "fixtures" / "format-1").glob("*/checkpoints/step-*/stat
 FOLDER = Path("step-4")
 
 
-def stored(file: Path) -> dict[str, Any]:
+def read_extra(file: Path) -> dict[str, Any]:
     extra: dict[str, Any] = json.loads(file.read_text())["extra"]
     return extra
 
@@ -26,13 +26,13 @@ def stored(file: Path) -> dict[str, Any]:
 @pytest.mark.parametrize("file", FROZEN, ids=lambda file: file.parents[2].name)
 def test_a_record_is_written_as_an_earlier_version_wrote_it(file: Path) -> None:
     """Compare with the files of the frozen runs: the same keys in the same order, the same values."""
-    extra = stored(file)
+    extra = read_extra(file)
     assert json.dumps(read_progress(FOLDER, extra).to_json()) == json.dumps(extra)
 
 
 @pytest.mark.parametrize("file", FIRST, ids=lambda file: file.parents[2].name)
 def test_what_the_first_checkpoints_lack_comes_from_the_new_run(file: Path) -> None:
-    extra = stored(file)
+    extra = read_extra(file)
     lacking = {"spent", "over", "watch", "memory", "threads", "processes", "config"}
     assert not lacking & extra.keys()
     current = ProgressRecord(threads=3, processes=2, config={"seed": 3})

@@ -132,11 +132,11 @@ def test_a_second_interruption_does_not_wait(stub: Make, monkeypatch: pytest.Mon
     ended = Process.stop
     monkeypatch.setattr(Process, "stop", stop)
 
-    def look(p: Pool) -> None:
+    def interrupt(p: Pool) -> None:
         if p.running and slow.folder.metrics.exists():
             raise Interrupted("SIGINT")
 
     with pytest.raises(Interrupted):
-        Pool(1, lambda line: None, gpus=[], update=look).run([slow])
+        Pool(1, lambda line: None, gpus=[], update=interrupt).run([slow])
     assert stops == [10.0, 0.0]
     assert gone(slow)

@@ -55,7 +55,7 @@ def run_search(words: list[str], trials: int) -> list[tuple[Point, dict[str, Any
     return search.run(Work(words), trials)
 
 
-def told(name: str = "s") -> list[dict[str, Any]]:
+def read_trials(name: str = "s") -> list[dict[str, Any]]:
     trials: list[dict[str, Any]] = json.loads(Path("outputs", name, "search.json").read_text())["trials"]
     return trials
 
@@ -89,7 +89,7 @@ def test_the_best_is_found_and_comes_first(fake: None) -> None:
     assert 0.001 < best.config.optimizer.lr < 0.01
     assert best.label == f"optimizer.lr={best.config.optimizer.lr!r}"
     assert json.loads(Path("outputs/s/search.json").read_text())["best"] == next(
-        t["number"] for t in told() if t["run"] == best.folder.path.name
+        t["number"] for t in read_trials() if t["run"] == best.folder.path.name
     )
     shown = [r["metrics"]["val"]["accuracy"] for _, r in finished]
     assert shown == sorted(shown, reverse=True)
@@ -102,7 +102,7 @@ def test_pruned_by_the_median_of_earlier_trials(fake: None) -> None:
     run_search(ASKED, 16)
     reached: dict[int, list[float]] = {step: [] for step in (2, 4, 6, 8)}
     finished = 0
-    for trial in told():
+    for trial in read_trials():
         lr = trial["settings"]["optimizer.lr"]
         for step in (2, 4, 6, 8):
             others = sorted(reached[step])
@@ -135,7 +135,7 @@ def test_others_can_watch_it(fake: None, monkeypatch: pytest.MonkeyPatch) -> Non
     assert seen == [(True, number, 16) for number in range(1, 17)]
     status = Status(Path("outputs/s"))
     states = [state.state for state in status.states()]
-    assert sorted(states) == sorted(trial["status"] for trial in told())
+    assert sorted(states) == sorted(trial["status"] for trial in read_trials())
     assert "pruned" in states
     assert f"{states.count('pruned')} pruned of 16" in summary_line(status, status.states())
     assert watch(Path("outputs/s")) == 0
@@ -159,19 +159,19 @@ def test_a_run_that_is_done_is_not_pruned() -> None:
 def test_the_same_seed_gives_the_same_trials_and_another_others(fake: None) -> None:
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
         run_search([*ASKED[:-1], f"name={name}", f"seed={seed}"], 6)
-    a, b, c = ([t["settings"] for t in told(name)] for name in "abc")
+    a, b, c = ([t["settings"] for t in read_trials(name)] for name in "abc")
     assert a == b
     assert a != c
 
 
 def test_more_trials_continue_a_search(fake: None) -> None:
     run_search(ASKED, 9)
-    whole = told()
+    whole = read_trials()
     assert len(fake_training.started) == 9
     for trials in (4, 4, 9):
         run_search([*ASKED[:-1], "name=parts"], trials)
     assert len(fake_training.started) == 18
-    assert [(t["settings"], t["status"], t["steps"]) for t in told("parts")] == [
+    assert [(t["settings"], t["status"], t["steps"]) for t in read_trials("parts")] == [
         (t["settings"], t["status"], t["steps"]) for t in whole
     ]
     assert run_search(ASKED, 3)
@@ -180,16 +180,16 @@ def test_more_trials_continue_a_search(fake: None) -> None:
 
 def test_failures_are_trials(fake: None) -> None:
     run_search(["method=head", "optimizer.lr=choice(0.01,5)", "train.steps=4", "name=s"], 8)
-    states = {t["settings"]["optimizer.lr"]: (t["status"], t["error"]) for t in told()}
+    states = {t["settings"]["optimizer.lr"]: (t["status"], t["error"]) for t in read_trials()}
     assert states == {"0.01": ("finished", None), "5": ("failed", "the loss is nan")}
-    assert len(told()) == 8
+    assert len(read_trials()) == 8
     assert len(fake_training.started) == 2
 
 
 def test_contradictions_between_settings_fail_alone(fake: None) -> None:
     words = ["method=hft", "method.rounds=choice(1,2)", "sparsity=choice(0.5,0.0)", "train.steps=4", "name=s"]
     run_search(words, 12)
-    failed = [t for t in told() if t["status"] == "failed"]
+    failed = [t for t in read_trials() if t["status"] == "failed"]
     assert failed
     assert all(t["settings"] == {"method.rounds": "2", "method.sparsity": "0.0"} for t in failed)
     assert all("draws nothing" in t["error"] and t["run"] is None for t in failed)
@@ -208,7 +208,7 @@ def test_another_search_in_the_folder_is_refused(fake: None) -> None:
     run_search(ASKED, 1)
     with pytest.raises(ConfigError, match=r"outputs/s holds another search: .*tag\(log"):
         run_search(["method=head", "optimizer.lr=interval(1e-3,1e-2)", "train.steps=8", "name=s"], 1)
-    assert len(told()) == 1
+    assert len(read_trials()) == 1
 
 
 def test_a_damaged_storage_is_said(fake: None) -> None:
@@ -262,15 +262,15 @@ def test_killed_at_any_time_it_ends_with_the_same_trials(fake: None) -> None:
     assert kills >= 2
     assert process.returncode == 0
     kept = ("number", "settings", "status", "val", "steps", "error")
-    assert [{key: t[key] for key in kept} for t in told()] == [
-        {key: t[key] for key in kept} for t in told("whole")
+    assert [{key: t[key] for key in kept} for t in read_trials()] == [
+        {key: t[key] for key in kept} for t in read_trials("whole")
     ]
 
 
 def search_rows() -> int:
     """How many trials ``search.json`` holds by now."""
     try:
-        return len(told())
+        return len(read_trials())
     except (OSError, ValueError):
         return 0
 
@@ -294,7 +294,7 @@ def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
             one.study.add_trial(made)
     results = run_search(words, 6)
     said = capsys.readouterr().err
-    *_, trial = told()
+    *_, trial = read_trials()
     assert (trial["status"], trial["steps"]) == ("pruned", 5)
     run = Path("outputs/s", trial["run"])
     assert not (run / "result.json").exists()
@@ -325,4 +325,6 @@ def test_through_the_command_with_real_runs() -> None:
     process.wait()
     again = subprocess.run([*command, *words, "name=s"], env=ENV, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert [(t["settings"], t["val"]) for t in told()] == [(t["settings"], t["val"]) for t in told("whole")]
+    assert [(t["settings"], t["val"]) for t in read_trials()] == [
+        (t["settings"], t["val"]) for t in read_trials("whole")
+    ]

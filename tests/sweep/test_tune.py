@@ -39,7 +39,7 @@ def tuned(points: list[Point], parameter: str = "optimizer.lr", trials: int = 5)
     return tuning.settle(FakePool(1, quiet).run(tuning.trials), quiet)
 
 
-def told(point: Point) -> dict[str, Any]:
+def read_tuning(point: Point) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((point.folder.path / "tuning.json").read_text())
     return found
 
@@ -105,14 +105,14 @@ def test_every_configuration_gets_its_trials_on_the_first_seed() -> None:
     own = {p.config.method.name: p.config.optimizer.lr for p in points}
     for point in final:
         tried = [own[point.config.method.name] * math.sqrt(10) ** i for i in (-2, -1, 0, 1, 2)]
-        assert [row["value"] for row in told(point)["tried"]] == pytest.approx(tried, rel=0.005)
+        assert [row["value"] for row in read_tuning(point)["tried"]] == pytest.approx(tried, rel=0.005)
         assert point.folder.path.parent == Path("outputs/t")
         assert point.folder.path.name.endswith(f"s{point.config.seed}-{point.config.hash()}")
 
 
 def test_the_choice_is_that_of_brute_force_over_validation() -> None:
     for point in tuned(grid.points(GRID)):
-        about = told(point)
+        about = read_tuning(point)
         best = max(about["tried"], key=lambda row: accuracy(row["value"], 4, 4))
         assert about["chosen"] == point.config.optimizer.lr == best["value"]
         assert {key: about[key] for key in ("format", "parameter", "trials")} == {
@@ -157,7 +157,7 @@ def test_trials_that_are_there_are_not_run_again() -> None:
 def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
     words = ["method=head", "name=t", "train.steps=4"]
     (point,) = tuned(grid.points([*words, "optimizer.lr=0.5"]))
-    assert [row["status"] for row in told(point)["tried"]] == [
+    assert [row["status"] for row in read_tuning(point)["tried"]] == [
         "finished",
         "finished",
         "finished",
@@ -166,8 +166,8 @@ def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
     ]
     assert point.config.optimizer.lr == 0.05
     (point,) = tuned(grid.points([*words, "optimizer.lr=50"]), trials=2)
-    assert point.config.optimizer.lr == told(point)["chosen"] == 50
-    assert [(row["status"], row["val"]) for row in told(point)["tried"]] == [("failed", None)] * 2
+    assert point.config.optimizer.lr == read_tuning(point)["chosen"] == 50
+    assert [(row["status"], row["val"]) for row in read_tuning(point)["tried"]] == [("failed", None)] * 2
 
 
 @pytest.mark.parametrize(
@@ -190,7 +190,7 @@ def test_what_is_best(vals: list[Any], chosen: int) -> None:
 def test_another_setting_than_the_rate() -> None:
     points = grid.points(["method=lora", "name=t", "train.steps=4"])
     (point,) = tuned(points, "method.rank:2:32", 5)
-    assert [row["value"] for row in told(point)["tried"]] == [2, 4, 8, 16, 32]
+    assert [row["value"] for row in read_tuning(point)["tried"]] == [2, 4, 8, 16, 32]
     assert point.config.method.rank == 2  # all alike: the smaller
     assert point.config.optimizer == points[0].config.optimizer
 

@@ -29,7 +29,7 @@ from finetune.schedules.drop_grow import DropGrow
 from finetune.storage import checkpoint, manifest
 from finetune.system import random_state
 from finetune.testing import contract
-from finetune.training import session as loop
+from finetune.training import session as session_module
 from finetune.training.session import Session
 
 AT = 3
@@ -157,7 +157,7 @@ def test_a_version_that_groups_otherwise_goes_on_to_the_same_bits(
 ) -> None:
     """A tensor that this version would put into another group keeps the weight decay that it had."""
     whole = train_and_save(tmp_path / "state", "full", optimizer)
-    real = loop.make_optimizer
+    real = session_module.make_optimizer
 
     def make_other(states: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
         groups = []
@@ -166,7 +166,7 @@ def test_a_version_that_groups_otherwise_goes_on_to_the_same_bits(
                 groups.append({"params": [parameter], "weight_decay": 0.9})
         return settings.make(groups, states)
 
-    monkeypatch.setattr(loop, "make_optimizer", make_other)
+    monkeypatch.setattr(session_module, "make_optimizer", make_other)
     contract.same_values(resume(tmp_path / "state", "full", optimizer).states, whole.states)
 
 

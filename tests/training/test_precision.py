@@ -27,7 +27,7 @@ from finetune.methods.sparse.spiel import SpIEL
 from finetune.schedules.drop_grow import DropGrow
 from finetune.selectors.ist import IST
 from finetune.testing import contract
-from finetune.training import session as loop
+from finetune.training import session as session_module
 from finetune.training.session import NotFinite, Session, Step
 
 METHODS: dict[str, Callable[[], Method]] = {
@@ -161,7 +161,7 @@ def test_a_gradient_that_overflows_at_every_scale_is_a_failure_of_the_run() -> N
         overflow = Overflow(session, {2}, 0.0)
         with pytest.raises(NotFinite, match="gradient at every loss scale is inf at step 3") as caught:
             contract.finish(session)
-    assert overflow.count == loop.LOSS_SCALES
+    assert overflow.count == session_module.LOSS_SCALES
     assert len(caught.value.ids) == 5
     assert session.number == 2
 

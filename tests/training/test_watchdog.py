@@ -48,7 +48,7 @@ from ..support.plain_runs import Runs
 Series = list[float]
 
 
-def told(
+def find_warnings(
     losses: Series, norms: Series | None = None, marks: dict[int, dict[str, float]] | None = None
 ) -> list[str]:
     """Return the warnings for these losses and gradient norms; the record goes through JSON at times."""
@@ -95,7 +95,7 @@ def noisy(seed: int, steps: int = 160, largest: float = 0.5) -> Series:
 
 
 def test_no_false_alarm_on_a_thousand_noisy_falling_series() -> None:
-    alarms = {seed: said for seed in range(1000) if (said := told(noisy(seed), noisy(seed + 5000)))}
+    alarms = {seed: said for seed in range(1000) if (said := find_warnings(noisy(seed), noisy(seed + 5000)))}
     assert not alarms
 
 
@@ -106,22 +106,26 @@ def test_every_planted_spike_is_told_with_its_step_and_once(largest: float, time
         losses, at = noisy(seed, largest=largest), 40 + seed
         spike = times * max(losses)
         spiked = [*losses[:at], spike, *losses[at + 1 : at + 20], spike, *losses[at + 21 :]]
-        (line,) = told(spiked)
+        (line,) = find_warnings(spiked)
         assert line.startswith("The loss rose to ")
         assert f"at step {at + 1}," in line
-        (line,) = told(losses, [10 * x if x == spike else x for x in spiked])
+        (line,) = find_warnings(losses, [10 * x if x == spike else x for x in spiked])
         assert line.startswith("The gradient's norm rose to ")
         assert f"at step {at + 1}," in line
 
 
 def test_what_is_no_spike() -> None:
     steady = [0.5 + 0.01 * (i % 3) for i in range(100)]
-    assert not told([*steady[:50], 0.9, *steady])  # too low
-    assert not told([*steady[:15], 50.0])  # too early to tell
-    assert not told([4.0] * 40 + [x / 100 for x in steady] + [1.9])  # most of what was learned is still there
-    assert told([4.0] * 40 + [x / 100 for x in steady] + [2.1])
-    assert not told([*steady, *[5.0] * 40], marks={100: {"churn": 0.5}})  # the entries moved: another model
-    assert told([*steady, *[5.0] * 40])
+    assert not find_warnings([*steady[:50], 0.9, *steady])  # too low
+    assert not find_warnings([*steady[:15], 50.0])  # too early to tell
+    assert not find_warnings(
+        [4.0] * 40 + [x / 100 for x in steady] + [1.9]
+    )  # most of what was learned is still there
+    assert find_warnings([4.0] * 40 + [x / 100 for x in steady] + [2.1])
+    assert not find_warnings(
+        [*steady, *[5.0] * 40], marks={100: {"churn": 0.5}}
+    )  # the entries moved: another model
+    assert find_warnings([*steady, *[5.0] * 40])
 
 
 def test_a_new_phase_starts_anew() -> None:
@@ -134,10 +138,10 @@ def test_a_new_phase_starts_anew() -> None:
 
 
 def test_dead_gradients_and_norms_that_are_no_number() -> None:
-    (line,) = told([1.0] * 30, [1.0] * 10 + [0.0] * 20)
+    (line,) = find_warnings([1.0] * 30, [1.0] * 10 + [0.0] * 20)
     assert line.startswith("The gradient is 0 in the 5 steps up to 15: nothing is learned")
-    assert not told([1.0] * 30, ([0.0] * 4 + [1.0]) * 6)
-    (line,) = told([1.0] * 30, [1.0] * 10 + [math.inf] + [1.0] * 10 + [math.inf] * 9)
+    assert not find_warnings([1.0] * 30, ([0.0] * 4 + [1.0]) * 6)
+    (line,) = find_warnings([1.0] * 30, [1.0] * 10 + [math.inf] + [1.0] * 10 + [math.inf] * 9)
     assert line.startswith("The gradient's norm is inf at step 11")
 
 

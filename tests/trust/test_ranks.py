@@ -218,7 +218,7 @@ def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bit
     assert told == ["train", "--resume", str(RUN), "--processes", "2"]
     code, _, err = run(finetune(*told[:-2]), tmp_path / "broken")
     assert code == 0, err
-    assert "Going on with 2 processes, as before" in err
+    assert "Continuing with 2 processes, as before" in err
     assert run(finetune(*words, "--processes", "2"), tmp_path / "whole")[0] == 0
     assert not differences(tmp_path / "broken" / RUN, tmp_path / "whole" / RUN)
 

@@ -2,7 +2,7 @@
 
 ``type`` and ``config`` name one of peft's tuners and its own settings. If the tuner has target modules and
 ``config`` names none, it gets the layers that ``targets`` matches. Trained parameters are float32 or wider.
-For AdaLoRA the tuner chooses its ranks again after every step, and what it chooses by is part of the
+AdaLoRA's tuner chooses its ranks again after every step; the averages that it uses for this are part of the
 checkpoint.
 
 Formula:
@@ -16,8 +16,8 @@ single layers are refused by name, and so are those that need the number of a ta
 
 Differs:
 - peft freezes the task head; here it stays trained.
-- peft keeps what AdaLoRA chooses ranks by in dictionaries outside of the model, so that a checkpoint lacks
-  it; here it is saved.
+- peft keeps AdaLoRA's averages in dictionaries outside of the model, so a checkpoint lacks them; here they
+  are saved.
 
 Cost: As the tuner's own. The trained parameters are stored; finetune export writes them in peft's format.
 """

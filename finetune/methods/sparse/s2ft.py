@@ -111,7 +111,7 @@ class S2FT(Method):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = self.sites(model)
-        bank = Bank(sites, sum(draw.most_entries() for draw in self.draws(model, sites)))
+        bank = Bank(sites, sum(draw.most_entries() for draw in self.plan_draws(model, sites)))
         views = [SparseDelta(bank, i, site) for i, site in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
             attach(model, site.name, view)
@@ -121,7 +121,7 @@ class S2FT(Method):
         bank: Bank = state["bank"]
         sites = self.sites(run.model)
         index: dict[int, Tensor] = {}
-        for draw in self.draws(run.model, sites):
+        for draw in self.plan_draws(run.model, sites):
             counts = [units.count for units in draw.units]
             drawn = torch.zeros(sum(counts), dtype=torch.bool)
             drawn[torch.randperm(len(drawn), generator=run.generator)[: draw.count]] = True
@@ -148,7 +148,7 @@ class S2FT(Method):
             raise ConfigError(*faults)
         return find_sites(model, tuple(targets))
 
-    def draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
+    def plan_draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
         """Yield one draw for each share above 0. Raises ``ConfigError`` for a share of less than one unit."""
         for name, share in self.shares.items():
             if not share:

@@ -148,7 +148,7 @@ def test_fisher_squares_each_example_and_not_their_sum() -> None:
 # Scores of the weights
 
 
-def look(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None) -> ScoredSite:
+def make_site(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None) -> ScoredSite:
     """A layer of weight ``w``, and a change of it as a delta would make it."""
     from finetune.core.part import Delta, Patched
 
@@ -168,10 +168,10 @@ def look(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None)
 def test_magnitude_and_change_see_the_weight_as_it_is_now() -> None:
     w, change, trained = torch.randn(3, 6, 5).unbind()
     method = Crossing()
-    assert torch.equal(score_named("magnitude")(look(w, change), method), (w + change).abs())
-    assert torch.equal(score_named("change")(look(w, change), method), (w + change - w).abs())
-    assert torch.equal(score_named("magnitude")(look(w, None, trained), method), trained.abs())
-    assert torch.equal(score_named("change")(look(w, None, trained), method), (trained - w).abs())
+    assert torch.equal(score_named("magnitude")(make_site(w, change), method), (w + change).abs())
+    assert torch.equal(score_named("change")(make_site(w, change), method), (w + change - w).abs())
+    assert torch.equal(score_named("magnitude")(make_site(w, None, trained), method), trained.abs())
+    assert torch.equal(score_named("change")(make_site(w, None, trained), method), (trained - w).abs())
 
 
 @pytest.mark.parametrize("score", ["magnitude", "change", "lowrank_magnitude", "principal", "off_principal"])
@@ -181,7 +181,9 @@ def test_a_score_leaves_the_weights_alone_and_is_float32(score: str) -> None:
         before = w.clone(), trained.clone()
         for given in (None, trained):
             assert (
-                score_named(score)(look(w, None, given), Crossing(score="lowrank_magnitude", rank=2)).dtype
+                score_named(score)(
+                    make_site(w, None, given), Crossing(score="lowrank_magnitude", rank=2)
+                ).dtype
                 == torch.float32
             )
         assert torch.equal(w, before[0])
@@ -189,7 +191,7 @@ def test_a_score_leaves_the_weights_alone_and_is_float32(score: str) -> None:
 
 
 def test_random_is_drawn_from_the_runs_generator() -> None:
-    first, again = look(torch.randn(300, 200)), look(torch.randn(300, 200))
+    first, again = make_site(torch.randn(300, 200)), make_site(torch.randn(300, 200))
     a, b, c = (score_named("random")(x, Crossing()) for x in (first, again, first))
     assert torch.equal(a, b)
     assert not torch.equal(a, c)
@@ -206,7 +208,7 @@ def test_low_rank_is_the_truncated_singular_value_decomposition(shape: tuple[int
     assert int(torch.linalg.matrix_rank(found.double(), rtol=1e-5)) == rank
     torch.testing.assert_close(found, best.float(), rtol=1e-4, atol=1e-5)
     for name in ("lowrank_magnitude", "principal"):
-        score = score_named(name)(look(w), Crossing(score="principal", rank=rank))
+        score = score_named(name)(make_site(w), Crossing(score="principal", rank=rank))
         torch.testing.assert_close(score, best.abs().float(), rtol=1e-4, atol=1e-5)
 
 
@@ -226,5 +228,5 @@ def test_off_principal_takes_the_union_of_the_small_and_the_small_after_rank_red
     for a in range(1, 108, 7):
         union = set(by_weight[:a].tolist()) | set(by_rank[:a].tolist())
         top = TopK(len(union), {0: 1})
-        top.add(0, score_named("off_principal")(look(w), Crossing(score="off_principal", rank=3)))
+        top.add(0, score_named("off_principal")(make_site(w), Crossing(score="off_principal", rank=3)))
         assert set(top.take()[0].tolist()) == union

@@ -82,7 +82,7 @@ def test_at_full_rank_it_is_plain_magnitude_and_at_a_small_one_hardly() -> None:
     assert max(overlaps) < 0.7
 
 
-def look(w: Tensor) -> Tensor:
+def score_weight(w: Tensor) -> Tensor:
     layer: Any = type("Layer", (), {"weight": w, "original": w})()
     return score_named("lowrank_magnitude")(ScoredSite(layer, torch.Generator()), LIFT(rank=2))
 
@@ -101,15 +101,15 @@ def test_follows_the_signal_and_not_the_noise() -> None:
     signal = torch.randn(60, 2, generator=g) @ torch.randn(2, 80, generator=g)
     noise = torch.zeros(60, 80).bernoulli_(0.02, generator=g) * 8 * torch.randn(60, 80, generator=g).sign()
     wanted, plain = top(signal.abs(), 200), top((signal + noise).abs(), 200)
-    found = top(look(signal + noise), 200)
+    found = top(score_weight(signal + noise), 200)
     assert int((found & wanted).sum()) > 150 > int((plain & wanted).sum()) + 20
 
 
 def test_scale_and_transposition() -> None:
     """The mask does not change with a factor, and is transposed with the weight."""
     w = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(top(look(4 * w), 90), top(look(w), 90))
-    assert torch.equal(top(look(w.T.contiguous()), 90), top(look(w), 90).T)
+    assert torch.equal(top(score_weight(4 * w), 90), top(score_weight(w), 90))
+    assert torch.equal(top(score_weight(w.T.contiguous()), 90), top(score_weight(w), 90).T)
 
 
 def test_refresh_keeps_moments_and_values() -> None:
@@ -125,7 +125,7 @@ def test_refresh_keeps_moments_and_values() -> None:
     for layer, was, trained in zip(layers, before, chosen, strict=True):
         assert torch.equal(layer.weight[~trained], was[~trained])
         assert not torch.equal(layer.weight, was)
-    held = [bank.where(i).tolist() for i in range(len(bank.sizes))]
+    old_positions = [bank.where(i).tolist() for i in range(len(bank.sizes))]
     moments = {
         k: t.clone() for k, t in session.optimizer.state[bank.values].items() if t.shape == bank.values.shape
     }
@@ -140,9 +140,9 @@ def test_refresh_keeps_moments_and_values() -> None:
         torch.testing.assert_close(layer.weight, values[i], rtol=0, atol=0)  # a refresh rolls nothing back
         for slot, at in enumerate(bank.where(i).tolist(), bank.bounds()[i]):
             for name, old in moments.items():
-                stayed = at in held[i]
-                assert state[name][slot] == (old[starts[i] + held[i].index(at)] if stayed else 0)
-            new += at not in held[i]
+                stayed = at in old_positions[i]
+                assert state[name][slot] == (old[starts[i] + old_positions[i].index(at)] if stayed else 0)
+            new += at not in old_positions[i]
     assert new
     assert all(len(t) == len(bank.values) for t in (state["exp_avg"], state["exp_avg_sq"]))
     for _ in steps:
