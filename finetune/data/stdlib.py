@@ -1,6 +1,6 @@
 """Read the running Python's standard library as a corpus for language models.
 
-Retention data are its prose.
+The library's prose is the retention data.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ TENTHS = {
     "val": range(1),
     "test": range(1, 3),
     "train": range(3, 10),
-}  # by split, its tenths of all files
+}  # the split: the tenths of all files that it gets
 Bytes = Annotated[int, Ge(1)]
 
 

@@ -20,8 +20,8 @@ from .traces import DASHES, Trace, escape_tags, group_by_series, make_hover, mak
 from .views import PlotPoint, list_xs
 
 INTERVAL = "Bars are 95 % intervals over seeds; a hollow point is a single seed, which has none."
-NO_SERIES = Style("#5d7f88", "circle")  # of a rank whose row is not in the table
-MOST_VALUES = 8  # values of a setting up to which each has its own tick
+NO_SERIES = Style("#5d7f88", "circle")  # style of a rank whose row is not in the table
+MOST_VALUES = 8  # a setting with at most this many values has a tick for each
 Styles = Mapping[str, Style]
 
 

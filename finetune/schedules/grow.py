@@ -25,7 +25,7 @@ class Grow(Schedule):
 
     Options:
         every: Number of steps from one part to the next.
-        end: Share of the run by whose end the whole budget is trained.
+        end: Share of the run after which the whole budget is trained.
     """
 
     every: Annotated[int, Ge(1)] = 1

@@ -31,7 +31,7 @@ from .lines import last_step
 GRACE = 10.0  # seconds between SIGTERM and SIGKILL
 FORKS = sys.platform == "linux"  # whether runs on the CPU are forked from the fork server
 LOG_LINES = 50  # lines of a failed process's standard error that go to the run's log
-STDERR_BYTES = 65536  # of standard error that are kept
+STDERR_BYTES = 65536  # bytes of standard error that are kept
 DISK_FULL = {errno.ENOSPC: "No space left on device", errno.EDQUOT: "Disk quota exceeded"}
 
 
@@ -188,7 +188,7 @@ class Process:
         release_lock(self._lock)
 
     def _result(self) -> dict[str, Any]:
-        """Return what became of the child, which has ended."""
+        """Return the result of the child, which has ended."""
         folder, code = self.point.folder, self._process.returncode or 0
         if folder.finished:
             return folder.read_result()

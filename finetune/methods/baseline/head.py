@@ -7,7 +7,8 @@ Formula:
 
 Paper: none; a baseline.
 
-Reading: There is no setting. ``method=head`` sets a learning rate of 3e-2; its file says how it was chosen.
+Reading: There is no setting. ``method=head`` sets a learning rate of 3e-2; ``conf/method/head.yaml`` says how
+it was chosen.
 
 Differs: There is no released code.
 

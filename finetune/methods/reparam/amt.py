@@ -25,7 +25,8 @@ Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Visi
 Reading: The abstract, the project page and the released code were read, but not the text of the paper. The
 probability is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``,
 ``penalty`` and ``gdr`` are those of the released configurations; the documentation there also names gdr = 0.3
-for some data sets. ``method=amt`` sets other scores and another learning rate, as its file explains.
+for some data sets. ``method=amt`` sets other scores and another learning rate, as ``conf/method/amt.yaml``
+explains.
 
 Differs:
 - The paper's classes are text features of CLIP, which teacher and student share and which are never trained.

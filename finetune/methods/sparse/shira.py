@@ -16,8 +16,8 @@ Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13
 
 Reading: The paper was read, and the code of huggingface/peft, since the repository that the paper names holds
 no code. The form with a vector of values is trained, so weight decay pulls towards W. The paper trains 1 to 2
-percent of the entries, hence sparsity = 0.98. The learning rate of ``method=shira`` was chosen as its file
-says.
+percent of the entries, hence sparsity = 0.98. ``conf/method/shira.yaml`` says how the learning rate of
+``method=shira`` was chosen.
 
 Differs:
 - peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of
@@ -25,7 +25,7 @@ Differs:
 - peft's budget is rank (in + out) entries a layer; here it is ``sparsity``.
 - The diagonal of the Struct mask is left out.
 
-Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. The masks of
+Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Masks by
 gradients cost one or more backward passes before training.
 """
 

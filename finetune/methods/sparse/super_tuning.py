@@ -19,8 +19,8 @@ Differs:
 - peft can leave the positions out of its file and choose them again from the base weights; here they are
   always stored.
 
-Cost: K trained values, their gradients and two moments in Adam; with a branch also branch (in + out) of each
-a layer. Values, positions and factors are stored.
+Cost: K trained values, their gradients and two moments in Adam; a branch adds branch (in + out) of each per
+layer. Values, positions and factors are stored.
 """
 
 from __future__ import annotations
