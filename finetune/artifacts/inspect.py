@@ -34,7 +34,7 @@ ETA = 1e-3  # the paper's tolerance; neighbours in bfloat16 are further apart
 DENSE = 0.5
 
 
-def unchanged(w0: Tensor, w1: Tensor) -> Tensor:
+def mask_unchanged(w0: Tensor, w1: Tensor) -> Tensor:
     """Return where two weights are equal in bfloat16 (definition 2.1 of the paper).
 
     That is |w1 - w0| <= eta max(|w0|, |w1|) after both are rounded to bfloat16.
@@ -43,7 +43,7 @@ def unchanged(w0: Tensor, w1: Tensor) -> Tensor:
     return (b - a).abs() <= ETA * torch.maximum(a.abs(), b.abs())
 
 
-def largest(score: Tensor, k: int) -> Tensor:
+def mask_largest(score: Tensor, k: int) -> Tensor:
     """Return the mask of the ``k`` largest entries. Of equal ones the first are taken."""
     flat = score.reshape(-1)
     if k <= 0:
@@ -116,7 +116,7 @@ def masks(w0: Tensor, basis: Spectrum, alpha: float) -> dict[str, Tensor]:
     approximation = w0
     if rank < min(w0.shape):
         approximation = (basis.left @ (basis.left.T @ w0.double())).float()
-    principal, low = largest(approximation.abs(), count), ~largest(w0.abs(), w0.numel() - count)
+    principal, low = mask_largest(approximation.abs(), count), ~mask_largest(w0.abs(), w0.numel() - count)
     return {"principal": principal, "low": low, "principal_not_low": principal & ~low}
 
 
@@ -137,14 +137,14 @@ def measure(update: Update, k: int, alpha: float, sparse: bool) -> dict[str, Any
     entries, otherwise of those whose change bfloat16 shows.
     """
     w0, w1 = update.before.float(), update.after.float()
-    changed, shown, change = update.after != update.before, ~unchanged(w0, w1), w1 - w0
+    changed, shown, change = update.after != update.before, ~mask_unchanged(w0, w1), w1 - w0
     entries, k = w0.numel(), min(k, *w0.shape)
     old = spectrum(w0, k)
     counted = changed if sparse else shown
     total = int(counted.sum())
-    found = masks(w0, old, alpha) | {"magnitude": largest(w0.abs(), total)}
+    found = masks(w0, old, alpha) | {"magnitude": mask_largest(w0.abs(), total)}
     if update.grad is not None:
-        found["gradient"] = largest(update.grad.abs(), total)
+        found["gradient"] = mask_largest(update.grad.abs(), total)
     overlap = {}
     for name, mask in found.items():
         hits = int((mask & counted).sum())
@@ -278,7 +278,7 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
 MEANS = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right")
 
 
-def summed(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def sum_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarize several layers in one row.
 
     Counts and squared norms add up; ranks, NSS and angles are means; an overlap is that of all entries
@@ -322,7 +322,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]
     groups: dict[Any, list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(row[key], []).append(row)
-    return [{key: value, **summed(members)} for value, members in groups.items()]
+    return [{key: value, **sum_measures(members)} for value, members in groups.items()]
 
 
 def churn(files: RunFolder) -> list[dict[str, float]]:
@@ -374,7 +374,7 @@ def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -
         "rank": rank,
         "alpha": alpha,
         "mask": "changed" if sparse else "changed_bf16",
-        "total": summed(rows) if rows else None,
+        "total": sum_measures(rows) if rows else None,
         "roles": _grouped(rows, "role"),
         "blocks": _grouped(rows, "block"),
         "layers": rows,

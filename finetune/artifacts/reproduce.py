@@ -121,7 +121,7 @@ def _judge(
         "interval": interval,
         "differs": _environment_differences(before, after),
     }
-    return found | {"words": words(found)}
+    return found | {"words": describe_verdict(found)}
 
 
 def _test_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,7 +191,7 @@ def _read_tensors(file: Path) -> dict[str, tuple[str, list[int], bytes]]:
     return found
 
 
-def words(found: Mapping[str, Any]) -> str:
+def describe_verdict(found: Mapping[str, Any]) -> str:
     """Say the verdict in a sentence or two."""
     key, tensors = found["metric"], found["changed_tensors"]
     pair = found["test"].get(key, {"before": None, "after": None})

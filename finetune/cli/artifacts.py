@@ -18,7 +18,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="ckpt=RUN, and what else the command takes, as in the example.",
+        help="ckpt=RUN and the command's other words, as in the example.",
         show_default=False,
     ),
 ]

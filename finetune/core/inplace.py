@@ -12,7 +12,7 @@ from .changes import Changes, Unit
 from .part import Part, Source
 
 
-def untrained(model: nn.Module) -> list[str]:
+def list_untrained(model: nn.Module) -> list[str]:
     """List the names of the parameters that nothing trains yet."""
     return [name for name, parameter in model.named_parameters() if not parameter.requires_grad]
 

@@ -1,4 +1,4 @@
-"""Attach trained changes to a frozen model, switch them off, merge them into the weights, take them away.
+"""Attach trained changes to a frozen model, switch them off, merge them into the weights, remove them.
 
 A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit`` changes
 the output of one module, and ``InPlace`` (``inplace.py``) trains parameters of the model itself. Parts belong

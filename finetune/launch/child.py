@@ -93,7 +93,7 @@ def _result(
 ) -> dict[str, Any]:
     """Train, unless ``folder`` already holds the finished result of ``config``, and return the result."""
     from ..storage.run_folder import RunFolder
-    from .ranks import launch, work
+    from .ranks import launch, train_rank
 
     files = RunFolder(folder)
     if files.finished:
@@ -102,7 +102,7 @@ def _result(
         return files.read_result()
     if processes > 1:
         return launch(config, folder, processes, options)
-    return work(config, folder, signals)
+    return train_rank(config, folder, signals)
 
 
 if __name__ == "__main__":

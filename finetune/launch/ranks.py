@@ -1,7 +1,7 @@
 """Train one run by several processes: started here by torch's launcher, or outside by ``accelerate launch``.
 
 The launching process trains nothing. It passes signals on, ends all ranks when one dies, and reports why.
-Imports no torch before ``launch`` or ``work`` is called.
+Imports no torch before ``launch`` or ``train_rank`` is called.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ class ProcessFailed(Exception):
     """A rank raised an unexpected error; the cause holds that rank's traceback."""
 
 
-def severed(error: BaseException) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Tell whether a collective failed because another rank has ended."""
     return isinstance(error, RuntimeError) and any(words in str(error) for words in LOST_CONNECTION)
 
 
-def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
+def train_rank(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
     """Train as one rank of however many there are, and return the result; only rank 0 shows its progress.
 
     Raises what ``run.train`` raises, and ``Severed`` where another rank has ended.
@@ -64,7 +64,7 @@ def work(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
         with ProgressBar() as progress:
             return run.train(config, folder, progress.say, progress, signals)
     except RuntimeError as error:
-        if not severed(error):
+        if not is_lost_connection(error):
             raise
         raise Severed(
             f"Another process of this run has ended, so this one cannot continue. {_how_to_resume(folder)}"
@@ -258,7 +258,7 @@ def _run_rank(
     try:
         with Signals() as signals:
             options.apply()
-            work(strict.build(strict.Composed(settings, {})), folder, signals)
+            train_rank(strict.build(strict.Composed(settings, {})), folder, signals)
         return
     except Interrupted as stop:
         report |= {"code": INTERRUPTED, "lines": [stop.name, stop.saved]}

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from ..system import safe
 from .runs import Run
 
-COLUMNS = {"accuracy": ("label", "prediction"), "bits_per_byte": ("loss", "bytes")}  # by metric
+COLUMNS = {"accuracy": ("label", "prediction"), "bits_per_byte": ("loss", "bytes")}  # of each metric
 DTYPES = {"int64": np.int64, "double": np.float64}  # Arrow's name of a type, and NumPy's type
 Array = NDArray[Any]
 

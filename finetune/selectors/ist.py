@@ -7,8 +7,8 @@ For each set the changes in its blocks are damped by ``factor``, and the loss l_
 ``probes=0`` every draw is uniform: this is RST.
 
 Blocks are the numbered ones that hold parts of the method. Everything outside of them (head, class token)
-trains in every step. The moments of AdamW are kept for all blocks, so the optimizer's memory does not fall. A
-sparse bank is one tensor with one count of steps for Adam's bias correction.
+trains in every step. The moments of AdamW are kept for all blocks, so the optimizer's memory does not shrink.
+A sparse bank is one tensor with one count of steps for Adam's bias correction.
 
 Formula:
     s_i += rate * a_k * p_i * (1 - p_i)      for every k and every block i in D_k
@@ -18,9 +18,10 @@ Formula:
 Paper: Yao et al., "Layer-wise Importance Matters: Less Memory for Better Performance in Parameter-efficient
 Fine-tuning of Large Language Models", Findings of EMNLP 2024, arXiv 2410.11772.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. All defaults are
-the code's constants. So are p (1 - p), which is the derivative of the sigmoid and not of its logarithm, and
-that only damped blocks change their scores. exp(-l) all but vanishes at a high loss; reward=loss does not.
+Reading: The abstract and the released code were read; the body of the paper was not available. All defaults
+are the code's constants. Two more things follow the code: the factor p (1 - p) is the derivative of the
+sigmoid and not of its logarithm, and only damped blocks change their scores. At a high loss exp(-l) is nearly
+0; reward=loss avoids that.
 
 Differs:
 - The code probes with 16 training examples of their own; here the probes use the batch of the step.

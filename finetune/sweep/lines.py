@@ -37,7 +37,7 @@ class Lines:
         return _parse(complete.splitlines())
 
 
-def tail(file: Path) -> list[dict[str, Any]]:
+def read_last_lines(file: Path) -> list[dict[str, Any]]:
     """Return the last lines of a file of JSON objects; none if there is no file. A torn line is left out."""
     try:
         with file.open("rb") as handle:
@@ -49,7 +49,7 @@ def tail(file: Path) -> list[dict[str, Any]]:
 
 def last_step(folder: RunFolder) -> int:
     """Return the last step in the run's ``metrics.jsonl``, 0 if there is none."""
-    for line in reversed(tail(folder.metrics)):
+    for line in reversed(read_last_lines(folder.metrics)):
         if isinstance(line.get("step"), int):
             return int(line["step"])
     return 0

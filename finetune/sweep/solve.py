@@ -18,12 +18,12 @@ from ..config.settings import Config
 from ..errors import ConfigError
 from .budget import Budget, FixedSize, parse
 
-TOLERANCE = 0.02  # of the budget: what a solution may be off
-EXACT = 0.001  # of the budget: below this no further digits of a share are tried
+TOLERANCE = 0.02  # share of the budget by which a solution may miss it
+EXACT = 0.001  # share of the budget; below this error no further digits are tried
 FINE = 10**9  # rungs of a share
 LARGEST = 2**24  # largest whole number that is tried
 
-_solutions: dict[str, float] = {}  # by budget and settings: all seeds of a sweep have the same
+_solutions: dict[str, float] = {}  # by budget and settings; all seeds of a sweep share a solution
 
 
 def solve(

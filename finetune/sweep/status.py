@@ -24,7 +24,7 @@ from ..storage.atomic import write_json_atomic
 from ..storage.run_folder import TRIALS, RunFolder
 from ..system import safe
 from .grid import Point
-from .lines import last_step, tail
+from .lines import last_step, read_last_lines
 
 FILE = "sweep.json"
 LOCK = ".sweep.lock"
@@ -225,7 +225,7 @@ def _last_sign(path: Path) -> float:
 def _seconds_left(folder: RunFolder, steps: int) -> float | None:
     """Return how long ``steps`` more steps take, by the median of the last ones; ``None`` without any."""
     seconds = []
-    for line in tail(folder.metrics):
+    for line in read_last_lines(folder.metrics):
         if isinstance(line.get("seconds"), float):
             seconds.append(line["seconds"])
     if not seconds:

@@ -31,7 +31,7 @@ def choose_examples(size: int, batch_size: int, seed: int, step: int) -> Tensor:
 def divide_batch(batch: Tensor, micro_batch_size: int, rank: int, world: int) -> list[list[int]]:
     """Return this process's micro-batches of a global batch.
 
-    Every process gets equally many; where its examples do not suffice, the last ones are empty.
+    Every process gets the same number; if it has too few examples, its last micro-batches are empty.
     """
     most = math.ceil(len(batch) / world)
     rounds = math.ceil(most / micro_batch_size)

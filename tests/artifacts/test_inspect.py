@@ -25,15 +25,15 @@ from finetune.artifacts.inspect import (  # fmt: skip
     Update,
     effective_rank,
     inspect,
-    largest,
     largest_angle,
+    mask_largest,
+    mask_unchanged,
     masks,
     measure,
     shared,
     singular_values,
     spectrum,
-    summed,
-    unchanged,
+    sum_measures,
 )
 from finetune.cli import artifacts as cli
 from finetune.config.load import load
@@ -74,15 +74,15 @@ def test_unchanged_means_equal_for_all_neighbours_in_bfloat16_and_zeros_of_both_
     )  # all positive normal values, ascending
     values = bits.view(torch.bfloat16)
     for a in (values, -values):
-        assert unchanged(a, a).all()
-        assert not unchanged(a[1:], a[:-1]).any()
-        assert not unchanged(a[:-1], a[1:]).any()
-    assert not unchanged(values, -values).any()
+        assert mask_unchanged(a, a).all()
+        assert not mask_unchanged(a[1:], a[:-1]).any()
+        assert not mask_unchanged(a[:-1], a[1:]).any()
+    assert not mask_unchanged(values, -values).any()
     other = values[torch.randperm(len(values), generator=torch.Generator().manual_seed(0))]
-    assert torch.equal(unchanged(values, other), values == other)
+    assert torch.equal(mask_unchanged(values, other), values == other)
     zero = torch.zeros(2, dtype=torch.bfloat16)
-    assert unchanged(zero, -zero).all()
-    assert not unchanged(torch.zeros_like(values), values).any()
+    assert mask_unchanged(zero, -zero).all()
+    assert not mask_unchanged(torch.zeros_like(values), values).any()
 
 
 def test_the_tolerance_would_be_wrong_in_float16_so_types_are_compared_as_stored_or_rounded_first() -> None:
@@ -106,7 +106,7 @@ def test_largest_is_a_stable_sort(values: list[float], data: st.DataObject) -> N
     k = data.draw(st.integers(0, len(values)))
     score = torch.tensor(values).view(1, -1)
     order = sorted(range(len(values)), key=lambda i: (-values[i], i))[:k]
-    assert largest(score, k).view(-1).nonzero().view(-1).tolist() == sorted(order)
+    assert mask_largest(score, k).view(-1).nonzero().view(-1).tolist() == sorted(order)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -125,11 +125,13 @@ def test_masks_of_a_half_and_at_full_rank(shape: tuple[int, int]) -> None:
     for alpha in (0.05, 0.3, 0.5):
         full = masks(w, spectrum(w, min(shape)), alpha)["principal"]
         rest = masks(w, spectrum(w, min(shape)), 1 - alpha)["low"]
-        assert torch.equal(full, largest(w.abs(), round(alpha * n)))
+        assert torch.equal(full, mask_largest(w.abs(), round(alpha * n)))
         assert not (full & rest).any()
     assert torch.equal(found["principal_not_low"], found["principal"] & ~found["low"])
     tied = torch.where(w > 1, w, torch.tensor(1e-14))
-    assert torch.equal(masks(tied, spectrum(tied, min(shape)), 0.5)["principal"], largest(tied, round(n / 2)))
+    assert torch.equal(
+        masks(tied, spectrum(tied, min(shape)), 0.5)["principal"], mask_largest(tied, round(n / 2))
+    )
 
 
 def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
@@ -154,7 +156,7 @@ def test_a_random_mask_overlaps_by_chance_and_complements_add_to_one() -> None:
 
 def test_known_overlaps() -> None:
     w = some((30, 20))
-    top = largest(w.abs(), 60)
+    top = mask_largest(w.abs(), 60)
     row = measure_row(w, torch.where(top, w + 1, w), 4, 0.1, grad=-w)
     assert row["changed"] == 60
     assert {name: row["overlap"][name]["share"] for name in ("magnitude", "gradient", "low")} == {
@@ -162,7 +164,7 @@ def test_known_overlaps() -> None:
         "gradient": 1,
         "low": 0,
     }
-    low = ~largest(w.abs(), 540)
+    low = ~mask_largest(w.abs(), 540)
     assert measure_row(w, torch.where(low, w + 1, w), 4, 0.1)["overlap"]["low"]["share"] == 1
 
 
@@ -226,12 +228,14 @@ def test_layers_together_are_as_one() -> None:
         (some(shape, i), some(shape, i) + (some(shape, i + 50) > 1) * 0.1) for i, shape in enumerate(SHAPES)
     ]
     rows = [measure_row(a, b, 4, 0.2) for a, b in pairs]
-    whole = summed(rows)
+    whole = sum_measures(rows)
     before, after = (torch.cat([pair[i].flatten() for pair in pairs]) for i in (0, 1))
     assert whole["density"] == pytest.approx(float((before != after).float().mean()))
     assert whole["relative_norm"] == pytest.approx(float((after - before).norm() / before.norm()), rel=1e-5)
     assert whole["effective_rank"] == pytest.approx(np.mean([r["effective_rank"] for r in rows]))
-    low = torch.cat([(~largest(a.abs(), a.numel() - round(0.2 * a.numel()))).flatten() for a, _ in pairs])
+    low = torch.cat(
+        [(~mask_largest(a.abs(), a.numel() - round(0.2 * a.numel()))).flatten() for a, _ in pairs]
+    )
     hit = before != after
     assert whole["overlap"]["low"]["share"] == pytest.approx(int((low & hit).sum()) / int(hit.sum()))
     assert whole["overlap"]["low"]["chance"] == pytest.approx(0.2, abs=2e-3)
@@ -355,9 +359,9 @@ def test_the_gradient_mask_is_that_of_the_untrained_model(model: str, here: Path
         layer = setup.session.model.get_submodule(row["layer"])
         with torch.no_grad():
             w0 = dict(net.named_parameters())[f"{row['layer']}.weight"]
-            changed = layer.weight != w0 if method == "shira" else ~unchanged(w0, layer.weight)
+            changed = layer.weight != w0 if method == "shira" else ~mask_unchanged(w0, layer.weight)
             grad: Any = w0.grad
-            hits = largest(grad.abs(), int(changed.sum())) & changed
+            hits = mask_largest(grad.abs(), int(changed.sum())) & changed
         assert (
             abs(row["overlap"]["gradient"]["hits"] - int(hits.sum())) <= 2
         )  # nearly equal gradients, summed in another order

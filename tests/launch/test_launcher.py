@@ -136,6 +136,6 @@ def test_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ],
 )
 def test_a_lost_connection_is_no_cause(words: str) -> None:
-    assert launcher.severed(RuntimeError(words))
-    assert not launcher.severed(ValueError(words))
-    assert not launcher.severed(RuntimeError("shapes cannot be multiplied"))
+    assert launcher.is_lost_connection(RuntimeError(words))
+    assert not launcher.is_lost_connection(ValueError(words))
+    assert not launcher.is_lost_connection(RuntimeError("shapes cannot be multiplied"))

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from finetune.errors import ConfigError
 from finetune.sweep.grid import Point, freeze
-from finetune.sweep.lines import last_step, tail
+from finetune.sweep.lines import last_step, read_last_lines
 from finetune.sweep.pool import Pool
 from finetune.sweep.process import take_lock
 from finetune.sweep.status import Status, announced, duration, entry, show_seconds
@@ -69,10 +69,10 @@ def test_each_state_is_read_from_the_files(stub: Make) -> None:
 
 def test_torn_lines_are_left_out(tmp_path: Path, stub: Make) -> None:
     (point,) = stub(1)
-    assert tail(point.folder.metrics) == []
+    assert read_last_lines(point.folder.metrics) == []
     assert last_step(point.folder) == 0
     point.folder.metrics.write_text('{"step": 1}\n[3]\n{"step": 2}\n{"st')
-    assert tail(point.folder.metrics) == [{"step": 1}, {"step": 2}]
+    assert read_last_lines(point.folder.metrics) == [{"step": 1}, {"step": 2}]
     assert last_step(point.folder) == 2
 
 
@@ -168,7 +168,7 @@ def test_a_run_outside_the_folder_is_refused(stub: Make, run: str) -> None:
     (inside,) = stub(1)
     with (
         announced(Path("outputs/s"), [entry(inside, Path("outputs/s")) | {"run": run}], [], 1, "x"),
-        pytest.raises(ConfigError, match="is not what"),
+        pytest.raises(ConfigError, match="was not written by a sweep"),
     ):
         Status(Path("outputs/s"))
 

@@ -26,7 +26,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ...core.inplace import InPlace, untrained
+from ...core.inplace import InPlace, list_untrained
 from ...core.method import Method
 from ...errors import ConfigError
 from ...registry import register
@@ -42,7 +42,7 @@ class BitFit(Method):
     paper: ClassVar[str] = "arXiv 2106.10199"
 
     def build(self, model: nn.Module) -> InPlace:
-        names = [name for name in untrained(model) if name.rpartition(".")[2] == "bias"]
+        names = [name for name in list_untrained(model) if name.rpartition(".")[2] == "bias"]
         if not names:
             raise ConfigError(
                 f"method=bitfit: {type(model).__name__} has no bias terms to train; choose another method, "

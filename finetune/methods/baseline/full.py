@@ -24,7 +24,7 @@ from typing import ClassVar
 
 from torch import nn
 
-from ...core.inplace import InPlace, untrained
+from ...core.inplace import InPlace, list_untrained
 from ...core.method import Method
 from ...registry import register
 
@@ -38,4 +38,4 @@ class Full(Method):
     trains: ClassVar[str] = "every parameter, in place"
 
     def build(self, model: nn.Module) -> InPlace:
-        return InPlace(model, untrained(model), keep=False)
+        return InPlace(model, list_untrained(model), keep=False)

@@ -40,7 +40,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import nn
 
-from ...core.inplace import InPlace, untrained
+from ...core.inplace import InPlace, list_untrained
 from ...core.method import Method, Run
 from ...core.roles import block_of, roles
 from ...core.site import GROUPS
@@ -75,7 +75,7 @@ class Halves(InPlace):
 
     def __init__(self, model: nn.Module, frozen: list[set[str]]) -> None:
         always_frozen = set.intersection(*frozen)
-        names = [name for name in untrained(model) if name.rpartition(".")[0] not in always_frozen]
+        names = [name for name in list_untrained(model) if name.rpartition(".")[0] not in always_frozen]
         super().__init__(model, names, keep=False)
         self.frozen = frozen
 

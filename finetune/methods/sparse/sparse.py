@@ -1,7 +1,7 @@
-"""sparse: train existing entries of the weights, chosen by any crossing of the sparse engine's axes.
+"""sparse: train existing entries of the weights, chosen by any combination of the sparse engine's axes.
 
 The axes are score, direction, scope, grain and schedule. The published methods of this family are presets of
-them. This one leaves all of them open, so that crossings which no paper has tried can be compared.
+them. This one leaves all of them open, so that combinations which no paper has tried can be compared.
 
 Formula:
     W' = W + S        S: K trained values, from 0, at positions that the axes choose
@@ -32,7 +32,7 @@ from ...schedules.static import Static
 @register("sparse")
 @dataclass(frozen=True)
 class Crossing(Sparse):
-    """Train a share of the existing weights; which and when is yours to cross."""
+    """Train a share of the existing weights, chosen by any combination of the axes."""
 
     schedule: Schedule = Static()
 
