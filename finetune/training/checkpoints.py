@@ -60,7 +60,7 @@ class Checkpoints:
         if self.is_main:
             checkpoint.restore_best(folder, self.files.delta)
         self.saved_step = self.session.number
-        self.log(f"Going on from step {self.session.number}, the newest checkpoint of this run.")
+        self.log(f"Resuming from step {self.session.number}, the newest checkpoint of this run.")
         if record.processes != fresh.processes:
             warning = (
                 f"steps up to {self.session.number} were made by {record.processes} processes and later "

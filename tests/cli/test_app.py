@@ -189,7 +189,7 @@ def test_train_again_runs_nothing(command: Command, run: Path) -> None:
     said = command(
         "train", *SMALL, "model=hf", "model.path=model", "name=first", "run=run", "--json", folder=run
     )
-    assert "nothing was run again" in said.err
+    assert "nothing was trained" in said.err
     assert json.loads(said.out) == result(run)
     assert contents(run) == before
 

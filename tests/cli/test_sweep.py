@@ -243,7 +243,7 @@ def test_a_killed_sweep_ends_like_an_undisturbed_one(tmp_path: Path) -> None:
     assert "signal 9 (SIGKILL)" in said
     third = subprocess.run(words, env=ENV, cwd=rough, capture_output=True, text=True)
     assert third.returncode == 0, third.stderr
-    assert "Going on from step" in (runs[0] / "log.txt").read_text()
+    assert "Resuming from step" in (runs[0] / "log.txt").read_text()
     assert results(rough / "outputs" / "s") == results(calm / "outputs" / "s")
 
 

@@ -104,7 +104,7 @@ def test_a_frozen_run_goes_on_to_what_it_recorded(name: str, place: RunFolder) -
     place.result.unlink(missing_ok=True)
     said: list[str] = []
     run.train(load([], None, place.config), place.path, said.append, lambda done, steps, words: None)
-    assert any(f"Going on from step {SAVED}," in line for line in said), said
+    assert any(f"Resuming from step {SAVED}," in line for line in said), said
     result = place.read_result()
     for key in sorted(told.keys() & result.keys()):
         assert agrees(result[key], told[key]), (key, result[key], told[key])

@@ -113,7 +113,7 @@ def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
     told, lines = files.read_result(), files.metrics.read_text().splitlines()
     before = read_tensors(files.delta / "delta.safetensors")
     said = resume_run(files)
-    assert "Going on from step 4" in said[-1]
+    assert "Resuming from step 4" in said[-1]
     result = files.read_result()
     assert close(result["metrics"], told["metrics"])
     assert [result[key] for key in ("steps", "best_step", "params")] == [
@@ -243,7 +243,7 @@ def test_a_torn_checkpoint_is_named_and_the_one_before_it_is_used(
     assert (
         "step-6 is skipped: shira/checkpoints/step-6/state.safetensors is damaged: its SHA-256" in skipped[1]
     )
-    assert "Going on from step 4" in said[-1]
+    assert "Resuming from step 4" in said[-1]
     assert {key: files.read_result()[key] for key in whole} == whole
     assert (files.delta / "delta.safetensors").read_bytes() == change
     assert manifest.faults(files.checkpoint(6)) == []

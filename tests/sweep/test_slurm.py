@@ -92,7 +92,7 @@ def test_a_job_that_is_killed_and_requeued_goes_on_from_its_checkpoint(tmp_path:
     (row,) = json.loads(out)
     assert (row["status"], row["steps"]) == ("finished", 60)
     (log,) = tmp_path.glob("outputs/q/*/log.txt")
-    assert "Going on from step" in log.read_text()
+    assert "Resuming from step" in log.read_text()
 
 
 def _state(number: str) -> str:

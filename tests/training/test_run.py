@@ -133,7 +133,7 @@ def test_a_broken_off_run_goes_on_to_the_same_bits(
     monkeypatch.undo()
     monkeypatch.chdir(here)
     resumed, again, said = go(config(model, "method=snell", "run=broken"))
-    assert "Going on from step 2" in said[-1]
+    assert "Resuming from step 2" in said[-1]
     assert resumed["metrics"] == whole["metrics"]
     assert (again.delta / "delta.safetensors").read_bytes() == (
         files.delta / "delta.safetensors"

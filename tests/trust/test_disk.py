@@ -217,7 +217,7 @@ def test_a_clock_that_goes_backwards_decides_nothing(
     said: list[str] = []
     config = load([*SMALL, "name=outputs", "run=run"])
     run.train(config, folder, said.append, lambda done, steps, words: None)
-    assert "Going on from step 4" in said[-1]
+    assert "Resuming from step 4" in said[-1]
     assert outcome(folder) == undisturbed
 
 

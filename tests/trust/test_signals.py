@@ -94,16 +94,16 @@ def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
     assert command == ["train", "--resume", str(RUN)]
     again = begin.run(*command, "train.save_every=6", folder=tmp_path)
     assert again.wait() == 0, again.said
-    assert f"Going on from step {saved.name.removeprefix('step-')}" in again.said
+    assert f"Resuming from step {saved.name.removeprefix('step-')}" in again.said
     assert [
         words
         for words in differences(whole, tmp_path / RUN)
         if "config_hash" not in words and "group_hash" not in words
     ] == []
-    assert "Going on from step" in (tmp_path / RUN / "log.txt").read_text()
+    assert "Resuming from step" in (tmp_path / RUN / "log.txt").read_text()
     finished = begin.run(*command, "--json", folder=tmp_path)
     assert finished.wait() == 0
-    assert "nothing was run again" in finished.said
+    assert "nothing was trained" in finished.said
     assert json.loads(finished.out) == json.loads((tmp_path / RUN / "result.json").read_text())
 
 
