@@ -236,7 +236,7 @@ def _as_run(
     total: Mapping[str, SparseChange],
     head: Mapping[str, Tensor],
 ) -> Setup:
-    """Prepare a sparse method on exactly these layers, with the sum as its state. The rest is from ``setup``."""
+    """Prepare a sparse method on exactly these layers, with the sum as its state; the rest is ``setup``'s."""
     sizes = [row["size"] for row in rows]
     entries = max(1, sum(len(change.index) for change in total.values()))
     method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - entries / sum(sizes), 9))

@@ -58,7 +58,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
     phase, phases = about.get("phase", 0), len(setup.session.phases)
     if not 0 <= phase < phases:
         raise ConfigError(
-            f"{files.delta} is of phase {phase}, but method={config.method.name} has {phases} phases (from 0). "
+            f"{files.delta} is of phase {phase}, but method={config.method.name} has {phases}, from 0. "
             "Train it again."
         )
     setup.session.enter(phase)

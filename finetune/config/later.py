@@ -13,8 +13,8 @@ from typing import Any
 from .. import registry
 
 # By dotted key, which can also name a whole section. A step may be limited to classes, as in
-# "method[lora,snell].dropout" and "method.schedule[ramp].power"; without a limit, every class of the kind must
-# have the setting.
+# "method[lora,snell].dropout" and "method.schedule[ramp].power"; without a limit, every class of the kind
+# must have the setting.
 LATER: dict[str, Any] = {"train.patience": None}
 for _kind in registry.KINDS.values():
     if _kind.absent:

@@ -1,9 +1,8 @@
 """Load plug-ins: methods, scores, schedules, optimizers, selectors and data sets from outside this package.
 
 A plug-in is a folder that the user names (``--plugins DIR``), or an installed package with an entry point in
-the group
-``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the registry,
-and the YAML groups in its folder ``conf`` join those of this package. Nothing that is read from a run or a
+the group ``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the
+registry, and the YAML groups in its folder ``conf`` join those of this package. Nothing that is read from a run or a
 model names a plug-in to load: a run records names, versions and SHA-256 only, and these are compared with
 what is loaded.
 """
@@ -29,9 +28,7 @@ from ..system import safe
 from ..system.exit_code import print_line
 
 GROUP = "finetune.plugins"
-PACKAGE = (
-    "finetune_plugins"  # the parent of the modules of folders; modules of installed packages keep their names
-)
+PACKAGE = "finetune_plugins"  # parent of the modules of folders; those of installed packages keep their names
 COMMENT = "# plug-in "  # starts a line of a run's config.yaml
 HEADER_LINES = 64  # of a config.yaml that are searched for such lines
 RECORD = {"name": str, "version": str, "sha256": str}
@@ -136,20 +133,19 @@ def _load_folder(folder: Path) -> list[str]:
     option = f"--plugins {folder}"
     if not path.is_dir():
         return [f"{option}: there is no such folder."]
-    if taken := [plugin for plugin in _LOADED if plugin.name == path.name]:
-        return [
-            f"{option}: a plug-in named {path.name} is loaded already ({taken[0].package}). Rename the "
-            "folder."
-        ]
+    name = f"{PACKAGE}.{path.name.replace('.', '_')}"
+    for other in _LOADED:
+        if path.name == other.name or name == other.package:
+            return [f"{option}: a plug-in named {other.name} is loaded already ({name}). Rename the folder."]
     if PACKAGE not in sys.modules:
         parent = ModuleType(PACKAGE)
         parent.__path__ = []
         sys.modules[PACKAGE] = parent
-    package = ModuleType(f"{PACKAGE}.{path.name.replace('.', '_')}")
+    package = ModuleType(name)
     package.__path__ = [str(path)]
-    sys.modules[package.__name__] = package
+    sys.modules[name] = package
     files = _python_files(path)
-    plugin = Plugin(path.name, _stated_version(path), _digest(files), package.__name__, path, _conf_of(path))
+    plugin = Plugin(path.name, _stated_version(path), _digest(path), name, path, _conf_of(path))
     return _load_modules(plugin, files, option, f"Mend it, or leave out {option}.")
 
 
@@ -168,28 +164,34 @@ def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
         return [f"{source}: there is no module {point.module}. {cure}"]
     origin = Path(spec.origin)
     files: tuple[Path, ...] = (origin,)
-    conf = None
+    conf, digest = None, _digest(origin)
     if spec.submodule_search_locations:  # a package
-        files, conf = _python_files(origin.parent), _conf_of(origin.parent)
-    plugin = Plugin(point.name, version, _digest(files), point.module, None, conf)
+        files, conf, digest = _python_files(origin.parent), _conf_of(origin.parent), _digest(origin.parent)
+    plugin = Plugin(point.name, version, digest, point.module, None, conf)
     return _load_modules(plugin, files, source, cure)
 
 
 def _python_files(folder: Path) -> tuple[Path, ...]:
-    """Return the Python files right in ``folder`` but for its tests."""
+    """Return the Python files right in ``folder`` but for its tests, ``__init__.py`` first."""
     found = []
-    for file in sorted(folder.glob("*.py")):
+    for file in sorted(folder.glob("*.py"), key=lambda file: (file.name != "__init__.py", file.name)):
         if file.name != "conftest.py" and not file.name.startswith("test_"):
             found.append(file)
     return tuple(found)
 
 
-def _digest(files: Iterable[Path]) -> str:
-    """Return the SHA-256 over names and contents of files."""
+def _digest(source: Path) -> str:
+    """Return the SHA-256 over names and contents: of a file, or of the Python files in a folder at any depth.
+
+    Hidden folders and tests do not count.
+    """
     digest = hashlib.sha256()
-    for file in files:
+    for file in [source] if source.is_file() else sorted(source.rglob("*.py")):
+        name = file.name if file == source else file.relative_to(source).as_posix()
+        if "/." in f"/{name}" or file.name == "conftest.py" or file.name.startswith("test_"):
+            continue
         content = file.read_bytes()
-        digest.update(f"{file.name}\n{len(content)}\n".encode())
+        digest.update(f"{name}\n{len(content)}\n".encode())
         digest.update(content)
     return digest.hexdigest()
 
@@ -222,6 +224,11 @@ def _load_modules(plugin: Plugin, files: Sequence[Path], source: str, cure: str)
         try:
             text = file.read_text(encoding="utf-8")
             entries = [entry for _, entry in registry.registered_classes(text, module)]
+            if file.stem == "__init__" and plugin.folder:  # its module is there already, and empty
+                spec = importlib.util.spec_from_file_location(module, file)
+                assert spec
+                assert spec.loader
+                spec.loader.exec_module(sys.modules[module])
             imported = importlib.import_module(module)
         except (Exception, SystemExit) as error:
             faults.append(f"{source}: {file} cannot be imported: {_in_one_line(error)}. {cure}")

@@ -216,6 +216,34 @@ def test_two_folders_of_one_name(tmp_path: Path) -> None:
         plugins.load([tmp_path / "b/mine"])
 
 
+def test_folders_whose_modules_would_share_a_name(tmp_path: Path) -> None:
+    write_plugin(tmp_path / "a.b")
+    write_plugin(tmp_path / "a_b")
+    plugins.load([tmp_path / "a.b"])
+    with pytest.raises(ConfigError, match=r"--plugins .*a_b: a plug-in named a\.b is loaded already"):
+        plugins.load([tmp_path / "a_b"])
+
+
+def test_init_is_executed_before_the_other_files(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "mine")
+    (folder / "__init__.py").write_text("ROWS = 0\n")
+    (folder / "Another.py").write_text("from . import ROWS\n\nassert ROWS == 0\n")
+    plugins.load([folder])
+    assert "row_scale" in registry.catalog("method")
+
+
+def test_the_digest_covers_nested_files(tmp_path: Path) -> None:
+    folder = write_plugin(tmp_path / "mine")
+    (folder / "inner").mkdir()
+    digests = set()
+    for text in ("VALUE = 1\n", "VALUE = 2\n"):
+        (folder / "inner" / "more.py").write_text(text)
+        plugins.load([folder])
+        digests.add(plugins.loaded()[0].sha256)
+        plugins.unload()
+    assert len(digests) == 2
+
+
 def test_two_plug_ins_that_take_one_name(tmp_path: Path) -> None:
     plugins.load([write_plugin(tmp_path / "one")])
     with pytest.raises(ConfigError, match=r"'row_scale' is there already, in finetune_plugins.one.row_scale"):

@@ -51,7 +51,7 @@ def test_plug_ins_come_from_the_command_line_and_from_nothing_else() -> None:
             made.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
     assert made == [
         "cli/options.py: StartOptions(tuple((str(folder.absolute()) for folder in plugins or ())))",
-        "launch/start.py: cls(plugins=tuple(stated['plugins']))",
+        "launch/start.py: cls(tuple(stated['plugins']))",
     ]
 
 

@@ -84,7 +84,7 @@ class SaRA(Sparse):
             value = getattr(self, name)
             if value != fields[name].default:
                 found.append(
-                    f"method.{name}={value}: SaRA applies one threshold on |w| to the whole model; take method=sparse "
+                    f"method.{name}={value}: SaRA has one threshold for the whole model; take method=sparse "
                     "for other choices."
                 )
         if self.threshold is not None:
