@@ -223,8 +223,8 @@ def measure(
 ) -> dict[str, dict[str, list[float]]]:
     """Return, for each contestant, the seconds of each step and the peak in MiB so far.
 
-    Only one contestant computes at a time. With ``against``, another checkout of this project, each contestant
-    also runs there, under its name followed by ``(other)``.
+    Only one contestant computes at a time. With ``against``, another checkout of this project, each
+    contestant also runs there, under its name followed by ``(other)``.
     """
     running = {}
     for name in names:
