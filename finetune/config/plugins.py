@@ -2,9 +2,9 @@
 
 A plug-in is a folder that the user names (``--plugins DIR``), or an installed package with an entry point in
 the group ``finetune.plugins``. Its modules are imported; their classes with ``@register("name")`` join the
-registry, and the YAML groups in its folder ``conf`` join those of this package. Nothing that is read from a run
-or a model names a plug-in to load: a run records names, versions and SHA-256 only, and these are compared with
-what is loaded.
+registry, and the YAML groups in its folder ``conf`` join those of this package. Nothing that is read from a
+run or a model names a plug-in to load: a run records names, versions and SHA-256 only, and these are compared
+with what is loaded.
 """
 
 from __future__ import annotations
