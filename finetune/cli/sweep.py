@@ -282,7 +282,7 @@ def _watch(folder: Path, others: Sequence[str]) -> int:
 
 
 def _sort_words(words: Sequence[str], preset: str | None, name: str | None) -> Words:
-    """Sort the words. Raises ``ConfigError`` where an option and a word say the same thing."""
+    """Sort the words. Raises ``ConfigError`` if an option and a word say the same thing."""
     settings, launcher, tune = list[str](), list[str](), list[str]()
     for word in words:
         if word.startswith("launcher."):

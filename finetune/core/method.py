@@ -31,7 +31,7 @@ from .state import Shapes, stored_shapes
 class Run:
     """What a method may see and use while it is trained.
 
-    A step's batch is a list of micro-batches; one is None where this process has no example of it.
+    A step's batch is a list of micro-batches; one is None if this process has no example of it.
     """
 
     model: nn.Module

@@ -134,7 +134,7 @@ def _positions(optimizer: dict[str, Any]) -> dict[str, int]:
 def load(folder: Path, session: Loadable) -> dict[str, Any]:
     """Put a saved state into ``session``; return the ``extra`` that it was saved with.
 
-    Raises ``ConfigError`` where a file is damaged, of a later format, or belongs to another method or model.
+    Raises ``ConfigError`` if a file is damaged, of a later format, or belongs to another method or model.
     """
     content = _read_state(folder)
     manifest.check(folder)

@@ -64,7 +64,7 @@ def save_delta(folder: Path, states: nn.Module, description: dict[str, Any]) -> 
 def read_description(folder: Path) -> dict[str, Any]:
     """Return the content of ``delta.json``.
 
-    Raises ``ConfigError`` where it is missing, damaged or of a later format.
+    Raises ``ConfigError`` if it is missing, damaged or of a later format.
     """
     file = folder / "delta.json"
     cure = "Give the folder of a run that has stored its change."
@@ -81,7 +81,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """Return the tensors of a safetensors file. Raises ``ConfigError`` where it is missing or damaged."""
+    """Return the tensors of a safetensors file. Raises ``ConfigError`` if it is missing or damaged."""
     try:
         safe.tensors_of(file)
         return load_file(file)
@@ -96,7 +96,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 def load_delta(folder: Path, states: nn.Module) -> None:
     """Put the stored change into ``states``, which ``build`` made for the same method and model.
 
-    Raises ``ConfigError`` where the folder is damaged, its tensors have other names or shapes, or a number is
+    Raises ``ConfigError`` if the folder is damaged, its tensors have other names or shapes, or a number is
     not finite.
     """
     manifest.check(folder)

@@ -52,7 +52,7 @@ def try_lock(folder: Path) -> int | None:
     """Take the lock without waiting; return an open file, or ``None`` if another process holds it.
 
     ``release_lock`` takes the file back. Without ``flock`` support, trust the process and the host recorded
-    in the file. Raises ``OSError`` where the file cannot be made.
+    in the file. Raises ``OSError`` if the file cannot be made.
     """
     for attempt in range(1, ATTEMPTS + 1):
         handle = os.open(folder / NAME, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)

@@ -99,7 +99,7 @@ def read_progress(
 ) -> ProgressRecord:
     """Decode the record in the checkpoint ``folder``; what an old one lacks is taken from ``current``.
 
-    Raises ``ConfigError`` where ``stored`` is no such record.
+    Raises ``ConfigError`` if ``stored`` is no such record.
     """
     values = vars(current or ProgressRecord()).copy()
     try:

@@ -100,7 +100,7 @@ class RunFolder:
     def read_result(self) -> dict[str, Any]:
         """Return the content of ``result.json``.
 
-        Raises ``ConfigError`` where it is missing, unreadable or of a later format.
+        Raises ``ConfigError`` if it is missing, unreadable or of a later format.
         """
         cure = "Give the folder of a run that ended."
         try:

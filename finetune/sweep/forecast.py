@@ -35,7 +35,7 @@ def forecast(
     """Return the folder of a sweep, a row for every run, and totals, as plain data; write nothing.
 
     A row says what would happen to its run (``would``), how many ``seconds`` and ``memory_bytes`` it would
-    take (``None`` where that is not known), whether it ``fits`` in the memory of this machine beside the
+    take (``None`` if that is unknown), whether it ``fits`` in the memory of this machine beside the
     other ``jobs``, and the ``fault`` of a measurement that failed. The total of seconds is for ``jobs`` runs
     at once.
 

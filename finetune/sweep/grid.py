@@ -293,7 +293,7 @@ def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
 
 
 def has_field(method: str, field: str, config_dir: Path | None) -> bool:
-    """Tell whether a method has a setting; true where that is not known."""
+    """Tell whether a method has a setting; true if that is unknown."""
     known = _fields(method, config_dir)
     return known is None or field in known
 

@@ -48,7 +48,7 @@ class DiskFull(FinetuneError):
 def take_lock(folder: Path) -> int | None:
     """Take the lock of a run folder and return its descriptor; ``None`` if another process has it.
 
-    Raises ``DiskFull`` where the lock cannot be written.
+    Raises ``DiskFull`` if the lock cannot be written.
     """
     try:
         return try_lock(folder)

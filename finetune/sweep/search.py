@@ -97,7 +97,7 @@ class Search:
 
     @contextmanager
     def exclusive(self, folder: Path) -> Iterator[None]:
-        """Lock ``folder``, so that no other search works in it. Raises ``ConfigError`` where one does."""
+        """Lock ``folder``, so that no other search works in it. Raises ``ConfigError`` if one does."""
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +118,7 @@ class Search:
             os.close(handle)
 
     def open_study(self, words: list[str], seed: int, parallel: bool, trials: int) -> None:
-        """Begin the study of the folder, or take it up. Raises ``ConfigError`` where it is another one."""
+        """Create or reopen the study. Raises ``ConfigError`` if it belongs to another search."""
         import optuna
 
         self._seed, self._parallel, self._total = seed, parallel, trials
@@ -144,7 +144,7 @@ class Search:
         self.study.set_user_attr("asked", settings)
 
     def point(self, words: list[str]) -> Point:
-        """Return the point of a trial. Raises ``ConfigError`` where its settings contradict each other."""
+        """Return the point of a trial. Raises ``ConfigError`` if its settings contradict each other."""
         words = fitting(words, self.fixed, self._config_dir)
         found = grid.points([*self.fixed, *words], self._config_dir, self._config_file)
         if not found:

@@ -97,7 +97,7 @@ def measure(config: Config, method: Method | None = None) -> Size:
 
     Trained entries are those of the last phase. Where data chooses entries, their positions are taken to lie
     at random, so the bytes of the gaps between them are expected ones. ``stored`` is 0 where training decides
-    what is stored. Raises ``ConfigError`` where the method does not fit the model.
+    what is stored. Raises ``ConfigError`` if the method does not fit the model.
     """
     method = method or config.method
     last, model = method.phases()[-1].method, frame(config)

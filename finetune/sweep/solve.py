@@ -31,7 +31,7 @@ def solve(
 ) -> list[str]:
     """Return ``overrides`` of one run with the setting that makes it meet ``budget`` within 2 %.
 
-    ``budget`` is the text without ``budget=``. Raises ``FixedSize`` where there is no such setting, and
+    ``budget`` is the text without ``budget=``. Raises ``FixedSize`` if there is no such setting, and
     ``ConfigError`` with the nearest sizes where none is near enough.
     """
     wanted = parse(budget)
@@ -151,9 +151,9 @@ class _Solver:
         self._amounts: dict[float, int | None] = {}
 
     def amount(self, value: float) -> int | None:
-        """Return the amount of the budget's kind at ``value``; ``None`` where the method refuses the value.
+        """Return the amount of the budget's kind at ``value``; ``None`` if the method refuses the value.
 
-        Raises ``ConfigError`` where no value has a known amount.
+        Raises ``ConfigError`` if no value has a known amount.
         """
         if value not in self._amounts:
             self._amounts[value] = self._measure(value)
@@ -189,7 +189,7 @@ class _Solver:
         return self.amount(value) is not None and self.distance(value) <= EXACT * self.target
 
     def solve(self) -> float:
-        """Return the value nearest to the target. Raises ``ConfigError`` where it is not near enough."""
+        """Return the value nearest to the target. Raises ``ConfigError`` if it is not near enough."""
         values = [self._shortest(rung) for rung in self._nearest_rungs()]
         best = min(values, key=self.distance)
         if self.distance(best) <= TOLERANCE * self.target:
@@ -230,7 +230,7 @@ class _Solver:
     def _first_doubling(self, rung: int) -> int:
         """Return the first of ``rung``, 2 * ``rung``, 4 * ``rung``, ... that reaches the target, or the last.
 
-        Raises ``FixedSize`` where the setting changes nothing.
+        Raises ``FixedSize`` if the setting changes nothing.
         """
         if self.amount(self.ladder.value(rung)) == self.amount(self.ladder.value(2 * rung)):
             name, knob = self.config.method.name, self.config.method.size

@@ -238,7 +238,7 @@ def _with_config(point: Point, config: Config) -> Point:
 
 
 def _value(config: Config, key: str) -> Any:
-    """Return the value of a setting. Raises ``ConfigError`` where there is none."""
+    """Return the value of a setting. Raises ``ConfigError`` if there is none."""
     value: Any = config.as_dict()
     for step in key.split("."):
         if not isinstance(value, dict) or step not in value:
@@ -251,7 +251,7 @@ def _value(config: Config, key: str) -> Any:
 
 
 def _changed(config: Config, key: str, value: Any) -> Config:
-    """Return ``config`` with another value of a setting. Raises ``ConfigError`` where it is not allowed."""
+    """Return ``config`` with another value of a setting. Raises ``ConfigError`` if it is not allowed."""
     tree = config.as_dict()
     _parent(tree, key)[key.rpartition(".")[2]] = value
     return strict.build(strict.Composed(tree, {key: f"tune={key}"}))

@@ -310,7 +310,7 @@ def check_yaml(text: str) -> None:
 def tensors_of(file: Path) -> Header:
     """Return type and shape of each tensor of a safetensors file, whose header and length are checked.
 
-    No tensor is read. Raises ``Unsafe`` where the file cannot hold what it claims, and ``OSError``.
+    No tensor is read. Raises ``Unsafe`` if the file cannot hold what it claims, and ``OSError``.
     """
     opened, status = _open_regular(file)
     with opened:

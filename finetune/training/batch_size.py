@@ -21,7 +21,7 @@ CGROUP = Path("/sys/fs/cgroup")
 def find_batch_size(session: Session) -> None:
     """Set the largest power of two at which one pass fits each process, at most ``LARGEST`` or all examples.
 
-    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` where no example
+    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` if no example
     fits.
     """
     batches, began = session.batches, time.monotonic()

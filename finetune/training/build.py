@@ -31,7 +31,7 @@ def build_states(pretrained: Pretrained, method: Method, selector: Selector | No
 
     The keys are ``head`` (where there is a new one), ``method``, and ``selector`` if one is given. Shapes
     follow from the configuration and the model alone, so a model on the meta device can be built for, too.
-    Raises ``ConfigError`` where the method or the selector does not fit the model, or where nothing is
+    Raises ``ConfigError`` if the method or the selector does not fit the model, or if nothing is
     trained.
     """
     model, states = pretrained.model, nn.ModuleDict()

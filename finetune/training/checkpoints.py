@@ -43,7 +43,7 @@ class Checkpoints:
         """Resume from the newest complete checkpoint; return its record, or ``None`` if there is none.
 
         ``fresh``: the record of a new run, which fills in what an old checkpoint lacks. ``begun``: the run
-        was started before. Raises ``ConfigError`` where the checkpoint belongs to another configuration.
+        was started before. Raises ``ConfigError`` if the checkpoint belongs to another configuration.
         """
         folder = checkpoint.find_newest(self.files, self.log)
         if folder is None:

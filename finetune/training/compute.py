@@ -14,7 +14,7 @@ from ..data.encode import Batch
 from .batches import Batches
 from .loss import count, example_losses, scored
 
-MicroBatches = list[Batch | None]  # of one step; ``None`` where this process has no example left
+MicroBatches = list[Batch | None]  # of one step; ``None`` if this process has no example left
 
 
 class Tuned(nn.Module):

@@ -99,7 +99,7 @@ class Memory:
     def retry_smaller(self, work: Callable[[], T], prepare_retry: Callable[[], None] | None = None) -> T:
         """Return the result of ``work``; repeat it with half the micro-batch while any process lacks memory.
 
-        ``prepare_retry`` is called before each repetition. Raises ``RunFailed`` where the micro-batch cannot
+        ``prepare_retry`` is called before each repetition. Raises ``RunFailed`` if the micro-batch cannot
         be halved, or where the work has already made a change that cannot be repeated.
         """
         generator = self.session.run.generator

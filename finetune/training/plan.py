@@ -21,7 +21,7 @@ def plan(config: Config) -> dict[str, Any]:
     """Return what ``train`` would do; trains and writes nothing.
 
     Trained entries by layer and stored bytes are those at the start of the last phase; the expected peak
-    memory is the maximum over all phases. A layer's count is ``None`` where earlier phases would decide it.
+    memory is the maximum over all phases. A layer's count is ``None`` if earlier phases would decide it.
     """
     setup = prepare(config)
     session = setup.session

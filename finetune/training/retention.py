@@ -18,7 +18,7 @@ from ..models.load import Base
 
 
 def pretrained_head(base: Base) -> dict[str, Tensor] | None:
-    """Read the head's parameters from the checkpoint, by name; ``None`` where it has no such head."""
+    """Read the head's parameters from the checkpoint, by name; ``None`` if it has no such head."""
     if base.reload_args is None:
         return None
     config, found = base.reload_args[0], dict[str, Tensor]()

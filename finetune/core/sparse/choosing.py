@@ -32,7 +32,7 @@ class Chooser:
     """Chooses entries of ``sites`` at one step of a run.
 
     ``dense``: the weight [out, in] of each site after a dense phase, which scores see in place of the current
-    weight; None where there was no such phase. Every choice is returned as the flat positions of each site,
+    weight; None if there was no such phase. Every choice is returned as the flat positions of each site,
     int32, ascending, and is the same on all ranks.
     """
 

@@ -77,7 +77,7 @@ class Grain:
 def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
     """Return the grain called ``kind`` for the weight of a site.
 
-    Raises ``ConfigError`` where its units do not divide the weight, or where the site has no such units.
+    Raises ``ConfigError`` if its units do not divide the weight, or if the site has no such units.
     """
     out, in_ = site.shape
     if kind == "head":

@@ -27,7 +27,7 @@ def scan_scores(
     """Call ``visit(i, score)`` once for each site i, with the score that ``method.score`` names.
 
     ``trained``: the weight [out, in] of each site after a dense phase, or None; it replaces the layer's
-    weight. ``visit`` may overwrite the score. Raises ``ConfigError`` where the gradient of a layer comes in
+    weight. ``visit`` may overwrite the score. Raises ``ConfigError`` if the gradient of a layer comes in
     several pieces and the score needs it in one.
 
     With a single micro-batch, one backward pass serves all sites, and each gradient is scored and released as

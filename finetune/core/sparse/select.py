@@ -197,7 +197,7 @@ def apportion(total: int, weights: Tensor, caps: list[int]) -> list[int]:
     """Divide ``total`` into n whole numbers in proportion to ``weights`` [n], none above its cap.
 
     The parts add up to ``total``; the method of the largest remainder rounds them. What exceeds a cap goes to
-    the other parts. Weights that are all 0 count as equal. Raises ``ValueError`` where the caps do not hold
+    the other parts. Weights that are all 0 count as equal. Raises ``ValueError`` if the caps do not hold
     ``total``, and for a weight that is negative or not finite.
     """
     limit, share = torch.tensor(caps, dtype=torch.int64), weights.double().cpu()

@@ -132,7 +132,7 @@ class HFT(Method):
     def pools(self, model: nn.Module) -> list[Pool]:
         """Return the modules that may be frozen, in pools each of which meets the share.
 
-        Raises ``ConfigError`` where the categories of the model's matrices are not known.
+        Raises ``ConfigError`` if the categories of the model's matrices are not known.
         """
         pools: dict[str, Pool] = {}
         for name, role in roles(model).items():
