@@ -1,4 +1,7 @@
-"""The worked example of docs/adding-a-method.md runs as it stands, and what docs/guarantees.md promises names tests that are there."""
+"""The worked example of docs/adding-a-method.md runs as it stands.
+
+What docs/guarantees.md promises names tests that are there.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,10 @@ def mine(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_worked_example(mine: Path) -> None:
-    """The files run as they stand: the contract on its first case, the test of the page, the option of the YAML file."""
+    """The files run as they stand.
+
+    That is the contract on its first case, the test of the page, the option of the YAML file.
+    """
     assert {file.relative_to(mine).as_posix() for file in mine.rglob("*.*")} == {
         "row_scale.py",
         "test_row_scale.py",

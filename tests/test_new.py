@@ -26,14 +26,26 @@ NAMES = {
     "model": "mine",
 }
 FILES = {
-    "method": ["conf/method/row_scale.yaml", "finetune/methods/reparam/row_scale.py", "tests/methods/reparam/test_row_scale.py"],
+    "method": [
+        "conf/method/row_scale.yaml",
+        "finetune/methods/reparam/row_scale.py",
+        "tests/methods/reparam/test_row_scale.py",
+    ],
     "score": ["finetune/scores/square.py", "tests/scores/test_square.py"],
-    "schedule": ["conf/schedule/rounds.yaml", "finetune/schedules/rounds.py", "tests/schedules/test_rounds.py"],
+    "schedule": [
+        "conf/schedule/rounds.yaml",
+        "finetune/schedules/rounds.py",
+        "tests/schedules/test_rounds.py",
+    ],
     "optimizer": ["conf/optimizer/descent.yaml", "finetune/optim/descent.py", "tests/optim/test_descent.py"],
-    "selector": ["conf/selector/everything.yaml", "finetune/selectors/everything.py", "tests/selectors/test_everything.py"],
+    "selector": [
+        "conf/selector/everything.yaml",
+        "finetune/selectors/everything.py",
+        "tests/selectors/test_everything.py",
+    ],
     "dataset": ["conf/dataset/greys.yaml", "finetune/data/greys.py", "tests/data/test_greys.py"],
     "model": ["conf/model/mine.yaml"],
-}  # fmt: skip
+}
 
 
 def test_every_kind_of_a_run_has_a_skeleton() -> None:

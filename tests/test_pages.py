@@ -1,4 +1,7 @@
-"""The documentation: every method has a page, every command line on a page parses, the pictures agree with the code."""
+"""The documentation.
+
+Every method has a page, every command line on a page parses, the pictures agree with the code.
+"""
 
 from __future__ import annotations
 
@@ -202,11 +205,26 @@ def test_a_page_says_what_its_file_leaves_out(
     folder = tmp_path / "finetune" / "methods"
     folder.mkdir(parents=True)
     source = [
-        '"""Row: scale rows.', "", "Formula:", "    y = (1 + s) x", "", "Paper: none.", '"""', "",
-        "@dataclass(frozen=True)", "class Row:", '    """Row: scale rows.', "", "    Options:",
-        "        rate: How fast.", '    """', "", "    rate: Annotated[float, Gt(0)] = 1e-3", "    every: int = 5",
+        '"""Row: scale rows.',
+        "",
+        "Formula:",
+        "    y = (1 + s) x",
+        "",
+        "Paper: none.",
+        '"""',
+        "",
+        "@dataclass(frozen=True)",
+        "class Row:",
+        '    """Row: scale rows.',
+        "",
+        "    Options:",
+        "        rate: How fast.",
+        '    """',
+        "",
+        "    rate: Annotated[float, Gt(0)] = 1e-3",
+        "    every: int = 5",
         "    family: ClassVar[str] = 'a family'",
-    ]  # fmt: skip
+    ]
     (folder / "row.py").write_text("\n".join(source) + "\n")
     source_module = importlib.import_module("doc_source")
     monkeypatch.setattr(source_module, "ROOT", tmp_path)

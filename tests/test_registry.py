@@ -56,7 +56,10 @@ def test_the_table_is_the_only_one() -> None:
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = 'from finetune.core.method import Method\n\n@register("one")\nclass {}(Method):\n    """A method."""\n'
+    text = (
+        'from finetune.core.method import Method\n\n@register("one")\n'
+        'class {}(Method):\n    """A method."""\n'
+    )
     (tmp_path / "methods/family").mkdir(parents=True)
     (tmp_path / "methods/a.py").write_text(text.format("A"))
     (tmp_path / "methods/family/b.py").write_text(text.format("B"))

@@ -166,7 +166,8 @@ def test_what_peft_cannot_hold_is_refused_with_what_is_nearest(
 ) -> None:
     with pytest.raises(
         ConfigError,
-        match=rf"peft has no such format: {why}.* Nearest is a plain Hugging Face folder: finetune merge ckpt=",
+        match=rf"peft has no such format: {why}.* "
+        rf"Nearest is a plain Hugging Face folder: finetune merge ckpt=",
     ):
         export(runs(kind, *words), "peft", tmp_path / "out")
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,7 @@
-"""Merged folders against sums made by hand in float64 from the files of base and change, and back to the base's own bytes."""
+"""Merged folders against sums made by hand in float64 from the files of base and change.
+
+Unmerged folders have the base's own bytes.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,10 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 
 def by_hand(run: Path, base: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Layer -> base plus change in float64, from the files alone; LoRA's product in float32 at alpha / rank = 2, or sparse entries."""
+    """Layer -> base plus change in float64, from the files alone.
+
+    The change is LoRA's product in float32 at alpha / rank = 2, or sparse entries.
+    """
     delta = load_file(run / "delta" / "delta.safetensors")
     if "method.bank.values" not in delta:
         layers = {key.split(".")[1] for key in delta if key.startswith("method.")}
@@ -185,7 +191,8 @@ def test_nothing_is_written_above_the_tolerance(runs: Runs, tmp_path: Path) -> N
     run = runs("vit", "method=lora")
     with pytest.raises(
         ConfigError,
-        match=r"differ from the unmerged one's by .*, more than --tolerance 1e-05; nothing was written. .*% of the",
+        match=r"differ from the unmerged one's by .*, more than --tolerance 1e-05; "
+        r"nothing was written. .*% of the",
     ):
         merge(run, tmp_path / "out", "bfloat16", 1e-5)
     (tmp_path / "file").write_text("mine")
@@ -272,7 +279,8 @@ def test_where_the_originals_would_be_the_base_unmerging_says_so(
     ]
     with pytest.raises(
         ConfigError,
-        match=r"cannot be unmerged: nearly every entry differs from the base; the base itself is .*vit-float32",
+        match=r"cannot be unmerged: nearly every entry differs from the base; "
+        r"the base itself is .*vit-float32",
     ):
         unmerge(tmp_path / "merged", tmp_path / "back")
     assert not (tmp_path / "back").exists()

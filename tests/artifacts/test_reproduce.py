@@ -121,7 +121,10 @@ def test_one_bit_of_the_change(run: Path) -> None:
 @pytest.mark.usefixtures("repeated")
 @pytest.mark.parametrize(("shift", "verdict"), [(0.0, "inside"), (0.5, "different")])
 def test_judged_by_the_seeds_beside_it(run: Path, made: Path, shift: float, verdict: str) -> None:
-    """Where 95 % of further seeds would lie, from four seeds: the run's own and three others of the same group."""
+    """Where 95 % of further seeds would lie, from four seeds.
+
+    They are the run's own and three others of the same group.
+    """
     now = json.loads((made / "result.json").read_text())
     value = now["metrics"]["test"]["accuracy"]
     values = [value + shift + d for d in (0.01, -0.02, 0.02, 0.0)]

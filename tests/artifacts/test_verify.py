@@ -163,18 +163,47 @@ def torn(files: RunFolder) -> None:
 
 
 FAULTS: list[tuple[str, Callable[[RunFolder], None], dict[str, str]]] = [
-    ("torn files", torn,
-     {"files": r"delta/delta\.json is damaged.*step-4/state\.safetensors is damaged", "evaluation": "", "merge": ""}),  # and it goes on from step 2
-    ("a moment of the optimizer in the middle", tensors("checkpoints/step-2", "state.safetensors", moment), {"resume": "metrics.jsonl differs"}),
-    ("a better result than it was", value("result.json", lambda r: r["metrics"]["test"].update(accuracy=0.99)),
-     {"predictions": r"and result\.json says 0\.99", "evaluation": "accuracy 0.99 before", "resume": r"metrics of result\.json was"}),
-    ("another change, with its manifest", tensors("delta", "delta.safetensors", nudge),
-     {"evaluation": r"gives other numbers \(.*test: .*loss", "resume": "stored tensors differ"}),
+    (
+        "torn files",
+        torn,
+        {
+            "files": r"delta/delta\.json is damaged.*step-4/state\.safetensors is damaged",
+            "evaluation": "",
+            "merge": "",
+        },
+    ),  # resumes from step 2
+    (
+        "a moment of the optimizer in the middle",
+        tensors("checkpoints/step-2", "state.safetensors", moment),
+        {"resume": "metrics.jsonl differs"},
+    ),
+    (
+        "a better result than it was",
+        value("result.json", lambda r: r["metrics"]["test"].update(accuracy=0.99)),
+        {
+            "predictions": r"and result\.json says 0\.99",
+            "evaluation": "accuracy 0.99 before",
+            "resume": r"metrics of result\.json was",
+        },
+    ),
+    (
+        "another change, with its manifest",
+        tensors("delta", "delta.safetensors", nudge),
+        {"evaluation": r"gives other numbers \(.*test: .*loss", "resume": "stored tensors differ"},
+    ),
     ("an answer", answer, {"predictions": "gives a test accuracy", "resume": "the predictions differ"}),
     ("a line of metrics", line, {"resume": "metrics.jsonl differs"}),
     ("a lost line of metrics", lose_line, {"files": "does not have one loss for each of 6 steps"}),
-    ("another configuration", seed, {point: r"config\.yaml is not what \S+ was trained with: optimizer\.lr" for point in POINTS if point[0] != "p"}),
-]  # fmt: skip
+    (
+        "another configuration",
+        seed,
+        {
+            point: r"config\.yaml is not what \S+ was trained with: optimizer\.lr"
+            for point in POINTS
+            if point[0] != "p"
+        },
+    ),
+]
 
 
 QUICK = 3  # of the faults are planted in the quick suite

@@ -107,7 +107,8 @@ def test_show(command: Command, tmp_path: Path) -> None:
         (
             ["method.sparsty=0.1"],
             [
-                "method.sparsty=0.1 (command line) is not a setting of method=snell. Did you mean 'method.sparsity'?"
+                "method.sparsty=0.1 (command line) is not a setting of method=snell. "
+                "Did you mean 'method.sparsity'?"
             ],
         ),
         (["method=snel"], ["method=snel is not an option (command line). Did you mean 'snell'?"]),

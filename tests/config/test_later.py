@@ -1,4 +1,7 @@
-"""Settings that came later: an old configuration is read with what their absence means, never with a new default."""
+"""Settings that came later.
+
+An old configuration is read with what their absence means, never with a new default.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +24,17 @@ from finetune.storage.run_folder import RunFolder
 from finetune.training import run
 
 FROZEN = Path(__file__).parents[1] / "frozen" / "runs"
-SM3 = {"name": "sm3", "lr": 0.5, "weight_decay": 0.0, "betas": [0.9, 0.999], "eps": 1e-6, "schedule": "linear", "warmup": 0.0}  # fmt: skip
-# A key of LATER, the dotted key in the configuration, the value of its absence (the class's default is another).
+SM3 = {
+    "name": "sm3",
+    "lr": 0.5,
+    "weight_decay": 0.0,
+    "betas": [0.9, 0.999],
+    "eps": 1e-6,
+    "schedule": "linear",
+    "warmup": 0.0,
+}
+# A key of LATER, the dotted key in the configuration, the value of its absence (the class's default
+# is another).
 CASES = {
     "a section": ("optimizer", "optimizer", SM3),
     "a setting": ("train.clip", "train.clip", None),
@@ -46,7 +58,10 @@ def remove(tree: dict[str, Any], key: str) -> dict[str, Any]:
 
 
 def hash_of(tree: dict[str, Any]) -> str:
-    """The hash as it was defined before the setting came: of the whole tree but for what cannot change the result."""
+    """The hash as it was defined before the setting came.
+
+    It covers the whole tree but for what cannot change the result.
+    """
     kept = {key: value for key, value in tree.items() if key not in ("name", "run", "logger")}
     kept["train"] = {k: v for k, v in tree["train"].items() if k not in ("save_every", "keep_last")}
     kept["train"].pop("patience", None)  # which has come later, and is null here

@@ -104,7 +104,8 @@ def crossed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "schedule/strange.yaml": "name: strange\n",
         "schedule/nameless.yaml": "every: 12\n",
         "experiment/slow.yaml": "# @package _global_\nschedule:\n  every: 50\n",
-        "experiment/whole.yaml": "# @package _global_\ndefaults:\n  - /schedule: odd\n  - _self_\nschedule:\n  word: y\n",
+        "experiment/whole.yaml": "# @package _global_\ndefaults:\n  - /schedule: odd\n  - _self_\n"
+        "schedule:\n  word: y\n",
     }
     for name, text in files.items():
         (tmp_path / "own" / name).parent.mkdir(exist_ok=True, parents=True)
@@ -146,7 +147,10 @@ def given(choice: str) -> list[str]:
 
 @pytest.mark.parametrize("choice", FILES)
 def test_every_file(choice: str, crossed: Path) -> None:
-    """It composes, says which option it is (or of which class it is a variant), and repeats nothing that its dataclass says anyway."""
+    """It composes, says which option it is, and repeats nothing that its dataclass says anyway.
+
+    A variant says of which class it is a variant.
+    """
     group, _, option = choice.partition("=")
     if group == "schedule":
         held = config.load(["method=crossed", choice, *FITS.get(option, [])], crossed).method.schedule
@@ -209,7 +213,8 @@ def test_peft_config_is_free() -> None:
     [
         (
             ["method.sparsty=0.1"],
-            r"method.sparsty=0.1 \(command line\) is not a setting of method=snell. Did you mean 'method.sparsity'\?",
+            r"method.sparsty=0.1 \(command line\) is not a setting of method=snell. "
+            r"Did you mean 'method.sparsity'\?",
         ),
         (["lr=1"], r"Did you mean 'optimizer.lr'\?"),
         (["trian.steps=3"], r"trian.steps=3 .*Did you mean 'train.steps'\?"),
@@ -449,10 +454,15 @@ def test_schedules_of_the_users_own(crossed: Path) -> None:
 @pytest.mark.parametrize(
     ("override", "value"),
     [
-        ("schedule.word=7", "7"), ("schedule.word=1e-3", "1e-3"), ("schedule.kind=b", "b"), ("schedule.range=[0,2]", [0.0, 2.0]),
-        ("schedule.most=3", 3.0), ("schedule.most=null", None), ("schedule.every=${seed}", 4),
+        ("schedule.word=7", "7"),
+        ("schedule.word=1e-3", "1e-3"),
+        ("schedule.kind=b", "b"),
+        ("schedule.range=[0,2]", [0.0, 2.0]),
+        ("schedule.most=3", 3.0),
+        ("schedule.most=null", None),
+        ("schedule.every=${seed}", 4),
     ],
-)  # fmt: skip
+)
 def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> None:
     shown, origin = config.tree(["method=crossed", "schedule=odd", "seed=4", override], crossed)[
         "method." + override.partition("=")[0]
@@ -467,7 +477,8 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
     [
         (
             ["method=lora", "schedule=drop_grow"],
-            r"schedule=drop_grow is not a setting of method=lora, which has no schedule. Leave it out, or .* method",
+            r"schedule=drop_grow is not a setting of method=lora, which has no schedule. "
+            r"Leave it out, or .* method",
         ),
         (
             ["method=lora", "schedule=drop_grow", "schedule.every=3"],
@@ -475,7 +486,8 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         ),
         (
             ["method=lora", "schedule.every=3"],
-            r"method.schedule.every=3 \(command line\) is not a setting of method=lora, which has no schedule",
+            r"method.schedule.every=3 \(command line\) is not a setting of method=lora, "
+            r"which has no schedule",
         ),
         (["method=lora", "method.schedule=x"], "method.schedule='x' .* method=lora, which has no schedule"),
         (
@@ -485,7 +497,8 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         (["method=crossed", "schedule=drop_gow", "schedule.nope=3"], "schedule=drop_gow is not an option"),
         (
             ["method=crossed", "schedule.evry=3"],
-            r"method.schedule.evry=3 \(command line\) is not a setting of schedule=drop_grow. .* 'method.schedule.every'",
+            r"method.schedule.evry=3 \(command line\) is not a setting of schedule=drop_grow. "
+            r".* 'method.schedule.every'",
         ),
         (
             ["method=crossed", "schedule=static", "schedule.every=3"],
@@ -538,7 +551,8 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         (["selector=its"], r"Did you mean 'ist'\?"),
         (
             ["selector=ist", "selector.probs=3"],
-            r"selector.probs=3 \(command line\) is not a setting of selector=ist. Did you mean 'selector.probes'\?",
+            r"selector.probs=3 \(command line\) is not a setting of selector=ist. "
+            r"Did you mean 'selector.probes'\?",
         ),
         (["selector=ist", "train.steps=10"], "selector.every=10"),
         (["selector.trained=0.5"], "selector.trained=0.5 .* is not a setting of selector=none. It has none."),

@@ -147,7 +147,11 @@ def test_loading_again_changes_nothing(mine: Path) -> None:
 
 BROKEN = {
     "a syntax error": ("def broken(:\n", r"{file} cannot be imported: SyntaxError: invalid syntax"),
-    "a missing package": ("import not_there\n", r"cannot be imported: ModuleNotFoundError: No module named 'not_there'"),
+    "a missing package": (
+        "import not_there\n",
+        r"cannot be imported: ModuleNotFoundError: "
+        r"No module named 'not_there'",
+    ),
     "an exit": ("raise SystemExit(3)\n", r"cannot be imported: SystemExit: 3"),
     "an error of its own": ("1 / 0\n", r"cannot be imported: ZeroDivisionError: division by zero"),
     "a taken name": (
@@ -164,7 +168,7 @@ BROKEN = {
         '@register("mine")\nclass Mine(Method):\n    """Mine."""\n',
         "the method 'mine' is not a frozen dataclass",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("case", BROKEN)
@@ -290,7 +294,8 @@ def test_a_run_without_its_plug_in_says_what_is_missing(
     files, digest = trained(["method=row_scale"], tmp_path / "run"), sha256(mine)
     plugins.unload()
     said = (
-        f"Error: {files.config} was made with the plug-in mine 1.2 (SHA-256 {digest[:10]}), which is not loaded. "
+        f"Error: {files.config} was made with the plug-in mine 1.2 (SHA-256 {digest[:10]}), "
+        "which is not loaded. "
         "Name its folder by --plugins DIR, or install the package that brings it.\n"
     )
     for words in (
@@ -326,7 +331,8 @@ def test_other_code_under_the_same_name_is_a_warning(
     for _ in range(2):
         load([], None, files.config)
     assert capsys.readouterr().err == (
-        f"Warning: the plug-in mine 1.2 (SHA-256 {digest[:10]}) that {files.config} was made with is loaded as "
+        f"Warning: the plug-in mine 1.2 (SHA-256 {digest[:10]}) that "
+        f"{files.config} was made with is loaded as "
         f"mine 1.2 (SHA-256 {sha256(mine)[:10]}): its code has changed.\n"
     )
 

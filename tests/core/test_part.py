@@ -1,4 +1,7 @@
-"""Parts: forward against the plain product, the recomputing function against autograd, base and merge to the bit."""
+"""Parts: forward against the plain product, the recomputing function against autograd.
+
+Base and merge are compared to the bit.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +40,10 @@ from finetune.testing import contract
 
 
 class Shift(Delta):
-    """A change of full size, whose gradient autograd knows: the outer product of two vectors, plus a multiple of the weight."""
+    """A change of full size, whose gradient autograd knows.
+
+    It is the outer product of two vectors, plus a multiple of the weight.
+    """
 
     def __init__(self, out: int, in_: int) -> None:
         super().__init__()
@@ -259,7 +265,10 @@ def test_backward_uses_the_gates_of_the_forward_pass(
 
 
 def dense_change(delta: Delta, linear: nn.Linear) -> Tensor:
-    """The change as a matrix with autograd's gradient; a kernel's is written again, since its own has none."""
+    """The change as a matrix with autograd's gradient.
+
+    A kernel's change is written again, since its own has none.
+    """
     if not isinstance(delta, Kernel):
         return delta(linear.weight)
     scale = delta.method.scale

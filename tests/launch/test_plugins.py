@@ -1,4 +1,7 @@
-"""Plug-ins in the processes that a command starts: ranks, runs of sweeps, measurements, jobs of launchers, repetitions."""
+"""Plug-ins in the processes that a command starts.
+
+These are ranks, runs of sweeps, measurements, jobs of launchers, repetitions.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,7 @@
-"""SM3 against its definition, entry by entry in plain Python, and against the optimizers that it becomes in special cases."""
+"""SM3 against its definition, entry by entry in plain Python, and against other optimizers.
+
+In special cases SM3 becomes one of those optimizers.
+"""
 
 from __future__ import annotations
 

@@ -166,7 +166,7 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
             for delta in deltas:
                 if isinstance(delta, SparseDelta):
                     a, b = delta.bank.bounds()[delta.i : delta.i + 2]
-                    assert bool(delta.bank.values.grad[a:b].any()) == (block in state.chosen)  # type: ignore[index]
+                    assert bool(delta.bank.values.grad[a:b].any()) == (block in state.chosen)  # type: ignore
         assert all(p.grad is not None for p in session.states["head"].parameters())
         assert all(p.grad is None for p in session.model.parameters() if not p.requires_grad)
         real()
@@ -520,7 +520,7 @@ def test_frozen_blocks_save_no_activations(make: Callable[[], Method]) -> None:
         session.tuned.train()
         set_step(session, 0)
         state = state_of(session)
-        state.draw = lambda weights, count, generator, chosen=chosen: chosen  # type: ignore[method-assign,misc]
+        state.draw = lambda weights, count, generator, chosen=chosen: chosen  # type: ignore
         session.selector.before_step(session.run, state)
         storages: dict[int, int] = {}
         weights = {p.untyped_storage().data_ptr() for p in session.tuned.parameters()}

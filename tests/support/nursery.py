@@ -13,10 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-# Imports what the commands import, then forks a process for each command, in a group of its own, as a shell does: the real main().
+# Imports what the commands import, then forks a process for each command, in a group of its own, as a
+# shell does: the real main().
 CODE = """
 import gc, json, os, signal, sys
-import finetune.cli.app, finetune.config.load, finetune.training.run, finetune.data.table, finetune.methods.sparse.sparse, finetune.sweep
+import finetune.cli.app, finetune.config.load, finetune.training.run, finetune.data.table, \
+finetune.methods.sparse.sparse, finetune.sweep
 import datasets, transformers
 from transformers import ViTForImageClassification, ViTImageProcessor
 gc.freeze()  # a session ends with a collection of all there is

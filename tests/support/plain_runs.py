@@ -14,7 +14,9 @@ from finetune.storage.run_folder import run_folder
 from finetune.testing import contract
 from finetune.training import run
 
-WORDS = "<pad> </s> <unk> the cat sat on a mat and another dog ran away from it while we all looked at them".split()  # noqa: SIM905
+WORDS = (  # noqa: SIM905
+    "<pad> </s> <unk> the cat sat on a mat and another dog ran away from it while we all looked at them"
+).split()
 SMALL = [
     "train.steps=3",
     "train.batch_size=8",

@@ -1,4 +1,7 @@
-"""Whether two runs ended the same to the bit: the oracle of everything that breaks runs off. Knows the files, and nothing of how they come about."""
+"""Whether two runs ended the same to the bit: the oracle of everything that breaks runs off.
+
+Knows the files, and nothing of how they come about.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,10 @@ TIMES = ("seconds", "spent")
 
 
 def differences(left: Path, right: Path) -> list[str]:
-    """What is not equal in two folders of finished runs: all but times, peak memory, and the names of the runs."""
+    """What is not equal in two folders of finished runs.
+
+    Times, peak memory and the names of the runs are left out.
+    """
     found = [
         name
         for name in ("delta/delta.safetensors",)
@@ -60,7 +66,10 @@ def _about(run: Path) -> dict[str, Any]:
 
 
 def _checkpoints(left: Path, right: Path) -> list[str]:
-    """The state after the last step, where both have it: with the optimizer, and with every random generator."""
+    """The state after the last step, where both have it.
+
+    It includes the optimizer and every random generator.
+    """
     steps = [
         {file.parent.name for file in run.glob("checkpoints/step-*/state.json")} for run in (left, right)
     ]

@@ -171,7 +171,10 @@ def test_a_version_that_groups_otherwise_goes_on_to_the_same_bits(
 
 
 class CountingSGD(torch.optim.Optimizer):
-    """Gradient descent whose state is plain Python, as in some third-party optimizers; later steps are smaller."""
+    """Gradient descent whose state is plain Python, as in some third-party optimizers.
+
+    Later steps are smaller.
+    """
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]

@@ -8,13 +8,32 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2] / "finetune"
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal", "jsonpickle"}
 CALLS = {
-    "eval", "exec", "compile", "__import__", "torch.load", "torch.jit.load", "torch.package.PackageImporter", "np.load", "numpy.load",
+    "eval",
+    "exec",
+    "compile",
+    "__import__",
+    "torch.load",
+    "torch.jit.load",
+    "torch.package.PackageImporter",
+    "np.load",
+    "numpy.load",
     "yaml.unsafe_load",
-    "yaml.full_load", "yaml.load_all", "yaml.unsafe_load_all", "os.system", "os.popen", "pd.read_pickle", "pandas.read_pickle",
+    "yaml.full_load",
+    "yaml.load_all",
+    "yaml.unsafe_load_all",
+    "os.system",
+    "os.popen",
+    "pd.read_pickle",
+    "pandas.read_pickle",
     "hydra.utils.instantiate",
-    "instantiate", "OmegaConf.register_new_resolver", "shutil.unpack_archive", "tarfile.open", "zipfile.ZipFile",
-}  # fmt: skip
-# By names in this package's own source, and of files in folders that the user named or of packages that are installed.
+    "instantiate",
+    "OmegaConf.register_new_resolver",
+    "shutil.unpack_archive",
+    "tarfile.open",
+    "zipfile.ZipFile",
+}
+# By names in this package's own source, and of files in folders that the user named or of packages that
+# are installed.
 IMPORTERS = {"finetune/registry.py", "finetune/config/plugins.py"}
 
 

@@ -1,4 +1,7 @@
-"""Disks that are full, read-only or gone, clocks that go backwards: one line says so, what was saved stays whole, and the run ends undisturbed."""
+"""Disks that are full, read-only or gone, and clocks that go backwards.
+
+One line says so, what was saved stays whole, and the run ends undisturbed.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +28,19 @@ from finetune.training import run
 
 ROOT = Path(__file__).parents[2]
 MODEL = ROOT / "tests" / "fixtures" / "format-1" / "model"
-SMALL = ["model=hf", f"model.path={MODEL}", "method=lora", "method.rank=2", "train.steps=6", "train.batch_size=8", "train.eval_every=2",
-         "train.save_every=2", "train.device=cpu", "train.threads=1", "optimizer.lr=0.02"]  # fmt: skip
+SMALL = [
+    "model=hf",
+    f"model.path={MODEL}",
+    "method=lora",
+    "method.rank=2",
+    "train.steps=6",
+    "train.batch_size=8",
+    "train.eval_every=2",
+    "train.save_every=2",
+    "train.device=cpu",
+    "train.threads=1",
+    "optimizer.lr=0.02",
+]
 Then = Callable[[], object]
 
 
@@ -131,7 +145,8 @@ def test_a_folder_that_becomes_read_only_ends_a_run_in_one_line(
 
     with pytest.raises(
         RunFailed,
-        match=rf"{folder} cannot be written: Read-only file system.* `finetune train --resume {folder}` resumes",
+        match=rf"{folder} cannot be written: Read-only file system.* "
+        rf"`finetune train --resume {folder}` resumes",
     ):
         go(folder, at=3, then=protect)
     try:
@@ -173,7 +188,8 @@ def test_a_run_in_use_is_refused_by_the_command_line(
     monkeypatch.chdir(tmp_path)
     folder = Path("outputs/t/r")
     code = (
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\nfrom finetune.storage.lock import holding_lock\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom pathlib import Path\n"
+        "from finetune.storage.lock import holding_lock\n"
         + (f"with holding_lock(Path({str(folder)!r})): print('held', flush=True); sys.stdin.read()")
     )
     with subprocess.Popen(

@@ -1,6 +1,9 @@
-"""Thousands of wrong words and files through the real ``main``: each ends with 0 or with 2 and a message, soon, and leaves nothing behind.
+"""Thousands of wrong words and files through the real ``main``.
 
-The quick run takes a hundredth of the cases; ``pytest -m slow tests/trust/test_fuzz.py -s`` takes them all and prints the counts.
+Each ends with 0 or with 2 and a message, soon, and leaves nothing behind.
+
+The quick run takes a hundredth of the cases; ``pytest -m slow tests/trust/test_fuzz.py -s`` takes them all
+and prints the counts.
 """
 
 from __future__ import annotations
@@ -43,7 +46,10 @@ COUNTS: Counter[tuple[str, int]] = Counter()
 
 @pytest.fixture(scope="module")
 def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A copy of the user's place in which nothing is trained or measured, and the model and the data are read once."""
+    """A copy of the user's place in which nothing is trained or measured.
+
+    The model and the data are read once.
+    """
     from finetune.artifacts import reopen as finished
     from finetune.data.files import Csv
     from finetune.training import plan
@@ -104,9 +110,12 @@ def check(kind: str, said: Said, *shown: Any) -> None:
 def sized(kind: str, slow: bool, *drawn: Any) -> Callable[[Any], Any]:
     """``given(*drawn)`` with the number of cases of this kind; after ``SECONDS`` the rest are passed by."""
     every = settings(
-        max_examples=CASES[kind] if slow else CASES[kind] // QUICK, deadline=None, database=None,
-        phases=[Phase.generate], suppress_health_check=list(HealthCheck),  # to shrink a case takes as long as all of them
-    )  # fmt: skip
+        max_examples=CASES[kind] if slow else CASES[kind] // QUICK,
+        deadline=None,
+        database=None,
+        phases=[Phase.generate],  # to shrink a case takes as long as all of them
+        suppress_health_check=list(HealthCheck),
+    )
     began = time.monotonic()
 
     def bounded(test: Callable[..., None]) -> Any:
@@ -125,28 +134,149 @@ both = pytest.mark.parametrize("slow", [False, pytest.param(True, marks=pytest.m
 # What is typed.
 
 KEYS = [
-    "seed", "name", "run", "sparsity", "method", "model", "dataset", "schedule", "optimizer", "selector", "logger", "train", "model.path",
+    "seed",
+    "name",
+    "run",
+    "sparsity",
+    "method",
+    "model",
+    "dataset",
+    "schedule",
+    "optimizer",
+    "selector",
+    "logger",
+    "train",
+    "model.path",
     "model.dtype",
-    "method.sparsity", "method.targets", "method.rank", "method.alpha", "method.config", "method.config.r", "method.schedule", "schedule.every",
-    "method.name", "dataset.path", "dataset.val_share", "optimizer.lr", "optimizer.betas", "optimizer.name", "train.steps", "train.batch_size",
-    "train.micro_batch_size", "train.keep_last", "train.precision", "train.max_seconds", "train.workers", "logger.tags", "logger.project", "sweep",
-    "budget", "tune", "launcher.x", "hydra.run.dir", "defaults", "_target_", "method._target_", "ckpt", "out", "weights", "head",
-]  # fmt: skip
+    "method.sparsity",
+    "method.targets",
+    "method.rank",
+    "method.alpha",
+    "method.config",
+    "method.config.r",
+    "method.schedule",
+    "schedule.every",
+    "method.name",
+    "dataset.path",
+    "dataset.val_share",
+    "optimizer.lr",
+    "optimizer.betas",
+    "optimizer.name",
+    "train.steps",
+    "train.batch_size",
+    "train.micro_batch_size",
+    "train.keep_last",
+    "train.precision",
+    "train.max_seconds",
+    "train.workers",
+    "logger.tags",
+    "logger.project",
+    "sweep",
+    "budget",
+    "tune",
+    "launcher.x",
+    "hydra.run.dir",
+    "defaults",
+    "_target_",
+    "method._target_",
+    "ckpt",
+    "out",
+    "weights",
+    "head",
+]
 WORDS = [
-    "null", "true", "1e-3", "-1", "0", "nan", "inf", "-inf", "1e400", "10" * 40, "0x1F", "1_000", "[]", "{}", "[q,v]", "[[[[1]]]]",
-    "{a:{b:[1,{c:2}]}}", "???", "a,b",
-    "0,1", "range(0,3)", "range(0,1e18)", "range(0,1,0)", "choice(a,b)", "choice()", "glob(*)", "glob(*,exclude=s*)", "interval(0,1)",
+    "null",
+    "true",
+    "1e-3",
+    "-1",
+    "0",
+    "nan",
+    "inf",
+    "-inf",
+    "1e400",
+    "10" * 40,
+    "0x1F",
+    "1_000",
+    "[]",
+    "{}",
+    "[q,v]",
+    "[[[[1]]]]",
+    "{a:{b:[1,{c:2}]}}",
+    "???",
+    "a,b",
+    "0,1",
+    "range(0,3)",
+    "range(0,1e18)",
+    "range(0,1,0)",
+    "choice(a,b)",
+    "choice()",
+    "glob(*)",
+    "glob(*,exclude=s*)",
+    "interval(0,1)",
     "tag(x,choice(a))",
-    "sort(3,1,2)", "shuffle(range(0,10))", "shuffle(range(0,1000000000000))", "sort(range(0,1000000000000))", "int(3.7)", "float(x)", "str([1])",
-    "bool(2)", "json_str({a:1})", "${seed}",
-    "${oc.env:PLANTED}", "${oc.env:NOPE,${seed}}", "${oc.create:{a:1}}", "${run}", "${method}", "${.rank}", "${", "}", "\\${seed}",
+    "sort(3,1,2)",
+    "shuffle(range(0,10))",
+    "shuffle(range(0,1000000000000))",
+    "sort(range(0,1000000000000))",
+    "int(3.7)",
+    "float(x)",
+    "str([1])",
+    "bool(2)",
+    "json_str({a:1})",
+    "${seed}",
+    "${oc.env:PLANTED}",
+    "${oc.env:NOPE,${seed}}",
+    "${oc.create:{a:1}}",
+    "${run}",
+    "${method}",
+    "${.rank}",
+    "${",
+    "}",
+    "\\${seed}",
     "'${oc.env:PLANTED}'",
-    "$", "'", '"', "'a", "\"a\\", "a=b", "a b", "#", "a#b", "~", "/dev/zero", "/etc/passwd", "..", "../../x", "builtin:tiny_vit", "builtin:../..",
-    "lora", "snell", "peft",
-    "shira", "grow", "2026-01-01", "12:30:45", "!!python/object:os.system", "&a", "*a", "<<", "\u202e", "\x1b[31m", "\x7f", "\udcff", "é", "一", "🙂",
-    "%s", "{0}", "[/]", "[red]",
-    "[" * 30, "(" * 30, "x" * 12_000, "[" + "1," * 3000 + "1]",
-]  # fmt: skip
+    "$",
+    "'",
+    '"',
+    "'a",
+    '"a\\',
+    "a=b",
+    "a b",
+    "#",
+    "a#b",
+    "~",
+    "/dev/zero",
+    "/etc/passwd",
+    "..",
+    "../../x",
+    "builtin:tiny_vit",
+    "builtin:../..",
+    "lora",
+    "snell",
+    "peft",
+    "shira",
+    "grow",
+    "2026-01-01",
+    "12:30:45",
+    "!!python/object:os.system",
+    "&a",
+    "*a",
+    "<<",
+    "\u202e",
+    "\x1b[31m",
+    "\x7f",
+    "\udcff",
+    "é",
+    "一",
+    "🙂",
+    "%s",
+    "{0}",
+    "[/]",
+    "[red]",
+    "[" * 30,
+    "(" * 30,
+    "x" * 12_000,
+    "[" + "1," * 3000 + "1]",
+]
 TEXT = st.text(st.characters(exclude_characters="\0"), max_size=20)
 VALUE = st.one_of(
     st.sampled_from(WORDS),
@@ -156,9 +286,21 @@ VALUE = st.one_of(
     st.lists(st.sampled_from(WORDS[:40]), max_size=3).map(",".join),
 )
 CHOICE = st.one_of(
-    st.sampled_from(sorted(catalog("method"))).map("method={}".format), st.sampled_from(sorted(catalog("schedule"))).map("schedule={}".format),
-    st.sampled_from(["dataset=csv", "dataset=jsonl", "dataset=hub", "dataset=stdlib", "model=hf", "model=tiny_lm", "optimizer=sm3", "selector=ist"]),
-)  # fmt: skip
+    st.sampled_from(sorted(catalog("method"))).map("method={}".format),
+    st.sampled_from(sorted(catalog("schedule"))).map("schedule={}".format),
+    st.sampled_from(
+        [
+            "dataset=csv",
+            "dataset=jsonl",
+            "dataset=hub",
+            "dataset=stdlib",
+            "model=hf",
+            "model=tiny_lm",
+            "optimizer=sm3",
+            "selector=ist",
+        ]
+    ),
+)
 ASSIGNED = st.tuples(st.sampled_from(["", "", "", "", "", "+", "++", "~"]), st.sampled_from(KEYS), VALUE).map(
     lambda t: f"{t[0]}{t[1]}={t[2]}"
 )
@@ -180,10 +322,22 @@ OPTIONS = [
     "--tolerance",
 ]
 COMMANDS = [
-    ["show"], ["show"], ["show"], ["train", "--dry-run"], ["train", "--dry-run"], ["eval"], ["merge", "out=outputs/first"], ["inspect"], ["compose"],
+    ["show"],
+    ["show"],
+    ["show"],
+    ["train", "--dry-run"],
+    ["train", "--dry-run"],
+    ["eval"],
+    ["merge", "out=outputs/first"],
+    ["inspect"],
+    ["compose"],
     ["compare", "outputs"],
-    ["methods"], ["reproduce"], ["show", "--config", str(RUN / "config.yaml")], ["verify"], ["export"],
-]  # fmt: skip
+    ["methods"],
+    ["reproduce"],
+    ["show", "--config", str(RUN / "config.yaml")],
+    ["verify"],
+    ["export"],
+]
 LINE = st.tuples(
     st.sampled_from(COMMANDS),
     st.lists(st.one_of(WORD, WORD, WORD, WORD, WORD, st.sampled_from(OPTIONS)), max_size=5),
@@ -191,7 +345,10 @@ LINE = st.tuples(
 
 
 def real(words: list[str]) -> bool:
-    """Whether a shell could pass these words on; what would read all of ``/`` or the user's own disk is left to other tests."""
+    """Whether a shell could pass these words on.
+
+    What would read all of ``/`` or the user's own disk is left to other tests.
+    """
     return not any("\0" in word or word in ("/", "//") for word in words)
 
 
@@ -234,14 +391,48 @@ def test_sweeps(place: Path, slow: bool) -> None:
 # What lies in files.
 
 TOKENS = [
-    b"", b"\n", b"\0", b"\xff", b"{", b"[", b"]", b"}", b":", b",", b"- ", b"  ", b"\t", b'"', b"'", b"&a ", b"*a", b"!!python/name:os.system ",
+    b"",
+    b"\n",
+    b"\0",
+    b"\xff",
+    b"{",
+    b"[",
+    b"]",
+    b"}",
+    b":",
+    b",",
+    b"- ",
+    b"  ",
+    b"\t",
+    b'"',
+    b"'",
+    b"&a ",
+    b"*a",
+    b"!!python/name:os.system ",
     b"!!binary ",
-    b"<<: *a", b"? ",
-    b"${oc.env:PLANTED}", b"${seed}", b"${run}", b"null", b"NaN", b"1e999", b"-1", b"9" * 30, b"../../x", b"/dev/zero", b"_target_: os.system\n",
-    b"%YAML 9.9\n", b"---\n",
+    b"<<: *a",
+    b"? ",
+    b"${oc.env:PLANTED}",
+    b"${seed}",
+    b"${run}",
+    b"null",
+    b"NaN",
+    b"1e999",
+    b"-1",
+    b"9" * 30,
+    b"../../x",
+    b"/dev/zero",
+    b"_target_: os.system\n",
+    b"%YAML 9.9\n",
+    b"---\n",
     b"#",
-    b"true", b"[[[[[[[[", b"\x1b[31m", b"PK\x03\x04", b"\x1f\x8b", b"PAR1",
-]  # fmt: skip
+    b"true",
+    b"[[[[[[[[",
+    b"\x1b[31m",
+    b"PK\x03\x04",
+    b"\x1f\x8b",
+    b"PAR1",
+]
 PLACE = st.integers(0, 2**20)
 BYTES = st.one_of(st.sampled_from(TOKENS), st.binary(max_size=8))
 EDIT = st.tuples(st.sampled_from(["put", "put", "over", "flip", "cut", "twice", "end"]), PLACE, PLACE, BYTES)
@@ -330,7 +521,10 @@ def test_configs(place: Path, slow: bool) -> None:
 def run_files(
     place: Path, kind: str, slow: bool, files: list[str], words: list[str], commands: list[tuple[Any, ...]]
 ) -> None:
-    """Spoil one of ``files`` of the run in each case, renew its folder's manifest, call a command, and put the file back."""
+    """Spoil one of ``files`` of the run in each case, and call a command.
+
+    The manifest of its folder is renewed before the command; the file is put back after it.
+    """
     run = place / RUN
 
     @sized(
@@ -442,9 +636,10 @@ def test_data(place: Path, slow: bool) -> None:
     rows = [{"text": f"a {'cat' if i % 2 else 'dog'} sat {i}", "label": i % 2} for i in range(30)]
     pq.write_table(pa.Table.from_pylist(rows), place / "good.parquet")
     good = {
-        "csv": (place / "data.csv").read_bytes(), "jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
+        "csv": (place / "data.csv").read_bytes(),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in rows).encode(),
         "parquet": (place / "good.parquet").read_bytes(),
-    }  # fmt: skip
+    }
     file = place / "data.any"
     file.touch()
 

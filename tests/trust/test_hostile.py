@@ -1,5 +1,6 @@
-"""Files that a stranger made: refused in words, with nothing run, nothing followed and nothing written. Each spoils one file of a good run and renews
-its manifest, as a stranger would.
+"""Files that a stranger made: refused in words, with nothing run, nothing followed and nothing written.
+
+Each spoils one file of a good run and renews its manifest, as a stranger would.
 """
 
 from __future__ import annotations
@@ -127,11 +128,15 @@ TENSORS: dict[str, Spoil] = {
     "named twice": header(f'{{"a":{json.dumps(entry())},"a":{json.dumps(entry())}}}', body=bytes(8)),
     "negative": header(json.dumps({"a": entry("F32", (-2, -1))}), body=bytes(8)),
     "unknown type": header(json.dumps({"a": entry("O")}), body=bytes(8)),
-    "offsets of text": header(json.dumps({"a": {"dtype": "F32", "shape": "2", "data_offsets": "08"}}), body=bytes(8)),
+    "offsets of text": header(
+        json.dumps({"a": {"dtype": "F32", "shape": "2", "data_offsets": "08"}}), body=bytes(8)
+    ),
     "NaN header": header('{"a": NaN}'),
     "deep header": header("[" * 100_000),
     "list header": header("[1, 2]"),
-    "a million names": header("{" + ",".join(f'"{i}":{json.dumps(entry("F32", (0,), (0, 0)))}' for i in range(10**6)) + "}"),
+    "a million names": header(
+        "{" + ",".join(f'"{i}":{json.dumps(entry("F32", (0,), (0, 0)))}' for i in range(10**6)) + "}"
+    ),
     "a hole": hole,
     "pipe": pipe,
     "folder": folder,
@@ -139,7 +144,7 @@ TENSORS: dict[str, Spoil] = {
     "link to a device": link_to("/dev/zero"),
     "other names": tensors(lambda stored: {f"../../{name}": t for name, t in stored.items()}),
     "other shapes": tensors(lambda stored: {name: torch.zeros(3) for name in stored}),
-}  # fmt: skip
+}
 VALUES: dict[str, Spoil] = {
     "NaN": each("values", lambda t: _set(t, 0, float("nan"))),
     "values of a matrix": each("values", lambda t: t.view(1, -1)),
@@ -254,7 +259,10 @@ def planted(monkeypatch: pytest.MonkeyPatch) -> str:
 
 
 def refused(place: Path, *words: object, codes: tuple[int, ...] = (2,), free: Path | None = None) -> str:
-    """Runs a command that must be refused: only messages, nothing written but below ``free``, little memory. Returns the messages."""
+    """Runs a command that must be refused. Returns the messages.
+
+    It gives only messages, writes nothing but below ``free``, and takes little memory.
+    """
     before, peak = listing(place), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     said = call(*words, folder=place)
     assert said.code in codes, said
@@ -736,10 +744,22 @@ def test_image_of_absurd_size(place: Path) -> None:
 
 @pytest.mark.parametrize(
     "word",
-
-    ["name=../x", "run=../../x", "run=a/../../b", "name=.", "name=..", "run=.hidden", "name=a\x1b[2Jb", "run=a\nb", "name=" + "x" * 300,
-     "run=\u202egnp",      "run='a\\b'", "name=/tmp/x", "run=\udcff"],
-)  # fmt: skip
+    [
+        "name=../x",
+        "run=../../x",
+        "run=a/../../b",
+        "name=.",
+        "name=..",
+        "run=.hidden",
+        "name=a\x1b[2Jb",
+        "run=a\nb",
+        "name=" + "x" * 300,
+        "run=\u202egnp",
+        "run='a\\b'",
+        "name=/tmp/x",
+        "run=\udcff",
+    ],
+)
 def test_names_stay_in_outputs(place: Path, word: str) -> None:
     said = refused(
         place,
@@ -757,12 +777,20 @@ def test_names_stay_in_outputs(place: Path, word: str) -> None:
 
 @pytest.mark.parametrize(
     "word",
-
-    ["run=${oc.env:PLANTED}", "run=x${oc.env:PLANTED}y", "seed=${oc.env:PLANTED}", "run='\\${oc.env:PLANTED}'",
-     "method.targets=['${oc.env:PLANTED}']",
-          "run=${oc.env:${seed}}", "run=${method}", "run=${run}", "run=${hydra:runtime.cwd}", "logger.tags=['${oc.env:PLANTED}']",
-     "method._target_=os.system"],
-)  # fmt: skip
+    [
+        "run=${oc.env:PLANTED}",
+        "run=x${oc.env:PLANTED}y",
+        "seed=${oc.env:PLANTED}",
+        "run='\\${oc.env:PLANTED}'",
+        "method.targets=['${oc.env:PLANTED}']",
+        "run=${oc.env:${seed}}",
+        "run=${method}",
+        "run=${run}",
+        "run=${hydra:runtime.cwd}",
+        "logger.tags=['${oc.env:PLANTED}']",
+        "method._target_=os.system",
+    ],
+)
 def test_overrides_call_nothing(place: Path, word: str) -> None:
     for command in ("show", "train"):
         refused(place, command, word)

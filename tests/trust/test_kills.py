@@ -1,4 +1,6 @@
-"""``kill -9`` at random moments of real runs, and ``train --resume`` until they are done: they end as the runs that nobody killed, to the bit.
+"""``kill -9`` at random moments of real runs, and ``train --resume`` until they are done.
+
+They end as the runs that were not killed, to the bit.
 
 FINETUNE_KILLS=N: how often (50). FINETUNE_SEED=N: of the moments (0).
 """
@@ -122,7 +124,10 @@ def one(
     kinds: list[Callable[..., tuple[str, Moment]]],
     draw: random.Random,
 ) -> str:
-    """Start a run, kill it, go on with it, and so on until it is done; the kind of moment and how far it was."""
+    """Start a run, kill it, go on with it, and so on until it is done.
+
+    Returns the kind of moment and how far it was.
+    """
     run, killed = folder / "outputs" / "t" / "r", ""
     for kind in kinds:
         name, come = kind(draw, run, seconds)
@@ -174,11 +179,13 @@ def test_killed_at_any_moment_it_ends_the_same(
         moments.update(part.split()[0] for part in told.split("; ") if part)
         with capsys.disabled():
             print(
-                f"seed {SEED}-{runs - 1}: {name}, killed {told or 'never; '}{'different' if found + left else 'equal'}",
+                f"seed {SEED}-{runs - 1}: {name}, killed {told or 'never; '}"
+                f"{'different' if found + left else 'equal'}",
                 flush=True,
             )
     with capsys.disabled():
         print(
-            f"\n{equal} of {kills} bit-equal: {runs} runs of {len(names)} methods, seeds {SEED}-0 to {SEED}-{runs - 1}, moments {dict(moments)}"
+            f"\n{equal} of {kills} bit-equal: {runs} runs of {len(names)} methods, "
+            f"seeds {SEED}-0 to {SEED}-{runs - 1}, moments {dict(moments)}"
         )
     assert not wrong

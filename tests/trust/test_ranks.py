@@ -1,4 +1,7 @@
-"""``finetune train --processes 2`` and ``accelerate launch -m finetune``, as a user starts them: one run, one voice, one end."""
+"""``finetune train --processes 2`` and ``accelerate launch -m finetune``, as a user starts them.
+
+There is one run, one voice, one end.
+"""
 
 from __future__ import annotations
 

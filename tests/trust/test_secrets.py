@@ -1,4 +1,7 @@
-"""What the environment and the repository hold stays there: no file of a run says it, W&B's own included, nor does any message."""
+"""What the environment and the repository hold stays there.
+
+No file of a run says it, W&B's own included, nor does any message.
+"""
 
 from __future__ import annotations
 

@@ -201,8 +201,8 @@ def test_resume_refuses_what_it_cannot_do(
     missing = begin.run("train", "--resume", "nowhere", folder=tmp_path)
     assert missing.wait() == 2
     assert (
-        missing.said
-        == "Error: --resume nowhere: no config.yaml of a run is there. Give the folder of a run, outputs/NAME/RUN.\n"
+        missing.said == "Error: --resume nowhere: no config.yaml of a run is there. "
+        "Give the folder of a run, outputs/NAME/RUN.\n"
     )
 
 

@@ -38,7 +38,7 @@ def double(session: Session) -> Session:
     """Make the session float64, so that rounding hides no difference."""
     session.model.double()
     session.states.double()
-    session.compute.on_device = lambda inputs: {k: v.double() for k, v in inputs.items()}  # type: ignore[method-assign]
+    session.compute.on_device = lambda inputs: {k: v.double() for k, v in inputs.items()}  # type: ignore
     return session
 
 

@@ -32,7 +32,8 @@ CASES = [
 ]
 
 PUBLISHED = Published(
-    "arXiv 2411.01800: rank of the VTAB scripts, sparsity of the ablation in table 5a, the rest from the code",
+    "arXiv 2411.01800: rank of the VTAB scripts, sparsity of the ablation in table 5a, "
+    "the rest from the code",
     {
         "rank": 32,
         "sparsity": 0.9,

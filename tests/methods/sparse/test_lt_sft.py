@@ -25,7 +25,8 @@ CASES = [
 ]
 
 PUBLISHED = Published(
-    "arXiv 2110.07560: the task scripts of the released code; 3 of 13 epochs are dense for entity recognition",
+    "arXiv 2110.07560: the task scripts of the released code; "
+    "3 of 13 epochs are dense for entity recognition",
     {"score": "change", "scope": "model", "schedule": OneShot(dense=3 / 13), "l1": 0.0, "decay": "base"},
     {"schedule": (OneShot(dense=0.25), "a round number near 3 / 13")},
 )

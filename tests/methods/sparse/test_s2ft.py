@@ -154,7 +154,7 @@ def test_training_equals_the_slices_of_a_permuted_model(monkeypatch: pytest.Monk
     }
     optimizer = torch.optim.AdamW(list(slices.values()), weight_decay=0.0)
     for number, micro in enumerate(session.batches.steps(0, contract.STEPS)):
-        batch = collate([contract.examples("llama")[int(i)] for i in micro[0].ids])  # type: ignore[union-attr]
+        batch = collate([contract.examples("llama")[int(i)] for i in micro[0].ids])  # type: ignore
         fused = {
             f"{n}.weight": _fused(model.get_submodule(n).weight, t, *plan[n][1:]) for n, t in slices.items()
         }
