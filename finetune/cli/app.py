@@ -16,7 +16,7 @@ from . import artifacts as cli_finished
 from . import results as cli_report
 from . import sweep as cli_sweep
 from .display import show_table, show_tree
-from .options import Plugins, load_plugins, start_options
+from .options import ConfigDir, ConfigFile, Plugins, load_plugins, start_options
 
 if TYPE_CHECKING:
     from ..config.settings import Config
@@ -33,20 +33,6 @@ Overrides = Annotated[
         metavar="KEY=VALUE",
         help="Settings, for example method=lora method.rank=16 seed=1.",
         show_default=False,
-    ),
-]
-ConfigDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--config-dir",
-        metavar="DIR",
-        help="Your own YAML groups; they win over built-in ones of the same name.",
-    ),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top."
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]

@@ -10,6 +10,20 @@ import typer
 if TYPE_CHECKING:
     from ..launch.start import StartOptions
 
+ConfigDir = Annotated[
+    Path | None,
+    typer.Option(
+        "--config-dir",
+        metavar="DIR",
+        help="Your own YAML groups; they win over built-in ones of the same name.",
+    ),
+]
+ConfigFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top."
+    ),
+]
 Plugins = Annotated[
     list[Path] | None,
     typer.Option(

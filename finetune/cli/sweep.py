@@ -13,7 +13,7 @@ import typer
 
 from ..errors import ConfigError, near
 from ..system.exit_code import INTERRUPTED
-from .options import Plugins, load_plugins
+from .options import ConfigDir, ConfigFile, Plugins, load_plugins
 
 if TYPE_CHECKING:
     from ..sweep import Point
@@ -34,20 +34,6 @@ SweepName = Annotated[
 Name = Annotated[
     str | None,
     typer.Option("--name", metavar="NAME", help="The folder, outputs/NAME; the same as name=NAME."),
-]
-ConfigDir = Annotated[
-    Path | None,
-    typer.Option(
-        "--config-dir",
-        metavar="DIR",
-        help="Your own YAML groups; they win over built-in ones of the same name.",
-    ),
-]
-ConfigFile = Annotated[
-    Path | None,
-    typer.Option(
-        "--config", metavar="FILE", help="A run's frozen config.yaml; only values can be changed on top."
-    ),
 ]
 Jobs = Annotated[
     int | None,
