@@ -27,7 +27,7 @@ class ConfigError(FinetuneError):
     exit_code = 2
 
     def __init__(self, *faults: str) -> None:
-        self.faults = tuple(map(visible, faults))
+        self.faults = tuple(map(make_printable, faults))
         super().__init__("\n".join(self.faults))
 
 
@@ -35,7 +35,7 @@ class RunFailed(FinetuneError):
     """A run stopped because of what happened in it, for example a loss that is not finite."""
 
 
-def visible(text: str) -> str:
+def make_printable(text: str) -> str:
     """Return ``text`` as one line that is safe to print in a terminal or a log.
 
     Control characters are escaped, line breaks and tabs become spaces, user and password are removed from
@@ -44,10 +44,10 @@ def visible(text: str) -> str:
     if len(text) > LONGEST:
         text = f"{text[: LONGEST * 3 // 4]} ... {text[-LONGEST // 5 :]}"
     text = PASSWORD.sub("***@", text)
-    return "".join(map(_make_printable, text))
+    return "".join(map(_escape_char, text))
 
 
-def _make_printable(char: str) -> str:
+def _escape_char(char: str) -> str:
     if char.isprintable():
         return char
     if char in "\t\n\r":
@@ -55,7 +55,7 @@ def _make_printable(char: str) -> str:
     return char.encode("unicode_escape").decode()
 
 
-def near(word: str, options: Iterable[str]) -> str:
+def suggest_nearest(word: str, options: Iterable[str]) -> str:
     """Return `` Did you mean 'x'?`` for the option closest to ``word``, or the empty string."""
     found = difflib.get_close_matches(word, list(options), n=1, cutoff=0.5)
     if not found:

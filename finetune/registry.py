@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from .errors import ConfigError, near
+from .errors import ConfigError, suggest_nearest
 
 ROOT = Path(__file__).parent
 C = TypeVar("C", bound=type)
@@ -209,7 +209,9 @@ def get(kind: str, name: str) -> Any:
     """Import the class registered under ``name``; raises ``ConfigError`` naming the known ones."""
     entries = catalog(kind)
     if name not in entries:
-        raise ConfigError(f"{kind}={name} is not known.{near(name, entries)} Known: {', '.join(entries)}.")
+        raise ConfigError(
+            f"{kind}={name} is not known.{suggest_nearest(name, entries)} Known: {', '.join(entries)}."
+        )
     entry = entries[name]
     return getattr(importlib.import_module(entry.module), entry.facts["class"])
 

@@ -31,7 +31,7 @@ def time_to_first_step(seed: int, warm: bool) -> float:
 
     ``warm``: fork the process from one that has imported everything, as a sweep does.
     """
-    (point,) = sweep.points([*WORDS, "train.steps=2", f"seed={seed}", f"name=warm{warm}"])
+    (point,) = sweep.list_points([*WORDS, "train.steps=2", f"seed={seed}", f"name=warm{warm}"])
     sweep.freeze([point])
     began = time.time()
     process = Process.start(point, NO_OPTIONS, threads=1, fork=warm)
@@ -49,7 +49,7 @@ def time_to_first_step(seed: int, warm: bool) -> float:
 
 def time_sweep(jobs: int, runs: int, steps: int) -> float:
     """Return the wall time of a sweep in minutes."""
-    points = sweep.points([*WORDS, f"train.steps={steps}", f"seed=range(0,{runs})", f"name=jobs{jobs}"])
+    points = sweep.list_points([*WORDS, f"train.steps={steps}", f"seed=range(0,{runs})", f"name=jobs{jobs}"])
     sweep.freeze(points)
     began = time.perf_counter()
     results = Pool(jobs, lambda line: None, gpus=[]).run(points)

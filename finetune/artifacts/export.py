@@ -105,7 +105,7 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
             return written
     layers = {}
     for name, layer in patched(setup.session.model).items():
-        if any(delta.acts for delta in layer.deltas):
+        if any(delta.has_effect for delta in layer.deltas):
             layers[name] = layer
     fault = _not_exportable(state, layers)
     if not fault:

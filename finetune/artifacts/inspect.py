@@ -331,7 +331,7 @@ def churn(files: RunFolder) -> list[dict[str, float]]:
     for line in safe.read_lines(files.metrics):
         with suppress(ValueError):  # a line that was cut short
             numbers = safe.parse_json(line)
-            if not safe.differs(numbers, {"step": int, "churn": float}):
+            if not safe.find_mismatch(numbers, {"step": int, "churn": float}):
                 found.append({"step": numbers["step"], "churn": numbers["churn"]})
     return found
 

@@ -118,7 +118,7 @@ def _read_about(path: Path) -> dict[str, Any]:
         raise ConfigError(
             f"{file} cannot be read ({error}). Give the folder that finetune merge wrote."
         ) from error
-    if newer := safe.too_new(file, about):
+    if newer := safe.explain_newer_format(file, about):
         raise ConfigError(f"{newer}.")
     if about["task"] not in AUTO or not {about["dtype"], about["base_dtype"]} <= DTYPES:
         raise ConfigError(

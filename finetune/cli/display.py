@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import visible
+from ..errors import make_printable
 from ..report.metric import show_bytes
 
 
@@ -28,7 +28,7 @@ def _print_item(name: str, item: Any, indent: str) -> None:
         show_table(item)
     elif isinstance(item, list) and all(isinstance(line, str) for line in item):
         for line in item:
-            print(f"{indent}{visible(line)}")
+            print(f"{indent}{make_printable(line)}")
     elif name.endswith("_bytes"):
         print(f"{indent}{name}: {show_bytes(item)}")
     else:
@@ -54,9 +54,9 @@ def _show_value(value: Any) -> str:
     if value is None:
         return "-"
     if isinstance(value, str):
-        return visible(value)
+        return make_printable(value)
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     if isinstance(value, float):
         return f"{value:.6g}"
-    return visible(json.dumps(value, default=str))
+    return make_printable(json.dumps(value, default=str))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from ..system.exit_code import INTERRUPTED
 from .options import ConfigDir, ConfigFile, Plugins, load_plugins
 
@@ -210,9 +210,9 @@ def _run_grid(
     work: Work, words: Words, trials: int, configs: Configs, max_runs: int, dry_run: bool, as_json: bool
 ) -> Callable[[], int]:
     """Run or forecast a grid; return the function that prints the results and returns the exit code."""
-    from ..sweep import points, tune
+    from ..sweep import list_points, tune
 
-    runs = points(
+    runs = list_points(
         words.settings, configs.config_dir, configs.config_file, max_runs=max_runs, say=work.board.say
     )
     tuning = None if words.tune is None else tune.plan(runs, words.tune, trials)
@@ -306,7 +306,9 @@ def _check_search(typed: dict[str, str], words: Words, search: str | None, trial
         raise ConfigError(f"--trials {trials} belongs to tune=KEY or to --search optuna; give one of them.")
     faults = []
     if search != "optuna":
-        faults.append(f"--search {search} is not a search.{near(search, ['optuna'])} There is: optuna.")
+        faults.append(
+            f"--search {search} is not a search.{suggest_nearest(search, ['optuna'])} There is: optuna."
+        )
     if not trials:
         faults.append(f"--search {search} needs to know how many trials it makes: --trials 20, for example.")
     foreign = [text for option, text in typed.items() if option not in FOR_SEARCH]

@@ -156,7 +156,7 @@ def read_frozen(file: Path) -> Composed:
         raise ConfigError(f"--config {file} is a folder; a run's frozen configuration is the file {inside}.")
     if not file.is_file():
         raise ConfigError(f"--config {file}: there is no such file.")
-    if newer := safe.too_new(file, safe.first_line(file)):
+    if newer := safe.explain_newer_format(file, safe.first_line(file)):
         raise ConfigError(f"{newer}.")
     try:
         text = safe.yaml_text(file)

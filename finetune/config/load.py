@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from .. import registry
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from . import plugins, references, strict
 from .compose import compose, config_loader, find_options, read_frozen, to_plain
 from .composed import Composed
@@ -184,7 +184,8 @@ def _find_fault(item: Override, options: dict[str, set[str]], config_file: Path 
         several = f"`finetune sweep {key}=A,B` runs several"
         return f"{text}: {key} takes exactly one option ({several}). Options: {known}."
     if str(value) not in options[key]:
-        return f"{text} is not an option ({COMMAND_LINE}).{near(str(value), options[key])} Options: {known}."
+        hint = suggest_nearest(str(value), options[key])
+        return f"{text} is not an option ({COMMAND_LINE}).{hint} Options: {known}."
     return None
 
 

@@ -367,7 +367,7 @@ def _recorded(text: str) -> list[dict[str, str]]:
             record = safe.parse_json(line.removeprefix(COMMENT))
         except ValueError:
             continue
-        if not safe.differs(record, RECORD):
+        if not safe.find_mismatch(record, RECORD):
             found.append(record)
     return found
 

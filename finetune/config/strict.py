@@ -15,7 +15,7 @@ from typing import Any, get_type_hints
 import pydantic
 
 from .. import registry
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from .classes import (
     OPEN,
     OUTSIDE_SECTIONS,
@@ -146,6 +146,6 @@ def _unknown_names(parts: dict[str, Any], cls: type, section: str, composed: Com
             known = registry.catalog(mark.kind)
             if value not in known:
                 given = composed.describe(dotted(section, (name,)), value)
-                hint = f"{near(value, known)} There is: {', '.join(known)}."
+                hint = f"{suggest_nearest(value, known)} There is: {', '.join(known)}."
                 faults.append(f"{given} is not a {mark.kind}.{hint}")
     return faults

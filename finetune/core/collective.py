@@ -57,7 +57,7 @@ def any_process(flag: bool) -> bool:
     return _reduce_flag(flag)
 
 
-def agree(t: Tensor) -> Tensor:
+def average_or_broadcast(t: Tensor) -> Tensor:
     """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
     if is_single_process():
         return t

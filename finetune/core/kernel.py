@@ -68,7 +68,7 @@ class Kernelized(Reparam):
     @torch.no_grad()
     def check_trained(self, run: Run, state: Any) -> list[str]:
         """Count the entries of the kernels' changes that are 0. Several may equal the threshold."""
-        if not self.sparsity or not self.ready(run.step, run.total):
+        if not self.sparsity or not self.meets_target(run.step, run.total):
             return []
         size = zeros = count = 0
         for layer in patched(run.model).values():

@@ -21,7 +21,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from .collective import agree
+from .collective import average_or_broadcast
 from .part import Delta, attach, base
 from .site import Site, find_sites
 from .state import Shapes, stored_shapes
@@ -53,9 +53,9 @@ class Run:
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)
 
-    def agree(self, t: Tensor) -> Tensor:
+    def average_or_broadcast(self, t: Tensor) -> Tensor:
         """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
-        return agree(t)
+        return average_or_broadcast(t)
 
     @contextmanager
     def base(self) -> Iterator[None]:
@@ -107,7 +107,7 @@ class Method:
         """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
         return []
 
-    def ready(self, step: int, total: int) -> bool:
+    def meets_target(self, step: int, total: int) -> bool:
         """Tell whether the state after ``step`` (from 0) of ``total`` is what the settings ask for.
 
         Before that the method trains more or something else, and no state is kept as the best one.

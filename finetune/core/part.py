@@ -161,7 +161,7 @@ class Delta(Part):
         raise NotImplementedError
 
     @property
-    def acts(self) -> bool:
+    def has_effect(self) -> bool:
         """Tell whether this delta has any effect now; if not, the layer skips it."""
         return True
 
@@ -334,7 +334,7 @@ class Patched(nn.Module):
         return total.to(self.original.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        active = [d for d in self.deltas if d.gate and d.acts]
+        active = [d for d in self.deltas if d.gate and d.has_effect]
         formed = [d for d in active if not d.additive]
         y: Tensor = changed_linear(x, self.original, self.bias, formed) if formed else self.base(x)
         for delta in active:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from .part import Patched
 from .roles import block_of, is_matrix, is_transposed, roles
 
@@ -103,7 +103,7 @@ def _no_match(target: str, sites: list[Site]) -> str:
     """Say that a target matches nothing, and what the model has."""
     here = sorted({site.role for site in sites})
     last_names = sorted({site.name.rsplit(".", 1)[-1] for site in sites})
-    hint = near(target, [*here, *GROUPS, *last_names])
+    hint = suggest_nearest(target, [*here, *GROUPS, *last_names])
     roles_here = ", ".join(here)
     return (
         f"method.targets: {target!r} matches no linear layer of this model.{hint} Roles here: {roles_here}."

@@ -21,7 +21,7 @@ class EntryStore(Protocol):
     def bounds(self) -> list[int]:
         """Return where the values of each site start; [sites + 1]."""
 
-    def where(self, i: int) -> Tensor:
+    def positions(self, i: int) -> Tensor:
         """Return the flat positions of site ``i``'s values in its weight, int32, ascending."""
 
 

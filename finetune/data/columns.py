@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from .dataset import Task
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def choose_columns(
     for option, column in {"text_column": text, "image_column": image, "label_column": label}.items():
         if column is not None and column not in features:
             faults.append(
-                f"dataset.{option}={column} is not a column.{near(column, features)} "
+                f"dataset.{option}={column} is not a column.{suggest_nearest(column, features)} "
                 f"The columns are: {names}."
             )
     if text and image:

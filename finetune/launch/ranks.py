@@ -20,7 +20,7 @@ from typing import Any
 
 from ..config import strict
 from ..config.settings import Config
-from ..errors import ConfigError, FinetuneError, RunFailed, visible
+from ..errors import ConfigError, FinetuneError, RunFailed, make_printable
 from ..storage.run_folder import RunFolder
 from ..system.environment import count_cores, rank
 from ..system.exit_code import INTERRUPTED
@@ -266,9 +266,13 @@ def _run_rank(
         report |= {"code": error.exit_code, "lines": list(error.faults)}
     except FinetuneError as error:
         severed_by_other = isinstance(error, Severed)
-        report |= {"code": error.exit_code, "lines": [visible(str(error))], "severed": severed_by_other}
+        report |= {
+            "code": error.exit_code,
+            "lines": [make_printable(str(error))],
+            "severed": severed_by_other,
+        }
     except Exception as error:
-        what = visible(f"{type(error).__name__}: {error}")
+        what = make_printable(f"{type(error).__name__}: {error}")
         report |= {"code": 1, "lines": [what], "trace": traceback.format_exc()[-MOST_TRACE:]}
     writers[number].send(report | {"at": time.monotonic()})
     sys.stderr.flush()

@@ -153,7 +153,7 @@ def check_weights(folder: Path, config: ModelConfig) -> int:
             faults.append(_explain_absent(folder, file, config))
             continue
         try:
-            for _, shape in safe.tensors_of(file).values():
+            for _, shape in safe.read_tensor_header(file).values():
                 sizes.append(prod(shape))
         except (OSError, ValueError) as error:
             faults.append(
@@ -202,7 +202,7 @@ def list_weight_files(folder: Path, config: ModelConfig) -> list[Path]:
     if not index.is_file():
         return [folder / "model.safetensors"]
     content = read_json(index, config)
-    fault = safe.differs(content, {"weight_map": {str: str}})
+    fault = safe.find_mismatch(content, {"weight_map": {str: str}})
     if fault:
         raise ConfigError(_explain_index(index, fault, config))
     names = sorted(set(content["weight_map"].values()))

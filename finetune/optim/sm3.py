@@ -83,7 +83,7 @@ class SM3Optimizer(torch.optim.Optimizer):
         for i, (start, end) in enumerate(pairwise(bounds)):
             if start == end:
                 continue
-            positions, g = bank.where(i).long(), grad[start:end]
+            positions, g = bank.positions(i).long(), grad[start:end]
             rows, columns = state[f"row.{i}"].view(-1), state[f"col.{i}"].view(-1)
             width = len(columns)
             row, column = positions // width, positions % width

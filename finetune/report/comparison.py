@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from .command import Defaults
 from .fairness import check_fairness, list_values, make_finding
 from .judge import Judge
@@ -160,9 +160,8 @@ def _choose_measure(runs: Sequence[Run], wanted: str | None) -> Measure:
     if not done:
         return Measure(wanted)
     options = sorted(set(_list_numbers(done[0].result)))
-    raise ConfigError(
-        f"--metric {wanted}: no run has it.{near(wanted, options)} The first run has: {', '.join(options)}."
-    )
+    hint = suggest_nearest(wanted, options)
+    raise ConfigError(f"--metric {wanted}: no run has it.{hint} The first run has: {', '.join(options)}.")
 
 
 def _list_numbers(tree: Any, prefix: str = "") -> list[str]:
@@ -195,7 +194,7 @@ def _find_baseline(rows: Sequence[Row], wanted: str | None) -> Row | None:
         fault = f"could be {', '.join(row.label for row in found)}"
     else:
         labels = [row.label for row in rows]
-        fault = f"is no row.{near(wanted, labels)} Rows: {', '.join(labels)}"
+        fault = f"is no row.{suggest_nearest(wanted, labels)} Rows: {', '.join(labels)}"
     raise ConfigError(f"--baseline {wanted} {fault}. Give one row as the table names it.")
 
 

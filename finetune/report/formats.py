@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import visible
+from ..errors import make_printable
 from .measure import Measure
 from .metric import show_bytes
 from .runs import NO_RESULT
@@ -172,7 +172,7 @@ def show_in_terminal(data: ComparisonData, width: int) -> list[RenderableType]:
         halves = [columns[:first_cost], columns[first_cost:]]
     parts: list[RenderableType] = []
     for line in describe_fairness(data):
-        parts.append(Text(visible(line)))
+        parts.append(Text(make_printable(line)))
     for half in halves:
         parts += [Text(), _make_table(data, half, width)]
     parts.append(Text())
@@ -180,7 +180,7 @@ def show_in_terminal(data: ComparisonData, width: int) -> list[RenderableType]:
     if legend:
         parts.append(Text("; ".join(legend) + "."))
     for line in (*describe_errors(data), *data["notes"]):
-        parts.append(Text(visible(line)))
+        parts.append(Text(make_printable(line)))
     return parts
 
 
@@ -196,7 +196,7 @@ def _make_table(data: ComparisonData, columns: Sequence[Column], width: int) -> 
     from rich.table import Table
     from rich.text import Text
 
-    labels = [visible(row["label"]) + MARKS.get(row["rank"], "") for row in data["rows"]]
+    labels = [make_printable(row["label"]) + MARKS.get(row["rank"], "") for row in data["rows"]]
     widths, room = _fit_columns(data, columns, labels, width)
     table = Table(box=SIMPLE_HEAD, show_edge=False, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("row", overflow="fold", max_width=room)
@@ -279,7 +279,7 @@ def _make_csv_safe(value: Any) -> Any:
     """Return a text with an apostrophe in front if a spreadsheet would calculate it; numbers stay numbers."""
     if not isinstance(value, str):
         return value
-    text = visible(value)
+    text = make_printable(value)
     return f"'{text}" if value.startswith(FORMULA_STARTS) else text
 
 
@@ -309,7 +309,7 @@ def _join_markdown(cells: Sequence[str]) -> str:
 
 def _escape_markdown(text: str) -> str:
     """Return text that Markdown shows literally."""
-    text = visible(text)
+    text = make_printable(text)
     for mark in "\\`*_[]<>|":
         text = text.replace(mark, f"\\{mark}")
     return " ".join(text.split())
@@ -318,7 +318,7 @@ def _escape_markdown(text: str) -> str:
 def write_latex(data: ComparisonData) -> str:
     """Return a ``tabular`` for booktabs: the best rows in bold, fairness check and notes as comments."""
     columns = make_columns(data)
-    lines = [f"% {visible(line)}" for line in (*describe_fairness(data), *data["notes"])]
+    lines = [f"% {make_printable(line)}" for line in (*describe_fairness(data), *data["notes"])]
     lines += [f"\\begin{{tabular}}{{l{'r' * len(columns)}}}", "\\toprule"]
     headings = " & ".join(escape_latex(column.heading) for column in columns)
     lines += [rf"& {headings} \\", "\\midrule"]
@@ -334,4 +334,4 @@ def write_latex(data: ComparisonData) -> str:
 
 def escape_latex(text: str) -> str:
     """Return text that LaTeX shows literally."""
-    return "".join(LATEX.get(mark, mark) for mark in visible(text))
+    return "".join(LATEX.get(mark, mark) for mark in make_printable(text))

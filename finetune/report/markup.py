@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import html
 
-from ..errors import visible
+from ..errors import make_printable
 
 
 def escape(text: str) -> str:
     """Return HTML that displays ``text`` literally; control characters become escape sequences."""
-    return html.escape(visible(text))
+    return html.escape(make_printable(text))

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..errors import ConfigError, near, visible
+from ..errors import ConfigError, make_printable, suggest_nearest
 from .runs import Run
 
 REPEATS = ("dataset.split_seed", "dataset.fold")  # like the seed, they repeat an experiment
@@ -169,9 +169,8 @@ def _find_wanted(words: Sequence[str], keys: Sequence[str]) -> list[str]:
             faults.append(f"--by {word} could mean {', '.join(options)}. Give one of them.")
         else:
             names = list(map(short_name, keys))
-            faults.append(
-                f"--by {word} is no setting of these runs.{near(word, names)} Settings: {', '.join(names)}."
-            )
+            hint = suggest_nearest(word, names)
+            faults.append(f"--by {word} is not a setting of these runs.{hint} Settings: {', '.join(names)}.")
     if faults:
         raise ConfigError(*faults)
     return list(found)
@@ -187,8 +186,8 @@ def short_name(key: str) -> str:
 def show_value(value: Any) -> str:
     """Return the value of a setting as one printable line."""
     if isinstance(value, str):
-        return visible(value)
-    return visible(json.dumps(value, default=str))
+        return make_printable(value)
+    return make_printable(json.dumps(value, default=str))
 
 
 def make_label(by: Mapping[str, Any], keys: Sequence[str]) -> str:

@@ -191,7 +191,7 @@ def _find_pruned(paths: Sequence[Path]) -> set[Path]:
     pruned = set()
     for folder in {path.parent for path in paths}:
         search = _read_json(folder / "search.json")
-        if safe.differs(search, {"trials": [{"run": str | None, "status": str}]}):
+        if safe.find_mismatch(search, {"trials": [{"run": str | None, "status": str}]}):
             continue
         for trial in search["trials"]:
             if trial["run"] and trial["status"] == "pruned":
@@ -255,7 +255,7 @@ def _read_result(file: Path) -> tuple[Mapping[str, Any], str | None]:
         return {}, f"{file} is damaged or cut short ({error})"
     if not isinstance(found, dict):
         return {}, f"{file} holds no result"
-    return found, safe.too_new(file, found) or None
+    return found, safe.explain_newer_format(file, found) or None
 
 
 def _read_tuning(file: Path) -> Mapping[str, Any] | None:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import visible
+from ..errors import make_printable
 from .metric import main_metric, show_bytes
 
 MEMORY_KINDS = {"process_rss": "whole process", "cuda_allocated": "allocated on the GPU"}
@@ -24,13 +24,16 @@ def describe_result(result: Result, folder: Path) -> str:
 
 
 def _write_heading(result: Result) -> str:
-    method, dataset = visible(str(result.get("method", "?"))), visible(str(result.get("dataset", "?")))
-    model, seed = visible(str(result.get("model", "?"))), visible(str(result.get("seed", "?")))
+    method, dataset = (
+        make_printable(str(result.get("method", "?"))),
+        make_printable(str(result.get("dataset", "?"))),
+    )
+    model, seed = make_printable(str(result.get("model", "?"))), make_printable(str(result.get("seed", "?")))
     run = f"{method} on {dataset} with {model}, seed {seed}"
     steps = f"{result.get('steps', 0):,} steps"
     if result["status"] != "finished":
-        error = visible(result.get("error") or "no reason recorded")
-        return f"{run}: {visible(result['status'])} after {steps}: {error}"
+        error = make_printable(result.get("error") or "no reason recorded")
+        return f"{run}: {make_printable(result['status'])} after {steps}: {error}"
     if result.get("best_step") is not None:
         steps += f", best on validation at step {result['best_step']}"
     return f"{run}: finished after {steps}."
@@ -41,7 +44,7 @@ def _list_facts(result: Result) -> Iterator[tuple[str, str]]:
     yield from _list_metrics(result.get("metrics") or {})
     for name in ("suspect", "warnings"):
         for line in result.get(name) or []:
-            yield name, visible(line)
+            yield name, make_printable(line)
     params = result.get("params")
     if params and params.get("total"):
         share = f"{100 * params['trained'] / params['total']:.3g} %"
@@ -51,7 +54,7 @@ def _list_facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "stored change", f"{stored:,} bytes ({show_bytes(stored)})"
     cost = result.get("cost")
     if cost and {"peak_memory_kind", "peak_memory_bytes", "train_seconds"} <= cost.keys():
-        kind = visible(cost["peak_memory_kind"])
+        kind = make_printable(cost["peak_memory_kind"])
         yield "peak memory", f"{show_bytes(cost['peak_memory_bytes'])} ({MEMORY_KINDS.get(kind, kind)})"
         training = f"{cost['train_seconds']:.1f} seconds of training"
         step = cost.get("step_seconds_median")

@@ -35,7 +35,7 @@ class Grow(Schedule):
         """Return how many times entries are added in ``total`` steps."""
         return max(1, -(-round(self.end * total) // self.every))
 
-    def first(self, total: int) -> float:
+    def initial_density(self, total: int) -> float:
         return 1 / self.parts(total)
 
     def move(self, step: int, total: int) -> Move | None:

@@ -44,7 +44,7 @@ class Ramp(Schedule):
     every: Annotated[int, Ge(1)] = 10
     dropped: Dropped = "base"
 
-    def first(self, total: int) -> float:
+    def initial_density(self, total: int) -> float:
         return self.initial
 
     @property
@@ -70,7 +70,7 @@ class Ramp(Schedule):
             return None
         return Move(density=self.density(step, total), by="score")
 
-    def ready(self, step: int, total: int) -> bool:
+    def is_within_budget(self, step: int, total: int) -> bool:
         return self.density(step, total) <= 1
 
     def faults(self, total: int) -> list[str]:

@@ -45,7 +45,7 @@ class Saved(Protocol):
     """A session, or a copy of its state."""
 
     def state_dict(self) -> dict[str, Any]:
-        """Return ``states``, ``rng`` and ``optimizer`` (see ``tensors_of``), and values for JSON."""
+        """Return ``states``, ``rng`` and ``optimizer`` (see ``name_tensors``), and values for JSON."""
 
 
 class Loadable(Protocol):
@@ -79,13 +79,13 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
     with manifest.sealed_folder(folder) as temporary:
         file = temporary / "state.safetensors"
         with safetensors_errors_as_os_errors(file):
-            save_file(tensors_of(saved), file)
+            save_file(name_tensors(saved), file)
         write_json_atomic(temporary / "state.json", content)
         if best is not None:
             _copy_change(best, temporary)
 
 
-def tensors_of(saved: dict[str, Any]) -> dict[str, Tensor]:
+def name_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
     """Return the tensors of a session's state by the names of ``state.safetensors``, on the CPU.
 
     ``saved["optimizer"]`` is that of ``torch.optim.Optimizer.state_dict`` with names for the parameters'
@@ -203,9 +203,9 @@ def _read_state(folder: Path) -> dict[str, Any]:
     file = folder / "state.json"
     try:
         content: dict[str, Any] = safe.read_json(file)
-        if newer := safe.too_new(file, content):
+        if newer := safe.explain_newer_format(file, content):
             raise ConfigError(f"{newer}.")
-        if fault := safe.differs(content, STATE_SCHEMA):
+        if fault := safe.find_mismatch(content, STATE_SCHEMA):
             raise safe.Unsafe(fault)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). {CURE}") from error
@@ -220,7 +220,7 @@ def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
     for step in reversed(files.steps()):
         folder = files.checkpoint(step)
         for name in (manifest.NAME, "state.json"):
-            if newer := _too_new(folder / name):
+            if newer := _explain_newer_format(folder / name):
                 raise ConfigError(f"{newer}.")
         found = manifest.faults(folder)
         if not found:
@@ -229,9 +229,9 @@ def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def _too_new(file: Path) -> str:
+def _explain_newer_format(file: Path) -> str:
     try:
-        return safe.too_new(file, safe.read_json(file))
+        return safe.explain_newer_format(file, safe.read_json(file))
     except (OSError, ValueError):
         return ""  # a file that cannot be read has no format
 

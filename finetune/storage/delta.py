@@ -72,9 +72,9 @@ def read_description(folder: Path) -> dict[str, Any]:
         content: Any = safe.read_json(file)
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file} cannot be read ({error}). {cure}") from error
-    if newer := safe.too_new(file, content):
+    if newer := safe.explain_newer_format(file, content):
         raise ConfigError(f"{newer}.")
-    if fault := safe.differs(content, DESCRIPTION_SCHEMA):
+    if fault := safe.find_mismatch(content, DESCRIPTION_SCHEMA):
         raise ConfigError(f"{file} does not describe a stored change ({fault}). {cure}")
     found: dict[str, Any] = content
     return found
@@ -83,7 +83,7 @@ def read_description(folder: Path) -> dict[str, Any]:
 def read_tensors(file: Path) -> dict[str, Tensor]:
     """Return the tensors of a safetensors file. Raises ``ConfigError`` if it is missing or damaged."""
     try:
-        safe.tensors_of(file)
+        safe.read_tensor_header(file)
         return load_file(file)
     except (OSError, ValueError, SafetensorError) as error:
         raise ConfigError(

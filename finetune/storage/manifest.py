@@ -55,9 +55,9 @@ def faults(folder: Path) -> list[str]:
     """
     try:
         content = safe.read_json(folder / NAME)
-        if newer := safe.too_new(folder / NAME, content):
+        if newer := safe.explain_newer_format(folder / NAME, content):
             return [newer]
-        if fault := safe.differs(content, {"files": {str: {"bytes": int, "sha256": str}}}):
+        if fault := safe.find_mismatch(content, {"files": {str: {"bytes": int, "sha256": str}}}):
             return [f"{folder / NAME} does not list the files of its folder: {fault}"]
     except FileNotFoundError:
         return _faults_without_manifest(folder)
@@ -122,7 +122,7 @@ def _faults_without_manifest(folder: Path) -> list[str]:
     for file in files:
         try:
             if file.suffix == ".safetensors":
-                safe.tensors_of(file)
+                safe.read_tensor_header(file)
             elif "manifest" in safe.read_json(file, {}):
                 found.append(f"{folder / NAME} is missing")
         except (OSError, ValueError) as error:

@@ -124,7 +124,7 @@ def _check(stored: dict[str, Any]) -> None:
     """Raise ``Unsafe`` where ``stored`` does not fit the schema, or a number in it is absurd."""
     schema = _schema(ProgressRecord, ABSENT_AT_FIRST)
     schema["best"] = ([str | float], type(None))
-    if fault := safe.differs(stored, schema):
+    if fault := safe.find_mismatch(stored, schema):
         raise safe.Unsafe(fault)
     for name, most in LIMITS.items():
         _check_count(name, stored.get(name), most)
@@ -148,7 +148,7 @@ def _build(kind: type[Any], stored: dict[str, Any]) -> Any:
 
 
 def _schema(kind: type[Any], optional: set[str] | None = None) -> dict[str, Any]:
-    """Describe a dataclass or ``TypedDict`` for ``safe.differs``; keys in ``optional`` may be absent."""
+    """Describe a dataclass or ``TypedDict`` for ``safe.find_mismatch``; ``optional`` keys may be absent."""
     schema = {}
     for name, hint in typing.get_type_hints(kind).items():
         key = f"{name}?" if optional and name in optional else name
@@ -157,7 +157,7 @@ def _schema(kind: type[Any], optional: set[str] | None = None) -> dict[str, Any]
 
 
 def _form(hint: Any) -> Any:
-    """Describe a type as ``safe.differs`` wants it: a container by its items, a dataclass by its fields."""
+    """Describe a type for ``safe.find_mismatch``: a container by its items, a dataclass by its fields."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
         return _schema(typing.cast(type[Any], hint))

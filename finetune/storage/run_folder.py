@@ -109,9 +109,9 @@ class RunFolder:
             raise ConfigError(f"{self.result} cannot be read ({error}). {cure}") from error
         if not isinstance(result, dict):
             raise ConfigError(f"{self.result} does not hold a run's result. {cure}")
-        if newer := safe.too_new(self.result, result):
+        if newer := safe.explain_newer_format(self.result, result):
             raise ConfigError(f"{newer}.")
-        if fault := safe.differs(result, RESULT_SCHEMA):
+        if fault := safe.find_mismatch(result, RESULT_SCHEMA):
             raise ConfigError(
                 f"{self.result} was not written by a run: {fault}. Train again in another folder."
             )
@@ -164,7 +164,7 @@ class RunFolder:
             raise ConfigError(f"{self.path} is a file, where the run's folder should be. {cure}")
         safe.check_links(self.path)
         if self.config.exists():
-            if newer := safe.too_new(self.config, safe.first_line(self.config)):
+            if newer := safe.explain_newer_format(self.config, safe.first_line(self.config)):
                 raise ConfigError(f"{newer}.")
             if differences := describe_differences(self.config, config.as_dict()):
                 raise ConfigError(f"The run folder {self.path} holds another run: {differences}. {cure}")

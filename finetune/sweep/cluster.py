@@ -22,7 +22,7 @@ from typing import Any
 import yaml
 
 from ..config.load import conf_dir, load
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from ..launch.start import StartOptions, child_command
 from ..storage.atomic import write_json_atomic
 from ..storage.run_folder import RunFolder
@@ -57,7 +57,7 @@ def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = N
     """
     if name not in ("local", *PLUGINS):
         raise ConfigError(
-            f"--launcher {name} is not a launcher.{near(name, PLUGINS)} "
+            f"--launcher {name} is not a launcher.{suggest_nearest(name, PLUGINS)} "
             f"There is: local, {', '.join(PLUGINS)}."
         )
     given = dict(word.removeprefix("launcher.").split("=", 1) for word in words)
@@ -71,7 +71,9 @@ def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = N
     faults = []
     for key in given:
         if key not in settings:
-            faults.append(f"launcher.{key} is not a setting of --launcher {name}.{near(key, settings)}")
+            faults.append(
+                f"launcher.{key} is not a setting of --launcher {name}.{suggest_nearest(key, settings)}"
+            )
     faults += _missing(name)
     if faults:
         raise ConfigError(*faults)

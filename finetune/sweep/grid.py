@@ -18,7 +18,7 @@ import yaml
 from .. import registry
 from ..config import load as configuration
 from ..config.settings import Config
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from ..storage.run_folder import RunFolder, run_folder
 from ..system import safe
 
@@ -66,7 +66,7 @@ def labels_of_some(labels: list[str], total: int) -> str:
     return f" (at {labels[0]}{more})"
 
 
-def points(
+def list_points(
     overrides: list[str],
     config_dir: Path | None = None,
     config_file: Path | None = None,
@@ -151,7 +151,9 @@ def preset(name: str, config_dir: Path | None = None) -> list[str]:
         for folder in folders:
             known |= {other.stem for other in folder.glob("*.yaml")}
         there = ", ".join(sorted(known)) or "none; --config-dir DIR reads DIR/sweep"
-        raise ConfigError(f"sweep={name} is not a sweep.{near(name, sorted(known))} There is: {there}.")
+        raise ConfigError(
+            f"sweep={name} is not a sweep.{suggest_nearest(name, sorted(known))} There is: {there}."
+        )
     try:
         stated = safe.read_yaml(file)
     except (OSError, ValueError, yaml.YAMLError) as error:

@@ -55,7 +55,7 @@ def run(
         search.open_study(words, first.config.seed, pool.places > 1, trials)
         with announced(folder, search.entries(), words, pool.places, work.command) as search.announce:
             work.board.show(folder)
-            pool.run(search.points(), search.record, search.verdict)
+            pool.run(search.yield_points(), search.record, search.verdict)
         return search.results()
 
 
@@ -146,7 +146,7 @@ class Search:
     def point(self, words: list[str]) -> Point:
         """Return the point of a trial. Raises ``ConfigError`` if its settings contradict each other."""
         words = fitting(words, self.fixed, self._config_dir)
-        found = grid.points([*self.fixed, *words], self._config_dir, self._config_file)
+        found = grid.list_points([*self.fixed, *words], self._config_dir, self._config_file)
         if not found:
             raise ConfigError("its method cannot meet the budget")
         return replace(found[0], label=" ".join(words))
@@ -161,7 +161,7 @@ class Search:
         to_come = {"run": "", "label": "", "seed": self._seed, "steps": 0}
         return [*made.values(), *[to_come] * max(0, self._total - len(trials))]
 
-    def points(self) -> Iterator[Point]:
+    def yield_points(self) -> Iterator[Point]:
         """Yield the points of trials that an earlier process left unfinished, then those of new trials."""
         from optuna.trial import Trial, TrialState
 

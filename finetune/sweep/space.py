@@ -125,7 +125,7 @@ def _check_ends(
             try:
                 dimension = _with_type(dimension, [*fixed, *beside], config_dir, config_file)
                 for end in [method] if dimension.key == "method" else dimension.ends():
-                    grid.points([*fixed, *dict.fromkeys([*beside, end])], config_dir, config_file)
+                    grid.list_points([*fixed, *dict.fromkeys([*beside, end])], config_dir, config_file)
             except ConfigError as error:
                 faults |= dict.fromkeys(error.faults)
         checked.append(dimension)

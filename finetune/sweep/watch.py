@@ -9,7 +9,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from ..errors import visible
+from ..errors import make_printable
 from .status import RunState, Status, show_seconds
 
 if TYPE_CHECKING:
@@ -80,7 +80,7 @@ def table(status: Status, states: Sequence[RunState]) -> Group:
         if state.state == "failed":
             words, left = f"failed: {state.error}", ""
         cells = (state.label, str(state.seed), words, f"{state.step}/{state.steps}", left)
-        found.add_row(*[Text(visible(cell)) for cell in cells])
+        found.add_row(*[Text(make_printable(cell)) for cell in cells])
     counts = Text(summary_line(status, states))
     if found.row_count:
         return Group(found, counts)
@@ -122,7 +122,7 @@ def watch(folder: Path, say: Callable[[str], None] = print) -> int:
             time.sleep(INTERVAL)
     unfinished = names.count("waiting") + names.count("running")
     if unfinished:
-        command = visible(str(status.about.get("command", "the same command")))
+        command = make_printable(str(status.about.get("command", "the same command")))
         say(
             f"No sweep is running in {folder}, and {unfinished} of its runs are not finished. "
             f"To continue: {command}"

@@ -13,7 +13,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 
-from ..errors import ConfigError, FinetuneError, visible
+from ..errors import ConfigError, FinetuneError, make_printable
 from .environment import rank
 
 INTERRUPTED = 130
@@ -33,7 +33,7 @@ def exit_code_of(action: Callable[[], int]) -> int:
         return error.exit_code
     except FinetuneError as error:
         failed_disk = isinstance(error.__cause__, OSError)  # each rank may write to a disk of its own
-        print_line(f"Error: {visible(str(error))}", every_rank=failed_disk)
+        print_line(f"Error: {make_printable(str(error))}", every_rank=failed_disk)
         return error.exit_code
     except Exception as error:
         if os.environ.get("FINETUNE_DEBUG") == "1":
@@ -44,12 +44,12 @@ def exit_code_of(action: Callable[[], int]) -> int:
 def _report_unexpected(error: Exception) -> int:
     """Print ``error``, which is being handled, and return the exit code."""
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        name = visible(str(error.filename))[:60]
+        name = make_printable(str(error.filename))[:60]
         print_line(f"Error: {name}... is too long for the name of a file or folder. Give a shorter one.")
         return ConfigError.exit_code
     with tempfile.NamedTemporaryFile("w", prefix="finetune-", suffix=".log", delete=False) as log:
         log.write(traceback.format_exc())
-    what = visible(f"{type(error).__name__}: {error}")
+    what = make_printable(f"{type(error).__name__}: {error}")
     where = f"(details in {log.name}; FINETUNE_DEBUG=1 shows them)"
     print_line(f"Error: finetune failed unexpectedly: {what} {where}", every_rank=True)
     return FinetuneError.exit_code

@@ -8,7 +8,7 @@ from contextlib import suppress
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from ..errors import visible
+from ..errors import make_printable
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -45,7 +45,7 @@ class ProgressBar:
 
     def say(self, line: str) -> None:
         """Print one line above the bar."""
-        line = visible(line)
+        line = make_printable(line)
         if self._bar:
             self._bar.console.print(line, markup=False, highlight=False)
             return

@@ -71,7 +71,7 @@ class Unsafe(ValueError):
     """The reason why a file is not read, in words that follow its name."""
 
 
-def too_new(file: Path, content: Any) -> str:
+def explain_newer_format(file: Path, content: Any) -> str:
     """Return why this version cannot read the format of ``content``, which ``file`` holds; empty if it can.
 
     The reason is a sentence without its full stop and names the version to install.
@@ -131,12 +131,12 @@ def read(file: Path, most: int) -> bytes:
 
 
 def read_json(file: Path, like: Any = object, most: int = JSON_BYTES) -> Any:
-    """Return the content of a JSON file of the shape ``like`` (see ``differs``).
+    """Return the content of a JSON file of the shape ``like`` (see ``find_mismatch``).
 
     Raises ``Unsafe`` (a ``ValueError``) and ``OSError``.
     """
     found = parse_json(read(file, most))
-    if fault := differs(found, like):
+    if fault := find_mismatch(found, like):
         raise Unsafe(fault)
     return found
 
@@ -196,7 +196,7 @@ def read_lines(file: Path) -> Iterator[str]:
             at_start = ends
 
 
-def differs(value: Any, like: Any, name: str = "it") -> str:
+def find_mismatch(value: Any, like: Any, name: str = "it") -> str:
     """Return in what ``value``, called ``name``, does not have the shape ``like``; empty if it has.
 
     ``like`` is a type, a union of types, ``[like]``, ``{str: like}``, a tuple of alternatives, or a mapping
@@ -204,7 +204,7 @@ def differs(value: Any, like: Any, name: str = "it") -> str:
     fit 64 bits; a float may be a whole number.
     """
     if isinstance(like, tuple):
-        faults = [differs(value, one, name) for one in like]
+        faults = [find_mismatch(value, one, name) for one in like]
         return "" if "" in faults else max(faults, key=len)
     if isinstance(like, list):
         return _list_fault(value, like[0], name)
@@ -217,7 +217,7 @@ def _list_fault(value: Any, like: Any, name: str) -> str:
     if not isinstance(value, list):
         return _is_no(name, value, "list")
     for i, item in enumerate(value):
-        if fault := differs(item, like, f"{name}[{i}]"):
+        if fault := find_mismatch(item, like, f"{name}[{i}]"):
             return fault
     return ""
 
@@ -228,7 +228,7 @@ def _mapping_fault(value: Any, like: Mapping[Any, Any], name: str) -> str:
     inside = "" if name == "it" else f"{name}."
     if str in like:
         for key, item in value.items():
-            if fault := differs(item, like[str], f"{inside}{key}"):
+            if fault := find_mismatch(item, like[str], f"{inside}{key}"):
                 return fault
         return ""
     for key in like:
@@ -236,7 +236,7 @@ def _mapping_fault(value: Any, like: Mapping[Any, Any], name: str) -> str:
             return f"{name} has no {key}"
     for key, inner in like.items():
         key = key.rstrip("?")
-        if key in value and (fault := differs(value[key], inner, f"{inside}{key}")):
+        if key in value and (fault := find_mismatch(value[key], inner, f"{inside}{key}")):
             return fault
     return ""
 
@@ -307,7 +307,7 @@ def check_yaml(text: str) -> None:
             raise Unsafe(f"it has more than {NODES:,} values")
 
 
-def tensors_of(file: Path) -> Header:
+def read_tensor_header(file: Path) -> Header:
     """Return type and shape of each tensor of a safetensors file, whose header and length are checked.
 
     No tensor is read. Raises ``Unsafe`` if the file cannot hold what it claims, and ``OSError``.
@@ -341,7 +341,7 @@ def _checked_header(header: Any, room: int) -> Header:
     if isinstance(header, dict):
         header.pop("__metadata__", None)
     like = {str: {"dtype": str, "shape": [int], "data_offsets": [int]}}
-    if fault := differs(header, like, "its header"):
+    if fault := find_mismatch(header, like, "its header"):
         raise Unsafe(fault)
     end = 0
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):

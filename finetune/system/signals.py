@@ -32,7 +32,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Signals:
-    """Inside ``with``, a signal raises ``Interrupted`` at once; inside ``patient``, only ``check`` raises it.
+    """Raise ``Interrupted`` on a signal: at once inside ``with``, at the next ``check`` inside ``deferring``.
 
     A second signal, more than a second later, ends the process. Signals that were ignored from the start
     (``nohup``) stay ignored. Only the main thread can handle signals; in another thread nothing changes.
@@ -41,7 +41,7 @@ class Signals:
     def __init__(self) -> None:
         self.name = ""  # the signal that was received
         self._at = 0.0
-        self._patient = False
+        self._deferring = False
         self._owner = os.getpid()
         self._before: dict[signal.Signals, Any] = {}
 
@@ -64,14 +64,14 @@ class Signals:
             raise Interrupted(self.name)
 
     @contextmanager
-    def patient(self) -> Iterator[None]:
-        """Let a signal interrupt nothing inside the block, which calls ``check`` where it can stop."""
-        self._patient = True
+    def deferring(self) -> Iterator[None]:
+        """Defer signals inside the block, which calls ``check`` where it can stop."""
+        self._deferring = True
         try:
             self.check()
             yield
         finally:
-            self._patient = False
+            self._deferring = False
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if os.getpid() != self._owner:  # a process that was forked to load data
@@ -83,7 +83,7 @@ class Signals:
                 os._exit(INTERRUPTED)
             return
         self.name, self._at = name, time.monotonic()
-        if not self._patient:
+        if not self._deferring:
             raise Interrupted(self.name)
         _write(f"{self.name}: saving the run at the end of this step; a second signal ends it at once.")
 
@@ -100,7 +100,7 @@ def _write(line: str) -> None:
         os.write(2, f"{show_cursor}{line}\n".encode())
 
 
-def outlive(worker: int = 0) -> None:
+def delay_sigterm(worker: int = 0) -> None:
     """Keep this data-loading process alive for a minute after SIGTERM.
 
     When the whole process group gets SIGTERM, the run can still finish its step and save.

@@ -158,7 +158,7 @@ class Standing:
     def read(cls, session: Session) -> Standing:
         """Copy the standing of a session."""
         tensors = {}
-        for name, tensor in checkpoint.tensors_of(session.state_dict()).items():
+        for name, tensor in checkpoint.name_tensors(session.state_dict()).items():
             tensors[name] = tensor.clone()
         settings = json.dumps(session.optimizer.state_dict()["param_groups"])  # JSON turns tuples into lists
         return cls(tensors, settings, [session.run.step, *session.phase_and_target_met])

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from string import Template
 
-from ..errors import ConfigError, near
+from ..errors import ConfigError, suggest_nearest
 from ..registry import KINDS, ROOT, Kind, catalog
 from ..system.exit_code import exit_code_of
 
@@ -89,7 +89,7 @@ def write(kind_name: str, name: str, family: str, folder: Path | None) -> list[P
     kinds = [kind for kind in KINDS if list(SKELETONS.glob(f"{kind}.*"))]
     if kind_name not in kinds:
         raise ConfigError(
-            f"{kind_name} has no skeleton.{near(kind_name, kinds)} There is: {', '.join(kinds)}."
+            f"{kind_name} has no skeleton.{suggest_nearest(kind_name, kinds)} There is: {', '.join(kinds)}."
         )
     if not name.isidentifier() or name != name.lower():
         raise ConfigError(f"{name!r} is not a name: take small letters, digits and _, and a letter first.")

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ..data.encode import Batch, collate
-from ..system.signals import outlive
+from ..system.signals import delay_sigterm
 
 START = 16  # examples a step, until "auto" has found how many fit
 
@@ -114,7 +114,7 @@ class Batches:
         options: Any = {
             "collate_fn": collate,
             "num_workers": self.workers,
-            "worker_init_fn": outlive,
+            "worker_init_fn": delay_sigterm,
             # the loader would draw from the global generator, and a resumed run would get other numbers
             "generator": torch.Generator(),
         }

@@ -79,7 +79,7 @@ class Training:
             frozen = FrozenState(self.setup)
             self._loop(tracker, show)
             result = self._finish(frozen)
-            with self.signals.patient():
+            with self.signals.deferring():
                 if self.is_main:
                     write_json_atomic(self.files.result, result)
                 tracker.finish(result)
@@ -109,7 +109,7 @@ class Training:
         record, total = self.record, self.settings.steps
         began, validated = time.monotonic() - record.spent, ""
         show(self.session.number, total, validated)
-        with self.signals.patient(), closing(self.session.steps()) as steps:
+        with self.signals.deferring(), closing(self.session.steps()) as steps:
             if record.over:
                 return
             for step in steps:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from ..errors import visible
+from ..errors import make_printable
 
 Say = Callable[[str], None]
 
@@ -26,4 +26,4 @@ class RunLog:
         """Append a line with the local time to the file, without telling the user."""
         if self.file:
             with self.file.open("a", encoding="utf-8") as file:
-                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {visible(line)}\n")
+                file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {make_printable(line)}\n")

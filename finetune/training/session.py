@@ -99,7 +99,7 @@ class Session:
     @property
     def phase_and_target_met(self) -> list[int]:
         """The current phase, and 1 if its method has reached what its settings ask for, else 0."""
-        return [self.phase, int(self.current.ready(self.run.step, self.run.total))]
+        return [self.phase, int(self.current.meets_target(self.run.step, self.run.total))]
 
     def enter(self, phase: int) -> None:
         """Stand at the beginning of a phase; the parts of the phase before are detached."""

@@ -670,16 +670,16 @@ def test_hash_tells_schedules_apart(crossed: Path) -> None:
 
 
 def test_sweeps_over_schedules(crossed: Path) -> None:
-    points = sweep.points(["method=crossed", "schedule.every=10,20"], crossed)
+    points = sweep.list_points(["method=crossed", "schedule.every=10,20"], crossed)
     assert [point.config.method.schedule.every for point in points] == [10, 20]
     assert [point.label for point in points] == ["method.schedule.every=10", "method.schedule.every=20"]
-    points = sweep.points(["method=crossed", "schedule=static,odd"], crossed)
+    points = sweep.list_points(["method=crossed", "schedule=static,odd"], crossed)
     assert [point.config.method.schedule.name for point in points] == ["static", "odd"]
     with pytest.raises(
         ConfigError,
         match=r"every=1 .* of schedule=static. It has none. \(at schedule=static method.schedule.every=1\)",
     ):
-        sweep.points(["method=crossed", "schedule=static,odd", "schedule.every=1,2"], crossed)
+        sweep.list_points(["method=crossed", "schedule=static,odd", "schedule.every=1,2"], crossed)
 
 
 def test_expand() -> None:

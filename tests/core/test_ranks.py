@@ -45,7 +45,7 @@ def train() -> dict[str, Tensor]:
         for step in session.steps():
             kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss)
             kept[f"{name}/chosen {step.number}"] = torch.cat(
-                [bank.where(i) + starts[i] for i in range(len(bank.sizes))]
+                [bank.positions(i) + starts[i] for i in range(len(bank.sizes))]
             )
         kept |= {f"{name}/{key}": t.contiguous() for key, t in session.states.state_dict().items()}
         kept |= {f"{name}/{key}": t for key, t in session.optimizer.state[bank.values].items()}

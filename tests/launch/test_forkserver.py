@@ -86,7 +86,7 @@ def test_a_forked_run_is_the_run_to_the_bit(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     changes = []
     for name, how in (("warm", True), ("fresh", False)):
-        (point,) = sweep.points(
+        (point,) = sweep.list_points(
             [
                 "method=snell",
                 "train.steps=3",

@@ -196,7 +196,7 @@ def test_gradients_add_up(together: list[Kept]) -> None:
 
 def test_alone_nothing_is_exchanged() -> None:
     t = torch.ones(2)
-    assert collective.agree(t) is t
+    assert collective.average_or_broadcast(t) is t
     assert collective.sum_processes(t) is t
     assert collective.gather("x") == ["x"]
     assert (collective.any_process(True), collective.any_process(False)) == (True, False)

@@ -306,7 +306,7 @@ def test_a_signal_in_the_final_evaluation_loses_no_step(
 
 def test_what_is_patient_is_not_broken_off() -> None:
     with Signals() as signals:
-        with signals.patient():
+        with signals.deferring():
             signal.raise_signal(signal.SIGTERM)
             signal.raise_signal(
                 signal.SIGTERM

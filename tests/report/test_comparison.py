@@ -22,7 +22,7 @@ from finetune.errors import ConfigError
 from finetune.report import statistics
 from finetune.report.comparison import compare
 from finetune.storage.atomic import write_json_atomic, write_yaml_atomic
-from finetune.sweep.grid import points
+from finetune.sweep.grid import list_points
 
 from ..support.run_folders import MakeRun
 
@@ -577,7 +577,7 @@ def test_the_command_repeats_the_whole_row(tmp_path: Path, repeated: list[str], 
         "train.steps=7",
         *repeated,
     ]
-    for point in points(words)[skipped:]:
+    for point in list_points(words)[skipped:]:
         folder = tmp_path / point.folder.path.name
         folder.mkdir()
         write_yaml_atomic(folder / "config.yaml", point.config.as_dict())
@@ -591,12 +591,12 @@ def test_the_command_repeats_the_whole_row(tmp_path: Path, repeated: list[str], 
         write_json_atomic(folder / "result.json", result)
     (only,) = compare([tmp_path], by=["method"]).as_dict()["rows"]
     found = [
-        point.config for part in only["command"].split(" && ") for point in points(shlex.split(part)[2:])
+        point.config for part in only["command"].split(" && ") for point in list_points(shlex.split(part)[2:])
     ]
     assert {config.train.threads for config in found} == {3}
     assert sorted(
         replace(config, train=replace(config.train, threads=None)).hash() for config in found
-    ) == sorted(point.config.hash() for point in points(words)[skipped:])
+    ) == sorted(point.config.hash() for point in list_points(words)[skipped:])
     if not skipped:
         assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
 

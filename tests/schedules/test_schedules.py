@@ -31,7 +31,7 @@ def moves(schedule: Schedule, total: int) -> dict[int, Move]:
 
 def sparsities(schedule: Schedule, total: int, final: float) -> list[float]:
     """Return the share left untrained after each update; K is the share 1 - ``final`` of all entries."""
-    densities = [schedule.first(total), *(move.density for move in moves(schedule, total).values())]
+    densities = [schedule.initial_density(total), *(move.density for move in moves(schedule, total).values())]
     return [1 - (1 - final) * density for density in densities]
 
 
@@ -71,7 +71,7 @@ def test_curves_fall_ever_more_slowly_and_meet_k(
     due = moves(schedule, total)
     if schedule.faults(total):
         return
-    densities = [schedule.first(total), *(move.density for move in due.values())]
+    densities = [schedule.initial_density(total), *(move.density for move in due.values())]
     gaps = [a - b for a, b in pairwise(densities)]
     assert all(gap > 0 for gap in gaps)
     assert all(a >= b - 1e-9 * initial for a, b in pairwise(gaps))
@@ -109,7 +109,7 @@ def test_a_ramp_whose_length_its_period_does_not_divide_ends_at_an_update() -> N
 def test_static_and_one_shot_never_move() -> None:
     for schedule in (Static(), OneShot(dense=0.3)):
         assert not moves(schedule, 50)
-        assert schedule.first(50) == 1.0
+        assert schedule.initial_density(50) == 1.0
     assert (Static().dense, OneShot(dense=0.3).dense) == (0.0, 0.3)
 
 
@@ -152,7 +152,7 @@ def test_grow_adds_equal_parts_and_ends_with_all(
 ) -> None:
     schedule = Grow(every=every, end=end)
     parts = max(expected.values())
-    assert schedule.first(total) == 1 / parts
+    assert schedule.initial_density(total) == 1 / parts
     assert {step: move.density for step, move in moves(schedule, total).items()} == {
         step: n / parts for step, n in expected.items() if step
     }
@@ -164,7 +164,7 @@ def test_grow_never_gives_back_and_meets_k(every: int, end: float, total: int) -
     schedule = Grow(every=every, end=end)
     if schedule.faults(total):
         return
-    shares = [schedule.first(total), *(move.density for move in moves(schedule, total).values())]
+    shares = [schedule.initial_density(total), *(move.density for move in moves(schedule, total).values())]
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert len(shares) == schedule.parts(total) > 1
@@ -215,6 +215,6 @@ def test_densities_stay_below_the_peak() -> None:
         Static(),
     ):
         assert (
-            max([schedule.first(40), *(move.density for move in moves(schedule, 40).values())])
+            max([schedule.initial_density(40), *(move.density for move in moves(schedule, 40).values())])
             <= schedule.peak
         )

@@ -23,7 +23,7 @@ from finetune.errors import ConfigError
 from finetune.storage import checkpoint, manifest
 from finetune.storage.delta import read_tensors
 from finetune.storage.run_folder import RunFolder
-from finetune.system.safe import FORMAT, too_new
+from finetune.system.safe import FORMAT, explain_newer_format
 from finetune.training import run
 
 FIXTURES = Path(__file__).parents[1] / "fixtures" / "format-1"
@@ -218,7 +218,7 @@ def test_a_later_configuration_is_refused_with_the_version_it_needs(
     ],
 )
 def test_formats(content: Any, words: str) -> None:
-    found = too_new(Path("x.json"), content)
+    found = explain_newer_format(Path("x.json"), content)
     assert bool(found) == bool(words)
     assert re.search(words, found)
 

@@ -38,7 +38,7 @@ def here(monkeypatch: pytest.MonkeyPatch) -> None:
     "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "task")) for name in FAULTS]
 )  # a language model
 def test_every_point_that_train_refuses_is_named(name: str) -> None:
-    runs = sweep.points([*FAULTS[name], *CPU])
+    runs = sweep.list_points([*FAULTS[name], *CPU])
     told: dict[str, list[str]] = {}
     for point in runs:
         try:
@@ -61,11 +61,12 @@ def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
     good = [
         point
         for method in ("lora", "snella", "lt_sft", "bitfit", "peft")
-        for point in sweep.points([f"method={method}", *CPU])
+        for point in sweep.list_points([f"method={method}", *CPU])
     ]
     assert check.faults_of([point.config for point in good]) == [()] * len(good)
     bad, worse = (
-        sweep.points([f"method={method}", "method.targets=[foo]", *CPU])[0] for method in ("lora", "shira")
+        sweep.list_points([f"method={method}", "method.targets=[foo]", *CPU])[0]
+        for method in ("lora", "shira")
     )
     assert [bool(faults) for faults in check.faults_of([bad.config, good[0].config, worse.config])] == [
         True,
@@ -87,7 +88,7 @@ def test_a_sweep_does_so_before_it_writes_anything(
 
 @pytest.mark.slow
 def test_another_process_looks_and_finished_runs_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = sweep.points(["method=lora,shira", "method.targets=[foo]", *CPU])
+    runs = sweep.list_points(["method=lora,shira", "method.targets=[foo]", *CPU])
     with pytest.raises(ConfigError, match="foo"):
         check.check(runs)
     for point in runs:

@@ -88,13 +88,13 @@ def test_faults_come_before_the_first_trial(
     words: list[str], parameter: str, trials: int, fault: str
 ) -> None:
     with pytest.raises(ConfigError, match=fault):
-        tuned(grid.points(words), parameter, trials)
+        tuned(grid.list_points(words), parameter, trials)
     assert fake_training.started == []
     assert not list(Path().iterdir())
 
 
 def test_every_configuration_gets_its_trials_on_the_first_seed() -> None:
-    points = grid.points(GRID)
+    points = grid.list_points(GRID)
     final = tuned(points)
     trials = [folder for folder in Path("outputs/t/trials").iterdir() if (folder / "result.json").is_file()]
     assert len(trials) == len(fake_training.started) == 2 * 5
@@ -111,7 +111,7 @@ def test_every_configuration_gets_its_trials_on_the_first_seed() -> None:
 
 
 def test_the_choice_is_that_of_brute_force_over_validation() -> None:
-    for point in tuned(grid.points(GRID)):
+    for point in tuned(grid.list_points(GRID)):
         about = read_tuning(point)
         best = max(about["tried"], key=lambda row: accuracy(row["value"], 4, 4))
         assert about["chosen"] == point.config.optimizer.lr == best["value"]
@@ -128,35 +128,35 @@ def test_the_choice_is_that_of_brute_force_over_validation() -> None:
 
 
 def test_test_results_change_nothing() -> None:
-    first = tuned(grid.points(GRID))
+    first = tuned(grid.list_points(GRID))
     for number, file in enumerate(sorted(Path("outputs/t/trials").glob("*/result.json"))):
         result = json.loads(file.read_text())
         result["metrics"]["test"] = {"accuracy": 1 - number / 100, "loss": 0.0}
         file.write_text(json.dumps(result))
-    again = tuned(grid.points(GRID))
+    again = tuned(grid.list_points(GRID))
     assert [p.config for p in again] == [p.config for p in first]
     for number, file in enumerate(sorted(Path("outputs/t/trials").glob("*/result.json"))):
         result = json.loads(file.read_text())
         del result["metrics"]["test"]
         result["metrics"]["val"]["accuracy"] = number / 100
         file.write_text(json.dumps(result))
-    assert [p.config for p in tuned(grid.points(GRID))] != [p.config for p in first]
+    assert [p.config for p in tuned(grid.list_points(GRID))] != [p.config for p in first]
     assert len(fake_training.started) == 10
 
 
 def test_trials_that_are_there_are_not_run_again() -> None:
-    tuned(grid.points(GRID))
-    tuned(grid.points(GRID))
+    tuned(grid.list_points(GRID))
+    tuned(grid.list_points(GRID))
     assert len(fake_training.started) == 10
-    tuned(grid.points([*GRID[:1], "seed=3,4,5", *GRID[2:]]))
+    tuned(grid.list_points([*GRID[:1], "seed=3,4,5", *GRID[2:]]))
     assert len(fake_training.started) == 10
-    tuned(grid.points(GRID), trials=7)
+    tuned(grid.list_points(GRID), trials=7)
     assert len(fake_training.started) == 10 + 2 * 2
 
 
 def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
     words = ["method=head", "name=t", "train.steps=4"]
-    (point,) = tuned(grid.points([*words, "optimizer.lr=0.5"]))
+    (point,) = tuned(grid.list_points([*words, "optimizer.lr=0.5"]))
     assert [row["status"] for row in read_tuning(point)["tried"]] == [
         "finished",
         "finished",
@@ -165,7 +165,7 @@ def test_failed_trials_lose_and_where_all_failed_the_own_value_stays() -> None:
         "failed",
     ]
     assert point.config.optimizer.lr == 0.05
-    (point,) = tuned(grid.points([*words, "optimizer.lr=50"]), trials=2)
+    (point,) = tuned(grid.list_points([*words, "optimizer.lr=50"]), trials=2)
     assert point.config.optimizer.lr == read_tuning(point)["chosen"] == 50
     assert [(row["status"], row["val"]) for row in read_tuning(point)["tried"]] == [("failed", None)] * 2
 
@@ -188,7 +188,7 @@ def test_what_is_best(vals: list[Any], chosen: int) -> None:
 
 
 def test_another_setting_than_the_rate() -> None:
-    points = grid.points(["method=lora", "name=t", "train.steps=4"])
+    points = grid.list_points(["method=lora", "name=t", "train.steps=4"])
     (point,) = tuned(points, "method.rank:2:32", 5)
     assert [row["value"] for row in read_tuning(point)["tried"]] == [2, 4, 8, 16, 32]
     assert point.config.method.rank == 2  # all alike: the smaller

@@ -35,7 +35,7 @@ def test_a_whole_file_is_told_as_its_library_does(tmp_path: Path) -> None:
         "empty": torch.zeros(0, 4, dtype=torch.bfloat16),
     }
     save_file(tensors, tmp_path / "t.safetensors")
-    found = safe.tensors_of(tmp_path / "t.safetensors")
+    found = safe.read_tensor_header(tmp_path / "t.safetensors")
     assert {name: shape for name, (_, shape) in found.items()} == {
         name: tuple(t.shape) for name, t in load_file(tmp_path / "t.safetensors").items()
     }
@@ -64,7 +64,7 @@ def test_a_whole_file_is_told_as_its_library_does(tmp_path: Path) -> None:
 )
 def test_a_header_that_claims_what_is_not_there(tmp_path: Path, header: Any, data: bytes, why: str) -> None:
     with pytest.raises(ValueError, match=why):
-        safe.tensors_of(written(tmp_path / "t.safetensors", header, data))
+        safe.read_tensor_header(written(tmp_path / "t.safetensors", header, data))
 
 
 def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path: Path) -> None:
@@ -72,7 +72,7 @@ def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path: Path) -
     for length in (100, 2**40, 2**63):
         file.write_bytes(length.to_bytes(8, "little") + b"{}")
         with pytest.raises(safe.Unsafe, match="claims a header"):
-            safe.tensors_of(file)
+            safe.read_tensor_header(file)
 
 
 def test_a_hole_of_terabytes_is_told_by_what_is_on_disk(tmp_path: Path) -> None:
@@ -80,12 +80,12 @@ def test_a_hole_of_terabytes_is_told_by_what_is_on_disk(tmp_path: Path) -> None:
     file = written(tmp_path / "t.safetensors", {"a": entry([size // 4], 0, size)})
     os.truncate(file, file.stat().st_size + size)
     with pytest.raises(safe.Unsafe, match="on disk"):
-        safe.tensors_of(file)
+        safe.read_tensor_header(file)
 
 
 def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    for reader in (lambda file: safe.read(file, 10), safe.tensors_of, safe.read_json, safe.read_yaml):
+    for reader in (lambda file: safe.read(file, 10), safe.read_tensor_header, safe.read_json, safe.read_yaml):
         with pytest.raises(safe.Unsafe, match="no regular file"):
             reader(tmp_path / "pipe")
     assert list(safe.read_lines(tmp_path / "pipe")) == []

@@ -188,7 +188,7 @@ def test_gradients_that_choose_entries_do_not_vanish_in_fp16() -> None:
         session.compute.sum_losses = small  # type: ignore[method-assign]
         session.start()
         bank = session.states["method"]["bank"]
-        return torch.cat([bank.where(i) + i * 10_000 for i in range(len(bank.sizes))])
+        return torch.cat([bank.positions(i) + i * 10_000 for i in range(len(bank.sizes))])
 
     method = Crossing(sparsity=0.9, score="gradient")
     exact = set(chosen(contract.begin(method)).tolist())

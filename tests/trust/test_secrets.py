@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.errors import ConfigError, visible
+from finetune.errors import ConfigError, make_printable
 
 from .world import RUN, call
 
@@ -132,11 +132,11 @@ def test_addresses_lose_their_passwords() -> None:
     ],
 )
 def test_what_is_shown_is_letters(text: str, shown: str) -> None:
-    assert visible(text) == shown
+    assert make_printable(text) == shown
 
 
 def test_long_messages_lose_their_middle() -> None:
-    shown = visible("a" * 5000 + "b" * 5000)
+    shown = make_printable("a" * 5000 + "b" * 5000)
     assert len(shown) < 2100
     assert shown.startswith("aaa")
     assert shown.endswith("bbb")

@@ -142,7 +142,7 @@ def catches(child: Child, number: int) -> bool:
 PATIENT = """
 import time
 from finetune.system.signals import Signals
-with Signals() as signals, signals.patient():
+with Signals() as signals, signals.deferring():
     print("ready", flush=True)
     while not signals.name:
         time.sleep(0.01)

@@ -110,7 +110,7 @@ class Bank(StateModule):
             self._slices, self._slices_key = torch.split(self.values, counts), key
         return self._slices[i].detach() if self.frozen[i] else self._slices[i]
 
-    def where(self, i: int) -> Tensor:
+    def positions(self, i: int) -> Tensor:
         """Return the flat positions of site ``i``'s values, int32, ascending."""
         bounds = self.bounds()
         return self.index[bounds[i] : bounds[i + 1]]
@@ -124,8 +124,8 @@ class Bank(StateModule):
         """Return values and positions of all that differs from the base, trained entries first."""
         values, where = self.settled(i)
         if not len(values):
-            return self.slice(i), self.where(i)
-        return torch.cat([self.slice(i), values]), torch.cat([self.where(i), where])
+            return self.slice(i), self.positions(i)
+        return torch.cat([self.slice(i), values]), torch.cat([self.positions(i), where])
 
     @torch.no_grad()
     def place(self, index: list[Tensor]) -> None:
@@ -174,7 +174,7 @@ class Bank(StateModule):
         settled: list[tuple[Tensor, Tensor]] = []
         fresh = torch.zeros_like(self.values)  # values of new entries
         for i, new in enumerate(index):
-            old, (settled_values, settled_where) = self.where(i), self.settled(i)
+            old, (settled_values, settled_where) = self.positions(i), self.settled(i)
             source, returning = _find(new, old), _find(new, settled_where)
             has_returned = returning >= 0
             fresh[starts[i] + has_returned.nonzero().view(-1)] = settled_values[returning[has_returned]]
@@ -338,10 +338,10 @@ class SparseDelta(Delta):
         return dense.view(-1).index_put((where.long(),), values).view(self.site.shape)
 
     @property
-    def acts(self) -> bool:
+    def has_effect(self) -> bool:
         if self.bank.watch is not None:
             return True
-        return len(self.bank.where(self.i)) + len(self.bank.settled(self.i)[0]) > 0
+        return len(self.bank.positions(self.i)) + len(self.bank.settled(self.i)[0]) > 0
 
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.bank.slice(self.i),)
@@ -350,7 +350,7 @@ class SparseDelta(Delta):
         """Return the layouts of the trained entries and of all that differ, made once a revision."""
         key = (id(self.bank.index), self.bank.revision)
         if key != self._layouts_key:
-            where, settled = self.bank.where(self.i), self.bank.settled(self.i)[1]
+            where, settled = self.bank.positions(self.i), self.bank.settled(self.i)[1]
             trained = everything = make_layout(where, self.site.shape)
             if len(settled):
                 everything = make_layout(torch.cat([where, settled]), self.site.shape)
@@ -359,7 +359,7 @@ class SparseDelta(Delta):
 
     def pretrained(self, weight: Tensor) -> Tensor:
         """Return the weight's own values of the trained entries, [count]."""
-        return read(weight, self.bank.where(self.i), self._find_layouts()[0])
+        return read(weight, self.bank.positions(self.i), self._find_layouts()[0])
 
     @torch.no_grad()
     def add_(self, weight: Tensor, original: Tensor, gate: float, cache: Cache = ()) -> Cache:
@@ -386,7 +386,7 @@ class SparseDelta(Delta):
     ) -> tuple[Tensor | None, ...]:
         if (self.bank.watch and self.bank.watch(self.i, grad)) or self.bank.frozen[self.i]:
             return (None,)
-        where, layout = self.bank.where(self.i), self._find_layouts()[0]
+        where, layout = self.bank.positions(self.i), self._find_layouts()[0]
         if grad.is_formed:
             return (gate * grad.dense.reshape(-1).index_select(0, where),)
         return (gate * entries_gradient(grad.grad_y, grad.x, where, self.site.shape, layout),)

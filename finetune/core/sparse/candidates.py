@@ -70,7 +70,7 @@ class Candidates(StateModule):
         if i not in self.chosen:
             top = TopK(end - start, {i: 1})
             # Selection refuses NaN; a loss that is not finite is reported elsewhere.
-            top.add(i, run.agree(grad.dense).abs().nan_to_num_().float())
+            top.add(i, run.average_or_broadcast(grad.dense).abs().nan_to_num_().float())
             self.index[start:end] = top.take()[i]
             self.chosen.add(i)
         self.step_sums[start:end] += grad.dense.reshape(-1)[self.index[start:end].long()]
@@ -82,7 +82,7 @@ class Candidates(StateModule):
         assert self.step_sums is not None
         scaler = getattr(run.optimizer, "scaler", None)
         scale = scaler.get_scale() if scaler else 1.0
-        grad = run.agree(self.step_sums).div_(scale)
+        grad = run.average_or_broadcast(self.step_sums).div_(scale)
         if scaler is None or grad.isfinite().all():
             self.sums += grad
             self.squares.addcmul_(grad, grad)

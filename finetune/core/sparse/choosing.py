@@ -56,7 +56,7 @@ class Chooser:
         if self.settings.scope == "layer":
             budgets = self._divide_by_score(budgets[0].entries, allowed)
         chosen = choose_entries(budgets, self.grains, self._visit_scores, allowed)
-        return [self.run.agree(where) for where in chosen]
+        return [self.run.average_or_broadcast(where) for where in chosen]
 
     def apply_move(self, move: Move) -> list[Tensor]:
         """Choose the entries after a move that keeps some of the trained ones.
@@ -82,7 +82,7 @@ class Chooser:
 
         grown = choose_entries(rooms, self.grains, self._visit_scores, not_kept)
         together = [torch.cat(pair).sort().values for pair in zip(kept, grown, strict=True)]
-        return [self.run.agree(where) for where in together]
+        return [self.run.average_or_broadcast(where) for where in together]
 
     def _budgets_at(self, share: float) -> list[Budget]:
         """Return the budgets at a ``share`` of their entries."""
@@ -91,12 +91,12 @@ class Chooser:
 
     def _shrink(self, budget: Budget, drop: float) -> Budget:
         """Return how many trained entries of a budget stay when at least the share ``drop`` leaves."""
-        trained = sum(len(self.bank.where(i)) for i in budget.sites)
+        trained = sum(len(self.bank.positions(i)) for i in budget.sites)
         return Budget(budget.sites, min(trained - round(drop * trained), budget.entries))
 
     def _divide_by_count(self, total: int) -> list[Budget]:
         """Divide ``total`` entries among the sites in proportion to their trained entries."""
-        trained = torch.tensor([len(self.bank.where(i)) for i in range(len(self.sites))])
+        trained = torch.tensor([len(self.bank.positions(i)) for i in range(len(self.sites))])
         counts = divide_entries(total, trained, [site.size for site in self.sites], self.grains)
         return [Budget([i], count) for i, count in enumerate(counts)]
 
@@ -134,12 +134,12 @@ class Chooser:
     def _absolute_changes(self, i: int) -> Tensor:
         """Return the absolute change of every entry of a site, [out, in] float32."""
         changes = torch.zeros(self.grains[i].shape, device=self.bank.values.device)
-        changes.view(-1)[self.bank.where(i).long()] = self.bank.slice(i).detach().abs().float()
+        changes.view(-1)[self.bank.positions(i).long()] = self.bank.slice(i).detach().abs().float()
         return changes
 
     def _trained_units(self, i: int) -> Tensor:
         """Tell which units of a site are trained now, [units] bool."""
-        return self.grains[i].members(self.bank.where(i))
+        return self.grains[i].members(self.bank.positions(i))
 
 
 def choose_entries(

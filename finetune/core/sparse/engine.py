@@ -68,8 +68,8 @@ class Sparse(SparseSettings):
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)
 
-    def ready(self, step: int, total: int) -> bool:
-        return self.schedule.ready(step, total)
+    def meets_target(self, step: int, total: int) -> bool:
+        return self.schedule.is_within_budget(step, total)
 
     def phases(self) -> tuple[Phase, ...]:
         dense = self.schedule.dense
@@ -94,7 +94,7 @@ class Sparse(SparseSettings):
         return nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
-        state["bank"].place(self.choose(run, state, self.schedule.first(run.total), previous))
+        state["bank"].place(self.choose(run, state, self.schedule.initial_density(run.total), previous))
 
     def before_step(self, run: Run, state: Any) -> None:
         move = self.schedule.move(run.step, run.total) if run.step else None
@@ -164,7 +164,7 @@ class Sparse(SparseSettings):
 
         ``step`` counts from 0 within the phase.
         """
-        share = self.schedule.first(run.total)
+        share = self.schedule.initial_density(run.total)
         if not self.narrows_by_value:
             share = scheduled_share(self.schedule, step, run.total)
         return requested_entries(self, share, *self.sites_and_grains(run, state))

@@ -34,8 +34,8 @@ class Mixed(Bank):
         """Tell whether site ``i`` has a branch."""
         return bool(self.bounds("structured")[i])
 
-    def where(self, i: int) -> Tensor:
-        return super().where(i)[:0] if self.is_branch(i) else super().where(i)
+    def positions(self, i: int) -> Tensor:
+        return super().positions(i)[:0] if self.is_branch(i) else super().positions(i)
 
     def mix(self, index: list[Tensor], structured: Tensor) -> None:
         """Train these entries of each site, or a branch where ``structured``. All values start at 0."""
@@ -72,7 +72,7 @@ class Mixed(Bank):
         self.structured.zero_()
         super().unpack({name: stored[name] for name in ("values", "starts", "gaps")})
         sites = range(len(branches))
-        values, index = [self.slice(i) for i in sites], [self.where(i) for i in sites]
+        values, index = [self.slice(i) for i in sites], [self.positions(i) for i in sites]
         room = len(stored["values"]) + len(stored["factors"])
         self.values, self.index = nn.Parameter(self.values.new_zeros(room)), self.index.new_zeros(room)
         self.mix(index, structured)
@@ -92,8 +92,8 @@ class MixedDelta(SparseDelta):
         return self.bank.is_branch(self.i)
 
     @property
-    def acts(self) -> bool:
-        return self.additive or super().acts
+    def has_effect(self) -> bool:
+        return self.additive or super().has_effect
 
     def describe(self) -> str:
         return "a low-rank branch" if self.additive else super().describe()

@@ -115,7 +115,7 @@ class _GradientSums:
         self.arrived.add(i)
         found = grad.squares if self.needs == "squares" else grad.dense
         if self.visit:
-            found = self.run.agree(found)
+            found = self.run.average_or_broadcast(found)
             self.visit(i, found.square_() if self.needs == "batch squares" else found)
             self.visited.add(i)
         else:
@@ -126,14 +126,14 @@ class _GradientSums:
         """Square the complete gradients of a step, where squares of steps are needed."""
         if self.needs == "batch squares":
             for i in sorted(self.sums):
-                _accumulate(self.squares, i, self.run.agree(self.sums.pop(i)).square_())
+                _accumulate(self.squares, i, self.run.average_or_broadcast(self.sums.pop(i)).square_())
 
     def take(self, i: int, weight: Tensor) -> Tensor:
         """Return the sum of site ``i``, float32 of the shape of ``weight``; 0 where no gradient came."""
         if i in self.squares:
             return self.squares.pop(i)
         if i in self.sums:
-            return self.run.agree(self.sums.pop(i))
+            return self.run.average_or_broadcast(self.sums.pop(i))
         return torch.zeros_like(weight, dtype=torch.float32)
 
 

@@ -10,7 +10,7 @@ from .settings import SparseSettings
 
 def scheduled_share(schedule: Schedule, step: int, total: int) -> float:
     """Return the share of the budget that is trained after ``step`` (from 0) of ``total`` steps."""
-    share = schedule.first(total)
+    share = schedule.initial_density(total)
     for earlier in range(1, step + 1):
         move = schedule.move(earlier, total)
         if move is not None:

@@ -54,7 +54,7 @@ class Schedule:
         """Return the largest share of the budget that is ever trained at once."""
         return 1.0
 
-    def first(self, total: int) -> float:
+    def initial_density(self, total: int) -> float:
         """Return the share of the budget that is trained from step 0."""
         return 1.0
 
@@ -62,7 +62,7 @@ class Schedule:
         """Return the move that is due before ``step`` (1 to ``total`` - 1), or None."""
         return None
 
-    def ready(self, step: int, total: int) -> bool:
+    def is_within_budget(self, step: int, total: int) -> bool:
         """Tell whether no more entries than the budget are trained at ``step``."""
         return True
 

@@ -20,7 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, near
+from ...errors import ConfigError, suggest_nearest
 from ..changes import SparseChange
 from ..part import Patched
 from ..roles import is_matrix, is_transposed
@@ -215,7 +215,7 @@ class Switch:
             known = ", ".join(self._loaded) or "none"
             faults = []
             for name in unknown:
-                hint = near(name, self._loaded)
+                hint = suggest_nearest(name, self._loaded)
                 faults.append(f"No change called {name!r} is loaded.{hint} Loaded: {known}.")
             raise ConfigError(*faults)
         wanted = tuple(name for name in self._loaded if name in names)
@@ -272,7 +272,7 @@ def _faults(
     """Return why ``change`` cannot be written into the layer called ``name``."""
     layer = layers.get(name)
     if layer is None:
-        return [f"{name}: the model has no such layer.{near(name, layers)}"]
+        return [f"{name}: the model has no such layer.{suggest_nearest(name, layers)}"]
     if isinstance(layer, Patched):
         return [f"{name} has deltas attached; merge or detach them first."]
     if not is_matrix(layer):

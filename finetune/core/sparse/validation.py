@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from ... import registry
-from ...errors import near
+from ...errors import suggest_nearest
 from .grain import N_OF_M, PATTERN
 from .scores import settings_used
 from .settings import SparseSettings
@@ -19,7 +19,7 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
     scores = registry.catalog("score")
     if settings.score not in scores:
         return [
-            f"method.score={settings.score} is not known.{near(settings.score, scores)} Known: "
+            f"method.score={settings.score} is not known.{suggest_nearest(settings.score, scores)} Known: "
             f"{', '.join(scores)}."
         ]
     found = _unused_options(settings)

@@ -202,8 +202,8 @@ class AMT(Reparam):
                 if grad is not None:
                     total.add_(grad, alpha=len(wanted))
             counted += len(wanted)
-        mean = run.agree(torch.tensor(float(counted), device=sums[0].device))
-        return [run.agree(total) / mean for total in sums]
+        mean = run.average_or_broadcast(torch.tensor(float(counted), device=sums[0].device))
+        return [run.average_or_broadcast(total) / mean for total in sums]
 
     def after_step(self, run: Run, state: Any) -> None:
         masks = find_masks(state)

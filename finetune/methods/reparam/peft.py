@@ -36,7 +36,7 @@ from ...core.method import Method, Run
 from ...core.part import Part
 from ...core.site import find_sites
 from ...core.state import StateModule
-from ...errors import ConfigError, near
+from ...errors import ConfigError, suggest_nearest
 from ...registry import register
 
 # Tuners that need the number of a task, a second model, or tokens instead of layers.
@@ -219,7 +219,7 @@ class Peft(Method):
         unknown = []
         for name in self.config:
             if name not in options:
-                hint = near(name, options)
+                hint = suggest_nearest(name, options)
                 unknown.append(f"method.config.{name} is not an option of peft's {config.__name__}.{hint}")
         if unknown:
             raise ConfigError(*unknown)
@@ -257,7 +257,7 @@ class Peft(Method):
         if self.type not in tuners:
             raise ConfigError(
                 f"method.type={self.type} is not a tuner of the installed peft for layers."
-                f"{near(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
+                f"{suggest_nearest(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
             )
         return tuners[self.type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
 

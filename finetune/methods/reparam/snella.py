@@ -189,7 +189,7 @@ class SNELLA(Kernelized):
             "and end apart."
         ]
 
-    def ready(self, step: int, total: int) -> bool:
+    def meets_target(self, step: int, total: int) -> bool:
         return step >= self._range(total)[1]
 
     def _range(self, steps: int) -> tuple[int, int]:
@@ -214,7 +214,7 @@ class SNELLA(Kernelized):
         deltas = competing_deltas(state)
         sizes = [delta.size for delta in deltas]
         total = self.budget(run.step, run.total, sum(sizes))
-        scores = run.agree(torch.stack([delta.score() for delta in deltas]))
+        scores = run.average_or_broadcast(torch.stack([delta.score() for delta in deltas]))
         if not scores.any():
             scores = torch.tensor(sizes)
         parts = apportion(total, scores, sizes)

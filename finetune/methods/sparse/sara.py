@@ -155,7 +155,7 @@ class SaRA(Sparse):
         bank: Bank = state["bank"]
         stays = []
         for i, weights in enumerate(self._trained_weights(run, state)):
-            stays.append(bank.where(i)[_is_below(weights, state.theta)])
+            stays.append(bank.positions(i)[_is_below(weights, state.theta)])
         before = bank.active
         bank.revise(stays, run.moments(bank.values), self.schedule.dropped)
         run.log(kept=bank.active / max(1, before), trained=float(bank.active))
@@ -168,7 +168,7 @@ class SaRA(Sparse):
         generator = torch.Generator().manual_seed(run.generator.initial_seed() + 2654435761 * (run.step + 1))
         view = matrices[int(torch.randint(len(matrices), (), generator=generator))]
         layer = cast(Patched, run.model.get_submodule(view.site.name))
-        where = state["bank"].where(view.i)
+        where = state["bank"].positions(view.i)
         return self.penalty * nuclear_norm(_weights(view, layer), where, layer.original.shape)
 
     @torch.no_grad()

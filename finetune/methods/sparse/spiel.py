@@ -187,7 +187,9 @@ class SpIEL(Sparse):
                 ranking = _by_gradient_sums(bank, candidates, i)
             else:
                 ranking = _by_accumulators(run, bank, i)
-            found.append(run.agree(exchange_entries(bank.where(i), bank.slice(i), share, ranking)))
+            found.append(
+                run.average_or_broadcast(exchange_entries(bank.positions(i), bank.slice(i), share, ranking))
+            )
         # An optimizer without betas takes no moments.
         betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))
         seeds = candidates.seeds(bank, found, betas)
@@ -214,7 +216,7 @@ def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
     """
     accumulators = run.optimizer.state[bank.values]
     untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)
-    untrained.index_fill_(0, bank.where(i).long(), False)
+    untrained.index_fill_(0, bank.positions(i).long(), False)
 
     def ranking(stays: Tensor, n: int) -> Tensor:
         top = TopK(n, {i: 1})

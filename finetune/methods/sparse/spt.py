@@ -147,8 +147,8 @@ class SPT(Method):
             # Selection overwrites the scores with its keys. The key of a score that is not negative has the
             # same bits, so the scores can still be read.
             top.add(i, score)
-            positions[i] = run.agree(top.take()[i])
-            scores[i] = run.agree(score.reshape(-1)[positions[i].long()]).cpu()
+            positions[i] = run.average_or_broadcast(top.take()[i])
+            scores[i] = run.average_or_broadcast(score.reshape(-1)[positions[i].long()]).cpu()
 
         scan_scores(self, run, bank, [layers[site.name] for site in sites], [None] * len(sites), keep_best)
         in_order = [scores[i] for i in range(len(sites))]

@@ -46,9 +46,9 @@ def changes(b: Bank) -> dict[tuple[int, int], float]:
 def test_slices_are_contiguous_and_places_ascend() -> None:
     b = bank()
     assert torch.equal(torch.cat([b.slice(i) for i in range(3)]), b.values)
-    assert [len(b.where(i)) for i in range(3)] == [4, 100, 6]
-    assert all((b.where(i).diff() > 0).all() for i in range(3))
-    assert torch.equal(b.where(2), torch.arange(6, dtype=torch.int32))
+    assert [len(b.positions(i)) for i in range(3)] == [4, 100, 6]
+    assert all((b.positions(i).diff() > 0).all() for i in range(3))
+    assert torch.equal(b.positions(2), torch.arange(6, dtype=torch.int32))
 
 
 def test_one_split_serves_a_whole_pass_and_no_gradient_passes_do_not_disturb_it() -> None:
@@ -123,7 +123,7 @@ class Ledger:
     def agrees(self, b: Bank, moments: dict[str, Tensor]) -> None:
         trained, settled = [], {}
         for i in range(len(SMALL)):
-            where = b.where(i).tolist()
+            where = b.positions(i).tolist()
             assert where == sorted(where)
             trained += [(i, w) for w in where]
             values, places = b.settled(i)
@@ -176,7 +176,7 @@ def test_moves_against_a_dictionary_of_entries(
 def test_a_settled_entry_returns_with_its_change() -> None:
     b = bank()
     whole = changes(b)
-    first = [b.where(i).clone() for i in range(3)]
+    first = [b.positions(i).clone() for i in range(3)]
     b.revise([w[:2] for w in first], {}, "kept")
     assert (b.active, len(b.settled_values)) == (6, 104)
     fresh = b.revise(first, {}, "kept")
@@ -193,7 +193,7 @@ def test_a_move_changes_the_weights_only_where_entries_return_to_the_base(
     b: Bank = session.states["method"]["bank"]
     layers = list(patched(session.model).values())
     before, output = [layer.weight.clone() for layer in layers], contract.logits(session.tuned)
-    old = [b.where(i).clone() for i in range(len(layers))]
+    old = [b.positions(i).clone() for i in range(len(layers))]
     generator = torch.Generator().manual_seed(5)
     new = [
         torch.randperm(n, generator=generator)[: len(w)].sort().values.int()
@@ -265,7 +265,7 @@ def test_what_is_stored_is_the_union_of_trained_and_settled_entries(
     other.unpack(b.pack())
     assert changes(other) == union
     assert len(other.settled_values) == 0
-    assert all((other.where(i).diff() > 0).all() for i in range(3))
+    assert all((other.positions(i).diff() > 0).all() for i in range(3))
 
 
 def test_stored_after_moves_gives_the_same_output(tmp_path: Path) -> None:
@@ -291,5 +291,5 @@ def test_unpacking_again_is_seen_at_once() -> None:
     b = bank()
     for counts in ((1, 2, 3), (5, 7, 0), (2, 2, 2), (0, 9, 1)):
         b.unpack(bank(counts).pack())
-        assert tuple(len(b.where(i)) for i in range(3)) == counts
+        assert tuple(len(b.positions(i)) for i in range(3)) == counts
         assert tuple(len(b.slice(i)) for i in range(3)) == counts

@@ -56,7 +56,7 @@ def bank_of(session: Session) -> Bank:
 
 def chosen(session: Session) -> list[set[int]]:
     bank = bank_of(session)
-    return [set(bank.where(i).tolist()) for i in range(len(bank.sizes))]
+    return [set(bank.positions(i).tolist()) for i in range(len(bank.sizes))]
 
 
 def count(sets: list[set[int]]) -> int:
@@ -287,7 +287,7 @@ def gradient(session: Session) -> list[Tensor]:
 def changes(session: Session) -> dict[tuple[int, int], float]:
     """Return the value of each trained entry, in the order of the slots."""
     bank = bank_of(session)
-    places = [(i, at) for i in range(len(bank.sizes)) for at in bank.where(i).tolist()]
+    places = [(i, at) for i in range(len(bank.sizes)) for at in bank.positions(i).tolist()]
     return dict(zip(places, bank.values[: bank.active].tolist(), strict=True))
 
 
@@ -448,7 +448,7 @@ def test_the_count_is_met_after_every_move(schedule: Schedule, grain: str, scope
     sites = find_sites(session.model, ("all",))
     total = sum(s.size for s in sites)
     for step in session.steps():
-        density = schedule.first(contract.STEPS)
+        density = schedule.initial_density(contract.STEPS)
         for s in range(1, step.number):
             move = schedule.move(s, contract.STEPS)
             density = move.density if move else density

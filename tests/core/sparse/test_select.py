@@ -306,7 +306,7 @@ def bare_run(model: nn.Module) -> Any:
         total=10,
         step=4,
         generator=torch.Generator(),
-        agree=lambda tensor: tensor,
+        average_or_broadcast=lambda tensor: tensor,
         log=lambda **_: None,
         all_moments=moments,
         moments=lambda parameter: moments.get(parameter, {}),
@@ -381,5 +381,5 @@ def test_magnitudes_of_a_model_are_those_of_one_sort(direction: Any) -> None:
         : len(scores) - round(0.9 * len(scores))
     ]
     offsets = [0, *torch.tensor(bank.sizes).cumsum(0).tolist()]
-    found = torch.cat([bank.where(i) + offsets[i] for i in range(len(bank.sizes))])
+    found = torch.cat([bank.positions(i) + offsets[i] for i in range(len(bank.sizes))])
     assert torch.equal(found.long(), order.sort().values)

@@ -255,7 +255,7 @@ class Fake:
     def __init__(self, step: int, total: int) -> None:
         self.step, self.total, self.logged = step, total, dict[str, float]()
 
-    def agree(self, t: Tensor) -> Tensor:
+    def average_or_broadcast(self, t: Tensor) -> Tensor:
         return t
 
     def log(self, **metrics: float) -> None:

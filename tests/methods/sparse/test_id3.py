@@ -39,7 +39,7 @@ SITES: dict[str, Any] = {"targets": ("q", "down"), "sparsity": 0.9}
 
 def chosen(session: Any) -> set[tuple[int, int]]:
     bank = session.states["method"]["bank"]
-    return {(i, at) for i in range(len(bank.sizes)) for at in bank.where(i).tolist()}
+    return {(i, at) for i in range(len(bank.sizes)) for at in bank.positions(i).tolist()}
 
 
 def gradients(session: Any) -> list[tuple[Tensor, Tensor]]:
@@ -121,7 +121,7 @@ def test_an_entry_has_no_moments_before_it_is_chosen() -> None:
     assert float(state["step"]) == 3
     new = 0
     for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
-        for slot, at in zip(range(a, b), bank.where(i).tolist(), strict=True):
+        for slot, at in zip(range(a, b), bank.positions(i).tolist(), strict=True):
             if (i, at) not in before:
                 g = float(state["exp_avg"][slot]) / (1 - b1)
                 root = (float(state["exp_avg_sq"][slot]) / (1 - b2**3)) ** 0.5

@@ -57,7 +57,7 @@ def begun(**settings: Any) -> tuple[Any, list[Any]]:
 
 def mask(session: Any, i: int, shape: tuple[int, ...]) -> Tensor:
     flat = torch.zeros(shape, dtype=torch.bool).view(-1)
-    flat[session.states["method"]["bank"].where(i).long()] = True
+    flat[session.states["method"]["bank"].positions(i).long()] = True
     return flat.view(shape)
 
 
@@ -125,7 +125,7 @@ def test_refresh_keeps_moments_and_values() -> None:
     for layer, was, trained in zip(layers, before, chosen, strict=True):
         assert torch.equal(layer.weight[~trained], was[~trained])
         assert not torch.equal(layer.weight, was)
-    old_positions = [bank.where(i).tolist() for i in range(len(bank.sizes))]
+    old_positions = [bank.positions(i).tolist() for i in range(len(bank.sizes))]
     moments = {
         k: t.clone() for k, t in session.optimizer.state[bank.values].items() if t.shape == bank.values.shape
     }
@@ -138,7 +138,7 @@ def test_refresh_keeps_moments_and_values() -> None:
     new = 0
     for i, layer in enumerate(layers):
         torch.testing.assert_close(layer.weight, values[i], rtol=0, atol=0)  # a refresh rolls nothing back
-        for slot, at in enumerate(bank.where(i).tolist(), bank.bounds()[i]):
+        for slot, at in enumerate(bank.positions(i).tolist(), bank.bounds()[i]):
             for name, old in moments.items():
                 stayed = at in old_positions[i]
                 assert state[name][slot] == (old[starts[i] + old_positions[i].index(at)] if stayed else 0)

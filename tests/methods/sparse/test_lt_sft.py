@@ -60,9 +60,9 @@ def test_chosen_are_the_largest_changes_of_the_model_and_all_is_rewound() -> Non
     whole = torch.cat(changes)
     wanted = whole.sort(descending=True, stable=True).indices[: len(whole) - round(0.9 * len(whole))]
     offsets = [0, *torch.tensor([len(c) for c in changes]).cumsum(0).tolist()]
-    found = torch.cat([bank.where(i).long() + offsets[i] for i in range(len(changes))])
+    found = torch.cat([bank.positions(i).long() + offsets[i] for i in range(len(changes))])
     assert set(found.tolist()) == set(wanted.tolist())
-    densities = [len(bank.where(i)) / len(c) for i, c in enumerate(changes)]
+    densities = [len(bank.positions(i)) / len(c) for i, c in enumerate(changes)]
     assert max(densities) > min(densities)
 
 
@@ -72,7 +72,7 @@ def test_only_the_freed_entries_differ_afterwards() -> None:
     changed = 0
     for i, layer in enumerate(patched(session.model).values()):
         differs = (layer.weight != layer.original).reshape(-1).nonzero().view(-1)
-        assert set(differs.tolist()) <= set(bank.where(i).tolist())
+        assert set(differs.tolist()) <= set(bank.positions(i).tolist())
         changed += len(differs)
     assert 0 < changed <= len(bank.values)
 

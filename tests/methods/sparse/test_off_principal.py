@@ -31,7 +31,9 @@ def masks(method: OffPrincipal) -> list[tuple[Tensor, Tensor]]:
     session.start()
     bank, found = session.states["method"]["bank"], []
     for i, layer in enumerate(patched(session.model).values()):
-        mask = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill(0, bank.where(i).long(), True)
+        mask = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill(
+            0, bank.positions(i).long(), True
+        )
         found.append((layer.original, mask.view(layer.original.shape)))
     return found
 
@@ -82,7 +84,7 @@ def test_entries_outside_the_mask_stay_to_the_bit() -> None:
     for i, layer in enumerate(patched(session.model).values()):
         trained = (
             torch.zeros(layer.original.numel(), dtype=torch.bool)
-            .index_fill(0, bank.where(i).long(), True)
+            .index_fill(0, bank.positions(i).long(), True)
             .view(layer.original.shape)
         )
         assert torch.equal(layer.weight[~trained], layer.original[~trained])

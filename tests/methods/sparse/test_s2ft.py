@@ -62,7 +62,7 @@ def masks(session: Session) -> dict[str, Tensor]:
     bank, found = bank_of(session), {}
     for i, (name, layer) in enumerate(patched(session.model).items()):
         flat = torch.zeros(layer.original.numel(), dtype=torch.bool).index_fill_(
-            0, bank.where(i).long(), True
+            0, bank.positions(i).long(), True
         )
         found[name] = flat.view(layer.original.shape)
     return found

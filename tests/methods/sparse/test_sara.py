@@ -78,7 +78,7 @@ def originals(session: Session) -> list[Tensor]:
 
 
 def places(session: Session) -> list[Tensor]:
-    return [bank_of(session).where(i).long().clone() for i in range(len(bank_of(session).sizes))]
+    return [bank_of(session).positions(i).long().clone() for i in range(len(bank_of(session).sizes))]
 
 
 def test_trained_are_exactly_those_below_the_threshold_and_adam_keeps_two_numbers_each() -> None:

@@ -44,7 +44,7 @@ def started(method: SHiRA, seed: int = 0) -> Session:
 
 def places(session: Session) -> list[torch.Tensor]:
     bank = session.states["method"]["bank"]
-    return [bank.where(i).clone() for i in range(len(bank.sizes))]
+    return [bank.positions(i).clone() for i in range(len(bank.sizes))]
 
 
 def test_exactly_k_entries_ever_differ_and_always_the_same() -> None:
@@ -138,7 +138,7 @@ def test_vector_form_equals_gradient_masked_form(optimizer: str) -> None:
         weight = masked.get_submodule(name).weight.requires_grad_()
         masks[name] = (
             torch.zeros(weight.numel(), dtype=torch.float64)
-            .index_fill(0, bank.where(i).long(), 1.0)
+            .index_fill(0, bank.positions(i).long(), 1.0)
             .view_as(weight)
         )
         assert layer.original.dtype == torch.float64

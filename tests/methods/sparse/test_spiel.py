@@ -91,14 +91,14 @@ def made(
 
 
 def places(bank: Bank) -> list[Tensor]:
-    return [bank.where(i).clone() for i in range(len(bank.sizes))]
+    return [bank.positions(i).clone() for i in range(len(bank.sizes))]
 
 
 def dense(bank: Bank, values: Tensor) -> list[Tensor]:
     """Scatter one of the bank's tensors over each whole weight."""
     found = [torch.zeros(size, dtype=values.dtype) for size in bank.sizes]
     for i, (a, b) in enumerate(zip(bank.bounds(), bank.bounds()[1:], strict=False)):
-        found[i][bank.where(i).long()] = values[a:b]
+        found[i][bank.positions(i).long()] = values[a:b]
     return found
 
 
@@ -150,20 +150,20 @@ def test_a_move_changes_the_weights_only_where_entries_are_dropped(criterion: st
     )
     move()
     for i, layer in enumerate(layers):
-        stays = torch.isin(old[i], bank.where(i))
+        stays = torch.isin(old[i], bank.positions(i))
         dropped = old[i][~stays].long()
         expected = (
             before[i].flatten().index_copy(0, dropped, layer.original.reshape(-1)[dropped]).view_as(before[i])
         )
         assert torch.equal(layer.weight, expected)
         assert bool((values[i][stays] != 0).any()) or criterion == "ma" or step == 2
-        grown = bank.slice(i)[~torch.isin(bank.where(i), old[i])]
+        grown = bank.slice(i)[~torch.isin(bank.positions(i), old[i])]
         assert not grown.any()
         assert len(grown) == len(dropped) > 0
         n = len(old[i]) if step == 2 else int(0.9 * (1 - 5 / 6) * len(old[i]))
         kept = values[i].abs().sort().values[n:]
         assert float(values[i][~stays].abs().max()) <= (float(kept.min()) if len(kept) else float("inf"))
-        assert torch.equal(bank.slice(i)[torch.isin(bank.where(i), old[i])], values[i][stays])
+        assert torch.equal(bank.slice(i)[torch.isin(bank.positions(i), old[i])], values[i][stays])
 
 
 def first_gradients(session: Session) -> dict[str, Tensor]:
@@ -183,8 +183,8 @@ def test_after_the_first_move_the_entries_are_the_candidates(micro: int | None) 
         next(steps)
     bank = session.states["method"]["bank"]
     for i, (name, grad) in enumerate(first_gradients(session).items()):
-        k = len(bank.where(i))
-        assert torch.equal(bank.where(i).long(), grad.abs().flatten().topk(k).indices.sort().values), name
+        k = len(bank.positions(i))
+        assert torch.equal(bank.positions(i).long(), grad.abs().flatten().topk(k).indices.sort().values), name
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -260,7 +260,7 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
         plain.get_submodule(name).weight.data.copy_(layer.weight)
     F.cross_entropy(plain(pixel_values=x).logits, torch.arange(4) % 3).backward()
     for i, name in enumerate(patched(session.model)):
-        wanted = plain.get_submodule(name).weight.grad.view(-1)[bank.where(i).long()]
+        wanted = plain.get_submodule(name).weight.grad.view(-1)[bank.positions(i).long()]
         for grad in found:
             torch.testing.assert_close(
                 grad[bank.bounds()[i] : bank.bounds()[i + 1]], wanted, rtol=1e-9, atol=1e-12
@@ -407,13 +407,13 @@ def test_two_whole_cycles_equal_a_dense_model_with_masks(
     session.start()
     session.states.double()
     bank = session.states["method"]["bank"]
-    sites = {name: Dense(bank.sizes[i], bank.where(i)) for i, name in enumerate(patched(session.model))}
+    sites = {name: Dense(bank.sizes[i], bank.positions(i)) for i, name in enumerate(patched(session.model))}
     ages = set[float]()
     for _ in zip(session.steps(), simulated(session, sites, 3, 2, 0.9, 0.3), strict=True):
         of = session.run.moments(bank.values)
         held = {"change": bank.values.detach(), "age": of["step"], "m": of["exp_avg"], "v": of["exp_avg_sq"]}
         for i, site in enumerate(sites.values()):
-            assert torch.equal(bank.where(i).long(), site.active.nonzero().view(-1))
+            assert torch.equal(bank.positions(i).long(), site.active.nonzero().view(-1))
         for name, values in held.items():
             for mine, site in zip(dense(bank, values), sites.values(), strict=True):
                 torch.testing.assert_close(mine, getattr(site, name), rtol=1e-6, atol=1e-10)
@@ -433,8 +433,8 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
     assert len(candidates.index) == 0
     count = 0
     for i in range(len(bank.sizes)):
-        new = bank.where(i)[~torch.isin(bank.where(i), old[i])].long()
-        stayed = bank.where(i)[torch.isin(bank.where(i), old[i])].long()
+        new = bank.positions(i)[~torch.isin(bank.positions(i), old[i])].long()
+        stayed = bank.positions(i)[torch.isin(bank.positions(i), old[i])].long()
         for name, t in state.items():
             assert torch.equal(dense(bank, t)[i][stayed], before[name][i][stayed])
         age, m = dense(bank, state["step"])[i][new], dense(bank, state["exp_avg"])[i][new]
@@ -467,7 +467,7 @@ def test_ma_grows_the_largest_products_of_sm3_s_accumulators(
         free = sorted(
             set(range(shape[0] * shape[1])) - set(old[i].tolist()), key=lambda j: (-float(scores[j]), j)
         )
-        assert set(bank.where(i).tolist()) == (set(old[i].tolist()) - gone) | set(free[:n])
+        assert set(bank.positions(i).tolist()) == (set(old[i].tolist()) - gone) | set(free[:n])
 
 
 def test_between_windows_nothing_is_watched_and_no_candidates_are_stored() -> None:
@@ -509,7 +509,7 @@ def test_under_ist_frozen_blocks_without_candidates_keep_their_entries(criterion
         ages = session.optimizer.state[bank.values]["step"]
         assert 1 < len(ages.unique()) <= contract.STEPS
         assert float(ages.max()) <= contract.STEPS
-    assert [len(bank.where(i)) for i in range(len(bank.sizes))] == [
+    assert [len(bank.positions(i)) for i in range(len(bank.sizes))] == [
         size - round(0.9 * size) for size in bank.sizes
     ]
 
@@ -536,7 +536,7 @@ def test_a_scaled_loss_gives_the_same_sums_and_an_overflow_is_no_step() -> None:
     size, found = bank.sizes[0], []
     for scale in (1.0, 1024.0):
         run: Any = SimpleNamespace(
-            agree=lambda t: t,
+            average_or_broadcast=lambda t: t,
             optimizer=SimpleNamespace(scaler=SimpleNamespace(get_scale=lambda scale=scale: scale)),
         )
         candidates = Candidates(2)

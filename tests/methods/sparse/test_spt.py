@@ -58,7 +58,7 @@ def bank_of(session: Session) -> Mixed:
 
 
 def places(session: Session) -> list[Tensor]:
-    return [bank_of(session).where(i).long().clone() for i in range(len(bank_of(session).sizes))]
+    return [bank_of(session).positions(i).long().clone() for i in range(len(bank_of(session).sizes))]
 
 
 def gradients(model: nn.Module, names: list[str], batch: Any) -> list[Tensor]:
@@ -155,7 +155,7 @@ def test_a_matrix_has_a_branch_or_entries_and_the_branch_starts_at_nothing() -> 
         assert not view(torch.zeros(view.site.shape)).any()
         if structured[i]:
             a, b = view.factors()
-            assert not len(bank.where(i))
+            assert not len(bank.positions(i))
             assert a.shape == (4, view.site.shape[1])
             assert b.shape == (view.site.shape[0], 4)
             assert not b.any()
@@ -186,7 +186,7 @@ def test_gradients_are_the_dense_one_gathered_and_by_the_chain_rule() -> None:
             a, b = view.factors()
             expected = torch.cat([(b.T @ g).reshape(-1), (g @ a.T).reshape(-1)])
         else:
-            expected = g.reshape(-1)[bank.where(i).long()]
+            expected = g.reshape(-1)[bank.positions(i).long()]
         torch.testing.assert_close(found, expected.detach(), atol=1e-6, rtol=1e-4)
     assert not bank.values.grad[bank.active :].any()
 

@@ -36,7 +36,7 @@ def masks(method: SuperTuning) -> list[set[int]]:
     session = contract.begin(method)
     session.start()
     bank = session.states["method"]["bank"]
-    return [set(bank.where(i).tolist()) for i in range(len(bank.sizes))]
+    return [set(bank.positions(i).tolist()) for i in range(len(bank.sizes))]
 
 
 def test_the_largest_of_each_matrix() -> None:
@@ -70,11 +70,11 @@ def test_supra_adds_a_branch_of_its_rank() -> None:
     layers = list(patched(session.model).values())
     bank = session.states["method"]["bank"]
     for i, layer in enumerate(layers):
-        rest = (layer.weight - layer.original).view(-1).index_fill(0, bank.where(i).long(), 0.0)
+        rest = (layer.weight - layer.original).view(-1).index_fill(0, bank.positions(i).long(), 0.0)
         branch = next(d for d in layer.deltas if isinstance(d, LowRank))
         assert branch.scale == 2.0
         change = branch.scale * branch.b @ branch.a
         assert int(torch.linalg.matrix_rank(change)) == 2
         torch.testing.assert_close(
-            rest, change.reshape(-1).index_fill(0, bank.where(i).long(), 0.0), atol=1e-6, rtol=1e-5
+            rest, change.reshape(-1).index_fill(0, bank.positions(i).long(), 0.0), atol=1e-6, rtol=1e-5
         )
