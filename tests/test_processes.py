@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-# fork and exec are only announced: without the rule, the tests would go on in two processes, or in none
+# fork and exec are only announced: without the rule, the tests would continue in two processes, or in none
 WAYS: dict[str, Callable[[], Any]] = {
     "Popen": lambda: subprocess.run(["true"]),
     "fork": lambda: sys.audit("os.fork"),

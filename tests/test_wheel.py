@@ -66,7 +66,7 @@ def test_the_wheel_runs_the_main_job(site: Path, python: Callable[..., str], tmp
 
 
 def test_the_example_of_the_documentation_is_a_plug_in(python: Callable[..., str], tmp_path: Path) -> None:
-    """Somebody who installed the wheel adds a method without touching the package."""
+    """A user of the installed wheel adds a method without touching the package."""
     folder = str(example(tmp_path))
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", folder)
     assert "row_scale" in python("-m", "finetune", "methods", "--plugins", folder)

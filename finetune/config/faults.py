@@ -47,7 +47,7 @@ def dotted(section: str, place: tuple[Any, ...]) -> str:
 
 
 def title_of(section: str, cls: Any) -> str:
-    """Return ``method=lora`` or ``schedule=grow``; the name of a section whose class nobody chooses."""
+    """Return ``method=lora`` or ``schedule=grow``; the name of a section if its class is fixed."""
     leaf = section.rpartition(".")[2]
     return f"{leaf}={cls.name}" if leaf in CHOSEN or leaf in NESTED else leaf
 

@@ -20,7 +20,7 @@ from .status import duration
 from .tune import Tuning
 
 FINISHED, FAILED = "be skipped: finished", "be kept: failed"
-FOLLOWS, GOES_ON, STARTS = "follow its trials", "go on", "start"
+FOLLOWS, RESUMES, STARTS = "follow its trials", "resume", "start"
 Say = Callable[[str], None]
 
 
@@ -68,7 +68,7 @@ def _outcome(point: Point, retry: bool) -> str:
         return FINISHED
     if folder.result.is_file() and not retry and not should_rerun(folder.read_result()):
         return FAILED
-    return GOES_ON if any((folder.path / "checkpoints").glob("step-*")) else STARTS
+    return RESUMES if any((folder.path / "checkpoints").glob("step-*")) else STARTS
 
 
 def is_new(would: str) -> bool:

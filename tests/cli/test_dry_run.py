@@ -19,7 +19,7 @@ from ..sweep.conftest import SMALL, TUNED
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 
 
-def test_a_dry_run_tells_time_and_memory_and_writes_nothing(
+def test_a_dry_run_shows_time_and_memory_and_writes_nothing(
     typed: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked = list[str]()

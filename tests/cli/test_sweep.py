@@ -255,7 +255,7 @@ def _until(true: Callable[[], bool], seconds: float = 240) -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_ends_the_children_and_says_how_to_go_on(tmp_path: Path) -> None:
+def test_ctrl_c_ends_the_children_and_says_how_to_resume(tmp_path: Path) -> None:
     words = [sys.executable, "-m", "finetune", "sweep", *SMALL, "train.steps=500", "name=s"]
     words.remove("train.steps=2")
     parent = subprocess.Popen(words, env=ENV, cwd=tmp_path, stderr=subprocess.PIPE, text=True)

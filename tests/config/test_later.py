@@ -133,7 +133,7 @@ def test_a_report_compares_old_and_new_runs_by_it(old: tuple[Path, str, Any]) ->
     assert shown == ({f"{key}.{k}": v for k, v in value.items()} if isinstance(value, dict) else {key: value})
 
 
-def test_an_old_run_goes_on_with_the_value_of_the_absence(
+def test_an_old_run_resumes_with_the_value_that_stands_for_a_missing_setting(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The recorded run selected the last step; by today's default it would select the best."""

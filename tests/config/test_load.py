@@ -628,7 +628,7 @@ def test_a_schedules_values_say_where_they_came_from(crossed: Path) -> None:
 def test_frozen_nested_choices_come_back(
     crossed: Path, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the classes' and files' defaults are by then."""
+    """The defaults of classes and files may have changed since."""
     made = config.load(["method=crossed", "name=n", *overrides], crossed)
     file = tmp_path / "config.yaml"
     file.write_text(yaml.safe_dump(made.as_dict(), sort_keys=False))
@@ -664,7 +664,7 @@ def test_a_frozen_configuration_of_before_selectors_has_none(frozen: Path) -> No
     assert config.load([], config_file=frozen).selector.name == "none"
 
 
-def test_hash_tells_schedules_apart(crossed: Path) -> None:
+def test_schedules_have_different_hashes(crossed: Path) -> None:
     made = [["schedule=static"], ["schedule=odd"], ["schedule=odd", "schedule.every=8"], []]
     assert len({config.load(["method=crossed", *o], crossed).hash() for o in made}) == len(made)
 

@@ -377,7 +377,7 @@ def test_a_model_with_a_bank_can_be_copied_after_a_forward_pass() -> None:
 
 
 def test_an_edit_is_not_merged_silently() -> None:
-    """Its hook would go on changing the output of the model that is called merged."""
+    """Its hook would still change the output of the merged model."""
     model = nn.Sequential(layer(torch.float32), nn.Tanh())
     states = nn.ModuleList([Shift(4, 5), Half().on(model[1])])
     attach(model, "0", states[0])  # type: ignore[arg-type]

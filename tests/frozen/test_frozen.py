@@ -97,7 +97,7 @@ def test_a_frozen_run_evaluates_to_what_it_recorded(name: str, place: RunFolder)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_frozen_run_goes_on_to_what_it_recorded(name: str, place: RunFolder) -> None:
+def test_a_frozen_run_resumes_to_its_recorded_result(name: str, place: RunFolder) -> None:
     """Go on from the checkpoint in the middle, as after a kill, and compare all that the run ends with."""
     told, twin = recorded(name), HERE / "runs" / RECORDED["runs"][name].get("ends_as", name)
     assert place.steps() == [SAVED]

@@ -73,7 +73,7 @@ def test_a_loss_that_is_not_finite_is_a_failed_run(
 
 
 @pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
-def test_a_signal_returns_130_and_says_how_to_go_on(
+def test_a_signal_returns_130_and_says_how_to_resume(
     frozen: RunFolder, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
     config = load([], None, frozen.config)

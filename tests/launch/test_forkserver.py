@@ -32,7 +32,7 @@ def lock_handle(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[int
 
 
 def wait_for_child(child: forkserver.Forked) -> tuple[int | None, str]:
-    said = child.stderr.read().decode()  # to the end: nobody else holds the pipe
+    said = child.stderr.read().decode()  # to the end: no other process holds the pipe
     child._process.join(60)
     child.stderr.close()
     return child.poll(), said

@@ -63,7 +63,7 @@ def words(rank: int, code: int, *lines: str, severed: bool = False, trace: str =
 LOST = words(0, 1, "Another process of this run has ended", severed=True)
 
 
-def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
+def test_the_cause_is_reported_and_not_what_followed_from_it() -> None:
     folder = Path("outputs/t/r")
     launcher._raise_cause([0, 0], [], folder)
     with pytest.raises(RunFailed, match="no space") as failed:
@@ -78,7 +78,7 @@ def test_the_cause_is_told_and_not_what_followed_from_it() -> None:
         launcher._raise_cause([1, 0], [], folder)
 
 
-def test_mistakes_and_signals_are_told_once() -> None:
+def test_mistakes_and_signals_are_reported_once() -> None:
     with pytest.raises(ConfigError) as wrong:
         launcher._raise_cause(
             [2, 2],

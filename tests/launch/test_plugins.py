@@ -55,7 +55,7 @@ def test_ranks_load_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
     assert [record["name"] for record in result["plugins"]] == ["mine"]
 
 
-def test_a_stopped_run_goes_on_by_the_command_that_it_prints(
+def test_a_stopped_run_resumes_by_the_command_that_it_prints(
     commands: Nursery, mine: Path, tmp_path: Path
 ) -> None:
     long = ["train.steps=2000", *SHORT[1:]]

@@ -73,7 +73,7 @@ class Drawing(LoRA):
             next(state.parameters()).add_(1e-3 * drawn)
 
 
-def test_every_generator_goes_on_where_it_stood() -> None:
+def test_every_generator_continues_where_it_stopped() -> None:
     contract.check_resume(contract.Trial(lambda: Drawing(rank=2)))
 
 
@@ -212,7 +212,7 @@ def test_settings_that_have_a_state_of_their_own(place: list[str], here: Path, s
 
 
 class Killed(BaseException):
-    """Nobody expects this one."""
+    """An exception that the program handles nowhere."""
 
 
 def after(owner: Any, name: str, n: int = 1) -> Callable[[pytest.MonkeyPatch], None]:
@@ -434,7 +434,7 @@ def test_resume_takes_only_what_cannot_change_the_result(place: list[str], here:
         resume.frozen(here, [])
 
 
-def test_it_goes_on_with_as_many_threads(place: list[str], here: Path) -> None:
+def test_it_resumes_with_the_same_number_of_threads(place: list[str], here: Path) -> None:
     settings, ours = config(place, "method=lora", "train.threads=null"), torch.get_num_threads()
     try:
         torch.set_num_threads(3)
@@ -447,7 +447,7 @@ def test_it_goes_on_with_as_many_threads(place: list[str], here: Path) -> None:
     assert "Using 3 threads instead of 2, as the steps before did." in said
 
 
-def test_another_number_of_processes_is_told_and_recorded(
+def test_another_number_of_processes_is_reported_and_recorded(
     place: list[str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     settings = config(place, "method=lora", "seed=2")

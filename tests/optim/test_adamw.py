@@ -104,7 +104,7 @@ def test_other_parameters_are_torch_s_to_the_bit() -> None:
     assert aged not in optimizer.state
 
 
-def test_saved_state_goes_on_to_the_bit() -> None:
+def test_saved_state_resumes_to_the_bit() -> None:
     grads = noise(10, 6, dtype=torch.float32)
 
     def made(values: Tensor) -> tuple[nn.Parameter, AdamWOptimizer]:

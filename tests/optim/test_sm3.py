@@ -149,7 +149,7 @@ def test_a_row_without_entries_stays_at_zero() -> None:
     assert optimizer.state[bank.values]["row.0"].view(-1).bool().tolist() == [True, True, False]
 
 
-def test_saved_state_goes_on_to_the_bit() -> None:
+def test_saved_state_resumes_to_the_bit() -> None:
     def made(bank: Bank, head: nn.Parameter) -> SM3Optimizer:
         return SM3Optimizer([bank.values, head], lr=0.1, banks=[bank])
 

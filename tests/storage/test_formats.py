@@ -108,7 +108,7 @@ def test_an_old_run_evaluates_to_what_it_recorded(old: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RUNS)
-def test_an_old_run_goes_on_to_what_it_recorded(old: Path, name: str) -> None:
+def test_an_old_run_resumes_to_its_recorded_result(old: Path, name: str) -> None:
     files = RunFolder(Path(name))
     told, lines = files.read_result(), files.metrics.read_text().splitlines()
     before = read_tensors(files.delta / "delta.safetensors")

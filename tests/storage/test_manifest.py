@@ -122,7 +122,7 @@ def test_a_folder_made_before_there_were_manifests_counts_by_its_layout(tmp_path
 
 def test_nothing_is_made_where_the_parent_is_gone(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError), manifest.sealed_folder(tmp_path / "run" / "delta"):
-        pytest.fail("nobody will read it")
+        pytest.fail("the block must not run")
     assert list(tmp_path.iterdir()) == []
 
 

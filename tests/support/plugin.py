@@ -1,4 +1,4 @@
-"""A plug-in with one class of every kind, as somebody outside the package would write it."""
+"""A plug-in with one class of every kind, as a user outside the package would write it."""
 
 from __future__ import annotations
 

@@ -109,7 +109,7 @@ def pid(of: Point) -> int:
 
 
 def alive(pid: int) -> bool:
-    """Whether a process works; one that nobody has waited for yet does not."""
+    """Return whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
     except OSError:

@@ -186,7 +186,7 @@ def test_ray_runs_each_config_in_a_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.processes
-def test_a_launcher_that_fails_leaves_the_runs_to_go_on_with(
+def test_a_launcher_that_fails_leaves_runs_that_can_be_resumed(
     stub: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     points = stub(1)

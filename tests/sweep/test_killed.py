@@ -1,4 +1,4 @@
-"""Whoever ends a sweep, and however: nothing that was finished is lost, and no run is made twice."""
+"""End a sweep in many ways: no finished run is lost, and no run is made twice."""
 
 from __future__ import annotations
 

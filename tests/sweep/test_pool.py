@@ -73,7 +73,7 @@ def test_attempts_cure_what_may_pass_and_no_mistakes(stub: Make) -> None:
 
 
 @pytest.mark.processes
-def test_a_killed_child_is_recorded_and_the_next_sweep_goes_on_with_it(stub: Make) -> None:
+def test_a_killed_child_is_recorded_and_the_next_sweep_resumes_it(stub: Make) -> None:
     killed, other = points = stub(102, 3)
     results = Pool(1, lambda line: None, gpus=[]).run(points)
     first = results[killed.folder.path]

@@ -301,7 +301,7 @@ def test_pruning_stops_the_process(capsys: pytest.CaptureFixture[str]) -> None:
     assert 5 <= json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"] < 5000
     assert "stopped (pruned at step 5" in said
     with (run / ".lock").open() as free:
-        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)  # nobody works on it any more
+        fcntl.flock(free, fcntl.LOCK_EX | fcntl.LOCK_NB)  # no process holds the lock any more
     assert [result["status"] for point, result in results if point.folder.path.name == run.name] == ["pruned"]
 
 

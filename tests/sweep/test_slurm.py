@@ -70,7 +70,7 @@ def test_runs_are_jobs(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["signal", "kill"])
-def test_a_job_that_is_killed_and_requeued_goes_on_from_its_checkpoint(tmp_path: Path, how: str) -> None:
+def test_a_job_that_is_killed_and_requeued_resumes_from_its_checkpoint(tmp_path: Path, how: str) -> None:
     """The job ends by Slurm's signal before a time limit, or by kill -9 and ``scontrol requeue``."""
     going = sweep(tmp_path, "train.steps=60", "train.save_every=5", "name=q", "--json")
     _until(lambda: steps(tmp_path) >= 8)

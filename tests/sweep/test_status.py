@@ -131,7 +131,7 @@ def test_the_clock_stops_with_the_sweep(stub: Make) -> None:
 
 
 @pytest.mark.processes
-def test_watching_what_nobody_works_on_says_how_to_go_on(stub: Make) -> None:
+def test_watching_a_sweep_that_does_not_run_says_how_to_continue_it(stub: Make) -> None:
     points = stub(1, 2)
     with announced(Path("outputs/s"), listed(points), [], 1, "finetune sweep seed=1,2"):
         pass

@@ -28,7 +28,7 @@ def entry(shape: list[int], *offsets: int, dtype: str = "F32") -> dict[str, Any]
     return {"dtype": dtype, "shape": shape, "data_offsets": list(offsets)}
 
 
-def test_a_whole_file_is_told_as_its_library_does(tmp_path: Path) -> None:
+def test_the_header_of_a_whole_file_is_read_as_its_library_reads_it(tmp_path: Path) -> None:
     tensors = {
         "a": torch.arange(6.0).view(2, 3),
         "b": torch.tensor([1, 2]),
@@ -75,7 +75,7 @@ def test_a_header_longer_than_its_file_or_than_any_is_not_read(tmp_path: Path) -
             safe.read_tensor_header(file)
 
 
-def test_a_hole_of_terabytes_is_told_by_what_is_on_disk(tmp_path: Path) -> None:
+def test_a_sparse_file_of_terabytes_is_refused_by_its_size_on_disk(tmp_path: Path) -> None:
     size = 2**36
     file = written(tmp_path / "t.safetensors", {"a": entry([size // 4], 0, size)})
     os.truncate(file, file.stat().st_size + size)

@@ -168,7 +168,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
 
 
 @pytest.mark.parametrize("name", ["spiel", "snell"])
-def test_a_later_step_goes_on_from_the_state_before_it(name: str) -> None:
+def test_a_later_step_continues_from_the_state_before_it(name: str) -> None:
     """The oracle resumes from an undisturbed session's third step with the smaller micro-batch."""
     whole = begin(METHODS[name]())
     steps = whole.steps()
@@ -359,7 +359,7 @@ def test_sizes_that_contradict_each_other_are_refused() -> None:
 # evaluation
 
 
-def test_an_evaluation_that_runs_out_goes_on_in_halves() -> None:
+def test_an_evaluation_that_runs_out_of_memory_continues_in_halves() -> None:
     session, data = begin(SHiRA(sparsity=0.9)), contract.examples(n=11)
     whole = evaluate(session.tuned, data, 8, session.accelerator)
     short = Short(session, 3)
@@ -435,7 +435,7 @@ def go(settings: Config, folder: Path, stop: int | None = None) -> tuple[dict[st
 
 
 @pytest.mark.parametrize("size", ["8", "auto"])
-def test_it_is_recorded_and_a_resumed_run_goes_on_with_it(
+def test_it_is_recorded_and_kept_by_a_resumed_run(
     words: list[str], size: str, short: None, tmp_path: Path
 ) -> None:
     settings = config(words, f"train.batch_size={size}")

@@ -136,7 +136,7 @@ def test_a_checkpoint_names_what_it_stores(tmp_path: Path, optimizer: str) -> No
 @pytest.mark.parametrize(
     "change", [unnamed, groups_reversed, one_group_each], ids=lambda change: change.__name__
 )
-def test_a_checkpoint_of_another_order_goes_on_to_the_same_bits(
+def test_a_checkpoint_of_another_order_resumes_to_the_same_bits(
     tmp_path: Path, optimizer: str, method: str, change: Callable[..., Files]
 ) -> None:
     whole = train_and_save(tmp_path / "state", method, optimizer)
@@ -152,7 +152,7 @@ def test_a_checkpoint_of_another_order_goes_on_to_the_same_bits(
 
 
 @both
-def test_a_version_that_groups_otherwise_goes_on_to_the_same_bits(
+def test_a_version_with_other_parameter_groups_resumes_to_the_same_bits(
     tmp_path: Path, optimizer: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tensor that this version would put into another group keeps the weight decay that it had."""
@@ -196,7 +196,7 @@ class Counting(Optimizer):
         return CountingSGD(groups, {"lr": self.lr})
 
 
-def test_numbers_in_the_state_of_an_optimizer_go_on_to_the_same_bits(
+def test_numbers_in_the_state_of_an_optimizer_resume_to_the_same_bits(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(OPTIMIZERS, "counting", Counting(lr=1e-2))

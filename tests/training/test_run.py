@@ -117,7 +117,7 @@ def test_the_best_step_is_chosen_on_validation(model: str, here: Path) -> None:
     assert read_description(files.delta)["step"] == result["best_step"]
 
 
-def test_a_broken_off_run_goes_on_to_the_same_bits(
+def test_an_interrupted_run_resumes_to_the_same_bits(
     model: str, here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, files, _ = go(config(model, "method=snell", "run=whole"))
@@ -165,7 +165,7 @@ def test_a_loss_that_is_not_finite_leaves_the_state_and_the_examples(model: str,
     assert (files.checkpoint(failure["step"] - 1) / "state.safetensors").is_file()
 
 
-def test_plan_tells_what_the_run_then_does_and_writes_nothing(model: str, here: Path) -> None:
+def test_plan_predicts_what_the_run_does_and_writes_nothing(model: str, here: Path) -> None:
     settings = config(model, "method=shira", "sparsity=0.9")
     plan = planned(settings)
     assert not list(here.iterdir())
@@ -177,7 +177,7 @@ def test_plan_tells_what_the_run_then_does_and_writes_nothing(model: str, here: 
     assert plan["expected_peak_memory_bytes"] > 100e6
 
 
-def test_plan_of_several_phases_tells_of_the_last_and_leaves_open_what_the_earlier_decide(
+def test_plan_of_several_phases_describes_the_last_and_leaves_open_what_the_earlier_decide(
     model: str, here: Path
 ) -> None:
     settings = config(model, "method=lt_sft", "sparsity=0.9")

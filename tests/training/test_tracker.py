@@ -157,7 +157,7 @@ def test_a_failed_run_is_marked_failed(folder: RunFolder, some_config: Config) -
 
 
 @pytest.mark.processes
-def test_a_run_that_goes_on_is_the_same_one_at_wandb(folder: RunFolder, some_config: Config) -> None:
+def test_a_resumed_run_is_the_same_run_at_wandb(folder: RunFolder, some_config: Config) -> None:
     settings = with_logger(some_config, "wandb")
     make_tracker(settings, folder, pytest.fail).finish({"status": "interrupted"})
     assert [record.exit.exit_code for record in records(folder) if record.HasField("exit")] == [

@@ -100,7 +100,7 @@ def test_no_false_alarm_on_a_thousand_noisy_falling_series() -> None:
 
 
 @pytest.mark.parametrize(("largest", "times"), [(0.1, 4.0), (0.5, 1000.0)])
-def test_every_planted_spike_is_told_with_its_step_and_once(largest: float, times: float) -> None:
+def test_every_planted_spike_is_reported_once_with_its_step(largest: float, times: float) -> None:
     """A spike is 4 times the largest loss where noise is small, 1000 times where it is half the loss."""
     for seed in range(60):
         losses, at = noisy(seed, largest=largest), 40 + seed

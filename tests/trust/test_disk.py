@@ -110,7 +110,7 @@ def mounted(place: Path, *words: str) -> Iterator[None]:
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="mounts a tmpfs")
 @pytest.mark.parametrize("kib", [0, 4, 24, 36, 60, 84, 104, 124])
-def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_goes_on(
+def test_a_full_disk_ends_a_run_in_one_line_and_with_room_it_resumes(
     tmp_path: Path, undisturbed: list[Any], kib: int
 ) -> None:
     disk = tmp_path / "disk"
@@ -170,7 +170,7 @@ def test_a_folder_that_vanishes_is_not_made_again(tmp_path: Path, logger: str, a
     assert not RunFolder(folder).delta.exists()
 
 
-def test_a_folder_moved_away_and_back_goes_on(tmp_path: Path, undisturbed: list[Any]) -> None:
+def test_a_folder_moved_away_and_back_resumes(tmp_path: Path, undisturbed: list[Any]) -> None:
     folder, away = tmp_path / "outputs" / "run", tmp_path / "away"
     with pytest.raises(RunFailed, match="has vanished"):
         go(folder, at=3, then=lambda: folder.rename(away))

@@ -328,7 +328,7 @@ def test_delta_json(place: Path, name: str) -> None:
 
 @pytest.mark.slow
 def test_delta_json_of_wrong_types(place: Path) -> None:
-    """A wrong value is refused, and one that nobody relies on does no harm."""
+    """A wrong value is refused if it is used, and does no harm if it is not."""
     delta = place / RUN / "delta"
     good, codes = (delta / "delta.json").read_text(), []
     for spoil in wrong_types(delta / "delta.json"):
@@ -402,7 +402,7 @@ def test_checkpoint_json_of_wrong_types(place: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_from_a_state_of_wrong_types(place: Path) -> None:
+def test_a_resume_from_a_state_of_wrong_types(place: Path) -> None:
     run, good = place / RUN, place / "good"
     (run / "result.json").unlink()
     shutil.rmtree(run / "checkpoints" / "step-4")
@@ -432,7 +432,7 @@ def test_a_run_that_goes_on_from_a_state_of_wrong_types(place: Path) -> None:
 
 @pytest.mark.parametrize("name", ["delta", "checkpoints", "log.txt", ".lock", "metrics.jsonl"])
 def test_nothing_is_written_through_links(place: Path, name: str) -> None:
-    """A run that would go on in a folder with links out of it."""
+    """Resume a run in a folder with links that lead out of it."""
     run, outside = place / RUN, place / "outside"
     (run / "result.json").unlink()
     kept = run / name
@@ -505,7 +505,7 @@ def test_metrics(place: Path, content: str) -> None:
     ],
 )
 def test_lock(place: Path, content: bytes) -> None:
-    """Whatever stands in it, a lock that nobody holds is free."""
+    """A lock that no process holds is free, whatever its file contains."""
     (place / RUN / ".lock").write_bytes(content)
     (place / RUN / "result.json").unlink()
     said = call("train", "--config", RUN / "config.yaml", folder=place)
@@ -592,7 +592,7 @@ def test_model_with_an_adapter(place: Path) -> None:
 
 
 def test_chat_templates_are_not_run(place: Path) -> None:
-    """One is data here, whatever it says."""
+    """A chat template is data and is never run."""
     file = place / "model" / "tokenizer_config.json"
     code = "{{ ''.__class__.__mro__[1].__subclasses__() }}{% for i in range(10**12) %}{% endfor %}"
     file.write_text(json.dumps({**json.loads(file.read_text()), "chat_template": code}))

@@ -124,7 +124,7 @@ def one(
     kinds: list[Callable[..., tuple[str, Moment]]],
     draw: random.Random,
 ) -> str:
-    """Start a run, kill it, go on with it, and so on until it is done.
+    """Start a run, then kill and resume it until it is done.
 
     Returns the kind of moment and how far it was.
     """

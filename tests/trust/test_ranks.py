@@ -205,7 +205,7 @@ def test_a_killed_process_ends_the_other(words: list[str], tmp_path: Path) -> No
     assert not (tmp_path / RUN / "result.json").exists()
 
 
-def test_a_signal_to_the_launcher_saves_once_and_the_run_goes_on_to_the_same_bits(
+def test_a_signal_to_the_launcher_saves_once_and_the_run_resumes_to_the_same_bits(
     words: list[str], tmp_path: Path
 ) -> None:
     for name in ("broken", "whole"):
@@ -261,7 +261,7 @@ def test_an_exception_in_one_process_ends_all_and_is_shown_first(
         log.unlink()
 
 
-# Whoever imports the loop gets the fault with it.
+# A process that imports the training loop gets the fault with it.
 WHEN_IMPORTED = """
 import sys
 class Finder:

@@ -73,7 +73,7 @@ def test_no_file_of_a_run_holds_a_secret(secret: Path) -> None:
 
 
 @pytest.mark.processes
-def test_wandb_is_not_told_of_machine_and_user(secret: Path) -> None:
+def test_wandb_receives_neither_machine_nor_user(secret: Path) -> None:
     said = call(
         "train",
         "--config",

@@ -1,4 +1,4 @@
-"""Ctrl-C, SIGTERM and SIGHUP on the real command: exit code 130, the command to go on, and nothing lost."""
+"""Ctrl-C, SIGTERM and SIGHUP on the real command: exit code 130, the command to resume, nothing lost."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(begin: Nursery, words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the run that nobody disturbed."""
+    """Return the folder of a run that was not interrupted."""
     folder = tmp_path_factory.mktemp("whole")
     assert begin.run(*words, folder=folder).wait() == 0
     return folder / RUN
@@ -77,7 +77,7 @@ SENT = [
 
 
 @pytest.mark.parametrize("number", SENT)
-def test_the_step_is_saved_and_the_told_command_ends_the_run_the_same(
+def test_the_step_is_saved_and_the_printed_command_ends_the_run_the_same(
     begin: Nursery, words: list[str], whole: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     child = begin.start(
@@ -121,7 +121,7 @@ def test_before_the_first_step_it_ends_at_once(
     assert differences(whole, tmp_path / RUN) == []
 
 
-def test_before_there_is_a_run_the_command_itself_is_told(
+def test_before_there_is_a_run_the_command_itself_is_shown(
     begin: Nursery, words: list[str], tmp_path: Path
 ) -> None:
     child = begin.start(*words, folder=tmp_path)

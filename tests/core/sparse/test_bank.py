@@ -287,7 +287,7 @@ def test_a_packed_bank_of_other_sites_is_refused() -> None:
 
 
 def test_unpacking_again_is_seen_at_once() -> None:
-    """Values derived from the positions are computed again, whatever memory the new tensors use."""
+    """Values derived from the positions are computed again, even if the new tensors reuse memory."""
     b = bank()
     for counts in ((1, 2, 3), (5, 7, 0), (2, 2, 2), (0, 9, 1)):
         b.unpack(bank(counts).pack())
