@@ -93,14 +93,28 @@ class Entry:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
+def top_level() -> list[Kind]:
+    """Return the kinds that have a section of their own."""
+    return [kind for kind in KINDS.values() if kind.place == kind.name]
+
+
 def sections() -> list[Kind]:
     """Return the kinds whose class is chosen by the ``name`` in a section of their own."""
-    return [kind for kind in KINDS.values() if kind.folders and kind.place == kind.name]
+    return [kind for kind in top_level() if kind.folders]
 
 
 def nested() -> dict[str, Kind]:
     """Return, by place, the kinds whose class is chosen by ``name`` in a mapping inside another section."""
     return {kind.place: kind for kind in KINDS.values() if "." in kind.place and not kind.is_value}
+
+
+def choices() -> dict[str, str]:
+    """Return, by group of YAML files, the setting that names the chosen option."""
+    found = {}
+    for kind in KINDS.values():
+        if kind.place and not kind.is_value:
+            found[kind.name] = f"{kind.place}.name"
+    return found
 
 
 def outside_runs() -> list[str]:
@@ -214,6 +228,12 @@ def get(kind: str, name: str) -> Any:
         )
     entry = entries[name]
     return getattr(importlib.import_module(entry.module), entry.facts["class"])
+
+
+def base_class(kind: Kind) -> Any:
+    """Import the class that all classes of the kind derive from."""
+    module, _, name = kind.base.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def import_all() -> None:

@@ -1,4 +1,4 @@
-"""Write a working skeleton of a method, score, schedule, optimizer, selector, data set or model.
+"""Write a working skeleton of a new class, or of a new YAML file, of one kind.
 
     python scripts/new.py method row_scale --family reparam    into this checkout
     python scripts/new.py KIND NAME --plugins DIR              into a folder of plug-ins

@@ -16,7 +16,10 @@ from .settings import Config
 CHOSEN = {kind.place: kind for kind in registry.sections()}  # sections whose class is chosen by ``name``
 NESTED = {kind.name: kind for kind in registry.nested().values()}  # likewise, for mappings inside a section
 OUTSIDE_SECTIONS = ("name", "run", "seed")
-SECTIONS = tuple(item.name for item in fields(Config) if item.name not in OUTSIDE_SECTIONS)
+# Sections that are fields of ``Config``, and sections of all other kinds, which it holds in ``others``.
+TYPED_SECTIONS = tuple(item.name for item in fields(Config) if item.name not in (*OUTSIDE_SECTIONS, "others"))
+OTHER_SECTIONS = tuple(kind.name for kind in registry.top_level() if kind.name not in TYPED_SECTIONS)
+SECTIONS = (*TYPED_SECTIONS, *OTHER_SECTIONS)
 OPEN = "???"  # the value of a setting that a YAML file leaves to the user
 
 
@@ -27,6 +30,8 @@ def class_of_section(section: str, values: dict[str, Any], composed: Composed) -
     """
     if section in CHOSEN:
         return class_named_in(section, values, section, composed)
+    if section in OTHER_SECTIONS:
+        return registry.base_class(registry.KINDS[section]), values
     return get_type_hints(Config)[section], values
 
 

@@ -94,17 +94,14 @@ def _compose(
     """Do what ``compose`` does; another ``stamps`` makes the result another one in the cache."""
     groups.check(config_dir)
     loader = config_loader(config_dir)
-    picks = []
-    for group, option in chosen:
-        added = "" if group in SECTIONS else "+"  # a group of the user's that the defaults list lacks
-        picks.append(f"{added}{group}={QuotedString(option, Quote.double).with_quotes()}")
     repository = CachingConfigRepository(loader.repository)
     origins: dict[str, str] = {}
     try:
-        overrides = OverridesParser.create().parse_overrides(picks)
-        defaults = create_defaults_list(
-            repository, "config", overrides, prepend_hydra=False, skip_missing=False
-        ).defaults
+        picks, missing = [], _find_missing_groups([group for group, _ in chosen], repository)
+        for group, option in chosen:
+            added = "+" if group in missing else ""
+            picks.append(f"{added}{group}={QuotedString(option, Quote.double).with_quotes()}")
+        defaults = _list_defaults(picks, repository)
         config = loader._compose_config_from_defaults_list(defaults, repository)
         for default in defaults:
             found = repository.load_config(default.config_path or "")
@@ -118,6 +115,28 @@ def _compose(
     for group, place in PLACED.items():
         composed = _move(composed, group, place)
     return composed
+
+
+def _list_defaults(picks: list[str], repository: Any) -> list[Any]:
+    """Return the files that Hydra merges for overrides of the form ``group=option``, in their order."""
+    overrides = OverridesParser.create().parse_overrides(picks)
+    found: Any = create_defaults_list(
+        repository, "config", overrides, prepend_hydra=False, skip_missing=False
+    )
+    return list(found.defaults)
+
+
+def _find_missing_groups(chosen: list[str], repository: Any) -> set[str]:
+    """Return the ``chosen`` groups that the defaults list lacks.
+
+    They are groups of the user's, and kinds whose section may be absent.
+    """
+    missing = {group for group in chosen if group not in SECTIONS}
+    optional = [group for group in chosen if group in registry.KINDS and registry.KINDS[group].absent]
+    if optional:
+        listed = {default.config_path.rpartition("/")[0] for default in _list_defaults([], repository)}
+        missing.update(group for group in optional if group not in listed)
+    return missing
 
 
 def _move(composed: Composed, group: str, place: str) -> Composed:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
+from .. import registry
 from ..errors import ConfigError
 from .classes import CHOSEN, NESTED, OUTSIDE_SECTIONS, SECTIONS, known_settings
 from .composed import Composed
@@ -23,6 +24,7 @@ WHOLE_SENTENCES = (
     "Dict",
     "Value",
 )  # start messages of pydantic that name their subject
+_PLACES_IN_SECTIONS = {kind.place for kind in registry.KINDS.values() if "." in kind.place}
 MOST = 50  # wrong settings of a section that are described one by one
 
 
@@ -89,7 +91,7 @@ def _describe_unknown(key: str, value: Any, cls: type, section: str, composed: C
     """Return the sentences for a key that the class does not have; ``value`` may hold several settings."""
     owner = f" of {title_of(section, cls)}" if section else ""
     leaf = key.rpartition(".")[2]
-    if section not in CHOSEN or leaf not in NESTED:
+    if key not in _PLACES_IN_SECTIONS:
         sentences = []
         for full, inner in flat(value, key):
             hint = _suggest(full, composed)

@@ -291,6 +291,9 @@ def used_by(config: Any) -> list[dict[str, str]]:
 
 def _modules_of(value: Any) -> Iterable[str]:
     """Yield the modules of the classes that a configuration uses, by instance or name, and of their bases."""
+    if isinstance(value, dict):
+        for inner in value.values():
+            yield from _modules_of(inner)
     if not is_dataclass(value):
         return
     cls: type = type(value)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal
 
 from annotated_types import Ge, Gt
@@ -111,7 +111,9 @@ class LoggerConfig:
 class Config:
     """Hold all settings of one run.
 
-    ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses.
+    ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses. The
+    training loop reads these sections by name. ``others`` holds the sections of all other kinds of
+    ``registry.KINDS``, by section.
     """
 
     name: str | None
@@ -124,10 +126,18 @@ class Config:
     train: TrainConfig
     logger: LoggerConfig
     selector: Any = None
+    others: dict[str, Any] = field(default_factory=dict)
+
+    def section(self, name: str) -> Any:
+        """Return what the section ``name`` holds."""
+        return self.others[name] if name in self.others else getattr(self, name)
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, from which this configuration can be built again."""
-        plain: dict[str, Any] = json.loads(json.dumps(_plain(self)))  # tuples become lists, as in YAML
+        values = _plain(self)
+        for name, section in values.pop("others").items():
+            values[name] = _plain(section)
+        plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in YAML
         return plain
 
     def deciding(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from .. import registry
 from ..errors import ConfigError, suggest_nearest
 from .classes import (
     OPEN,
+    OTHER_SECTIONS,
     OUTSIDE_SECTIONS,
     SECTIONS,
     class_of_nested,
@@ -47,9 +48,11 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
             faults += found
     if faults or skip:
         raise ConfigError(*faults)
-    config = Config(**parts)
-    steps = config.train.steps
-    refuse([*config.method.faults(steps), *config.selector.faults(steps)])
+    others = {section: parts.pop(section) for section in OTHER_SECTIONS}
+    config = Config(**parts, others=others)
+    for kind in registry.sections():
+        faults += config.section(kind.name).faults(config.train.steps)
+    refuse(faults)
     return config
 
 

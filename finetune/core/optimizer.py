@@ -37,6 +37,10 @@ class Optimizer:
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup: Annotated[float, Ge(0), Le(1)] = 0.1
 
+    def faults(self, steps: int) -> list[str]:
+        """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
+        return []
+
     def make(self, groups: list[dict[str, Any]], states: nn.Module) -> torch.optim.Optimizer:
         """Return the torch optimizer over ``groups``: dictionaries of ``params`` and ``weight_decay``.
 

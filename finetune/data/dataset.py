@@ -36,6 +36,10 @@ class Dataset:
     KIND: ClassVar[str] = "dataset"
     name: ClassVar[str]
 
+    def faults(self, steps: int) -> list[str]:
+        """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
+        return []
+
     def read(self) -> Raw:
         """Return the examples of all splits, the same ones at every call.
 

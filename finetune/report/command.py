@@ -9,17 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from math import prod
 from typing import Any
 
+from .. import registry
 from .rows import REPEATS, encode_value
 from .runs import Run
 
-CHOICES = {
-    "method": "method.name",
-    "schedule": "method.schedule.name",
-    "selector": "selector.name",
-    "model": "model.name",
-    "dataset": "dataset.name",
-    "optimizer": "optimizer.name",
-}  # groups of configuration files, and the setting that names the chosen file
 PATHS = ("model.path", "dataset.path")  # settings without a default, unless they name something built in
 UNQUOTED = re.compile(r"[A-Za-z_/][\w./:-]*")  # texts that the grammar of overrides reads as they are
 KEYWORDS = {"null", "true", "false", "nan", "inf"}  # texts that need quotes, or they become other values
@@ -67,8 +60,8 @@ def _find_repeats(runs: Sequence[Run]) -> dict[str, list[Any]]:
 
 def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
     settings = runs[0].settings | _agreed_threads(runs)
-    words = []
-    for group, key in CHOICES.items():
+    words, choices = [], registry.choices()
+    for group, key in choices.items():
         if settings.get(key) is not None:
             words.append(f"{group}={_show_override(settings[key])}")
     paths = [key for key in PATHS if not str(settings.get(key) or "builtin:").startswith("builtin:")]
@@ -77,7 +70,7 @@ def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
     known = _get_defaults(defaults, words)
     values = {}
     for key, value in settings.items():
-        if key not in CHOICES.values() and key not in paths:
+        if key not in choices.values() and key not in paths:
             values[key] = [value]
     for key, found in (values | _find_repeats(runs)).items():
         if key not in known or [known[key]] != found:

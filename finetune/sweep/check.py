@@ -1,4 +1,4 @@
-"""Find data, models and methods that do not fit, before any run of a sweep starts.
+"""Find data, models, methods and optimizers that do not fit, before any run of a sweep starts.
 
 Such faults would end runs before their first step. Imports no torch.
 """
@@ -11,6 +11,7 @@ from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
+from .. import registry
 from ..config import strict
 from ..config.settings import Config
 from ..errors import ConfigError
@@ -31,7 +32,7 @@ def check(runs: Sequence[Point], retry: bool = False, options: StartOptions = NO
         kept = point.folder.result.is_file() and (point.folder.finished or not retry)
         if not kept:
             config = point.config
-            parts = (config.model, config.dataset, config.method, config.selector)
+            parts = [config.section(kind.name) for kind in registry.top_level()]
             machine = (config.train.device, config.train.precision)
             alike.setdefault(repr((parts, machine)), []).append(point)
     if not alike:
@@ -97,11 +98,15 @@ def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
 
 
 def _build(config: Config, known: dict[str, Any]) -> None:
-    """Read data and model and build the method as a run does; ``known`` keeps the last data set and model."""
+    """Read data and model, and build the method and the optimizer as a run does.
+
+    ``known`` keeps the last data set and model.
+    """
     from ..core.part import detach
     from ..data.encode import encode
     from ..models.load import load, original_parameters
     from ..training.build import Pretrained, build_states
+    from ..training.optimizer import make_optimizer
     from ..training.prepare import check_machine
 
     check_machine(config)
@@ -115,4 +120,6 @@ def _build(config: Config, known: dict[str, Any]) -> None:
     base = known["base"]
     pretrained = Pretrained(base.model, base.head, partial(original_parameters, base))
     for phase in config.method.phases():
-        detach(base.model, build_states(pretrained, phase.method, config.selector))
+        states = build_states(pretrained, phase.method, config.selector)
+        make_optimizer(states, config.optimizer)
+        detach(base.model, states)

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..config.settings import Config
 from ..launch.start import NO_OPTIONS, StartOptions
 from ..storage.result import group_hash
@@ -111,7 +112,7 @@ class _Estimates:
 def _kind(config: Config) -> str:
     """Return a key for the time of a step: of runs with one key, only the first is measured."""
     train = replace(config.train, steps=1)
-    names = (config.method.name, config.optimizer.name, config.selector.name)
+    names = [config.section(kind.name).name for kind in registry.sections()]
     return repr((names, config.model, config.dataset, train))
 
 

@@ -1,4 +1,4 @@
-"""Write the skeleton of a new method, score, schedule, optimizer, selector, data set or model.
+"""Write the skeleton of a new class, or of a new YAML file, of one kind.
 
     python -m finetune.testing.new KIND NAME                  into this checkout
     python -m finetune.testing.new KIND NAME --plugins DIR    into a folder of plug-ins
@@ -19,7 +19,22 @@ from ..registry import KINDS, ROOT, Kind, catalog
 from ..system.exit_code import exit_code_of
 
 SKELETONS = Path(__file__).parent / "skeletons"
-FAMILIES = ("baseline", "sparse", "reparam")  # folders of finetune/methods
+DEFAULT_FAMILY = "reparam"
+
+
+def kinds_with_skeletons() -> list[str]:
+    """Return the kinds that have at least one file in ``skeletons``, in the order of the table."""
+    return [kind for kind in KINDS if list(SKELETONS.glob(f"{kind}.*"))]
+
+
+def families(kind: Kind) -> list[str]:
+    """Return the folders inside the folder of a kind; none if its modules lie right in that folder."""
+    if not kind.folders:
+        return []
+    found = []
+    for file in sorted((ROOT / kind.folders[0]).glob("*/__init__.py")):
+        found.append(file.parent.name)
+    return found
 
 
 def files_of(kind: Kind, name: str, family: str, folder: Path | None) -> dict[Path, str]:
@@ -32,7 +47,7 @@ def files_of(kind: Kind, name: str, family: str, folder: Path | None) -> dict[Pa
     for part, place in places.items():
         skeleton = SKELETONS / f"{kind.name}.{part}.txt"
         if not skeleton.exists():
-            continue  # a score has no YAML file, and a model has only a YAML file
+            continue  # some kinds have no YAML file, and others only a YAML file
         text = Template(skeleton.read_text(encoding="utf-8")).substitute(
             name=name, cls=_class_name(name), **texts
         )
@@ -48,7 +63,7 @@ def _class_name(name: str) -> str:
 def _module(kind: Kind, name: str, family: str) -> str:
     """Return the module of a new class of this package, below ``finetune``."""
     folder = kind.folders[0] if kind.folders else kind.name
-    return ".".join([folder, family, name] if kind.name == "method" else [folder, name])
+    return ".".join([folder, family, name] if families(kind) else [folder, name])
 
 
 def _places_in_checkout(kind: Kind, name: str, family: str) -> dict[str, Path]:
@@ -86,7 +101,7 @@ def _texts_in_plugin(kind: Kind, name: str) -> dict[str, str]:
 
 def write(kind_name: str, name: str, family: str, folder: Path | None) -> list[Path]:
     """Write the skeleton and return its files. Raises ``ConfigError`` and writes nothing if it cannot."""
-    kinds = [kind for kind in KINDS if list(SKELETONS.glob(f"{kind}.*"))]
+    kinds = kinds_with_skeletons()
     if kind_name not in kinds:
         raise ConfigError(
             f"{kind_name} has no skeleton.{suggest_nearest(kind_name, kinds)} There is: {', '.join(kinds)}."
@@ -115,9 +130,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("kind", help="method, score, schedule, optimizer, selector, dataset or model")
+    parser.add_argument("kind", help=f"one of: {', '.join(kinds_with_skeletons())}")
     parser.add_argument("name", help="its name, in small letters: row_scale")
-    parser.add_argument("--family", choices=FAMILIES, default="reparam", help="the folder of a new method")
+    parser.add_argument(
+        "--family",
+        choices=families(KINDS["method"]),
+        default=DEFAULT_FAMILY,
+        help="the folder of a new method",
+    )
     parser.add_argument("--plugins", type=Path, metavar="DIR", help="write into this folder of plug-ins")
     given = parser.parse_args()
     print(*write(given.kind, given.name, given.family, given.plugins), sep="\n")

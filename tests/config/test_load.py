@@ -491,6 +491,11 @@ def test_values_of_a_schedule(crossed: Path, override: str, value: object) -> No
         ),
         (["method=lora", "method.schedule=x"], "method.schedule='x' .* method=lora, which has no schedule"),
         (
+            ["method=lora", "method.score=snip"],
+            r"method.score='snip' \(command line\) is not a setting of method=lora, which has no score. "
+            "Leave it out, or choose a method that has one",
+        ),
+        (
             ["method=crossed", "schedule=drop_gow"],
             r"schedule=drop_gow is not an option .*Did you mean 'drop_grow'\? Options: .*static",
         ),

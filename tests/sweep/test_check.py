@@ -9,6 +9,7 @@ import pytest
 
 from finetune import sweep
 from finetune.errors import ConfigError
+from finetune.optim.sm3 import SM3
 from finetune.sweep import check, work
 from finetune.training import run
 
@@ -54,6 +55,22 @@ def test_every_point_that_train_refuses_is_named(name: str) -> None:
         assert label.startswith(told[words][0]) if at else len(told[words]) == len(runs)
     assert len(refused.value.faults) == len(told)
     assert not list(Path().iterdir())
+
+
+@pytest.mark.usefixtures("here")
+def test_an_optimizer_that_refuses_the_method_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training makes the optimizer only after the method is built, so the check has to do so, too."""
+
+    def refuse(self: SM3, groups: object, states: object) -> None:
+        raise ConfigError("optimizer=sm3 does not fit this method.")
+
+    monkeypatch.setattr(SM3, "make", refuse)
+    runs = sweep.points(["method=bitfit", "optimizer=adamw,sm3", *CPU])
+    with pytest.raises(ConfigError) as refused:
+        check.check(runs)
+    assert refused.value.faults == ("optimizer=sm3 does not fit this method. (at optimizer=sm3)",)
+    with pytest.raises(ConfigError, match="sm3 does not fit"):
+        run.prepare(runs[1].config)
 
 
 @pytest.mark.usefixtures("here")
