@@ -98,7 +98,7 @@ FILLS = ("#e8eaf6", "#e3f2fd", "#e3f2fd", "#e0f2f1", "#f1f8e9", "#fff8e1", "#fbe
 
 
 def draw_architecture() -> str:
-    """Draw the layers of the package as an SVG: a row a layer, a box a folder."""
+    """Draw the layers of the package as an SVG: one row per layer, one box per folder."""
     height = 2 * MARGIN + len(LAYERS) * (ROW + GAP) + 20
     lines = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height}" width="{WIDTH}" '

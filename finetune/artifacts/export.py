@@ -2,7 +2,7 @@
 
 The exported folder is read back and must give the run's logits. Three kinds of changes have a format:
 
-- two factors a layer: LoRA, with rank and scale by layer;
+- two factors per layer: LoRA, with rank and scale by layer;
 - single entries of linear layers: SHiRA, with the positions in the file. peft requires ``r * (in + out)``
   entries in every layer, so layers with fewer are filled up with entries whose change is 0;
 - what method=peft has trained: the format of its tuner.
@@ -123,7 +123,7 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
 
 
 def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:
-    """Return why the change is neither two factors a layer nor single entries; empty if it is."""
+    """Return why the change is neither two factors per layer nor single entries; empty if it is."""
     in_place = trained_in_place(state)
     if in_place:
         return f"it trains parameters in place, such as {next(iter(in_place))}"
@@ -133,7 +133,7 @@ def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:
     if _factors(layers) is not None or all(delta.changes().entries is not None for delta in deltas):
         return ""
     kinds = " and ".join(sorted({delta.describe() for delta in deltas}))
-    return f"{kinds} is neither two factors nor single entries a layer"
+    return f"{kinds} is neither two factors nor single entries per layer"
 
 
 def _factors(layers: dict[str, Patched]) -> dict[str, LowRankChange] | None:

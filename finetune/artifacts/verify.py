@@ -155,7 +155,7 @@ def _check_predictions(files: RunFolder, say: Say) -> str:
 
 
 def _read_predictions(files: RunFolder) -> list[dict[str, Any]]:
-    """Read the stored predictions, a row an example."""
+    """Read the stored predictions, one row per example."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -126,7 +126,7 @@ class Method:
         raise NotImplementedError
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
-        """Set values from data or from the previous phase's state. Called once a phase, and not on resume."""
+        """Set values from data or the previous phase's state. Called once per phase, but not on resume."""
 
     def before_step(self, run: Run, state: Any) -> None:
         """Called before the forward pass of a step."""

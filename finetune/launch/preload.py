@@ -14,15 +14,18 @@ from .start import end_with
 
 
 def _bind_to_sweep() -> None:
-    """Let the server end with the sweep, and ignore signals: after one, the sweep ends its runs in order."""
+    """End the server with the sweep, and ignore signals: the sweep handles a signal and ends its runs."""
     end_with(os.getppid())
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # ``forkserver`` blocked them for the start
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)  # ``forkserver`` blocked them before the start
 
 
 def _import_modules() -> None:
-    """Import what takes seconds: libraries first, then this package and everything that it registers."""
+    """Import what takes seconds: libraries first, then this package and everything that it registers.
+
+    The names are unused (F401); a forked run finds the modules loaded.
+    """
     import datasets  # noqa: F401
     import pydantic.type_adapter  # noqa: F401
     from transformers.models.vit import image_processing_pil_vit, modeling_vit  # noqa: F401

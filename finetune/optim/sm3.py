@@ -20,7 +20,7 @@ from ..registry import register
 @register("sm3")
 @dataclass(frozen=True)
 class SM3(Optimizer):
-    """SM3: one accumulator a row and a column in place of one an entry.
+    """SM3: one accumulator per row and per column instead of one per entry.
 
     Options:
         eps: Number added to the accumulated squares before the root.

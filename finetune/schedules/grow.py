@@ -4,7 +4,7 @@ Formula:
     n = ceil(round(end * steps) / every) parts; i K / n entries are trained after part i
     part 1 is added before step 0, part i before step (i - 1) * every
 
-Paper: the increments of ID3, Agarwal et al., 2025, arXiv 2408.14470, which adds one part a step.
+Paper: the increments of ID3, Agarwal et al., 2025, arXiv 2408.14470, which adds one part per step.
 """
 
 from __future__ import annotations

@@ -70,7 +70,7 @@ class RunFolder:
 
     @property
     def metrics(self) -> Path:
-        """The numbers of each logged step, one JSON object a line."""
+        """The numbers of each logged step, one JSON object per line."""
         return self.path / "metrics.jsonl"
 
     @property

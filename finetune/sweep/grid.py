@@ -162,7 +162,7 @@ def preset(name: str, config_dir: Path | None = None) -> list[str]:
         ) from None
     if not stated or not isinstance(stated, list) or not all(_is_setting(text) for text in stated):
         raise ConfigError(
-            f"sweep={name}: {file} should be a list of key=value, a line each, for example "
+            f"sweep={name}: {file} should be a list of key=value, one per line, for example "
             "'- method=lora,snell'."
         )
     return stated

@@ -70,7 +70,7 @@ _frames: dict[str, Frame] = {}
 
 
 def frame(config: Config) -> Frame:
-    """Return the model of ``config`` for its data set; it is read once a process."""
+    """Return the model of ``config`` for its data set; it is read once per process."""
     tree = config.as_dict()
     key = json.dumps([tree["model"], tree["dataset"]], sort_keys=True)
     if key not in _frames:

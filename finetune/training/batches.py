@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..data.encode import Batch, collate
 from ..system.signals import delay_sigterm
 
-START = 16  # examples a step, until "auto" has found how many fit
+START = 16  # examples per step, until "auto" has found how many fit
 
 
 def choose_examples(size: int, batch_size: int, seed: int, step: int) -> Tensor:

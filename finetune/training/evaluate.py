@@ -24,7 +24,7 @@ LARGEST_EXPONENT = 700.0  # beyond it, exp would overflow float64
 class Evaluation:
     """Metrics of a split, and one row per example in the split's order.
 
-    ``metrics``: accuracy (share) and loss (nats an example); or bits_per_byte, perplexity and loss (nats a
+    ``metrics``: accuracy (share) and loss (nats per example); or bits_per_byte, perplexity and loss (nats per
     token).
     """
 

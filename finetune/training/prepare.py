@@ -123,7 +123,8 @@ def make_deterministic(settings: TrainConfig) -> None:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     # unlike use_deterministic_algorithms, this does not import the compiler, which takes seconds
     torch.set_deterministic_debug_mode("warn")
-    # nothing here reads memory that it has not written
+    # Filling new tensors costs time, and nothing here reads memory that it has not written.
+    # torch sets this attribute on the module's class, where type checkers do not see it.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     if settings.threads:
         processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

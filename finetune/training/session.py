@@ -140,7 +140,7 @@ class Session:
         return list(self.batches.steps(self.number, self.number + steps))
 
     def start(self, previous: nn.Module | None = None) -> None:
-        """Let the phase's method set its values; once a phase, not on resume."""
+        """Let the phase's method set its values; once per phase, not on resume."""
         self.begun = True
         self.memory.retry_smaller(lambda: self.current.begin(self.run, self.states["method"], previous))
 

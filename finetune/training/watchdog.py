@@ -30,7 +30,7 @@ SMALLEST = 1e-30  # replaces 0 in a logarithm
 
 
 def observe(record: WatchRecord, session: Session, step: Step) -> list[str]:
-    """Note one step in ``record``; return the warnings to give now, each kind once a run."""
+    """Note one step in ``record``; return the warnings to give now, each kind once per run."""
     if record.phase != session.phase:
         record.phase, record.seen, record.still = session.phase, 0, None
     if record.seen == 0 or "churn" in step.metrics:  # a phase begins or entries moved: another model

@@ -71,7 +71,7 @@ def difference(run: Path, again: Any) -> float:
             "llama",
             ["method=sparse", "sparsity=0.97", "method.scope=model", "method.score=magnitude"],
             "SHIRA",
-        ),  # unequal counts a layer
+        ),  # unequal counts per layer
         ("llama", ["method=peft", "method.type=LOHA"], "LOHA"),
         (
             "vit",
@@ -146,7 +146,7 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("kind", "words", "why"),
     [
-        ("llama", ["method=snell"], "a kernel change is neither two factors nor single entries a layer"),
+        ("llama", ["method=snell"], "a kernel change is neither two factors nor single entries per layer"),
         ("vit", ["method=snell"], "it trains parameters in place, such as vit.embeddings.cls_token"),
         ("vit", ["method=head"], "it changes no layer but the head"),
         (

@@ -44,7 +44,7 @@ from finetune.testing.cases import Case, find_cases
 from finetune.training.session import Session
 
 LAYERS = 4
-FEW = ("q", "down")  # two matrices a block are enough, and fast
+FEW = ("q", "down")  # two matrices per block are enough, and fast
 BOTH: dict[str, Callable[[], Method]] = {
     "lora": lambda: LoRA(rank=2, targets=FEW),
     "shira": lambda: SHiRA(sparsity=0.9, targets=FEW),

@@ -74,7 +74,7 @@ class Child:
             return False
 
     def until(self, seen: Callable[[], bool]) -> bool:
-        """Wait until ``seen``, looking a thousand times a second; whether it still ran then."""
+        """Wait until ``seen``, looking a thousand times per second; whether it still ran then."""
         looks = 0
         while looks % 16 or self.alive:  # which costs more than most looks
             if seen():

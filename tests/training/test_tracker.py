@@ -229,7 +229,7 @@ def test_a_network_that_never_answers_holds_up_nothing(
         monkeypatch.delenv("WANDB_MODE")
         import wandb
 
-        wandb.teardown()  # settings are read once a process
+        wandb.teardown()  # settings are read once per process
         said: list[str] = []
         started = time.monotonic()
         track = make_tracker(with_logger(some_config, "wandb"), folder, said.append)

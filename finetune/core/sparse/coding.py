@@ -1,6 +1,6 @@
 """Code sorted indices as bytes: the gap to the previous index in LEB128.
 
-A gap is written seven bits a byte, low bits first; the high bit is set on all of its bytes but the last.
+A gap is written seven bits per byte, low bits first; the high bit is set on all of its bytes but the last.
 """
 
 from __future__ import annotations

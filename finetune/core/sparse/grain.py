@@ -114,7 +114,7 @@ def find_head_width(model: nn.Module) -> int:
 
 
 def _head_grain(site: Site, model: nn.Module) -> Grain:
-    """Return one unit a head: rows of q, k, v or qkv, columns of o.
+    """Return one unit per head: rows of q, k, v or qkv, columns of o.
 
     Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k
     and v have fewer heads than q.

@@ -23,7 +23,7 @@ def requested_entries(
 ) -> tuple[float, int]:
     """Return how many entries the settings ask for at a ``share`` of the budget, and the error of rounding.
 
-    Rounding may miss the number by one unit a site.
+    Rounding may miss the number by one unit per site.
     """
     size = sum(site.size for site in sites)
     unit = max(grain.size for grain in grains)

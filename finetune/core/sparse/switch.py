@@ -3,7 +3,7 @@
     switch = Switch(model)
     switch.load("french", changes)     a ``SparseChange`` for each layer name; kept with the original entries
     switch.load("law", others)
-    switch.apply("french")             writes K entries a layer and nothing else
+    switch.apply("french")             writes K entries per layer and nothing else
     switch.apply("law")                now the sum of both, rounded once to the weights' dtype
     switch.revert("french")            in any order
     switch.revert()                    the model is the base, to the bit

@@ -15,8 +15,8 @@ Reading: The variant with all bias terms. There is no setting. The learning rate
 Differs: The authors' code was not compared with this file. The paper's smaller variant, which trains only the
 biases of the query projections and of one feed-forward layer, is left out.
 
-Cost: One trained value a bias entry, with two moments in Adam and a copy of the original. The trained biases
-are stored. Models without bias terms are refused.
+Cost: One trained value per bias entry, with two moments in Adam and a copy of the original. The trained
+biases are stored. Models without bias terms are refused.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ no setting. ``method=full`` sets a learning rate of 5e-4; ``conf/method/full.yam
 
 Differs: There is no released code.
 
-Cost: One trained value a parameter, its gradient and two moments in Adam: 16 bytes a parameter in float32.
-The whole model is stored.
+Cost: One trained value per parameter, its gradient and two moments in Adam: in float32, 16 bytes per
+parameter. The whole model is stored.
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ Differs:
 - The code also masks the convolution of the patch embedding, which is no linear layer here.
 - The code never calls backward when gradient dropout is off; here gdr=0 trains plain AMT.
 
-Cost: One score a weight, its gradient and two moments in Adam. One bit a weight is stored. Gradient dropout
-costs a forward and a backward pass in eval mode, and a forward pass of the teacher.
+Cost: One score per weight, its gradient and two moments in Adam. One bit per weight is stored. Gradient
+dropout costs a forward and a backward pass in eval mode, and a forward pass of the teacher.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ class Mask(Delta):
         return (grad.dense.mul(original).mul_(gate),)
 
     def pack(self) -> dict[str, Tensor]:
-        """Return what a finished run stores: one bit a weight, the first in the highest bit of a byte."""
+        """Return what a finished run stores: one bit per weight, the first in the highest bit of a byte."""
         import numpy as np
 
         return {"on": torch.from_numpy(np.packbits(~self.off().cpu().numpy()))}
@@ -153,7 +153,7 @@ class AMT(Reparam):
     temperature: Annotated[float, Gt(0)] = 1.0
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "a score a weight, which switches it on or off"
+    trains: ClassVar[str] = "a score per weight, which switches it on or off"
     paper: ClassVar[str] = "arXiv 2307.15049"
 
     def __post_init__(self) -> None:

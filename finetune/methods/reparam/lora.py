@@ -17,7 +17,8 @@ rate of ``method=lora`` was chosen.
 Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of
 huggingface/peft, from the same factors, and expects the same output.
 
-Cost: rank (in + out) trained values a layer, their gradients and two moments in Adam. The factors are stored.
+Cost: rank (in + out) trained values per layer, their gradients and two moments in Adam. The factors are
+stored.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class LoRA(Reparam):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
 
     family: ClassVar[str] = "reparameterization"
-    trains: ClassVar[str] = "two factors of rank r a layer"
+    trains: ClassVar[str] = "two factors of rank r per layer"
     paper: ClassVar[str] = "arXiv 2106.09685"
     size: ClassVar[str] = "rank"
 

@@ -30,8 +30,9 @@ Differs:
   share one dropout mask. Here every layer drops its own input.
 - The released code exempts the class token from weight decay.
 
-Cost: rank (in + out) trained values a layer, their gradients and two moments in Adam. The factors are stored.
-K is formed in blocks in every forward pass and again in backward, and its threshold is found without a sort.
+Cost: rank (in + out) trained values per layer, their gradients and two moments in Adam. The factors are
+stored. K is formed in blocks in every forward pass and again in backward. Its threshold is found without a
+sort.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class SNELL(Kernelized):
     """SNELL: a thresholded difference of distances between small factors."""
 
     family: ClassVar[str] = "reparameterization"
-    trains: ClassVar[str] = "two factors a layer; their kernel, thresholded, changes the weight"
+    trains: ClassVar[str] = "two factors per layer; their kernel, thresholded, changes the weight"
     paper: ClassVar[str] = "arXiv 2411.01800"
     neutral_start: ClassVar[bool] = False
 

@@ -34,8 +34,8 @@ Differs:
 - Left out: the average of the weights over time, which keeps the first division for good in the code, and the
   variant without threshold, which three of the released scripts run under the name of SNELLA.
 
-Cost: rank (in + out) + 3 trained values a layer, their gradients and two moments in Adam, and two averages a
-value of the factors. The factors, the three scalars and V_l are stored.
+Cost: rank (in + out) + 3 trained values per layer, their gradients and two moments in Adam, and two averages
+per value of the factors. The factors, the three scalars and V_l are stored.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ class SNELLA(Kernelized):
 
     family: ClassVar[str] = "reparameterization"
     trains: ClassVar[str] = (
-        "two factors a layer; their kernel, thresholded by a budget that layers compete for, changes the "
+        "two factors per layer; their kernel, thresholded by a budget that layers compete for, changes the "
         "weight"
     )
     paper: ClassVar[str] = "arXiv 2510.24037"

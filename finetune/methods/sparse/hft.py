@@ -112,7 +112,7 @@ class HFT(Method):
     size: ClassVar[str] = "sparsity"
 
     @property
-    def unused_parameters(self) -> bool:  # type: ignore[override]
+    def unused_parameters(self) -> bool:  # type: ignore[override]  # a ClassVar in the base
         return self.rounds > 1
 
     def faults(self, steps: int) -> list[str]:

@@ -22,7 +22,7 @@ variant is ``grain=block:4``.
 Differs:
 - The released code's default mask type lacks the word "largest", so it trains the *smallest* entries of
   |W_R|.
-- There the budget is that of a low-rank change: rank (in + out) entries a matrix. Here it is ``sparsity``.
+- There the budget is that of a low-rank change: rank (in + out) entries per matrix. Here it is ``sparsity``.
 - The released refresh is one step earlier, eps stands outside of Adam's bias correction, and weight decay
   acts on a copy and has no effect.
 - The released code keeps moments and values in the type of the weights, often bfloat16; here they are

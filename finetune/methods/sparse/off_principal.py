@@ -1,6 +1,6 @@
 """Off-principal masks: train entries off the principal part of each weight, chosen once.
 
-The pretrained weights decide which entries these are. There are four masks of K entries a matrix, each a
+The pretrained weights decide which entries these are. There are four masks of K entries per matrix, each a
 choice of score and direction. The default is the "safe" mask, the union of the other two masks that avoid the
 principal part.
 

@@ -7,7 +7,7 @@ reached. Decay pulls values towards 0, as AdamW does on the weights.
 Formula:
     M = {|w| < theta}        theta: ``threshold``, or the K-th smallest |w| with K from ``sparsity``
     narrowing leaves {i in M: |w_i| < theta}, with the values w at that step
-    loss = task loss + penalty ||M * W||_*        one random matrix a step, of those with both sides above 64
+    loss = task loss + penalty ||M * W||_*      one random matrix per step, of those with both sides above 64
 
 Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation"
 (SaRA), ICLR 2025, arXiv 2409.06633.

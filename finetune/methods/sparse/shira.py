@@ -22,7 +22,7 @@ percent of the entries, hence sparsity = 0.98. ``conf/method/shira.yaml`` says h
 Differs:
 - peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of
   one shape get the same mask; here the run's seed draws the masks, and every layer gets its own.
-- peft's budget is rank (in + out) entries a layer; here it is ``sparsity``.
+- peft's budget is rank (in + out) entries per layer; here it is ``sparsity``.
 - The diagonal of the Struct mask is left out.
 
 Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Masks by

@@ -39,7 +39,7 @@ Differs:
   ``sparsity`` of the layers' entries.
 
 Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out
-accumulators a layer. During a window, also the positions and two sums of K candidates. Values and positions
+accumulators per layer. During a window, also the positions and two sums of K candidates. Values and positions
 are stored.
 """
 

@@ -320,7 +320,7 @@ def bare_run(model: nn.Module) -> Any:
 def test_memory_of_a_choice_over_the_model(
     scope: Scope, sparsity: float, values: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """At most the largest layer's scores, 12 bytes an entry and a constant, also with many ties."""
+    """At most the largest layer's scores, 12 bytes per entry and a constant, also with many ties."""
     monkeypatch.setattr(select, "CHUNK", 1 << 15)
     torch.manual_seed(0)
     model = stack(values=values)

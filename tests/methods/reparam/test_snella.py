@@ -57,7 +57,7 @@ PUBLISHED = Published(
     },
     {
         "end": (0.8, "the last steps train with the final division"),
-        "every": (10, "the code divides once an epoch, this once in so many steps"),
+        "every": (10, "the code divides once per epoch, this once in so many steps"),
         "dropout": (0.0, "the same training for all methods; dropout is a setting"),
         "drop_path": (0.0, "the same training for all methods; dropout is a setting"),
     },
@@ -282,7 +282,7 @@ def test_equal_scores_and_sizes_give_equal_shares_and_a_full_budget_zeroes_nothi
 
 
 def test_a_layer_gets_its_score_s_part_but_no_more_than_its_size() -> None:
-    """Of 100, with room for 48 a layer, the parts are 48, 42 and 10: the excess goes to the others."""
+    """Of 100, with room for 48 per layer, the parts are 48, 42 and 10: the excess goes to the others."""
     method = SNELLA(rank=2, sparsity=1 - 100 / 144, every=1)
     assert [int(d.volume) for d in divided(method, [5.0, 4.0, 1.0], [(8, 6)] * 3)] == [48, 42, 10]
 
