@@ -32,7 +32,7 @@ class Kind:
     kind are YAML files alone, which fill ``base``.
     ``place``: the dotted key in a configuration; a kind without a place is no part of a run's configuration.
     ``is_value``: the value at ``place`` is the name itself, and not a mapping with ``name`` and settings.
-    ``absent``: the name that a configuration without the section means.
+    ``absent``: the name that a configuration without the section means; its class has no settings.
     ``unnamed``: the name that a section without ``name`` means; ``name`` can then be set as a value, too.
     ``needs_torch``: importing a class of this kind imports torch, so it is avoided where possible.
     """

@@ -20,9 +20,12 @@ from finetune.testing import contract
 PAGE = Path(__file__).parents[1] / "docs" / "adding-a-method.md"
 
 
-def example(folder: Path) -> Path:
-    """Write the files of the worked example as the page says, and return the folder of the plug-in."""
-    text = PAGE.read_text(encoding="utf-8")
+def example(folder: Path, name: str = "row_scale") -> Path:
+    """Write the files of the worked example as the page says, and return the folder of the plug-in.
+
+    ``name`` replaces that of the method: a reader who follows the page may have added it to this checkout.
+    """
+    text = PAGE.read_text(encoding="utf-8").replace("row_scale", name)
     for heading, code in re.findall(r"\n## \d\. [^`\n]*`(mine/[^`]*)`\n.*?```\w+\n(.*?)```", text, re.DOTALL):
         file = folder / heading
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -32,7 +35,7 @@ def example(folder: Path) -> Path:
 
 @pytest.fixture
 def mine(tmp_path: Path) -> Iterator[Path]:
-    yield example(tmp_path)
+    yield example(tmp_path, "scratch_rows")
     plugins.unload()
 
 
@@ -42,18 +45,18 @@ def test_worked_example(mine: Path) -> None:
     That is the contract on its first case, the test of the page, the option of the YAML file.
     """
     assert {file.relative_to(mine).as_posix() for file in mine.rglob("*.*")} == {
-        "row_scale.py",
-        "test_row_scale.py",
-        "conf/method/row_scale.yaml",
+        "scratch_rows.py",
+        "test_scratch_rows.py",
+        "conf/method/scratch_rows.yaml",
     }
-    spec = importlib.util.spec_from_file_location("example_test", mine / "test_row_scale.py")
+    spec = importlib.util.spec_from_file_location("example_test", mine / "test_scratch_rows.py")
     assert spec is not None
     assert spec.loader is not None
     tests = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(tests)
     contract.check(tests.RowScale)
     tests.test_factor_scales_a_row()
-    assert load(["method=row_scale"]).method == tests.RowScale()
+    assert load(["method=scratch_rows"]).method == tests.RowScale()
 
 
 def test_the_table_of_kinds_is_complete() -> None:

@@ -16,36 +16,28 @@ from finetune.testing import new
 
 ROOT = Path(__file__).parents[1]
 COPIED = ("finetune", "conf", "scripts", "tests", "docs", "pyproject.toml", "README.md", "Makefile")
-NAMES = {
-    "method": "row_scale",
-    "score": "square",
-    "schedule": "rounds",
-    "optimizer": "descent",
-    "selector": "everything",
-    "dataset": "greys",
-    "model": "mine",
-}
-FILES = {
-    "method": [
-        "conf/method/row_scale.yaml",
-        "finetune/methods/reparam/row_scale.py",
-        "tests/methods/reparam/test_row_scale.py",
-    ],
-    "score": ["finetune/scores/square.py", "tests/scores/test_square.py"],
-    "schedule": [
-        "conf/schedule/rounds.yaml",
-        "finetune/schedules/rounds.py",
-        "tests/schedules/test_rounds.py",
-    ],
-    "optimizer": ["conf/optimizer/descent.yaml", "finetune/optim/descent.py", "tests/optim/test_descent.py"],
-    "selector": [
-        "conf/selector/everything.yaml",
-        "finetune/selectors/everything.py",
-        "tests/selectors/test_everything.py",
-    ],
-    "dataset": ["conf/dataset/greys.yaml", "finetune/data/greys.py", "tests/data/test_greys.py"],
-    "model": ["conf/model/mine.yaml"],
-}
+# No name is one that a user who follows the documentation gives.
+NAMES = {kind: f"try_{kind}" for kind in new.kinds_with_skeletons()}
+SCORED = ["method=sparse", f"method.score={NAMES['score']}"]
+# One option of each kind that goes with these two.
+WITH_OPTIONS = [
+    f"{kind}={name}"
+    for kind, name in NAMES.items()
+    if not KINDS[kind].is_value and kind not in ("method", "model", "dataset")
+]
+
+
+def files_of(kind: str) -> list[str]:
+    """Return the files that a skeleton of ``kind`` should write into a checkout."""
+    name, folder = NAMES[kind], "".join(KINDS[kind].folders[:1])
+    if kind == "method":
+        folder += "/reparam"
+    places = {
+        "py": f"finetune/{folder}/{name}.py",
+        "test": f"tests/{folder}/test_{name}.py",
+        "yaml": f"conf/{kind}/{name}.yaml",
+    }
+    return [places[part.name.split(".")[1]] for part in new.SKELETONS.glob(f"{kind}.*.txt")]
 
 
 def test_every_kind_of_a_run_has_a_skeleton() -> None:
@@ -80,11 +72,13 @@ def test_a_skeleton_of_every_kind_in_a_checkout(tmp_path: Path) -> None:
     for kind, name in NAMES.items():
         python("scripts/new.py", kind, name)
     changed = run("git", "status", "--porcelain", "--untracked-files=all").splitlines()
-    assert changed == [f"?? {file}" for file in sorted(file for files in FILES.values() for file in files)]
+    files = sorted(file for kind in NAMES for file in files_of(kind))
+    assert changed == [f"?? {file}" for file in files]
+    assert "finetune/methods/reparam/try_method.py" in files
     python("-m", "ruff", "check", ".")
     python("-m", "ruff", "format", "--check", ".")
     python("-m", "mypy", "finetune")
-    own = [file for files in FILES.values() for file in files if file.startswith("tests/")]
+    own = [file for file in files if file.startswith("tests/")]
     about_all = [
         "tests/test_registry.py",
         "tests/test_imports.py",
@@ -92,16 +86,8 @@ def test_a_skeleton_of_every_kind_in_a_checkout(tmp_path: Path) -> None:
         "tests/test_pages.py",
     ]
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", *own, *about_all)
-    shown = python(
-        "-m",
-        "finetune",
-        "show",
-        "method=sparse",
-        "method.score=square",
-        "schedule=rounds",
-        "optimizer=descent",
-    )
-    assert 'method.score: "square"' in shown
+    shown = python("-m", "finetune", "show", *SCORED, *WITH_OPTIONS)
+    assert 'method.score: "try_score"' in shown
     assert run("git", "status", "--porcelain", "--untracked-files=all").splitlines() == changed
 
 
@@ -114,7 +100,7 @@ def test_skeletons_of_a_plug_in(tmp_path: Path) -> None:
             assert max(map(len, text.splitlines())) <= 110
             if file.suffix == ".py":
                 compile(text, file, "exec")
-    assert (tmp_path / "model/conf/model/mine.yaml").is_file()
+    assert (tmp_path / "model/conf/model/try_model.yaml").is_file()
 
 
 @pytest.mark.parametrize(
@@ -134,7 +120,7 @@ def test_what_is_refused(kind: str, name: str, words: str, tmp_path: Path) -> No
 
 
 def test_a_file_that_is_there_is_not_replaced(tmp_path: Path) -> None:
-    (tmp_path / "test_row_scale.py").write_text("mine")
-    with pytest.raises(ConfigError, match=r"test_row_scale.py exists\. Take another name"):
-        new.write("method", "row_scale", "reparam", tmp_path)
-    assert [file.name for file in tmp_path.iterdir()] == ["test_row_scale.py"]
+    (tmp_path / "test_try_method.py").write_text("mine")
+    with pytest.raises(ConfigError, match=r"test_try_method.py exists\. Take another name"):
+        new.write("method", "try_method", "reparam", tmp_path)
+    assert [file.name for file in tmp_path.iterdir()] == ["test_try_method.py"]

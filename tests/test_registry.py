@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -47,12 +48,22 @@ def test_every_registered_class_is_named_in_a_test(name: str) -> None:
 
 def test_the_table_is_the_only_one() -> None:
     """A row decides what a configuration, a sweep and Hydra's groups know of a kind."""
-    assert list(classes.CHOSEN) == ["method", "dataset", "optimizer", "selector"]
-    assert grammar.PLACED == {"schedule": "method.schedule"}
-    assert registry.outside_runs() == ["sweep", "launcher"]
+    assert {"method", "dataset", "optimizer", "selector"} <= set(classes.CHOSEN)
+    assert grammar.PLACED["schedule"] == "method.schedule"
+    assert registry.choices()["schedule"] == "method.schedule.name"
+    assert {"model": "model.name", "selector": "selector.name"}.items() <= registry.choices().items()
+    assert "score" not in registry.choices()
+    assert {"sweep", "launcher"} <= set(registry.outside_runs())
     folders = {path.name for path in load.conf_dir().iterdir() if path.is_dir()}
     groups = {kind.name for kind in registry.KINDS.values() if not kind.is_value}
     assert folders - groups == {"train", "logger"}  # sections that hold no kind of thing
+
+
+@pytest.mark.parametrize("kind", [kind for kind in registry.KINDS.values() if kind.absent])
+def test_the_class_that_an_absent_section_means_has_no_settings(kind: registry.Kind) -> None:
+    """Otherwise a configuration from before the kind came would change its hash."""
+    assert kind.absent
+    assert not fields(registry.get(kind.name, kind.absent))
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

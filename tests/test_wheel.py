@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from .test_docs import example
-from .test_new import NAMES
+from .test_new import NAMES, SCORED, WITH_OPTIONS
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,15 +84,9 @@ def test_a_skeleton_of_every_kind_is_a_plug_in(
     for kind, name in NAMES.items():
         python("-m", "finetune.testing.new", kind, name, "--plugins", "mine")
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", "mine")
-    chosen = [
-        f"{kind}={name}"
-        for kind, name in NAMES.items()
-        if kind not in ("method", "score", "model", "dataset")
-    ]
     words = [
-        "method=sparse",
-        f"method.score={NAMES['score']}",
-        *chosen,
+        *SCORED,
+        *WITH_OPTIONS,
         "train.steps=2",
         "schedule.every=1",
         "train.eval_every=null",
@@ -100,8 +94,15 @@ def test_a_skeleton_of_every_kind_is_a_plug_in(
     result = json.loads(python("-m", "finetune", "train", "--json", "--plugins", "mine", *words))
     assert result["status"] == "finished"
     shown = python(
-        "-m", "finetune", "show", "--plugins", "mine", "model=mine", "model.path=x", "method=row_scale"
+        "-m",
+        "finetune",
+        "show",
+        "--plugins",
+        "mine",
+        f"model={NAMES['model']}",
+        "model.path=x",
+        f"method={NAMES['method']}",
     )
-    assert 'model.name: "mine"' in shown
+    assert f'model.name: "{NAMES["model"]}"' in shown
     after = {file: file.stat().st_mtime_ns for file in site.rglob("*") if "__pycache__" not in str(file)}
     assert after == before

@@ -28,6 +28,10 @@ RUNS = {
     "train": ["method=shira", "train=smoke"],
     "logger": ["method=shira", "logger=wandb", "logger.project=test"],
 }
+for _group in registry.choices():  # a kind that is not entered runs with its first file
+    _files = sorted((conf_dir() / _group).glob("*.yaml"))
+    if _files and _group not in RUNS:
+        RUNS[_group] = ["method=shira", f"{_group}={_files[0].stem}"]
 SMALL = ["model=hf", "model.path={folder}/model", "dataset.retention_images=0"]
 
 

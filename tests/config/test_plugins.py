@@ -76,42 +76,46 @@ def test_every_kind_with_classes_is_tried() -> None:
 
 def test_names_work_without_a_yaml_file_and_together(mine: Path, tmp_path: Path) -> None:
     config = load(SETTINGS)
-    assert (config.method.score, config.method.schedule.name) == ("smallness", "once")
-    assert (config.optimizer.name, config.optimizer.momentum) == ("sgd", 0.5)
-    assert (config.selector.name, config.dataset.name) == ("all_parts", "few_digits")
-    assert load(["method=row_scale"]).method.name == "row_scale"
+    assert (config.method.score, config.method.schedule.name) == ("scratch_smallness", "scratch_once")
+    assert (config.optimizer.name, config.optimizer.momentum) == ("scratch_sgd", 0.5)
+    assert (config.selector.name, config.dataset.name) == ("scratch_all_parts", "scratch_few_digits")
+    assert load(["method=scratch_rows"]).method.name == "scratch_rows"
     files = trained(SETTINGS, tmp_path / "run")
     assert load([], None, files.config).hash() == files.read_result()["config_hash"]
 
 
 def test_a_method_of_a_plug_in_fulfils_the_contract(mine: Path) -> None:
-    contract.check(registry.get("method", "row_scale"))
+    contract.check(registry.get("method", "scratch_rows"))
 
 
 def test_a_setting_that_another_optimizer_has_is_refused(mine: Path) -> None:
     with pytest.raises(ConfigError, match=r"momentum=0.5 .* is not a setting of optimizer=adamw"):
         load(["optimizer.momentum=0.5"])
-    with pytest.raises(ConfigError, match=r"betas=.* is not a setting of optimizer=sgd"):
-        load(["optimizer=sgd", "optimizer.betas=[0.9,0.99]"])
+    with pytest.raises(ConfigError, match=r"betas=.* is not a setting of optimizer=scratch_sgd"):
+        load(["optimizer=scratch_sgd", "optimizer.betas=[0.9,0.99]"])
 
 
 def test_near_misses_name_classes_of_plug_ins(mine: Path) -> None:
-    with pytest.raises(ConfigError, match=r"method=row_scal is not an option .*Did you mean 'row_scale'\?"):
-        load(["method=row_scal"])
-    with pytest.raises(ConfigError, match=r"method.score='smalness' .*Did you mean 'smallness'\?"):
-        load(["method=sparse", "method.score=smalness"])
+    with pytest.raises(
+        ConfigError, match=r"method=scratch_row is not an option .*Did you mean 'scratch_rows'\?"
+    ):
+        load(["method=scratch_row"])
+    with pytest.raises(
+        ConfigError, match=r"method.score='scratch_smalness' .*Did you mean 'scratch_smallness'\?"
+    ):
+        load(["method=sparse", "method.score=scratch_smalness"])
 
 
 def test_yaml_groups_of_a_plug_in(tmp_path: Path) -> None:
     folder = write_plugin(tmp_path / "mine")
     (folder / "conf/method").mkdir(parents=True)
-    (folder / "conf/method/row_scale.yaml").write_text(
-        "# @package _global_\nmethod:\n  name: row_scale\noptimizer:\n  lr: 0.125\n"
+    (folder / "conf/method/scratch_rows.yaml").write_text(
+        "# @package _global_\nmethod:\n  name: scratch_rows\noptimizer:\n  lr: 0.125\n"
     )
-    (folder / "conf/method/rows_of_queries.yaml").write_text("name: row_scale\ntargets: [q]\n")
+    (folder / "conf/method/rows_of_queries.yaml").write_text("name: scratch_rows\ntargets: [q]\n")
     plugins.load([folder])
-    leaves = tree(["method=row_scale"])
-    assert leaves["optimizer.lr"] == (0.125, f"{folder}/conf/method/row_scale.yaml:5")
+    leaves = tree(["method=scratch_rows"])
+    assert leaves["optimizer.lr"] == (0.125, f"{folder}/conf/method/scratch_rows.yaml:5")
     assert load(["method=rows_of_queries"]).method.targets == ("q",)
 
 
@@ -132,16 +136,16 @@ def test_yaml_groups_of_a_plug_in_replace_nothing(tmp_path: Path) -> None:
 
 def test_an_option_of_the_users_own_wins_over_that_of_a_plug_in(mine: Path, tmp_path: Path) -> None:
     (tmp_path / "own/method").mkdir(parents=True)
-    (tmp_path / "own/method/row_scale.yaml").write_text("name: row_scale\ntargets: [v]\n")
-    assert load(["method=row_scale"], tmp_path / "own").method.targets == ("v",)
-    assert load(["method=row_scale"]).method.targets == ("all",)
+    (tmp_path / "own/method/scratch_rows.yaml").write_text("name: scratch_rows\ntargets: [v]\n")
+    assert load(["method=scratch_rows"], tmp_path / "own").method.targets == ("v",)
+    assert load(["method=scratch_rows"]).method.targets == ("all",)
 
 
 def test_loading_again_changes_nothing(mine: Path) -> None:
-    before = registry.get("method", "row_scale")
+    before = registry.get("method", "scratch_rows")
     plugins.load([mine, mine])
     StartOptions((str(mine),)).apply()
-    assert registry.get("method", "row_scale") is before
+    assert registry.get("method", "scratch_rows") is before
     assert [plugin.name for plugin in plugins.loaded()] == ["mine"]
 
 
@@ -183,7 +187,7 @@ def test_what_is_wrong_with_a_plug_in_is_one_message(
     assert re.search(words.replace("{file}", re.escape(str(folder / "broken.py"))), fault), fault
     assert str(folder / "broken.py") in fault
     assert "\n" not in fault
-    assert "row_scale" not in registry.catalog("method")
+    assert "scratch_rows" not in registry.catalog("method")
     assert not [name for name in sys.modules if name.startswith("finetune_plugins.mine")]
     monkeypatch.setattr(sys, "argv", ["finetune", "methods", "--plugins", str(folder)])
     with pytest.raises(SystemExit) as ended:
@@ -233,7 +237,7 @@ def test_init_is_executed_before_the_other_files(tmp_path: Path) -> None:
     (folder / "__init__.py").write_text("ROWS = 0\n")
     (folder / "Another.py").write_text("from . import ROWS\n\nassert ROWS == 0\n")
     plugins.load([folder])
-    assert "row_scale" in registry.catalog("method")
+    assert "scratch_rows" in registry.catalog("method")
 
 
 def test_the_digest_covers_nested_files(tmp_path: Path) -> None:
@@ -250,7 +254,9 @@ def test_the_digest_covers_nested_files(tmp_path: Path) -> None:
 
 def test_two_plug_ins_that_take_one_name(tmp_path: Path) -> None:
     plugins.load([write_plugin(tmp_path / "one")])
-    with pytest.raises(ConfigError, match=r"'row_scale' is there already, in finetune_plugins.one.row_scale"):
+    with pytest.raises(
+        ConfigError, match=r"'scratch_rows' is there already, in finetune_plugins.one.scratch_rows"
+    ):
         plugins.load([write_plugin(tmp_path / "two")])
 
 
@@ -260,7 +266,7 @@ def test_two_plug_ins_that_take_one_name(tmp_path: Path) -> None:
 def sha256(folder: Path) -> str:
     """The digest as docs/run-folder.md describes it."""
     digest = hashlib.sha256()
-    for name in ("__init__.py", "_size.py", "parts.py", "row_scale.py"):
+    for name in ("__init__.py", "_size.py", "parts.py", "scratch_rows.py"):
         content = (folder / name).read_bytes()
         digest.update(f"{name}\n{len(content)}\n".encode() + content)
     return digest.hexdigest()
@@ -268,7 +274,7 @@ def sha256(folder: Path) -> str:
 
 def test_a_run_records_name_version_and_digest_of_what_it_used(mine: Path, tmp_path: Path) -> None:
     record = {"name": "mine", "version": "1.2", "sha256": sha256(mine)}
-    files = trained(["method=row_scale"], tmp_path / "run")
+    files = trained(["method=scratch_rows"], tmp_path / "run")
     assert files.read_result()["plugins"] == [record]
     assert json.loads((files.delta / "delta.json").read_text())["plugins"] == [record]
     lines = files.config.read_text().splitlines()
@@ -281,7 +287,13 @@ def test_a_run_records_name_version_and_digest_of_what_it_used(mine: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    "word", ["method.score=smallness", "schedule=once", "optimizer=sgd", "dataset=few_digits"]
+    "word",
+    [
+        "method.score=scratch_smallness",
+        "schedule=scratch_once",
+        "optimizer=scratch_sgd",
+        "dataset=scratch_few_digits",
+    ],
 )
 def test_any_class_of_a_plug_in_counts_as_used(mine: Path, word: str) -> None:
     assert [record["name"] for record in plugins.used_by(load(["method=sparse", word]))] == ["mine"]
@@ -291,7 +303,7 @@ def test_any_class_of_a_plug_in_counts_as_used(mine: Path, word: str) -> None:
 def test_a_run_without_its_plug_in_says_what_is_missing(
     mine: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files, digest = trained(["method=row_scale"], tmp_path / "run"), sha256(mine)
+    files, digest = trained(["method=scratch_rows"], tmp_path / "run"), sha256(mine)
     plugins.unload()
     said = (
         f"Error: {files.config} was made with the plug-in mine 1.2 (SHA-256 {digest[:10]}), "
@@ -324,9 +336,9 @@ def test_a_run_without_its_plug_in_says_what_is_missing(
 def test_other_code_under_the_same_name_is_a_warning(
     mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files, digest = trained(["method=row_scale"], tmp_path / "run"), sha256(mine)
+    files, digest = trained(["method=scratch_rows"], tmp_path / "run"), sha256(mine)
     plugins.unload()
-    (mine / "row_scale.py").write_text((mine / "row_scale.py").read_text() + "\n# a change\n")
+    (mine / "scratch_rows.py").write_text((mine / "scratch_rows.py").read_text() + "\n# a change\n")
     plugins.load([mine])
     for _ in range(2):
         load([], None, files.config)
@@ -340,11 +352,11 @@ def test_other_code_under_the_same_name_is_a_warning(
 def test_the_same_code_in_another_folder_is_the_same(
     mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = trained(["method=row_scale"], tmp_path / "run")
+    files = trained(["method=scratch_rows"], tmp_path / "run")
     plugins.unload()
     mine.rename(tmp_path / "renamed")
     plugins.load([tmp_path / "renamed"])
-    assert load([], None, files.config).method.name == "row_scale"
+    assert load([], None, files.config).method.name == "scratch_rows"
     assert capsys.readouterr().err == ""
 
 
@@ -412,7 +424,7 @@ def test_an_installed_package_is_found_by_its_entry_point(
     write_plugin(tmp_path / "site/rowscale/finetune_parts")
     (tmp_path / "site/rowscale/__init__.py").touch()
     install(tmp_path / "site", monkeypatch, "rows", "rowscale.finetune_parts")
-    config = load(["method=row_scale"])
+    config = load(["method=scratch_rows"])
     (record,) = plugins.used_by(config)
     assert (record["name"], record["version"]) == ("rows", "0.3")
     assert plugins.words() == ""  # every process finds it by itself
@@ -423,7 +435,7 @@ def test_an_entry_point_may_be_one_module(tmp_path: Path, monkeypatch: pytest.Mo
     (tmp_path / "site").mkdir()
     (folder / "parts.py").rename(tmp_path / "site/rowscale_one.py")
     install(tmp_path / "site", monkeypatch, "rows", "rowscale_one")
-    assert load(["optimizer=sgd"]).optimizer.name == "sgd"
+    assert load(["optimizer=scratch_sgd"]).optimizer.name == "scratch_sgd"
 
 
 @pytest.mark.parametrize(

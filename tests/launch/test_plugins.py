@@ -47,11 +47,11 @@ def results(folder: Path) -> list[dict[str, object]]:
 
 
 def test_ranks_load_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
-    words = ["train", "--plugins", str(mine), "--processes", "2", "--json", "method=row_scale", *SHORT]
+    words = ["train", "--plugins", str(mine), "--processes", "2", "--json", "method=scratch_rows", *SHORT]
     child = commands.run(*words, "name=n", "run=r", folder=tmp_path)
     assert child.wait() == 0, child.said
     result = json.loads(child.out)
-    assert (result["processes"], result["method"]) == (2, "row_scale")
+    assert (result["processes"], result["method"]) == (2, "scratch_rows")
     assert [record["name"] for record in result["plugins"]] == ["mine"]
 
 
@@ -60,7 +60,7 @@ def test_a_stopped_run_resumes_by_the_command_that_it_prints(
 ) -> None:
     long = ["train.steps=2000", *SHORT[1:]]
     child = commands.start(
-        "train", "--plugins", str(mine), "method=row_scale", *long, "name=n", "run=r", folder=tmp_path
+        "train", "--plugins", str(mine), "method=scratch_rows", *long, "name=n", "run=r", folder=tmp_path
     )
     run = tmp_path / "outputs/n/r"
     assert child.until(lambda: (run / "metrics.jsonl").exists()), child.said
@@ -79,15 +79,23 @@ def test_a_stopped_run_resumes_by_the_command_that_it_prints(
 
 
 def test_forked_runs_of_a_sweep_load_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
-    words = ["sweep", "--plugins", str(mine), "method=row_scale,head", "optimizer=sgd", *SHORT, "name=s"]
+    words = [
+        "sweep",
+        "--plugins",
+        str(mine),
+        "method=scratch_rows,head",
+        "optimizer=scratch_sgd",
+        *SHORT,
+        "name=s",
+    ]
     child = commands.run(*words, folder=tmp_path)
     assert child.wait() == 0, child.said
-    assert sorted(str(found["method"]) for found in results(tmp_path)) == ["head", "row_scale"]
+    assert sorted(str(found["method"]) for found in results(tmp_path)) == ["head", "scratch_rows"]
     assert all(found["plugins"] for found in results(tmp_path))
 
 
 def test_trials_of_a_tuned_sweep_and_a_dry_run_load_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
-    words = ["sweep", "--plugins", str(mine), "method=row_scale", *SHORT, "train.eval_every=1", "name=t"]
+    words = ["sweep", "--plugins", str(mine), "method=scratch_rows", *SHORT, "train.eval_every=1", "name=t"]
     words.remove("train.eval_every=null")
     dry = commands.run(*words, "--dry-run", "--json", folder=tmp_path)
     assert dry.wait() == 0, dry.said
@@ -95,7 +103,7 @@ def test_trials_of_a_tuned_sweep_and_a_dry_run_load_it(commands: Nursery, mine: 
     assert not results(tmp_path)
     child = commands.run(*words, "tune=optimizer.lr", "--trials", "2", folder=tmp_path)
     assert child.wait() == 0, child.said
-    assert [found["method"] for found in results(tmp_path)] == ["row_scale"]
+    assert [found["method"] for found in results(tmp_path)] == ["scratch_rows"]
 
 
 def test_a_search_loads_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
@@ -108,7 +116,7 @@ def test_a_search_loads_it(commands: Nursery, mine: Path, tmp_path: Path) -> Non
         "optuna",
         "--trials",
         "2",
-        "method=row_scale",
+        "method=scratch_rows",
         *SHORT,
     ]
     words[words.index("train.eval_every=null")] = "train.eval_every=1"
@@ -126,12 +134,12 @@ def test_jobs_of_a_launcher_load_it(commands: Nursery, mine: Path, tmp_path: Pat
         "joblib",
         "--jobs",
         "1",
-        "method=row_scale",
+        "method=scratch_rows",
         *SHORT,
     ]
     child = commands.run(*words, "name=j", folder=tmp_path)
     assert child.wait() == 0, child.said
-    assert [found["method"] for found in results(tmp_path)] == ["row_scale"]
+    assert [found["method"] for found in results(tmp_path)] == ["scratch_rows"]
 
 
 def test_verify_and_reproduce_load_it(commands: Nursery, mine: Path, tmp_path: Path) -> None:
@@ -139,7 +147,7 @@ def test_verify_and_reproduce_load_it(commands: Nursery, mine: Path, tmp_path: P
         "train",
         "--plugins",
         str(mine),
-        "method=row_scale",
+        "method=scratch_rows",
         *SHORT,
         "train.save_every=1",
         "name=n",
@@ -164,9 +172,9 @@ def test_accelerate_launch_hands_the_option_on(mine: Path, tmp_path: Path) -> No
         f"--main_process_port={port}",
     ]
     words += ["-m", "finetune"]
-    words += ["train", "--plugins", str(mine), "--json", "method=row_scale", *SHORT, "name=n", "run=r"]
+    words += ["train", "--plugins", str(mine), "--json", "method=scratch_rows", *SHORT, "name=n", "run=r"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(Path.cwd())}
     done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     (found,) = results(tmp_path)
-    assert (found["method"], found["processes"]) == ("row_scale", 2)
+    assert (found["method"], found["processes"]) == ("scratch_rows", 2)

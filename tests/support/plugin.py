@@ -1,8 +1,14 @@
-"""A plug-in with one class of every kind, as a user outside the package would write it."""
+"""A plug-in with one class of every kind, as a user outside the package would write it.
+
+The names start with "scratch", so that they differ from the names that a user adds to this checkout.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
+
+from finetune.registry import KINDS
+from finetune.testing import new
 
 METHOD = '''
 """Row scaling: one trained factor for each output feature."""
@@ -29,7 +35,7 @@ class RowFactor(Delta):
         return self.s[:, None] * weight
 
 
-@register("row_scale")
+@register("scratch_rows")
 @dataclass(frozen=True)
 class RowScale(Reparam):
     """Row scaling: one factor an output feature."""
@@ -56,7 +62,7 @@ from finetune.data.digits import Digits
 from finetune.registry import register
 
 
-@register("smallness")
+@register("scratch_smallness")
 class Smallness(Score):
     """Minus |w|."""
 
@@ -66,7 +72,7 @@ class Smallness(Score):
         return site.weight().abs_().neg_()
 
 
-@register("once")
+@register("scratch_once")
 @dataclass(frozen=True)
 class Once(Schedule):
     """All entries are chosen again before one step."""
@@ -77,7 +83,7 @@ class Once(Schedule):
         return Move(redraw=True) if step == self.at else None
 
 
-@register("sgd")
+@register("scratch_sgd")
 @dataclass(frozen=True)
 class SGD(Optimizer):
     """Stochastic gradient descent."""
@@ -88,33 +94,39 @@ class SGD(Optimizer):
         return torch.optim.SGD(groups, lr=self.lr, momentum=self.momentum)
 
 
-@register("all_parts")
+@register("scratch_all_parts")
 @dataclass(frozen=True)
 class AllParts(Selector):
     """Every part trains."""
 
 
-@register("few_digits")
+@register("scratch_few_digits")
 @dataclass(frozen=True)
 class FewDigits(Digits):
     """The digits under another name."""
 '''
 CLASSES = {
-    "method": "row_scale",
-    "score": "smallness",
-    "schedule": "once",
-    "optimizer": "sgd",
-    "selector": "all_parts",
-    "dataset": "few_digits",
+    "method": "scratch_rows",
+    "score": "scratch_smallness",
+    "schedule": "scratch_once",
+    "optimizer": "scratch_sgd",
+    "selector": "scratch_all_parts",
+    "dataset": "scratch_few_digits",
 }
+# Kinds that the texts above do not have take part by their skeletons.
+FROM_SKELETONS = {}
+for _kind in KINDS.values():
+    if _kind.folders and _kind.name not in CLASSES:
+        FROM_SKELETONS[_kind.name] = f"scratch_{_kind.name}"
+CLASSES |= FROM_SKELETONS
 SETTINGS = [
     "method=sparse",
-    "method.score=smallness",
-    "schedule=once",
-    "optimizer=sgd",
+    "method.score=scratch_smallness",
+    "schedule=scratch_once",
+    "optimizer=scratch_sgd",
     "optimizer.momentum=0.5",
-    "selector=all_parts",
-    "dataset=few_digits",
+    "selector=scratch_all_parts",
+    "dataset=scratch_few_digits",
 ]
 
 
@@ -123,7 +135,9 @@ def write_plugin(folder: Path, version: str = "1.2") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "__init__.py").write_text(f'__version__ = "{version}"\n')
     (folder / "_size.py").write_text("ROWS = 0\n")
-    (folder / "row_scale.py").write_text(METHOD)
+    (folder / "scratch_rows.py").write_text(METHOD)
     (folder / "parts.py").write_text(PARTS)
-    (folder / "test_row_scale.py").write_text("raise RuntimeError('a test is no part of a plug-in')\n")
+    (folder / "test_scratch_rows.py").write_text("raise RuntimeError('a test is no part of a plug-in')\n")
+    for kind, name in FROM_SKELETONS.items():
+        new.write(kind, name, new.DEFAULT_FAMILY, folder)
     return folder

@@ -25,7 +25,7 @@ import yaml
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from finetune.registry import catalog
+from finetune.registry import catalog, choices
 from finetune.storage import manifest
 
 from .world import RUN, Said, call, listing
@@ -138,12 +138,7 @@ KEYS = [
     "name",
     "run",
     "sparsity",
-    "method",
-    "model",
-    "dataset",
-    "schedule",
-    "optimizer",
-    "selector",
+    *choices(),
     "logger",
     "train",
     "model.path",
