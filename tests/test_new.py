@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,8 +10,8 @@ from finetune.errors import ConfigError
 from finetune.registry import KINDS
 from finetune.testing import new
 
-ROOT = Path(__file__).parents[1]
-COPIED = ("finetune", "conf", "scripts", "tests", "docs", "pyproject.toml", "README.md", "Makefile")
+from .support.checkout import Checkout
+
 # No name is one that a user who follows the documentation gives.
 NAMES = {kind: f"try_{kind}" for kind in new.kinds_with_skeletons()}
 SCORED = ["method=sparse", f"method.score={NAMES['score']}"]
@@ -47,22 +43,8 @@ def test_every_kind_of_a_run_has_a_skeleton() -> None:
 @pytest.mark.slow
 def test_a_skeleton_of_every_kind_in_a_checkout(tmp_path: Path) -> None:
     """Their own tests pass, and so do those that look at every registered thing; git shows nothing else."""
-    for name in COPIED:
-        if (ROOT / name).is_dir():
-            shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copy(ROOT / name, tmp_path / name)
-    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    environment.pop("PYTEST_ADDOPTS", None)
-
-    def run(*words: str) -> str:
-        done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return done.stdout
-
-    def python(*words: str) -> str:
-        return run(sys.executable, *words)
-
+    checkout = Checkout(tmp_path)
+    run, python = checkout.run, checkout.python
     (tmp_path / ".gitignore").write_text(
         "__pycache__/\n.pytest_cache/\n.hypothesis/\n.mypy_cache/\n.ruff_cache/\n"
     )

@@ -65,7 +65,7 @@ def test_an_optimizer_that_refuses_the_method_is_named(monkeypatch: pytest.Monke
         raise ConfigError("optimizer=sm3 does not fit this method.")
 
     monkeypatch.setattr(SM3, "make", refuse)
-    runs = sweep.points(["method=bitfit", "optimizer=adamw,sm3", *CPU])
+    runs = sweep.list_points(["method=bitfit", "optimizer=adamw,sm3", *CPU])
     with pytest.raises(ConfigError) as refused:
         check.check(runs)
     assert refused.value.faults == ("optimizer=sm3 does not fit this method. (at optimizer=sm3)",)
