@@ -30,7 +30,7 @@ class Kind:
     ``base``: dotted name of the class that all classes of the kind derive from.
     ``folders``: where their modules lie, below the package, at any depth. Without folders the options of the
     kind are YAML files alone, which fill ``base``.
-    ``place``: the dotted key in a configuration; a kind without a place is no part of a run's configuration.
+    ``place``: the dotted key in a configuration; a kind without a place is not part of a run's configuration.
     ``is_value``: the value at ``place`` is the name itself, and not a mapping with ``name`` and settings.
     ``absent``: the name that a configuration without the section means; its class has no settings.
     ``unnamed``: the name that a section without ``name`` means; ``name`` can then be set as a value, too.
@@ -118,7 +118,7 @@ def choices() -> dict[str, str]:
 
 
 def outside_runs() -> list[str]:
-    """Return the groups of YAML files that are no part of a run's configuration."""
+    """Return the groups of YAML files that are not part of a run's configuration."""
     return [kind.name for kind in KINDS.values() if not kind.place]
 
 

@@ -285,7 +285,7 @@ def show_names(names: Iterable[str]) -> str:
 
 
 def show_bound(bound: ast.expr) -> str:
-    """Write the limit of an option; an expression that is no literal stays as it is in the source."""
+    """Write the limit of an option; an expression that is not a literal stays as it is in the source."""
     try:
         return show_value(ast.literal_eval(bound))
     except ValueError:

@@ -37,7 +37,7 @@ def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
     Raises ``ConfigError`` if the run changes anything in another way. The head does not count.
     """
     layers = patched(setup.session.model)
-    other = set()  # kinds of parts that are no sparse change
+    other = set()  # kinds of parts that are not sparse changes
     on_layers = set()
     found: dict[str, SparseChange] = {}
     for name, layer in layers.items():

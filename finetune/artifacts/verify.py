@@ -44,7 +44,7 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
 
     One check trains from the middle of the run to its end, in a scratch folder. Returns ``{"run", "verdict",
     "points": [{"point", "verdict", "words"}]}``. A verdict is pass, fail or skipped; that of the whole is
-    pass, fail or unfinished. Raises ``ConfigError`` if ``path`` is no run, or if another process works on it.
+    pass, fail or unfinished. Raises ``ConfigError`` if ``path`` is not a run, or another process works on it.
     """
     files, _ = run_of(path)
     plugins.check_file(files.config)

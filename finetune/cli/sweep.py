@@ -61,9 +61,7 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="List the runs with their expected time and memory; run nothing."),
 ]
-MaxRuns = Annotated[
-    int, typer.Option("--max-runs", min=1, help="The largest grid that is run without asking.")
-]
+MaxRuns = Annotated[int, typer.Option("--max-runs", min=1, help="Refuse a grid of more runs.")]
 Watch = Annotated[
     Path | None,
     typer.Option(
@@ -78,7 +76,11 @@ Search = Annotated[
 ]
 Trials = Annotated[
     int | None,
-    typer.Option("--trials", min=1, help="How many trials --search makes in all, or tune= per setting."),
+    typer.Option(
+        "--trials",
+        min=1,
+        help="Number of trials: of the whole --search, or of each configuration with tune=.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 FOR_SEARCH = (  # options that can be combined with --search
@@ -99,7 +101,7 @@ TRIALS = 5  # of tune=, for each configuration
 
 @dataclass(frozen=True)
 class Words:
-    """The words of the command line by what they are for.
+    """The words of the command line, sorted by purpose.
 
     ``settings`` choose the runs, ``launcher`` are settings of the launcher, and ``tune`` is the value of
     ``tune=``.
@@ -112,7 +114,7 @@ class Words:
 
 @dataclass(frozen=True)
 class Configs:
-    """Where configurations are read from besides the built-in ones."""
+    """The user's own sources of configurations, read besides the built-in ones."""
 
     config_dir: Path | None
     config_file: Path | None
@@ -268,7 +270,7 @@ def _watch(folder: Path, others: Sequence[str]) -> int:
 
 
 def _sort_words(words: Sequence[str], preset: str | None, name: str | None) -> Words:
-    """Sort the words. Raises ``ConfigError`` if an option and a word say the same thing."""
+    """Sort the words. Raises ``ConfigError`` if an option and a word set the same thing."""
     settings, launcher, tune = list[str](), list[str](), list[str]()
     for word in words:
         if word.startswith("launcher."):
@@ -289,7 +291,7 @@ def _sort_words(words: Sequence[str], preset: str | None, name: str | None) -> W
 
 
 def _typed_options(context: typer.Context) -> dict[str, str]:
-    """Return the options that were typed, each by its name as it can be typed again."""
+    """Return the options that were typed, by their names on the command line."""
     typed = {}
     for parameter in context.command.params:
         option, source = parameter.opts[0], context.get_parameter_source(parameter.name or "")

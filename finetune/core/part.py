@@ -186,12 +186,12 @@ class Delta(Part):
         return ()
 
     def restore_(self, weight: Tensor) -> None:
-        """Put back the entries that ``add_`` overwrote, if it has written any that are still there."""
+        """Put back the entries that the last ``add_`` overwrote, if they have not been put back yet."""
 
     def pull(
         self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
     ) -> tuple[Tensor | None, ...]:
-        """Return the gradients of ``inputs()``; by default from forming the change again."""
+        """Return the gradients of ``inputs()``; by default, form the change again and differentiate it."""
         with torch.enable_grad():
             change = gate * self(original)
         return torch.autograd.grad(change, self.inputs(), grad.dense.to(change.dtype), allow_unused=True)
@@ -201,11 +201,11 @@ class Delta(Part):
 def changed(
     weight: Tensor, deltas: Sequence[Delta], gates: Sequence[float], caches: Sequence[Cache] | None = None
 ) -> Iterator[tuple[Tensor, list[Cache]]]:
-    """Give the weight with the changes of ``deltas`` in it, and what the deltas cache, inside the block.
+    """Yield the weight with the changes of ``deltas`` added, and what the deltas cache.
 
     The weight is a copy in float32 or wider. If every delta can restore what it overwrites, it is the weight
-    itself and no copy is made. That goes through ``.data``: autograd's version counter must not count a
-    change that is undone before the weight is used again.
+    itself and no copy is made. Then ``.data`` is changed, because autograd's version counter must not count
+    a change that is undone before the weight is used again.
     """
     in_place = all(delta.restores for delta in deltas)
     if in_place:
@@ -287,8 +287,8 @@ def changed_linear(
 ) -> Tensor:
     """Compute ``F.linear(x, weight + sum of gate * delta, bias)``.
 
-    It needs the memory of a frozen layer, and that of the layer's input. ``gates``: by default the gates that
-    the deltas have now. Backward uses the same values.
+    It needs the memory of a frozen layer and of the layer's input. ``gates``: by default the current gates of
+    the deltas. Backward uses the same values.
     """
     if gates is None:
         gates = [delta.gate for delta in deltas]
@@ -379,7 +379,7 @@ def patched(model: nn.Module) -> dict[str, Patched]:
 
 
 def detach(model: nn.Module, states: nn.Module) -> None:
-    """Take every part of ``states`` away: the model is as it was before ``build``."""
+    """Remove every part of ``states``, so that the model is as it was before ``build``."""
     for part in parts(states):
         part.detach()
     unpatch(model)

@@ -47,7 +47,7 @@ class StateModule(nn.Module):
         raise NotImplementedError
 
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
+        """Load what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
         raise NotImplementedError
 
     def stored_shapes(self) -> Shapes | None:

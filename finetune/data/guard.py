@@ -55,7 +55,7 @@ def check_files(kind: str, files: Sequence[Path]) -> None:
 
 
 def _list_checked(file: Path) -> Iterable[Path]:
-    """Return the file; for a folder of images, the files in it that are no images."""
+    """Return the file; for a folder of images, the files in it that are not images."""
     if not file.is_dir():
         yield file
         return

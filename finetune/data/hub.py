@@ -43,9 +43,7 @@ class Hub(Table):
         try:
             with quiet_datasets(), nullcontext() if self.download else block_requests():
                 found = datasets.load_dataset(self.path, self.config, revision=self.revision)
-        except (
-            Exception
-        ) as error:  # missing, private, gated, unknown format, no network: all raise differently
+        except Exception as error:  # missing, private, gated, unknown format, offline: different errors
             raise ConfigError(self._explain(error)) from error
         names: dict[str, str] = {}
         for name in found:

@@ -33,7 +33,7 @@ SPARE_ENTRIES = 2**26  # entries that a model may have beyond twice those of its
 class Base:
     """A pretrained model in eval mode with all parameters frozen, and its image processor or tokenizer.
 
-    ``head`` names the parameters that start anew and must be trained; it is empty for language models.
+    ``head`` names the newly initialized parameters, which must be trained; it is empty for language models.
     ``notes`` are for the user. ``reload_args`` (configuration, labels, seed) let ``original_parameters`` read
     the model a second time.
     """
@@ -91,7 +91,9 @@ def read_model(
         if (labels and in_head(model, name)) or is_new_pooler:
             head.append(name)
             if "pooler" in name:
-                notes.append(f"The checkpoint has no {name}: it starts anew and is trained with the head.")
+                notes.append(
+                    f"The checkpoint has no {name}: it is newly initialized and trained with the head."
+                )
         elif name in not_loaded:
             lost.append(name)
     if lost:

@@ -43,8 +43,8 @@ class AdamWOptimizer(torch.optim.AdamW):
     """torch's fused AdamW, in which the entries of some parameters have ages of their own.
 
     For the parameters ``aged``, ``state["step"]`` has the shape of the parameter; code that adds entries may
-    set it as it sets the moments. The moments m and v are those of AdamW. With the age t of an entry, this
-    step included: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+    set it, like the moments. The moments m and v are those of AdamW. With t, the age of an entry counting
+    this step: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """
 
     def __init__(self, params: Any, aged: Iterable[Tensor] = (), **settings: Any) -> None:

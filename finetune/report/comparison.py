@@ -194,7 +194,7 @@ def _find_baseline(rows: Sequence[Row], wanted: str | None) -> Row | None:
         fault = f"could be {', '.join(row.label for row in found)}"
     else:
         labels = [row.label for row in rows]
-        fault = f"is no row.{suggest_nearest(wanted, labels)} Rows: {', '.join(labels)}"
+        fault = f"is not a row.{suggest_nearest(wanted, labels)} Rows: {', '.join(labels)}"
     raise ConfigError(f"--baseline {wanted} {fault}. Give one row as the table names it.")
 
 

@@ -21,7 +21,7 @@ KINDS = {
     "dataset.fold": "data order",
 }  # the kind of a finding about this setting; "setting" for all others
 TOLERANCE = 1.02  # trained counts within 2 % count as equal: budget= cannot meet them more closely
-LISTED = 4  # rows that a sentence names for one value
+LISTED = 4  # the most rows that a sentence names for one value
 
 
 def check_fairness(rows: Sequence[Row], keys: Sequence[str]) -> list[Finding]:
@@ -103,7 +103,7 @@ def _check_settings(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Findin
 
 
 def _find_fairly_tuned(rows: Sequence[Row]) -> set[str]:
-    """Return the tuned settings if all finished runs were tuned alike: the same setting, as many trials."""
+    """Return the tuned settings if all finished runs tuned the same setting with equally many trials."""
     runs: list[Run] = []
     for row in rows:
         runs += row.finished
@@ -136,7 +136,7 @@ def _check_trained(rows: Sequence[Row]) -> Iterator[Finding]:
     factor = f"by a factor of {high / low:.3g}" if low else "from none"
     words = (
         f"Trained parameters differ {factor}, from {low:,.0f} to {high:,.0f}; "
-        "`finetune sweep budget=...` gives every method as many."
+        "`finetune sweep budget=...` gives all methods equal numbers."
     )
     yield make_finding("trained", "trained parameters", values, words)
 

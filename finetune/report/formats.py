@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
 
-MARKS = {"best": " *", "tie": " ="}  # behind the label of a row, by its rank
+MARKS = {"best": " *", "tie": " ="}  # the mark behind a row's label, by rank
 LEGEND = {"best": "* the best", "tie": "= shares the top: no difference was shown"}
 WIDE = 150  # columns of a terminal that is wide enough for a single table
-LONGEST = 24  # characters up to which a word in a label is not broken
+LONGEST = 24  # a word of at most so many characters in a label is not broken
 CSV_KEYS = (
     "rank",
     "mean",
@@ -57,7 +57,15 @@ LATEX = {
     "\n": " ",
     "[": "{[}",
 }
-FORMULA_STARTS = ("=", "+", "-", "@", "\t", "\r", "\n")  # a spreadsheet calculates texts that start so
+FORMULA_STARTS = (
+    "=",
+    "+",
+    "-",
+    "@",
+    "\t",
+    "\r",
+    "\n",
+)  # a spreadsheet takes texts that start like this for formulas
 
 
 class Column(NamedTuple):
@@ -276,7 +284,7 @@ def write_csv(data: ComparisonData) -> str:
 
 
 def _make_csv_safe(value: Any) -> Any:
-    """Return a text with an apostrophe in front if a spreadsheet would calculate it; numbers stay numbers."""
+    """Put an apostrophe before a text that a spreadsheet would take for a formula; keep numbers."""
     if not isinstance(value, str):
         return value
     text = make_printable(value)

@@ -34,7 +34,7 @@ CLAIMS = {
         "because the rows share only one seed"
     ),
 }
-LISTED = 4  # rows that a note names
+LISTED = 4  # the most rows that a note names
 
 
 def write_notes(runs: Sequence[Run], rows: Sequence[Row], judge: Judge, verdicts: Verdicts) -> list[str]:
@@ -111,6 +111,6 @@ def _describe_data(rows: Sequence[Row], judge: Judge) -> Iterator[str]:
     if pooled:
         yield (
             f"Some rows contain runs that differ in {', '.join(sorted(pooled))}; "
-            "a run is paired only with a run that agrees in it. "
+            "a run is paired only with a run that has the same value. "
             "Add it to --by to give each value its own row."
         )

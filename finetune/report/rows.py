@@ -108,7 +108,7 @@ def choose_keys(runs: Sequence[Run], wanted: Sequence[str] = ()) -> list[str]:
     These are the ``wanted`` ones, or all that differ between the runs and are not determined by others. A
     tuned setting is among them only if a configuration has several runs with the same seed.
 
-    Raises ``ConfigError`` naming every word of ``wanted`` that is no setting.
+    Raises ``ConfigError`` naming every word of ``wanted`` that is not a setting.
     """
     known = list_settings(runs) or [run.settings for run in runs]
     if wanted:

@@ -1,7 +1,7 @@
 """Write the parts of a Plotly figure as plain data: axes, layouts, markers and hover texts.
 
-No part names a colour but those of the series: the page draws everything else in the colours of its light or
-dark theme. A trace whose ``meta`` is ``INK`` is drawn in the colour of text.
+Only series have fixed colours: the page draws everything else in the colours of its light or dark theme. A
+trace whose ``meta`` is ``INK`` is drawn in the colour of text.
 """
 
 from __future__ import annotations
@@ -14,21 +14,21 @@ from .styles import Style
 from .views import PlotPoint, list_xs
 
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
-LONGEST = 30  # characters of a label
+LONGEST = 30  # the most characters of a label
 LEGEND = {"orientation": "h", "yref": "container", "y": 0.0, "yanchor": "bottom", "x": 0.0}
-# The range of an axis in percent, though intervals may end beyond it. A marker at 0 or 100 is drawn whole.
+# The range of an axis in percent; intervals may end beyond it. It leaves room for a marker at 0 or 100.
 PERCENT_RANGE = (-1.5, 101.5)
 INK = {"ink": True}
 Trace = dict[str, Any]
 
 
 def escape_tags(text: object) -> str:
-    """Return text that Plotly shows literally: it reads tags and entities in every text."""
+    """Escape a text for Plotly, which interprets tags and entities in every text."""
     return str(text).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def shorten(label: str, longest: int = LONGEST) -> str:
-    """Return a label of at most ``longest`` characters, without its middle: labels differ at their ends."""
+    """Shorten a label to ``longest`` characters by leaving out its middle: labels differ at their ends."""
     if len(label) <= longest:
         return label
     half = (longest - 1) // 2

@@ -18,9 +18,10 @@ ALL_PAIRS = 12  # the largest number of rows for which every pair is tested
 class Verdicts:
     """What the tests found.
 
-    ``baseline``: the label of the given baseline. ``versus``: by label, the test against it or against the
-    best row. ``ranks``: by label, ``best`` or ``tie`` for rows at the top. ``tests``: every pair of rows, or
-    ``versus`` if there are many rows. ``omnibus`` and ``critical_difference``: all rows together, as JSON.
+    ``baseline``: the label of the given baseline. ``versus``: by label, the test against the baseline, or
+    against the best row if none is given. ``ranks``: by label, ``best`` or ``tie`` for rows at the top.
+    ``tests``: every pair of rows, or ``versus`` if there are many rows. ``omnibus`` and
+    ``critical_difference``: all rows together, as JSON.
     """
 
     baseline: str | None = None

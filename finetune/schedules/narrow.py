@@ -43,6 +43,6 @@ class Narrow(Schedule):
         if 0 < round(self.at * total) < total:
             return []
         return [
-            f"schedule.at={self.at:g} of the run's {total} steps is no step between the first and the last; "
+            f"schedule.at={self.at:g} of the run's {total} steps is not between the first and the last step; "
             "choose another share."
         ]

@@ -73,7 +73,7 @@ class Blocks(StateModule):
         ] = []  # a tensor, a frozen span of it, and what it held
 
     def pack(self) -> dict[str, Tensor]:
-        """Return nothing: scores are no part of the stored change."""
+        """Return nothing: scores are not part of the stored change."""
         return {}
 
     def unpack(self, stored: dict[str, Tensor]) -> None:

@@ -52,7 +52,7 @@ class Loadable(Protocol):
     """A session that can resume from a saved state."""
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
-        """Take over what ``state_dict`` returned. Raises ``ValueError`` or the like where it does not fit."""
+        """Load what ``state_dict`` returned. Raises an error such as ``ValueError`` if it does not fit."""
 
 
 def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None = None) -> None:
@@ -104,7 +104,7 @@ def name_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
 
 
 def _numbers_of(optimizer: dict[str, Any], positions: dict[str, int]) -> dict[str, dict[str, Any]]:
-    """Return the values of the optimizer's state that are no tensors, by position and key.
+    """Return the values of the optimizer's state that are not tensors, by position and key.
 
     Raises ``RunFailed`` for a value that is neither a tensor nor a finite number nor ``None``.
     """
@@ -143,7 +143,7 @@ def load(folder: Path, session: Loadable) -> dict[str, Any]:
         session.load_state_dict({**content, **_sort_tensors(stored, content)})
     except (KeyError, ValueError, TypeError, RuntimeError, IndexError, AttributeError) as error:
         why = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        raise ConfigError(f"{folder} is no state of this method and model ({why}). {CURE}") from error
+        raise ConfigError(f"{folder} is not a state of this method and model ({why}). {CURE}") from error
     extra: dict[str, Any] = content["extra"]
     return extra
 

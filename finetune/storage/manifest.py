@@ -86,7 +86,7 @@ def check(folder: Path) -> None:
 def _file_fault(folder: Path, name: str, entry: dict[str, Any]) -> str:
     file = folder / name
     if Path(name).name != name:
-        return f"{folder / NAME} names {name[:80]!r}, which is no file of its folder"
+        return f"{folder / NAME} names {name[:80]!r}, which is not a file of its folder"
     try:
         size = file.stat().st_size
         if size != entry["bytes"]:

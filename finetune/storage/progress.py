@@ -99,7 +99,7 @@ def read_progress(
 ) -> ProgressRecord:
     """Decode the record in the checkpoint ``folder``; what an old one lacks is taken from ``current``.
 
-    Raises ``ConfigError`` if ``stored`` is no such record.
+    Raises ``ConfigError`` if ``stored`` is not such a record.
     """
     values = vars(current or ProgressRecord()).copy()
     try:
@@ -114,7 +114,7 @@ def read_progress(
             values["memory"] = _build(BatchRecord, stored["memory"])
     except ValueError as error:
         raise ConfigError(
-            f"{folder / 'state.json'} is no state of a run ({error}). "
+            f"{folder / 'state.json'} is not a state of a run ({error}). "
             "Resume from another checkpoint, or train again."
         ) from error
     return ProgressRecord(**values)

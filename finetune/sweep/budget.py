@@ -67,7 +67,7 @@ def parse(text: str) -> Budget:
     unit = found[3] if found else ""
     if not found or unit not in {"%", *COUNTS, *BYTES}:
         raise ConfigError(
-            f"budget={text} is no budget. Write a share of the model's parameters (0.5%), a number of "
+            f"budget={text} is not a budget. Write a share of the model's parameters (0.5%), a number of "
             "trained ones (400k, 1.5M), or bytes stored (1MB, 512KiB)."
         )
     number = float(found[1] + (found[2] or ""))

@@ -125,7 +125,7 @@ def run_all(
 ) -> dict[Path, dict[str, Any]]:
     """Run by ``launcher`` what is not finished, wait for all jobs, and return the results by folder.
 
-    A job that died is no error here: its run has no result.
+    A job that died is not an error here: its run has no result.
     """
     todo = [point for point in runs if not _is_kept(point, retry)]
     say(f"{len(runs) - len(todo)} of {len(runs)} runs are there already; {len(todo)} go to {launcher.name}.")

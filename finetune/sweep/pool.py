@@ -51,17 +51,17 @@ def interruptible() -> Iterator[None]:
 
 
 def _no_update(pool: Pool) -> None:
-    """Take the place of ``Pool.update``."""
+    """Do nothing: the default of ``Pool.update``."""
 
 
 class Pool:
     """Runs points, at most ``jobs`` at once; with GPUs at most one on each of them.
 
-    ``say`` is called with one line for every start and end. ``retry``: run again what had failed before; a
-    run that a signal ended is run again in any case. ``attempts``: how often a run may be started before it
-    counts as failed. ``fail_fast``: after a failure, start nothing more and end what runs. ``update`` is
-    called with the pool about every 0.05 s. ``gpus``: values for CUDA_VISIBLE_DEVICES, by default all GPUs
-    there are; an empty list for runs on the CPU. ``options`` hold in every child.
+    ``say`` is called with one line for every start and end. ``retry``: repeat runs that failed before; a run
+    that a signal ended is repeated in any case. ``attempts``: how often a run may be started before it
+    counts as failed. ``fail_fast``: after a failure, start no more runs and end those that run. ``update`` is
+    called with the pool about every 0.05 s. ``gpus``: values for CUDA_VISIBLE_DEVICES, by default all GPUs;
+    an empty list for runs on the CPU. ``options`` hold in every child.
 
     ``places`` is how many points can run at once, ``running`` lists the processes, and ``failed`` tells
     whether a run failed.
@@ -107,8 +107,8 @@ class Pool:
     ) -> dict[Path, Result]:
         """Run all ``points`` and return the result of each by its folder; a failure is a result too.
 
-        The next point is taken from ``points`` only when there is a place for it, so a generator can choose
-        it by the results before; it yields ``None`` for "not yet". Configurations must be frozen
+        The next point is taken from ``points`` only when there is a place for it, so a generator can base it
+        on earlier results; it yields ``None`` if it has no point yet. Configurations must be frozen
         (``grid.freeze``). Finished points are not run again. ``ended`` is called with each point and its
         result. ``verdict`` is called at every check of a running point; a text that it returns stops the
         point, whose result is then ``{"status": "stopped", "error": text}``.
@@ -181,7 +181,7 @@ class Pool:
         return True
 
     def _begin(self, point: Point) -> bool:
-        """Take the result that is there already, or start the run; return whether either could be done."""
+        """Take an existing result, or start the run; return whether one of the two was possible."""
         if self._take_earlier(point):
             return True
         if len(self.running) >= self.places:
@@ -229,7 +229,7 @@ class Pool:
         self._say(f"[{number}{self._total}] {point.folder.path.name}: {words}")
 
     def _end_all(self) -> None:
-        """End the processes: by SIGTERM, then by SIGKILL, at once if another signal comes."""
+        """End the processes by SIGTERM, and by SIGKILL after ``GRACE`` seconds or on another signal."""
         for process in self.running:
             process.ask_to_stop("interrupted")
         grace = GRACE

@@ -88,7 +88,7 @@ class Process:
         self._lock = lock
         self._stderr = b""  # the end of what the child wrote
         self._stopped = ""  # why it was stopped
-        point.folder.result.unlink(missing_ok=True)  # of an earlier failure
+        point.folder.result.unlink(missing_ok=True)  # left by an earlier failure
         environment = child_environment(threads, device) | {INHERITED: str(lock)}
         self._process: Forked | subprocess.Popen[bytes]
         if fork and FORKS and not device:
@@ -215,7 +215,7 @@ class Process:
 
 
 def _signal_of(code: int) -> int:
-    """Return the signal behind an exit code, 0 if there is none; SIGTERM for a child that saved and left."""
+    """Return the signal behind an exit code, else 0; SIGTERM for a child that saved and exited."""
     if code == INTERRUPTED:
         return int(signal.SIGTERM)
     return max(0, -code)

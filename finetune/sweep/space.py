@@ -27,7 +27,7 @@ class Dimension:
     whole: bool = False
 
     def word(self, value: float | str) -> str:
-        """Return ``key=value`` as a run takes it."""
+        """Return ``key=value`` in the form that a run accepts."""
         return f"{self.key}={value}" if isinstance(value, str) else f"{self.key}={value!r}"
 
     def suggest(self, trial: Any) -> str:
@@ -137,7 +137,7 @@ def _check_ends(
 def _methods_with(
     dimension: Dimension, methods: list[str], fixed: list[str], config_dir: Path | None
 ) -> list[str]:
-    """Return those of ``methods`` that have the setting; the first one if none has, which will be refused."""
+    """Return those of ``methods`` that have the setting; if none has, the first, which is refused later."""
     if dimension.key == "method":
         return methods
     end = dimension.ends()[0]
@@ -148,7 +148,7 @@ def _methods_with(
 def _with_type(
     dimension: Dimension, words: list[str], config_dir: Path | None, config_file: Path | None
 ) -> Dimension:
-    """Mark an interval between whole numbers as ``whole`` if the setting takes no others."""
+    """Mark an interval between whole numbers as ``whole`` if the setting takes only whole numbers."""
     if dimension.options or dimension.whole:
         return dimension
     if not (dimension.low.is_integer() and dimension.high.is_integer()):

@@ -1,8 +1,8 @@
 """Tune one setting by the same number of trials for every configuration of a grid, on validation alone.
 
 The trials of a configuration run on the first of its seeds, in ``outputs/NAME/trials``; then all its seeds
-run with the value that did best. Each of these runs has a ``tuning.json`` that says what was tried. Test
-results play no part: nothing here reads them.
+run with the value that did best. Each of these runs has a ``tuning.json`` that lists the trials. Test
+results are never read.
 """
 
 from __future__ import annotations
@@ -170,14 +170,14 @@ def plan(points: Sequence[Point], parameter: str, trials: int) -> Tuning:
 def best(rows: Sequence[dict[str, Any]]) -> Any:
     """Return the value whose trial did best on validation; ``None`` if no trial finished.
 
-    Of equal metrics, the one of lower loss is better, then the smaller value.
+    If metrics are equal, the lower loss wins, then the smaller value.
     """
     finished = [row for row in rows if row["status"] == "finished" and main_metric(row["val"])]
     return min(finished, key=_order)["value"] if finished else None
 
 
 def _order(row: dict[str, Any]) -> tuple[float, float]:
-    """Sort finished trials: the best first. The order of equal ones stays: that of their values."""
+    """Return the sort key of a finished trial: the best comes first."""
     metric = main_metric(row["val"])
     assert metric is not None
     value = row["val"][metric.key]
@@ -232,7 +232,7 @@ def _trials(point: Point, request: Request, trials: int) -> list[tuple[float, Po
 
 
 def _with_config(point: Point, config: Config) -> Point:
-    """Return ``point`` with another configuration, in the folder that this gives it."""
+    """Return ``point`` with another configuration, in the folder of that configuration."""
     path = run_folder(replace(config, run=None))
     return replace(point, config=replace(config, run=path.name), folder=RunFolder(path))
 
@@ -258,7 +258,7 @@ def _changed(config: Config, key: str, value: Any) -> Config:
 
 
 def _rest(config: Config, key: str) -> str:
-    """Return everything that can change the result but the seed and the setting ``key``, as text."""
+    """Return, as text, all settings that can change the result, except the seed and ``key``."""
     tree = {name: part for name, part in config.deciding().items() if name != "seed"}
     _parent(tree, key).pop(key.rpartition(".")[2])
     return json.dumps(tree, sort_keys=True)

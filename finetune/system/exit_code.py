@@ -58,7 +58,7 @@ def _report_unexpected(error: Exception) -> int:
 def print_line(line: str, every_rank: bool = False) -> None:
     """Print a line on standard error.
 
-    Of several ranks only rank 0 prints, unless ``every_rank`` is set, for messages that rank 0 cannot know.
+    Only rank 0 prints, unless ``every_rank`` is set: some faults, such as a full disk, are seen by one rank.
     """
     if rank() == 0:
         print(line, file=sys.stderr, flush=True)

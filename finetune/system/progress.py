@@ -13,7 +13,7 @@ from ..errors import make_printable
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-LINES = 10  # plain lines that a whole run prints
+LINES = 10  # number of plain lines that a whole run prints
 
 
 class ProgressBar:
@@ -26,7 +26,7 @@ class ProgressBar:
         self.on_terminal = sys.stderr.isatty()
         self._bar: Progress | None = None
         self._start: tuple[float, int] | None = None  # time and step of the first call
-        self._printed = -1  # tenths of the run of the last plain line
+        self._printed = -1  # tenths of the run that were done at the last plain line
 
     def __enter__(self) -> ProgressBar:
         return self

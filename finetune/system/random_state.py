@@ -19,7 +19,7 @@ def seed(number: int) -> None:
 def state() -> dict[str, Tensor]:
     """Return the states of all generators as tensors, which safetensors can store.
 
-    CUDA's is that of the current device, and is there only once CUDA is in use.
+    CUDA's is that of the current device, and is included only once CUDA is in use.
     """
     _, python_words, gauss = random.getstate()
     _, numpy_words, *rest = np.random.get_state()

@@ -117,7 +117,7 @@ def _open_regular(file: Path) -> tuple[BufferedReader, os.stat_result]:
         raise
     if not stat.S_ISREG(status.st_mode):
         opened.close()
-        raise Unsafe("it is no regular file")
+        raise Unsafe("it is not a regular file")
     return opened, status
 
 
@@ -242,7 +242,7 @@ def _mapping_fault(value: Any, like: Mapping[Any, Any], name: str) -> str:
 
 
 def _fits(value: Any, like: Any) -> bool:
-    """Tell whether ``value`` is of the type or union ``like``; a bool is no number, numbers are finite."""
+    """Tell whether ``value`` is of the type or union ``like``; a bool is not a number, numbers are finite."""
     if like is object:
         return True
     if isinstance(value, bool):

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors.torch import load_file
 from torch import Tensor
 
-LIMIT = 600  # seconds; if one process misses a collective, the others would wait for ever
+LIMIT = 600  # seconds; if one process misses a collective, the others would wait forever
 
 
 def run(script: str, folder: Path, world: int = 2) -> list[dict[str, Tensor]]:

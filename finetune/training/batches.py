@@ -19,7 +19,7 @@ START = 16  # examples per step, until "auto" has found how many fit
 def choose_examples(size: int, batch_size: int, seed: int, step: int) -> Tensor:
     """Return the indices of the global batch of ``step`` (from 0) in a data set of ``size`` examples, int64.
 
-    Each epoch is a new permutation. Its last batch has what is left.
+    Each epoch is a new permutation. Its last batch holds the remaining examples.
     """
     per_epoch = -(-size // batch_size)
     epoch, place = divmod(step, per_epoch)
@@ -79,7 +79,7 @@ class Batches:
         return collate([self.data[0]])
 
     def longest(self, count: int) -> Batch:
-        """Return the ``count`` examples that take the most memory: of texts, those with the most tokens."""
+        """Return the ``count`` examples that take the most memory; for texts, those with the most tokens."""
         places = list(range(len(self)))
         if "input_ids" in self.data[0]:
             lengths = [len(cast(list[int], self.data[i]["input_ids"])) for i in places]

@@ -89,7 +89,7 @@ class Memory:
         return BatchRecord(batches.batch_size, batches.micro_batch_size, list(self.halvings))
 
     def restore(self, record: BatchRecord | None) -> None:
-        """Take over the sizes of a checkpoint; the first checkpoints have none."""
+        """Restore the sizes of a checkpoint; the first checkpoints have none."""
         if record is None:
             return
         batches = self.session.batches

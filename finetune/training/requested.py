@@ -8,11 +8,11 @@ from safetensors import safe_open
 
 from .session import Session
 
-PREFIX = "method."  # before the names of the method's tensors in a stored change
+PREFIX = "method."  # prefix of the names of the method's tensors in a stored change
 
 
 def differences(session: Session, delta: Path | None = None, step: int | None = None) -> list[str]:
-    """Return each difference from what was requested, as a sentence; none without an exact request.
+    """Return each difference from what was requested, as a sentence; an inexact request has none.
 
     ``delta``: the folder of the change stored after ``step`` (from 1, over the whole run), to be checked too.
     """
@@ -28,7 +28,7 @@ def _shapes(delta: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the method's stored tensors, by their names in its state."""
     found = {}
     with safe_open(delta / "delta.safetensors", "pt") as file:
-        for name in file.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
+        for name in file.keys():  # noqa: SIM118  (safetensors' handle is not a mapping)
             if name.startswith(PREFIX):
                 found[name.removeprefix(PREFIX)] = tuple(file.get_slice(name).get_shape())
     return found

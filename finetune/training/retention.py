@@ -24,7 +24,7 @@ def pretrained_head(base: Base) -> dict[str, Tensor] | None:
     config, found = base.reload_args[0], dict[str, Tensor]()
     for file in list_weight_files(find_folder(config)[0], config):
         with safe_open(file, "pt") as stored:
-            for name in stored.keys():  # noqa: SIM118  (safetensors' handle is no mapping)
+            for name in stored.keys():  # noqa: SIM118  (safetensors' handle is not a mapping)
                 if name in base.head:
                     found[name] = stored.get_tensor(name).to(base.model.dtype)
     return found if set(found) == set(base.head) else None

@@ -15,9 +15,8 @@ from .prepare import Setup
 def keep_if_best(setup: Setup, files: RunFolder, record: ProgressRecord) -> dict[str, float]:
     """Validate, and store the change if it is the best so far; return the metrics.
 
-    Before the last phase has met its target (such as its sparsity), states are only intermediate, so the
-    first state of each stage is stored whatever its metrics. With ``train.select=last``, every state is
-    stored.
+    Metrics are compared only within a stage: one phase, before or after it meets its target (such as its
+    sparsity). The first state of a stage is always stored. With ``train.select=last``, every state is stored.
     """
     metrics = setup.evaluate("val").metrics
     key, stage = list(sort_key(metrics)), setup.session.phase_and_target_met

@@ -95,7 +95,7 @@ def test_mistakes_exit_with_two(call: Callable[..., Output], sweep: str, tmp_pat
         (["nowhere"], "no such folder"),
         ([sweep, "--by", "methd"], "Did you mean 'method'"),
         ([sweep, "--metric", "test.acc"], "no run has it"),
-        ([sweep, "--baseline", "x"], "is no row"),
+        ([sweep, "--baseline", "x"], "is not a row"),
         ([sweep, "--out", "/proc/nothing/t.csv"], "cannot be written"),
     ):
         code, _, err = call("compare", *words)

@@ -484,7 +484,7 @@ def test_baseline(make_run: MakeRun, tmp_path: Path) -> None:
         "head": "worse",
     }
     assert get_row(found, "lora")["rank"] == "best"
-    with pytest.raises(ConfigError, match=r"--baseline ful is no row. Did you mean 'full'"):
+    with pytest.raises(ConfigError, match=r"--baseline ful is not a row. Did you mean 'full'"):
         compare_folders(tmp_path, baseline="ful")
 
 

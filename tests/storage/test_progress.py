@@ -102,6 +102,6 @@ def test_a_wrong_record_is_named(name: str) -> None:
         else:
             extra[key] = value
     with pytest.raises(
-        ConfigError, match=f"step-4/state.json is no state of a run .*{words}.*another checkpoint"
+        ConfigError, match=f"step-4/state.json is not a state of a run .*{words}.*another checkpoint"
     ):
         read_progress(FOLDER, extra)

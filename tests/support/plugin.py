@@ -137,7 +137,7 @@ def write_plugin(folder: Path, version: str = "1.2") -> Path:
     (folder / "_size.py").write_text("ROWS = 0\n")
     (folder / "scratch_rows.py").write_text(METHOD)
     (folder / "parts.py").write_text(PARTS)
-    (folder / "test_scratch_rows.py").write_text("raise RuntimeError('a test is no part of a plug-in')\n")
+    (folder / "test_scratch_rows.py").write_text("raise RuntimeError('a test is not part of a plug-in')\n")
     for kind, name in FROM_SKELETONS.items():
         new.write(kind, name, new.DEFAULT_FAMILY, folder)
     return folder

@@ -213,7 +213,7 @@ def test_another_search_in_the_folder_is_refused(fake: None) -> None:
 
 def test_a_damaged_storage_is_said(fake: None) -> None:
     Path("outputs/s").mkdir(parents=True)
-    Path("outputs/s/search.db").write_text("this is no database" * 100)
+    Path("outputs/s/search.db").write_text("this is not a database" * 100)
     with pytest.raises(ConfigError, match=r"outputs/s/search.db cannot be read"):
         run_search(ASKED, 1)
 

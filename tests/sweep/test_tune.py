@@ -1,4 +1,4 @@
-"""Tuning: as many trials for everybody, judged on validation, on one seed."""
+"""Tuning: equally many trials for each configuration, judged on validation, on one seed."""
 
 from __future__ import annotations
 
@@ -197,7 +197,7 @@ def test_another_setting_than_the_rate() -> None:
 
 @pytest.mark.slow
 def test_through_the_command_with_real_runs() -> None:
-    """Two trials, two seeds; repeated, nothing starts anew."""
+    """Two trials, two seeds; a repeated command trains nothing."""
     words = [
         "method=head",
         "seed=0,1",

@@ -328,5 +328,5 @@ def test_wrong_names_and_numbers_are_one_clear_error(tmp_path: Path, change: Cal
     with pytest.raises(ConfigError, match=HOSTILE[change]) as raised:
         checkpoint.load(tmp_path / "state", new)
     (fault,) = raised.value.faults
-    assert "is no state of this method and model" in fault or "state.json cannot be read" in fault
+    assert "is not a state of this method and model" in fault or "state.json cannot be read" in fault
     assert fault.endswith("Resume from another checkpoint, or train again.")

@@ -242,7 +242,7 @@ class Bank(StateModule):
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over what ``pack`` returned. Raises ``ConfigError`` if it does not fit these sites."""
+        """Load what ``pack`` returned. Raises ``ConfigError`` if it does not fit these sites."""
         starts, values, sizes = stored["starts"], stored["values"], torch.tensor(self.sizes)
         starts_fit = (starts.dtype, starts.shape) == (torch.int64, (len(sizes) + 1,))
         if not starts_fit or values.dim() != 1 or not values.is_floating_point():

@@ -42,7 +42,7 @@ class Candidates(StateModule):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def pack(self) -> dict[str, Tensor]:
-        """Return nothing: candidates are no part of the stored change."""
+        """Return nothing: candidates are not part of the stored change."""
         return {}
 
     def unpack(self, stored: dict[str, Tensor]) -> None:
@@ -99,7 +99,7 @@ class Candidates(StateModule):
     def seeds(self, bank: Bank, found: list[Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
         """Return Adam's ``step``, ``exp_avg`` and ``exp_avg_sq`` for newly trained entries, each [capacity].
 
-        ``found``: the entries that each site trains next, ascending; those that are no candidates get 0. With
+        ``found``: the entries that each site trains next, ascending; all but candidates get 0. With
         n steps summed, an entry gets the age n and the moments whose bias-corrected values are the mean
         gradient and the mean square:
 

@@ -21,8 +21,8 @@ ROLES_WITH_HEADS = ("q", "k", "v", "qkv", "o")
 class Grain:
     """A partition of a weight ``shape`` = [out, in] into equal units of ``height`` x ``width`` entries.
 
-    Units are numbered row by row. With ``m`` the units are single entries, of which the best ``n`` of every
-    ``m`` in a row are chosen; 0 where there is no such rule.
+    Units are numbered row by row. If ``m`` is not 0, the units are single entries, and the best ``n`` of
+    every ``m`` in a row are chosen.
     """
 
     shape: tuple[int, int]
@@ -33,7 +33,7 @@ class Grain:
 
     @property
     def size(self) -> int:
-        """Entries of a unit."""
+        """Number of entries in a unit."""
         return self.height * self.width
 
     @property
@@ -43,7 +43,7 @@ class Grain:
 
     @property
     def across(self) -> int:
-        """Number of units side by side."""
+        """Number of units in one row of units."""
         return self.shape[1] // self.width
 
     def pool(self, scores: Tensor) -> Tensor:
@@ -86,8 +86,8 @@ def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
         n, m = int(match[1]), int(match[2])
         if in_ % m or n >= m:
             raise ConfigError(
-                f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and inputs that m "
-                "divides."
+                f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and a number "
+                "of inputs that m divides."
             )
         return Grain(site.shape, 1, 1, n, m)
     if kind.startswith("block:"):

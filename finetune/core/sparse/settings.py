@@ -1,4 +1,4 @@
-"""The settings that every method of the sparse engine has: axes of the choice, size, and decay."""
+"""The settings of every method of the sparse engine: how entries are chosen, how many, and weight decay."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Lt
 
 from ..method import Method
 from .schedule import Schedule
-from .scores import ScoreName as ScoreName  # part of what this module offers
+from .scores import ScoreName as ScoreName  # offered by this module, too
 
 Direction = Literal["largest", "smallest"]
 Scope = Literal["matrix", "role", "block", "model", "layer"]
@@ -17,14 +17,13 @@ Scope = Literal["matrix", "role", "block", "model", "layer"]
 
 @dataclass(frozen=True)
 class SparseSettings(Method):
-    """Declare the settings of a sparse method; ``Sparse`` adds what they do.
+    """Declare the settings of a sparse method; ``Sparse`` adds the behaviour.
 
     Options:
         targets: Layers whose weights compete: roles, groups of roles, or patterns of layer names.
-        sparsity: Share of the entries that is not trained. The entries that compete for one budget are
-            counted, and their number minus the rounded share of it is the budget K; at least one unit is
-            trained.
-        score: Number that an entry is chosen by.
+        sparsity: Share of the entries that is not trained. The budget K is the number of entries that compete
+            for it, minus this share of the number, rounded; at least one unit is trained.
+        score: Score by which entries are chosen.
         direction: Whether entries with the largest or with the smallest scores are trained.
         scope: Entries that compete for one budget: those of a ``matrix``, of all matrices of one ``role``, of
             a ``block``, or of the ``model``. With ``layer`` the budget of the model is divided among the
@@ -34,7 +33,7 @@ class SparseSettings(Method):
         schedule: When entries are chosen again, and how many are trained meanwhile.
         decay: Value that weight decay pulls trained entries towards: the pretrained weight (``base``) or 0
             (``zero``).
-        batches: Number of steps whose batches a score of gradients is computed from.
+        batches: Number of batches, one per step, from which a gradient score is computed.
         rank: Rank of the approximation that ``lowrank_magnitude``, ``principal`` and ``off_principal`` use.
         power: Exponent of the weight in the score ``d3``.
         eps: Number added to the absolute weight in the score ``d3``.

@@ -292,7 +292,7 @@ def _faults(
 
 
 def _malformed(name: str, change: SparseChange, size: int) -> list[str]:
-    """Return why ``change`` is no valid change of a weight of ``size`` entries."""
+    """Return why ``change`` is not a valid change of a weight of ``size`` entries."""
     index, values = change.index, change.values
     kinds = index.dtype, values.dtype, index.ndim
     if kinds != (torch.int64, torch.float32, 1) or index.shape != values.shape:

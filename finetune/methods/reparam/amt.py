@@ -3,7 +3,7 @@
 Every weight of the chosen layers has a score, which starts at ``initial``. A weight is on while its score is
 above ``threshold``, so all are on at step 0. The gradient passes the step function unchanged, and the scores
 are trained with it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay
-leaves the scores alone, since it would in time switch off everything.
+does not act on the scores, because it would eventually switch off every weight.
 
 R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second
 gradient b, that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and
@@ -34,7 +34,7 @@ Differs:
   model every token is a sample.
 - The code adds 1e-8 to the denominator of the probability. It is left out here, because gradients of means
   can be that small.
-- The code also masks the convolution of the patch embedding, which is no linear layer here.
+- The code also masks the convolution of the patch embedding, which is not a linear layer here.
 - The code never calls backward when gradient dropout is off; here gdr=0 trains plain AMT.
 
 Cost: One score per weight, its gradient and two moments in Adam. One bit per weight is stored. Gradient
@@ -96,14 +96,14 @@ class Mask(Delta):
         return (grad.dense.mul(original).mul_(gate),)
 
     def pack(self) -> dict[str, Tensor]:
-        """Return what a finished run stores: one bit per weight, the first in the highest bit of a byte."""
+        """Return what a finished run stores: one bit per weight, the first weight in a byte's highest bit."""
         import numpy as np
 
         return {"on": torch.from_numpy(np.packbits(~self.off().cpu().numpy()))}
 
     @torch.no_grad()
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over a stored mask: set scores that give it. Raises ``ConfigError`` if it does not fit."""
+        """Load a stored mask: set scores that produce it. Raises ``ConfigError`` if it does not fit."""
         import numpy as np
 
         bits, count = stored["on"], self.scores.numel()
@@ -117,9 +117,10 @@ class Mask(Delta):
 
 
 def damp(a: Tensor, b: Tensor, strength: float, uniform: Tensor) -> Tensor:
-    """Return gradient ``a``, damped to (1 - strength) a where ``b`` has the other sign and chance says so.
+    """Return gradient ``a``, damped at random to (1 - strength) a where ``b`` has the opposite sign.
 
-    Chance says so where ``uniform`` [0, 1) is at least |a| / (|a| + |b|). All tensors have one shape.
+    An entry is damped where ``uniform``, drawn from [0, 1), is at least |a| / (|a| + |b|). All tensors have
+    one shape.
     """
     size = a.abs()
     dropped = (a.sign() * b.sign() < 0) & (uniform * (size + b.abs()) >= size)

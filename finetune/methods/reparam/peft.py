@@ -55,9 +55,8 @@ class AdaLoraRanks(StateModule):
 
     def __init__(self, tuner: Any) -> None:
         super().__init__()
-        self._tuner = [
-            tuner
-        ]  # in a list: registered as a submodule, the whole model would be part of the state
+        # A list hides it from torch: as a submodule, the whole model would be part of the state.
+        self._tuner = [tuner]
         adapter = tuner.trainable_adapter_name
         for name, parameter in tuner.model.named_parameters():
             if "lora_" not in name or adapter not in name:
@@ -70,7 +69,7 @@ class AdaLoraRanks(StateModule):
         self.register_buffer("decided", torch.zeros((), dtype=torch.bool))
 
     def _buffers_of(self, kind: str) -> dict[str, torch.Tensor]:
-        """Return the buffers of one kind by peft's names of the parameters."""
+        """Return the buffers of one kind, keyed by peft's names of the parameters."""
         found = {}
         for name, buffer in self.named_buffers():
             if name.startswith(f"{kind}/"):
@@ -78,7 +77,7 @@ class AdaLoraRanks(StateModule):
         return found
 
     def after_step(self, step: int) -> None:
-        """Give peft what the buffers hold, let it choose the ranks, and save what it then holds."""
+        """Copy the buffers to peft, let it choose the ranks, and copy its state back to the buffers."""
         tuner, decided, kept = self._tuner[0], self.get_buffer("decided"), self._buffers_of("kept")
         allocator, config = tuner.rankallocator, tuner.peft_config[tuner.trainable_adapter_name]
         averages = {kind: self._buffers_of(kind) for kind in self.AVERAGES}
@@ -99,7 +98,7 @@ class AdaLoraRanks(StateModule):
                 buffer.copy_(torch.tensor(config.rank_pattern[name]).view_as(buffer))
 
     def pack(self) -> dict[str, torch.Tensor]:
-        """Return nothing: the averages are no part of the stored change."""
+        """Return nothing: the averages are not part of the stored change."""
         return {}
 
     def unpack(self, stored: dict[str, torch.Tensor]) -> None:
@@ -119,9 +118,8 @@ class Adapters(Part):
 
     def __init__(self, tuner: Any) -> None:
         super().__init__()
-        self._tuner = [
-            tuner
-        ]  # in a list: registered as a submodule, the whole model would be part of the state
+        # A list hides it from torch: as a submodule, the whole model would be part of the state.
+        self._tuner = [tuner]
         self._gate = 1.0
         for name, parameter in tuner.model.named_parameters():
             if parameter.requires_grad:  # float32 beside a base of lower precision
@@ -153,7 +151,7 @@ class Adapters(Part):
             return None
         from peft import get_peft_model_state_dict
 
-        whole: Any = nn.Module()  # stands for the PeftModel that holds a tuner
+        whole: Any = nn.Module()  # takes the place of a PeftModel, which holds a tuner
         whole.base_model, whole.peft_config = self.tuner, self.tuner.peft_config
         tensors = get_peft_model_state_dict(whole, save_embedding_layers=False)
         return copy.deepcopy(self.tuner.peft_config["default"]), tensors
@@ -198,7 +196,7 @@ class Peft(Method):
     """A tuner of huggingface/peft for layers, by its own ``type`` and ``config``.
 
     Options:
-        type: Name of the tuner in peft's ``PeftType``, as LORA, OFT or VERA.
+        type: Name of the tuner in peft's ``PeftType``, such as LORA, OFT or VERA.
         config: Settings of the tuner's own configuration class.
         targets: Layers that are adapted if ``config`` names no target modules.
     """

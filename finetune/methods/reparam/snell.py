@@ -16,8 +16,8 @@ Formula:
 Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024, arXiv 2411.01800.
 
 Reading: Paper and released code were read. They differ in the sparsifier, and ``sparsifier`` chooses; the
-default is the code's. ``sparsity`` is the share set to zero, as in the code; one sentence of the paper has it
-as the share that is kept. rank = 32 and scale = 0.1 are those of the released scripts, which choose
+default is the code's. ``sparsity`` is the share set to zero, as in the code; one sentence of the paper
+calls it the share that is kept. rank = 32 and scale = 0.1 are those of the released scripts, which choose
 ``sparsity`` for every task; 0.9 is one of their values. The released scripts also use dropout=0.1 and
 drop_path=0.1.
 

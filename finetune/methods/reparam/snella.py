@@ -131,7 +131,7 @@ class Competing(Kernel):
         return {name: t for name, t in self.state_dict().items() if not name.endswith(AVERAGES)}
 
     def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take over what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
+        """Load what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
         for name, tensor in self.pack().items():
             if tensor.shape != stored[name].shape:
                 raise ConfigError("The stored factors do not fit this model's layers.")

@@ -2,7 +2,8 @@
 
 The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained,
 rounded. An entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step,
-which costs one more backward pass before the step; ``schedule.every`` makes these passes rarer. Weight decay
+which costs one more backward pass before the step; a larger ``schedule.every`` makes these passes
+rarer. Weight decay
 pulls towards the pretrained weights, so entries that are not chosen keep their values.
 
 Formula:
@@ -18,8 +19,8 @@ from the example in the released documentation; that example has the exponent 0,
 Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
   that of an additional pass over the same batch, in eval mode; with dropout the two choose different entries.
-- Where scores are equal the released code chooses more than a step's part, and removes the surplus from
-  entries that may have been chosen earlier. Here ties go to the lower position, so every part is exact and no
+- If scores are equal, the released code chooses more entries than a step's part, and may remove earlier
+  entries to make up for it. Here ties go to the lower position, so every part is exact and no
   entry leaves.
 - The released code scores all trained tensors, including embeddings, norms, biases and the head; here only
   linear layers are scored.
@@ -27,7 +28,7 @@ Differs:
 - As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the
   bias correction of the whole run.
 
-Cost: K trained values, their gradients and two moments in Adam; the room for all K is there from the start.
+Cost: K trained values, their gradients and two moments in Adam; memory for all K is allocated at the start.
 Values and positions are stored. One backward pass for every part.
 """
 

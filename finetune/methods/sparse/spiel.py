@@ -87,7 +87,7 @@ class SpIEL(Sparse):
     """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients.
 
     Options:
-        criterion: How entries that come in are chosen: by accumulated gradients (``ag``), or by the
+        criterion: How new entries are chosen: by accumulated gradients (``ag``), or by the
             accumulators of SM3 (``ma``, with ``optimizer=sm3``).
         schedule: Period, share and decay of the exchanges; it must be ``drop_grow``.
         window: Number of steps at the start of a period in which gradients of candidates are summed.
@@ -117,8 +117,8 @@ class SpIEL(Sparse):
             )
         if self.score == "change":
             found.append(
-                "method.score=change is 0 for every entry before training, and it chooses the first "
-                "entries; take another score."
+                "method.score=change is 0 for every entry before training, so it cannot choose the "
+                "first entries; take another score."
             )
         if self.grain != "element":
             found.append(
@@ -211,8 +211,8 @@ def _by_gradient_sums(bank: Bank, candidates: Candidates, i: int) -> Ranking:
 def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
     """Rank the untrained entries of site ``i`` by the products of SM3's accumulators.
 
-    The products are those of square roots, which have the same order and neither overflow nor vanish as
-    early.
+    The square roots of the accumulators are multiplied: the order is the same, and the products overflow and
+    underflow later.
     """
     accumulators = run.optimizer.state[bank.values]
     untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)

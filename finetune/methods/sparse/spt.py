@@ -26,7 +26,7 @@ Differs:
 - Factors and entries have the same weight decay; the released code does not decay the entries and the class
   token.
 - Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for
-  biases and norms, which is no part of the abstract.
+  biases and norms, which is not part of the abstract.
 
 Cost: (1 - sparsity) n trained values at most, their gradients and two moments in Adam. Entries with positions
 and factors are stored. ``batches`` backward passes before training, with the best entries of each matrix in

@@ -14,13 +14,13 @@ peft's default, and ``direction=smallest`` is its ``select_top=False``. The scal
 rank with peft's default alpha = 2 rank.
 
 Differs:
-- peft truncates size (1 - sparsity) in floating point, which loses an entry for 1000 and 0.9; here the number
-  left out is rounded.
+- peft truncates size (1 - sparsity) in floating point, which gives 99 instead of 100 for 1000 and 0.9;
+  here the number left out is rounded.
 - peft can leave the positions out of its file and choose them again from the base weights; here they are
   always stored.
 
-Cost: K trained values, their gradients and two moments in Adam; a branch adds branch (in + out) of each per
-layer. Values, positions and factors are stored.
+Cost: K trained values, their gradients and two moments in Adam; a branch adds ``branch`` (in + out)
+of each per layer. Values, positions and factors are stored.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ class SuperTuning(Sparse):
     """Super-Tuning: the largest entries of each weight, fixed.
 
     Options:
-        branch: Rank of the low-rank branch beside the entries; 0: none.
+        branch: Rank of the low-rank branch beside the entries; 0 means no branch.
     """
 
     sparsity: Annotated[float, Ge(0), Lt(1)] = 0.99
