@@ -44,7 +44,15 @@ API = {
     "methods": ("What a method is", ["core.method", "core.site", "core.roles", "registry"]),
     "parts": (
         "What a method attaches",
-        ["core.part", "core.changes", "core.state", "core.inplace", "core.lowrank"],
+        [
+            "core.part",
+            "core.layer",
+            "core.attach",
+            "core.changes",
+            "core.state",
+            "core.inplace",
+            "core.lowrank",
+        ],
     ),
     "sparse": (
         "The sparse engine",
@@ -58,7 +66,10 @@ API = {
     ),
     "kinds": ("Optimizers, selectors, data sets", ["core.optimizer", "core.selector", "data.dataset"]),
     "training": ("The training loop", ["training.session", "training.run"]),
-    "testing": ("Checks for methods", ["testing.contract", "testing.cases", "testing.ranks"]),
+    "testing": (
+        "Checks for methods",
+        ["testing.contract", "testing.sessions", "testing.cases", "testing.ranks"],
+    ),
     "errors": ("Errors", ["errors"]),
 }
 

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 
 from ..config import plugins
+from ..core.attach import parts, patched
 from ..core.changes import SparseChange
-from ..core.part import parts, patched
 from ..core.site import all_sites
 from ..core.sparse.switch import add, pack
 from ..errors import ConfigError

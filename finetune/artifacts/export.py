@@ -21,8 +21,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ..core.attach import parts, patched, trained_in_place
 from ..core.changes import LowRankChange, SparseChange
-from ..core.part import Patched, parts, patched, trained_in_place
+from ..core.layer import Patched
 from ..errors import ConfigError
 from ..models.folder import find_folder
 from ..models.load import quiet, read_model

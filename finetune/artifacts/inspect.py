@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..core.attach import base, patched, trained_in_place
 from ..core.linalg import kth_smallest
-from ..core.part import base, patched, trained_in_place
 from ..core.site import Site, all_sites
 from ..errors import ConfigError
 from ..storage.delta import read_description

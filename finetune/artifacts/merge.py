@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..core.part import check_mergeable, parts, patched, trained_in_place, unpatch
+from ..core.attach import check_mergeable, parts, patched, trained_in_place, unpatch
 from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save

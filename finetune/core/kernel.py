@@ -15,10 +15,12 @@ from annotated_types import Ge, Gt, Lt, MultipleOf
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .attach import patched
 from .inplace import InPlace
+from .layer import changed_linear
 from .linalg import kth_smallest
 from .method import Reparam, Run
-from .part import Cache, Delta, WeightGrad, changed_linear, patched
+from .part import Cache, Delta, WeightGrad
 
 TINY = 1e-12  # lower bound of squared distances: rows that coincide then get a gradient of 0
 # Rows or columns of the kernel that the CPU forms at once: a block fits into the cache and is not slow.

@@ -21,8 +21,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from .attach import attach, base
 from .collective import average_or_broadcast
-from .part import Delta, attach, base
+from .part import Delta
 from .site import Site, find_sites
 from .state import Shapes, stored_shapes
 

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..errors import ConfigError, suggest_nearest
-from .part import Patched
+from .layer import Patched
 from .roles import block_of, is_matrix, is_transposed, roles
 
 GROUPS: dict[str, tuple[str, ...]] = {

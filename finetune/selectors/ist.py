@@ -41,9 +41,10 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
+from ..core.attach import parts
 from ..core.changes import Unit
 from ..core.method import Run
-from ..core.part import Part, parts
+from ..core.part import Part
 from ..core.roles import block_of
 from ..core.selector import Selector
 from ..core.state import StateModule

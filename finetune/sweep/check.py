@@ -102,7 +102,7 @@ def _build(config: Config, known: dict[str, Any]) -> None:
 
     ``known`` keeps the last data set and model.
     """
-    from ..core.part import detach
+    from ..core.attach import detach
     from ..data.encode import encode
     from ..models.load import load, original_parameters
     from ..training.build import Pretrained, build_states

@@ -13,8 +13,8 @@ from typing import Any
 
 from ..core.method import Method
 from ..core.optimizer import Optimizer
-from . import contract
-from .contract import Kind
+from . import contract, sessions
+from .sessions import Kind
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Case:
     name: str
     make: Callable[[], Method]
     kinds: tuple[Kind, ...] = ("vit",)
-    optimizer: Optimizer = contract.OPTIMIZER
+    optimizer: Optimizer = sessions.OPTIMIZER
     data_dependent: bool = False
     settings: tuple[str, ...] = ()
     selectable: bool = True

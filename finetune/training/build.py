@@ -6,9 +6,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from ..core.attach import parts
 from ..core.inplace import InPlace
 from ..core.method import Method
-from ..core.part import Source, parts
+from ..core.part import Source
 from ..core.selector import Selector
 from ..errors import ConfigError
 

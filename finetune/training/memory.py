@@ -14,9 +14,9 @@ from typing import Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..core.attach import patched
 from ..core.collective import Aborted, abort, barrier
 from ..core.method import Run
-from ..core.part import patched
 from ..core.state import state_modules
 from ..errors import RunFailed
 from ..storage.progress import BatchRecord, Halving

@@ -7,8 +7,8 @@ import math
 import torch
 from torch import nn
 
+from ..core.attach import parts
 from ..core.optimizer import Optimizer
-from ..core.part import parts
 from ..core.state import entry_stores
 
 

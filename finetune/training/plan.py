@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..config.settings import Config
-from ..core.part import patched, trained_in_place
+from ..core.attach import patched, trained_in_place
 from ..storage.delta import stored_bytes
 from .batch_size import resident_bytes
 from .prepare import count_parameters, prepare

@@ -14,7 +14,7 @@ from accelerate.state import (
 )
 
 from ..config.settings import Config, TrainConfig
-from ..core.part import base, parts, patched
+from ..core.attach import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
 from ..models.load import Base, fingerprint, load, original_parameters

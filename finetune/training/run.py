@@ -16,8 +16,8 @@ from torch import nn
 
 from .. import __version__
 from ..config.settings import Config
+from ..core.attach import base
 from ..core.collective import any_process, barrier
-from ..core.part import base
 from ..errors import RunFailed
 from ..storage.atomic import STAMP, write_json_atomic
 from ..storage.delta import load_delta

@@ -16,10 +16,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..config.settings import TrainConfig
+from ..core.attach import detach
 from ..core.collective import broadcast_
 from ..core.method import Method, Run
 from ..core.optimizer import Optimizer
-from ..core.part import detach
 from ..core.selector import Selector
 from ..data.encode import Batch
 from ..errors import RunFailed

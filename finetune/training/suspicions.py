@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..core.part import base, parts
+from ..core.attach import base, parts
 from ..core.sparse.switch import BITS
 from ..models.load import fingerprint
 from ..storage.progress import WatchRecord

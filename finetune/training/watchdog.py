@@ -14,7 +14,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from ..core.part import parts
+from ..core.attach import parts
 from ..core.sparse.switch import BITS
 from ..core.state import entry_stores
 from ..storage.progress import WatchRecord

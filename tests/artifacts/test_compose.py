@@ -23,8 +23,8 @@ from finetune.artifacts import reopen as finished
 from finetune.artifacts.compose import compose, conflicts, sparse_changes
 from finetune.cli import artifacts as cli
 from finetune.config.load import load
+from finetune.core.attach import patched
 from finetune.core.changes import SparseChange
-from finetune.core.part import patched
 from finetune.core.sparse.switch import Switch
 from finetune.errors import ConfigError
 from finetune.models.load import load as load_model

@@ -18,8 +18,8 @@ from finetune.artifacts.export import export
 from finetune.artifacts.merge import live_logits, logits
 from finetune.artifacts.reopen import rebuild
 from finetune.cli import app as cli
+from finetune.core.attach import attach, patched
 from finetune.core.lowrank import LowRank
-from finetune.core.part import attach, patched
 from finetune.core.site import find_sites
 from finetune.errors import ConfigError
 from finetune.testing import contract

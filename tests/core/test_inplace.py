@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.core.attach import base, detach
 from finetune.core.inplace import InPlace, list_untrained
-from finetune.core.part import base, detach
 
 
 def model() -> nn.Sequential:

@@ -13,21 +13,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from finetune.core.attach import attach, base, detach, merge, patched, unpatch
 from finetune.core.kernel import Kernel
+from finetune.core.layer import Patched, changed_linear
 from finetune.core.lowrank import LowRank
 from finetune.core.method import Method
-from finetune.core.part import (
-    Delta,
-    Edit,
-    Patched,
-    attach,
-    base,
-    changed_linear,
-    detach,
-    merge,
-    patched,
-    unpatch,
-)
+from finetune.core.part import Delta, Edit
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.core.sparse.mixed import Mixed, MixedDelta

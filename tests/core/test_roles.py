@@ -4,7 +4,7 @@ import pytest
 import transformers
 from torch import nn
 
-from finetune.core.part import Patched
+from finetune.core.layer import Patched
 from finetune.core.roles import block_of, in_head, is_matrix, is_recognised, roles
 
 TINY = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from finetune.core.part import Delta, attach
+from finetune.core.attach import attach
+from finetune.core.part import Delta
 from finetune.core.site import find_sites
 from finetune.errors import ConfigError
-from finetune.testing.contract import tiny
+from finetune.testing.sessions import tiny
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.drop_grow import DropGrow
 from finetune.selectors.ist import IST
-from finetune.testing import contract, ranks
+from finetune.testing import contract, ranks, sessions
 from finetune.testing.cases import Case, find_cases
 from finetune.training.evaluate import evaluate
 from finetune.training.prepare import make_accelerator
@@ -34,7 +34,7 @@ FAMILIES = sorted({case.family for case in CASES.values()})
 SAMPLE = ("lora", "shira", "peft lora", "spiel")  # one of each kind of part; all are among the slow tests
 SPIEL = CASES["spiel"].make
 TRAIN = replace(contract.TRAIN, steps=4)
-OPTIMIZER = replace(contract.OPTIMIZER, eps=1e-3)  # so large that noise in gradients that are 0 moves nothing
+OPTIMIZER = replace(sessions.OPTIMIZER, eps=1e-3)  # so large that noise in gradients that are 0 moves nothing
 Kept = dict[str, Tensor]
 
 

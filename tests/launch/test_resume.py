@@ -32,7 +32,7 @@ from finetune.storage import checkpoint, lock
 from finetune.storage.delta import read_description
 from finetune.storage.progress import ProgressRecord
 from finetune.system.signals import Interrupted, Signals
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import find_cases
 from finetune.training import checkpoints, run, selection
 from finetune.training.evaluate import Evaluation
@@ -127,7 +127,7 @@ def test_micro_batches_precisions_and_workers(change: dict[str, Any]) -> None:
 
 
 def test_another_optimizer_and_schedule_of_the_rate(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", SM3(lr=0.05, weight_decay=0.1, schedule="linear", warmup=0.5))
+    monkeypatch.setattr(sessions, "OPTIMIZER", SM3(lr=0.05, weight_decay=0.1, schedule="linear", warmup=0.5))
     for make in (lambda: Crossing(sparsity=0.9, schedule=_schedule("drop_grow")), lambda: LoRA(rank=2)):
         contract.check_resume(contract.Trial(make))
 

@@ -6,7 +6,8 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from finetune.config.settings import ModelConfig
-from finetune.core.part import Delta, attach
+from finetune.core.attach import attach
+from finetune.core.part import Delta
 from finetune.errors import ConfigError
 from finetune.models.load import fingerprint, load, original_parameters, save
 

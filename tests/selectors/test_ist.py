@@ -20,8 +20,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from finetune.core.attach import patched
 from finetune.core.method import Method
-from finetune.core.part import patched
 from finetune.core.selector import Selector
 from finetune.core.sparse.bank import SparseDelta
 from finetune.data.encode import collate

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.testing.contract import examples
+from finetune.testing.sessions import examples
 from finetune.training.batches import Batches, choose_examples, divide_batch
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.core.attach import detach
 from finetune.core.method import Method
-from finetune.core.part import detach
 from finetune.core.selector import Selector
 from finetune.errors import ConfigError
 from finetune.methods.baseline.bitfit import BitFit

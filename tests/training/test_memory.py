@@ -249,7 +249,7 @@ def test_the_base_stays_whole_where_memory_is_too_short_to_put_entries_in_or_bac
     assert session.memory.halvings == [{"step": 2, "from": 8, "to": 4}]
     contract.same_session(session, told)
     monkeypatch.undo()
-    from finetune.core.part import detach
+    from finetune.core.attach import detach
 
     detach(session.model, session.states)
     contract.same_values(session.model, contract.tiny())

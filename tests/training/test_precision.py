@@ -26,7 +26,7 @@ from finetune.methods.sparse.sparse import Crossing
 from finetune.methods.sparse.spiel import SpIEL
 from finetune.schedules.drop_grow import DropGrow
 from finetune.selectors.ist import IST
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.training import session as session_module
 from finetune.training.session import NotFinite, Session, Step
 
@@ -51,7 +51,7 @@ TOLERANCE = {"bf16": 0.01, "fp16": 0.001}
 @contextmanager
 def scaled(scale: float = 2.0**16, autocast: bool = True) -> Iterator[None]:
     """Give sessions on the CPU float16 autocast and a loss scale, as train.precision=fp16 does on a GPU."""
-    real = contract.make_accelerator
+    real = sessions.make_accelerator
 
     def make(train: Any) -> Any:
         accelerator = real(train)
@@ -62,7 +62,7 @@ def scaled(scale: float = 2.0**16, autocast: bool = True) -> Iterator[None]:
         return accelerator
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(contract, "make_accelerator", make)
+        patch.setattr(sessions, "make_accelerator", make)
         yield
 
 
@@ -75,7 +75,7 @@ def ended(session: Session) -> tuple[list[float], Tensor]:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_run_stays_near_that_in_float32(name: str, precision: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        contract, "OPTIMIZER", replace(contract.OPTIMIZER, eps=1e-2)
+        sessions, "OPTIMIZER", replace(sessions.OPTIMIZER, eps=1e-2)
     )  # a gradient of nothing but noise moves nothing
     before, kinds = contract.logits(contract.begin(LoRA(rank=2)).tuned), set[torch.dtype]()
     exact, logits = ended(contract.begin(METHODS[name]()))

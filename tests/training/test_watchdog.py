@@ -14,9 +14,9 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.core.attach import patched
 from finetune.core.lowrank import LowRank
 from finetune.core.method import Method
-from finetune.core.part import patched
 from finetune.methods.baseline.bitfit import BitFit
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA

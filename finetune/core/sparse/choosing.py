@@ -7,8 +7,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..attach import patched
 from ..method import Run
-from ..part import patched
 from ..site import Site
 from .bank import Bank
 from .budgets import Budget, count_entries, divide_entries

@@ -20,9 +20,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ..attach import attach, patched
 from ..inplace import InPlace
 from ..method import Method, Phase, Run
-from ..part import attach, patched
 from ..site import Site, find_sites
 from ..state import Shapes
 from .bank import Bank, SparseDelta

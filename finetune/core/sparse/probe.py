@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..layer import Patched
 from ..method import Run
-from ..part import Patched, WeightGrad
+from ..part import WeightGrad
 from .bank import Bank
 from .scores import ScoredSite, score_named
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ... import registry
-from ..part import Patched
+from ..layer import Patched
 
 Needs = Literal["weight", "gradient", "squares", "batch squares"]
 ScoreName = Annotated[str, registry.Named("score")]

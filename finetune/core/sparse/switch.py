@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, suggest_nearest
 from ..changes import SparseChange
-from ..part import Patched
+from ..layer import Patched
 from ..roles import is_matrix, is_transposed
 from .coding import decode_sorted, encode_sorted
 

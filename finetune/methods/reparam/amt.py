@@ -53,8 +53,9 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...core.attach import base
 from ...core.method import Reparam, Run
-from ...core.part import Cache, Delta, WeightGrad, base
+from ...core.part import Cache, Delta, WeightGrad
 from ...core.site import Site
 from ...errors import ConfigError
 from ...registry import register

@@ -41,8 +41,8 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from ...core.attach import attach
 from ...core.method import Method, Run
-from ...core.part import attach
 from ...core.site import Site, all_sites, find_sites
 from ...core.sparse.bank import Bank, SparseDelta
 from ...core.sparse.grain import Grain, find_head_width

@@ -37,8 +37,9 @@ import torch
 from annotated_types import Ge, Gt
 from torch import Tensor, nn
 
+from ...core.attach import patched
+from ...core.layer import Patched
 from ...core.method import Run
-from ...core.part import Patched, patched
 from ...core.site import Site
 from ...core.sparse.bank import Bank, SparseDelta
 from ...core.sparse.budgets import Budget

@@ -43,9 +43,9 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
+from ...core.attach import attach, patched
 from ...core.inplace import InPlace
 from ...core.method import Method, Run
-from ...core.part import attach, patched
 from ...core.site import Site, find_sites
 from ...core.sparse.mixed import Mixed, MixedDelta
 from ...core.sparse.probe import scan_scores

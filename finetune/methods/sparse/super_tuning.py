@@ -31,8 +31,8 @@ from typing import Annotated, ClassVar
 from annotated_types import Ge, Lt
 from torch import nn
 
+from ...core.attach import attach
 from ...core.lowrank import LowRank
-from ...core.part import attach
 from ...core.site import find_sites
 from ...core.sparse.engine import Sparse
 from ...core.sparse.schedule import Schedule

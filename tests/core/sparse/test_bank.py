@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank
 from finetune.errors import ConfigError

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.budgets import Budget
@@ -28,7 +28,7 @@ from finetune.schedules.narrow import Narrow
 from finetune.schedules.one_shot import OneShot
 from finetune.schedules.ramp import Ramp
 from finetune.schedules.redraw import Redraw
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.training.session import Session, rate
 
 DECAYING = AdamW(lr=1e-2, weight_decay=0.3)
@@ -133,7 +133,7 @@ def reference(session: Session, masks: list[Tensor], decay: str) -> Iterator[lis
 def test_training_is_that_of_masked_weights(
     sparsity: float, decay: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", DECAYING)
+    monkeypatch.setattr(sessions, "OPTIMIZER", DECAYING)
     session = begin(Crossing(sparsity=sparsity, decay=decay))
     masks = [
         torch.zeros(w.numel()).index_fill(0, torch.tensor(sorted(s)), 1.0).view_as(w)
@@ -149,7 +149,7 @@ def test_training_is_that_of_masked_weights(
 def test_the_dense_limit_is_full_fine_tuning(decay: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare with torch's AdamW, decay included, on the weights of the plain model, in float32."""
     settings = replace(DECAYING, weight_decay=decay)
-    monkeypatch.setattr(contract, "OPTIMIZER", settings)
+    monkeypatch.setattr(sessions, "OPTIMIZER", settings)
     session = contract.begin(Crossing(sparsity=0.0, decay="zero"), train=replace(contract.TRAIN, clip=None))
     session.start()
     model = contract.tiny().requires_grad_(False)

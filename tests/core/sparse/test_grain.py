@@ -14,7 +14,7 @@ from finetune.core.site import Site, find_sites
 from finetune.core.sparse.choosing import choose_n_of_m
 from finetune.core.sparse.grain import Grain, find_head_width, make_grain
 from finetune.errors import ConfigError
-from finetune.testing.contract import Kind, tiny
+from finetune.testing.sessions import Kind, tiny
 
 
 def units(height: int, width: int, shape: tuple[int, int]) -> list[list[int]]:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse import probe
 from finetune.core.sparse.probe import scan_scores
 from finetune.core.sparse.settings import ScoreName

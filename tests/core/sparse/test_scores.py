@@ -12,15 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from finetune import registry
+from finetune.core.attach import merge, patched
 from finetune.core.linalg import low_rank
-from finetune.core.part import merge, patched
 from finetune.core.sparse.probe import scan_scores
 from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.core.sparse.select import TopK
 from finetune.core.sparse.settings import ScoreName
 from finetune.methods.sparse.sparse import Crossing
 from finetune.testing import contract
-from finetune.testing.contract import Kind
+from finetune.testing.sessions import Kind
 from finetune.training.session import Session
 
 TARGETS = ("o", "down")  # of GPT-2 both are stored transposed
@@ -150,7 +150,8 @@ def test_fisher_squares_each_example_and_not_their_sum() -> None:
 
 def make_site(w: Tensor, change: Tensor | None = None, trained: Tensor | None = None) -> ScoredSite:
     """A layer of weight ``w``, and a change of it as a delta would make it."""
-    from finetune.core.part import Delta, Patched
+    from finetune.core.layer import Patched
+    from finetune.core.part import Delta
 
     class Fixed(Delta):
         def forward(self, weight: Tensor) -> Tensor:

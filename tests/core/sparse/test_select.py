@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse import select
 from finetune.core.sparse.schedule import Schedule
 from finetune.core.sparse.select import TopK, apportion, kth_largest, sort_keys

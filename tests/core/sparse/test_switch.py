@@ -11,15 +11,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
+from finetune.core.attach import attach
 from finetune.core.changes import SparseChange
-from finetune.core.part import attach
 from finetune.core.site import find_sites
 from finetune.core.sparse.coding import encode_sorted
 from finetune.core.sparse.switch import Switch, add, pack, unpack
 from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LowRank
 from finetune.methods.sparse.shira import SHiRA
-from finetune.testing.contract import tiny
+from finetune.testing.sessions import tiny
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from finetune.data.encode import collate
 from finetune.methods.baseline.full import Full
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, contract_test
 from finetune.training.session import rate
 
@@ -30,7 +30,7 @@ def test_equals_a_bare_torch_loop() -> None:
         nn.functional.cross_entropy(bare(**batch.inputs).logits, batch.labels).backward()
         nn.utils.clip_grad_norm_(bare.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = 1e-2 * rate(contract.OPTIMIZER, step, contract.STEPS)
+            group["lr"] = 1e-2 * rate(sessions.OPTIMIZER, step, contract.STEPS)
         optimizer.step()
     contract.finish(session)
     torch.testing.assert_close(contract.logits(session.tuned), contract.logits(bare), atol=1e-4, rtol=1e-4)

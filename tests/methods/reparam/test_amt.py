@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from finetune.core.part import changed_linear, merge, patched
+from finetune.core.attach import merge, patched
+from finetune.core.layer import changed_linear
 from finetune.errors import ConfigError
 from finetune.methods.reparam.amt import AMT, Mask, damp
 from finetune.optim.adamw import AdamW
 from finetune.storage.delta import load_delta, save_delta, tensors_to_store
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session, make_optimizer
 
@@ -251,7 +252,7 @@ def test_frozen_masks_are_left_out() -> None:
 
 
 def settings(monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(schedule="constant", warmup=0.0, **options))
+    monkeypatch.setattr(sessions, "OPTIMIZER", AdamW(schedule="constant", warmup=0.0, **options))
 
 
 def test_nothing_is_masked_before_adam_can_have_moved_so_far(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from finetune.core.layer import Patched
 from finetune.core.lowrank import LowRank
-from finetune.core.part import Patched
 from finetune.methods.reparam.lora import LoRA
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test

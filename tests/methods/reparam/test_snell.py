@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.kernel import Kernel
+from finetune.core.layer import changed_linear
 from finetune.core.linalg import kth_smallest
-from finetune.core.part import changed_linear
 from finetune.core.site import Site
 from finetune.methods.reparam.snell import SNELL
 from finetune.testing import contract

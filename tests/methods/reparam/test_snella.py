@@ -13,8 +13,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.core.attach import patched
 from finetune.core.kernel import Kernel
-from finetune.core.part import changed_linear, patched
+from finetune.core.layer import changed_linear
 from finetune.errors import ConfigError
 from finetune.methods.reparam.snell import SNELL
 from finetune.methods.reparam.snella import SNELLA, Competing

@@ -21,9 +21,9 @@ from finetune.errors import ConfigError
 from finetune.methods.baseline.full import Full
 from finetune.methods.sparse.hft import HFT, draw_frozen
 from finetune.optim.adamw import AdamW
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import Kind
+from finetune.testing.sessions import Kind
 from finetune.training.session import Session, rate
 
 CASES = [
@@ -237,7 +237,7 @@ def test_rounds_equal_a_bare_loop_with_a_new_optimizer_each(
 ) -> None:
     """With weight decay a frozen matrix neither moves nor decays, and keeps no moments."""
     settings = AdamW(lr=1e-2, weight_decay=0.5)
-    monkeypatch.setattr(contract, "OPTIMIZER", settings)
+    monkeypatch.setattr(sessions, "OPTIMIZER", settings)
     session = contract.begin(
         HFT(rounds=rounds), model=contract.tiny().double()
     )  # Adam's first step would show float32's noise

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.methods.sparse.id3 import ID3
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.grow import Grow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.methods.sparse.lift import LIFT
 from finetune.schedules.redraw import Redraw

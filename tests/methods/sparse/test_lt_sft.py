@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse.engine import Dense
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.schedules.one_shot import OneShot

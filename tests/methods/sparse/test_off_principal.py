@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.methods.sparse.off_principal import OffPrincipal
 from finetune.schedules.static import Static
 from finetune.testing import contract

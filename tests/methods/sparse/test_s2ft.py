@@ -14,15 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from finetune.core.part import merge, patched
+from finetune.core.attach import merge, patched
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import IGNORED, collate
 from finetune.errors import ConfigError
 from finetune.methods.sparse.s2ft import S2FT
 from finetune.optim.adamw import AdamW
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import Kind
+from finetune.testing.sessions import Kind
 from finetune.training.session import Session, rate
 
 CASES = [Case("s2ft", lambda: S2FT(d=0.1, u=0.1))]
@@ -133,7 +133,7 @@ def permuted(
 
 def test_training_equals_the_slices_of_a_permuted_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """The function is the same at first, the steps agree, and only selected rows and columns change."""
-    monkeypatch.setattr(contract, "OPTIMIZER", SETTINGS)
+    monkeypatch.setattr(sessions, "OPTIMIZER", SETTINGS)
     original = contract.tiny("llama").double()
     session = started(EACH, model=contract.tiny("llama").double())
     found = masks(session)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
@@ -19,7 +19,7 @@ from finetune.optim.adamw import AdamW
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.narrow import Narrow
 from finetune.schedules.static import Static
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
 from finetune.training.session import Session, rate
 
@@ -51,7 +51,7 @@ NARROWED = contract.STEPS // 2
 @pytest.fixture(autouse=True)
 def small_matrices_count(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sara, "LARGEST_UNPENALIZED", 8)
-    monkeypatch.setattr(contract, "OPTIMIZER", SETTINGS)
+    monkeypatch.setattr(sessions, "OPTIMIZER", SETTINGS)
 
 
 def started(method: SaRA, seed: int = 0, double: bool = False) -> Session:

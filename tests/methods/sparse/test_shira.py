@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.site import Site
 from finetune.core.sparse.bank import Bank, SparseDelta
 from finetune.methods.sparse.shira import SHiRA

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.candidates import Candidates
 from finetune.errors import ConfigError
@@ -30,9 +30,9 @@ from finetune.schedules.static import Static
 from finetune.selectors.ist import IST
 from finetune.storage import checkpoint
 from finetune.storage.delta import tensors_to_store
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import Kind
+from finetune.testing.sessions import Kind
 from finetune.training.session import Session, rate
 
 CASES = [
@@ -78,7 +78,7 @@ LR = 1e-2
 def optimizer(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Return SM3 for the criterion ma, else AdamW."""
     criterion = getattr(request.node, "callspec", None) and request.node.callspec.params.get("criterion")
-    monkeypatch.setattr(contract, "OPTIMIZER", (SM3 if criterion == "ma" else AdamW)(lr=LR))
+    monkeypatch.setattr(sessions, "OPTIMIZER", (SM3 if criterion == "ma" else AdamW)(lr=LR))
 
 
 def made(
@@ -271,7 +271,7 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
 def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compare with torch's AdamW on plain matrices; nothing can be exchanged, and each entry is as old as the
     run."""
-    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR))
+    monkeypatch.setattr(sessions, "OPTIMIZER", AdamW(lr=LR))
     model = contract.tiny(kind).double()
     session = contract.begin(made(sparsity=0.0), kind, model=model)
     session.states.double()
@@ -295,7 +295,7 @@ def test_with_all_entries_it_is_full_fine_tuning(kind: Kind, monkeypatch: pytest
             *((logits, labels) if kind == "vit" else (logits[:, :-1].flatten(0, 1), labels.flatten()))
         ).backward()
         nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.param_groups[0]["lr"] = LR * rate(contract.OPTIMIZER, step, contract.STEPS)
+        optimizer.param_groups[0]["lr"] = LR * rate(sessions.OPTIMIZER, step, contract.STEPS)
         optimizer.step()
         for name, layer in patched(session.model).items():
             weight = plain.get_submodule(name).weight
@@ -383,7 +383,7 @@ def simulated(
             for name, site in sites.items():
                 if step % every == 0 and part == 0:
                     site.open(plain.get_submodule(name).weight.grad.flatten())
-        lr = LR * rate(contract.OPTIMIZER, step, total)
+        lr = LR * rate(sessions.OPTIMIZER, step, total)
         for name, site in sites.items():
             grad = plain.get_submodule(name).weight.grad.flatten().clone()
             site.seen.append(grad) if step % every < window else None
@@ -399,7 +399,7 @@ def test_two_whole_cycles_equal_a_dense_model_with_masks(
     micro: int | None, sparsity: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Candidates, sums, both moves, seeds, ages and decay: the same entries, and values to 1e-6."""
-    monkeypatch.setattr(contract, "OPTIMIZER", AdamW(lr=LR, weight_decay=0.3))
+    monkeypatch.setattr(sessions, "OPTIMIZER", AdamW(lr=LR, weight_decay=0.3))
     train = replace(contract.TRAIN, micro_batch_size=micro, clip=None)
     session = contract.begin(
         made(sparsity=sparsity, targets=("q", "down"), rate=0.9), train=train, model=contract.tiny().double()
@@ -448,7 +448,7 @@ def test_seeds_are_the_mean_gradients_and_others_keep_their_moments() -> None:
 def test_ma_grows_the_largest_products_of_sm3_s_accumulators(
     step: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(contract, "OPTIMIZER", SM3(lr=LR))
+    monkeypatch.setattr(sessions, "OPTIMIZER", SM3(lr=LR))
     session, bank, move = before_move(made("ma", rate=0.9), step)
     state, old, values = (
         session.optimizer.state[bank.values],

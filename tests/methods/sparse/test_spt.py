@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.artifacts.compose import sparse_changes
-from finetune.core.part import patched
+from finetune.core.attach import patched
 from finetune.core.sparse.mixed import Mixed, MixedDelta
 from finetune.data.encode import collate
 from finetune.errors import ConfigError

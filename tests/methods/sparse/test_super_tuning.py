@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from finetune.core.attach import patched
 from finetune.core.lowrank import LowRank
-from finetune.core.part import patched
 from finetune.methods.sparse.super_tuning import SuperTuning
 from finetune.schedules.static import Static
 from finetune.testing import contract

@@ -1,0 +1,100 @@
+"""Attach parts to a model, switch them off, merge them into the weights, remove them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import ConfigError
+from .layer import Patched
+from .part import Delta, Part
+
+
+def parts(states: nn.Module) -> list[Part]:
+    """Return every part inside ``states``."""
+    return [module for module in states.modules() if isinstance(module, Part)]
+
+
+def trained_in_place(states: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters that the parts of ``states`` train in place, by the model's names."""
+    found: dict[str, nn.Parameter] = {}
+    for part in parts(states):
+        found |= part.changes().parameters
+    return found
+
+
+def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    parent, _, leaf = name.rpartition(".")
+    return model.get_submodule(parent), leaf
+
+
+def attach(model: nn.Module, name: str, delta: Delta) -> None:
+    """Stack ``delta`` on the linear layer called ``name``."""
+    owner, leaf = _owner(model, name)
+    module = getattr(owner, leaf)
+    if not isinstance(module, Patched):
+        module = Patched(module)
+        setattr(owner, leaf, module)
+    module.deltas.append(delta)
+    delta.layer = name
+
+
+def patched(model: nn.Module) -> dict[str, Patched]:
+    """Return the patched layers by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, Patched)}
+
+
+def detach(model: nn.Module, states: nn.Module) -> None:
+    """Remove every part of ``states``, so that the model is as it was before ``build``."""
+    for part in parts(states):
+        part.detach()
+    unpatch(model)
+
+
+def unpatch(model: nn.Module) -> None:
+    """Put every original layer back."""
+    for name, module in patched(model).items():
+        owner, leaf = _owner(model, name)
+        setattr(owner, leaf, module.base)
+
+
+def check_mergeable(states: nn.Module) -> None:
+    """Raise ``ConfigError`` if some part of ``states`` cannot be merged into weights."""
+    unmergeable = sorted({part.describe() for part in parts(states) if not part.mergeable})
+    if unmergeable:
+        raise ConfigError(
+            f"The model cannot be merged: the method attaches {' and '.join(unmergeable)}, "
+            "which no weight can hold."
+        )
+
+
+@torch.no_grad()
+def merge(model: nn.Module, states: nn.Module) -> None:
+    """Write every part of ``states`` into the model's weights and put the plain layers back.
+
+    This cannot be undone. Raises ``ConfigError``, with nothing changed, if some part cannot be merged.
+    """
+    check_mergeable(states)
+    for part in parts(states):
+        part.fold()
+    for module in patched(model).values():
+        weight = module.weight
+        module.base.weight.copy_(weight.T if module.transposed else weight)
+    unpatch(model)
+
+
+@contextmanager
+def base(states: nn.Module) -> Iterator[None]:
+    """Make the model the pretrained one, to the bit, inside the block: all gates are 0."""
+    attached = parts(states)
+    gates = [part.gate for part in attached]
+    for part in attached:
+        part.gate = 0.0
+    try:
+        yield
+    finally:
+        for part, gate in zip(attached, gates, strict=True):
+            part.gate = gate
