@@ -106,7 +106,7 @@ def _guess_rest(
 
 
 def _list_columns(table: datasets.Dataset, fits: Callable[[Any], bool], without: str | None) -> list[str]:
-    """Return the columns whose feature fits, without one of them."""
+    """Return the columns whose feature fits, except the column ``without``."""
     return [column for column, feature in table.features.items() if fits(feature) and column != without]
 
 

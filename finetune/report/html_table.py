@@ -48,7 +48,7 @@ def make_columns(comparison: ComparisonData) -> list[Column]:
         if not _is_in_labels(key, rows):
             columns.append(Column(key, f"the setting {key}", partial(_write_setting, key), numeric=False))
     columns.append(_make_mean_column(comparison))
-    started = "finished runs of all that were started, and what happened to the others"
+    started = "finished runs out of all started ones, and what happened to the others"
     columns.append(Column("seeds", started, _write_seeds))
     if has_any(rows, "versus"):
         columns.append(_make_versus_column(comparison))

@@ -11,7 +11,7 @@ from .schema import ComparisonData, RowData
 # Colours that stay distinguishable for colour-blind readers, on white and on black.
 PALETTE = ("#0f7fc4", "#dd5f0c", "#079268", "#c25f9a", "#a3780a", "#8367d6", "#c9404a", "#5d7f88")
 SYMBOLS = ("circle", "square", "diamond", "triangle-up", "cross", "triangle-down", "x", "pentagon", "star")
-ALL_ROWS = "rows"  # the name of the only series if nothing but numbers tells rows apart
+ALL_ROWS = "rows"  # the name of the only series if rows differ in numbers only
 
 
 @dataclass(frozen=True)

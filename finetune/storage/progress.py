@@ -121,7 +121,7 @@ def read_progress(
 
 
 def _check(stored: dict[str, Any]) -> None:
-    """Raise ``Unsafe`` where ``stored`` does not fit the schema, or a number in it is absurd."""
+    """Raise ``Unsafe`` where ``stored`` does not fit the schema, or holds a number out of range."""
     schema = _schema(ProgressRecord, ABSENT_AT_FIRST)
     schema["best"] = ([str | float], type(None))
     if fault := safe.find_mismatch(stored, schema):

@@ -285,7 +285,7 @@ class Search:
         return found
 
     def results(self) -> list[tuple[Point, Result]]:
-        """Return every run and its result; of trials with the same settings the first."""
+        """Return every run and its result; for trials with the same settings, the first."""
         found: dict[Path, tuple[Point, Result]] = {}
         for trial in sorted(self._trials(), key=_order):
             with suppress(ConfigError, KeyError):  # a trial that failed before it had a run
@@ -308,7 +308,7 @@ def _gain(metric: Any, values: dict[str, float]) -> float:
 
 
 def _order(trial: dict[str, Any]) -> tuple[Any, ...]:
-    """Sort finished trials first, the best first; of equal metrics the lower loss, then the earlier trial."""
+    """Return the sort key of a trial: finished first, then better metric, lower loss, earlier trial."""
     val = trial["val"] or {}
     metric = main_metric(val)
     if metric is None:

@@ -185,7 +185,7 @@ def _order(row: dict[str, Any]) -> tuple[float, float]:
 
 
 def _trial_row(value: float, result: Result) -> dict[str, Any]:
-    """Return what ``tuning.json`` says of a trial; of its metrics only those on validation."""
+    """Return what ``tuning.json`` says of a trial; it has only the metrics on validation."""
     return {
         "value": value,
         "val": (result.get("metrics") or {}).get("val"),

@@ -465,7 +465,7 @@ def test_another_number_of_processes_is_reported_and_recorded(
     assert resume.processes(here / "nowhere") is None
 
 
-def test_an_altered_configuration_is_not_gone_on_with(place: list[str], here: Path) -> None:
+def test_an_altered_configuration_is_not_resumed(place: list[str], here: Path) -> None:
     """Of an unfinished run, whose checkpoints know with what they were made."""
     interrupt(config(place, "method=lora"), here / "run", 2)
     file = here / "run" / "config.yaml"

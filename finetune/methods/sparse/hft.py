@@ -2,8 +2,9 @@
 
 A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is
 added to it. The half is drawn once before training, or once for each of several rounds. Embeddings, head,
-pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, as GPT-2's
-qkv, counts as one: freezing some of its rows would need masks, and weight decay would still move those rows.
+pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, such as
+GPT-2's qkv, counts as one: freezing some of its rows would need masks, and weight decay would still
+move those rows.
 
 Formula:
     W <- W - rate M step(W)        M: 0 for a frozen matrix, 1 for a trained one
@@ -15,13 +16,13 @@ Paper: Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025, 
 Reading: The body of the paper was not available, and the authors released no code. The rule by category is
 the one on which the abstract, reviews and a third party's code agree; that embeddings and head train is
 unverified. ``sparsity`` is the share of the *matrices*, which is a share of the entries only where matrices
-are equal in size. Shares other than the paper's half follow the same rule: the nearest count over the model,
-halves down, and no block more than one away from its even share. ``norms`` is a rule of the third party's
+are equal in size. For other shares, the count over the model is the nearest one (a half is rounded
+down), and the counts of two blocks differ by at most one. ``norms`` is a rule of the third party's
 code only. The paper draws once per stage (a task, or a round of tuning), never within one. ``rounds`` makes
-stages of equal length within a run, each with the weights as they are and a new optimizer. The learning
+stages of equal length within a run, each with the current weights and a new optimizer. The learning
 rate's schedule spans the whole run.
 
-Differs: The authors released no code. A third party's code freezes one norm a block and, for shares other
+Differs: The authors released no code. A third party's code freezes one norm per block and, for shares other
 than half, counts parameters instead of matrices.
 
 Cost: One gradient and two moments in Adam for every trained parameter; none for a matrix that is frozen in
