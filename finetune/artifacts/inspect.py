@@ -44,7 +44,7 @@ def mask_unchanged(w0: Tensor, w1: Tensor) -> Tensor:
 
 
 def mask_largest(score: Tensor, k: int) -> Tensor:
-    """Return the mask of the ``k`` largest entries. Of equal ones the first are taken."""
+    """Return the mask of the ``k`` largest entries. Among equal entries, the first are taken."""
     flat = score.reshape(-1)
     if k <= 0:
         return torch.zeros_like(score, dtype=torch.bool)

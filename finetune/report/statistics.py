@@ -69,9 +69,9 @@ def _t_quantile(df: float, level: float) -> float:
 def _t_estimate(difference: float, error: float, df: float, level: float = 0.95) -> Estimate:
     """Return the estimate for a difference with a standard error.
 
-    Without any error, a difference of 0 has p = 1, and any other difference has no test.
+    If the standard error is 0, a difference of 0 has p = 1, and any other difference has no test.
     """
-    if not error > 1e-12 * abs(difference):  # less is rounding
+    if not error > 1e-12 * abs(difference):  # a smaller one comes from rounding
         return Estimate(difference, None, None, 1.0 if difference == 0 else None)
     reach = _t_quantile(df, level) * error
     return Estimate(difference, difference - reach, difference + reach, _t_p_value(difference / error, df))

@@ -281,8 +281,8 @@ def field_of(key: str) -> str | None:
 def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
     """Return the settings of a method.
 
-    Returns ``None`` if they are unknown: the method has a setting without default, and the option that chooses
-    it is not its name.
+    Returns ``None`` if they are unknown: the method has a setting without default, and the option that
+    chooses it is not its name.
     """
     try:
         made: object = configuration.load([f"method={method}"], config_dir).method

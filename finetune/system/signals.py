@@ -91,7 +91,7 @@ class Signals:
 def _write(line: str) -> None:
     """Write a line to standard error by its descriptor: a handler may interrupt Python's buffered writer.
 
-    A terminal's cursor, which a progress bar hides, is shown again. Of several ranks only rank 0 writes.
+    A terminal's cursor, which a progress bar hides, is shown again. Only rank 0 writes.
     """
     if rank() != 0:
         return

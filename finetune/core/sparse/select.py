@@ -3,7 +3,7 @@
 Scores arrive weight by weight, in any order. For each group of weights that compete, only the best units so
 far are kept, at 10 bytes for each unit that is wanted: an int32 key that sorts like the float32 score, an
 int32 position, and a quarter more room. The threshold among them comes from a histogram of the keys in two
-passes. Of equal scores the earlier weight wins, then the lower position, whatever the order of arrival: the
+passes. Among equal scores the earlier weight wins, then the lower position, in any order of arrival: the
 result is that of one stable sort.
 """
 
@@ -28,7 +28,7 @@ def sort_keys(scores: Tensor) -> Tensor:
     for chunk, part in zip(keys.split(CHUNK), flat.split(CHUNK), strict=True):
         if part.isnan().any():
             raise ValueError("a score is NaN")
-        part.add_(0.0)  # makes 0.0 of -0.0: the two are equal
+        part.add_(0.0)  # turns -0.0 into 0.0, so that their keys are equal
         chunk.bitwise_xor_((chunk >> 31).bitwise_and_(0x7FFFFFFF))
     return keys
 
@@ -98,7 +98,7 @@ class TopK:
             self._keys[piece] = torch.full_like(keys, NEVER)
 
     def take(self) -> dict[int, Tensor]:
-        """Return the units taken of each piece, int32, ascending. Nothing can be added afterwards."""
+        """Return the units taken from each piece, int32, ascending. Nothing can be added afterwards."""
         if self._pool:
             return self._pool.take()
         return self._take_by_cost()
@@ -122,7 +122,7 @@ class TopK:
 class _Pool:
     """Keeps the ``k`` best keys of all pieces.
 
-    It has room for a quarter more, so that most pieces can be added without sorting out the keys of earlier
+    It has room for a quarter more, so that most pieces can be added without removing keys of earlier
     ones.
     """
 

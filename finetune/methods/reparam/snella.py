@@ -3,8 +3,8 @@
 SNELLA changes SNELL in two ways. A softmax term with three trained scalars is added to the kernel K_0, and
 the share of zeroed entries is no longer the same in every layer. A budget of non-zero entries of all layers
 together shrinks along a cubic curve between the shares ``start`` and ``end`` of the run. Every ``every``
-steps it is divided among the layers in proportion to a score of their factors, no layer getting more than its
-size. After every step the score's averages take in the step's gradient.
+steps it is divided among the layers in proportion to a score of their factors, and no layer gets more than
+its size. After every step the averages of the score are updated with the step's gradient.
 
 Formula:
     K = K_0 + alpha softmax(K_0 / gamma) + beta     softmax over a layer's outputs
@@ -20,7 +20,7 @@ Paper: "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vi
 2510.24037.
 
 Reading: The released code was read, and only the abstract of the paper; the paper's own values are
-unverified. X in i is the factor after the update, its gradient that from before it, as in the code.
+unverified. As in the code, X in i is the factor after the update, and dL/dX is from before it.
 ``sparsity`` is the mean zeroed share at the end, ``initial`` that at the start. At 0 only the entry with the
 least |K| is zeroed, and the change keeps its factor |K|, unlike SNELL's. rank, scale and betas are those of
 the released scripts; 0.9 is the code's default for ``sparsity``.
@@ -31,7 +31,7 @@ Differs:
 - Layers that all score 0 get parts in proportion to their sizes; the code fails there.
 - The parts are whole numbers that add up to V; the code's float32 sums may miss V by a few entries.
 - The code keeps a layer's share outside of its checkpoints; here it is saved.
-- Left out: the average of the weights over time, which keeps the first division for good in the code, and the
+- Left out: the average of the weights over time, which in the code keeps the first division forever, and the
   variant without threshold, which three of the released scripts run under the name of SNELLA.
 
 Cost: rank (in + out) + 3 trained values per layer, their gradients and two moments in Adam, and two averages

@@ -11,8 +11,8 @@ entries with the smallest absolute change leave, and there are two criteria for 
   absolute sum come in. They get the age g, and the moments that Adam has after g steps of the mean gradient
   and the mean square. Each entry has a bias correction by its own age. An entry that would both leave and
   come in is left untouched.
-- ma, momentum approximation, with ``optimizer=sm3``: Of the untrained entries those with the largest product
-  of SM3's row and column accumulators come in. A row without a trained entry has the accumulator 0, so
+- ma, momentum approximation, with ``optimizer=sm3``: The untrained entries with the largest product of
+  SM3's row and column accumulators come in. A row without a trained entry has the accumulator 0, so
   nothing comes in there while other products are left; likewise with columns.
 
 Formula:
@@ -38,9 +38,9 @@ Differs:
 - The released budget is a share of all parameters, embeddings included, spread over the layers; here it is
   ``sparsity`` of the layers' entries.
 
-Cost: K trained values, their gradients and two moments in Adam, and an age each; with SM3 in + out
-accumulators per layer. During a window, also the positions and two sums of K candidates. Values and positions
-are stored.
+Cost: K trained values, their gradients and two moments in Adam, and one age per value; with SM3,
+in + out accumulators per layer. During a window, also the positions and two sums of K candidates. Values and
+positions are stored.
 """
 
 from __future__ import annotations

@@ -62,10 +62,11 @@ def divide_budget(
     entries at which a site gets a branch instead, and ``branches``: the number of values of that branch,
     never below the limit.
 
-    The entries of all sites are taken in the order of their scores, best first; of equal scores, the earlier
-    site comes first. An entry costs 1; the one that reaches its site's limit turns all of them into a branch
-    and costs the difference. The first entry that does not fit into the budget ends the choice. Returns which
-    of each site's scores are trained as entries, bool, and which sites have a branch, [sites] bool.
+    The entries of all sites are taken in the order of their scores, best first; among equal scores, the
+    earlier site comes first. An entry costs 1; the one that reaches its site's limit turns all of them into
+    a branch and costs the difference. The first entry that does not fit into the budget ends the choice.
+    Returns which of each site's scores are trained as entries, bool, and which sites have a branch, [sites]
+    bool.
     """
     order = torch.cat(scores).sort(descending=True, stable=True).indices
     counts = torch.tensor([len(s) for s in scores])

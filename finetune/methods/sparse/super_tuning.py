@@ -1,7 +1,7 @@
 """Super-Tuning: train the largest entries of each weight, chosen once.
 
 K entries of each matrix are trained, those with the largest magnitude; ties go to the lower position. The
-variant Supra adds a low-rank branch beside the entries: ``branch`` is its rank, and 0 is none.
+variant Supra adds a low-rank branch beside the entries: ``branch`` is its rank, and 0 means no branch.
 
 Formula:
     W' = W + S                 S: trained values at the K largest |w|, from 0
