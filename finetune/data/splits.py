@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 
 def spread_classes(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """Return the places of ``labels`` in a random order in which every stretch has the classes in proportion.
+    """Return the places of ``labels`` in a random order; every stretch of it has the classes in proportion.
 
     The first row of each class comes at the front.
     """

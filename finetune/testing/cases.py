@@ -26,8 +26,8 @@ class Case:
     ``kinds``: the tiny models on which the contract is tried.
     ``optimizer``: the optimizer's settings in the contract.
     ``data_dependent``: the data or random draws decide what is trained. Two processes that split a batch then
-    end near one process, but not within rounding.
-    ``settings``: the same for the command line, where defaults do nothing in a short run ("method.window=1").
+    end near the result of one process, but not within rounding.
+    ``settings``: settings of the command line with which the method acts in a short run ("method.window=1").
     ``selectable``: False if ``selector=ist`` refuses the method.
     ``budget``: None if ``budget=49k`` can be met within 2 %. If no setting changes the size of a method, the
     number of values that it trains in the built-in model without its head. If the budget is refused for
@@ -88,7 +88,7 @@ def checks_for(method: Method) -> tuple[str, ...]:
 
 
 def contract_test(cases: Iterable[Case]) -> Callable[..., None]:
-    """Make a test function for pytest that puts every case to its checks on each of its models.
+    """Make a test function for pytest that runs the checks of every case on each of its models.
 
     Write ``test_contract = contract_test(CASES)`` in the method's test file.
     """

@@ -16,8 +16,8 @@ from .watchdog import checksums, describe_unmoved, find_unmoved, may_rest, movin
 class FrozenState:
     """Checksums of frozen parameters and buffers, taken before the first step; a run must not change them.
 
-    ``find_changes`` compares them in the same process. Where every part can be switched off without reading a
-    file, the whole base is compared with what was loaded instead of the frozen parameters alone.
+    ``find_changes`` compares them in the same process. If every part can be switched off without reading a
+    file, the whole base is compared with the loaded one, and not the frozen parameters alone.
     """
 
     def __init__(self, setup: Setup) -> None:
