@@ -40,7 +40,7 @@ HEADINGS = {
     "Cost": "Cost",
 }
 SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
-API = {
+API: dict[str, tuple[str, list[str]]] = {
     "methods": ("What a method is", ["core.method", "core.site", "core.roles", "registry"]),
     "parts": (
         "What a method attaches",
@@ -64,7 +64,7 @@ API = {
             "core.sparse.schedule",
         ],
     ),
-    "kinds": ("Optimizers, selectors, data sets", ["core.optimizer", "core.selector", "data.dataset"]),
+    "kinds": ("Base classes of the other kinds", []),  # filled below
     "training": ("The training loop", ["training.session", "training.run"]),
     "testing": (
         "Checks for methods",
@@ -72,6 +72,11 @@ API = {
     ),
     "errors": ("Errors", ["errors"]),
 }
+_listed = {module for _, modules in API.values() for module in modules}
+for _kind in KINDS.values():
+    _module = _kind.base.rpartition(".")[0].removeprefix("finetune.")
+    if _kind.folders and _module not in _listed:
+        API["kinds"][1].append(_module)
 
 
 @dataclass

@@ -17,6 +17,7 @@ import yaml
 
 from .. import registry
 from ..config import load as configuration
+from ..config.grammar import PLACED
 from ..config.settings import Config
 from ..errors import ConfigError, suggest_nearest
 from ..storage.run_folder import RunFolder, run_folder
@@ -272,9 +273,8 @@ def method_of(words: list[str]) -> str:
 
 def field_of(key: str) -> str | None:
     """Return the field of a method that a key sets; ``None`` for keys of other sections."""
-    if key == "schedule":
-        return key
-    return key.split(".")[1] if key.startswith("method.") else None
+    place = PLACED.get(key, key)
+    return place.split(".")[1] if place.startswith("method.") else None
 
 
 @lru_cache(maxsize=256)
