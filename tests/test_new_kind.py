@@ -46,8 +46,13 @@ from {package}registry import register
 @register("{name}")
 @dataclass(frozen=True)
 class {cls}(Goal):
-    """The goal {name}."""
+    """The goal {name}.{options}"""
 '''
+OPTIONS = """
+
+    Options:
+        every: Steps from one use to the next.
+    """
 DISTILL = '''
     every: int = 1
 
@@ -101,13 +106,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     table.write_text(before.replace(last, f"        {ROW}\n{last}"), encoding="utf-8")
     made.write("finetune/core/goal.py", BASE)
     made.write("finetune/goals/__init__.py", "")
-    made.write("finetune/goals/task.py", CLASS.format(package="..", name="task", cls="Task"))
-    distill = CLASS.format(package="..", name="distill", cls="Distill") + DISTILL
+    made.write("finetune/goals/task.py", CLASS.format(package="..", name="task", cls="Task", options=""))
+    distill = CLASS.format(package="..", name="distill", cls="Distill", options=OPTIONS) + DISTILL
     made.write("finetune/goals/distill.py", distill)
     for name in ("task", "distill"):
         made.write(f"conf/goal/{name}.yaml", f"name: {name}\n")
     skeletons = "finetune/testing/skeletons"
-    skeleton = CLASS.format(package="finetune.", name="$name", cls="$cls")
+    skeleton = CLASS.format(package="finetune.", name="$name", cls="$cls", options="")
     made.write(f"{skeletons}/goal.py.txt", skeleton)
     made.write(f"{skeletons}/goal.yaml.txt", "name: $name\n")
     made.write(f"{skeletons}/goal.test.txt", SKELETON_TEST)
@@ -170,8 +175,10 @@ def test_the_tests_of_every_kind_take_it_in(checkout: Checkout) -> None:
         "tests/test_imports.py",
         "tests/test_new.py",
         "tests/test_pages.py",
-        "tests/config/test_plugins.py",
-        "tests/config/test_groups.py",
+        "tests/config/test_plugins.py::test_a_class_of_every_kind_joins[goal-scratch_goal]",
+        "tests/config/test_plugins.py::test_every_kind_with_classes_is_tried",
+        "tests/config/test_groups.py::test_every_group_is_read_by_some_test",
+        "tests/config/test_groups.py::test_one_file_of_each_group_makes_a_run[goal]",
     ]
     checkout.python("-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *about_all)
     checkout.python("-m", "ruff", "check", "finetune")

@@ -23,7 +23,7 @@ from finetune.storage.run_folder import RunFolder
 from finetune.testing import contract
 from finetune.training import run
 
-from ..support.plugin import CLASSES, SETTINGS, write_plugin
+from ..support.plugin import CLASSES, FROM_SKELETONS, SETTINGS, write_plugin, write_skeletons
 
 SMALL = [
     "train.steps=2",
@@ -62,8 +62,10 @@ def trained(settings: list[str], folder: Path) -> RunFolder:
     return RunFolder(folder)
 
 
-@pytest.mark.parametrize(("kind", "name"), CLASSES.items())
-def test_a_class_of_every_kind_joins(mine: Path, kind: str, name: str) -> None:
+@pytest.mark.parametrize(("kind", "name"), [*CLASSES.items(), *FROM_SKELETONS.items()])
+def test_a_class_of_every_kind_joins(mine: Path, tmp_path: Path, kind: str, name: str) -> None:
+    if kind in FROM_SKELETONS:
+        plugins.load([write_skeletons(tmp_path / "more")])
     assert name in registry.catalog(kind)
     assert registry.get(kind, name).name == name
     plugins.unload()
@@ -71,7 +73,7 @@ def test_a_class_of_every_kind_joins(mine: Path, kind: str, name: str) -> None:
 
 
 def test_every_kind_with_classes_is_tried() -> None:
-    assert set(CLASSES) == {kind.name for kind in registry.KINDS.values() if kind.folders}
+    assert {*CLASSES, *FROM_SKELETONS} == {kind.name for kind in registry.KINDS.values() if kind.folders}
 
 
 def test_names_work_without_a_yaml_file_and_together(mine: Path, tmp_path: Path) -> None:

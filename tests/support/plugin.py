@@ -113,12 +113,10 @@ CLASSES = {
     "selector": "scratch_all_parts",
     "dataset": "scratch_few_digits",
 }
-# Kinds that the texts above do not have take part by their skeletons.
-FROM_SKELETONS = {}
+FROM_SKELETONS = {}  # of the kinds that the texts above do not have
 for _kind in KINDS.values():
     if _kind.folders and _kind.name not in CLASSES:
         FROM_SKELETONS[_kind.name] = f"scratch_{_kind.name}"
-CLASSES |= FROM_SKELETONS
 SETTINGS = [
     "method=sparse",
     "method.score=scratch_smallness",
@@ -138,6 +136,12 @@ def write_plugin(folder: Path, version: str = "1.2") -> Path:
     (folder / "scratch_rows.py").write_text(METHOD)
     (folder / "parts.py").write_text(PARTS)
     (folder / "test_scratch_rows.py").write_text("raise RuntimeError('a test is not part of a plug-in')\n")
+    return folder
+
+
+def write_skeletons(folder: Path) -> Path:
+    """Write a plug-in of the classes in ``FROM_SKELETONS`` into ``folder`` and return it."""
+    folder.mkdir(parents=True)
     for kind, name in FROM_SKELETONS.items():
         new.write(kind, name, new.DEFAULT_FAMILY, folder)
     return folder
