@@ -12,9 +12,7 @@ import typer
 from .. import __version__
 from ..errors import ConfigError
 from ..system.exit_code import exit_code_of
-from . import artifacts as cli_finished
-from . import results as cli_report
-from . import sweep as cli_sweep
+from . import artifacts, results, sweep
 from .display import show_table, show_tree
 from .options import ConfigDir, ConfigFile, Plugins, load_plugins, start_options
 
@@ -38,13 +36,13 @@ Overrides = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
 
 
-app.command("sweep", context_settings=LENIENT)(cli_sweep.sweep)
-app.command()(cli_report.compare)
-app.command()(cli_report.reproduce)
-app.command("eval", context_settings=LENIENT)(cli_finished.evaluate)
-for command in (cli_finished.merge, cli_finished.export, cli_finished.inspect, cli_finished.compose):
+app.command("sweep", context_settings=LENIENT)(sweep.sweep)
+app.command()(results.compare)
+app.command()(results.reproduce)
+app.command("eval", context_settings=LENIENT)(artifacts.evaluate)
+for command in (artifacts.merge, artifacts.export, artifacts.inspect, artifacts.compose):
     app.command(context_settings=LENIENT)(command)
-app.command(context_settings=LENIENT)(cli_finished.verify)
+app.command(context_settings=LENIENT)(artifacts.verify)
 
 
 @app.callback()

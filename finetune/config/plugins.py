@@ -20,7 +20,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any, get_type_hints
+from typing import Any, TypedDict, get_type_hints
 
 from .. import registry
 from ..errors import ConfigError
@@ -31,8 +31,15 @@ GROUP = "finetune.plugins"
 PACKAGE = "finetune_plugins"  # parent of the modules of folders; those of installed packages keep their names
 COMMENT = "# plug-in "  # starts a line of a run's config.yaml
 HEADER_LINES = 64  # of a config.yaml that are searched for such lines
-RECORD = {"name": str, "version": str, "sha256": str}
 SHOWN_DIGITS = 10
+
+
+class PluginRecord(TypedDict):
+    """What a run records of a plug-in. ``version`` is "" if the plug-in states none."""
+
+    name: str
+    version: str
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -51,7 +58,7 @@ class Plugin:
     folder: Path | None = None
     conf: Path | None = None
 
-    def record(self) -> dict[str, str]:
+    def record(self) -> PluginRecord:
         """Return what a run records of the plug-in."""
         return {"name": self.name, "version": self.version, "sha256": self.sha256}
 
@@ -131,6 +138,8 @@ def _load_folder(folder: Path) -> list[str]:
     if any(plugin.folder == path for plugin in _LOADED):
         return []
     option = f"--plugins {folder}"
+    if path.is_file():
+        return [f"{option} is a file. Give the folder that holds it: --plugins {folder.parent}."]
     if not path.is_dir():
         return [f"{option}: there is no such folder."]
     name = f"{PACKAGE}.{path.name.replace('.', '_')}"
@@ -144,8 +153,8 @@ def _load_folder(folder: Path) -> list[str]:
     package = ModuleType(name)
     package.__path__ = [str(path)]
     sys.modules[name] = package
-    files = _python_files(path)
-    plugin = Plugin(path.name, _stated_version(path), _digest(path), name, path, _conf_of(path))
+    files, digest = _python_files(path), _digest(path, path.rglob("*.py"))
+    plugin = Plugin(path.name, _stated_version(path), digest, name, path, _conf_of(path))
     return _load_modules(plugin, files, option, f"Mend it, or leave out {option}.")
 
 
@@ -164,9 +173,12 @@ def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
         return [f"{source}: there is no module {point.module}. {cure}"]
     origin = Path(spec.origin)
     files: tuple[Path, ...] = (origin,)
-    conf, digest = None, _digest(origin)
+    conf, root, counted = None, origin.parent, [origin]
     if spec.submodule_search_locations:  # a package
-        files, conf, digest = _python_files(origin.parent), _conf_of(origin.parent), _digest(origin.parent)
+        files, conf, counted = _python_files(root), _conf_of(root), list(root.rglob("*.py"))
+    if point.dist and (listed := _listed_files(point.dist, origin)):
+        root, counted = Path(str(point.dist.locate_file(""))), listed
+    digest = _digest(root, counted)
     plugin = Plugin(point.name, version, digest, point.module, None, conf)
     return _load_modules(plugin, files, source, cure)
 
@@ -180,14 +192,27 @@ def _python_files(folder: Path) -> tuple[Path, ...]:
     return tuple(found)
 
 
-def _digest(source: Path) -> str:
-    """Return the SHA-256 over names and contents: of a file, or of the Python files in a folder at any depth.
+def _listed_files(dist: importlib.metadata.Distribution, module: Path) -> list[Path]:
+    """Return the Python files that an installed distribution lists; none if ``module`` is not among them.
 
-    Hidden folders and tests do not count.
+    An editable installation does not list its modules.
+    """
+    listed = []
+    for name in dist.files or ():
+        file = Path(str(dist.locate_file(name)))
+        if file.suffix == ".py" and file.is_file():
+            listed.append(file)
+    return listed if any(file.samefile(module) for file in listed) else []
+
+
+def _digest(root: Path, files: Iterable[Path]) -> str:
+    """Return the SHA-256 over the names of ``files``, relative to ``root``, and their contents.
+
+    Tests, and files in hidden folders or outside ``root``, do not count.
     """
     digest = hashlib.sha256()
-    for file in [source] if source.is_file() else sorted(source.rglob("*.py")):
-        name = file.name if file == source else file.relative_to(source).as_posix()
+    for file in sorted(files):
+        name = file.relative_to(root).as_posix()
         if "/." in f"/{name}" or file.name == "conftest.py" or file.name.startswith("test_"):
             continue
         content = file.read_bytes()
@@ -279,7 +304,7 @@ def _in_one_line(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split()) or type(error).__name__
 
 
-def used_by(config: Any) -> list[dict[str, str]]:
+def used_by(config: Any) -> list[PluginRecord]:
     """Return the record of each plug-in that a configuration takes a class from."""
     modules = set(_modules_of(config))
     found = []
@@ -308,7 +333,7 @@ def _modules_of(value: Any) -> Iterable[str]:
                 yield registry.catalog(mark.kind)[inner].module
 
 
-def record_of(config: Any) -> dict[str, list[dict[str, str]]]:
+def record_of(config: Any) -> dict[str, list[PluginRecord]]:
     """Return the key ``plugins`` of result.json and delta.json, or an empty mapping if no plug-in is used."""
     found = used_by(config)
     return {"plugins": found} if found else {}
@@ -334,12 +359,13 @@ def check(file: Path, text: str) -> None:
         same_name = [record for record in ours if record["name"] == theirs["name"]]
         if same_name:
             _warn(
-                f"Warning: the plug-in {_described(theirs)} that {file} was made with is loaded as "
-                f"{_described(same_name[0])}: its code has changed."
+                f"Warning: the plug-in {describe(theirs)} that {file} was made with is loaded as "
+                f"{describe(same_name[0])}: its code has changed. "
+                "To train with the new code alone, choose another run= or name=."
             )
             continue
         faults.append(
-            f"{file} was made with the plug-in {_described(theirs)}, which is not loaded. "
+            f"{file} was made with the plug-in {describe(theirs)}, which is not loaded. "
             "Name its folder by --plugins DIR, or install the package that brings it."
         )
     if faults:
@@ -348,19 +374,34 @@ def check(file: Path, text: str) -> None:
 
 def check_file(file: Path) -> None:
     """Do what ``check`` does for a file that may be missing or damaged, of which it then says nothing."""
+    check(file, _read_text(file))
+
+
+def read_records(file: Path) -> list[PluginRecord]:
+    """Return the records of the plug-ins in the frozen configuration ``file``; none if it cannot be read."""
+    return _recorded(_read_text(file))
+
+
+def _read_text(file: Path) -> str:
     try:
-        text = safe.read(file, safe.YAML_BYTES).decode()
+        return safe.read(file, safe.YAML_BYTES).decode()
     except (OSError, ValueError):
-        return
-    check(file, text)
+        return ""
 
 
-def _described(record: dict[str, str]) -> str:
+def describe(record: PluginRecord) -> str:
+    """Return name, version and the start of the digest of a plug-in, for a message."""
     version = f" {record['version']}" if record["version"] else ""
     return f"{record['name']}{version} (SHA-256 {record['sha256'][:SHOWN_DIGITS]})"
 
 
-def _recorded(text: str) -> list[dict[str, str]]:
+def describe_others(records: Sequence[PluginRecord], known: Sequence[PluginRecord]) -> str:
+    """Describe the plug-ins in ``records`` whose code ``known`` lacks; "" if there is none."""
+    digests = {record["sha256"] for record in known}
+    return ", ".join(describe(record) for record in records if record["sha256"] not in digests)
+
+
+def _recorded(text: str) -> list[PluginRecord]:
     """Return the records in the comments at the top of a frozen configuration; other lines are left out."""
     found = []
     for line in text.splitlines()[:HEADER_LINES]:
@@ -370,7 +411,7 @@ def _recorded(text: str) -> list[dict[str, str]]:
             record = safe.parse_json(line.removeprefix(COMMENT))
         except ValueError:
             continue
-        if not safe.find_mismatch(record, RECORD):
+        if not safe.find_mismatch(record, get_type_hints(PluginRecord)):
             found.append(record)
     return found
 

@@ -280,6 +280,9 @@ def _write_cell(column: Column, row: RowData) -> str:
 def _write_details(row: RowData, metric: MetricData) -> str:
     """Return the exact command, the value of every seed, the errors, and the run folders."""
     parts = f"<dt class=command>command</dt><dd class=command><code>{escape(row['command'])}</code></dd>"
+    for plugin in row["plugins"]:
+        words = f"the plug-in {escape(plugin)}: add --plugins DIR with its folder, unless it is installed"
+        parts += f"<dt>needs</dt><dd>{words}</dd>"
     if row["values"]:
         values = ", ".join(show_metric(metric, value) for value in row["values"])
         parts += f"<dt>every seed</dt><dd>{values}</dd>"

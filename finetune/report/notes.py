@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ..config import plugins
 from .judge import Judge
 from .readable import show_count, show_some
 from .rows import Row, short_name
@@ -44,6 +45,7 @@ def write_notes(runs: Sequence[Run], rows: Sequence[Row], judge: Judge, verdicts
         *_describe_seeds(rows, judge),
         *_describe_tests(rows, verdicts),
         *_describe_data(rows, judge),
+        *_describe_plugins(rows),
         *dict.fromkeys(note for run in runs for note in run.notes),
     ]
 
@@ -114,3 +116,23 @@ def _describe_data(rows: Sequence[Row], judge: Judge) -> Iterator[str]:
             "a run is paired only with a run that has the same value. "
             "Add it to --by to give each value its own row."
         )
+
+
+def _describe_plugins(rows: Sequence[Row]) -> Iterator[str]:
+    """Name the plug-ins that training again needs, and those whose code changed between runs."""
+    users: dict[str, list[str]] = {}  # from a plug-in, described with its digest, to the rows that use it
+    versions: dict[str, list[str]] = {}  # from a name to the descriptions of the plug-ins of that name
+    for row in rows:
+        for record in row.plugins:
+            described = plugins.describe(record)
+            if described not in users:
+                versions.setdefault(record["name"], []).append(described)
+            users.setdefault(described, []).append(row.label)
+    for described, labels in users.items():
+        yield (
+            f"{show_some(labels, LISTED)}: training again needs the plug-in {described}. "
+            "Add --plugins DIR with its folder to the command, unless it is an installed package."
+        )
+    for name, different in versions.items():
+        if len(different) > 1:
+            yield f"The code of the plug-in {name} changed between these runs: {', '.join(different)}."

@@ -6,6 +6,7 @@ import statistics as plain_statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ..config import plugins
 from . import statistics
 from .command import Defaults, make_command
 from .fairness import count_without_result
@@ -58,6 +59,7 @@ def describe_row(
         "rank": verdicts.ranks.get(row.label, ""),
         "versus": verdicts.versus.get(row.label),
         "command": make_command(row.finished or row.runs, defaults),
+        "plugins": [plugins.describe(record) for record in row.plugins],
         "runs": [str(run.path) for run in row.runs],
         "curve": curve,
     }

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from ..config.plugins import PluginRecord
 from ..errors import ConfigError, make_printable, suggest_nearest
 from .runs import Run
 
@@ -56,6 +57,11 @@ class Row:
     def known_settings(self) -> list[Mapping[str, Any]]:
         """The different settings of the runs whose configuration could be read."""
         return list_settings(self.runs)
+
+    @cached_property
+    def plugins(self) -> list[PluginRecord]:
+        """The different plug-ins that the runs use; one whose code changed between runs is there twice."""
+        return list({record["sha256"]: record for run in self.runs for record in run.plugins}.values())
 
     def show_values(self, key: str) -> list[str]:
         """Return the different values of a setting in this row as text, in order."""

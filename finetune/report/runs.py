@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import later
+from ..config.plugins import PluginRecord, read_records
 from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
 from ..system import safe
@@ -43,6 +44,7 @@ class Run:
 
     ``settings`` is its frozen configuration as dotted keys, without ``NOT_THE_RUN``; where the configuration
     cannot be read, ``settings_complete`` is False and ``settings`` holds only what the result records.
+    ``plugins`` are the plug-ins that the run uses.
     """
 
     path: Path
@@ -54,6 +56,7 @@ class Run:
     tuning: Mapping[str, Any] | None = None
     settings_complete: bool = True
     notes: list[str] = field(default_factory=list)
+    plugins: list[PluginRecord] = field(default_factory=list)
 
     def get_number(self, name: str) -> float | None:
         """Return a finite number of the result, such as ``test.accuracy`` or ``cost.peak_memory_bytes``."""
@@ -226,7 +229,8 @@ def _read_run(path: Path, settings_by_group: dict[str, Settings]) -> Run:
         error = error or str(result.get("error") or "no reason recorded")
         status = "failed"
     tuning = _read_tuning(path / "tuning.json")
-    return Run(path, status, error, result, settings, seed, tuning, complete)
+    used = read_records(path / "config.yaml")
+    return Run(path, status, error, result, settings, seed, tuning, complete, plugins=used)
 
 
 def _read_settings(

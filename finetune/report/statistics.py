@@ -91,16 +91,6 @@ def wilson(right: int, n: int, level: float = 0.95) -> tuple[float, float]:
     return low, high
 
 
-def mcnemar_exact(b: int, c: int) -> float:
-    """Return the p-value of McNemar's exact test.
-
-    ``b`` examples are right in the first model only, and ``c`` in the second only.
-    """
-    from scipy.special import bdtr
-
-    return min(1.0, 2 * float(bdtr(min(b, c), b + c, 0.5)))
-
-
 def mcnemar_midp(b: int, c: int) -> float:
     """Return the mid-p value of McNemar's test.
 
@@ -114,22 +104,6 @@ def mcnemar_midp(b: int, c: int) -> float:
         return 1.0
     seen = math.exp(float(gammaln(n + 1) - gammaln(k + 1) - gammaln(n - k + 1)) - n * math.log(2))
     return min(1.0, max(0.0, 2 * float(bdtr(k, n, 0.5)) - seen))
-
-
-def mcnemar_chi2(b: int, c: int, corrected: bool = False) -> tuple[float, float]:
-    """Return the statistic and p-value of McNemar's asymptotic test; it needs about 25 discordant examples.
-
-    ``corrected`` applies the continuity correction.
-    """
-    from scipy.special import chdtrc
-
-    if b + c == 0:
-        return 0.0, 1.0
-    distance = abs(b - c)
-    if corrected:
-        distance = max(distance - 1, 0)
-    chi2 = distance**2 / (b + c)
-    return chi2, float(chdtrc(1, chi2))
 
 
 def cochran_q(correct: ArrayLike) -> tuple[float, int, float]:

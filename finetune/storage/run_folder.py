@@ -142,9 +142,11 @@ class RunFolder:
     def open_or_check(self, config: Config) -> None:
         """Make the folder and freeze ``config`` in it; a finished run is not touched.
 
-        Raises ``ConfigError``, with nothing written, if the files of another run are there.
+        Warns if the run there was made with other code of a plug-in. Raises ``ConfigError``, with nothing
+        written, if the files of another run are there.
         """
         self.check(config)
+        plugins.check_file(self.config)
         if self.finished:
             return
         try:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from ..config import plugins
 from ..storage import checkpoint
 from ..storage.progress import ProgressRecord, read_progress
 from ..storage.run_folder import RunFolder
@@ -69,8 +70,24 @@ class Checkpoints:
             )
             record.watch.warnings.append(warning)
             self.log(f"Warning: {warning}.")
-        record.processes, record.config = fresh.processes, fresh.config
+        self._note_changed_plugins(record, fresh)
+        record.processes, record.plugins, record.config = fresh.processes, fresh.plugins, fresh.config
         return record
+
+    def _note_changed_plugins(self, record: ProgressRecord, fresh: ProgressRecord) -> None:
+        """Record a warning if the code of a plug-in has changed since the checkpoint.
+
+        The user is told by ``plugins.check``, before the run starts.
+        """
+        before = plugins.describe_others(record.plugins, fresh.plugins)
+        now = plugins.describe_others(fresh.plugins, record.plugins)
+        if before and now:
+            warning = (
+                f"steps up to {self.session.number} were made with the plug-in {before} and later ones with "
+                f"{now}: the code has changed, so neither version alone gives this result"
+            )
+            record.watch.warnings.append(warning)
+            self.log.write(f"Warning: {warning}.")
 
     def _use_threads(self, count: int) -> None:
         """Compute with as many threads as the steps before: another number sums in another order."""

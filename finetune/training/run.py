@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from .. import __version__
+from ..config import plugins
 from ..config.settings import Config
 from ..core.attach import base
 from ..core.collective import any_process, barrier
@@ -56,6 +57,7 @@ class Training:
         self.record = ProgressRecord(
             threads=torch.get_num_threads(),
             processes=self.session.accelerator.num_processes,
+            plugins=plugins.used_by(setup.config),
             config=setup.config.deciding(),
         )
         self.session.memory.say = log

@@ -6,8 +6,9 @@ import hashlib
 import importlib.metadata
 import json
 import re
+import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from finetune.errors import ConfigError
 from finetune.launch import resume
 from finetune.launch.start import StartOptions
 from finetune.storage.run_folder import RunFolder
+from finetune.system.signals import Interrupted, Signals
 from finetune.testing import contract
 from finetune.training import run
 
@@ -208,7 +210,7 @@ def test_folders_that_hold_no_plug_in(tmp_path: Path) -> None:
     assert len(found) == 4
     assert found[0] == f"--plugins {tmp_path / 'no'}: there is no such folder."
     assert all("no file there has a class with @register" in fault for fault in found[1:3])
-    assert found[3] == f"--plugins {file}: there is no such folder."
+    assert found[3] == f"--plugins {file} is a file. Give the folder that holds it: --plugins {tmp_path}."
 
 
 def test_a_file_that_is_no_utf8(tmp_path: Path) -> None:
@@ -265,13 +267,17 @@ def test_two_plug_ins_that_take_one_name(tmp_path: Path) -> None:
 # What a run keeps.
 
 
-def sha256(folder: Path) -> str:
-    """The digest as docs/run-folder.md describes it."""
+def digest_of(folder: Path, *names: str) -> str:
+    """The digest as docs/run-folder.md describes it, of files named relative to ``folder``."""
     digest = hashlib.sha256()
-    for name in ("__init__.py", "_size.py", "parts.py", "scratch_rows.py"):
+    for name in names:
         content = (folder / name).read_bytes()
         digest.update(f"{name}\n{len(content)}\n".encode() + content)
     return digest.hexdigest()
+
+
+def sha256(folder: Path) -> str:
+    return digest_of(folder, "__init__.py", "_size.py", "parts.py", "scratch_rows.py")
 
 
 def test_a_run_records_name_version_and_digest_of_what_it_used(mine: Path, tmp_path: Path) -> None:
@@ -347,8 +353,106 @@ def test_other_code_under_the_same_name_is_a_warning(
     assert capsys.readouterr().err == (
         f"Warning: the plug-in mine 1.2 (SHA-256 {digest[:10]}) that "
         f"{files.config} was made with is loaded as "
-        f"mine 1.2 (SHA-256 {sha256(mine)[:10]}): its code has changed.\n"
+        f"mine 1.2 (SHA-256 {sha256(mine)[:10]}): its code has changed. "
+        "To train with the new code alone, choose another run= or name=.\n"
     )
+
+
+def change_code(folder: Path) -> None:
+    """Change a plug-in on disk and load it again, as the next process would."""
+    plugins.unload()
+    file = folder / "scratch_rows.py"
+    file.write_text(file.read_text() + "\n# a change\n")
+    plugins.load([folder])
+
+
+def interrupt(folder: Path) -> None:
+    """Train the method of the plug-in and send SIGTERM during the second step."""
+
+    def progress(done: int, total: int, words: str) -> None:
+        if done == 1:
+            signal.raise_signal(signal.SIGTERM)
+
+    config = load(["method=scratch_rows", "train.steps=3", *SMALL[1:], "dataset.retention_images=0"])
+    with Signals() as signals, pytest.raises(Interrupted):
+        run.train(config, folder, lambda line: None, progress, signals)
+
+
+def test_a_run_resumed_with_other_code_keeps_a_warning(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Both digests are in log.txt and result.json, and the user is told once."""
+    files, first = RunFolder(tmp_path / "run"), sha256(mine)
+    interrupt(files.path)
+    change_code(mine)
+    config = load([], None, files.config)
+    result = run.train(config, files.path, lambda line: None, lambda done, total, words: None)
+    warning = (
+        f"steps up to 2 were made with the plug-in mine 1.2 (SHA-256 {first[:10]}) and later ones with "
+        f"mine 1.2 (SHA-256 {sha256(mine)[:10]}): the code has changed, so neither version alone gives this "
+        "result"
+    )
+    assert result["warnings"] == files.read_result()["warnings"] == [warning]
+    assert files.log.read_text().count(f"Warning: {warning}.\n") == 1
+    assert capsys.readouterr().err.count("Warning: ") == 1
+    assert [record["sha256"] for record in plugins.read_records(files.config)] == [sha256(mine)]
+
+
+def test_a_warning_of_other_code_survives_an_end_before_the_next_checkpoint(
+    mine: Path, tmp_path: Path
+) -> None:
+    """The checkpoint, not config.yaml, says with which code its steps were made."""
+    files, first = RunFolder(tmp_path / "run"), sha256(mine)
+    interrupt(files.path)
+    change_code(mine)
+    files.open_or_check(load([], None, files.config))  # a second process begins, and is killed
+    result = run.train(
+        load([], None, files.config), files.path, lambda line: None, lambda done, total, words: None
+    )
+    assert len(result["warnings"]) == 1
+    assert first[:10] in result["warnings"][0]
+
+
+def test_a_run_resumed_with_the_same_code_has_no_warning(mine: Path, tmp_path: Path) -> None:
+    files = RunFolder(tmp_path / "run")
+    interrupt(files.path)
+    plugins.unload()
+    mine.rename(tmp_path / "renamed")
+    plugins.load([tmp_path / "renamed"])
+    config = load([], None, files.config)
+    assert run.train(config, files.path, lambda line: None, lambda *_: None)["warnings"] == []
+    assert "Warning" not in files.log.read_text()
+
+
+def test_a_checkpoint_without_records_of_plug_ins_is_resumed(mine: Path, tmp_path: Path) -> None:
+    """Such a checkpoint was written before they were recorded."""
+    files = RunFolder(tmp_path / "run")
+    interrupt(files.path)
+    state = files.checkpoint(2) / "state.json"
+    content = json.loads(state.read_text())
+    del content["extra"]["plugins"]
+    state.write_text(json.dumps(content))
+    manifest = state.with_name("manifest.json")
+    listed = json.loads(manifest.read_text())
+    data = state.read_bytes()
+    listed["files"]["state.json"] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest.write_text(json.dumps(listed))
+    config = load([], None, files.config)
+    assert run.train(config, files.path, lambda line: None, lambda *_: None)["warnings"] == []
+    assert "Resuming from step 2" in files.log.read_text()
+
+
+def test_a_finished_run_of_other_code_is_a_warning(
+    mine: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without it, a user who changed the method would take the old result for the new one."""
+    files, digest = trained(["method=scratch_rows"], tmp_path / "run"), sha256(mine)
+    before = files.config.read_bytes()
+    change_code(mine)
+    capsys.readouterr()
+    files.open_or_check(load(["method=scratch_rows", *SMALL, "dataset.retention_images=0"]))
+    assert f"the plug-in mine 1.2 (SHA-256 {digest[:10]}) that {files.config}" in capsys.readouterr().err
+    assert files.config.read_bytes() == before
 
 
 def test_the_same_code_in_another_folder_is_the_same(
@@ -403,12 +507,16 @@ def test_what_a_run_folder_says_loads_nothing(tmp_path: Path, monkeypatch: pytes
 # Installed packages.
 
 
-def install(site: Path, monkeypatch: pytest.MonkeyPatch, module: str, value: str) -> None:
-    """Make an installed package with an entry point, as an installer would."""
+def install(
+    site: Path, monkeypatch: pytest.MonkeyPatch, module: str, value: str, files: Sequence[str] = ()
+) -> None:
+    """Make an installed package with an entry point, as an installer would; ``files``: those it lists."""
     about = site / "rowscale_lab-0.3.dist-info"
     about.mkdir(parents=True)
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: rowscale-lab\nVersion: 0.3\n")
     (about / "entry_points.txt").write_text(f"[finetune.plugins]\n{module} = {value}\n")
+    if files:
+        (about / "RECORD").write_text("".join(f"{file},,\n" for file in files))
     monkeypatch.syspath_prepend(site)
     plugins.unload()
 
@@ -461,6 +569,46 @@ def test_an_installed_package_that_does_not_work(
     assert fault.startswith("The plug-in rows of rowscale-lab 0.3: ")
     assert words in fault
     assert fault.endswith("Update the package, or remove it: pip uninstall rowscale-lab.")
+
+
+def digest_of_installed() -> str:
+    plugins.unload()
+    plugins.load()
+    (plugin,) = plugins.loaded()
+    return plugin.sha256
+
+
+def test_the_digest_of_an_installed_plug_in_covers_its_whole_distribution(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Modules outside the package that the entry point names count too; files not listed do not."""
+    site = tmp_path / "site"
+    write_plugin(site / "rowscale/finetune_parts")
+    for name in ("rowscale/__init__.py", "rowscale/kernel.py", "rowscale_shared.py", "other.py"):
+        (site / name).write_text(f"NAME = {name!r}\n")
+    parts = [f"rowscale/finetune_parts/{name}.py" for name in ("__init__", "_size", "parts", "scratch_rows")]
+    counted = ["rowscale/__init__.py", *parts, "rowscale/kernel.py", "rowscale_shared.py"]
+    listed = [*counted, "../bin/tool.py", "rowscale/data.txt", "rowscale/test_a.py", "rowscale/gone.py"]
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/tool.py").touch()
+    (site / "rowscale/test_a.py").touch()
+    install(site, monkeypatch, "rows", "rowscale.finetune_parts", listed)
+    assert digest_of_installed() == digest_of(site, *counted)
+    (site / "rowscale_shared.py").write_text("NAME = 'changed'\n")
+    assert digest_of_installed() == digest_of(site, *counted)
+
+
+def test_the_digest_of_an_editable_installation_is_that_of_its_package(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its distribution lists only the file that finds the package."""
+    site, package = tmp_path / "site", tmp_path / "src/rowscale"
+    write_plugin(package)
+    site.mkdir()
+    (site / "__editable___rowscale_finder.py").write_text("PLACE = 'src'\n")
+    monkeypatch.syspath_prepend(tmp_path / "src")
+    install(site, monkeypatch, "rows", "rowscale", ["__editable___rowscale_finder.py"])
+    assert digest_of_installed() == sha256(package)
 
 
 def test_nothing_is_installed_here() -> None:

@@ -121,6 +121,7 @@ def _row(chance: random.Random, method: str, sparsity: float | None) -> dict[str
         "rank": "",
         "versus": None,
         "command": command,
+        "plugins": [],
         "runs": [f"outputs/first/{method}-s{seed}" for seed in range(3)],
         "curve": [_point(step, mean, half) for step in range(0, 201, 20)],
     }
@@ -152,6 +153,7 @@ def _failed(label: str, by: dict[str, Any]) -> dict[str, Any]:
         "single_seed": False,
         "rank": "",
         "command": "finetune train method=amt seed=0",
+        "plugins": ["mine <b> (SHA-256 0123456789)"],
         "runs": ["outputs/first/amt-s0"],
         "curve": [],
     }

@@ -601,6 +601,40 @@ def test_the_command_repeats_the_whole_row(tmp_path: Path, repeated: list[str], 
         assert only["command"].count("finetune sweep ") == (2 if "method.rank=2,3" in repeated else 1)
 
 
+def add_plugin(run: Path, name: str, digit: str, version: str = "") -> None:
+    """Write what a run records of a plug-in into its config.yaml."""
+    record = json.dumps({"name": name, "version": version, "sha256": digit * 64})
+    first, _, rest = (run / "config.yaml").read_text().partition("\n")
+    (run / "config.yaml").write_text(f"{first}\n# plug-in {record}\n{rest}")
+
+
+def test_the_plug_ins_that_a_command_needs_are_named(make_run: MakeRun, tmp_path: Path) -> None:
+    """A run has a record of its plug-ins even if it has no result."""
+    make_run("lora", 0, [1, 0])
+    add_plugin(make_run("mine", 0, [1, 1]), "lab", "a", "1.2")
+    add_plugin(make_run("mine", 1, [1, 1]), "lab", "a", "1.2")
+    add_plugin(make_run("theirs", 0, status="unfinished"), "other", "c")
+    found = compare_folders(tmp_path)
+    assert get_row(found, "lora")["plugins"] == []
+    assert get_row(found, "mine")["plugins"] == ["lab 1.2 (SHA-256 aaaaaaaaaa)"]
+    assert get_row(found, "theirs")["plugins"] == ["other (SHA-256 cccccccccc)"]
+    notes = [note for note in found["notes"] if "plug-in" in note]
+    cure = "Add --plugins DIR with its folder to the command, unless it is an installed package."
+    assert notes == [
+        f"mine: training again needs the plug-in lab 1.2 (SHA-256 aaaaaaaaaa). {cure}",
+        f"theirs: training again needs the plug-in other (SHA-256 cccccccccc). {cure}",
+    ]
+    assert not any("--plugins" in row["command"] for row in found["rows"])
+
+
+def test_other_code_of_a_plug_in_between_seeds_is_a_note(make_run: MakeRun, tmp_path: Path) -> None:
+    add_plugin(make_run("mine", 0, [1, 1]), "lab", "a")
+    add_plugin(make_run("mine", 1, [1, 0]), "lab", "b")
+    found = compare_folders(tmp_path)
+    both = "lab (SHA-256 aaaaaaaaaa), lab (SHA-256 bbbbbbbbbb)"
+    assert f"The code of the plug-in lab changed between these runs: {both}." in found["notes"]
+
+
 @pytest.mark.parametrize("result", [{"threads": 2}, {"threads": 3, "processes": 2}, {}])
 def test_the_command_gives_no_threads_where_the_runs_do_not_agree(
     make_run: MakeRun, tmp_path: Path, result: dict[str, Any]

@@ -108,6 +108,12 @@ def test_the_policy_allows_just_the_scripts_that_are_there(page: Page) -> None:
     assert not any(key.startswith("on") for _, found in page.tags for key in found)
 
 
+def test_a_row_names_the_plug_in_that_its_command_needs(page: Page, comparison: dict[str, Any]) -> None:
+    (needed,) = [plugin for row in comparison["rows"] for plugin in row["plugins"]]
+    words = f"the plug-in {needed}: add --plugins DIR with its folder, unless it is installed"
+    assert read_words(page).count(words) == 1
+
+
 def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: dict[str, Any]) -> None:
     assert [found["data-value"] for found in page.all("th", scope="row") if "data-value" in found] == [
         row["label"] for row in comparison["rows"]
