@@ -19,7 +19,7 @@ from ..system import safe
 
 Metrics = dict[str, Any]  # numbers by name; ``None`` for one that was not finite
 # Keys that the first checkpoints lack.
-ABSENT_AT_FIRST = {"spent", "over", "watch", "memory", "threads", "processes", "plugins", "config"}
+ABSENT_AT_FIRST = {"spent", "over", "watch", "memory", "threads", "processes", "config", "plugins"}
 LIMITS = {"threads": 2**10, "processes": 2**20}
 LIMIT_OF_BATCH = 2**31
 # One halving of the micro-batch: the step (from 1), and the sizes in examples before and after.
@@ -69,8 +69,8 @@ class ProgressRecord:
     ``best``: the sort key of the best validation so far, ``best_step`` its step, ``best_stage`` its phase and
     whether the phase's target was met, ``val`` its metrics. ``base``, ``base_retention``: metrics of the
     model before training. ``seconds``: the duration of each step; ``spent``: of the whole loop. ``over``:
-    whether the run ended before ``train.steps``. ``plugins``: those that made the last steps.
-    ``config``: the settings that decide the result.
+    whether the run ended before ``train.steps``. ``config``: the settings that decide the result.
+    ``plugins``: the plug-ins that the last steps were made with.
     """
 
     best: list[float] | None = None
@@ -86,12 +86,17 @@ class ProgressRecord:
     memory: BatchRecord | None = None
     threads: int = 1
     processes: int = 1
-    plugins: list[PluginRecord] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
+    plugins: list[PluginRecord] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain values. ``best`` becomes text, since JSON has no NaN and no infinity."""
+        """Return the record as plain values, without ``plugins`` if the run uses none.
+
+        ``best`` becomes text, since JSON has no NaN and no infinity.
+        """
         plain = dataclasses.asdict(self)
+        if not self.plugins:
+            del plain["plugins"]
         if self.best is not None:
             plain["best"] = [repr(number) for number in self.best]
         return plain

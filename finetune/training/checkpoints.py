@@ -71,7 +71,7 @@ class Checkpoints:
             record.watch.warnings.append(warning)
             self.log(f"Warning: {warning}.")
         self._note_changed_plugins(record, fresh)
-        record.processes, record.plugins, record.config = fresh.processes, fresh.plugins, fresh.config
+        record.processes, record.config, record.plugins = fresh.processes, fresh.config, fresh.plugins
         return record
 
     def _note_changed_plugins(self, record: ProgressRecord, fresh: ProgressRecord) -> None:

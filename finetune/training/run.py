@@ -57,8 +57,8 @@ class Training:
         self.record = ProgressRecord(
             threads=torch.get_num_threads(),
             processes=self.session.accelerator.num_processes,
-            plugins=plugins.used_by(setup.config),
             config=setup.config.deciding(),
+            plugins=plugins.used_by(setup.config),
         )
         self.session.memory.say = log
 

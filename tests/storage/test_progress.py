@@ -58,6 +58,7 @@ def test_a_record_of_everything_comes_back_equal() -> None:
         threads=5,
         processes=2,
         config={"seed": 3},
+        plugins=[{"name": "mine", "version": "", "sha256": "a" * 64}],
     )
     text = json.dumps(record.to_json() | {"of a later version": 1}).replace("NaN", "null")
     back = read_progress(FOLDER, json.loads(text))
@@ -88,6 +89,10 @@ WRONG = {
     ),
     "a million threads": ({"threads": 10**6}, "threads is 1000000"),
     "no process": ({"processes": 0}, "processes is 0"),
+    "a plug-in without a digest": (
+        {"plugins": [{"name": "mine", "version": ""}]},
+        r"plugins\[0\] has no sha256",
+    ),
     "settings of a list": ({"config": []}, "config should be a mapping"),
 }
 
