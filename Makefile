@@ -16,7 +16,7 @@ test: $(READY) ## the quick tests, on all cores; none of them starts a process
 	$(PYTEST) $(PARALLEL) -m "not (slow or processes or slurm or browser)"
 processes: $(READY) ## the tests that start processes
 	$(PYTEST) $(PARALLEL) -m "processes and not (slow or slurm or browser)"
-slow: $(READY) ## the slow tests, for an hour or more; FAMILY=sparse runs those of one folder of tests/methods
+slow: $(READY) ## the slow tests, for an hour or more; FAMILY=sparse runs those of one family of methods
 	$(PYTEST) $(PARALLEL) -m slow $(if $(FAMILY),--family $(FAMILY))
 browser: $(READY) ## the tests of the HTML report in a headless Chromium, where there is one
 	$(PYTEST) -m browser tests/report

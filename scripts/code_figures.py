@@ -22,7 +22,7 @@ KINDS = {"Method", "Schedule", "Selector", "Part", "Patched", "StateModule", "Ba
 HOLDERS = ("bank", "current", "delta", "method", "module", "part", "schedule", "selector", "state", "states")
 # Attributes of other packages' objects that may be asked for by hasattr.
 FOREIGN = {"use_cache": "configurations of transformers", "item": "scalars of numpy and torch"}
-INTERNAL = ("hydra._internal", "accelerate.state", "accelerate.commands")
+INTERNAL = ("hydra._internal", "accelerate.commands")
 
 
 @dataclass
@@ -76,7 +76,7 @@ def asks_for_class(node: ast.AST, classes: set[str]) -> bool:
     if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and len(node.args) > 1:
         asked, attribute = node.args[0], node.args[1]
         if node.func.id in ("isinstance", "issubclass"):
-            named = {name.id for name in ast.walk(attribute) if isinstance(name, ast.Name)}
+            named = {ast.unparse(name).rpartition(".")[2] for name in ast.walk(attribute)}
             return bool(named & classes)
         if node.func.id == "hasattr":
             return not (isinstance(attribute, ast.Constant) and attribute.value in FOREIGN)
@@ -86,6 +86,26 @@ def asks_for_class(node: ast.AST, classes: set[str]) -> bool:
         sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
         return any(side.endswith((").__name__", ".__class__.__name__")) for side in sides)
     return False
+
+
+def find_internal_names(tree: ast.Module) -> list[tuple[int, str]]:
+    """Return the internal names of Hydra and Accelerate that a module uses, each with its line number.
+
+    These are imports from ``INTERNAL``, and private attributes in a module that imports one of the two.
+    """
+    found, uses_either = [], False
+    attributes: list[tuple[int, str]] = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom):
+            source = node.module or ""
+            uses_either |= source.partition(".")[0] in ("hydra", "accelerate")
+            if source.startswith(INTERNAL):
+                found += [(node.lineno, f"{source}.{name.name}") for name in node.names]
+        elif isinstance(node, ast.Attribute) and node.attr.startswith("_") and node.attr[:2] != "__":
+            owner = ast.unparse(node.value)
+            if owner not in ("self", "cls", "super()"):
+                attributes.append((node.lineno, f"{owner}.{node.attr}"))
+    return found + attributes if uses_either else found
 
 
 def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> None:
@@ -99,7 +119,10 @@ def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> 
             total.long += 1
             total.places.setdefault("long lines", []).append(f"{label}:{number}")
     outside = not label.startswith(("finetune/core/", "finetune/methods/"))
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    for line, name in find_internal_names(tree):
+        total.add("internal names", f"{label}:{line} {name}")
+    for node in ast.walk(tree):
         place = f"{label}:{getattr(node, 'lineno', 0)}"
         called = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
         if isinstance(node, COMPREHENSIONS) or called in ("map", "filter"):
@@ -108,9 +131,6 @@ def measure_file(path: Path, label: str, total: Measured, classes: set[str]) -> 
             total.add("ternaries", place)
         if outside and asks_for_class(node, classes):
             total.add("isinstance", place)
-        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith(INTERNAL):
-            for name in node.names:
-                total.add("internal names", f"{place} {node.module}.{name.name}")
 
 
 def find_modules(root: Path) -> dict[str, Path]:

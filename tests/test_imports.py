@@ -79,6 +79,13 @@ def test_only_config_and_launchers_know_hydra() -> None:
     }
 
 
+def test_the_ruler_finds_internal_names_of_hydra() -> None:
+    lines = ["from hydra._internal.defaults_list import create", "loader._compose(self._place)"]
+    found = RULER["find_internal_names"](ast.parse("\n".join(lines)))
+    assert found == [(1, "hydra._internal.defaults_list.create"), (2, "loader._compose")]
+    assert RULER["find_internal_names"](ast.parse("found._asdict()")) == []
+
+
 def test_only_core_and_methods_ask_for_the_class_of_a_part_or_method() -> None:
     """Other folders use what parts, states and methods declare."""
     total, _, _ = RULER["collect_figures"](ROOT)
@@ -88,6 +95,7 @@ def test_only_core_and_methods_ask_for_the_class_of_a_part_or_method() -> None:
 def test_the_ruler_finds_each_way_to_ask_for_a_class() -> None:
     asking = [
         "isinstance(x, InPlace)",
+        "isinstance(x, inplace.InPlace)",
         "hasattr(state, 'tuner')",
         "getattr(method, 'grain', None)",
         "type(delta).__name__ == 'LowRank'",

@@ -102,6 +102,7 @@ def _compose(
             added = "+" if group in missing else ""
             picks.append(f"{added}{group}={QuotedString(option, Quote.double).with_quotes()}")
         defaults = _list_defaults(picks, repository)
+        # A public way, hydra.compose, would merge Hydra's own configuration, too.
         config = loader._compose_config_from_defaults_list(defaults, repository)
         for default in defaults:
             found = repository.load_config(default.config_path or "")

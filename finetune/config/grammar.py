@@ -78,7 +78,7 @@ def _refuse_form(text: str, key: str, sign: str) -> None:
         raise ConfigError(f"{text!r} is not of the form key=value, for example train.steps=100.")
     if any("\ud800" <= c <= "\udfff" for c in text):
         raise ConfigError(
-            f"{text} is no UTF-8, and the files of a run are written in UTF-8. Rename the file or folder."
+            f"{text} is not UTF-8, and the files of a run are written in UTF-8. Rename the file or folder."
         )
 
 

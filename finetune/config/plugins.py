@@ -212,6 +212,8 @@ def _digest(root: Path, files: Iterable[Path]) -> str:
     """
     digest = hashlib.sha256()
     for file in sorted(files):
+        if not file.is_relative_to(root):
+            continue
         name = file.relative_to(root).as_posix()
         if "/." in f"/{name}" or file.name == "conftest.py" or file.name.startswith("test_"):
             continue

@@ -252,6 +252,6 @@ def read_json(file: Path, config: ModelConfig) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict):
         raise ConfigError(
-            f"model.path={config.path}: {file.name} holds no JSON object. Copy or download it again."
+            f"model.path={config.path}: {file.name} does not hold a JSON object. Copy or download it again."
         )
     return content

@@ -170,7 +170,7 @@ def _children(values: list[Any]) -> list[Any]:
 
 
 def _refuse_constant(name: str) -> Any:
-    raise Unsafe(f"{name} is no JSON")
+    raise Unsafe(f"{name} is not JSON")
 
 
 def _too_deep() -> str:

@@ -278,8 +278,8 @@ def test_checkpoints_that_do_not_fit(refuse: Refuse, run: Path) -> None:
         (["show", "seed=x"], "seed='x'"),
         (["show", "--config-dir", "x" * 999], "x... is too long for the name of a file or folder"),
         (["eval", f"ckpt={'x' * 999}"], "x... is too long for the name of a file or folder"),
-        (["show", "model.path=\udcff"], "model.path=\\udcff is no UTF-8"),
-        (["sweep", "seed=0,1", "model.path=\udcff"], "model.path=\\udcff is no UTF-8"),
+        (["show", "model.path=\udcff"], "model.path=\\udcff is not UTF-8"),
+        (["sweep", "seed=0,1", "model.path=\udcff"], "model.path=\\udcff is not UTF-8"),
     ],
 )
 def test_bad_words_of_other_commands(refuse: Refuse, words: list[str], message: str) -> None:

@@ -67,7 +67,8 @@ def write_bert(folder: Path) -> None:
 
 def test_every_group_is_read_by_some_test() -> None:
     groups = {path.parent.name for path in conf_dir().glob("*/*.yaml")}
-    assert groups == {*RUNS, *registry.outside_runs()}
+    assert groups >= RUNS.keys()
+    assert groups <= {*RUNS, *registry.outside_runs()}
 
 
 GROUPS = [pytest.param(name, marks=pytest.mark.processes) if name == "logger" else name for name in RUNS]

@@ -74,6 +74,19 @@ def test_an_optimizer_that_refuses_the_method_is_named(monkeypatch: pytest.Monke
 
 
 @pytest.mark.usefixtures("here")
+def test_an_unexpected_error_does_not_hide_the_faults_of_other_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in may raise anything; its run reports it."""
+
+    def fail(self: SM3, groups: object, states: object) -> None:
+        raise ValueError("an error of the optimizer's own")
+
+    monkeypatch.setattr(SM3, "make", fail)
+    words = ["method=bitfit", "optimizer=sm3,adamw", "model.dtype=float32,bfloat16", *CPU]
+    faults = check.faults_of([point.config for point in sweep.list_points(words)])
+    assert [bool(found) for found in faults] == [False, True, False, True]
+
+
+@pytest.mark.usefixtures("here")
 def test_what_can_be_run_passes_and_a_fault_does_not_hide_another() -> None:
     good = [
         point

@@ -2,9 +2,8 @@
 
 The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained,
 rounded. An entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step,
-which costs one more backward pass before the step; a larger ``schedule.every`` makes these passes
-rarer. Weight decay
-pulls towards the pretrained weights, so entries that are not chosen keep their values.
+which costs one more backward pass before the step; a larger ``schedule.every`` makes these passes rarer.
+Weight decay pulls towards the pretrained weights, so entries that are not chosen keep their values.
 
 Formula:
     score = |g| / (|w| + eps)^power        g: gradient of the current weight w
@@ -20,8 +19,8 @@ Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
   that of an additional pass over the same batch, in eval mode; with dropout the two choose different entries.
 - If scores are equal, the released code chooses more entries than a step's part, and may remove earlier
-  entries to make up for it. Here ties go to the lower position, so every part is exact and no
-  entry leaves.
+  entries to make up for it. Here ties go to the lower position, so every part is exact and no entry
+  leaves.
 - The released code scores all trained tensors, including embeddings, norms, biases and the head; here only
   linear layers are scored.
 - In the released code weight decay moves entries that are not chosen.
