@@ -14,6 +14,7 @@ from .support.checkout import Checkout
 pytestmark = pytest.mark.slow
 FROZEN = Path(__file__).parent / "frozen" / "runs"
 ROW = 'Kind("goal", "finetune.core.goal.Goal", ("goals",), "goal", absent="task"),'
+SURVEY_ROW = 'Kind("survey", "finetune.core.survey.Survey", ("surveys",)),'
 BASE = '''"""What a goal is: a frozen dataclass of the settings of the loss."""
 
 from __future__ import annotations
@@ -78,6 +79,14 @@ ${define_cls}
 def test_name() -> None:
     assert $cls.name == "$name"
 '''
+SURVEY_TEST = '''"""The surveys."""
+
+from finetune.surveys.count import Count
+
+
+def test_surveys() -> None:
+    assert Count.name == "count"
+'''
 SMALL = ["method=bitfit", "train.steps=2", "train.eval_every=null", "train.device=cpu", "train.threads=1"]
 SCRIPT = """
 import json, sys
@@ -97,13 +106,16 @@ print(json.dumps([hashes, choices, values]))
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
-    """A copy of this checkout with the kind ``goal``; no other file is edited."""
+    """A copy of this checkout with two more kinds; no file but the table is edited.
+
+    ``goal`` has a section of its own, and ``survey`` is not part of a run's configuration.
+    """
     made = Checkout(tmp_path_factory.mktemp("kind"))
     table = made.folder / "finetune/registry.py"
     before = table.read_text(encoding="utf-8")
     last = '        Kind("sweep"),\n'
     assert last in before
-    table.write_text(before.replace(last, f"        {ROW}\n{last}"), encoding="utf-8")
+    table.write_text(before.replace(last, f"        {ROW}\n        {SURVEY_ROW}\n{last}"), encoding="utf-8")
     made.write("finetune/core/goal.py", BASE)
     made.write("finetune/goals/__init__.py", "")
     made.write("finetune/goals/task.py", CLASS.format(package="..", name="task", cls="Task", options=""))
@@ -117,7 +129,19 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     made.write(f"{skeletons}/goal.yaml.txt", "name: $name\n")
     made.write(f"{skeletons}/goal.test.txt", SKELETON_TEST)
     made.write("tests/goals/test_goals.py", TEST)
+    count = CLASS.format(package="..", name="count", cls="Count", options="")
+    made.write("finetune/core/survey.py", make_survey(BASE))
+    made.write("finetune/surveys/__init__.py", "")
+    made.write("finetune/surveys/count.py", make_survey(count))
+    made.write(f"{skeletons}/survey.py.txt", make_survey(skeleton))
+    made.write(f"{skeletons}/survey.test.txt", make_survey(SKELETON_TEST))
+    made.write("tests/surveys/test_surveys.py", SURVEY_TEST)
     return made
+
+
+def make_survey(text: str) -> str:
+    """Return a text about goals as one about surveys."""
+    return text.replace("goal", "survey").replace("Goal", "Survey")
 
 
 def test_a_configuration_has_the_section(checkout: Checkout) -> None:
@@ -164,18 +188,21 @@ def test_the_skeleton_of_the_kind(checkout: Checkout, tmp_path: Path) -> None:
     plugin = ["--plugins", str(tmp_path / "plug")]
     checkout.python("scripts/new.py", "goal", "theirs", *plugin)
     assert 'goal.name: "theirs"' in checkout.python("-m", "finetune", "show", *plugin, "goal=theirs")
-    own = ["tests/goals/test_mine.py", str(tmp_path / "plug")]
+    checkout.python("scripts/new.py", "survey", "ours")
+    own = ["tests/goals/test_mine.py", "tests/surveys/test_ours.py", str(tmp_path / "plug")]
     checkout.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *own)
 
 
 def test_the_tests_of_every_kind_take_it_in(checkout: Checkout) -> None:
     about_all = [
         "tests/goals/test_goals.py",
+        "tests/surveys/test_surveys.py",
         "tests/test_registry.py",
         "tests/test_imports.py",
         "tests/test_new.py",
         "tests/test_pages.py",
         "tests/config/test_plugins.py::test_a_class_of_every_kind_joins[goal-scratch_goal]",
+        "tests/config/test_plugins.py::test_a_class_of_every_kind_joins[survey-scratch_survey]",
         "tests/config/test_plugins.py::test_every_kind_with_classes_is_tried",
         "tests/config/test_groups.py::test_every_group_is_read_by_some_test",
         "tests/config/test_groups.py::test_one_file_of_each_group_makes_a_run[goal]",
