@@ -162,7 +162,8 @@ def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path
     faults = []
     if len(runs) < 2:
         faults.append(
-            f"compose adds two runs or more, and {len(runs)} is named: finetune compose RUN1 RUN2 out=DIR."
+            f"compose adds at least two runs, but the number given is {len(runs)}: "
+            "finetune compose RUN1 RUN2 out=DIR."
         )
     if len(weights) != len(runs):
         given = ",".join(f"{weight:g}" for weight in weights)

@@ -1,7 +1,7 @@
 """Verify what is promised of a run.
 
-Its files are whole, its numbers are found again, a resume ends with the same bits, and its merge computes the
-same.
+Its files are complete, its metrics can be computed again, a resume ends with the same bits, and the merged
+model computes the same logits.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from ..system import safe
 from .reopen import evaluate, run_of
 
 Say = Callable[[str], None]
-# What a repetition has to give again, of result.json.
+# The keys of result.json that a repetition must reproduce.
 REPEATED = ("status", "metrics", "params", "steps", "best_step", "suspect", "warnings", "batch")
 
 
@@ -117,10 +117,10 @@ def _check_files(files: RunFolder, say: Say) -> str:
     if faults:
         raise ConfigError("; ".join(faults))
     older = sum(not (folder / manifest.NAME).exists() for folder in folders)
-    aside = f", of {older} older ones without a manifest only the layout" if older else ""
+    aside = f"; {older} older folders have no manifest, so only their layout was checked" if older else ""
     return (
-        f"{len(folders) - older} folders have the sizes and SHA-256 of their manifests{aside}; "
-        "configuration and metrics fit them"
+        f"{len(folders) - older} folders have the sizes and SHA-256 of their manifests; "
+        f"configuration and metrics fit them{aside}"
     )
 
 

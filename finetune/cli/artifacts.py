@@ -158,7 +158,8 @@ def inspect(
         ),
     ] = 0.5,
     gradient: Annotated[
-        int, typer.Option(min=0, help="Compare with the largest gradients of so many training batches, too.")
+        int,
+        typer.Option(min=0, help="Also compare with the largest gradients of N training batches."),
     ] = 0,
     plugins: Plugins = None,
     as_json: AsJson = False,

@@ -320,8 +320,8 @@ def _check_search(typed: dict[str, str], words: Words, search: str | None, trial
         foreign.append(f"tune={words.tune}")
     if foreign:
         faults.append(
-            f"{', '.join(foreign)}: without meaning for --search, which chooses its trials one after another "
-            "by what the earlier ones found, on this machine, and runs none again. Leave it out, or --search."
+            f"{', '.join(foreign)} cannot be combined with --search. A search runs on this machine, chooses "
+            "each trial by the results of earlier ones, and repeats none. Leave one of the two out."
         )
     if faults:
         raise ConfigError(*faults)
@@ -338,7 +338,7 @@ def _check_launcher(typed: dict[str, str], launcher: str) -> None:
         )
     cures = {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}
     if "--jobs" in typed and launcher in cures:
-        faults.append(f"{typed['--jobs']} is nothing that --launcher {launcher} takes. {cures[launcher]}")
+        faults.append(f"{typed['--jobs']} has no effect with --launcher {launcher}. {cures[launcher]}")
     if faults:
         raise ConfigError(*faults)
 

@@ -1,4 +1,4 @@
-"""Plain nested values of a configuration before they are checked, with where each came from."""
+"""Plain nested values of a configuration before they are checked, with the origin of each."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class Composed:
         return value
 
     def origin(self, key: str) -> str:
-        """Return where the value at ``key`` came from, or else a value inside it; "" where that is "
-        "unknown."""
+        """Return where the value at ``key``, or else a value inside it, came from; "" if that is unknown."""
         found = origin_of(key, self.origins)
         if found:
             return found

@@ -86,10 +86,10 @@ def save(folder: Path, session: Saved, extra: dict[str, Any], best: Path | None 
 
 
 def name_tensors(saved: dict[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of a session's state by the names of ``state.safetensors``, on the CPU.
+    """Return the tensors of a session's state on the CPU, by their names in ``state.safetensors``.
 
-    ``saved["optimizer"]`` is that of ``torch.optim.Optimizer.state_dict`` with names for the parameters'
-    numbers.
+    ``saved["optimizer"]`` is ``torch.optim.Optimizer.state_dict()`` with the names of the parameters in place
+    of their numbers.
     """
     found = {}
     for kind in ("states", "rng"):
@@ -184,9 +184,9 @@ def _sort_tensors(stored: dict[str, Tensor], content: dict[str, Any]) -> dict[st
 
 
 def restore_best(folder: Path, delta: Path) -> None:
-    """Store the best change that lies in the checkpoint ``folder`` as the run's change again.
+    """Restore the best change in the checkpoint ``folder`` as the run's stored change.
 
-    There is none in checkpoints made before they kept it, nor in those made before the first validation.
+    Checkpoints of early versions, and those made before the first validation, have none.
     """
     if (folder / "delta.json").is_file():
         with manifest.sealed_folder(delta) as temporary:

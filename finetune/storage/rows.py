@@ -51,7 +51,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Write one row per test example as Parquet, with the columns of the first row.
 
     The columns are id, label, prediction, score for a classifier, and id, loss, bytes for a language model.
-    Raises ``ValueError`` if there are no rows, other columns, or rows that differ in their columns.
+    Raises ``ValueError`` if there are no rows, or if the columns are others or differ between rows.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

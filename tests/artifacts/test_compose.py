@@ -225,7 +225,7 @@ def test_what_does_not_fit_is_refused_all_at_once_and_nothing_is_written(
     for name, what in (("lora", "a low-rank change"), ("head", "the head only")):
         with pytest.raises(ConfigError, match=f"{name}: method={name} has no sparse change.*{what}"):
             compose([runs["a"], runs[name]], tmp_path / "out")
-    with pytest.raises(ConfigError, match="two runs or more"):
+    with pytest.raises(ConfigError, match="at least two runs"):
         compose([runs["a"]], tmp_path / "out")
     assert not (tmp_path / "out").exists()
 

@@ -71,7 +71,7 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         ),
         (
             ["--launcher", "slurm", "--jobs", "3"],
-            "--jobs 3 is nothing that --launcher slurm takes. Write launcher.array_parallelism=N",
+            "--jobs 3 has no effect with --launcher slurm. Write launcher.array_parallelism=N",
         ),
         (["launcher.partition=x"], "local has --jobs"),
         (["--watch", "nowhere"], "there is no such folder"),
@@ -86,11 +86,11 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),
         (
             [*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"],
-            "--retry, --dry-run, --max-runs 500: without meaning for --search",
+            "--retry, --dry-run, --max-runs 500 cannot be combined with --search",
         ),
         (
             [*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"],
-            "--launcher slurm, launcher.qos=x, tune=a: without meaning",
+            "--launcher slurm, launcher.qos=x, tune=a cannot be combined with --search",
         ),
         (["tune=a", "tune=b"], "one parameter"),
     ],

@@ -4,7 +4,7 @@ For K flat positions (i_k, j_k) of a weight [out, in] the gradient is ``g[k] = s
 j_k]``. It is computed in one of three ways. None has a temporary of the size of a large weight.
 
 - *whole*: the entries fill a sub-matrix (rows, columns, heads, blocks), whose product is the answer;
-- *sampled*: one dot product an entry, on transposed chunks of tokens that stay in cache;
+- *sampled*: one dot product per entry, on transposed chunks of tokens that stay in cache;
 - *dense*: the product in blocks of rows, gathered at the entries of each block.
 
 If the entries touch only some rows or columns, the last two work inside that sub-matrix. The choice depends
