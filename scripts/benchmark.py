@@ -107,7 +107,8 @@ def run_our_steps(method: Any, steps: int) -> Iterator[float]:
             return {"id": str(i), "pixel_values": torch.randn(3, 224, 224), "label": i % CLASSES}
 
     train = TrainConfig(steps=steps, batch_size=BATCH, clip=None, device="cpu")
-    batches = Batches(Noise(), BATCH, None, 0)
+    data: Any = Noise()
+    batches = Batches(data, BATCH, None, 0)
     pretrained = Pretrained(make_vit_base(), ("classifier.weight", "classifier.bias"))
     recipe = Recipe(method, AdamW(lr=1e-4), train, seed=0)
     session = Session(pretrained, recipe, batches, make_accelerator(train))

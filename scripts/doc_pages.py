@@ -41,7 +41,7 @@ HEADINGS = {
 }
 SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
 API: dict[str, tuple[str, list[str]]] = {
-    "methods": ("What a method is", ["core.method", "core.site", "core.roles", "registry"]),
+    "methods": ("What a method is", ["core.method", "core.run", "core.site", "core.roles", "registry"]),
     "parts": (
         "What a method attaches",
         [
@@ -65,6 +65,7 @@ API: dict[str, tuple[str, list[str]]] = {
         ],
     ),
     "kinds": ("Base classes of the other kinds", []),  # filled below
+    "distillation": ("What an objective with a teacher is", ["core.distillation"]),
     "training": ("The training loop", ["training.session", "training.run"]),
     "testing": (
         "Checks for methods",

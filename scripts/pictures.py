@@ -67,6 +67,7 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
             "scores": "what entries are chosen by",
             "selectors": "which blocks train at a step",
             "optim": "AdamW, SM3",
+            "objectives": "the loss of a step",
         },
     ),
     (

@@ -15,7 +15,7 @@ GRAPH: dict[str, set[str]] = RULER["make_import_graph"](ROOT)
 BOTTOM = {"__init__", "errors"}
 KIND = BOTTOM | {"registry", "core"}  # what the folder of a kind may use that has no row of its own
 FOLDERS_OF_KINDS = {folder for kind in registry.KINDS.values() for folder in kind.folders}
-RUNS = BOTTOM | {"registry", "core", "system", "config", "data", "models", "optim", "storage", "training"}
+RUNS = KIND | {"system", "config", "data", "models", "objectives", "optim", "storage", "training"}
 ALLOWED = {
     "__init__": set(),
     "__main__": {"cli"},
@@ -25,7 +25,7 @@ ALLOWED = {
     "core": BOTTOM | {"registry"},
     "config": BOTTOM | {"registry", "system"},
     "methods": KIND | {"schedules"},
-    "data": BOTTOM | {"registry", "system"},
+    "data": KIND | {"system"},
     "models": BOTTOM | {"system", "config", "core"},
     "report": BOTTOM | {"registry", "system", "config"},
     "storage": BOTTOM | {"system", "config", "core"},  # what a state declares of how it is stored

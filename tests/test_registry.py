@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from finetune import registry
-from finetune.config import classes, grammar, load
+from finetune.config import classes, grammar, later, load
 
 WITH_CLASSES = [name for name, kind in registry.KINDS.items() if kind.folders]
 
@@ -60,10 +60,11 @@ def test_the_table_is_the_only_one() -> None:
 
 
 @pytest.mark.parametrize("kind", [kind for kind in registry.KINDS.values() if kind.absent])
-def test_the_class_that_an_absent_section_means_has_no_settings(kind: registry.Kind) -> None:
+def test_settings_of_the_class_that_an_absent_section_means_came_later_too(kind: registry.Kind) -> None:
     """Otherwise a configuration from before the kind came would change its hash."""
     assert kind.absent
-    assert not fields(registry.get(kind.name, kind.absent))
+    for field in fields(registry.get(kind.name, kind.absent)):
+        assert later.LATER[f"{kind.place}[{kind.absent}].{field.name}"] == field.default
 
 
 def test_a_name_that_is_taken_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -72,7 +72,7 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
             warnings.simplefilter("ignore")
             loaded = peft.PeftModel.from_pretrained(_read_base(setup), str(temporary))
             loaded = loaded.to(accelerator.device).eval()
-            exported = merge.logits(lambda **inputs: loaded(**inputs).logits, setup, accelerator.autocast())
+            exported = merge.logits(loaded, setup, accelerator.autocast())
         found = merge.compare(live, exported)
         merge.check_equal("exported", found, tolerance)
     summary = {

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from ..core.attach import base, patched, trained_in_place
 from ..core.linalg import kth_smallest
+from ..core.loss import count, example_losses
 from ..core.site import Site, all_sites
 from ..errors import ConfigError
 from ..storage.delta import read_description
 from ..storage.run_folder import RunFolder
 from ..system import safe
-from ..training.loss import count, example_losses
 from ..training.prepare import Setup
 from .reopen import rebuild, run_of
 
@@ -263,9 +263,9 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
                 if batch is None:
                     continue
                 with session.accelerator.autocast():
-                    logits = session.tuned(**session.compute.on_device(batch.inputs))
+                    logits = session.tuned(**session.compute.on_device(batch.inputs)).logits
                 losses = example_losses(logits, batch.labels.to(logits.device))
-                (losses.sum() / count(batch)).backward()
+                (losses.sum() / count(batch.labels)).backward()
         found = {}
         for name, (site, weight) in frozen.items():
             if weight.grad is not None:

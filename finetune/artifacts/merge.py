@@ -7,7 +7,7 @@ If few entries changed, ``finetune/originals.safetensors`` leads back to the bas
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -152,17 +152,16 @@ def plain_logits(model: nn.Module, setup: Setup, dtype: torch.dtype) -> list[Ten
     device = setup.session.accelerator.device.type
     narrow = dtype != torch.float32
     autocast = torch.autocast(device, dtype if narrow else None, enabled=narrow)
-    return logits(lambda **inputs: model(**inputs).logits, setup, autocast)
+    return logits(model, setup, autocast)
 
 
 @torch.no_grad()
-def logits(
-    answer: Callable[..., Tensor], setup: Setup, autocast: AbstractContextManager[Any]
-) -> list[Tensor]:
-    """Compute logits of the first test examples, float32, on the CPU. ``answer`` maps inputs to logits."""
+def logits(model: nn.Module, setup: Setup, autocast: AbstractContextManager[Any]) -> list[Tensor]:
+    """Compute the ``logits`` that a model gives for the first test examples, float32, on the CPU."""
     setup.session.tuned.eval()
     with autocast:
-        return [answer(**setup.session.compute.on_device(batch)).float().cpu() for batch in _batches(setup)]
+        found = [model(**setup.session.compute.on_device(batch)).logits for batch in _batches(setup)]
+    return [each.float().cpu() for each in found]
 
 
 def _batches(setup: Setup) -> Iterator[dict[str, Tensor]]:

@@ -15,7 +15,11 @@ from .. import registry
 # By dotted key, which can also name a whole section. A step may be limited to classes, as in
 # "method[lora,snell].dropout" and "method.schedule[ramp].power"; without a limit, every class of the kind
 # must have the setting.
-LATER: dict[str, Any] = {"train.patience": None}
+LATER: dict[str, Any] = {
+    "train.patience": None,
+    "objective[task].label_smoothing": 0.0,
+    "objective[task].class_weights": None,
+}
 for _kind in registry.KINDS.values():
     if _kind.absent:
         LATER[_kind.place] = {"name": _kind.absent}

@@ -111,9 +111,9 @@ class LoggerConfig:
 class Config:
     """Hold all settings of one run.
 
-    ``method``, ``dataset``, ``optimizer`` and ``selector`` are instances of registered dataclasses. The
-    training loop reads these sections by name. ``others`` holds the sections of all other kinds of
-    ``registry.KINDS``, by section.
+    ``method``, ``dataset``, ``optimizer``, ``selector`` and ``objective`` are instances of registered
+    dataclasses. The training loop reads these sections by name. ``others`` holds the sections of all other
+    kinds of ``registry.KINDS``, by section.
     """
 
     name: str | None
@@ -126,6 +126,7 @@ class Config:
     train: TrainConfig
     logger: LoggerConfig
     selector: Any = None
+    objective: Any = None
     others: dict[str, Any] = field(default_factory=dict)
 
     def section(self, name: str) -> Any:

@@ -13,68 +13,17 @@ The training loop calls them in this order and knows no method by name:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
-from .attach import attach, base
-from .collective import average_or_broadcast
+from .attach import attach
 from .part import Delta
+from .run import Run as Run  # part of what this module offers
 from .site import Site, find_sites
 from .state import Shapes, stored_shapes
-
-
-@dataclass
-class Run:
-    """What a method may see and use while it is trained.
-
-    A step's batch is a list of micro-batches; one is None if this process has no example of it.
-    """
-
-    model: nn.Module
-    states: nn.Module
-    optimizer: torch.optim.Optimizer
-    total: int  # steps of the phase
-    generator: torch.Generator
-    # Computes the mean loss over a step's batch, in eval mode, over all processes.
-    evaluate: Callable[[Any], Tensor]
-    # Returns the batches of the next steps, as many as asked for.
-    upcoming: Callable[[int], list[list[Any]]]
-    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch``
-    # sees the gradients. The flag: of the sum over examples instead of the step's mean loss.
-    backward: Callable[[Any, list[Any], bool], None]
-    # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this
-    # process alone.
-    logits: Callable[[Any], Tensor]
-    step: int = 0  # counts from 0 within the phase
-    batch: Any = None
-    metrics: dict[str, float] = field(default_factory=dict)
-
-    def average_or_broadcast(self, t: Tensor) -> Tensor:
-        """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
-        return average_or_broadcast(t)
-
-    @contextmanager
-    def base(self) -> Iterator[None]:
-        """Make the model the pretrained one, to the bit, inside the block."""
-        with base(self.states):
-            yield
-
-    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
-        """Return the optimizer's tensors that have one element for each element of ``parameter``."""
-        found = {}
-        for name, value in self.optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                found[name] = value
-        return found
-
-    def log(self, **metrics: float) -> None:
-        """Log these numbers with the current step."""
-        self.metrics |= metrics
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ..core.loss import IGNORED
 from ..errors import ConfigError
 from .dataset import Example, Raw
 
 Item = dict[str, Any]  # an encoded example, which ``collate`` takes
 CACHED_BYTES = 64 * 2**20  # processed images of a split stay in memory up to this size in total
-IGNORED = -100  # the label of a token that is not scored
 LONGEST = 1024  # default tokens of an example: many tokenizers allow 100,000, and some say 1e30
 
 
@@ -46,6 +46,11 @@ class Images(Dataset[Item]):
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def labels(self) -> list[int] | None:
+        """The class of each example."""
+        return [row["label"] for row in self.rows]
+
     def __getitem__(self, i: int) -> Item:
         if i in self._cache:
             return self._cache[i]
@@ -59,13 +64,20 @@ class Images(Dataset[Item]):
 
 
 class Tokens(Dataset[Item]):
-    """Items whose text has been tokenized."""
+    """Items that need no further processing: texts that have been tokenized."""
 
     def __init__(self, items: list[Item]) -> None:
         self.items = items
 
     def __len__(self) -> int:
         return len(self.items)
+
+    @property
+    def labels(self) -> list[int] | None:
+        """The class of each item; None for a language model."""
+        if "label" not in self.items[0]:
+            return None
+        return [item["label"] for item in self.items]
 
     def __getitem__(self, i: int) -> Item:
         return self.items[i]
@@ -139,7 +151,7 @@ def choose_length(wanted: int | None, tokenizer: Any) -> int:
     return wanted
 
 
-def encode(raw: Raw, processor: Any, length: int | None = None) -> dict[str, Dataset[Item]]:
+def encode(raw: Raw, processor: Any, length: int | None = None) -> dict[str, Images | Tokens]:
     """Return the splits of ``raw`` as items for ``collate``.
 
     ``length`` overrides the data set's own number of tokens of an example. Raises ``ConfigError`` if that is
@@ -148,7 +160,7 @@ def encode(raw: Raw, processor: Any, length: int | None = None) -> dict[str, Dat
     if raw.task == "image_classification":
         return {split: Images(rows, processor) for split, rows in raw.splits.items()}
     size = choose_length(length or raw.length, processor)
-    found: dict[str, Dataset[Item]] = {}
+    found: dict[str, Images | Tokens] = {}
     faults = []
     for split, rows in raw.splits.items():
         if raw.task == "sequence_classification":

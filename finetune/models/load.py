@@ -167,17 +167,21 @@ def start_head_(model: nn.Module, names: Collection[str], seed: int) -> None:
             parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
+def reload(base: Base) -> Any:
+    """Read the model from its source again, and return it as ``load`` returned it."""
+    if base.reload_args is None:
+        raise ValueError("this Base was not made by load(), so it has no source to read again")
+    config, labels, seed = base.reload_args
+    with quiet():
+        return read_model(find_folder(config)[0], config, base.task, labels, seed)[0]
+
+
 def original_parameters(base: Base) -> Iterator[tuple[str, Tensor]]:
     """Read the model from its source again, and yield its parameters as ``load`` returned them.
 
     Names and order are those of ``named_parameters``.
     """
-    if base.reload_args is None:
-        raise ValueError("this Base was not made by load(), so it has no source to read again")
-    config, labels, seed = base.reload_args
-    with quiet():
-        model = read_model(find_folder(config)[0], config, base.task, labels, seed)[0]
-    for name, parameter in model.named_parameters():
+    for name, parameter in reload(base).named_parameters():
         yield name, parameter.detach()
 
 

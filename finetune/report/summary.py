@@ -29,7 +29,11 @@ def _write_heading(result: Result) -> str:
         make_printable(str(result.get("dataset", "?"))),
     )
     model, seed = make_printable(str(result.get("model", "?"))), make_printable(str(result.get("seed", "?")))
-    run = f"{method} on {dataset} with {model}, seed {seed}"
+    objective = make_printable(str(result.get("objective", "task")))
+    run = f"{method} on {dataset} with {model}, "
+    if objective != "task":
+        run += f"objective {objective}, "
+    run += f"seed {seed}"
     steps = f"{result.get('steps', 0):,} steps"
     if result["status"] != "finished":
         error = make_printable(result.get("error") or "no reason recorded")

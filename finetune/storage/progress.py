@@ -19,7 +19,17 @@ from ..system import safe
 
 Metrics = dict[str, Any]  # numbers by name; ``None`` for one that was not finite
 # Keys that the first checkpoints lack.
-ABSENT_AT_FIRST = {"spent", "over", "watch", "memory", "threads", "processes", "config", "plugins"}
+ABSENT_AT_FIRST = {
+    "spent",
+    "over",
+    "watch",
+    "memory",
+    "threads",
+    "processes",
+    "config",
+    "plugins",
+    "references",
+}
 LIMITS = {"threads": 2**10, "processes": 2**20}
 LIMIT_OF_BATCH = 2**31
 # One halving of the micro-batch: the step (from 1), and the sizes in examples before and after.
@@ -71,6 +81,7 @@ class ProgressRecord:
     model before training. ``seconds``: the duration of each step; ``spent``: of the whole loop. ``over``:
     whether the run ended before ``train.steps``. ``config``: the settings that decide the result.
     ``plugins``: the plug-ins that the last steps were made with.
+    ``references``: the fingerprint of each model that the objective compares with, by its path.
     """
 
     best: list[float] | None = None
@@ -88,15 +99,17 @@ class ProgressRecord:
     processes: int = 1
     config: dict[str, Any] = field(default_factory=dict)
     plugins: list[PluginRecord] = field(default_factory=list)
+    references: dict[str, str] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Return the record as plain values, without ``plugins`` if the run uses none.
+        """Return the record as plain values, without ``plugins`` and ``references`` if the run has none.
 
         ``best`` becomes text, since JSON has no NaN and no infinity.
         """
         plain = dataclasses.asdict(self)
-        if not self.plugins:
-            del plain["plugins"]
+        for name in ("plugins", "references"):
+            if not plain[name]:
+                del plain[name]
         if self.best is not None:
             plain["best"] = [repr(number) for number in self.best]
         return plain

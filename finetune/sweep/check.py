@@ -107,7 +107,7 @@ def _build(config: Config, known: dict[str, Any]) -> None:
     """
     from ..core.attach import detach
     from ..data.encode import encode
-    from ..models.load import load, original_parameters
+    from ..models.load import load, reload
     from ..training.build import Pretrained, build_states
     from ..training.optimizer import make_optimizer
     from ..training.prepare import check_machine
@@ -121,7 +121,7 @@ def _build(config: Config, known: dict[str, Any]) -> None:
         encode(raw, base.processor)
         known.update(what=what, base=base)
     base = known["base"]
-    pretrained = Pretrained(base.model, base.head, partial(original_parameters, base))
+    pretrained = Pretrained(base.model, base.head, reload=partial(reload, base))
     for phase in config.method.phases():
         states = build_states(pretrained, phase.method, config.selector)
         make_optimizer(states, config.optimizer)

@@ -22,8 +22,10 @@ import torch
 from ..config.settings import TrainConfig
 from ..core.attach import base, detach, merge, patched
 from ..core.method import Method
+from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
+from ..objectives.task import Task
 from ..storage import checkpoint
 from ..storage.delta import load_delta, save_delta
 from ..system import random_state
@@ -124,9 +126,11 @@ class Trial:
         train: TrainConfig = TRAIN,
         choose: Callable[[], Selector] = Selector,
         optimizer: Optimizer | None = None,
+        objective: Objective | None = None,
     ) -> None:
         self.make, self.kind, self.train = make, kind, train
         self.choose, self.optimizer = choose, optimizer
+        self.objective = objective or Task()
 
     @cached_property
     def trained(self) -> Trained:
@@ -142,7 +146,7 @@ class Trial:
     def begin(self, seed: int = 0, model: Any = None, **train: Any) -> Session:
         """Make a new session, on ``model`` if one is given, with changes to the settings of training."""
         settings, selector = replace(self.train, **train), self.choose()
-        return begin(self.make(), self.kind, settings, seed, model, selector, self.optimizer)
+        return begin(self.make(), self.kind, settings, seed, model, selector, self.optimizer, self.objective)
 
     def resume(self, step: int) -> Session:
         """Make a new session that continues the training from its checkpoint after ``step``."""
@@ -240,19 +244,43 @@ def check_same_seed(trial: Trial) -> None:
 
 def check_accumulation(trial: Trial) -> None:
     """Micro-batches of unequal size (and token count) give the gradients and the loss of the whole batch."""
-    losses, gradients = [], []
-    for size in (None, 3):
-        session = trial.begin(micro_batch_size=size)
+    whole, parts = trial.begin(), trial.begin(micro_batch_size=3)
+    for session in (whole, parts):
         session.start()
-        session.tuned.eval()  # without dropout, whose draws depend on the batch's shape
-        losses.append(session._backward(next(session.batches.steps(0, 1))))
-        gradients.append([p.grad for p in session.states.parameters() if p.requires_grad])
+    _compare_steps(whole, parts)
+
+
+def check_terms(trial: Trial) -> None:
+    """The terms of micro-batches of unequal size add up to those of the whole batch, after some training.
+
+    With an objective that is not ``exact`` the loss must differ, or it should say that it is exact.
+    """
+    whole, parts = trial.resume(SAVED[1]), trial.resume(SAVED[1])
+    parts.batches.micro_batch_size = 3
+    if trial.objective.exact:
+        _compare_steps(whole, parts)
+        return
+    losses = [_run_backward(session) for session in (whole, parts)]
+    assert losses[0] != losses[1], "exact=False, but micro-batches give the loss of the whole batch"
+
+
+def _run_backward(session: Session) -> float:
+    session.tuned.eval()  # without dropout, whose draws depend on the batch's shape
+    return session._backward(next(session.batches.steps(0, 1)))
+
+
+def _compare_steps(whole: Session, parts: Session) -> None:
+    """Raise ``AssertionError`` unless a step of ``parts`` has the loss and the gradients of ``whole``."""
+    losses = [_run_backward(session) for session in (whole, parts)]
     assert abs(losses[0] - losses[1]) < 1e-5, "the loss differs"
+    gradients = []
+    for session in (whole, parts):
+        gradients.append([p.grad for p in session.states.parameters() if p.requires_grad])
     largest = max(float(gradient.abs().max()) for gradient in gradients[0] if gradient is not None)
-    for whole, summed in zip(*gradients, strict=True):
-        assert (whole is None) == (summed is None)
-        if whole is not None and summed is not None:
-            torch.testing.assert_close(summed, whole, rtol=1e-3, atol=1e-6 * largest)
+    for expected, summed in zip(*gradients, strict=True):
+        assert (expected is None) == (summed is None)
+        if expected is not None and summed is not None:
+            torch.testing.assert_close(summed, expected, rtol=1e-3, atol=1e-6 * largest)
 
 
 def check_bf16(trial: Trial) -> None:
@@ -275,6 +303,21 @@ def check_bf16(trial: Trial) -> None:
     same_values(session.model, original)
 
 
+def check_passes(trial: Trial) -> None:
+    """A step runs the model forward once, and each reference once, whatever the number of terms."""
+    session = trial.begin()
+    session.start()
+    ran: list[int] = []
+    models = [session.model]
+    for name in trial.objective.references():
+        models.append(session.run.reference(name).model)
+    for model in {id(model): model for model in models}.values():
+        model.register_forward_hook(lambda *_: ran.append(1))
+    session._backward(next(session.batches.steps(0, 1)))
+    wanted = len(models)
+    assert len(ran) == wanted, f"{len(ran)} forward passes for {wanted} models"
+
+
 # In this order: check_base_untouched takes apart the session that the checks before it share.
 CHECKS: dict[str, Callable[[Trial], None]] = {
     "step_zero": check_step_zero,
@@ -287,6 +330,23 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
     "accumulation": check_accumulation,
     "bf16": check_bf16,
 }
+
+
+OBJECTIVE_CHECKS: dict[str, Callable[[Trial], None]] = {
+    "resume": check_resume,
+    "same_seed": check_same_seed,
+    "passes": check_passes,
+    "terms": check_terms,
+    "base_untouched": check_base_untouched,
+    "bf16": check_bf16,
+}
+
+
+def check_objective(objective: Objective, make: Make, kind: Kind = "vit") -> None:
+    """Run every check of ``OBJECTIVE_CHECKS``: train the method that ``make`` gives with ``objective``."""
+    trial = Trial(make, kind, objective=objective)
+    for run_check in OBJECTIVE_CHECKS.values():
+        run_check(trial)
 
 
 def check(make: Make, kind: Kind = "vit") -> None:

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from ..config.settings import TrainConfig
 from ..core.method import Method
+from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
-from ..data.encode import collate
+from ..data.encode import Tokens, collate
+from ..objectives.task import Task
 from ..optim.adamw import AdamW
 from ..storage import checkpoint
 from ..training.batches import Batches
@@ -91,17 +93,18 @@ def begin(
     model: Any = None,
     selector: Selector | None = None,
     optimizer: Optimizer | None = None,
+    objective: Objective | None = None,
 ) -> Session:
     """Make a session of ``method`` on a tiny model, or on ``model``."""
     model = model if model is not None else tiny(kind)
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
-    data: Any = examples(kind)  # a list has what Batches needs of a data set
+    data = Tokens(examples(kind))
     batches = Batches(data, train.batch_size, train.micro_batch_size, seed, workers=train.workers)
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
-    pretrained = Pretrained(model, head, lambda: iter(copy.deepcopy(original).named_parameters()))
-    recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector())
+    pretrained = Pretrained(model, head, reload=lambda: copy.deepcopy(original))
+    recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector(), objective or Task())
     return Session(pretrained, recipe, batches, accelerator)
 
 
@@ -119,8 +122,7 @@ def logits(model: nn.Module, kind: Kind = "vit") -> Tensor:
     inputs = collate(examples(kind)[:5]).inputs
     if kind == "vit":
         inputs["pixel_values"] = inputs["pixel_values"].to(next(model.parameters()).dtype)
-    out = model(**inputs)
-    found: Tensor = out if isinstance(out, Tensor) else out.logits
+    found: Tensor = model(**inputs).logits
     return found.float()
 
 

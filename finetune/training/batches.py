@@ -8,9 +8,9 @@ from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader
 
-from ..data.encode import Batch, collate
+from ..data.encode import Batch, Images, Tokens, collate
 from ..system.signals import delay_sigterm
 
 START = 16  # examples per step, until "auto" has found how many fit
@@ -51,7 +51,7 @@ class Batches:
 
     def __init__(
         self,
-        data: Dataset[dict[str, object]],
+        data: Images | Tokens,
         batch_size: int | Literal["auto"],
         micro_batch_size: int | None,
         seed: int,
@@ -66,7 +66,7 @@ class Batches:
 
     def __len__(self) -> int:
         """Return how many examples there are."""
-        return len(self.data)  # type: ignore[arg-type]  # torch's Dataset declares no length
+        return len(self.data)
 
     @property
     def largest(self) -> int:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..core.attach import parts
 from ..core.inplace import InPlace
 from ..core.method import Method
-from ..core.part import Source
 from ..core.selector import Selector
 from ..errors import ConfigError
 
@@ -18,13 +18,23 @@ from ..errors import ConfigError
 class Pretrained:
     """A model to train, whose parameters are frozen.
 
-    ``head``: names of the parameters of its new head, which every method trains. ``source`` reads the
-    original parameters again, for methods that keep no copy of them.
+    ``head``: names of the parameters of its head, which every method trains. ``new_head``: whether the head
+    starts anew, instead of coming with the checkpoint. ``reload`` returns the model as it was, as a new
+    module, for methods that keep no copy of its parameters. ``read_teacher`` returns the model in another
+    folder; it raises ``ConfigError`` if that model does not fit the task.
     """
 
     model: nn.Module
     head: tuple[str, ...] = ()
-    source: Source | None = None
+    new_head: bool = True
+    reload: Callable[[], nn.Module] | None = None
+    read_teacher: Callable[[str], nn.Module] | None = None
+
+    def original_parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the model's parameters as they were, by name."""
+        assert self.reload is not None
+        for name, parameter in self.reload().named_parameters():
+            yield name, parameter.detach()
 
 
 def build_states(pretrained: Pretrained, method: Method, selector: Selector | None = None) -> nn.ModuleDict:
@@ -40,7 +50,7 @@ def build_states(pretrained: Pretrained, method: Method, selector: Selector | No
         states["head"] = InPlace(model, list(pretrained.head), keep=True)
     states["method"] = method.build(model)
     for part in parts(states):
-        part.use_source(pretrained.source)
+        part.use_source(pretrained.original_parameters if pretrained.reload else None)
     if not any(parameter.requires_grad for parameter in states.parameters()):
         raise ConfigError(
             f"method={method.name} has nothing to train here: a language model has no new head. "

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ..config import plugins
+from ..errors import ConfigError
 from ..storage import checkpoint
 from ..storage.progress import ProgressRecord, read_progress
 from ..storage.run_folder import RunFolder
@@ -56,6 +57,12 @@ class Checkpoints:
             return None
         record = read_progress(folder, checkpoint.load(folder, self.session), fresh)
         self.files.check_unaltered(record.config, folder)
+        for path, mark in record.references.items():
+            if fresh.references.get(path) != mark:
+                raise ConfigError(
+                    f"The reference model {path} has other weights now than when {folder} was written. "
+                    "Put the old ones back, or train again."
+                )
         self.session.memory.restore(record.memory)
         self._use_threads(record.threads)
         if self.is_main:

@@ -2,57 +2,83 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..core.collective import add_gradients, sum_processes
+from ..core.loss import count, scored
+from ..core.objective import Need, Objective
+from ..core.run import Run, Seen
 from ..data.encode import Batch
 from .batches import Batches
-from .loss import count, example_losses, scored
 
+T = TypeVar("T", float, Tensor)
 MicroBatches = list[Batch | None]  # of one step; ``None`` if this process has no example left
 
 
+def look(model: Any, needs: tuple[Need, ...], inputs: dict[str, Tensor]) -> Seen:
+    """Run a transformers model forward; return its logits and what else is needed."""
+    wanted = {f"output_{name}": True for name in (NAMES[need] for need in needs)}
+    out = model(**inputs, **wanted)
+    return Seen(out.logits, tuple(out.get("hidden_states") or ()), tuple(out.get("attentions") or ()))
+
+
+NAMES: dict[Need, str] = {"hidden": "hidden_states", "attention": "attentions"}  # as transformers names them
+
+
 class Tuned(nn.Module):
-    """A model and the states of a phase as one module, which returns logits."""
+    """A model and the states of a phase as one module."""
 
     def __init__(self, model: nn.Module, states: nn.Module) -> None:
         super().__init__()
         self.model, self.states = model, states
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        logits: Tensor = self.model(**inputs).logits
-        return logits
+    def forward(self, needs: tuple[Need, ...] = (), **inputs: Tensor) -> Seen:
+        """Return what the model gives for ``inputs``, with what is needed besides the logits."""
+        return look(self.model, needs, inputs)
 
 
 class Compute:
-    """The forward and backward passes of one process. ``tuned`` is the model of the current phase."""
+    """The forward and backward passes of one process.
+
+    ``tuned`` is the model of the current phase, and ``run`` what its objective sees.
+    """
 
     tuned: Tuned
+    run: Run
 
-    def __init__(self, batches: Batches, accelerator: Accelerator) -> None:
-        self.batches, self.accelerator = batches, accelerator
+    def __init__(self, batches: Batches, accelerator: Accelerator, objective: Objective) -> None:
+        self.batches, self.accelerator, self.objective = batches, accelerator, objective
 
     def on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move a batch's inputs to the model's device."""
         return {name: tensor.to(self.accelerator.device) for name, tensor in inputs.items()}
 
-    def sum_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return the loss summed over the examples of a batch."""
-        return example_losses(logits, batch.labels.to(self.accelerator.device)).sum()
-
     def count_scored(self, micro: MicroBatches) -> int:
         """Return how many examples (or tokens) of a step are scored, over all processes."""
-        ours = sum(count(batch) for batch in micro if batch)
+        ours = sum(count(batch.labels) for batch in micro if batch)
         return int(sum_processes(torch.tensor(ours, device=self.accelerator.device)))
 
+    def count_terms(self, micro: MicroBatches) -> dict[str, float]:
+        """Return the count of each term of the objective in a step, over all processes."""
+        totals: dict[str, float] = {}
+        for batch in micro:
+            found = self.objective.counts(self.run, batch or self._stand_in(micro))
+            for name, counted in found.items():
+                totals[name] = totals.get(name, 0.0) + counted * (batch is not None)
+        summed = sum_processes(torch.tensor(list(totals.values()), dtype=torch.float64))
+        return dict(zip(totals, summed.tolist(), strict=True))
+
     @contextmanager
-    def evaluating(self, for_gradients: bool = False) -> Iterator[Callable[[Batch], Tensor]]:
-        """Yield a function from a batch to logits, in eval mode.
+    def evaluating(
+        self, needs: tuple[Need, ...] = (), for_gradients: bool = False
+    ) -> Iterator[Callable[[Batch], Seen]]:
+        """Yield a function from a batch to what the model gives, in eval mode.
 
         ``for_gradients``: use bfloat16 where training uses float16, whose gradients vanish without a loss
         scale.
@@ -60,66 +86,78 @@ class Compute:
         training, device = self.tuned.training, self.accelerator.device.type
         avoid_fp16 = for_gradients and self.accelerator.scaler is not None
 
-        def logits(batch: Batch) -> Tensor:
+        def see(batch: Batch) -> Seen:
             with torch.autocast(device, torch.bfloat16) if avoid_fp16 else self.accelerator.autocast():
-                found: Tensor = self.tuned(**self.on_device(batch.inputs))
+                found: Seen = self.tuned(needs, **self.on_device(batch.inputs))
             return found
 
         self.tuned.eval()
         try:
-            yield logits
+            yield see
         finally:
             self.tuned.train(training)
 
     @torch.no_grad()
     def mean_loss(self, micro: MicroBatches) -> Tensor:
         """Return the mean loss over a step's global batch, in eval mode."""
-        loss_sum = torch.zeros((), device=self.accelerator.device)
-        with self.evaluating() as logits:
+        counts, weights = self.count_terms(micro), self.objective.weights(self.run)
+        sums = self._start_sums(counts)
+        with self.evaluating(self.objective.needs) as see:
             for batch in micro:
                 if batch:
-                    loss_sum += self.sum_losses(logits(batch), batch)
-        return sum_processes(loss_sum) / self.count_scored(micro)
+                    for name, term in self.objective.terms(self.run, see(batch), batch).items():
+                        sums[name] += term
+        total = torch.zeros((), device=self.accelerator.device)
+        for name, term in sums.items():
+            total = total + weights.get(name, 1.0) * _divide(sum_processes(term), counts[name])
+        return total
 
     def scored_logits(self, batch: Batch) -> Tensor:
         """Return a batch's logits at the places that the loss is averaged over, in eval mode.
 
         [places, classes], see ``loss.scored``.
         """
-        with self.evaluating() as logits:
-            return scored(logits(batch), batch.labels.to(self.accelerator.device))
+        with self.evaluating() as see:
+            return scored(see(batch).logits, batch.labels.to(self.accelerator.device))
 
     def probe(self, batch: Batch | None, micro: MicroBatches, summed: bool) -> None:
         """Run one micro-batch backward in eval mode, for parts that watch gradients.
 
         No parameter keeps a gradient. The loss is the micro-batch's share of the step's mean, or with
-        ``summed`` the sum over its examples.
+        ``summed`` that mean times the number of examples, or scored tokens, of the step.
         """
-        share = batch or self._stand_in(micro)
-        with self.evaluating(for_gradients=True) as logits:
-            loss = self.sum_losses(logits(share), share) * (batch is not None)
-            if not summed:
-                loss = loss * (self.accelerator.num_processes / self.count_scored(micro))
+        share, counts = batch or self._stand_in(micro), self.count_terms(micro)
+        scale = float(self.count_scored(micro) if summed else self.accelerator.num_processes)
+        with self.evaluating(self.objective.needs, for_gradients=True) as see:
+            terms = self.objective.terms(self.run, see(share), share)
+            loss = self._combine(terms, batch is not None, counts, scale)
             loss.backward()
         for parameter in self.tuned.states.parameters():
             parameter.grad = None
 
-    def backward(self, micro: MicroBatches, added_loss: Callable[[Batch], Tensor | float]) -> float:
+    def backward(
+        self, micro: MicroBatches, added_loss: Callable[[Batch], Tensor | float]
+    ) -> tuple[float, dict[str, float]]:
         """Compute this process's share of the gradients of the mean loss over the global batch.
 
-        ``added_loss``: a further term, averaged over the micro-batches. Returns the mean loss without that
-        term.
+        ``added_loss``: a penalty of the method, averaged over the micro-batches. Returns the mean loss
+        without that penalty, and the mean of each term without its weight.
         """
-        counted, loss_sum = self.count_scored(micro), torch.zeros((), device=self.accelerator.device)
+        counts, weights = self.count_terms(micro), self.objective.weights(self.run)
+        sums = self._start_sums(counts)
         for batch in micro:
             share = batch or self._stand_in(micro)
             with self.accelerator.autocast():
-                logits = self.tuned(**self.on_device(share.inputs))
-            task = self.sum_losses(logits, share) * (batch is not None)
+                seen = self.tuned(self.objective.needs, **self.on_device(share.inputs))
+                terms = self.objective.terms(self.run, seen, share)
+            loss = self._combine(terms, batch is not None, counts)
             added = added_loss(share) / (len(micro) * self.accelerator.num_processes)
-            self.accelerator.backward(task * (1 / counted) + added)
-            loss_sum += task.detach()
-        return float(sum_processes(loss_sum)) / counted
+            self.accelerator.backward(loss + added)
+            if batch:
+                for name, term in terms.items():
+                    sums[name] += term.detach()
+        means = {name: _divide(float(sum_processes(term)), counts[name]) for name, term in sums.items()}
+        return sum(weights.get(name, 1.0) * mean for name, mean in means.items()), means
 
     def share_gradients(self) -> None:
         """Make every gradient the sum of all processes' gradients."""
@@ -128,9 +166,30 @@ class Compute:
     def try_backward(self, batch: Batch) -> None:
         """Run a batch forward and backward as training does, to see whether memory suffices."""
         self.tuned.train()
+        counts = self.objective.counts(self.run, batch)
         with self.accelerator.autocast():
-            logits = self.tuned(**self.on_device(batch.inputs))
-        self.accelerator.backward(self.sum_losses(logits, batch))
+            seen = self.tuned(self.objective.needs, **self.on_device(batch.inputs))
+            terms = self.objective.terms(self.run, seen, batch)
+        self.accelerator.backward(self._combine(terms, True, counts))
+
+    def _start_sums(self, names: Iterable[str]) -> dict[str, Tensor]:
+        return {name: torch.zeros((), device=self.accelerator.device) for name in names}
+
+    def _combine(
+        self, terms: dict[str, Tensor], is_real: bool, counts: dict[str, float], scale: float = 1.0
+    ) -> Tensor:
+        """Return the loss of a micro-batch: its share of ``scale`` times the step's mean.
+
+        ``is_real``: False for a stand-in, whose loss is 0.
+        """
+        weights, shares = self.objective.weights(self.run), []
+        for name, term in terms.items():
+            factor = _divide(weights.get(name, 1.0) * scale, counts[name])
+            shares.append((term * is_real) * factor)
+        total = shares[0]
+        for share in shares[1:]:
+            total = total + share
+        return total
 
     def _stand_in(self, micro: MicroBatches) -> Batch:
         """Return a batch for a process without an example, which must run the model like the others."""
@@ -138,3 +197,8 @@ class Compute:
             if batch:
                 return batch
         return self.batches.stand_in()
+
+
+def _divide(total: T, count: float) -> T:
+    """Return the mean; 0 of nothing."""
+    return total / count if count else total * 0

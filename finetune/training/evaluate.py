@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from ..core.collective import gather
+from ..core.loss import count, example_losses
 from ..data.encode import Batch, collate
 from ..errors import RunFailed
-from .loss import count, example_losses
 from .memory import ADVICE, ran_out, release_memory
 
 LARGEST_EXPONENT = 700.0  # beyond it, exp would overflow float64
@@ -34,7 +34,7 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelerator) -> Evaluation:
-    """Evaluate every example once, in order. ``tuned(**inputs)`` returns logits.
+    """Evaluate every example once, in order. ``tuned(**inputs).logits`` are its answers.
 
     The processes take turns at the batches, and each gets all results. A batch that does not fit into memory
     is halved; raises ``RunFailed`` where a single example does not fit.
@@ -50,7 +50,7 @@ def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelera
         collate_fn=collate,
         generator=torch.Generator(),
     )
-    ours = [(_evaluate_batch(tuned, batch, accelerator), count(batch)) for batch in loader]
+    ours = [(_evaluate_batch(tuned, batch, accelerator), count(batch.labels)) for batch in loader]
     tuned.train(was_training)
     by_process = gather(ours)
     rows, scored = [], 0
@@ -65,7 +65,7 @@ def _evaluate_batch(tuned: nn.Module, batch: Batch, accelerator: Accelerator) ->
     try:
         inputs = {name: tensor.to(accelerator.device) for name, tensor in batch.inputs.items()}
         with accelerator.autocast():
-            logits = tuned(**inputs)
+            logits = tuned(**inputs).logits
         losses = example_losses(logits, batch.labels.to(accelerator.device)).cpu()
         return _rows(batch, logits.float().cpu(), losses.tolist())
     except (RuntimeError, MemoryError) as error:

@@ -79,9 +79,9 @@ def _expected_peak(session: Session, trained: int) -> int:
     batch = next(batch for batch in next(session.batches.steps(0, 1)) if batch)
     weights = {p.untyped_storage().data_ptr() for p in session.tuned.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(note, _unchanged), session.accelerator.autocast():
-        logits = session.tuned(**session.compute.on_device(batch.inputs))
+        seen = session.tuned(session.recipe.objective.needs, **session.compute.on_device(batch.inputs))
     activations = sum(size for place, size in kept.items() if place not in weights)
-    del logits
+    del seen
     on_gpu = session.accelerator.device.type == "cuda"
     now = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
     return now + activations + STATE_TENSORS * torch.float32.itemsize * trained

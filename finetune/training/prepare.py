@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,12 +13,13 @@ from accelerate import Accelerator
 from accelerate.state import (
     AcceleratorState,  # its _reset_state: no public way makes a second Accelerator differ
 )
+from torch import nn
 
 from ..config.settings import Config, TrainConfig
 from ..core.attach import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
-from ..models.load import Base, fingerprint, load, original_parameters
+from ..models.load import Base, fingerprint, load, reload
 from ..storage.result import Params
 from ..system.environment import sharding_faults
 from .batches import Batches
@@ -131,6 +133,51 @@ def make_deterministic(settings: TrainConfig) -> None:
         torch.set_num_threads(max(1, settings.threads // processes))
 
 
+def read_teacher(config: Config, student: Base, labels: tuple[str, ...], path: str) -> nn.Module:
+    """Return the model in the folder ``path``, for the same task and with the same vocabulary or images.
+
+    Raises ``ConfigError`` where it cannot be read or does not fit.
+    """
+    named = f"objective.teacher={path}"
+    if (Path(path).expanduser() / "config.yaml").is_file():
+        raise ConfigError(
+            f"{named} is a run, not a model. Write its model with `finetune merge ckpt={path} out=FOLDER`, "
+            "and name that folder."
+        )
+    try:
+        teacher = load(replace(config.model, path=path, revision=None), student.task, labels, config.seed)
+    except ConfigError as error:
+        raise ConfigError(
+            *(fault.replace("model.path=", "objective.teacher=") for fault in error.faults)
+        ) from None
+    if teacher.head:
+        raise ConfigError(
+            f"{named} has no trained head for the classes of this data set, so it can teach nothing. "
+            "Train it on these classes first, and merge that run."
+        )
+    if student.task == "image_classification":
+        wanted, given = (_describe_images(base.processor) for base in (student, teacher))
+        if wanted != given:
+            raise ConfigError(
+                f"{named} takes images of {given}, and the model takes {wanted}. Choose a teacher with the "
+                "same image processor."
+            )
+    elif student.processor.get_vocab() != teacher.processor.get_vocab():
+        raise ConfigError(
+            f"{named} has another vocabulary ({len(teacher.processor)} tokens; the model has "
+            f"{len(student.processor)}), so its predictions cannot be compared. Choose a teacher with the "
+            "model's tokenizer."
+        )
+    taught: nn.Module = teacher.model
+    return taught
+
+
+def _describe_images(processor: Any) -> str:
+    """Return the size and the normalization of a processor's images."""
+    settings = processor.to_dict()
+    return ", ".join(f"{key} {settings.get(key)}" for key in ("size", "image_mean", "image_std"))
+
+
 def prepare(config: Config) -> Setup:
     """Read data and model, and attach the method.
 
@@ -155,8 +202,15 @@ def prepare(config: Config) -> Setup:
         accelerator.num_processes,
         config.train.workers,
     )
-    pretrained = Pretrained(model.model, model.head, partial(original_parameters, model))
-    recipe = Recipe(config.method, config.optimizer, config.train, config.seed, config.selector)
+    pretrained = Pretrained(
+        model.model,
+        model.head,
+        reload=partial(reload, model),
+        read_teacher=partial(read_teacher, config, model, raw.labels),
+    )
+    recipe = Recipe(
+        config.method, config.optimizer, config.train, config.seed, config.selector, config.objective
+    )
     session = Session(pretrained, recipe, batches, accelerator)
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
 

@@ -59,6 +59,7 @@ class Training:
             processes=self.session.accelerator.num_processes,
             config=setup.config.deciding(),
             plugins=plugins.used_by(setup.config),
+            references=self.session.references.fingerprints(),
         )
         self.session.memory.say = log
 

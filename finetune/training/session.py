@@ -19,10 +19,12 @@ from ..config.settings import TrainConfig
 from ..core.attach import detach
 from ..core.collective import broadcast_
 from ..core.method import Method, Run
+from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
 from ..data.encode import Batch
 from ..errors import RunFailed
+from ..objectives.task import Task
 from ..system import random_state
 from .batches import Batches
 from .build import Pretrained, build_states
@@ -30,6 +32,7 @@ from .compute import Compute, MicroBatches, Tuned
 from .memory import ADVICE, Memory, ran_out, rng_restore, rng_snapshot
 from .optimizer import make_optimizer, rate
 from .optimizer_state import load_optimizer, save_optimizer
+from .reference import References
 
 LOSS_SCALES = 40  # how often fp16 may halve its loss scale in one step
 
@@ -51,6 +54,7 @@ class Recipe:
     train: TrainConfig
     seed: int
     selector: Selector = field(default_factory=Selector)
+    objective: Objective = field(default_factory=Task)
 
 
 @dataclass(frozen=True)
@@ -87,9 +91,11 @@ class Session:
         self.number = 0  # optimizer steps done
         self.phase = -1
         self.states = nn.ModuleDict()
-        self.compute = Compute(batches, accelerator)
+        self.compute = Compute(batches, accelerator, recipe.objective)
+        self.references = References(pretrained, recipe.objective.needs, accelerator)
         self.memory = Memory(self, accelerator.device)
         self._build(0)
+        recipe.objective.check(self.run)
 
     @property
     def tuned(self) -> Tuned:
@@ -133,11 +139,24 @@ class Session:
             upcoming=self._upcoming,
             backward=self.compute.probe,
             logits=self.compute.scored_logits,
+            reference=self.references.get,
+            class_counts=self._count_classes,
             step=self.number - start,
         )
+        self.compute.run = self.run
+        self.references.enter(self.states)
 
     def _upcoming(self, steps: int) -> list[MicroBatches]:
         return list(self.batches.steps(self.number, self.number + steps))
+
+    def _count_classes(self) -> list[int] | None:
+        labels = self.batches.data.labels
+        if labels is None:
+            return None
+        model: Any = self.model
+        counts = torch.bincount(torch.tensor(labels), minlength=model.config.num_labels)
+        found: list[int] = counts.tolist()
+        return found
 
     def start(self, previous: nn.Module | None = None) -> None:
         """Let the phase's method set its values; once per phase, not on resume."""
@@ -224,7 +243,9 @@ class Session:
 
     def _backward(self, micro: MicroBatches) -> float:
         """Compute the gradients of a step; return its mean loss. Raises ``NotFinite``."""
-        loss = self.compute.backward(micro, self._added_loss)
+        loss, terms = self.compute.backward(micro, self._added_loss)
+        if len(terms) > 1:
+            self.run.log(**{f"loss_{name}": mean for name, mean in terms.items()})
         if not math.isfinite(loss):
             raise NotFinite(self.number + 1, loss, _ids(micro))
         self.compute.share_gradients()

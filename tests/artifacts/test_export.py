@@ -52,7 +52,7 @@ def adapted(model: Any, out: Path) -> Any:
 
 def difference(run: Path, again: Any) -> float:
     setup = rebuild(run)
-    plain = logits(lambda **inputs: again(**inputs).logits, setup, setup.session.accelerator.autocast())
+    plain = logits(again, setup, setup.session.accelerator.autocast())
     return max(float((a - b).abs().max()) for a, b in zip(live_logits(setup), plain, strict=True))
 
 

@@ -340,7 +340,7 @@ def test_activation_checkpointing_gives_the_same_gradients(method: Method) -> No
         return [None if p.grad is None else p.grad.clone() for p in trained]
 
     def forward(pixel_values: Tensor) -> Tensor:
-        logits: Tensor = session.tuned(pixel_values=pixel_values)
+        logits: Tensor = session.tuned(pixel_values=pixel_values).logits
         return logits
 
     plain = gradients(forward)
@@ -355,7 +355,7 @@ def test_a_model_with_a_bank_can_be_copied_after_a_forward_pass() -> None:
     session.start()
     (batch,) = next(session.batches.steps(0, 1))
     assert batch is not None
-    live = session.tuned(**batch.inputs)
+    live = session.tuned(**batch.inputs).logits
     twin = copy.deepcopy(session.tuned)
     assert torch.equal(twin(**batch.inputs), live)
     twin(**batch.inputs).square().sum().backward()
@@ -363,7 +363,7 @@ def test_a_model_with_a_bank_can_be_copied_after_a_forward_pass() -> None:
     assert values.grad is None
     assert other.grad.any()
     other.data.fill_(1.0)
-    assert torch.equal(session.tuned(**batch.inputs), live)
+    assert torch.equal(session.tuned(**batch.inputs).logits, live)
     assert not torch.allclose(twin(**batch.inputs), live)
 
 

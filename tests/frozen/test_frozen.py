@@ -106,7 +106,8 @@ def test_a_frozen_run_resumes_to_its_recorded_result(name: str, place: RunFolder
     run.train(load([], None, place.config), place.path, said.append, lambda done, steps, words: None)
     assert any(f"Resuming from step {SAVED}," in line for line in said), said
     result = place.read_result()
-    for key in sorted(told.keys() & result.keys()):
+    # delta.json names all settings, so a later setting adds some bytes to it; the tensors are compared below.
+    for key in sorted(told.keys() & result.keys() - {"stored_bytes"}):
         assert agrees(result[key], told[key]), (key, result[key], told[key])
     assert [manifest.faults(folder) for folder in (place.delta, place.checkpoint(STEPS))] == [[], []]
     same_lines(place.metrics, twin / "metrics.jsonl")

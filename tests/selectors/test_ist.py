@@ -444,10 +444,10 @@ def test_a_planted_block_ends_with_the_lowest_score_and_trains_most(make: Callab
     head: Any = session.states["head"]
     data: Any = session.batches.data
     with torch.no_grad():
-        logits = session.tuned(**collate(data).inputs)
+        logits = session.tuned(**collate(data).inputs).logits
         head.trained()["classifier.weight"].mul_(20 / logits.std(0).min())
         head.trained()["classifier.bias"].sub_(logits.mean(0) * 20 / logits.std(0).min())
-        said = session.tuned(**collate(data).inputs).argmax(-1)
+        said = session.tuned(**collate(data).inputs).logits.argmax(-1)
     assert len(said.unique()) == 3
     for item, label in zip(data, said.tolist(), strict=True):
         item["label"] = label
@@ -530,7 +530,7 @@ def test_frozen_blocks_save_no_activations(make: Callable[[], Method]) -> None:
             return t
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-            out = session.tuned(**session.run.batch[0].inputs)
+            out = session.tuned(**session.run.batch[0].inputs).logits
         kept[name] = sum(size for place, size in storages.items() if place not in weights)
         del out
     assert kept["last"] < kept["all"] / LAYERS * 1.5

@@ -8,6 +8,7 @@ from typing import ClassVar
 import pytest
 
 from finetune.config.settings import Config, LoggerConfig, ModelConfig, TrainConfig
+from finetune.objectives.task import Task
 from finetune.optim.adamw import AdamW
 
 
@@ -36,4 +37,5 @@ def some_config() -> Config:
         AdamW(),
         TrainConfig(),
         LoggerConfig(tags=("mine",), group="grid"),
+        objective=Task(),
     )

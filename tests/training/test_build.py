@@ -63,7 +63,7 @@ def test_a_method_that_trains_nothing_is_refused() -> None:
 def test_parts_without_a_copy_get_the_source_of_the_originals() -> None:
     original = contract.tiny()
     model = contract.tiny().requires_grad_(False)
-    states = build_states(Pretrained(model, HEAD, lambda: iter(original.named_parameters())), Full())
+    states = build_states(Pretrained(model, HEAD, reload=lambda: original), Full())
     with torch.no_grad():
         for parameter in states.parameters():
             parameter.add_(1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from finetune.core.method import Method
+from finetune.core.run import Run, Seen
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.amt import AMT
 from finetune.methods.reparam.lora import LoRA
@@ -24,6 +25,7 @@ from finetune.methods.reparam.snella import SNELLA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
 from finetune.methods.sparse.spiel import SpIEL
+from finetune.objectives.task import Task
 from finetune.schedules.drop_grow import DropGrow
 from finetune.selectors.ist import IST
 from finetune.testing import contract, sessions
@@ -179,19 +181,24 @@ def test_the_scale_is_part_of_a_checkpoint() -> None:
         contract.same_values(session.states, resumed.states)
 
 
+@dataclass(frozen=True)
+class Small(Task):
+    """The task's loss, shrunk to 1e-6."""
+
+    def terms(self, run: Run, seen: Seen, batch: Any) -> dict[str, Tensor]:
+        return {name: term * 1e-6 for name, term in super().terms(run, seen, batch).items()}
+
+
 def test_gradients_that_choose_entries_do_not_vanish_in_fp16() -> None:
-    """Shrink the loss to 1e-6: in float16 without a loss scale every gradient would be 0."""
+    """In float16, without a loss scale, every gradient of so small a loss would be 0."""
 
     def chosen(session: Session) -> Tensor:
-        real = session.compute.sum_losses
-        small: Any = lambda logits, batch: real(logits, batch) * 1e-6  # noqa: E731
-        session.compute.sum_losses = small  # type: ignore[method-assign]
         session.start()
         bank = session.states["method"]["bank"]
         return torch.cat([bank.positions(i) + i * 10_000 for i in range(len(bank.sizes))])
 
     method = Crossing(sparsity=0.9, score="gradient")
-    exact = set(chosen(contract.begin(method)).tolist())
+    exact = set(chosen(contract.begin(method, objective=Small())).tolist())
     with scaled():
-        found = set(chosen(contract.begin(method)).tolist())
+        found = set(chosen(contract.begin(method, objective=Small())).tolist())
     assert len(exact & found) > 0.9 * len(exact)

@@ -68,19 +68,9 @@ def test_eval_gives_the_very_numbers_and_merge_a_plain_model(model: str, here: P
 
     plain = transformers.AutoModelForImageClassification.from_pretrained(here / "merged", dtype=torch.float32)
     setup = finished.rebuild(files.path)
-    found = evaluate(_Logits(plain), setup.data["test"], 100, setup.session.accelerator).metrics
+    found = evaluate(plain, setup.data["test"], 100, setup.session.accelerator).metrics
     assert found["accuracy"] == result["metrics"]["test"]["accuracy"]
     assert found["loss"] == pytest.approx(result["metrics"]["test"]["loss"], abs=1e-5)
-
-
-class _Logits(torch.nn.Module):
-    def __init__(self, model: Any) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, **inputs: torch.Tensor) -> torch.Tensor:
-        logits: torch.Tensor = self.model(**inputs).logits
-        return logits
 
 
 def test_files_of_a_run(model: str, here: Path) -> None:

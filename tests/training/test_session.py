@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.core.loss import count, example_losses
 from finetune.core.method import Method, Phase, Run
 from finetune.core.sparse.bank import Bank
 from finetune.data.encode import collate
@@ -18,7 +19,6 @@ from finetune.methods.reparam.lora import LoRA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.optim.adamw import AdamW
 from finetune.testing import contract
-from finetune.training.loss import count, example_losses
 from finetune.training.session import NotFinite, make_optimizer, rate
 
 
@@ -102,9 +102,9 @@ def test_language_model_loss_is_the_mean_over_tokens_not_over_examples() -> None
         nn.functional.cross_entropy(logits[i, j - 1], batch.inputs["input_ids"][i, j])
         for i in range(6) for j in range(1, int(batch.inputs["attention_mask"][i].sum()))
     ]  # fmt: skip
-    assert count(batch) == len(each)
+    assert count(batch.labels) == len(each)
     torch.testing.assert_close(
-        example_losses(logits, batch.labels).sum() / count(batch), torch.stack(each).mean()
+        example_losses(logits, batch.labels).sum() / count(batch.labels), torch.stack(each).mean()
     )
 
 

@@ -53,7 +53,7 @@ from annotated_types import Ge, Gt, Le
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core.attach import base
+from ...core.loss import scored
 from ...core.method import Reparam, Run
 from ...core.part import Cache, Delta, WeightGrad
 from ...core.site import Site
@@ -193,8 +193,8 @@ class AMT(Reparam):
         for batch in run.batch:
             if batch is None:
                 continue
-            with base(state), torch.no_grad():
-                wanted = F.softmax(run.logits(batch) / self.temperature, -1)
+            taught = run.reference("base")(batch).logits
+            wanted = F.softmax(scored(taught, batch.labels.to(taught.device)) / self.temperature, -1)
             given = F.log_softmax(run.logits(batch) / self.temperature, -1)
             loss = -(wanted * given).sum() * (self.temperature**2 / max(1, len(wanted)))
             if scaler:

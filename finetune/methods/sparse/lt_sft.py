@@ -67,5 +67,5 @@ class LTSFT(Sparse):
         if not self.l1:
             return 0.0
         values: Tensor = state["bank"].values
-        size = sum(parameter.numel() for parameter in run.model.parameters())
+        size: int = sum(parameter.numel() for parameter in run.model.parameters())
         return self.l1 * values.abs().sum() / size

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from finetune.core.attach import patched
+from finetune.core.loss import count, example_losses
 from finetune.methods.sparse.id3 import ID3
 from finetune.methods.sparse.sparse import Crossing
 from finetune.schedules.grow import Grow
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.training.loss import count, example_losses
 
 CASES = [Case("id3", lambda: ID3(sparsity=0.9), ("vit", "gpt2"), data_dependent=True)]
 
@@ -53,7 +53,7 @@ def gradients(session: Any) -> list[tuple[Tensor, Tensor]]:
             twin.get_submodule(name).weight.copy_(layer.weight)
     weights = [twin.get_submodule(name).weight for name in patched(session.model)]
     (batch,) = session.run.upcoming(1)[0]
-    (example_losses(twin(**batch.inputs).logits, batch.labels).sum() / count(batch)).backward()
+    (example_losses(twin(**batch.inputs).logits, batch.labels).sum() / count(batch.labels)).backward()
     return [(w.detach(), w.grad) for w in weights]
 
 

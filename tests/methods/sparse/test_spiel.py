@@ -252,7 +252,7 @@ def test_gradients_are_the_dense_ones_gathered_also_while_they_are_watched() -> 
         session.states.double()
         x = torch.randn(4, 3, 16, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         bank.watch = (lambda i, grad: False) if watched else None
-        F.cross_entropy(session.tuned(pixel_values=x), torch.arange(4) % 3).backward()
+        F.cross_entropy(session.tuned(pixel_values=x).logits, torch.arange(4) % 3).backward()
         found.append(bank.values.grad)
     plain = copy.deepcopy(contract.tiny().double())
     plain.classifier.load_state_dict(session.model.classifier.state_dict())

@@ -211,7 +211,7 @@ def chosen_with(
     """Return the choice made from these micro-batches with a scaled loss."""
 
     def backward(batch: Any, micro: list[Any], summed: bool) -> None:
-        loss = nn.functional.cross_entropy(session.tuned(**batch.inputs), batch.labels)
+        loss = nn.functional.cross_entropy(session.tuned(**batch.inputs).logits, batch.labels)
         (factor * loss * len(batch.ids) / sum(len(b.ids) for b in micro)).backward()
 
     session.tuned.eval()

@@ -6,13 +6,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..data.encode import IGNORED, Batch
+IGNORED = -100  # the label of a token that is not scored
 
 
-def count(batch: Batch) -> int:
+def count(labels: Tensor) -> int:
     """Return how many examples, or scored tokens, the loss is averaged over."""
-    labels = batch.labels if batch.labels.ndim == 1 else batch.labels[:, 1:]
-    return int((labels != IGNORED).sum())
+    return len(scored_labels(labels))
+
+
+def scored_labels(labels: Tensor) -> Tensor:
+    """Return the labels that are scored, int64 [``count``]."""
+    if labels.ndim == 1:
+        return labels
+    targets = labels[:, 1:]
+    return targets[targets != IGNORED]
 
 
 def scored(logits: Tensor, labels: Tensor) -> Tensor:

@@ -1,0 +1,62 @@
+"""The interface of an objective: the loss that a step minimizes, as sums that micro-batches add up to.
+
+A term is a sum over what it counts (examples, scored tokens), and its mean is that sum divided by the count
+of the whole step, over all micro-batches and processes. The count follows from the batch alone, so it is
+known before the first forward pass, and a batch in parts gives the loss and the gradients of the whole batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor
+
+from .run import Run, Seen
+
+Need = Literal["hidden", "attention"]
+
+
+@dataclass(frozen=True)
+class Objective:
+    """Base of all objectives. Fields are hyperparameters; class variables are facts that checks rely on.
+
+    ``needs``: what ``terms`` uses of a forward pass besides the logits.
+    ``exact``: False if the terms of the parts of a batch do not add up to those of the whole batch, for
+    example because a term is a ratio of sums over a batch.
+    """
+
+    KIND: ClassVar[str] = "objective"
+    name: ClassVar[str]
+    needs: ClassVar[tuple[Need, ...]] = ()
+    exact: ClassVar[bool] = True
+
+    def faults(self, steps: int) -> list[str]:
+        """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
+        return []
+
+    def references(self) -> tuple[str, ...]:
+        """Name the frozen models that ``terms`` compares with: ``base``, or the path of a model's folder."""
+        return ()
+
+    def check(self, run: Run) -> None:
+        """Raise ``ConfigError`` with every reason why the objective does not fit the data or the model.
+
+        Called before the first step.
+        """
+
+    def counts(self, run: Run, batch: Any) -> dict[str, float]:
+        """Return what a micro-batch adds to the count of each term. It follows from the batch alone."""
+        raise NotImplementedError
+
+    def weights(self, run: Run) -> dict[str, float]:
+        """Return the weight of each term's mean in the loss; 1 for a term that is not named."""
+        return {}
+
+    def terms(self, run: Run, seen: Seen, batch: Any) -> dict[str, Tensor]:
+        """Return the terms of a micro-batch, with the names that ``counts`` gives: scalar sums with gradient.
+
+        ``seen``: what the forward pass of the trained model gave. ``run.reference(name)(batch)`` gives the
+        same of a frozen model, without gradient.
+        """
+        raise NotImplementedError

@@ -1,0 +1,91 @@
+"""What a method or an objective may see and use while a run is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from .attach import base
+from .collective import average_or_broadcast
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a forward pass gave.
+
+    ``logits``: [n, classes], or [n, length, vocabulary] of a language model. ``hidden``, if it was asked for:
+    the output of the embeddings and of each block, each [n, tokens, width]. ``attention``, if it was asked
+    for: the attention weights of each block, each [n, heads, tokens, tokens].
+    """
+
+    logits: Tensor
+    hidden: tuple[Tensor, ...] = ()
+    attention: tuple[Tensor, ...] = ()
+
+
+class Reference(Protocol):
+    """A frozen model that an objective or a method compares with. ``model`` is what computes it."""
+
+    model: Any
+
+    def __call__(self, batch: Any) -> Seen:
+        """Return what the model gives for a batch, in eval mode and without gradient."""
+
+
+@dataclass
+class Run:
+    """What a method may see and use while it is trained.
+
+    A step's batch is a list of micro-batches; one is None if this process has no example of it.
+    """
+
+    model: Any
+    states: nn.Module
+    optimizer: torch.optim.Optimizer
+    total: int  # steps of the phase
+    generator: torch.Generator
+    # Computes the mean loss over a step's batch, in eval mode, over all processes.
+    evaluate: Callable[[Any], Tensor]
+    # Returns the batches of the next steps, as many as asked for.
+    upcoming: Callable[[int], list[list[Any]]]
+    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch``
+    # sees the gradients. The flag: of the sum over examples instead of the step's mean loss.
+    backward: Callable[[Any, list[Any], bool], None]
+    # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this
+    # process alone.
+    logits: Callable[[Any], Tensor]
+    # Returns a frozen model: "base" is the model before training, and a path names a model folder. It is read
+    # once. Raises ``ConfigError`` if it does not fit.
+    reference: Callable[[str], Reference]
+    # Returns how many training examples each class has; None for a language model.
+    class_counts: Callable[[], list[int] | None]
+    step: int = 0  # counts from 0 within the phase
+    batch: Any = None
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def average_or_broadcast(self, t: Tensor) -> Tensor:
+        """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
+        return average_or_broadcast(t)
+
+    @contextmanager
+    def base(self) -> Iterator[None]:
+        """Make the model the pretrained one, to the bit, inside the block."""
+        with base(self.states):
+            yield
+
+    def moments(self, parameter: Tensor) -> dict[str, Tensor]:
+        """Return the optimizer's tensors that have one element for each element of ``parameter``."""
+        found = {}
+        for name, value in self.optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                found[name] = value
+        return found
+
+    def log(self, **metrics: float) -> None:
+        """Log these numbers with the current step."""
+        self.metrics |= metrics

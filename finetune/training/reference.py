@@ -1,0 +1,108 @@
+"""Provide the frozen models that an objective or a method compares with."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from ..core.attach import base, parts, trained_in_place
+from ..core.objective import Need
+from ..core.run import Reference, Seen
+from ..data.encode import Batch
+from ..errors import ConfigError
+from ..models.load import fingerprint
+from .build import Pretrained
+from .compute import look
+
+
+class Frozen:
+    """A model that computes in eval mode and without gradient.
+
+    ``off``: the states whose parts are switched off while it computes; they are attached to ``model``.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        needs: tuple[Need, ...],
+        accelerator: Accelerator,
+        off: nn.Module | None = None,
+    ) -> None:
+        self.model: Any = model
+        self.needs, self.accelerator, self.off = needs, accelerator, off or nn.Module()
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Seen:
+        inputs = {name: tensor.to(self.accelerator.device) for name, tensor in batch.inputs.items()}
+        training = self.model.training
+        self.model.eval()
+        try:
+            with base(self.off), self.accelerator.autocast():
+                return look(self.model, self.needs, inputs)
+        finally:
+            self.model.train(training)
+
+
+class References:
+    """The frozen models of a session, each made when it is first asked for.
+
+    ``base`` is the model before training. If every part can be switched off, it is the tuned model without
+    its parts and needs no memory; otherwise the model is read once and kept. It wears the head that is
+    trained now, unless that head came with the checkpoint: then it wears the checkpoint's.
+    """
+
+    def __init__(self, pretrained: Pretrained, needs: tuple[Need, ...], accelerator: Accelerator) -> None:
+        self.pretrained, self.needs, self.accelerator = pretrained, needs, accelerator
+        self.states = nn.ModuleDict()
+        self._read: dict[str, nn.Module] = {}  # models with memory of their own, by name
+        self._made: dict[str, Reference] = {}
+
+    def enter(self, states: nn.ModuleDict) -> None:
+        """Use the states of a new phase."""
+        self.states, self._made = states, {}
+
+    def get(self, name: str) -> Reference:
+        """Return a reference. Raises ``ConfigError`` if there is no such model, or if it does not fit."""
+        if name not in self._made:
+            self._made[name] = self._make_base() if name == "base" else self._make_teacher(name)
+        return self._made[name]
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return the fingerprint of each model that was read from a path of its own."""
+        found = {}
+        for name, model in self._read.items():
+            if name != "base":
+                found[name] = fingerprint(model, ())
+        return found
+
+    def _make_base(self) -> Reference:
+        switched = self.states if self._keeps_head else self.states["method"]
+        if all(part.recoverable for part in parts(switched)):
+            return Frozen(self.pretrained.model, self.needs, self.accelerator, switched)
+        if self.pretrained.reload is None:
+            raise ConfigError("The base was trained in place, and there is no file to read it again from.")
+        if "base" not in self._read:
+            self._read["base"] = self._take(self.pretrained.reload())
+        model = self._read["base"]
+        if not self._keeps_head and "head" in self.states:
+            for name, parameter in trained_in_place(self.states["head"]).items():
+                path, _, leaf = name.rpartition(".")
+                model.get_submodule(path)._parameters[leaf] = parameter
+        return Frozen(model, self.needs, self.accelerator)
+
+    def _make_teacher(self, path: str) -> Reference:
+        if self.pretrained.read_teacher is None:
+            raise ConfigError(f"There is no way to read the reference model {path} here.")
+        if path not in self._read:
+            self._read[path] = self._take(self.pretrained.read_teacher(path))
+        return Frozen(self._read[path], self.needs, self.accelerator)
+
+    def _take(self, model: nn.Module) -> nn.Module:
+        return model.to(self.accelerator.device).eval().requires_grad_(False)
+
+    @property
+    def _keeps_head(self) -> bool:
+        return not self.pretrained.new_head
