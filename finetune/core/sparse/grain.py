@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError
+from ..anatomy import find_head_width
 from ..site import Site
 
 PATTERN = r"element|row|column|head|matrix|block:[1-9]\d*|[1-9]\d*:[1-9]\d*"
@@ -100,17 +100,6 @@ def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
         return Grain(site.shape, side, side)
     height, width = {"element": (1, 1), "row": (1, in_), "column": (out, 1), "matrix": (out, in_)}[kind]
     return Grain(site.shape, height, width)
-
-
-def find_head_width(model: nn.Module) -> int:
-    """Return the width of one attention head (rows of q, k or v, columns of o); 0 if the config lacks it."""
-    config: Any = getattr(model, "config", None)
-    config = getattr(config, "text_config", config)
-    width = getattr(config, "head_dim", None)
-    if width:
-        return int(width)
-    heads = getattr(config, "num_attention_heads", 0)
-    return int(config.hidden_size // heads) if heads else 0
 
 
 def _head_grain(site: Site, model: nn.Module) -> Grain:

@@ -41,11 +41,12 @@ import torch
 from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from ...core.anatomy import Anatomy
 from ...core.attach import attach
 from ...core.method import Method, Run
 from ...core.site import Site, all_sites, find_sites
 from ...core.sparse.bank import Bank, SparseDelta
-from ...core.sparse.grain import Grain, find_head_width
+from ...core.sparse.grain import Grain
 from ...errors import ConfigError
 from ...registry import register
 
@@ -149,12 +150,17 @@ class S2FT(Method):
         return find_sites(model, tuple(targets))
 
     def plan_draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
-        """Yield one draw for each share above 0. Raises ``ConfigError`` for a share of less than one unit."""
+        """Yield one draw for each share above 0.
+
+        Raises ``ConfigError`` for a share of less than one unit, and if the model's heads are needed and
+        unknown.
+        """
         for name, share in self.shares.items():
             if not share:
                 continue
             members = [i for i, site in enumerate(sites) if site.role in ROLES[name]]
-            units = [find_units(sites[i], model) for i in members]
+            anatomy = Anatomy.of(model) if name in "vo" else None
+            units = [find_units(sites[i], anatomy) for i in members]
             total = sum(each.count for each in units)
             if not int(share * total):
                 what = "heads" if name in "vo" else "channels"
@@ -165,35 +171,18 @@ class S2FT(Method):
             yield Draw(members, units, int(share * total))
 
 
-def find_units(site: Site, model: nn.Module) -> Units:
-    """Return the units of a site: channels of up and down, heads of v, qkv and o.
+def find_units(site: Site, anatomy: Anatomy | None) -> Units:
+    """Return the units of a site.
 
-    Raises ``ConfigError`` if the heads of the site are unknown.
+    They are channels of up and down, or heads of v, qkv and o, for which ``anatomy`` is given.
     """
     out, in_ = site.shape
     if site.role == "up":
         return Units(Grain(site.shape, 1, in_), 0, out)
     if site.role == "down":
         return Units(Grain(site.shape, out, 1), 0, in_)
-    width, rows = find_head_width(model), _value_rows(site, model)
-    if not width or out % width or in_ % width or rows % width or (site.role == "qkv" and out != 3 * in_):
-        raise ConfigError(
-            f"method.v and method.o choose heads, but the heads of {site.name} ({out} x {in_}) are unknown. "
-            "Use method.u and method.d."
-        )
+    assert anatomy is not None
     if site.role == "o":
-        heads = rows // width
-        return Units(Grain(site.shape, out, in_ // heads), 0, heads)
-    heads = out // width
-    if site.role == "qkv":
-        return Units(Grain(site.shape, width, in_), heads * 2 // 3, heads // 3)
-    return Units(Grain(site.shape, width, in_), 0, heads)
-
-
-def _value_rows(site: Site, model: nn.Module) -> int:
-    """Return the rows of v in the block of the site; without a v, the columns of o or the rows of qkv."""
-    rows = site.shape[1] if site.role == "o" else site.shape[0]
-    for other in all_sites(model):
-        if other.role == "v" and other.block == site.block:
-            rows = other.shape[0]
-    return rows
+        return Units(Grain(site.shape, out, in_ // anatomy.kv_heads), 0, anatomy.kv_heads)
+    first = 2 * anatomy.heads if site.role == "qkv" else 0
+    return Units(Grain(site.shape, anatomy.head_dim, in_), first, anatomy.kv_heads)

@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from finetune.core.anatomy import find_head_width
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.choosing import choose_n_of_m
-from finetune.core.sparse.grain import Grain, find_head_width, make_grain
+from finetune.core.sparse.grain import Grain, make_grain
 from finetune.errors import ConfigError
 from finetune.testing.sessions import Kind, tiny
 

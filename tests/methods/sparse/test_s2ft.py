@@ -310,5 +310,5 @@ def test_shares_that_the_model_cannot_meet_are_refused() -> None:
         S2FT(u=0.1).build(nn.Sequential(nn.Linear(4, 4)))
     model = contract.tiny("llama")
     model.config.head_dim = 7
-    with pytest.raises(ConfigError, match=r"choose heads, but the heads of .* are unknown"):
+    with pytest.raises(ConfigError, match=r"heads of this llama model are unknown: .* width 7"):
         S2FT(v=0.5).build(model)
