@@ -41,11 +41,16 @@ HEADINGS = {
 }
 SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
 API: dict[str, tuple[str, list[str]]] = {
-    "methods": ("What a method is", ["core.method", "core.run", "core.site", "core.roles", "registry"]),
+    "methods": (
+        "What a method is",
+        ["core.method", "core.run", "core.site", "core.roles", "core.anatomy", "registry"],
+    ),
     "parts": (
         "What a method attaches",
         [
+            "core.part_base",
             "core.part",
+            "core.edit",
             "core.layer",
             "core.attach",
             "core.changes",

@@ -316,10 +316,14 @@ def _check_merge(files: RunFolder, say: Say) -> str:
     method = _read_config(files).method
     if not method.mergeable:
         raise _Skipped(f"method={method.name} cannot be merged: it changes more than weights")
+    from ..core.attach import NotMergeable
     from .merge import merge
 
     with tempfile.TemporaryDirectory(prefix="finetune-verify-") as scratch:
-        found = merge(files.path, Path(scratch) / "merged")
+        try:
+            found = merge(files.path, Path(scratch) / "merged")
+        except NotMergeable as error:
+            raise _Skipped(str(error)) from None
     difference, same = found["largest_logit_difference"], found["same_predictions"]
     return (
         f"the merged folder's logits are within {difference:.3g} of the run's, and {same:.2%} of its answers "

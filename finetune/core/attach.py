@@ -10,7 +10,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .layer import Patched
-from .part import Delta, Part
+from .part import Delta, Edit, Part
 
 
 def parts(states: nn.Module) -> list[Part]:
@@ -32,10 +32,16 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 
 
 def attach(model: nn.Module, name: str, delta: Delta) -> None:
-    """Stack ``delta`` on the linear layer called ``name``."""
+    """Stack ``delta`` on the linear layer called ``name``.
+
+    Raises ``RuntimeError`` if the layer carries an edit, which its patched form would not always run.
+    """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf)
     if not isinstance(module, Patched):
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks):
+            raise RuntimeError(f"{name} carries an edit; attach its deltas before its edits")
         module = Patched(module)
         setattr(owner, leaf, module)
     module.deltas.append(delta)
@@ -61,11 +67,15 @@ def unpatch(model: nn.Module) -> None:
         setattr(owner, leaf, module.base)
 
 
+class NotMergeable(ConfigError):
+    """Some part cannot be merged into weights."""
+
+
 def check_mergeable(states: nn.Module) -> None:
-    """Raise ``ConfigError`` if some part of ``states`` cannot be merged into weights."""
+    """Raise ``NotMergeable`` if some part of ``states`` cannot be merged into weights."""
     unmergeable = sorted({part.describe() for part in parts(states) if not part.mergeable})
     if unmergeable:
-        raise ConfigError(
+        raise NotMergeable(
             f"The model cannot be merged: the method attaches {' and '.join(unmergeable)}, "
             "which no weight can hold."
         )
@@ -75,7 +85,7 @@ def check_mergeable(states: nn.Module) -> None:
 def merge(model: nn.Module, states: nn.Module) -> None:
     """Write every part of ``states`` into the model's weights and put the plain layers back.
 
-    This cannot be undone. Raises ``ConfigError``, with nothing changed, if some part cannot be merged.
+    This cannot be undone. Raises ``NotMergeable``, with nothing changed, if some part cannot be merged.
     """
     check_mergeable(states)
     for part in parts(states):

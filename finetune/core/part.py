@@ -1,9 +1,9 @@
 """What a method attaches to a frozen model: parts, and the gradients that they read.
 
-A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit`` changes
-the output of one module, and ``InPlace`` (``inplace.py``) trains parameters of the model itself. Parts belong
-to the state that a method builds. The model only refers to them, so its own parameters stay the pretrained
-ones. ``layer.py`` computes with deltas, and ``attach.py`` attaches, merges and removes parts.
+A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit``
+(``edit.py``) changes what one module receives or gives, and ``InPlace`` (``inplace.py``) trains parameters of
+the model itself. Parts belong to the state that a method builds. The model only refers to them, so its own
+parameters stay the pretrained ones. ``layer.py`` computes with deltas, and ``attach.py`` attaches, merges and removes parts.
 """
 
 from __future__ import annotations
@@ -15,82 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .changes import Changes, Unit
-from .state import StateModule
+from .changes import Unit
+from .edit import Edit as Edit
+from .part_base import Part as Part
+from .part_base import Source as Source
 
 Cache = tuple[Tensor, ...]
-Source = Callable[[], Iterator[tuple[str, Tensor]]]  # reads the model's original parameters again, by name
-
-
-class Part(StateModule):
-    """Anything that a method attaches to the model.
-
-    ``gate`` scales its effect. At 0 the part is absent and the model computes what the pretrained one
-    computes, to the bit. The attributes and methods below declare what other code needs to know of a part.
-    """
-
-    gate: float = 1.0
-    gate_is_switch: bool = False  # whether the gate can only be 0 or 1
-    decays: bool = True  # whether weight decay may pull its matrices towards zero
-    mergeable: bool = True  # whether ``merge`` can make its change permanent
-    folds_itself: bool = False  # whether ``fold`` writes into the model's weights, in their dtype
-
-    def describe(self) -> str:
-        """Return a noun phrase for messages."""
-        return f"a change of type {type(self).__name__}"
-
-    def adapted(self) -> int:
-        """Count the model's entries that this part can change. Deltas return 0: their layers are counted."""
-        return 0
-
-    @property
-    def recoverable(self) -> bool:
-        """Tell whether gate 0 gives the pretrained model back without reading a file."""
-        return True
-
-    def changes(self) -> Changes:
-        """Return the trained change in the simplest form that it has, without the gate."""
-        return Changes()
-
-    def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
-        """Return configuration and tensors in an external format, if the part writes it itself."""
-        return None
-
-    def units(self) -> list[Unit]:
-        """Return the groups of values that are trained now, each with its place in the model."""
-        return [Unit(name, None, p) for name, p in self.named_parameters() if p.requires_grad]
-
-    def use_source(self, source: Source | None) -> None:
-        """Receive the function that reads the original parameters again. Most parts have no use for it."""
-
-    def detach(self) -> None:
-        """Leave the model as it was before this part. Deltas do nothing: ``unpatch`` removes their layers."""
-
-    def fold(self) -> None:
-        """Make the change permanent. Deltas do nothing: ``merge`` writes their layers' weights."""
-
-
-class Edit(Part):
-    """A trained change of one module's output. By default it cannot be merged: no weight holds it."""
-
-    mergeable = False
-
-    def describe(self) -> str:
-        return f"an edit of a module's output ({type(self).__name__})"
-
-    def forward(self, y: Tensor) -> Tensor:
-        """Return the change, of the shape of the output ``y``."""
-        raise NotImplementedError
-
-    def on(self, module: nn.Module) -> Edit:
-        """Add ``gate * self(y)`` to every output of ``module`` until ``detach`` is called."""
-        self._hook = module.register_forward_hook(
-            lambda _module, _args, y: y + self.gate * self(y) if self.gate else y
-        )
-        return self
-
-    def detach(self) -> None:
-        self._hook.remove()
 
 
 class WeightGrad:

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from ..config.settings import TrainConfig
-from ..core.attach import base, detach, merge, patched
+from ..core.attach import NotMergeable, base, detach, merge, patched
 from ..core.method import Method
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
@@ -184,12 +184,19 @@ def check_stored(trial: Trial) -> None:
 
 
 def check_merge(trial: Trial) -> None:
-    """Merged into plain layers, the model computes what it computed with parts attached."""
-    if not trial.make().mergeable:
-        return
+    """Merged into plain layers, the model computes what it computed with parts attached.
+
+    A method that says ``mergeable=False`` must be refused, with nothing changed.
+    """
     session = trial.resume(STEPS)
     live = logits(session.tuned, trial.kind)
-    merge(session.model, session.states)
+    try:
+        merge(session.model, session.states)
+    except NotMergeable:
+        assert not trial.make().mergeable, "mergeable=True, but a part cannot be merged"
+        assert torch.equal(live, logits(session.tuned, trial.kind)), "a refused merge changed the model"
+        return
+    assert trial.make().mergeable, "mergeable=False, but the model was merged"
     original = tiny(trial.kind)
     assert not patched(session.model), "a patched layer is left"
     assert type(session.model) is type(original)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.core.anatomy import Anatomy
 from finetune.core.lowrank import LowRank
 from finetune.core.method import Method, Reparam, Run
-from finetune.core.part import Delta
-from finetune.core.site import Site
+from finetune.core.part import Delta, Edit, Part
+from finetune.core.site import Site, find_sites
 from finetune.testing import contract
 from finetune.testing.cases import SMOKE, checks_for
 
@@ -25,6 +26,36 @@ class Factors(LowRank):
 
     def __init__(self, site: Site) -> None:
         super().__init__(site.shape, rank=2, alpha=2.0, dropout=0.0)
+
+
+class Rows(Edit):
+    """A factor for each output of a linear layer, as an edit without a fault."""
+
+    def __init__(self, site: Site) -> None:
+        super().__init__()
+        self.s = nn.Parameter(torch.zeros(site.shape[0]))
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        return self.s * y
+
+    def fold_into(self, module: nn.Module) -> None:
+        factor = 1 + self.gate * self.s
+        module.get_parameter("weight").mul_(factor[:, None])
+        module.get_parameter("bias").mul_(factor)
+
+
+class Bottleneck(Edit):
+    """A small network behind a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Linear(32, 4), nn.Linear(4, 32)
+        nn.init.zeros_(self.up.weight)
+        nn.init.zeros_(self.up.bias)
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        change: Tensor = self.up(torch.tanh(self.down(y)))
+        return change
 
 
 @dataclass(frozen=True)
@@ -120,9 +151,60 @@ class SumsOverTheBatch(Faultless):
         return total * len(batch.ids)
 
 
-def with_part(part: type[Delta]) -> Callable[[], Method]:
+@dataclass(frozen=True)
+class EditsLayers(Method):
+    """Multiplies the outputs of a few layers, as edits that fold."""
+
+    name: ClassVar[str] = "edits_layers"
+    part: ClassVar[type[Edit]] = Rows
+
+    def build(self, model: nn.Module) -> nn.ModuleDict:
+        state = nn.ModuleDict()
+        for site in find_sites(model, ("q", "down")):
+            state[site.key] = self.part(site).on(model, site.name)  # type: ignore[call-arg]
+        return state
+
+
+class EditIgnoresItsGate(Rows):
+    def _change(self, y: Tensor, x: Tensor | None) -> Tensor:
+        return (y + self(y, y)).to(y.dtype)
+
+
+class FoldsNothing(Rows):
+    def fold_into(self, module: nn.Module) -> None:
+        pass
+
+
+class CannotFold(Rows):
+    fold_into = Edit.fold_into  # although the method says that it can be merged
+
+
+@dataclass(frozen=True)
+class AdapterOnAttention(Method):
+    """A bottleneck behind every attention module, whose outputs are tuples."""
+
+    name: ClassVar[str] = "adapter_on_attention"
+    mergeable: ClassVar[bool] = False
+
+    def build(self, model: nn.Module) -> nn.ModuleList:
+        state = nn.ModuleList()
+        for block in Anatomy.of(model).blocks:
+            assert block.attention.place is not None
+            state.append(Bottleneck().on(model, block.attention.place.name))
+        return state
+
+
+@dataclass(frozen=True)
+class SaysItCannotBeMerged(EditsLayers):
+    """Its edits fold, although the method says that no weight can hold them."""
+
+    mergeable: ClassVar[bool] = False
+
+
+def with_part(part: type[Part]) -> Callable[[], Method]:
     """Make a method that attaches ``part``, and is otherwise without a fault."""
-    return type(f"With{part.__name__}", (Faultless,), {"part": part})
+    whole = EditsLayers if issubclass(part, Edit) else Faultless
+    return type(f"With{part.__name__}", (whole,), {"part": part})
 
 
 FAULTS: list[tuple[str, Callable[[], Method]]] = [
@@ -131,9 +213,13 @@ FAULTS: list[tuple[str, Callable[[], Method]]] = [
     ("gradients", MarksFrozen),
     ("stored", with_part(StoresHalves)),
     ("merge", with_part(AddsMoreThanItForms)),
+    ("merge", with_part(FoldsNothing)),
+    ("merge", with_part(CannotFold)),
+    ("merge", SaysItCannotBeMerged),
     ("resume", Counts),
     ("same_seed", Unseeded),
     ("base_untouched", with_part(StaysOn)),
+    ("base_untouched", with_part(EditIgnoresItsGate)),
     ("accumulation", SumsOverTheBatch),
     ("bf16", with_part(TakesTheDtypeOfTheWeight)),
 ]
@@ -152,6 +238,12 @@ def failing(make: Callable[[], Method]) -> list[str]:
 
 def test_a_method_without_a_fault_passes() -> None:
     assert failing(Faultless) == []
+    assert failing(EditsLayers) == []
+
+
+@pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
+def test_an_adapter_on_attention_passes(kind: contract.Kind) -> None:
+    contract.check(AdapterOnAttention, kind)
 
 
 @pytest.mark.parametrize(("check", "make"), FAULTS, ids=[make.__name__ for _, make in FAULTS])

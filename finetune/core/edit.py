@@ -1,0 +1,266 @@
+"""Change what a module receives or gives, or compute its output in its place.
+
+The hooks are methods of the part. A deep copy of the model, with or without the states, therefore runs copies
+of the parts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from .changes import Unit
+from .part_base import Part
+
+Side = Literal["input", "output"]
+
+
+class _Slot:
+    """What a hook saves for a later hook of the same forward pass. A deep copy is empty."""
+
+    def __init__(self) -> None:
+        self.saved: tuple[float, Tensor | None] | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Slot:
+        return _Slot()
+
+
+class OnModule(Part):
+    """Base of the parts that act on a module as a whole, and not on a weight."""
+
+    layer: str | None = None  # dotted name of the module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._module: list[nn.Module] = []  # in a list: a module as an attribute would join the state
+
+    @property
+    def module(self) -> nn.Module:
+        """Return the module that the part acts on."""
+        return self._module[0]
+
+    @property
+    def mergeable(self) -> bool:
+        return False
+
+    def units(self) -> list[Unit]:
+        return [Unit(name, self.layer, p) for name, p in self.named_parameters() if p.requires_grad]
+
+    def _take_place(self, model: nn.Module, name: str) -> nn.Module:
+        """Remember the module called ``name``, and return it."""
+        if self._module:
+            raise RuntimeError(f"this part acts on {self.layer} already, so it cannot act on {name}, too")
+        module = model.get_submodule(name)
+        self.layer, self._module = name, [module]
+        return module
+
+
+class Edit(OnModule):
+    """A trained change of the tensor that a module receives or gives.
+
+    ``gate * forward(y, x)`` is added to the tensor ``y``, in the wider dtype of the two, and the sum is
+    rounded to the dtype of ``y``. With gate 0, ``y`` is passed on and no gradient flows. The gate is read
+    once in a forward pass. A module may take its input as a keyword and give a tuple: ``y`` and ``x`` are
+    then the first tensor, and the rest is passed on.
+
+    An edit can be merged if it overrides ``fold_into``; otherwise merging is refused.
+    """
+
+    folds_itself = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._hooks: list[RemovableHandle] = []
+        self._slot = _Slot()
+        self._reads_elsewhere = False
+
+    def describe(self) -> str:
+        return f"an edit of a module's tensors ({type(self).__name__})"
+
+    def forward(self, y: Tensor, x: Tensor) -> Tensor:
+        """Return the change of ``y``, without the gate: of its shape, and of its dtype or a wider one.
+
+        ``x``: the input of the edited module, or what ``on`` was told to read.
+        """
+        raise NotImplementedError
+
+    @property
+    def acts(self) -> bool:
+        """Tell whether the edit has any effect now; if not, the module's tensors are passed on."""
+        return True
+
+    @property
+    def mergeable(self) -> bool:
+        """Tell whether there is a ``fold_into``, and no delta on the same layer."""
+        own = type(self).fold_into is not Edit.fold_into
+        return own and not getattr(self.module, "deltas", ())
+
+    def fold_into(self, module: nn.Module) -> None:
+        """Write ``gate`` times the edit into the module's parameters, which are float32 or wider."""
+        raise NotImplementedError(f"{self.describe()} cannot be folded into weights")
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Write the edit into the module's parameters and take it off the model."""
+        if self.gate and self.acts:
+            self.fold_into(self.module)
+        self.detach()
+
+    def on(
+        self,
+        model: nn.Module,
+        name: str,
+        edits: Side = "output",
+        reads: str | None = None,
+        reads_side: Side = "input",
+    ) -> Edit:
+        """Edit the output (or input) of the module called ``name`` until ``detach`` is called.
+
+        ``reads``: name of the module whose input (or output) is ``x``; it must run before the edited tensor
+        exists. By default ``x`` is the input of the edited module.
+        """
+        module = self._take_place(model, name)
+        if reads is not None:
+            self._reads_elsewhere = True
+            source = model.get_submodule(reads)
+            if reads_side == "input":
+                self._hooks.append(source.register_forward_pre_hook(self._read_input, with_kwargs=True))
+            else:
+                self._hooks.append(source.register_forward_hook(self._read_output))
+        if edits == "input":
+            self._hooks.append(module.register_forward_pre_hook(self._edit_input, with_kwargs=True))
+        else:
+            self._hooks.append(module.register_forward_hook(self._edit_output, with_kwargs=True))
+        return self
+
+    def detach(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self._module, self._slot = [], [], _Slot()
+        self._reads_elsewhere = False
+
+    def _read_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._save(_get_input(args, kwargs))
+
+    def _read_output(self, _module: nn.Module, _args: tuple[Any, ...], output: Any) -> None:
+        self._save(_get_first(output))
+
+    def _save(self, x: Tensor) -> None:
+        gate = self.gate if self.acts else 0.0
+        self._slot.saved = (gate, x if gate else None)
+
+    def _edit_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        y = _get_input(args, kwargs)
+        edited = self._change(y, y)
+        return None if edited is y else _with_input(args, kwargs, edited)
+
+    def _edit_output(
+        self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> Any:
+        y = _get_first(output)
+        edited = self._change(y, None if self._reads_elsewhere else _get_input(args, kwargs))
+        return None if edited is y else _with_first(output, edited)
+
+    def _change(self, y: Tensor, x: Tensor | None) -> Tensor:
+        """Return ``y`` with the change, or ``y`` itself with gate 0. ``x``: None if it was read elsewhere."""
+        if self._reads_elsewhere:
+            if self._slot.saved is None:
+                raise RuntimeError(
+                    f"an edit of {self.layer} reads a module that did not run before it in this forward pass"
+                )
+            (gate, x), self._slot.saved = self._slot.saved, None
+        else:
+            gate = self.gate if self.acts else 0.0
+        if not gate:
+            return y
+        assert x is not None
+        change: Tensor = self(y, x)
+        return (y + (change if gate == 1 else gate * change)).to(y.dtype)
+
+
+class Replacement(OnModule):
+    """Computes a module's output in its place. The gate is 0 (the module computes it) or 1."""
+
+    gate_is_switch = True
+
+    def describe(self) -> str:
+        return f"a replacement of a module ({type(self).__name__})"
+
+    def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Return what the module shall give for these arguments. ``original`` is the module's own forward."""
+        raise NotImplementedError
+
+    def on(self, model: nn.Module, name: str) -> Replacement:
+        """Replace what the module called ``name`` computes until ``detach`` is called."""
+        module: Any = self._take_place(model, name)
+        self._original: Callable[..., Any] = module.forward
+        self._had_own = "forward" in vars(module)
+        module.forward = self._run
+        return self
+
+    def detach(self) -> None:
+        if not self._module:
+            return
+        module: Any = self.module
+        if self._had_own:
+            module.forward = self._original
+        else:
+            del module.forward
+        self._module = []
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self(self._original, *args, **kwargs) if self.gate else self._original(*args, **kwargs)
+
+
+def _get_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """Return the tensor that a module works on."""
+    key = _find_input(args, kwargs)
+    found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+    return found
+
+
+def _with_input(
+    args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Return the arguments with ``new`` instead of the tensor that the module works on."""
+    key = _find_input(args, kwargs)
+    if isinstance(key, int):
+        return (*args[:key], new, *args[key + 1 :]), kwargs
+    return args, {**kwargs, key: new}
+
+
+def _find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
+    """Return the place or keyword of the tensor that a module works on.
+
+    It is the first tensor without a keyword, or ``hidden_states``, or the first tensor with a keyword.
+    """
+    for place, value in enumerate(args):
+        if isinstance(value, Tensor):
+            return place
+    for name in ("hidden_states", *kwargs):
+        if isinstance(kwargs.get(name), Tensor):
+            return name
+    raise RuntimeError("an edit needs a module that is called with a tensor")
+
+
+def _get_first(output: Any) -> Tensor:
+    """Return an output that is a tensor, or the first of a tuple or list."""
+    if isinstance(output, Tensor):
+        return output
+    if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
+        return output[0]
+    kind = type(output).__name__
+    raise RuntimeError(f"an edit needs a module that gives a tensor or a tuple of tensors, not a {kind}")
+
+
+def _with_first(output: Any, new: Tensor) -> Any:
+    """Return the output with ``new`` instead of its first tensor."""
+    if isinstance(output, Tensor):
+        return new
+    if hasattr(output, "_replace"):  # a named tuple
+        return output._replace(**{output._fields[0]: new})
+    return type(output)([new, *output[1:]])
