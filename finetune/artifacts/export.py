@@ -1,11 +1,12 @@
 """Export a run's change in a format of huggingface/peft that ``PeftModel.from_pretrained`` loads.
 
-The exported folder is read back and must give the run's logits. Three kinds of changes have a format:
+The exported folder is read back and must give the run's logits. Four kinds of changes have a format:
 
 - two factors per layer: LoRA, with rank and scale by layer;
 - single entries of linear layers: SHiRA, with the positions in the file. peft requires ``r * (in + out)``
   entries in every layer, so layers with fewer are filled up with entries whose change is 0;
-- what method=peft has trained: the format of its tuner.
+- what method=peft has trained: the format of its tuner;
+- factors of features (method=ia3): IA3.
 
 A new head goes into ``modules_to_save``.
 """
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from ..core.attach import parts, patched, trained_in_place
 from ..core.changes import LowRankChange, SparseChange
 from ..core.layer import Patched
+from ..core.state import state_modules
 from ..errors import ConfigError
 from ..models.folder import find_folder
 from ..models.load import quiet, read_model
@@ -100,8 +102,8 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
     Raises ``ConfigError`` if peft has no format for what the run changed.
     """
     state = setup.session.states["method"]
-    for part in parts(state):
-        written = part.export_as("peft")
+    for module in state_modules(state):
+        written = module.export_as("peft")
         if written is not None:
             return written
     layers = {}
@@ -129,7 +131,8 @@ def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:
     if in_place:
         return f"it trains parameters in place, such as {next(iter(in_place))}"
     if not layers:
-        return "it changes no layer but the head"
+        others = sorted({part.describe() for part in parts(state)})
+        return f"it trains {' and '.join(others)}" if others else "it changes no layer but the head"
     deltas = [delta for layer in layers.values() for delta in layer.deltas]
     if _factors(layers) is not None or all(delta.changes().entries is not None for delta in deltas):
         return ""

@@ -89,7 +89,7 @@ class Edit(OnModule):
         raise NotImplementedError
 
     @property
-    def acts(self) -> bool:
+    def has_effect(self) -> bool:
         """Tell whether the edit has any effect now; if not, the module's tensors are passed on."""
         return True
 
@@ -106,7 +106,7 @@ class Edit(OnModule):
     @torch.no_grad()
     def fold(self) -> None:
         """Write the edit into the module's parameters and take it off the model."""
-        if self.gate and self.acts:
+        if self.gate and self.has_effect:
             self.fold_into(self.module)
         self.detach()
 
@@ -150,7 +150,7 @@ class Edit(OnModule):
         self._save(_get_first(output))
 
     def _save(self, x: Tensor) -> None:
-        gate = self.gate if self.acts else 0.0
+        gate = self.gate if self.has_effect else 0.0
         self._slot.saved = (gate, x if gate else None)
 
     def _edit_input(self, _module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -174,7 +174,7 @@ class Edit(OnModule):
                 )
             (gate, x), self._slot.saved = self._slot.saved, None
         else:
-            gate = self.gate if self.acts else 0.0
+            gate = self.gate if self.has_effect else 0.0
         if not gate:
             return y
         assert x is not None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
 
 from torch import Tensor
 
@@ -46,10 +45,6 @@ class Part(StateModule):
     def changes(self) -> Changes:
         """Return the trained change in the simplest form that it has, without the gate."""
         return Changes()
-
-    def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
-        """Return configuration and tensors in an external format, if the part writes it itself."""
-        return None
 
     def units(self) -> list[Unit]:
         """Return the groups of values that are trained now, each with its place in the model."""

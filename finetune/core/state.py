@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,13 @@ class StateModule(nn.Module):
     def unpack(self, stored: dict[str, Tensor]) -> None:
         """Load what ``pack`` returned. Raises ``ConfigError`` if it does not fit."""
         raise NotImplementedError
+
+    def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
+        """Return configuration and tensors in an external format, if the module writes it itself.
+
+        What it returns stands for everything that the method has trained.
+        """
+        return None
 
     def stored_shapes(self) -> Shapes | None:
         """Return dtype and shape of what ``pack`` will return after training; None if training decides."""

@@ -73,6 +73,8 @@ def difference(run: Path, again: Any) -> float:
             "SHIRA",
         ),  # unequal counts per layer
         ("llama", ["method=peft", "method.type=LOHA"], "LOHA"),
+        ("vit", ["method=ia3"], "IA3"),
+        ("gpt2", ["method=ia3"], "IA3"),  # keys and values are parts of one layer
         (
             "vit",
             [
