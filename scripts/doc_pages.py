@@ -144,7 +144,7 @@ def write_method_page(entry: Entry) -> str:
                 "## Options",
                 "",
                 *write_options_table(method.options, "method."),
-                *show_defaults_file(entry.name),
+                *show_defaults_files(entry.name),
             ]
         text = to_markdown(sections.labelled.get(label, "Not described yet."))
         text = re.sub(r"^none\b", "None", text)
@@ -176,20 +176,23 @@ def list_method_facts(method: MethodFile) -> list[tuple[str, str]]:
     return rows
 
 
-def show_defaults_file(name: str) -> list[str]:
-    """Show the YAML file that ``method=NAME`` selects, if it sets more than the name."""
-    file = ROOT / "conf" / "method" / f"{name}.yaml"
-    text = file.read_text(encoding="utf-8").strip()
-    if text == f"name: {name}":
-        return []
-    return [
-        f"`method={name}` reads `conf/method/{name}.yaml`, which also sets:",
-        "",
-        "```yaml",
-        text,
-        "```",
-        "",
-    ]
+def show_defaults_files(name: str) -> list[str]:
+    """Show each YAML file that selects a method, if it sets more than the name."""
+    lines: list[str] = []
+    for option in group_options("method", name):
+        file = ROOT / "conf" / "method" / f"{option}.yaml"
+        text = file.read_text(encoding="utf-8").strip()
+        if text == f"name: {name}":
+            continue
+        lines += [
+            f"`method={option}` reads `conf/method/{option}.yaml`, which also sets:",
+            "",
+            "```yaml",
+            text,
+            "```",
+            "",
+        ]
+    return lines
 
 
 def write_options_table(options: list[Option], prefix: str) -> list[str]:
