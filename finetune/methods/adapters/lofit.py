@@ -24,11 +24,11 @@ Differs:
 - The penalty is over the factors alone; the released code sums it over all trained tensors.
 - Vectors and their addition are float32 on a base of lower precision, where an offset of 1e-3 would vanish.
 - The preference loss (DPO) that the paper uses for TruthfulQA is left out.
-- A model without a bias in the output projection (Llama) cannot be merged into its own form, which is refused.
+- Merging is refused where the output projection has no bias (Llama); the paper's merge would add one.
 
-Cost: heads * head_dim trained values per block in the first phase, k * head_dim in the second; their gradients
-and two moments in Adam. The offsets and the numbers of their heads are stored. Merged, the model costs what
-the base does.
+Cost: heads * head_dim trained values per block in the first phase, k * head_dim in the second; their
+gradients and two moments in Adam. The offsets and the numbers of their heads are stored. Merged, the model
+costs what the base does.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
 from ...core.anatomy import Anatomy
+from ...core.changes import Unit
 from ...core.edit import Edit
 from ...core.method import Method, Phase, Run
 from ...core.roles import is_transposed
@@ -57,6 +58,10 @@ class HeadFactors(Edit):
 
     def describe(self) -> str:
         return "factors of attention heads"
+
+    def units(self) -> list[Unit]:
+        """Return the factors as tied to no block, since the offsets that follow them are not."""
+        return [Unit("a", None, self.a)]
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         return self.a.flatten() * y
@@ -178,8 +183,8 @@ class LoFiT(Method):
         if 0 < round(self.ranking * steps) < steps:
             return []
         return [
-            f"train.steps={steps} leaves a phase without a step at method.ranking={self.ranking:g}; take more "
-            "steps, or move method.ranking towards 0.5."
+            f"train.steps={steps} leaves a phase without a step at method.ranking={self.ranking:g}; take "
+            "more steps, or move method.ranking towards 0.5."
         ]
 
     def phases(self) -> tuple[Phase, ...]:
