@@ -3,17 +3,16 @@
 A *part* is what a method attaches. A ``Delta`` changes the weight of one linear layer, an ``Edit``
 (``edit.py``) changes what one module receives or gives, and ``InPlace`` (``inplace.py``) trains parameters of
 the model itself. Parts belong to the state that a method builds. The model only refers to them, so its own
-parameters stay the pretrained ones. ``layer.py`` computes with deltas, and ``attach.py`` attaches, merges and removes parts.
+parameters stay the pretrained ones. ``layer.py`` computes with deltas, and ``attach.py`` attaches, merges and
+removes parts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .changes import Unit
 from .edit import Edit as Edit

@@ -13,11 +13,11 @@ import transformers
 from torch import nn
 
 from finetune.core.anatomy import Anatomy
-from finetune.core.lowrank import LowRank
 from finetune.core.attach import attach
+from finetune.core.lowrank import LowRank
 from finetune.core.site import find_sites
 from finetune.errors import ConfigError
-from finetune.testing.contract import tiny
+from finetune.testing.sessions import tiny
 
 T: Any = transformers
 BERT = {

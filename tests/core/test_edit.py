@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.core.anatomy import Anatomy
+from finetune.core.attach import NotMergeable, attach, base, detach, merge
 from finetune.core.edit import Edit, Replacement
 from finetune.core.lowrank import LowRank
-from finetune.core.attach import NotMergeable, attach, base, detach, merge
-from finetune.testing.contract import tiny
+from finetune.testing.sessions import tiny
 
 
 class Scale(Edit):

@@ -14,12 +14,12 @@ from torch.nn import functional as F
 
 from finetune.config.load import load
 from finetune.core.anatomy import Anatomy, Sublayer
-from finetune.core.part import NotMergeable, merge
+from finetune.core.attach import NotMergeable, merge
 from finetune.data.encode import collate
 from finetune.methods.adapters.adapter import Adapter, Bottleneck
-from finetune.testing import contract
+from finetune.testing import sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import tiny
+from finetune.testing.sessions import tiny
 
 PRESETS = {
     "houlsby": {
@@ -110,7 +110,7 @@ def make(kind: str, dtype: torch.dtype = torch.float64) -> Any:
 
 def answer(model: nn.Module, kind: str) -> Tensor:
     if kind == "vit":
-        pixels = collate(contract.examples("vit")[:4]).inputs["pixel_values"]
+        pixels = collate(sessions.examples("vit")[:4]).inputs["pixel_values"]
         logits: Tensor = model(pixel_values=pixels.to(next(model.parameters()).dtype)).logits
         return logits
     tokens = torch.randint(1, 40, (3, 6), generator=torch.Generator().manual_seed(0))

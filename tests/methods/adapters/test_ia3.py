@@ -15,9 +15,9 @@ from finetune.core.attach import base, merge
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.adapters.ia3 import IA3, AllFactors, Factors
-from finetune.testing import contract
+from finetune.testing import sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import Kind, tiny
+from finetune.testing.sessions import Kind, tiny
 
 CASES = [Case("ia3", IA3, ("vit", "gpt2", "llama"), budget=6 * (128 + 128 + 384))]
 
@@ -51,7 +51,7 @@ def built(kind: Kind, method: IA3 | None = None, noise: float = 0.3) -> tuple[An
 
 
 def answer(model: nn.Module, kind: Kind) -> Tensor:
-    inputs = collate(contract.examples(kind)[:4]).inputs
+    inputs = collate(sessions.examples(kind)[:4]).inputs
     if kind == "vit":
         inputs["pixel_values"] = inputs["pixel_values"].double()
     logits: Tensor = model(**inputs).logits
@@ -62,9 +62,9 @@ def answer(model: nn.Module, kind: Kind) -> Tensor:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_before_training_the_output_is_that_of_the_base_to_the_bit(kind: Kind, dtype: torch.dtype) -> None:
     model = tiny(kind).to(dtype)
-    plain = contract.logits(model, kind)
+    plain = sessions.logits(model, kind)
     IA3(targets=("q", "k", "v", "up", "down")).build(model)
-    assert torch.equal(contract.logits(model, kind), plain)
+    assert torch.equal(sessions.logits(model, kind), plain)
 
 
 @pytest.mark.parametrize(("kind", "values"), [("vit", 32 + 32 + 48), ("gpt2", 32 + 32 + 128), ("llama", 80)])

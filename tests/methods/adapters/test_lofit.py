@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.core.anatomy import Anatomy
-from finetune.core.part import NotMergeable, base, detach, merge
+from finetune.core.attach import NotMergeable, base, detach, merge
 from finetune.errors import ConfigError
 from finetune.methods.adapters.lofit import HeadFactors, HeadOffsets, HeadRanking, LoFiT, Offsets
-from finetune.testing import contract
+from finetune.testing import contract, sessions
 from finetune.testing.cases import Case, Published, contract_test
-from finetune.testing.contract import Kind, tiny
+from finetune.testing.sessions import Kind, tiny
 from finetune.training.session import Session
 
 CASES = [
@@ -52,9 +52,9 @@ def llama() -> contract.Trial:
 
 def second_phase(kind: Kind, method: LoFiT | None = None) -> tuple[Session, list[Tensor]]:
     """Return a session before the first step of its second phase, and the factors of the first, by block."""
-    session = contract.begin(method or LoFiT(share=0.5), kind)
+    session = sessions.begin(method or LoFiT(share=0.5), kind)
     steps = session.steps()
-    for _ in range(contract.STEPS // 2):
+    for _ in range(sessions.STEPS // 2):
         next(steps)
     previous = session.states["method"]
     factors = [each.a.detach().clone() for each in factors_of(previous)]
@@ -98,7 +98,7 @@ def test_the_second_phase_trains_the_offsets_of_the_chosen_heads_and_nothing_els
     session, _ = second_phase("gpt2", LoFiT(share=0.25))
     trained = {n: p for n, p in session.states["method"].named_parameters() if p.requires_grad}
     assert {name: tuple(p.shape) for name, p in trained.items()} == {"offsets.values": (1, 16)}
-    contract.finish(session)
+    sessions.finish(session)
     offsets = offsets_of(session)
     rows = [view.row() for view in views_of(session.states["method"])]
     chosen = int(offsets.chosen[0])
@@ -120,11 +120,11 @@ def test_the_first_phase_computes_the_formula(kind: Kind) -> None:
         weight: Any = block.attention.last.module.weight
         columns = weight.data.T if kind == "gpt2" else weight.data
         columns *= 1 + factors.a.detach().flatten()
-    torch.testing.assert_close(contract.logits(model, kind), contract.logits(merged, kind))
+    torch.testing.assert_close(sessions.logits(model, kind), sessions.logits(merged, kind))
 
 
 def test_the_penalty_is_the_sum_of_absolute_changes_of_the_factors() -> None:
-    session = contract.begin(LoFiT(share=0.5, l1=0.25))
+    session = sessions.begin(LoFiT(share=0.5, l1=0.25))
     session.start()
     total = 0.0
     for factors in factors_of(session.states["method"]):
@@ -142,7 +142,7 @@ def test_the_ranking_equals_a_training_of_scaled_columns() -> None:
     """Train the factors by hand: the projection's columns times 1 + a, the loss, the penalty, AdamW."""
     method = LoFiT(share=0.5, noise=0.0, l1=0.01)
     session, found = second_phase("llama", method)  # a model without dropout
-    twin = contract.begin(method, "llama")
+    twin = sessions.begin(method, "llama")
     model = twin.model
     detach(model, twin.states)
     a = [torch.zeros(32, requires_grad=True) for _ in range(2)]
@@ -150,18 +150,18 @@ def test_the_ranking_equals_a_training_of_scaled_columns() -> None:
         block.attention.last.module.register_forward_pre_hook(
             lambda _m, args, factors=factors: (args[0] * (1 + factors),)
         )
-    settings = contract.OPTIMIZER
+    settings = sessions.OPTIMIZER
     optimizer = torch.optim.AdamW(a, lr=settings.lr, betas=settings.betas, eps=settings.eps)
     optimizer.param_groups[0]["weight_decay"] = settings.weight_decay
-    for number in range(contract.STEPS // 2):
+    for number in range(sessions.STEPS // 2):
         optimizer.param_groups[0]["lr"] = settings.lr * rate_of(number)
         (batch,) = next(iter(twin.batches.steps(number, number + 1)))
         assert batch is not None
         logits = model(**batch.inputs).logits
         loss = twin.compute.sum_losses(logits, batch) / twin.compute.count_scored([batch])
         (loss + 0.01 * torch.cat(a).abs().sum()).backward()
-        if contract.TRAIN.clip:
-            nn.utils.clip_grad_norm_(a, contract.TRAIN.clip)
+        if sessions.TRAIN.clip:
+            nn.utils.clip_grad_norm_(a, sessions.TRAIN.clip)
         optimizer.step()
         optimizer.zero_grad()
     for factors, one in zip(a, found, strict=True):
@@ -172,24 +172,24 @@ def test_the_ranking_equals_a_training_of_scaled_columns() -> None:
 def rate_of(step: int) -> float:
     from finetune.training.optimizer import rate
 
-    return rate(contract.OPTIMIZER, step, contract.STEPS)
+    return rate(sessions.OPTIMIZER, step, sessions.STEPS)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_noise_both_phases_begin_at_the_base_to_the_bit(kind: Kind) -> None:
-    plain = contract.logits(tiny(kind), kind)
-    session = contract.begin(LoFiT(share=0.5, noise=0.0), kind)
+    plain = sessions.logits(tiny(kind), kind)
+    session = sessions.begin(LoFiT(share=0.5, noise=0.0), kind)
     session.start()
-    assert torch.equal(contract.logits(session.tuned, kind), plain)
+    assert torch.equal(sessions.logits(session.tuned, kind), plain)
     session, _ = second_phase(kind, LoFiT(share=0.5, noise=0.0))
     with base(session.states["head"] if "head" in session.states else nn.Module()):
-        assert torch.equal(contract.logits(session.tuned, kind), plain)
+        assert torch.equal(sessions.logits(session.tuned, kind), plain)
 
 
 def test_with_the_published_noise_the_start_is_near_the_base() -> None:
-    session = contract.begin(LoFiT(share=0.5))
+    session = sessions.begin(LoFiT(share=0.5))
     session.start()
-    found, plain = contract.logits(session.tuned), contract.logits(tiny())
+    found, plain = sessions.logits(session.tuned), sessions.logits(tiny())
     assert not torch.equal(found, plain)
     torch.testing.assert_close(found, plain, rtol=0, atol=5e-3)
     values = torch.cat([factors.a.detach().flatten() for factors in factors_of(session.states["method"])])
@@ -197,10 +197,10 @@ def test_with_the_published_noise_the_start_is_near_the_base() -> None:
 
 
 def test_offsets_of_0_give_the_base_to_the_bit_after_training() -> None:
-    session = contract.finish(contract.begin(LoFiT(share=0.5), "llama"))
-    assert not torch.equal(contract.logits(session.tuned, "llama"), contract.logits(tiny("llama"), "llama"))
+    session = sessions.finish(sessions.begin(LoFiT(share=0.5), "llama"))
+    assert not torch.equal(sessions.logits(session.tuned, "llama"), sessions.logits(tiny("llama"), "llama"))
     offsets_of(session).values.data.zero_()
-    assert torch.equal(contract.logits(session.tuned, "llama"), contract.logits(tiny("llama"), "llama"))
+    assert torch.equal(sessions.logits(session.tuned, "llama"), sessions.logits(tiny("llama"), "llama"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -230,24 +230,24 @@ def test_an_offset_adds_one_vector_at_every_position_of_every_input(kind: Kind) 
 
 @pytest.mark.parametrize("kind", ["vit", "gpt2"])
 def test_merging_adds_to_the_bias_of_the_output_projection_only(kind: Kind) -> None:
-    session = contract.finish(contract.begin(LoFiT(share=0.5, noise=0.5), kind))
-    live = contract.logits(session.tuned, kind)
+    session = sessions.finish(sessions.begin(LoFiT(share=0.5, noise=0.5), kind))
+    live = sessions.logits(session.tuned, kind)
     changed = {view.layer for view in views_of(session.states["method"])}
     with base(session.states["method"]):
         before = {name: t.clone() for name, t in session.model.state_dict().items()}
     merge(session.model, session.states)
-    torch.testing.assert_close(contract.logits(session.model, kind), live, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(sessions.logits(session.model, kind), live, rtol=1e-5, atol=1e-5)
     for name, tensor in session.model.state_dict().items():
         if not torch.equal(tensor, before[name]):
             assert name.removesuffix(".bias") in changed
 
 
 def test_merging_is_refused_without_a_bias_and_changes_nothing() -> None:
-    session = contract.finish(contract.begin(LoFiT(share=0.5), "llama"))
-    live = contract.logits(session.tuned, "llama")
+    session = sessions.finish(sessions.begin(LoFiT(share=0.5), "llama"))
+    live = sessions.logits(session.tuned, "llama")
     with pytest.raises(NotMergeable, match=r"offsets of attention heads before a projection without a bias"):
         merge(session.model, session.states)
-    assert torch.equal(contract.logits(session.tuned, "llama"), live)
+    assert torch.equal(sessions.logits(session.tuned, "llama"), live)
 
 
 def test_a_block_without_chosen_heads_does_nothing_and_backward_stops_above_it() -> None:
