@@ -17,7 +17,12 @@ from finetune.core.sparse.schedule import Schedule
 from finetune.errors import ConfigError
 from finetune.schedules.drop_grow import DropGrow
 
-VARIANTS = {"schedule=cubic": "ramp", "schedule=linear": "ramp", "selector=rst": "ist"}
+VARIANTS = {
+    "schedule=cubic": "ramp",
+    "schedule=linear": "ramp",
+    "selector=rst": "ist",
+    **dict.fromkeys(["method=houlsby", "method=pfeiffer", "method=adaptformer"], "adapter"),
+}
 OPEN = {}  # the setting that a file leaves to the user
 for _file in sorted(config.conf_dir().glob("*/*.yaml")):
     for _line in _file.read_text().splitlines():
