@@ -119,10 +119,10 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
         fault = _not_shira({name: layers[name] for name in changes}, changes)
         if not fault:
             return _as_shira(layers, changes)
-    raise ConfigError(
-        f"method={setup.config.method.name}: peft has no such format: {fault}. "
-        f"Nearest is a plain Hugging Face folder: finetune merge ckpt={path} out=DIR."
-    )
+    advice = f"Nearest is a plain Hugging Face folder: finetune merge ckpt={path} out=DIR."
+    if not setup.config.method.mergeable or not all(part.mergeable for part in parts(state)):
+        advice = f"It cannot be merged either; pass on the run itself, {path}."
+    raise ConfigError(f"method={setup.config.method.name}: peft has no such format: {fault}. {advice}")
 
 
 def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:

@@ -175,6 +175,13 @@ def test_what_peft_cannot_hold_is_refused_with_what_is_nearest(
     assert not list(tmp_path.iterdir())
 
 
+def test_a_change_that_cannot_be_merged_is_not_sent_to_merge(runs: Runs, tmp_path: Path) -> None:
+    words = ["method=adapter", "method.train_norms=false"]
+    with pytest.raises(ConfigError, match=r"a bottleneck adapter\. It cannot be merged either; pass on"):
+        export(runs("llama", *words), "peft", tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
 def test_what_peft_does_not_read_back_is_not_written(
     runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

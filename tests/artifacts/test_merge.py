@@ -18,12 +18,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune.artifacts import merge as module
+from finetune.artifacts import verify
 from finetune.artifacts.merge import ABOUT, merge
 from finetune.artifacts.reopen import rebuild
 from finetune.artifacts.unmerge import unmerge
 from finetune.cli import app as cli
 from finetune.errors import ConfigError
 from finetune.storage import manifest
+from finetune.storage.run_folder import RunFolder
 
 from ..support.plain_runs import Runs
 
@@ -156,6 +158,37 @@ def test_the_written_folder_answers_as_the_run_did(
     if dtype == "float32":
         scores = torch.tensor([row["score"] for row in rows], dtype=torch.float64)
         torch.testing.assert_close(logits.softmax(-1).max(-1).values.double(), scores, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize("words", [["method=ia3"], ["method=lofit", "method.share=0.5"]])
+@pytest.mark.parametrize("kind", ["vit", "gpt2"])
+def test_edits_that_fold_are_in_the_written_weights(
+    runs: Runs, tmp_path: Path, kind: str, words: list[str]
+) -> None:
+    """Merging compares the logits of the folder with those of the run."""
+    run, out = runs(kind, *words), tmp_path / "out"
+    told = merge(run, out)
+    assert told["largest_logit_difference"] < 1e-5
+    merged, base = weights(out), weights(runs.base(kind))
+    assert any(not torch.equal(merged[name], base[name]) for name in base if "classifier" not in name)
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["method=adapter"], "method=adapter cannot be merged: it changes more than weights"),
+        (["method=lofit", "method.share=0.5"], "attaches offsets .* before a projection without a bias"),
+    ],
+)
+def test_edits_that_no_weight_can_hold_are_refused_with_nothing_written(
+    runs: Runs, tmp_path: Path, words: list[str], why: str
+) -> None:
+    run = runs("llama", *words)
+    with pytest.raises(ConfigError, match=why):
+        merge(run, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(verify._Skipped, match="cannot be merged"):
+        verify._check_merge(RunFolder(run), print)
 
 
 @pytest.mark.parametrize("method", [["method=full"], ["method=lora", "method.targets=[all]"]])
