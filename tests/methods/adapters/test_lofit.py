@@ -24,6 +24,7 @@ CASES = [
         lambda: LoFiT(share=0.5, noise=0.1),
         ("vit", "gpt2"),
         data_dependent=True,
+        settings=("method.share=0.5",),  # of the few heads of a tiny model
         selectable=False,
         budget="cannot meet budget",
     )
