@@ -105,9 +105,11 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
     of an entry, and the norm of the error divided by that of the exact weight and by that of the change.
     """
     session, rows = setup.session, list[dict[str, Any]]()
+    written = set(trained_in_place(session.states))
     for part in parts(session.states):
         if part.folds_itself:
             session.model.float()  # the part computes in the model's dtype
+        written.update(part.folded_parameters())
         part.fold()
     for name, layer in patched(session.model).items():
         change = torch.zeros(layer.original.shape, dtype=torch.float64, device=layer.original.device)
@@ -118,11 +120,10 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
         rows.append(_row(name, rounded, exact, change))
         layer.base.weight.data = (rounded.T if layer.transposed else rounded).contiguous()
     unpatch(session.model)
-    in_place = trained_in_place(session.states)
     for name, parameter in session.model.named_parameters():
         exact = parameter.data
         parameter.data = exact.to(dtype)
-        if name in in_place or not torch.equal(parameter.data.to(exact.dtype), exact):
+        if name in written or not torch.equal(parameter.data.to(exact.dtype), exact):
             rows.append(_row(name, parameter.data, exact.double(), None))
     return rows
 

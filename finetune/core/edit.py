@@ -103,6 +103,9 @@ class Edit(OnModule):
         """Write ``gate`` times the edit into the module's parameters, which are float32 or wider."""
         raise NotImplementedError(f"{self.describe()} cannot be folded into weights")
 
+    def folded_parameters(self) -> list[str]:
+        return [f"{self.layer}.{name}" for name, _ in self.module.named_parameters()]
+
     @torch.no_grad()
     def fold(self) -> None:
         """Write the edit into the module's parameters and take it off the model."""

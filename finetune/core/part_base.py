@@ -56,5 +56,9 @@ class Part(StateModule):
     def detach(self) -> None:
         """Leave the model as it was before this part. Deltas do nothing: ``unpatch`` removes their layers."""
 
+    def folded_parameters(self) -> list[str]:
+        """List the names of the parameters that ``fold`` writes to. Only what folds itself has any."""
+        return []
+
     def fold(self) -> None:
         """Make the change permanent. Deltas do nothing: ``merge`` writes their layers' weights."""

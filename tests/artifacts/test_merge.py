@@ -170,7 +170,12 @@ def test_edits_that_fold_are_in_the_written_weights(
     told = merge(run, out)
     assert told["largest_logit_difference"] < 1e-5
     merged, base = weights(out), weights(runs.base(kind))
-    assert any(not torch.equal(merged[name], base[name]) for name in base if "classifier" not in name)
+    changed = set()
+    for name, tensor in base.items():
+        if not torch.equal(merged[name], tensor):
+            changed.add(name)
+    assert any("classifier" not in name for name in changed)
+    assert changed <= {row["layer"] for row in told["layers"]}
 
 
 @pytest.mark.parametrize(
