@@ -7,7 +7,7 @@ of the parts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -120,7 +120,7 @@ class Edit(OnModule):
         edits: Side = "output",
         reads: str | None = None,
         reads_side: Side = "input",
-    ) -> Edit:
+    ) -> Self:
         """Edit the output (or input) of the module called ``name`` until ``detach`` is called.
 
         ``reads``: name of the module whose input (or output) is ``x``; it must run before the edited tensor
@@ -197,7 +197,7 @@ class Replacement(OnModule):
         """Return what the module shall give for these arguments. ``original`` is the module's own forward."""
         raise NotImplementedError
 
-    def on(self, model: nn.Module, name: str) -> Replacement:
+    def on(self, model: nn.Module, name: str) -> Self:
         """Replace what the module called ``name`` computes until ``detach`` is called."""
         module: Any = self._take_place(model, name)
         self._original: Callable[..., Any] = module.forward
