@@ -43,8 +43,9 @@ from torch import Tensor, nn
 from ...core.anatomy import Anatomy
 from ...core.changes import Unit
 from ...core.edit import Edit
-from ...core.method import Method, Phase, Run
+from ...core.method import Method, Phase
 from ...core.roles import is_transposed
+from ...core.run import Run
 from ...errors import ConfigError
 from ...registry import register
 
