@@ -17,6 +17,7 @@ from .. import registry
 # must have the setting.
 LATER: dict[str, Any] = {
     "train.patience": None,
+    "method.schedule[one_shot].lr_schedule": "span",
     "objective[task].label_smoothing": 0.0,
     "objective[task].class_weights": None,
 }

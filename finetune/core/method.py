@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
@@ -25,13 +25,20 @@ from .run import Run as Run  # part of what this module offers
 from .site import Site, find_sites
 from .state import Shapes, stored_shapes
 
+LRSchedule = Literal["restart", "span"]
+
 
 @dataclass(frozen=True)
 class Phase:
-    """A part of the run under one method; ``share`` is its share of the steps."""
+    """A part of the run under one method; ``share`` is its share of the steps.
+
+    ``schedule``: with ``restart`` the learning rate's schedule and its warm-up run over the steps of this
+    phase; with ``span`` they run over the whole run, and the phase takes its steps of them.
+    """
 
     method: Method
     share: float
+    schedule: LRSchedule = "span"
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from typing import Annotated
 
 from annotated_types import Gt, Lt
 
+from ..core.method import LRSchedule
 from ..core.sparse.schedule import Schedule
 from ..registry import register
 
@@ -24,9 +25,12 @@ class OneShot(Schedule):
 
     Options:
         dense: Share of the run that trains all entries.
+        lr_schedule: Whether the learning rate's schedule and its warm-up run over each phase anew
+            (``restart``) or once over the whole run (``span``).
     """
 
     dense: Annotated[float, Gt(0), Lt(1)] = 0.25
+    lr_schedule: LRSchedule = "restart"
 
     def faults(self, total: int) -> list[str]:
         if 0 < round(self.dense * total) < total:

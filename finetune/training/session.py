@@ -73,6 +73,8 @@ class Session:
 
     ``steps()`` trains. ``state_dict()`` after any step is enough to resume from there to the same bits.
     ``phases`` holds, for each phase, its method and the numbers of steps done at its start and at its end.
+    ``lr_ranges`` holds, for each phase, the numbers of steps done at the start and at the end of its learning
+    rate's schedule.
     """
 
     def __init__(
@@ -83,10 +85,12 @@ class Session:
         self.model = pretrained.model.requires_grad_(False)
         self.method, self.selector = recipe.method, recipe.selector
         self.phases: list[tuple[Method, int, int]] = []
+        self.lr_ranges: list[tuple[int, int]] = []
         phases, start = self.method.phases(), 0
         for i, phase in enumerate(phases):
             end = round(recipe.train.steps * sum(p.share for p in phases[: i + 1]))
             self.phases.append((phase.method, start, end))
+            self.lr_ranges.append((start, end) if phase.schedule == "restart" else (0, recipe.train.steps))
             start = end
         self.number = 0  # optimizer steps done
         self.phase = -1
@@ -186,7 +190,8 @@ class Session:
         if self.accelerator.num_processes > 1:
             # each process draws its own numbers, and the checkpoint of one process serves all
             torch.manual_seed(hash((self.recipe.seed, self.number, self.accelerator.process_index)) % 2**63)
-        lr = self.recipe.optimizer.lr * rate(self.recipe.optimizer, self.number, self.recipe.train.steps)
+        start, end = self.lr_ranges[self.phase]
+        lr = self.recipe.optimizer.lr * rate(self.recipe.optimizer, self.number - start, end - start)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         retry_smaller(lambda: self.current.before_step(run, method_state))

@@ -36,6 +36,33 @@ def test_rates(schedule: Any, expected: list[float]) -> None:
 
 
 @dataclass(frozen=True)
+class TwoPhases(Method):
+    """A third of the run and the rest, each with a ``restart`` or ``span`` of its own."""
+
+    schedules: tuple[Any, Any] = ("restart", "restart")
+    name: ClassVar[str] = "two_phases"
+
+    def phases(self) -> tuple[Phase, ...]:
+        first, second = self.schedules
+        return Phase(BitFit(), 1 / 3, first), Phase(BitFit(), 2 / 3, second)
+
+
+@pytest.mark.parametrize("schedules", [("restart", "restart"), ("span", "restart"), ("restart", "span")])
+def test_the_rates_of_a_phase_are_those_of_a_run_of_its_length_or_of_the_whole_run(schedules: Any) -> None:
+    settings, total = AdamW(lr=1e-3, schedule="linear", warmup=0.25), 12
+    train = replace(contract.TRAIN, steps=total)
+
+    def rates(method: Method, steps: int = total) -> list[float]:
+        session = contract.begin(method, train=replace(train, steps=steps), optimizer=settings)
+        return [step.lr for step in session.steps()]
+
+    whole = rates(BitFit())
+    alone = {"restart": [rates(BitFit(), 4), rates(BitFit(), 8)], "span": [whole[:4], whole[4:]]}
+    expected = alone[schedules[0]][0] + alone[schedules[1]][1]
+    assert rates(TwoPhases(schedules)) == expected != whole
+
+
+@dataclass(frozen=True)
 class Rewound(Method):
     """Dense first, then the sparse method on the rewound base, with the first phase's change as its start."""
 

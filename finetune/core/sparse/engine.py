@@ -75,7 +75,8 @@ class Sparse(SparseSettings):
         dense = self.schedule.dense
         if not dense:
             return (Phase(self, 1.0),)
-        return Phase(Dense(targets=self.targets), dense), Phase(self, 1 - dense)
+        schedule = self.schedule.lr_schedule
+        return Phase(Dense(targets=self.targets), dense, schedule), Phase(self, 1 - dense, schedule)
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[Budget]:
         """Return the budgets that the sites compete for, at the full share of the schedule."""

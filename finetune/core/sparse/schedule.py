@@ -7,6 +7,8 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Gt, Le
 
+from ..method import LRSchedule
+
 Share = Annotated[float, Gt(0), Le(1)]
 Dropped = Literal["base", "kept"]
 
@@ -48,6 +50,11 @@ class Schedule:
     def dense(self) -> float:
         """Return the share of the run that trains all entries before the first choice."""
         return 0.0
+
+    @property
+    def lr_schedule(self) -> LRSchedule:
+        """Say whether the learning rate's schedule restarts after the dense phase or spans the run."""
+        return "span"
 
     @property
     def peak(self) -> float:

@@ -2,8 +2,9 @@
 
 The first phase trains every entry of the chosen layers and the head, for the share ``schedule.dense`` of the
 run. The K entries of the model with the largest change are chosen. Then everything, the head included,
-returns to where it started, and the second phase trains the chosen entries with a new optimizer. Exactly K
-entries are trained; ties go to the lower position.
+returns to where it started, and the second phase trains the chosen entries with a new optimizer. The learning
+rate's schedule, warm-up included, runs over each phase anew; ``schedule.lr_schedule=span`` runs it once over
+the whole run. Exactly K entries are trained; ties go to the lower position.
 
 Formula:
     chosen: the K largest |w - w_0| of the model, w the weight after the dense phase
@@ -20,8 +21,6 @@ Differs:
 - The linear layers only; the released code also counts word embeddings and biases.
 - The released code frees the whole model if fewer than K entries moved.
 - The released penalty has no gradient, by a fault, and is meant for both phases.
-- The learning rate's schedule spans the whole run; in the released code each phase has its own, warm-up
-  included.
 - The released diff drops changes of at most 1e-7.
 
 Cost: The first phase needs a gradient and two moments in Adam for every entry of the layers, the second K of

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
+from finetune.config import later
 from finetune.core.attach import patched
+from finetune.core.method import Method
 from finetune.core.sparse.engine import Dense
 from finetune.methods.sparse.lt_sft import LTSFT
+from finetune.optim.adamw import AdamW
 from finetune.schedules.one_shot import OneShot
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test
@@ -23,6 +27,7 @@ CASES = [
         selectable=False,
     )
 ]
+WARMED = AdamW(lr=1e-2, schedule="linear", warmup=0.4)
 
 PUBLISHED = Published(
     "arXiv 2110.07560: the task scripts of the released code; "
@@ -78,7 +83,8 @@ def test_only_the_freed_entries_differ_afterwards() -> None:
 
 
 def test_with_all_entries_the_second_phase_is_dense_training_from_the_start() -> None:
-    session, _ = second_phase(LTSFT(sparsity=0.0, schedule=OneShot(dense=0.5), **SITES))
+    schedule = OneShot(dense=0.5, lr_schedule="span")  # the plain run takes the second half of a run's rates
+    session, _ = second_phase(LTSFT(sparsity=0.0, schedule=schedule, **SITES))
     plain = contract.begin(Dense(**SITES))
     for p, q in zip(plain.states["head"].parameters(), session.states["head"].parameters(), strict=True):
         assert torch.equal(p, q)
@@ -88,6 +94,29 @@ def test_with_all_entries_the_second_phase_is_dense_training_from_the_start() ->
     trained = plain.states["method"].trained()
     for name, layer in patched(session.model).items():
         torch.testing.assert_close(layer.weight, trained[f"{name}.weight"].detach(), rtol=1e-3, atol=2e-4)
+
+
+def rates(method: Method, steps: int) -> list[float]:
+    train = replace(contract.TRAIN, steps=steps)
+    return [step.lr for step in contract.begin(method, train=train, optimizer=WARMED).steps()]
+
+
+def test_each_phase_has_the_rates_of_a_run_of_its_length() -> None:
+    schedule = OneShot(dense=0.4)
+    method = LTSFT(sparsity=0.9, schedule=schedule, **SITES)
+    assert rates(method, 10) == rates(Dense(**SITES), 4) + rates(Dense(**SITES), 6)
+    spanning = replace(method, schedule=replace(schedule, lr_schedule="span"))
+    assert rates(spanning, 10) == rates(Dense(**SITES), 10)
+
+
+def test_a_restarted_rate_resumes_to_the_bit_in_each_phase() -> None:
+    contract.check_resume(contract.Trial(CASES[0].make, optimizer=WARMED))
+
+
+def test_an_old_run_without_the_setting_spans() -> None:
+    old = {"method": {"name": "lt_sft", "schedule": {"name": "one_shot", "dense": 0.5}}}
+    assert later.enter(old)["method"]["schedule"]["lr_schedule"] == "span"
+    assert "lr_schedule" not in later.without(later.enter(old))["method"]["schedule"]
 
 
 def test_l1_pulls_by_its_weight_over_the_size_of_the_model() -> None:
