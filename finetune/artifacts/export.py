@@ -57,6 +57,11 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
             "pip install 'finetune-bench[peft]'."
         ) from None
     setup = rebuild(path)
+    if setup.config.model.init == "random":
+        raise ConfigError(
+            "export format=peft: the base was drawn by model.init=random, and no folder has its weights. "
+            f"Nearest is a plain folder: finetune merge ckpt={path} out={out}."
+        )
     model, accelerator = setup.session.model, setup.session.accelerator
     config, tensors = _as_peft(setup, path)
     config.base_model_name_or_path, config.inference_mode = setup.config.model.path, True
@@ -91,9 +96,8 @@ def export(path: Path, form: str, out: Path) -> dict[str, Any]:
 def _read_base(setup: Setup) -> Any:
     """Read the base again, with its head as it was at the start."""
     config = setup.config
-    return read_model(find_folder(config.model)[0], config.model, setup.base.task, setup.labels, config.seed)[
-        0
-    ]
+    folder, _ = find_folder(config.model)
+    return read_model(folder, config.model, setup.base.task, setup.labels, config.seed).model
 
 
 def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:

@@ -190,7 +190,7 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
 
     ``gradient``: number of training batches for the loss gradient; 0: none.
     """
-    session, new = setup.session, set(setup.base.head)
+    session, new = setup.session, set(setup.base.new_parameters)
     trained = {name: p for name, p in trained_in_place(session.states).items() if name not in new}
     layers = patched(session.model)
     grads = _gradients(setup, gradient) if gradient else {}
@@ -211,7 +211,7 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
 def others(setup: Setup) -> list[dict[str, Any]]:
     """Measure what else was trained in place: embeddings, norms, biases. The new head is left out."""
     session = setup.session
-    skipped = {f"{site.name}.weight" for site in all_sites(session.model)} | set(setup.base.head)
+    skipped = {f"{site.name}.weight" for site in all_sites(session.model)} | set(setup.base.new_parameters)
     trained = {}
     for name, parameter in trained_in_place(session.states).items():
         if _plain_name(name) not in skipped:

@@ -69,7 +69,12 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
             "unmerge": stored["unmerge"],
             "layers": layers,
         }
-        about = {**manifest.HEADER, "run": str(path), "task": setup.base.task, "head": list(setup.base.head)}
+        about = {
+            **manifest.HEADER,
+            "run": str(path),
+            "task": setup.base.task,
+            "head": list(setup.base.new_parameters),
+        }
         write_json_atomic(temporary / ABOUT, {**about, **stored, **summary})
         manifest.write(temporary / unmerge.FOLDER)
     return {"out": str(out), **summary}
@@ -112,10 +117,7 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
         written.update(part.folded_parameters())
         part.fold()
     for name, layer in patched(session.model).items():
-        change = torch.zeros(layer.original.shape, dtype=torch.float64, device=layer.original.device)
-        for delta in layer.deltas:
-            change += delta.gate * delta(layer.original).double()
-        exact = layer.original.double() + change
+        exact, change = layer.sum_changes()
         rounded = exact.to(dtype)
         rows.append(_row(name, rounded, exact, change))
         layer.base.weight.data = (rounded.T if layer.transposed else rounded).contiguous()

@@ -47,6 +47,11 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
     if dataset:
         _check_labels(list(setup.labels), about["labels"], dataset.name, files.path)
     if setup.fingerprint != about["base_fingerprint"]:
+        if config.model.init == "random":
+            raise ConfigError(
+                f"model.init=random draws other weights here than those that {files.path} was trained on. "
+                "Use the versions of torch and transformers that its result.json names."
+            )
         raise ConfigError(
             f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights "
             "differ. Restore the original base."

@@ -18,8 +18,9 @@ from ..config.settings import ModelConfig
 from ..core.sparse.coding import decode_sorted, encode_sorted
 from ..core.sparse.switch import BITS
 from ..errors import ConfigError
-from ..models.load import AUTO, fingerprint, original_parameters, save
+from ..models.load import AUTO, original_parameters, save
 from ..models.processor import read_processor
+from ..models.stored import fingerprint
 from ..storage import manifest
 from ..storage.delta import read_tensors
 from ..system import safe

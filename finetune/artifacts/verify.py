@@ -32,7 +32,7 @@ from .reopen import evaluate, run_of
 
 Say = Callable[[str], None]
 # The keys of result.json that a repetition must reproduce.
-REPEATED = ("status", "metrics", "params", "steps", "best_step", "suspect", "warnings", "batch")
+REPEATED = ("status", "metrics", "params", "changed", "steps", "best_step", "suspect", "warnings", "batch")
 
 
 class _Skipped(Exception):

@@ -20,6 +20,10 @@ LATER: dict[str, Any] = {
     "method.schedule[one_shot].lr_schedule": "span",
     "objective[task].label_smoothing": 0.0,
     "objective[task].class_weights": None,
+    "model.head": "new",
+    "method.head": True,
+    "model.init": "pretrained",
+    "model.config": {},
 }
 for _kind in registry.KINDS.values():
     if _kind.absent:

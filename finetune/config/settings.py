@@ -28,6 +28,12 @@ class ModelConfig:
         dtype: Type that the weights are loaded in.
         download: Fetch a hub id that is not in the local cache.
         revision: Branch, tag or commit on the hub.
+        head: Head of a classifier. ``keep`` takes the checkpoint's, whose labels must be those of the data
+            set by name, in any order; ``new`` starts a new one; ``auto`` keeps it if the labels agree, and
+            a note says which.
+        init: ``pretrained`` reads the weights. ``random`` draws them from ``seed``; the folder then needs no
+            weights.
+        config: Settings of config.json that are replaced, by their own names. Only with ``init=random``.
     """
 
     name: str
@@ -35,6 +41,18 @@ class ModelConfig:
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     download: bool = False
     revision: str | None = None
+    head: Literal["auto", "keep", "new"] = "auto"
+    init: Literal["pretrained", "random"] = "pretrained"
+    config: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.config and self.init != "random":
+            raise ValueError(
+                f"model.config.{next(iter(self.config))} has no effect on pretrained weights. "
+                "Leave it out, or set model.init=random."
+            )
+        if self.head == "keep" and self.init == "random":
+            raise ValueError("model.head=keep: model.init=random leaves no head to keep; drop one of them.")
 
 
 @dataclass(frozen=True)

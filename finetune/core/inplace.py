@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from .changes import Changes, Unit
@@ -53,6 +54,7 @@ class InPlace(Part):
     def __init__(self, model: nn.Module, names: list[str], keep: bool) -> None:
         super().__init__()
         self.names, self.keep, self._gate = names, keep, 1.0
+        self.is_frozen = False
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
         self._hooks: list[RemovableHandle] = []
         parameters = dict(model.named_parameters())
@@ -88,18 +90,22 @@ class InPlace(Part):
     def _originals(self) -> dict[str, nn.Parameter]:
         """Return the original parameters, frozen, on the device of the trained ones."""
         found: dict[str, nn.Parameter] = {}
+        for name, original in self._read_originals():
+            found[name] = nn.Parameter(original, requires_grad=False)
+        return found
+
+    def _read_originals(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield the original values by name, one tensor at a time, on the device of the trained ones."""
         if self.keep:
             for name in self.names:
-                original = self.get_buffer(self._key(name) + ":original")
-                found[name] = nn.Parameter(original, requires_grad=False)
-            return found
+                yield name, self.get_buffer(self._key(name) + ":original")
+            return
         if self.source is None:
             raise RuntimeError("the base was trained in place; without a model file it cannot be read again")
         device = next(self.parameters()).device
         for name, tensor in self.source():
             if name in self._owners:
-                found[name] = nn.Parameter(tensor.to(device), requires_grad=False)
-        return found
+                yield name, tensor.to(device)
 
     @property
     def gate(self) -> float:  # a property, because switching moves tensors
@@ -117,18 +123,32 @@ class InPlace(Part):
         """Return the trained parameters by the model's names."""
         return {name: self.get_parameter(self._key(name)) for name in self.names}
 
+    def freeze_for_good(self) -> None:
+        """Stop training these parameters for good. They then count neither as trained nor as changeable."""
+        self.is_frozen = True
+        self.requires_grad_(False)
+
     def describe(self) -> str:
         return "parameters trained in place"
 
     def adapted(self) -> int:
-        return sum(p.numel() for p in self.parameters())
+        return 0 if self.is_frozen else sum(p.numel() for p in self.parameters())
+
+    @torch.no_grad()
+    def count_changed(self) -> int:
+        if self.is_frozen:
+            return 0
+        trained, count = self.trained(), 0
+        for name, original in self._read_originals():
+            count += int((trained[name].to(original.dtype) != original).sum())
+        return count
 
     @property
     def recoverable(self) -> bool:
         return self.keep
 
     def changes(self) -> Changes:
-        return Changes(parameters=self.trained())
+        return Changes() if self.is_frozen else Changes(parameters=self.trained())
 
     def units(self) -> list[Unit]:
         return [Unit(name, name, p) for name, p in self.trained().items() if p.requires_grad]

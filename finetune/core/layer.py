@@ -151,6 +151,19 @@ class Patched(nn.Module):
                 delta.add_(total, self.original, delta.gate)
         return total.to(self.original.dtype)
 
+    @torch.no_grad()
+    def sum_changes(self) -> tuple[Tensor, Tensor]:
+        """Return the changed weight, and the sum of all changes, as exact as float64 is; [out, in]."""
+        change = torch.zeros(self.original.shape, dtype=torch.float64, device=self.original.device)
+        for delta in self.deltas:
+            change += delta.gate * delta(self.original).double()
+        return self.original.double() + change, change
+
+    def count_changed(self) -> int:
+        """Count the entries of the weight that merging would change, in the dtype of the weight."""
+        exact, _ = self.sum_changes()
+        return int((exact.to(self.original.dtype) != self.original).sum())
+
     def forward(self, x: Tensor) -> Tensor:
         active = [d for d in self.deltas if d.gate and d.has_effect]
         formed = [d for d in active if not d.additive]

@@ -14,7 +14,7 @@ The training loop calls them in this order and knows no method by name:
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
@@ -43,7 +43,12 @@ class Phase:
 
 @dataclass(frozen=True)
 class Method:
-    """Base of all methods. Fields are hyperparameters; class variables are facts that checks rely on."""
+    """Base of all methods. Fields are hyperparameters; class variables are facts that checks rely on.
+
+    Options:
+        head: Train the head of a classifier. ``false`` freezes it, which only a kept head allows
+            (``model.head``).
+    """
 
     KIND: ClassVar[str] = "method"
     name: ClassVar[str]
@@ -54,6 +59,8 @@ class Method:
     neutral_start: ClassVar[bool] = True  # whether the model computes what the base computes at step 0
     mergeable: ClassVar[bool] = True  # whether plain weights can hold the change
     unused_parameters: ClassVar[bool] = False  # whether some trained tensors may get no gradient in a step
+
+    head: bool = field(default=True, kw_only=True)
 
     @classmethod
     def is_preset(cls) -> bool:

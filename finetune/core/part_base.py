@@ -32,6 +32,13 @@ class Part(StateModule):
         """Count the model's entries that this part can change. Deltas return 0: their layers are counted."""
         return 0
 
+    def count_changed(self) -> int | None:
+        """Count the adapted entries that differ from the pretrained ones in the model's dtype.
+
+        None if the part cannot tell. Deltas return 0: their layers count them.
+        """
+        return 0
+
     @property
     def mergeable(self) -> bool:
         """Tell whether ``merge`` can make the change permanent."""

@@ -173,16 +173,23 @@ def _find_absurd_depths(settings: Mapping[str, Any], tensors: int, config: Model
     Every layer has a tensor, and building so many layers would take hours.
     """
     faults = []
+    for key, number in list_depths(settings):
+        if number > max(FEW_LAYERS, tensors):
+            faults.append(
+                f"model.path={config.path}: its config.json says {key}={number:,}, and its weights are "
+                f"{tensors:,} tensors. Choose a checkpoint that is complete."
+            )
+    return faults
+
+
+def list_depths(settings: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
+    """Yield each number of layers, or of experts, in config.json by its key."""
     for key, value in _list_settings(settings):
-        if "layer" not in key and "depth" not in key:
+        if not any(word in key for word in ("layer", "depth", "expert")):
             continue
         for number in value if isinstance(value, list) else [value]:
-            if isinstance(number, int | float) and number > max(FEW_LAYERS, tensors):
-                faults.append(
-                    f"model.path={config.path}: its config.json says {key}={number:,}, and its weights are "
-                    f"{tensors:,} tensors. Choose a checkpoint that is complete."
-                )
-    return faults
+            if isinstance(number, int | float):
+                yield key, number
 
 
 def _list_settings(settings: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -230,7 +237,7 @@ def _explain_absent(folder: Path, file: Path, config: ModelConfig) -> str:
             f"model.path={config.path} has its weights only as a pickle ({min(pickles)}), which can run "
             "code when read. Save the model again with save_pretrained, which writes safetensors."
         )
-    return _explain_missing_file(file, config)
+    return f"{_explain_missing_file(file, config)[:-1]}, or draw the weights: model.init=random."
 
 
 def _explain_missing_file(file: Path, config: ModelConfig) -> str:

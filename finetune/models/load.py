@@ -1,25 +1,27 @@
 """Load pretrained models from a folder or the hub's cache, and save models as plain folders.
 
-A model for a task with labels gets a new head.
+A model for a task with labels keeps the checkpoint's head or gets a new one, as ``model.head`` says.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..config.settings import ModelConfig
 from ..core.roles import in_head, is_recognised
 from ..errors import ConfigError
-from .folder import check_fits, check_weights, find_folder
+from .folder import check_fits, check_weights, find_folder, read_json
+from .head import HeadMismatch, initialize_head_, keep_head_
 from .processor import read_processor
+from .scratch import draw
+from .stored import StoredParameters, find_stored, hash_parameters, name_parameters
 
 AUTO = {
     "image_classification": "AutoModelForImageClassification",
@@ -33,9 +35,11 @@ SPARE_ENTRIES = 2**26  # entries that a model may have beyond twice those of its
 class Base:
     """A pretrained model in eval mode with all parameters frozen, and its image processor or tokenizer.
 
-    ``head`` names the newly initialized parameters, which must be trained; it is empty for language models.
-    ``notes`` are for the user. ``reload_args`` (configuration, labels, seed) let ``original_parameters`` read
-    the model a second time.
+    ``head`` names the parameters of the task's head; it is empty for language models. ``new_head``: they are
+    newly initialized and must be trained; otherwise they have the checkpoint's values. ``notes`` are for the
+    user. ``reload_args`` (configuration, labels, seed) let ``original_parameters`` read the model a second
+    time. ``fingerprint`` is that of the model as it was loaded, if it was computed. ``stored``: where
+    ``original_parameters`` has found every parameter in the checkpoint.
     """
 
     model: Any
@@ -45,6 +49,24 @@ class Base:
     source: str
     notes: list[str] = field(default_factory=list)
     reload_args: tuple[ModelConfig, tuple[str, ...], int] | None = field(default=None, repr=False)
+    new_head: bool = True
+    fingerprint: str | None = None
+    stored: StoredParameters | None = field(default=None, repr=False)
+
+    @property
+    def new_parameters(self) -> tuple[str, ...]:
+        """Names of the newly initialized parameters: those of the head, unless it is kept."""
+        return self.head if self.new_head else ()
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A frozen model as it was read: the names of its head's parameters, whether they are new, and notes."""
+
+    model: Any
+    head: tuple[str, ...]
+    new_head: bool
+    notes: tuple[str, ...]
 
 
 def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> Base:
@@ -56,24 +78,43 @@ def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> 
     """
     folder, source = find_folder(config)
     with quiet():
-        model, head, notes = read_model(folder, config, task, labels, seed)
-        processor, processor_notes = read_processor(folder, config, task, model)
-    if not is_recognised(model):
-        notes.append(
-            f"The layers of a {model.config.model_type} have no known roles: "
-            "every linear layer but the head has the role 'linear'."
+        loaded = read_model(folder, config, task, labels, seed)
+        processor, notes = read_processor(folder, config, task, loaded.model)
+    if not is_recognised(loaded.model):
+        notes.insert(
+            0,
+            f"The layers of a {loaded.model.config.model_type} have no known roles: "
+            "every linear layer but the head has the role 'linear'.",
         )
-    return Base(model, processor, task, head, source, notes + processor_notes, (config, labels, seed))
+    return Base(
+        loaded.model,
+        processor,
+        task,
+        loaded.head,
+        source,
+        [*notes, *loaded.notes],
+        (config, labels, seed),
+        loaded.new_head,
+    )
 
 
-def read_model(
-    folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int
-) -> tuple[Any, tuple[str, ...], list[str]]:
-    """Return the frozen model, the names of its head's parameters, and notes."""
+def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> Loaded:
+    """Read a model, with the head that ``model.head`` asks for.
+
+    Raises ``ConfigError`` if it does not fit the task, or if its head must be kept and cannot be.
+    """
     check_fits(folder, config, task)
+    if config.head == "keep" and not labels:
+        raise ConfigError(
+            f"model.head=keep: the data set's task {task} has no labels, so there is no head for them. "
+            "Leave model.head out; the output layer of a language model is always kept."
+        )
     try:
-        _check_size(folder, config, task, check_weights(folder, config))
-        model, info = _build(folder, config, task, labels, seed)
+        if config.init == "random":
+            model, info = draw(folder, config, AUTO[task], labels, seed)
+        else:
+            _check_size(folder, config, task, check_weights(folder, config))
+            model, info = _build(folder, config, task, labels, seed)
     except ConfigError:
         raise
     except Exception as error:  # a contradictory config.json can make an architecture raise anything
@@ -102,8 +143,24 @@ def read_model(
             f"another shape (first: {lost[0]}). "
             "Choose a checkpoint that is complete and belongs to its config.json."
         )
-    start_head_(model, head, seed)
-    return model.eval().requires_grad_(False), tuple(head), notes
+    new_head = True
+    if config.init == "random":
+        notes.append(f"model.init=random: every weight is drawn from seed={seed}, and none is pretrained.")
+    elif labels and config.head != "new":
+        settings = read_json(folder / "config.json", config)
+        try:
+            notes.append(keep_head_(model, head, info, settings, labels, config.head == "keep"))
+            new_head = False
+        except HeadMismatch as reason:
+            if config.head == "keep":
+                raise ConfigError(
+                    f"model.head=keep: the head of model.path={config.path} cannot be kept: {reason}. "
+                    "Take model.head=new to train a new head."
+                ) from None
+            notes.append(f"The head is newly initialized: {reason}.")
+    if new_head:
+        initialize_head_({n: p for n, p in model.named_parameters() if n in head}, seed)
+    return Loaded(model.eval().requires_grad_(False), tuple(head), new_head, tuple(notes))
 
 
 def _build(
@@ -153,51 +210,49 @@ def _check_size(folder: Path, config: ModelConfig, task: str, stored: int) -> No
         )
 
 
-@torch.no_grad()
-def start_head_(model: nn.Module, names: Collection[str], seed: int) -> None:
-    """Initialize the named parameters in place: matrices from N(0, 0.02), biases with 0, scales with 1.
-
-    The generator is seeded here, so that every method starts from the same head.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    for name, parameter in model.named_parameters():
-        if name in names and parameter.ndim > 1:
-            parameter.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
-        elif name in names:
-            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-
-
 def reload(base: Base) -> Any:
     """Read the model from its source again, and return it as ``load`` returned it."""
     if base.reload_args is None:
         raise ValueError("this Base was not made by load(), so it has no source to read again")
     config, labels, seed = base.reload_args
     with quiet():
-        return read_model(find_folder(config)[0], config, base.task, labels, seed)[0]
+        return read_model(find_folder(config)[0], config, base.task, labels, seed).model
 
 
 def original_parameters(base: Base) -> Iterator[tuple[str, Tensor]]:
     """Read the model from its source again, and yield its parameters as ``load`` returned them.
 
-    Names and order are those of ``named_parameters``.
+    Names and order are those of ``named_parameters``. One tensor at a time is read where the checkpoint
+    stores them all under these names, and ``base.fingerprint`` shows that their values are the same.
+    Otherwise the whole model is read.
     """
+    base.stored = base.stored or _find_originals(base)
+    if base.stored:
+        for name in [name for name, _ in name_parameters(base.model)]:
+            yield name, base.stored.read(name)
+        return
     for name, parameter in reload(base).named_parameters():
         yield name, parameter.detach()
 
 
-def fingerprint(model: nn.Module, skip: Collection[str]) -> str:
-    """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all parameters but ``skip``.
-
-    The parameters are sorted by name. Patched layers do not change the result.
-    """
-    total = hashlib.sha256()
-    parameters = [(name.replace(".base.", "."), parameter) for name, parameter in model.named_parameters()]
-    for name, parameter in sorted(parameters):
-        if name not in skip:
-            data: Any = parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
-            total.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-            total.update(data)
-    return total.hexdigest()
+def _find_originals(base: Base) -> StoredParameters | None:
+    """Return the checkpoint's parameters if they are, one by one, those that the model was loaded with."""
+    if base.reload_args is None or base.fingerprint is None:
+        return None
+    config, _, seed = base.reload_args
+    if config.init == "random":
+        return None
+    dtype = getattr(torch, config.dtype)
+    shapes, new = dict[str, tuple[int, ...]](), dict[str, Tensor]()
+    for name, parameter in name_parameters(base.model):
+        shapes[name] = tuple(parameter.shape)
+        if name in base.new_parameters:
+            new[name] = torch.empty(parameter.shape, dtype=dtype)
+    initialize_head_(new, seed)
+    stored = find_stored(find_folder(config)[0], config, shapes, new)
+    if stored is None or hash_parameters(shapes, stored.read, base.new_parameters) != base.fingerprint:
+        return None
+    return stored
 
 
 def save(model: Any, processor: Any, out: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
+from .metric import show_share
 from .readable import show_some
 from .rows import REPEATS, Row, find_tuned, find_varying, short_name, show_value
 from .runs import NO_RESULT, Run, get_numbers
@@ -36,6 +37,7 @@ def check_fairness(rows: Sequence[Row], keys: Sequence[str]) -> list[Finding]:
         *_check_settings(rows, keys),
         *_check_base_weights(done, keys),
         *_check_trained(done),
+        *_check_changed(done),
         *_compare_runs(
             "trials",
             "tuning trials",
@@ -113,7 +115,7 @@ def _find_fairly_tuned(rows: Sequence[Row]) -> set[str]:
 
 
 def _check_base_weights(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Finding]:
-    if "model.name" in keys or "model.path" in keys:
+    if {"model.name", "model.path", "model.head"} & set(keys):  # a kept head is part of the weights
         return
     values = {}
     for row in rows:
@@ -139,6 +141,29 @@ def _check_trained(rows: Sequence[Row]) -> Iterator[Finding]:
         "`finetune sweep budget=...` gives all methods equal numbers."
     )
     yield make_finding("trained", "trained parameters", values, words)
+
+
+def _check_changed(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Compare the shares of the adapted entries that differ at the end, where all runs have them.
+
+    They can differ where as many entries are trained: entries that are not trained any more can keep their
+    change, and a low-rank change reaches a whole matrix.
+    """
+    values = {}
+    all_shares: list[float] = []
+    for row in rows:
+        shares = get_numbers(row.finished, "changed")
+        if len(shares) < len(row.finished):
+            return
+        all_shares += shares
+        texts = dict.fromkeys(map(show_share, (min(shares), max(shares))))
+        values[row.label] = " to ".join(texts)
+    if max(all_shares, default=0) > TOLERANCE * min(all_shares, default=0):
+        words = (
+            "The share of the adapted entries that differ from the pretrained ones at the end differs: "
+            f"{list_values(values)}."
+        )
+        yield make_finding("trained", "changed entries", values, words)
 
 
 def _show_range(counts: Sequence[float]) -> str:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import make_printable
 from .measure import Measure
-from .metric import show_bytes
+from .metric import show_bytes, show_share
 from .runs import NO_RESULT
 from .schema import ComparisonData, RowData, has_any
 
@@ -34,6 +34,7 @@ CSV_KEYS = (
     *NO_RESULT,
     "missing",
     "trained",
+    "changed",
     "stored_bytes",
     "step_seconds",
     "train_seconds",
@@ -97,6 +98,8 @@ def make_columns(data: ComparisonData) -> list[Column]:
     if has_any(rows, "trials"):
         columns.append(Column("tuning trials", _show_trials, is_result=False))
     columns.append(Column("trained", partial(_show_cost, "trained", "{:,}".format), is_result=False))
+    if has_any(rows, "changed"):
+        columns.append(Column("changed", partial(_show_cost, "changed", show_share), is_result=False))
     columns.append(Column("stored", partial(_show_cost, "stored_bytes", show_bytes), is_result=False))
     columns.append(Column("s/step", partial(_show_cost, "step_seconds", "{:.3g}".format), is_result=False))
     columns.append(

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from .axes import show_metric_name
 from .markup import escape
-from .metric import show_bytes
+from .metric import show_bytes, show_share
 from .readable import DASH, show_difference, show_metric, show_p, show_seconds, show_setting
 from .runs import NO_RESULT
 from .schema import ComparisonData, MetricData, RowData, has_any
@@ -54,8 +54,13 @@ def make_columns(comparison: ComparisonData) -> list[Column]:
         columns.append(_make_versus_column(comparison))
     if has_any(rows, "retention"):
         columns.append(_make_retention_column(comparison))
+    columns.append(
+        _make_number_column("trained", "trained", "parameters that the optimizer updates", "{:,}".format)
+    )
+    if has_any(rows, "changed"):
+        meaning = "share of the adapted entries that differ from the pretrained ones at the end"
+        columns.append(_make_number_column("changed", "changed", meaning, show_share))
     columns += [
-        _make_number_column("trained", "trained", "parameters that the optimizer updates", "{:,}".format),
         _make_number_column("stored_bytes", "stored", "size of the files of the trained change", show_bytes),
         _make_number_column("step_seconds", "time per step", "median over steps and seeds", show_seconds),
         _make_number_column(

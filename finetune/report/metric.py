@@ -42,3 +42,8 @@ def show_bytes(count: float) -> str:
             return f"{count:.1f} {unit}"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def show_share(share: float) -> str:
+    """Return ``0.118`` as ``11.8 %``."""
+    return f"{100 * share:.3g} %"

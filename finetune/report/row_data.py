@@ -18,6 +18,7 @@ from .verdicts import Verdicts
 
 COSTS = {
     "trained": "params.trained",
+    "changed": "changed",
     "stored_bytes": "stored_bytes",
     "step_seconds": "cost.step_seconds_median",
     "peak_memory_bytes": "cost.peak_memory_bytes",

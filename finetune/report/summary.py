@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import make_printable
-from .metric import main_metric, show_bytes
+from .metric import main_metric, show_bytes, show_share
 
 MEMORY_KINDS = {"process_rss": "whole process", "cuda_allocated": "allocated on the GPU"}
 QUOTED = "= ,'\"()[]{}"  # characters that the shell or the grammar of overrides would read otherwise
@@ -53,6 +53,8 @@ def _list_facts(result: Result) -> Iterator[tuple[str, str]]:
     if params and params.get("total"):
         share = f"{100 * params['trained'] / params['total']:.3g} %"
         yield "trained", f"{params['trained']:,} of {params['total']:,} parameters ({share})"
+    if result.get("changed") is not None:
+        yield "changed", f"{show_share(result['changed'])} of the adapted entries"
     stored = result.get("stored_bytes")
     if stored is not None:
         yield "stored change", f"{stored:,} bytes ({show_bytes(stored)})"

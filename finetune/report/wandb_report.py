@@ -23,6 +23,7 @@ ROW_KEYS = (
     *NO_RESULT,
     "missing",
     "trained",
+    "changed",
     "stored_bytes",
     "step_seconds",
     "train_seconds",

@@ -44,6 +44,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
     "best_step?": int | None,
     "metrics?": {str: METRICS},
     "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}),
+    "changed?": float | None,
     "stored_bytes?": int | None,
     "cost?": (
         type(None),
@@ -93,6 +94,7 @@ def make_result(
     error: str | None = None,
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     params: Params | None = None,
+    changed: float | None = None,
     stored_bytes: int | None = None,
     cost: Cost | None = None,
     steps: int = 0,
@@ -117,6 +119,7 @@ def make_result(
         "seed": config.seed,
         "metrics": to_json_value(metrics or {}),
         "params": params,
+        "changed": changed,
         "stored_bytes": stored_bytes,
         "cost": cost,
         "steps": steps,

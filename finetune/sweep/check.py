@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from functools import partial
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -107,8 +106,8 @@ def _build(config: Config, known: dict[str, Any]) -> None:
     """
     from ..core.attach import detach
     from ..data.encode import encode
-    from ..models.load import load, reload
-    from ..training.build import Pretrained, build_states
+    from ..models.load import load
+    from ..training.build import build_states, take_base
     from ..training.optimizer import make_optimizer
     from ..training.prepare import check_machine
 
@@ -121,7 +120,7 @@ def _build(config: Config, known: dict[str, Any]) -> None:
         encode(raw, base.processor)
         known.update(what=what, base=base)
     base = known["base"]
-    pretrained = Pretrained(base.model, base.head, reload=partial(reload, base))
+    pretrained = take_base(base, config.method)
     for phase in config.method.phases():
         states = build_states(pretrained, phase.method, config.selector)
         make_optimizer(states, config.optimizer)

@@ -42,9 +42,9 @@ DTYPES = {  # names of types in a safetensors header
 
 @dataclass(frozen=True)
 class Size:
-    """``trained`` entries and ``stored`` bytes as a run reports them; both include the new head.
+    """``trained`` entries and ``stored`` bytes as a run reports them; both include the head.
 
-    ``head`` is the number of its entries.
+    ``head`` is the number of its trained entries.
     """
 
     trained: int
@@ -56,11 +56,13 @@ class Size:
 class Frame:
     """A frozen model on the meta device, with the data set's task and labels.
 
-    ``head`` names the parameters of its new head, and ``total`` counts all of its parameters.
+    ``head`` names the parameters of its head, ``new_head`` says whether they are new, and ``total`` counts
+    all of the model's parameters.
     """
 
     model: nn.Module
     head: tuple[str, ...]
+    new_head: bool
     task: str
     labels: tuple[str, ...]
     total: int
@@ -78,7 +80,7 @@ def frame(config: Config) -> Frame:
         base = load_model(config.model, raw.task, raw.labels, config.seed)
         total = sum(p.numel() for p in base.model.parameters())
         _move_to_meta(base.model)
-        _frames[key] = Frame(base.model, base.head, raw.task, raw.labels, total)
+        _frames[key] = Frame(base.model, base.head, base.new_head, raw.task, raw.labels, total)
     return _frames[key]
 
 
@@ -103,12 +105,12 @@ def measure(config: Config, method: Method | None = None) -> Size:
     last, model = method.phases()[-1].method, frame(config)
     seed = config.seed + len(method.phases()) - 1
     try:
-        states, shapes = _build(model, last, seed, config.train.steps, "meta")
+        states, shapes = _build(model, last, method.head, seed, config.train.steps, "meta")
     except (NotImplementedError, RuntimeError):  # the method computes with values while it is built
-        states, shapes = _build(model, last, seed, config.train.steps, "cpu")
+        states, shapes = _build(model, last, method.head, seed, config.train.steps, "cpu")
     head = 0
     if "head" in states:
-        head = sum(p.numel() for p in states["head"].parameters())
+        head = sum(p.numel() for p in states["head"].parameters() if p.requires_grad)
     trained = sum(p.numel() for p in states.parameters() if p.requires_grad)
     stored = 0
     if shapes is not None:
@@ -117,10 +119,12 @@ def measure(config: Config, method: Method | None = None) -> Size:
 
 
 def _build(
-    frame: Frame, method: Method, seed: int, steps: int, device: str
+    frame: Frame, method: Method, train_head: bool, seed: int, steps: int, device: str
 ) -> tuple[nn.ModuleDict, Shapes | None]:
     """Build the states as a session does, on a copy of the model; return them and what is stored of them."""
-    pretrained = Pretrained(copy.deepcopy(frame.model), frame.head)
+    pretrained = Pretrained(
+        copy.deepcopy(frame.model), frame.head, new_head=frame.new_head, train_head=train_head
+    )
     with torch.random.fork_rng(devices=[]), torch.device(device):
         torch.manual_seed(seed)
         states = build_states(pretrained, method)

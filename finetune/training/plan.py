@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from ..config.settings import Config
-from ..core.attach import patched, trained_in_place
+from ..core.attach import parts, patched, trained_in_place
+from ..core.state import entry_stores
 from ..storage.delta import stored_bytes
 from .batch_size import resident_bytes
 from .prepare import count_parameters, prepare
@@ -43,6 +44,7 @@ def plan(config: Config) -> dict[str, Any]:
         "steps": config.train.steps,
         "layers": _layers(session),
         "params": count_parameters(setup),
+        "changed_at_most": _bound_changed(session),
         "stored_bytes": stored_bytes(session.states),
         "expected_peak_memory_bytes": max(peaks),
         "notes": notes,
@@ -62,6 +64,28 @@ def _layers(session: Session) -> list[dict[str, Any]]:
     for name, parameter in trained_in_place(session.states).items():
         layers.append({"layer": name, "shape": list(parameter.shape), "trained": parameter.numel()})
     return layers
+
+
+def _bound_changed(session: Session) -> float | None:
+    """Return the largest share of the adapted entries that can differ from the pretrained ones at the end.
+
+    Where entries that are not trained any more may keep their change, that is all. None if nothing is
+    adapted.
+    """
+    state = session.states["method"]
+    changes_stay = session.current.stored_shapes(state, session.run.total) is None
+    most = adapted = sum(part.adapted() for part in parts(session.states))
+    of_entries = 0  # sizes of the layers in which only single entries change
+    for layer in patched(session.model).values():
+        size = layer.original.numel()
+        adapted += size
+        if changes_stay or any(delta.changes().entries is None for delta in layer.deltas):
+            most += size
+        else:
+            of_entries += size
+    capacity = sum(len(store.values) for store in entry_stores(state))
+    most += min(of_entries, capacity)
+    return most / adapted if adapted else None
 
 
 def _expected_peak(session: Session, trained: int) -> int:

@@ -19,12 +19,14 @@ from ..config.settings import Config, TrainConfig
 from ..core.attach import base, parts, patched
 from ..data.encode import Images, encode
 from ..errors import ConfigError
-from ..models.load import Base, fingerprint, load, reload
+from ..models.load import Base, load
+from ..models.stored import fingerprint
 from ..storage.result import Params
 from ..system.environment import sharding_faults
 from .batches import Batches
-from .build import Pretrained
+from .build import take_base
 from .evaluate import Evaluation, evaluate
+from .memory import ran_out
 from .retention import pretrained_head, with_head
 from .session import Recipe, Session
 
@@ -35,8 +37,8 @@ MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by train.pre
 class Setup:
     """A prepared run: the model, the data as tensors by split, and a session that has not started.
 
-    ``fingerprint``: the base model's, without its head. ``total``: parameters of the whole model. ``notes``:
-    what the user should know of data and model.
+    ``fingerprint``: the base model's, without a new head. ``total``: parameters of the whole model.
+    ``notes``: what the user should know of data and model.
     """
 
     config: Config
@@ -145,12 +147,13 @@ def read_teacher(config: Config, student: Base, labels: tuple[str, ...], path: s
             "and name that folder."
         )
     try:
-        teacher = load(replace(config.model, path=path, revision=None), student.task, labels, config.seed)
+        source = replace(config.model, path=path, revision=None, head="auto", init="pretrained", config={})
+        teacher = load(source, student.task, labels, config.seed)
     except ConfigError as error:
         raise ConfigError(
             *(fault.replace("model.path=", "objective.teacher=") for fault in error.faults)
         ) from None
-    if teacher.head:
+    if teacher.new_parameters:
         raise ConfigError(
             f"{named} has no trained head for the classes of this data set, so it can teach nothing. "
             "Train it on these classes first, and merge that run."
@@ -191,7 +194,7 @@ def prepare(config: Config) -> Setup:
     data = encode(raw, model.processor)
     if hasattr(model.model.config, "use_cache"):
         model.model.config.use_cache = False
-    mark = fingerprint(model.model, model.head)
+    mark = model.fingerprint = fingerprint(model.model, model.new_parameters)
     total = sum(parameter.numel() for parameter in model.model.parameters())
     batches = Batches(
         data["train"],
@@ -202,11 +205,8 @@ def prepare(config: Config) -> Setup:
         accelerator.num_processes,
         config.train.workers,
     )
-    pretrained = Pretrained(
-        model.model,
-        model.head,
-        reload=partial(reload, model),
-        read_teacher=partial(read_teacher, config, model, raw.labels),
+    pretrained = replace(
+        take_base(model, config.method), read_teacher=partial(read_teacher, config, model, raw.labels)
     )
     recipe = Recipe(
         config.method, config.optimizer, config.train, config.seed, config.selector, config.objective
@@ -222,3 +222,31 @@ def count_parameters(setup: Setup) -> Params:
     adapted += sum(layer.original.numel() for layer in patched(session.model).values())
     trained = sum(p.numel() for p in session.states.parameters() if p.requires_grad)
     return {"trained": trained, "adapted": adapted, "total": setup.total}
+
+
+def measure_changed(setup: Setup) -> float | None:
+    """Return the share of the adapted entries that differ from the pretrained ones, as merging would show.
+
+    One layer after the other is compared. None if nothing is adapted, if a part cannot tell, or if memory
+    runs out: a trained run must not be lost for this number.
+    """
+    try:
+        changed = _count_changed(setup.session)
+    except RuntimeError as error:
+        if not ran_out(error):
+            raise
+        changed = None
+    adapted = count_parameters(setup)["adapted"]
+    return changed / adapted if changed is not None and adapted else None
+
+
+def _count_changed(session: Session) -> int | None:
+    count = 0
+    for part in parts(session.states):
+        found = part.count_changed()
+        if found is None:
+            return None
+        count += found
+    for layer in patched(session.model).values():
+        count += layer.count_changed()
+    return count

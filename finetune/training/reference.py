@@ -13,7 +13,7 @@ from ..core.objective import Need
 from ..core.run import Reference, Seen
 from ..data.encode import Batch
 from ..errors import ConfigError
-from ..models.load import fingerprint
+from ..models.stored import fingerprint
 from .build import Pretrained
 from .compute import look
 

@@ -19,7 +19,7 @@ from ..models.load import Base
 
 def pretrained_head(base: Base) -> dict[str, Tensor] | None:
     """Read the head's parameters from the checkpoint, by name; ``None`` if it has no such head."""
-    if base.reload_args is None:
+    if base.reload_args is None or base.reload_args[0].init == "random":
         return None
     config, found = base.reload_args[0], dict[str, Tensor]()
     for file in list_weight_files(find_folder(config)[0], config):

@@ -34,7 +34,7 @@ from . import watchdog
 from .batch_size import find_batch_size
 from .checkpoints import Checkpoints
 from .evaluate import Evaluation
-from .prepare import Setup, count_parameters, prepare
+from .prepare import Setup, count_parameters, measure_changed, prepare
 from .run_log import RunLog, Say
 from .selection import keep_if_best, patience_is_over
 from .session import NotFinite, Step
@@ -170,6 +170,7 @@ class Training:
         if "retention" in self.setup.splits:
             metrics["base_retention"] = record.base_retention or {}
             metrics["retention"] = self.setup.evaluate("retention").metrics
+        changed = measure_changed(self.setup) if self.is_main else None  # of the stored state
         cost: Cost = {
             "step_seconds_median": statistics.median(record.seconds) if record.seconds else None,
             "train_seconds": sum(record.seconds),
@@ -181,6 +182,7 @@ class Training:
             status="finished",
             metrics=metrics,
             params=counts,
+            changed=changed,
             stored_bytes=sum(file.stat().st_size for file in self.files.delta.glob("delta.*")),
             cost=cost,
             steps=session.number,

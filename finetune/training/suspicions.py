@@ -6,7 +6,7 @@ from pathlib import Path
 
 from ..core.attach import base, parts
 from ..core.sparse.switch import BITS
-from ..models.load import fingerprint
+from ..models.stored import fingerprint
 from ..storage.progress import WatchRecord
 from .prepare import Setup
 from .requested import differences
@@ -61,7 +61,7 @@ class FrozenState:
             )
         if self._is_recoverable:
             with base(session.states):
-                same = fingerprint(session.model, self.setup.base.head) == self.setup.fingerprint
+                same = fingerprint(session.model, self.setup.base.new_parameters) == self.setup.fingerprint
         else:  # another phase has other frozen parameters
             same = self.states is not session.states or self._parameters() == self.parameters
         if not same:

@@ -20,7 +20,7 @@ FINISH_SECONDS = 60.0  # and its end; what was not sent stays on disk for `wandb
 EXIT_CODES = {"finished": 0, "interrupted": 255}  # shown by W&B as finished and as killed; others as failed
 ID = re.compile(r"[0-9a-z]{8,32}")
 SUMMARY = (
-    *("status", "error", "metrics", "params", "stored_bytes"),
+    *("status", "error", "metrics", "params", "changed", "stored_bytes"),
     *("cost", "steps", "best_step", "device"),
 )  # keys of result.json
 

@@ -71,6 +71,7 @@ class Crossed:
     name: ClassVar[str] = "crossed"
     rank: int = 1
     schedule: Schedule = field(default=DropGrow(every=20, rate=0.5))
+    head: bool = True  # every method has it
 
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)

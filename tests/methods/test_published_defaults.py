@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from finetune import registry
+from finetune.core.method import Method
 from finetune.testing.cases import find_published
 
 PUBLISHED = find_published(Path(__file__).parent)
@@ -42,7 +43,7 @@ def test_every_method_with_a_paper_and_a_setting_has_its_defaults_listed() -> No
     expected = set()
     for name in registry.catalog("method"):
         cls = registry.get("method", name)
-        if cls.paper and fields(cls):
+        if cls.paper and len(fields(cls)) > len(fields(Method)):
             expected.add(name)
     assert set(PUBLISHED) == expected
 

@@ -9,7 +9,8 @@ from finetune.config.settings import ModelConfig
 from finetune.core.attach import attach
 from finetune.core.part import Delta
 from finetune.errors import ConfigError
-from finetune.models.load import fingerprint, load, original_parameters, save
+from finetune.models.load import load, original_parameters, read_model, save
+from finetune.models.stored import fingerprint
 
 LABELS = ("a", "b", "c")
 
@@ -160,7 +161,8 @@ def test_a_folder_without_an_image_processor_gets_a_plain_one_and_a_note(vit):
         vit
     )
     base = load(config(vit), "image_classification", LABELS, seed=0)
-    assert (list(base.processor.image_mean), base.notes) == ([0.1] * 3, [])
+    assert list(base.processor.image_mean) == [0.1] * 3
+    assert not any("resized" in note for note in base.notes)
 
 
 def test_an_unknown_architecture_has_a_note(folder):
@@ -317,3 +319,36 @@ def test_the_built_in_language_model_knows_some_english():
         losses = [base.model(input_ids=x, labels=x).loss.item() for x in (ids, backwards)]
     assert base.processor.model_max_length == 256
     assert losses[0] < losses[1] < 20
+
+
+def test_originals_are_read_one_by_one_where_the_checkpoint_names_them_as_the_model(llama, vit, monkeypatch):
+    """The ViT's parameters are stored under older names, so its model is read as a whole."""
+
+    def read_in_full(path, task, labels, dtype="float32"):
+        base = load(config(path, dtype=dtype), task, labels, seed=3)
+        base.fingerprint = fingerprint(base.model, base.new_parameters)
+        before = {name: p.clone() for name, p in base.model.named_parameters()}
+        attach(base.model, base_layer[path.name], Delta())
+        read = []
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                "finetune.models.load.read_model", lambda *given: read.append(given) or read_model(*given)
+            )
+            found = dict(original_parameters(base))
+        assert list(found) == list(before)
+        assert all(torch.equal(found[name], before[name]) for name in before)
+        assert {t.dtype for t in found.values()} == {getattr(torch, dtype)}
+        return bool(read)
+
+    base_layer = {"LlamaForCausalLM": "model.layers.0.mlp.up_proj", vit.name: "vit.layers.0.mlp.fc1"}
+    assert not read_in_full(llama, "causal_lm", ())
+    assert not read_in_full(llama, "causal_lm", (), "bfloat16")
+    assert not read_in_full(llama, "sequence_classification", LABELS)  # with a new head
+    assert read_in_full(vit, "image_classification", LABELS)
+    stored = load_file(llama / "model.safetensors")
+    base = load(config(llama), "causal_lm", (), seed=0)
+    base.fingerprint = fingerprint(base.model, ())
+    stored["model.norm.weight"] += 1  # another folder by now: nothing is taken from it unchecked
+    save_file(stored, llama / "model.safetensors", {"format": "pt"})
+    list(original_parameters(base))
+    assert base.stored is None

@@ -113,6 +113,7 @@ def _row(chance: random.Random, method: str, sparsity: float | None) -> dict[str
         "examples": None,
         "retention": retention,
         "trained": trained,
+        "changed": 1 - (sparsity or 0),
         "stored_bytes": trained * (4 if sparsity is None else 5),
         "step_seconds": step_seconds,
         "peak_memory_bytes": int((480 + 90 * chance.random()) * 2**20),
@@ -140,7 +141,9 @@ def _point(step: int, mean: float, half: float) -> dict[str, Any]:
 
 def _failed(label: str, by: dict[str, Any]) -> dict[str, Any]:
     nothing = dict.fromkeys(("mean", "sd", "low", "high", "base", "retention", "trials", "versus"))
-    costs = dict.fromkeys(("trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "train_seconds"))
+    costs = dict.fromkeys(
+        ("trained", "changed", "stored_bytes", "step_seconds", "peak_memory_bytes", "train_seconds")
+    )
     counts = {
         "finished": 0,
         "failed": 1,

@@ -89,6 +89,30 @@ def test_trained_counts_within_two_percent(
     assert [finding["kind"] for finding in found] == (["trained"] if unequal else [])
 
 
+@pytest.mark.parametrize(
+    ("shares", "words"),
+    [
+        ((0.1, 0.101), None),
+        ((0.1, 0.118), "differs: 10 % (lora), 11.8 % (snell)."),
+        ((0.0, 1.0), "differs: 0 % (lora), 100 % (snell)."),
+        ((0.1, None), None),
+        ((0.1, "absent"), None),
+    ],
+)
+def test_rows_that_train_as_many_entries_and_change_others(
+    make_run: MakeRun, tmp_path: Path, shares: tuple[float, Any], words: str | None
+) -> None:
+    for method, share in zip(("lora", "snell"), shares, strict=True):
+        given = {} if share == "absent" else {"changed": share}
+        make_run(method, 0, RIGHT, result={"params": {"trained": 5, "adapted": 9, "total": 9}, **given})
+    found = findings(tmp_path)
+    if words is None:
+        assert found == []
+    else:
+        assert (found[0]["kind"], found[0]["what"]) == ("trained", "changed entries")
+        assert found[0]["words"].endswith(words)
+
+
 def test_tuning_with_equal_trials_is_fair(make_run: MakeRun, tmp_path: Path) -> None:
     five = {"parameter": "optimizer.lr", "trials": 5}
     make_run("lora", 0, RIGHT, optimizer__lr=0.1, tuning=five)

@@ -133,8 +133,8 @@ def test_every_row_is_there_with_its_values_and_command(page: Page, comparison: 
             str(row["failed"] + row["pruned"] + row["unfinished"]),
         )
         assert cells[:3] == [sparsity, mean, lost]
-        kept = ["trained", "stored_bytes", "step_seconds", "peak_memory_bytes", "trials"]
-        assert cells[-5:] == ["" if row[key] is None else str(row[key]) for key in kept]
+        kept = ["trained", "changed", "stored_bytes", "step_seconds", "peak_memory_bytes", "trials"]
+        assert cells[-6:] == ["" if row[key] is None else str(row[key]) for key in kept]
     words = read_words(page)
     for shown in (
         "91.99 to 93.19",

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from finetune.core.attach import detach
+from finetune import registry
+from finetune.core.attach import detach, parts, trained_in_place
 from finetune.core.method import Method
 from finetune.core.selector import Selector
 from finetune.errors import ConfigError
@@ -47,6 +48,26 @@ def test_the_selector_is_built_for_all_that_is_trained() -> None:
     assert shapes(states) == shapes(contract.begin(LoRA(rank=2), selector=IST()).states)
     detach(model, states)
     contract.same_values(model, contract.tiny())
+
+
+@pytest.mark.parametrize("name", registry.catalog("method"))
+def test_every_method_can_leave_a_kept_head_frozen(name: str) -> None:
+    if name == "peft":
+        pytest.importorskip("peft")
+    model = contract.tiny().requires_grad_(False)
+    pretrained = Pretrained(model, HEAD, new_head=False, train_head=False)
+    method = registry.get("method", name)()
+    if name == "head":
+        with pytest.raises(ConfigError, match=r"nothing to train here: method\.head=false freezes the head"):
+            build_states(pretrained, method)
+        return
+    states = build_states(pretrained, method)
+    assert not any(p.requires_grad for p in states["head"].parameters())
+    for parameter in HEAD:
+        assert not model.get_parameter(parameter).requires_grad
+        assert parameter not in trained_in_place(states)
+    counted = sum(part.adapted() for part in parts(states))
+    assert counted == sum(part.adapted() for part in parts(states["method"]))
 
 
 def test_a_selector_without_a_state_has_an_empty_one() -> None:

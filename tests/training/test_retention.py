@@ -86,3 +86,5 @@ def test_a_checkpoint_without_a_head_has_no_retention(tmp_path: Path) -> None:
     contract.tiny().vit.save_pretrained(folder)
     setup = prepare(load(["model=hf", f"model.path={folder}", "method=head", *SMALL]))
     assert setup.splits == ["train", "val", "test"]
+    # the folder of this one has a head, which was never on the body that is drawn
+    assert prepare(load(["model.init=random", "method=head", *SMALL])).splits == ["train", "val", "test"]

@@ -29,7 +29,7 @@ from finetune.methods.sparse.s2ft import S2FT
 from finetune.methods.sparse.sara import SaRA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
-from finetune.models.load import fingerprint
+from finetune.models.stored import fingerprint
 from finetune.report.summary import describe_result
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.grow import Grow
@@ -149,7 +149,9 @@ def about(session: Session, kind: Any = "vit") -> Any:
     """Make a stub of a ``Setup`` with a new base."""
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
     return SimpleNamespace(
-        session=session, base=SimpleNamespace(head=head), fingerprint=fingerprint(contract.tiny(kind), head)
+        session=session,
+        base=SimpleNamespace(new_parameters=head),
+        fingerprint=fingerprint(contract.tiny(kind), head),
     )
 
 

@@ -183,6 +183,9 @@ class Adapters(Part):
                     count += int(layer.weight.numel())
         return count
 
+    def count_changed(self) -> None:
+        """Return None: the tuners of peft have no common way to form a changed weight."""
+
     def detach(self) -> None:
         self.tuner.unload()
 
