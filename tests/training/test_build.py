@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from finetune import registry
 from finetune.core.attach import detach, parts, trained_in_place
 from finetune.core.method import Method
 from finetune.core.selector import Selector
@@ -20,9 +20,11 @@ from finetune.methods.reparam.lora import LoRA
 from finetune.methods.sparse.shira import SHiRA
 from finetune.selectors.ist import IST
 from finetune.testing import contract
+from finetune.testing.cases import Case, find_cases
 from finetune.training.build import Pretrained, build_states
 
 HEAD = ("classifier.weight", "classifier.bias")
+CASES = [case for case in find_cases(Path(__file__).parents[1] / "methods") if "vit" in case.kinds]
 METHODS: list[Callable[[], Method]] = [lambda: LoRA(rank=2), lambda: SHiRA(sparsity=0.9), Full, BitFit, Head]
 
 
@@ -50,14 +52,12 @@ def test_the_selector_is_built_for_all_that_is_trained() -> None:
     contract.same_values(model, contract.tiny())
 
 
-@pytest.mark.parametrize("name", registry.catalog("method"))
-def test_every_method_can_leave_a_kept_head_frozen(name: str) -> None:
-    if name == "peft":
-        pytest.importorskip("peft")
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_method_can_leave_a_kept_head_frozen(case: Case) -> None:
     model = contract.tiny().requires_grad_(False)
     pretrained = Pretrained(model, HEAD, new_head=False, train_head=False)
-    method = registry.get("method", name)()
-    if name == "head":
+    method = case.make()
+    if method.name == "head":
         with pytest.raises(ConfigError, match=r"nothing to train here: method\.head=false freezes the head"):
             build_states(pretrained, method)
         return

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
 from finetune.config.load import load
 from finetune.config.settings import Config
 from finetune.errors import ConfigError
 from finetune.models import folder
+from finetune.testing import contract
 from finetune.training.prepare import prepare
 
 TEXT = ["model=tiny_lm", "dataset=stdlib", "dataset.length=32", "train.steps=2", "train.batch_size=2"]
@@ -83,3 +84,21 @@ def test_another_architecture_cannot_teach_hidden_states(copied: Path) -> None:
     with pytest.raises(ConfigError, match="has 4 layers of width 128 and the model has 5"):
         prepare(load(words))
     prepare(config(copied, *TEXT))  # which another objective does not mind
+
+
+def test_a_classifier_teaches_with_its_own_head_in_the_order_of_the_labels(tmp_path: Path) -> None:
+    names = [str((row + 3) % 10) for row in range(10)]
+    options = {**contract.tiny().config.to_dict(), "id2label": dict(enumerate(names))}
+    ViTForImageClassification(ViTConfig(**options)).save_pretrained(tmp_path / "teacher")
+    contract.tiny().save_pretrained(tmp_path / "model")
+    words = ["model=hf", f"model.path={tmp_path / 'model'}", "dataset=digits", "train.batch_size=2"]
+    setup = prepare(config(tmp_path / "teacher", *words))
+    batch = next(setup.session.batches.steps(0, 1))[0]
+    assert batch is not None
+    with torch.no_grad():
+        plain = ViTForImageClassification.from_pretrained(tmp_path / "teacher", dtype=torch.float32)
+        wanted = plain.eval()(**batch.inputs).logits[:, [names.index(label) for label in setup.labels]]
+    taught = setup.session.run.reference(str(tmp_path / "teacher"))(batch).logits
+    torch.testing.assert_close(taught, wanted)
+    with pytest.raises(ConfigError, match="has no trained head for the classes of this data set"):
+        prepare(config(tmp_path / "model", *words))
