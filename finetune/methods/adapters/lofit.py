@@ -20,7 +20,7 @@ the released script for TruthfulQA; others have 1e-3 and 5e-3. The released scri
 in the first and 1e-2 in the second phase (Llama 2 7B), by the same number of epochs.
 
 Differs:
-- One learning rate for both phases. Its schedule spans the run.
+- One learning rate for both phases; its schedule and warm-up run over each of them.
 - The penalty is over the factors alone; the released code sums it over all trained tensors.
 - Vectors and their addition are float32 on a base of lower precision, where an offset of 1e-3 would vanish.
 - The preference loss (DPO) that the paper uses for TruthfulQA is left out.
@@ -190,7 +190,7 @@ class LoFiT(Method):
 
     def phases(self) -> tuple[Phase, ...]:
         first = HeadRanking(self.l1, self.noise)
-        return (Phase(first, self.ranking), Phase(self, 1 - self.ranking))
+        return Phase(first, self.ranking, "restart"), Phase(self, 1 - self.ranking, "restart")
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         anatomy = Anatomy.of(model)
