@@ -18,6 +18,7 @@ from .. import registry
 LATER: dict[str, Any] = {
     "train.patience": None,
     "method.schedule[one_shot].lr_schedule": "span",
+    "method[lt_sft].l1_dense": 0.0,
     "objective[task].label_smoothing": 0.0,
     "objective[task].class_weights": None,
     "model.head": "new",

@@ -98,7 +98,7 @@ class InPlace(Part):
         """Yield the original values by name, one tensor at a time, on the device of the trained ones."""
         if self.keep:
             for name in self.names:
-                yield name, self.get_buffer(self._key(name) + ":original")
+                yield name, self.original(name)
             return
         if self.source is None:
             raise RuntimeError("the base was trained in place; without a model file it cannot be read again")
@@ -127,6 +127,10 @@ class InPlace(Part):
         """Stop training these parameters for good. They then count neither as trained nor as changeable."""
         self.is_frozen = True
         self.requires_grad_(False)
+
+    def original(self, name: str) -> torch.Tensor:
+        """Return the pretrained value of a parameter. Requires ``keep``."""
+        return self.get_buffer(self._key(name) + ":original")
 
     def describe(self) -> str:
         return "parameters trained in place"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import pytest
 import torch
 
 from finetune.config import later
@@ -13,6 +14,7 @@ from finetune.core.method import Method
 from finetune.core.sparse.engine import Dense
 from finetune.methods.sparse.lt_sft import LTSFT
 from finetune.optim.adamw import AdamW
+from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.one_shot import OneShot
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test
@@ -32,7 +34,14 @@ WARMED = AdamW(lr=1e-2, schedule="linear", warmup=0.4)
 PUBLISHED = Published(
     "arXiv 2110.07560: the task scripts of the released code; "
     "3 of 13 epochs are dense for entity recognition",
-    {"score": "change", "scope": "model", "schedule": OneShot(dense=3 / 13), "l1": 0.0, "decay": "base"},
+    {
+        "score": "change",
+        "scope": "model",
+        "schedule": OneShot(dense=3 / 13, lr_schedule="restart"),
+        "l1": 0.0,
+        "l1_dense": None,
+        "decay": "base",
+    },
     {"schedule": (OneShot(dense=0.25), "a round number near 3 / 13")},
 )
 
@@ -117,6 +126,42 @@ def test_an_old_run_without_the_setting_spans() -> None:
     old = {"method": {"name": "lt_sft", "schedule": {"name": "one_shot", "dense": 0.5}}}
     assert later.enter(old)["method"]["schedule"]["lr_schedule"] == "span"
     assert "lr_schedule" not in later.without(later.enter(old))["method"]["schedule"]
+
+
+def test_l1_acts_in_the_dense_phase_on_the_changes_of_all_entries() -> None:
+    """Compare value and gradient with the formula in float64."""
+    session = contract.begin(LTSFT(sparsity=0.9, l1=0.5, **SITES))
+    session.start()
+    state, original = session.states["method"], dict(contract.tiny().named_parameters())
+    noise = torch.Generator().manual_seed(1)
+    total = 0.0
+    for name, weight in state.trained().items():
+        weight.data += torch.randn(weight.shape, generator=noise)
+        total += float((weight - original[name]).detach().double().abs().sum())
+    size = sum(p.numel() for p in original.values())
+    loss = session.current.loss(session.run, state, None)
+    assert float(loss.detach()) == pytest.approx(0.5 * total / size, rel=1e-5)
+    grads = torch.autograd.grad(loss, list(state.trained().values()))
+    for (name, weight), grad in zip(state.trained().items(), grads, strict=True):
+        torch.testing.assert_close(grad, 0.5 / size * (weight - original[name]).detach().sign())
+
+
+def test_a_large_l1_holds_the_dense_phase_back_unless_it_has_its_own_factor() -> None:
+    """The value of an old run's absent factor is 0; the dense phase then has the bits of a run without l1."""
+
+    def moved(**settings: Any) -> dict[str, torch.Tensor]:
+        return second_phase(LTSFT(sparsity=0.9, schedule=OneShot(dense=0.5), **SITES, **settings))[1]
+
+    plain, old, both = moved(), moved(l1=100.0, l1_dense=0.0), moved(l1=100.0)
+    assert later.LATER["method[lt_sft].l1_dense"] == 0.0
+    assert all(torch.equal(old[name], value) for name, value in plain.items())
+    assert not any(torch.equal(both[name], value) for name, value in plain.items())
+
+
+def test_a_factor_of_a_dense_phase_that_does_not_exist_is_refused() -> None:
+    LTSFT(schedule=DropGrow(), l1=0.1)
+    with pytest.raises(ValueError, match=r"l1_dense=0\.1 has no effect with schedule=drop_grow"):
+        LTSFT(schedule=DropGrow(), l1_dense=0.1)
 
 
 def test_l1_pulls_by_its_weight_over_the_size_of_the_model() -> None:
