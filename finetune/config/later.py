@@ -19,6 +19,7 @@ LATER: dict[str, Any] = {
     "train.patience": None,
     "method.schedule[one_shot].lr_schedule": "span",
     "method[lt_sft].l1_dense": 0.0,
+    "method[snell,snella,spt].class_token_decay": True,
     "objective[task].label_smoothing": 0.0,
     "objective[task].class_weights": None,
     "model.head": "new",

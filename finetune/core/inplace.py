@@ -41,6 +41,15 @@ def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list
     return [before, after]
 
 
+def train_class_token(model: nn.Module, decays: bool) -> InPlace | None:
+    """Train the class token in place; return None for a model without one.
+
+    ``decays``: whether weight decay acts on it.
+    """
+    names = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "cls_token"]
+    return InPlace(model, names, keep=True, decays=decays) if names else None
+
+
 class InPlace(Part):
     """Parameters of the model, trained in float32 or wider under the model's names. The gate is 0 or 1.
 
@@ -51,9 +60,9 @@ class InPlace(Part):
     gate_is_switch = True
     source: Source | None = None
 
-    def __init__(self, model: nn.Module, names: list[str], keep: bool) -> None:
+    def __init__(self, model: nn.Module, names: list[str], keep: bool, decays: bool = True) -> None:
         super().__init__()
-        self.names, self.keep, self._gate = names, keep, 1.0
+        self.names, self.keep, self.decays, self._gate = names, keep, decays, 1.0
         self.is_frozen = False
         self._owners: dict[str, list[tuple[nn.Module, str]]] = {name: [] for name in names}
         self._hooks: list[RemovableHandle] = []

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attach import patched
-from .inplace import InPlace
+from .inplace import train_class_token
 from .layer import changed_linear
 from .linalg import kth_smallest
 from .method import Reparam, Run
@@ -43,6 +43,7 @@ class Kernelized(Reparam):
         dropout: Dropout of the layer's input, for the change only.
         drop_path: Probability that the change is left out for an example.
         class_token: Also train the class token in place, if the model has one.
+        class_token_decay: Whether weight decay acts on the trained class token.
     """
 
     rank: Annotated[int, Ge(2), MultipleOf(2)] = 32
@@ -52,6 +53,7 @@ class Kernelized(Reparam):
     dropout: Annotated[float, Ge(0), Lt(1)] = 0.0
     drop_path: Annotated[float, Ge(0), Lt(1)] = 0.0
     class_token: bool = True
+    class_token_decay: bool = False
 
     size: ClassVar[str] = "rank"
 
@@ -62,9 +64,9 @@ class Kernelized(Reparam):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         state = super().build(model)
-        tokens = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "cls_token"]
-        if self.class_token and tokens:
-            state["class_token"] = InPlace(model, tokens, keep=True)
+        token = train_class_token(model, self.class_token_decay) if self.class_token else None
+        if token is not None:
+            state["class_token"] = token
         return state
 
     @torch.no_grad()

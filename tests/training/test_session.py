@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from finetune.config import later
 from finetune.core.loss import count, example_losses
 from finetune.core.method import Method, Phase, Run
 from finetune.core.sparse.bank import Bank
@@ -16,7 +17,10 @@ from finetune.data.encode import collate
 from finetune.methods.baseline.bitfit import BitFit
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
+from finetune.methods.reparam.snell import SNELL
+from finetune.methods.reparam.snella import SNELLA
 from finetune.methods.sparse.shira import SHiRA
+from finetune.methods.sparse.spt import SPT
 from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.training.session import NotFinite, make_optimizer, rate
@@ -146,6 +150,24 @@ def test_only_matrices_and_banks_decay() -> None:
     assert (groups[0]["weight_decay"], groups[1]["weight_decay"]) == (0.1, 0.0)
     biases = contract.begin(BitFit()).states
     assert next(len(g["params"]) for g in make_optimizer(biases, settings).param_groups) == 1
+
+
+@pytest.mark.parametrize("method", [SNELL(rank=4), SNELLA(rank=4), SPT(sparsity=0.9, batches=1)])
+def test_weight_decay_leaves_the_class_token_alone_but_not_that_of_an_old_run(method: Any) -> None:
+    """The first step's gradient is the same with and without decay, so only decay can make a difference."""
+
+    def tokens_after_one_step(method: Method, weight_decay: float) -> torch.Tensor:
+        settings = AdamW(lr=1e-2, weight_decay=weight_decay)
+        session = contract.begin(method, optimizer=settings)
+        next(session.steps())
+        return session.model.vit.embeddings.cls_token.detach().clone()
+
+    assert later.LATER["method[snell,snella,spt].class_token_decay"] is True
+    plain, decayed = tokens_after_one_step(method, 0.0), tokens_after_one_step(method, 0.5)
+    assert torch.equal(plain, decayed)
+    old = replace(method, class_token_decay=True)
+    start = contract.tiny().vit.embeddings.cls_token.detach()
+    torch.testing.assert_close(tokens_after_one_step(old, 0.5), plain - 1e-2 * 0.5 * start)
 
 
 def test_gradients_are_clipped_to_the_norm() -> None:

@@ -4,7 +4,7 @@ The change of a weight is not a product of two small factors but a signed differ
 their rows, so its rank is far above theirs. In every forward pass it is thresholded at a quantile of its own
 magnitude. No mask is stored: entries compete anew in every step. The factors do not start at 0, so the output
 at step 0 is close to that of the base model but not equal to it. The class token, where a model has one, is
-trained too, in place.
+trained too, in place and without weight decay.
 
 Formula:
     K[j, i] = scale (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|)
@@ -28,7 +28,6 @@ Differs:
   ``paper`` t is 0 and nothing switches.
 - With dropout the released code does not drop the input of the projection after attention, and q, k and v
   share one dropout mask. Here every layer drops its own input.
-- The released code exempts the class token from weight decay.
 
 Cost: rank (in + out) trained values per layer, their gradients and two moments in Adam. The factors are
 stored. K is formed in blocks in every forward pass and again in backward. Its threshold is found without a

@@ -4,7 +4,7 @@ The sensitivity of an entry is the sum over ``batches`` batches of its squared g
 before training and in eval mode. The tau most sensitive entries of all matrices are chosen. A matrix with few
 chosen entries trains each of them by itself; a matrix with many gets a low-rank branch B A instead. tau is
 the largest number for which all trained values together fit into the budget. The class token, where a model
-has one, is trained too, in place and outside of the budget.
+has one, is trained too, in place, outside of the budget and without weight decay.
 
 Formula:
     sensitivity = sum over batches of g^2
@@ -23,8 +23,7 @@ Differs:
 - The released code computes sensitivities in train mode, and on the first examples of the training set in
   order.
 - It takes the nearest tau on a grid of steps of 20,000; here tau is exact.
-- Factors and entries have the same weight decay; the released code does not decay the entries and the class
-  token.
+- Factors and entries have the same weight decay; the released code does not decay the entries.
 - Left out: the dropout and the drop path in the branch, the variant with adapters, and the released rule for
   biases and norms, which is not part of the abstract.
 
@@ -44,7 +43,7 @@ from annotated_types import Ge, Lt
 from torch import Tensor, nn
 
 from ...core.attach import attach, patched
-from ...core.inplace import InPlace
+from ...core.inplace import train_class_token
 from ...core.method import Method, Run
 from ...core.site import Site, find_sites
 from ...core.sparse.mixed import Mixed, MixedDelta
@@ -96,6 +95,7 @@ class SPT(Method):
             parameters divided by alpha.
         batches: Number of steps whose batches the sensitivity is computed from.
         class_token: Whether the class token is trained too.
+        class_token_decay: Whether weight decay acts on the trained class token.
     """
 
     targets: tuple[str, ...] = ("all",)
@@ -104,6 +104,7 @@ class SPT(Method):
     alpha: Annotated[float, Ge(1)] = 10.0
     batches: Annotated[int, Ge(1)] = 16
     class_token: bool = True
+    class_token_decay: bool = False
 
     score: ClassVar[str] = "sensitivity"
     family: ClassVar[str] = "sparse delta"
@@ -126,9 +127,9 @@ class SPT(Method):
         for site, view in zip(sites, views, strict=True):
             attach(model, site.name, view)
         state = nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})
-        tokens = [name for name, _ in model.named_parameters() if name.rpartition(".")[2] == "cls_token"]
-        if self.class_token and tokens:
-            state["class_token"] = InPlace(model, tokens, keep=True)
+        token = train_class_token(model, self.class_token_decay) if self.class_token else None
+        if token is not None:
+            state["class_token"] = token
         return state
 
     def costs(self, site: Site) -> tuple[int, int]:

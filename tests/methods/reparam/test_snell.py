@@ -42,6 +42,7 @@ PUBLISHED = Published(
         "dropout": 0.1,
         "drop_path": 0.1,
         "class_token": True,
+        "class_token_decay": False,
     },
     {
         "dropout": (0.0, "the same training for all methods; dropout is a setting"),

@@ -55,6 +55,7 @@ PUBLISHED = Published(
         "dropout": 0.1,
         "drop_path": 0.1,
         "class_token": True,
+        "class_token_decay": False,
     },
     {
         "end": (0.8, "the last steps train with the final division"),

@@ -36,7 +36,7 @@ CASES = [
 
 PUBLISHED = Published(
     "arXiv 2303.08566: the released code",
-    {"rank": 8, "alpha": 10.0, "batches": 16, "class_token": True},
+    {"rank": 8, "alpha": 10.0, "batches": 16, "class_token": True, "class_token_decay": False},
 )
 
 test_contract = contract_test(CASES)
