@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from .. import __version__
 from ..errors import ConfigError
 from ..system.exit_code import exit_code_of
+from ..system.version import __version__
 from . import artifacts, results, sweep
 from .display import show_table, show_tree
 from .options import ConfigDir, ConfigFile, Plugins, load_plugins, start_options

@@ -153,9 +153,9 @@ class Config:
 
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, from which this configuration can be built again."""
-        values = _plain(self)
+        values = to_plain(self)
         for name, section in values.pop("others").items():
-            values[name] = _plain(section)
+            values[name] = to_plain(section)
         plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in YAML
         return plain
 
@@ -187,7 +187,7 @@ def _deciding(part: Any, prefix: str) -> Any:
     return kept
 
 
-def _plain(value: Any) -> Any:
+def to_plain(value: Any) -> Any:
     """Return dataclasses as mappings, at any depth; registered ones with name and former settings."""
     if not is_dataclass(value):
         return value
@@ -198,5 +198,5 @@ def _plain(value: Any) -> Any:
     plain |= getattr(value, "former", {})
     for item in fields(value):
         if item.init:
-            plain[item.name] = _plain(getattr(value, item.name))
+            plain[item.name] = to_plain(getattr(value, item.name))
     return plain

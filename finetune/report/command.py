@@ -63,10 +63,10 @@ def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
     words, choices = [], registry.choices()
     for group, key in choices.items():
         if settings.get(key) is not None:
-            words.append(f"{group}={_show_override(settings[key])}")
+            words.append(f"{group}={show_override(settings[key])}")
     paths = [key for key in PATHS if not str(settings.get(key) or "builtin:").startswith("builtin:")]
     for key in paths:
-        words.append(f"{key}={_show_override(settings[key])}")
+        words.append(f"{key}={show_override(settings[key])}")
     known = _get_defaults(defaults, words)
     values = {}
     for key, value in settings.items():
@@ -74,7 +74,7 @@ def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
             values[key] = [value]
     for key, found in (values | _find_repeats(runs)).items():
         if key not in known or [known[key]] != found:
-            words.append(f"{key}={','.join(map(_show_override, found))}")
+            words.append(f"{key}={','.join(map(show_override, found))}")
     return shlex.join(["finetune", "sweep" if len(runs) > 1 else "train", *words])
 
 
@@ -104,14 +104,14 @@ def _agreed_threads(runs: Sequence[Run]) -> dict[str, Any]:
     return {"train.threads": threads}
 
 
-def _show_override(value: Any) -> str:
+def show_override(value: Any) -> str:
     """Return a value in the grammar of overrides."""
     if isinstance(value, str):
         return _show_text(value)
     if isinstance(value, list):
-        return f"[{','.join(map(_show_override, value))}]"
+        return f"[{','.join(map(show_override, value))}]"
     if isinstance(value, dict):
-        items = [f"{_show_override(str(key))}:{_show_override(item)}" for key, item in value.items()]
+        items = [f"{show_override(str(key))}:{show_override(item)}" for key, item in value.items()]
         return f"{{{','.join(items)}}}"
     return json.dumps(value)
 

@@ -11,8 +11,8 @@ from importlib.resources import files
 from pathlib import Path
 from string import Template
 
-from .. import __version__
 from ..errors import ConfigError
+from ..system.version import __version__
 from .axes import show_metric_name
 from .figures import Figure, make_figures
 from .html_table import count_without_result, write_table

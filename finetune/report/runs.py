@@ -67,6 +67,15 @@ class Run:
             return None
         return found
 
+    def as_row(self) -> dict[str, Any]:
+        """Return the run as one flat row: its state, its metrics, its numbers, and its settings."""
+        row: dict[str, Any] = {"path": str(self.path), "status": self.status, "error": self.error}
+        row["seed"] = self.seed
+        for name in ("metrics", "params", "cost"):
+            for key, value in _flatten(self.result.get(name) or {}, name):
+                row[key.removeprefix("metrics.")] = value
+        return row | self.settings
+
     def get_text(self, name: str) -> str | None:
         """Return a text of the result by its dotted name."""
         return _as_text(look_up(self.result, name))

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..system import safe
+from ..system.version import __version__
 
 STAMP = {
     "format": safe.FORMAT,

@@ -12,10 +12,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from .. import __version__
 from ..config import plugins
 from ..config.settings import Config
 from ..system import safe
+from ..system.version import __version__
 from .atomic import to_json_value
 
 RECORDED = (

@@ -18,8 +18,8 @@ from typing import Any
 
 import yaml
 
-from .. import __version__
 from ..errors import ConfigError
+from .version import __version__
 
 FORMAT = 1  # of a run folder
 JSON_BYTES = 32 * 2**20

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from .. import __version__
 from ..config import plugins
 from ..config.settings import Config
 from ..core.attach import base
@@ -30,6 +29,7 @@ from ..storage.run_folder import RunFolder
 from ..system.disk import disk_errors_as_run_failed
 from ..system.environment import rank
 from ..system.signals import Interrupted, Signals
+from ..system.version import __version__
 from . import watchdog
 from .batch_size import find_batch_size
 from .checkpoints import Checkpoints
