@@ -41,6 +41,7 @@ HEADINGS = {
 }
 SECTIONS = {"train": "TrainConfig", "logger": "LoggerConfig"}
 API: dict[str, tuple[str, list[str]]] = {
+    "python": ("The Python front door", ["api"]),
     "methods": (
         "What a method is",
         ["core.method", "core.run", "core.site", "core.roles", "core.anatomy", "registry"],

@@ -142,6 +142,11 @@ def test_the_trainer_of_transformers_ends_with_our_loop_s_values(name: str, tmp_
     assert handle.number == 2
 
 
+def test_a_trainer_that_would_drop_the_columns_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="remove_unused_columns=True drops every column"):
+        trainer_of(attach(METHODS["lora"], []), tmp_path, arguments={"remove_unused_columns": True})
+
+
 def test_a_trainer_that_would_not_train_or_clip_is_refused(tmp_path: Path) -> None:
     handle = attach(METHODS["lora"], [])
     other = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)

@@ -17,6 +17,14 @@ class Callback(TrainerCallback):
     def __init__(self, handle: Any) -> None:
         self.handle = handle
 
+    def on_init_end(self, args: Any, state: Any, control: Any, **given: Any) -> None:
+        """Raise ``ConfigError`` if the trainer would drop the columns that the model takes."""
+        if args.remove_unused_columns:
+            raise ConfigError(
+                "remove_unused_columns=True drops every column, since handle.module takes whatever the model "
+                "takes. Set it to False."
+            )
+
     def on_train_begin(self, args: Any, state: Any, control: Any, **given: Any) -> None:
         """Raise ``ConfigError`` if the trainer would not train, or not clip, what the method trains."""
         wanted = {id(parameter) for parameter in self.handle.parameters()}
