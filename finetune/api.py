@@ -232,7 +232,7 @@ class Handle:
     def _describe(self) -> dict[str, Any]:
         """Return the content of ``delta.json``."""
         from .config.settings import to_plain
-        from .models.load import fingerprint
+        from .models.stored import fingerprint
 
         trained = parts.trained_in_place(self._states)
         return {
