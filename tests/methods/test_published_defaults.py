@@ -13,7 +13,7 @@ from finetune.core.method import Method
 from finetune.testing.cases import find_published
 
 PUBLISHED = find_published(Path(__file__).parent)
-# faults that no test of the methods themselves found
+# Faults that no test of the methods themselves found.
 PLANTED = {
     "lift": {"schedule": registry.get("schedule", "redraw")(every=5000), "decay": "base"},
     "spt": {"alpha": 1.0},

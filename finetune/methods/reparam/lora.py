@@ -10,9 +10,9 @@ Formula:
 Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 2022, arXiv 2106.09685.
 
 Reading: A starts from Kaiming's uniform initialization with a = sqrt(5), which is uniform in +-1/sqrt(in),
-and B from 0. All linear layers of the blocks are adapted, where the paper adapts the query and value
-projections. rank 8 is a common choice, and alpha = 2 rank. ``conf/method/lora.yaml`` says how the learning
-rate of ``method=lora`` was chosen.
+and B from 0. All linear layers of the blocks are adapted; the paper adapts the query and value projections,
+which is ``method.targets=[q,v]``. rank = 8 and alpha = 16 are those of the released script for RoBERTa base on
+MNLI.
 
 Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of
 huggingface/peft, from the same factors, and expects the same output.
