@@ -11,8 +11,8 @@ Paper: Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", ICLR 202
 
 Reading: A starts from Kaiming's uniform initialization with a = sqrt(5), which is uniform in +-1/sqrt(in),
 and B from 0. All linear layers of the blocks are adapted; the paper adapts the query and value projections,
-which is ``method.targets=[q,v]``. rank = 8 and alpha = 16 are those of the released script for RoBERTa base on
-MNLI.
+which is ``method.targets=[q,v]``. rank = 8 and alpha = 16 are those of the released script for RoBERTa base
+on MNLI.
 
 Differs: The authors' code was not compared with this file. A test trains it beside the LoRA of
 huggingface/peft, from the same factors, and expects the same output.

@@ -21,8 +21,8 @@ CASES = [
 ]
 
 PUBLISHED = Published(
-    "arXiv 2106.09685: rank and alpha of the released script for RoBERTa base on MNLI, which sets no dropout; "
-    "the targets of the text",
+    "arXiv 2106.09685: rank and alpha of the released script for RoBERTa base on MNLI, which sets no "
+    "dropout; the targets of the text",
     {"rank": 8, "alpha": 16.0, "dropout": 0.0, "targets": ("q", "v")},
     {"targets": (("all",), "all linear layers, as for every other method")},
 )
