@@ -52,6 +52,7 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
     config = Config(**parts, others=others)
     for kind in registry.sections():
         faults += config.section(kind.name).faults(config.train.steps)
+    faults += config.optimizer.find_conflicts(config.method, config.train.clip)
     refuse(faults)
     return config
 

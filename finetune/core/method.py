@@ -67,6 +67,11 @@ class Method:
         """Tell whether the class only sets defaults of an engine that is tested by itself."""
         return False
 
+    @property
+    def reads_gradients(self) -> bool:
+        """Tell whether the method uses gradients itself, besides the optimizer's use of them."""
+        return type(self).after_backward is not Method.after_backward
+
     def faults(self, steps: int) -> list[str]:
         """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
         return []

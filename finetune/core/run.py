@@ -64,6 +64,7 @@ class Run:
     reference: Callable[[str], Reference]
     # Returns how many training examples each class has; None for a language model.
     class_counts: Callable[[], list[int] | None]
+    seed: int = 0  # of the phase, the same on all processes
     step: int = 0  # counts from 0 within the phase
     batch: Any = None
     metrics: dict[str, float] = field(default_factory=dict)

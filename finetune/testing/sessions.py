@@ -94,14 +94,22 @@ def begin(
     selector: Selector | None = None,
     optimizer: Optimizer | None = None,
     objective: Objective | None = None,
+    loss_scale: float | None = None,
 ) -> Session:
-    """Make a session of ``method`` on a tiny model, or on ``model``."""
+    """Make a session of ``method`` on a tiny model, or on ``model``.
+
+    ``loss_scale``: the loss scale at the start of a session that computes in float16, as
+    ``train.precision=fp16`` does on a GPU.
+    """
     model = model if model is not None else tiny(kind)
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
     data = Tokens(examples(kind))
     batches = Batches(data, train.batch_size, train.micro_batch_size, seed, workers=train.workers)
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
+    if loss_scale is not None:
+        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=loss_scale)
+        accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
     pretrained = Pretrained(model, head, reload=lambda: copy.deepcopy(original))
     recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector(), objective or Task())

@@ -41,16 +41,23 @@ def find_batch_size(session: Session) -> None:
 
 
 def _fits(session: Session, count: int) -> bool:
-    """Try a pass over the ``count`` longest examples beside the optimizer's two moments, on all processes."""
+    """Try a pass over the ``count`` longest examples on all processes.
+
+    Where training needs gradients, the optimizer's two moments are in memory meanwhile.
+    """
     try:
         if not session.begun:
             session.start()
-        moments = []
-        for parameter in session.states.parameters():
-            if parameter.requires_grad:
-                moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
-        session.compute.try_backward(session.batches.longest(count))
-        del moments
+        longest = session.batches.longest(count)
+        if session.recipe.optimizer.needs_grad:
+            moments = []
+            for parameter in session.states.parameters():
+                if parameter.requires_grad:
+                    moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
+            session.compute.try_backward(longest)
+            del moments
+        else:
+            session.compute.try_forward(longest)
         barrier()
         fits = True
     except Aborted:

@@ -97,20 +97,42 @@ class Compute:
         finally:
             self.tuned.train(training)
 
-    @torch.no_grad()
     def mean_loss(self, micro: MicroBatches) -> Tensor:
         """Return the mean loss over a step's global batch, in eval mode."""
-        counts, weights = self.count_terms(micro), self.objective.weights(self.run)
+        total, weights = torch.zeros((), device=self.accelerator.device), self.objective.weights(self.run)
+        for name, mean in self._mean_terms(micro).items():
+            total = total + weights.get(name, 1.0) * mean
+        return total
+
+    def evaluate(self, micro: MicroBatches) -> tuple[float, dict[str, float]]:
+        """Return the mean loss over a step's global batch, and the mean of each term without its weight.
+
+        In eval mode and without gradient, as ``mean_loss``.
+        """
+        means = {name: float(mean) for name, mean in self._mean_terms(micro).items()}
+        weights = self.objective.weights(self.run)
+        return sum(weights.get(name, 1.0) * mean for name, mean in means.items()), means
+
+    @torch.no_grad()
+    def evaluate_added(self, micro: MicroBatches, added_loss: Callable[[Batch], Tensor | float]) -> float:
+        """Return the penalty that ``backward`` adds to the loss of a step, over all processes."""
+        total = 0.0
+        for batch in micro:
+            total += float(added_loss(batch or self._stand_in(micro)))
+        share = total / (len(micro) * self.accelerator.num_processes)
+        return float(sum_processes(torch.tensor(share, dtype=torch.float64)))
+
+    @torch.no_grad()
+    def _mean_terms(self, micro: MicroBatches) -> dict[str, Tensor]:
+        """Return the mean of each term of the objective over a step's global batch, in eval mode."""
+        counts = self.count_terms(micro)
         sums = self._start_sums(counts)
         with self.evaluating(self.objective.needs) as see:
             for batch in micro:
                 if batch:
                     for name, term in self.objective.terms(self.run, see(batch), batch).items():
                         sums[name] += term
-        total = torch.zeros((), device=self.accelerator.device)
-        for name, term in sums.items():
-            total = total + weights.get(name, 1.0) * _divide(sum_processes(term), counts[name])
-        return total
+        return {name: _divide(sum_processes(term), counts[name]) for name, term in sums.items()}
 
     def scored_logits(self, batch: Batch) -> Tensor:
         """Return a batch's logits at the places that the loss is averaged over, in eval mode.
@@ -162,6 +184,10 @@ class Compute:
     def share_gradients(self) -> None:
         """Make every gradient the sum of all processes' gradients."""
         add_gradients(p for p in self.tuned.states.parameters() if p.requires_grad)
+
+    def try_forward(self, batch: Batch) -> None:
+        """Run a batch forward as training without gradients does, to see whether memory suffices."""
+        self._mean_terms([batch])
 
     def try_backward(self, batch: Batch) -> None:
         """Run a batch forward and backward as training does, to see whether memory suffices."""

@@ -92,8 +92,9 @@ def _expected_peak(session: Session, trained: int) -> int:
     """Estimate the peak memory in bytes.
 
     It is the memory of this process as it stands, plus what one micro-batch keeps for backward, plus gradient
-    and two moments of each of the ``trained`` entries.
+    and two moments of each of the ``trained`` entries. Training without gradients keeps nothing of this.
     """
+    needs_grad = session.recipe.optimizer.needs_grad
     kept: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
@@ -102,12 +103,15 @@ def _expected_peak(session: Session, trained: int) -> int:
 
     batch = next(batch for batch in next(session.batches.steps(0, 1)) if batch)
     weights = {p.untyped_storage().data_ptr() for p in session.tuned.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(note, _unchanged), session.accelerator.autocast():
+    noting = torch.autograd.graph.saved_tensors_hooks(note, _unchanged)
+    with torch.set_grad_enabled(needs_grad), noting, session.accelerator.autocast():
         seen = session.tuned(session.recipe.objective.needs, **session.compute.on_device(batch.inputs))
     activations = sum(size for place, size in kept.items() if place not in weights)
     del seen
     on_gpu = session.accelerator.device.type == "cuda"
     now = torch.cuda.memory_allocated() if on_gpu else resident_bytes()
+    if not needs_grad:
+        return now
     return now + activations + STATE_TENSORS * torch.float32.itemsize * trained
 
 

@@ -6,9 +6,11 @@ The session knows no method by name; ``core/method.py`` gives the order in which
 from __future__ import annotations
 
 import math
+import statistics
 import time
 from collections.abc import Generator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -145,6 +147,7 @@ class Session:
             logits=self.compute.scored_logits,
             reference=self.references.get,
             class_counts=self._count_classes,
+            seed=self.recipe.seed + phase,
             step=self.number - start,
         )
         self.compute.run = self.run
@@ -204,7 +207,45 @@ class Session:
         return Step(self.number, loss, lr, time.perf_counter() - began, run.metrics)
 
     def _update(self) -> float:
-        """Move the trained values once; return the loss.
+        """Move the trained values once; return the loss."""
+        if self.recipe.optimizer.needs_grad:
+            return self._update_by_gradients()
+        return self._update_by_losses()
+
+    def _update_by_losses(self) -> float:
+        """Let the optimizer measure losses and move the trained values; return the mean of these losses."""
+        measured: list[dict[str, float]] = []
+        self._step_optimizer(measured)
+        means = {}
+        for name in measured[0]:
+            means[name] = statistics.fmean(losses[name] for losses in measured)
+        loss = means.pop("loss")
+        del means["added"]
+        self.run.log(**means)
+        return loss
+
+    def _evaluate(self, measured: list[dict[str, float]]) -> float:
+        """Return the loss of the step's batch with the method's penalty; append its terms to ``measured``.
+
+        An evaluation that runs out of memory is repeated at the same trained values.
+        """
+        losses = self.memory.retry_smaller(self._measure, self._prepare_retry)
+        measured.append(losses)
+        return losses["loss"] + losses["added"]
+
+    def _measure(self) -> dict[str, float]:
+        """Measure the step's batch without gradient: its ``loss``, the method's ``added`` loss, and terms.
+
+        Raises ``NotFinite``.
+        """
+        loss, terms = self.compute.evaluate(self.run.batch)
+        added = self.compute.evaluate_added(self.run.batch, self._added_loss)
+        if not math.isfinite(loss + added):
+            raise NotFinite(self.number + 1, loss + added, _ids(self.run.batch))
+        return {"loss": loss, "added": added, **_name_terms(terms)}
+
+    def _update_by_gradients(self) -> float:
+        """Compute gradients and let the optimizer use them; return the loss.
 
         Where fp16 gradients overflow, the step is retried at half the loss scale; no schedule has counted it.
         """
@@ -213,7 +254,7 @@ class Session:
             loss = self.memory.retry_smaller(self._gradients, self._prepare_retry)
             scale = scaler.get_scale() if scaler else 0.0
             self.run.log(grad_norm=self._clip())
-            self._step_optimizer()
+            self._step_optimizer([])
             # a lower scale means overflow; fused optimizers skip a step without telling ``step_was_skipped``
             if not scaler or scaler.get_scale() >= scale:
                 return loss
@@ -222,9 +263,10 @@ class Session:
             self._prepare_retry()
         raise NotFinite(self.number + 1, math.inf, _ids(self.run.batch), "gradient at every loss scale")
 
-    def _step_optimizer(self) -> None:
+    def _step_optimizer(self, measured: list[dict[str, float]]) -> None:
+        """Let the optimizer move the trained values; the losses that it asks for go to ``measured``."""
         try:
-            self.optimizer.step()
+            self.recipe.optimizer.step(self.run, partial(self._evaluate, measured))
         except RuntimeError as error:
             if not ran_out(error):
                 raise
@@ -249,8 +291,7 @@ class Session:
     def _backward(self, micro: MicroBatches) -> float:
         """Compute the gradients of a step; return its mean loss. Raises ``NotFinite``."""
         loss, terms = self.compute.backward(micro, self._added_loss)
-        if len(terms) > 1:
-            self.run.log(**{f"loss_{name}": mean for name, mean in terms.items()})
+        self.run.log(**_name_terms(terms))
         if not math.isfinite(loss):
             raise NotFinite(self.number + 1, loss, _ids(micro))
         self.compute.share_gradients()
@@ -292,6 +333,13 @@ class Session:
             self.accelerator.scaler.load_state_dict(saved["scaler"])
         self.run.generator.set_state(saved["rng"]["method"])
         random_state.restore(saved["rng"])
+
+
+def _name_terms(terms: dict[str, float]) -> dict[str, float]:
+    """Return the mean of each term by the name of its metric, if there are several."""
+    if len(terms) < 2:
+        return {}
+    return {f"loss_{name}": mean for name, mean in terms.items()}
 
 
 def _ids(micro: MicroBatches) -> list[str]:

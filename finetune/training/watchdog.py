@@ -148,8 +148,10 @@ def find_unmoved(still: dict[str, int], session: Session) -> dict[str, int]:
 def describe_unmoved(still: dict[str, int], session: Session) -> str:
     """Say how many parts did not move, and whether the first of them got a gradient."""
     found, name = moving_tensors(session.states), next(iter(still))
-    has_gradient = any(p is found[name] for p in session.optimizer.state) or name.startswith("entries")
-    reason = "" if has_gradient else ", which got no gradient"
+    reason = ""
+    if session.recipe.optimizer.needs_grad and not name.startswith("entries"):
+        has_gradient = any(p is found[name] for p in session.optimizer.state)
+        reason = "" if has_gradient else ", which got no gradient"
     return f"{len(still)} of {len(found)} trained parts did not move (first: {name}{reason})"
 
 

@@ -30,6 +30,7 @@ from .budgets import Budget, count_entries, make_budgets
 from .choosing import Chooser
 from .grain import Grain, make_grain
 from .requested import adjacent_entries, requested_entries, scheduled_share, settled_depend_on_training
+from .scores import score_named
 from .settings import SparseSettings
 from .validation import find_contradictions
 
@@ -64,6 +65,10 @@ class Sparse(SparseSettings):
     def contradictions(self) -> list[str]:
         """Return one sentence for each pair of settings that contradict each other or would be ignored."""
         return find_contradictions(self)
+
+    @property
+    def reads_gradients(self) -> bool:
+        return super().reads_gradients or score_named(self.score).needs != "weight"
 
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)

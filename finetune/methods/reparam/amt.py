@@ -165,6 +165,10 @@ class AMT(Reparam):
                 "weight would start switched off; raise method.initial."
             )
 
+    @property
+    def reads_gradients(self) -> bool:
+        return self.gdr > 0
+
     def delta(self, site: Site) -> Mask:
         return Mask(site.shape, self.initial, self.threshold)
 

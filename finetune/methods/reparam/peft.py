@@ -41,6 +41,8 @@ from ...registry import register
 
 # Tuners that need the number of a task, a second model, or tokens instead of layers.
 UNSUPPORTED = ("POLY", "SHADOW", "TRAINABLE_TOKENS")
+# Tuners that choose ranks by gradients, or project the gradients that the optimizer is given.
+READ_GRADIENTS = ("ADALORA", "OSF")
 
 
 class AdaLoraRanks(StateModule):
@@ -261,6 +263,10 @@ class Peft(Method):
                 f"{suggest_nearest(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
             )
         return tuners[self.type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]
+
+    @property
+    def reads_gradients(self) -> bool:
+        return self.type in READ_GRADIENTS
 
     def after_step(self, run: Run, state: Adapters) -> None:
         if state.ranks:

@@ -168,6 +168,10 @@ class SNELLA(Kernelized):
     paper: ClassVar[str] = "arXiv 2510.24037"
     neutral_start: ClassVar[bool] = False
 
+    @property
+    def reads_gradients(self) -> bool:
+        return True
+
     def __post_init__(self) -> None:
         if self.initial > self.sparsity:
             raise ValueError(

@@ -114,6 +114,10 @@ class SPT(Method):
     paper: ClassVar[str] = "arXiv 2303.08566"
     size: ClassVar[str] = "sparsity"
 
+    @property
+    def reads_gradients(self) -> bool:
+        return True
+
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
         size = most = 0
