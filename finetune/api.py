@@ -199,20 +199,22 @@ class Handle:
             raise self._lack("the batches of the next steps", "upcoming")
         return [list(step) for step in self._upcoming(count)]
 
-    def _backward(self, batch: Any, step: list[Any], summed: bool) -> None:
-        """Run one micro-batch backward in eval mode; see ``Run.backward``."""
+    def _backward(self, batch: Any, step: list[Any], summed: bool, in_training: bool) -> None:
+        """Run one micro-batch backward; see ``Run.backward``."""
         if self._loss is None:
             raise self._lack("the loss of a batch", "loss")
         training = self.module.training
         self.module.eval()
-        total, _ = self._loss(self.model, batch)
+        count = 1.0
         if not summed:
             counts = []
             for each in step:
                 with torch.no_grad():
                     counts.append(self._loss(self.model, each)[1])
-            total = total / sum(counts)
-        total.backward()
+            count = sum(counts)
+        self.module.train(in_training)
+        total, _ = self._loss(self.model, batch)
+        (total / count).backward()
         for parameter in self.parameters():
             parameter.grad = None
         self.module.train(training)

@@ -20,6 +20,7 @@ LATER: dict[str, Any] = {
     "method.schedule[one_shot].lr_schedule": "span",
     "method[lt_sft].l1_dense": 0.0,
     "method[snell,snella,spt].class_token_decay": True,
+    "method[sparse,shira,super_tuning,lift,sara,spiel,lt_sft,id3,off_principal].selection": "eval",
     "objective[task].label_smoothing": 0.0,
     "objective[task].class_weights": None,
     "model.head": "new",

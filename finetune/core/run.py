@@ -53,9 +53,10 @@ class Run:
     evaluate: Callable[[Any], Tensor]
     # Returns the batches of the next steps, as many as asked for.
     upcoming: Callable[[int], list[list[Any]]]
-    # Runs forward and backward of one micro-batch (and its step's batch) in eval mode. Only ``Bank.watch``
-    # sees the gradients. The flag: of the sum over examples instead of the step's mean loss.
-    backward: Callable[[Any, list[Any], bool], None]
+    # Runs forward and backward of one micro-batch (and its step's batch). Only ``Bank.watch`` sees the
+    # gradients. The first flag: of the sum over examples instead of the step's mean loss. The second flag:
+    # in train mode, with dropout, instead of in eval mode.
+    backward: Callable[[Any, list[Any], bool, bool], None]
     # Computes the logits of a micro-batch in eval mode at the scored places, [places, classes], of this
     # process alone.
     logits: Callable[[Any], Tensor]

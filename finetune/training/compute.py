@@ -76,12 +76,12 @@ class Compute:
 
     @contextmanager
     def evaluating(
-        self, needs: tuple[Need, ...] = (), for_gradients: bool = False
+        self, needs: tuple[Need, ...] = (), for_gradients: bool = False, in_training: bool = False
     ) -> Iterator[Callable[[Batch], Seen]]:
         """Yield a function from a batch to what the model gives, in eval mode.
 
         ``for_gradients``: use bfloat16 where training uses float16, whose gradients vanish without a loss
-        scale.
+        scale. ``in_training``: in train mode instead.
         """
         training, device = self.tuned.training, self.accelerator.device.type
         avoid_fp16 = for_gradients and self.accelerator.scaler is not None
@@ -91,7 +91,7 @@ class Compute:
                 found: Seen = self.tuned(needs, **self.on_device(batch.inputs))
             return found
 
-        self.tuned.eval()
+        self.tuned.train(in_training)
         try:
             yield see
         finally:
@@ -142,15 +142,16 @@ class Compute:
         with self.evaluating() as see:
             return scored(see(batch).logits, batch.labels.to(self.accelerator.device))
 
-    def probe(self, batch: Batch | None, micro: MicroBatches, summed: bool) -> None:
-        """Run one micro-batch backward in eval mode, for parts that watch gradients.
+    def probe(self, batch: Batch | None, micro: MicroBatches, summed: bool, in_training: bool) -> None:
+        """Run one micro-batch backward, for parts that watch gradients.
 
         No parameter keeps a gradient. The loss is the micro-batch's share of the step's mean, or with
-        ``summed`` that mean times the number of examples, or scored tokens, of the step.
+        ``summed`` that mean times the number of examples, or scored tokens, of the step. ``in_training``: in
+        train mode instead of eval mode.
         """
         share, counts = batch or self._stand_in(micro), self.count_terms(micro)
         scale = float(self.count_scored(micro) if summed else self.accelerator.num_processes)
-        with self.evaluating(self.objective.needs, for_gradients=True) as see:
+        with self.evaluating(self.objective.needs, True, in_training) as see:
             terms = self.objective.terms(self.run, see(share), share)
             loss = self._combine(terms, batch is not None, counts, scale)
             loss.backward()

@@ -6,7 +6,7 @@ Scores of gradients come from backward passes. Gradients are stored only as long
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -31,6 +31,9 @@ def scan_scores(
     weight. ``visit`` may overwrite the score. Raises ``ConfigError`` if the gradient of a layer comes in
     several pieces and the score needs it in one.
 
+    ``method.selection`` says whether the model runs in eval or in train mode. Every pass in train mode draws
+    the numbers that the next training step draws, so dropout is the same in both.
+
     With a single micro-batch, one backward pass serves all sites, and each gradient is scored and released as
     it arrives. With several, gradients must be summed first: the sites then take turns in groups no larger
     than the largest site, with one round of backward passes for each group.
@@ -45,7 +48,7 @@ def scan_scores(
         for i in range(len(layers)):
             visit_score(i)
         return
-    steps = run.upcoming(method.batches)
+    steps, in_training = run.upcoming(method.batches), method.selection == "train"
     if len(steps) == 1 and len(steps[0]) == 1:
         groups = [list(range(len(layers)))]
         visit_at_once = visit_score
@@ -54,15 +57,21 @@ def scan_scores(
         visit_at_once = None
     for group in groups:
         sums = _GradientSums(group, score.needs, run, visit_at_once)
-        with watching_gradients(bank, sums.add):
+        with watching_gradients(bank, sums.add), _returning_draws(in_training):
             for micro in steps:
                 for batch in micro:
                     sums.begin_pass()
-                    run.backward(batch, micro, score.needs == "squares")
+                    run.backward(batch, micro, score.needs == "squares", in_training)
                 sums.end_step()
         for i in group:
             if i not in sums.visited:
                 visit_score(i, sums.take(i, layers[i].original))
+
+
+def _returning_draws(enabled: bool) -> AbstractContextManager[None]:
+    """Return a block after which torch's generators are as they were before it, if ``enabled``."""
+    devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
+    return torch.random.fork_rng(devices, enabled)
 
 
 def _groups(sizes: list[int]) -> Iterator[list[int]]:

@@ -34,6 +34,8 @@ class SparseSettings(Method):
         decay: Value that weight decay pulls trained entries towards: the pretrained weight (``base``) or 0
             (``zero``).
         batches: Number of batches, one per step, from which a gradient score is computed.
+        selection: Mode of the model while the gradients of a gradient score are computed: ``eval``, or
+            ``train``, in which dropout is that of the next training step.
         rank: Rank of the approximation that ``lowrank_magnitude``, ``principal`` and ``off_principal`` use.
         power: Exponent of the weight in the score ``d3``.
         eps: Number added to the absolute weight in the score ``d3``.
@@ -48,6 +50,7 @@ class SparseSettings(Method):
     schedule: Schedule = field(kw_only=True)
     decay: Literal["base", "zero"] = "base"
     batches: Annotated[int, Ge(1)] = 1
+    selection: Literal["eval", "train"] = "eval"
     rank: Annotated[int, Ge(1)] = 64
     power: Annotated[float, Ge(0)] = 1.0
     eps: Annotated[float, Gt(0)] = 1e-3

@@ -24,6 +24,11 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
         ]
     found = _unused_options(settings)
     found += _grain_contradictions(settings)
+    if settings.selection != "eval" and scores[settings.score].facts.get("needs", "weight") == "weight":
+        found.append(
+            f"method.selection={settings.selection} has no effect with score={settings.score}, which needs "
+            "no gradient. Take a gradient score, such as score=snip."
+        )
     if settings.grain == "matrix" and settings.scope in ("matrix", "layer"):
         found.append(
             f"method.grain=matrix leaves scope={settings.scope} nothing to choose from: a matrix is one "

@@ -17,12 +17,13 @@ from the example in the released documentation; that example has the exponent 0,
 
 Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
-  that of an additional pass over the same batch, in eval mode; with dropout the two choose different entries.
+  that of an additional pass over the same batch: in eval mode by default, and with ``method.selection=train``
+  in train mode with the dropout of the step itself. With dropout the two modes choose different entries.
 - If scores are equal, the released code chooses more entries than a step's part, and may remove earlier
   entries to make up for it. Here ties go to the lower position, so every part is exact and no entry
   leaves.
-- The released code scores all trained tensors, including embeddings, norms, biases and the head; here only
-  linear layers are scored.
+- In the released code the entries of all trained tensors are eligible, including embeddings, norms, biases
+  and the head; here those of the weights of linear layers are.
 - In the released code weight decay moves entries that are not chosen.
 - As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the
   bias correction of the whole run.

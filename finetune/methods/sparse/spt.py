@@ -107,6 +107,7 @@ class SPT(Method):
     class_token_decay: bool = False
 
     score: ClassVar[str] = "sensitivity"
+    selection: ClassVar[str] = "eval"
     family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = (
         "the entries that the loss is most sensitive to, or a low-rank branch where a matrix has many"

@@ -28,8 +28,12 @@ PUBLISHED = Published(
         "eps": 1e-3,
         "power": 0.0,
         "decay": "base",
+        "selection": "train",
     },
-    {"power": (1.0, "0 would be the size of the gradient alone, which is another score")},
+    {
+        "power": (1.0, "0 would be the size of the gradient alone, which is another score"),
+        "selection": ("eval", "the choice does not depend on the draws of dropout"),
+    },
 )
 
 test_contract = contract_test(CASES)
@@ -84,6 +88,44 @@ def test_each_part_is_the_best_of_those_not_chosen_yet(power: float) -> None:
             assert torch.equal(layer.weight.reshape(-1)[kept], original[i].reshape(-1)[kept])
         before = now
     assert len(before) == k
+
+
+def with_dropout() -> Any:
+    """Return the tiny model with dropout in its MLPs and attention outputs."""
+    model = contract.tiny()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.5
+    return model
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_the_gradient_that_chooses_is_that_of_the_mode_and_of_the_steps_own_dropout(mode: Any) -> None:
+    """In train mode the oracle is the gradient of a plain model with the random numbers of the step."""
+    method = ID3(schedule=Grow(every=5, end=0.9), selection=mode, **SITES)
+    session = contract.begin(method, model=with_dropout())
+    plain = with_dropout().train(mode == "train")
+    session.tuned.train()
+    before = torch.get_rng_state()
+    session.start()
+    assert torch.equal(torch.get_rng_state(), before)
+    (batch,) = session.run.upcoming(1)[0]
+    torch.set_rng_state(before)
+    (example_losses(plain(**batch.inputs).logits, batch.labels).sum() / count(batch.labels)).backward()
+    scores = []
+    for name in patched(session.model):
+        weight = plain.get_submodule(name).weight
+        scores.append((weight.grad.abs() / (weight.detach().abs() + 1e-3)).reshape(-1))
+    whole = torch.cat(scores)
+    offsets = [0, *torch.tensor([len(s) for s in scores]).cumsum(0).tolist()]
+    found = torch.tensor(sorted(offsets[i] + at for i, at in chosen(session)))
+    best = whole.topk(len(found)).indices.sort().values
+    assert len(set(found.tolist()) & set(best.tolist())) >= 0.99 * len(best)
+
+
+def test_a_mode_that_no_gradient_uses_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.selection=train has no effect with score=magnitude"):
+        Crossing(score="magnitude", selection="train")
 
 
 def test_power_zero_does_not_see_the_weight() -> None:

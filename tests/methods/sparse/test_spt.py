@@ -210,7 +210,7 @@ def chosen_with(
 ) -> tuple[list[list[int]], list[bool]]:
     """Return the choice made from these micro-batches with a scaled loss."""
 
-    def backward(batch: Any, micro: list[Any], summed: bool) -> None:
+    def backward(batch: Any, micro: list[Any], summed: bool, in_training: bool) -> None:
         loss = nn.functional.cross_entropy(session.tuned(**batch.inputs).logits, batch.labels)
         (factor * loss * len(batch.ids) / sum(len(b.ids) for b in micro)).backward()
 
