@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..config import plugins
+from ..config import plugin_records
 from ..core.attach import parts, patched
 from ..core.changes import SparseChange
 from ..core.site import all_sites
@@ -141,7 +141,7 @@ def _write(out: Path, composed: Setup, summary: Mapping[str, Any], rows: Sequenc
     with replacing(out) as temporary:
         files = RunFolder(temporary)
         temporary.mkdir()
-        write_yaml_atomic(files.config, composed.config.as_dict(), plugins.comments(composed.config))
+        write_yaml_atomic(files.config, composed.config.as_dict(), plugin_records.comments(composed.config))
         about = {
             "method": composed.config.method.name,
             "config": composed.config.as_dict(),

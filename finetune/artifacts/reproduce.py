@@ -18,7 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.load import load
 from ..config.settings import LoggerConfig
 from ..errors import ConfigError, RunFailed
@@ -39,7 +39,7 @@ def reproduce(path: Path, keep: Path | None = None, options: StartOptions = NO_O
     the repetition fails.
     """
     before = _read_finished(path)
-    plugins.check_file(RunFolder(path).config)
+    plugin_records.check_file(RunFolder(path).config)
     if keep is not None and keep.exists() and (not keep.is_dir() or any(keep.iterdir())):
         raise ConfigError(f"--keep {keep} exists and is not empty. Give a folder that does not exist yet.")
     with _target_folder(keep) as folder:

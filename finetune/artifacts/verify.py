@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.load import load
 from ..config.settings import Config, LoggerConfig
 from ..errors import ConfigError, FinetuneError, RunFailed
@@ -47,7 +47,7 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     pass, fail or unfinished. Raises ``ConfigError`` if ``path`` is not a run, or another process works on it.
     """
     files, _ = run_of(path)
-    plugins.check_file(files.config)
+    plugin_records.check_file(files.config)
     refuse_if_locked(files.path)
     points, threads = [], torch.get_num_threads()
     torch.set_num_threads(_threads_of(files) or threads)  # another number adds up in another order

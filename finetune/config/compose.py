@@ -25,7 +25,7 @@ from omegaconf.errors import OmegaConfBaseException
 from .. import registry
 from ..errors import ConfigError
 from ..system import safe
-from . import groups, later, plugins
+from . import groups, later, plugin_records, plugins
 from .classes import OUTSIDE_SECTIONS, SECTIONS
 from .composed import Composed
 from .grammar import ALIASES, PLACED
@@ -180,7 +180,7 @@ def read_frozen(file: Path) -> Composed:
         raise ConfigError(f"{newer}.")
     try:
         text = safe.yaml_text(file)
-        plugins.check(file, text)
+        plugin_records.check(file, text)
         config = OmegaConf.load(io.StringIO(text))
         if not OmegaConf.is_dict(config):
             raise ConfigError(f"--config {file} is not a mapping of settings.")

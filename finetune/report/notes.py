@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
-from ..config import plugins
+from ..config import plugin_records
 from .judge import Judge
 from .readable import show_count, show_some
 from .rows import Row, short_name
@@ -124,7 +124,7 @@ def _describe_plugins(rows: Sequence[Row]) -> Iterator[str]:
     versions: dict[str, list[str]] = {}  # from a name to the descriptions of the plug-ins of that name
     for row in rows:
         for record in row.plugins:
-            described = plugins.describe(record)
+            described = plugin_records.describe(record)
             if described not in users:
                 versions.setdefault(record["name"], []).append(described)
             users.setdefault(described, []).append(row.label)

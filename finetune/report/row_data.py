@@ -6,7 +6,7 @@ import statistics as plain_statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ..config import plugins
+from ..config import plugin_records
 from . import statistics
 from .command import Defaults, make_command
 from .fairness import count_without_result
@@ -60,7 +60,7 @@ def describe_row(
         "rank": verdicts.ranks.get(row.label, ""),
         "versus": verdicts.versus.get(row.label),
         "command": make_command(row.finished or row.runs, defaults),
-        "plugins": [plugins.describe(record) for record in row.plugins],
+        "plugins": [plugin_records.describe(record) for record in row.plugins],
         "runs": [str(run.path) for run in row.runs],
         "curve": curve,
     }

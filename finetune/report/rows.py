@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from ..config.plugins import PluginRecord
+from ..config.plugin_records import PluginRecord
 from ..errors import ConfigError, make_printable, suggest_nearest
 from .runs import Run
 

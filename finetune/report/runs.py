@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..config import later
-from ..config.plugins import PluginRecord, read_records
+from ..config.plugin_records import PluginRecord, read_records
 from ..config.settings import NOT_THE_RUN as WITHOUT_EFFECT
 from ..errors import ConfigError
 from ..system import safe

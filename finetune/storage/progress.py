@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypedDict
 
-from ..config.plugins import PluginRecord
+from ..config.plugin_records import PluginRecord
 from ..errors import ConfigError
 from ..system import safe
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.settings import Config
 from ..system import safe
 from ..system.version import __version__
@@ -131,7 +131,7 @@ def make_result(
         "processes": processes,
         "threads": threads,
         "versions": versions(),
-        **plugins.record_of(config),
+        **plugin_records.record_of(config),
         "git_commit": git_commit(),
         "config_hash": config.hash(),
         "group_hash": group_hash(config),

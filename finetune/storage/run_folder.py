@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.settings import Config
 from ..errors import ConfigError
 from ..system import safe
@@ -146,11 +146,11 @@ class RunFolder:
         written, if the files of another run are there.
         """
         self.check(config)
-        plugins.check_file(self.config)
+        plugin_records.check_file(self.config)
         if self.finished:
             return
         try:
-            write_yaml_atomic(self.config, config.as_dict(), plugins.comments(config))
+            write_yaml_atomic(self.config, config.as_dict(), plugin_records.comments(config))
         except OSError as error:
             raise ConfigError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. "

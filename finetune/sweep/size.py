@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.settings import Config
 from ..core.method import Method
 from ..core.state import Shapes, stored_shapes
@@ -177,7 +177,7 @@ def _description_bytes(config: Config, method: Method, frame: Frame) -> int:
         "step": config.train.steps,
         "phase": len(method.phases()) - 1,
         "base_fingerprint": "0" * 64,
-        **plugins.record_of(config),
+        **plugin_records.record_of(config),
     }
     return len(json.dumps(to_json_value(content), indent=2, ensure_ascii=False).encode()) + 1
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from ..config import plugins
+from ..config import plugin_records
 from ..errors import ConfigError
 from ..storage import checkpoint
 from ..storage.progress import ProgressRecord, read_progress
@@ -84,10 +84,10 @@ class Checkpoints:
     def _note_changed_plugins(self, record: ProgressRecord, fresh: ProgressRecord) -> None:
         """Record a warning if the code of a plug-in has changed since the checkpoint.
 
-        The user is told by ``plugins.check``, before the run starts.
+        The user is told by ``plugin_records.check``, before the run starts.
         """
-        before = plugins.describe_others(record.plugins, fresh.plugins)
-        now = plugins.describe_others(fresh.plugins, record.plugins)
+        before = plugin_records.describe_others(record.plugins, fresh.plugins)
+        now = plugin_records.describe_others(fresh.plugins, record.plugins)
         if before and now:
             warning = (
                 f"steps up to {self.session.number} were made with the plug-in {before} and later ones with "

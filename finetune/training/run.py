@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config import plugins
+from ..config import plugin_records
 from ..config.settings import Config
 from ..core.attach import base
 from ..core.collective import any_process, barrier
@@ -58,7 +58,7 @@ class Training:
             threads=torch.get_num_threads(),
             processes=self.session.accelerator.num_processes,
             config=setup.config.deciding(),
-            plugins=plugins.used_by(setup.config),
+            plugins=plugin_records.used_by(setup.config),
             references=self.session.references.fingerprints(),
         )
         self.session.memory.say = log

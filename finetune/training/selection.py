@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..config import plugins
+from ..config import plugin_records
 from ..storage.delta import save_delta
 from ..storage.progress import ProgressRecord
 from ..storage.run_folder import RunFolder
@@ -41,7 +41,7 @@ def describe_change(setup: Setup) -> dict[str, Any]:
         "step": setup.session.number,
         "phase": setup.session.phase,
         "base_fingerprint": setup.fingerprint,
-        **plugins.record_of(config),
+        **plugin_records.record_of(config),
     }
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from finetune import registry
 from finetune.cli import app as cli
-from finetune.config import plugins
+from finetune.config import plugin_records, plugins
 from finetune.config.load import load, tree
 from finetune.errors import ConfigError
 from finetune.launch import resume
@@ -304,8 +304,8 @@ def test_a_run_records_name_version_and_digest_of_what_it_used(mine: Path, tmp_p
     ],
 )
 def test_any_class_of_a_plug_in_counts_as_used(mine: Path, word: str) -> None:
-    assert [record["name"] for record in plugins.used_by(load(["method=sparse", word]))] == ["mine"]
-    assert plugins.used_by(load(["method=sparse"])) == []
+    assert [record["name"] for record in plugin_records.used_by(load(["method=sparse", word]))] == ["mine"]
+    assert plugin_records.used_by(load(["method=sparse"])) == []
 
 
 def test_a_run_without_its_plug_in_says_what_is_missing(
@@ -395,7 +395,7 @@ def test_a_run_resumed_with_other_code_keeps_a_warning(
     assert result["warnings"] == files.read_result()["warnings"] == [warning]
     assert files.log.read_text().count(f"Warning: {warning}.\n") == 1
     assert capsys.readouterr().err.count("Warning: ") == 1
-    assert [record["sha256"] for record in plugins.read_records(files.config)] == [sha256(mine)]
+    assert [record["sha256"] for record in plugin_records.read_records(files.config)] == [sha256(mine)]
 
 
 def test_a_warning_of_other_code_survives_an_end_before_the_next_checkpoint(
@@ -535,7 +535,7 @@ def test_an_installed_package_is_found_by_its_entry_point(
     (tmp_path / "site/rowscale/__init__.py").touch()
     install(tmp_path / "site", monkeypatch, "rows", "rowscale.finetune_parts")
     config = load(["method=scratch_rows"])
-    (record,) = plugins.used_by(config)
+    (record,) = plugin_records.used_by(config)
     assert (record["name"], record["version"]) == ("rows", "0.3")
     assert plugins.words() == ""  # every process finds it by itself
 
