@@ -96,9 +96,16 @@ class Handle:
         """Make an optimizer over the trained tensors, in groups that decay and that do not, as in a run.
 
         ``name``, ``settings``: as ``optimizer=NAME optimizer.SETTING=VALUE`` on the command line. The rate
-        stays at ``lr``: a schedule is the caller's. Raises ``ConfigError`` for settings that do not exist.
+        stays at ``lr``: a schedule is the caller's. Raises ``ConfigError`` for settings that do not exist,
+        and for an optimizer that measures losses instead of using gradients.
         """
-        return make_optimizer(self._states, _read_section("optimizer", name, settings))
+        chosen = _read_section("optimizer", name, settings)
+        if not chosen.needs_grad:
+            raise ConfigError(
+                f"optimizer={name} measures losses itself, and the loop of the caller computes gradients. "
+                "Train it by finetune.train instead."
+            )
+        return make_optimizer(self._states, chosen)
 
     @contextmanager
     def step(self, optimizer: torch.optim.Optimizer, clip: float | None = None) -> Iterator[None]:

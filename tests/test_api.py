@@ -205,6 +205,12 @@ def test_what_cannot_be_attached(method: Any, options: dict[str, Any], words: st
         finetune.attach(contract.tiny(), method, **options)
 
 
+def test_an_optimizer_that_measures_losses_itself_is_refused() -> None:
+    handle = finetune.attach(contract.tiny(), "lora")
+    with pytest.raises(ConfigError, match="optimizer=mezo measures losses itself"):
+        handle.optimizer("mezo")
+
+
 def test_a_method_says_what_the_loop_lacks() -> None:
     handle = finetune.attach(contract.tiny(), "sparse", score="gradient", sparsity=0.9)
     with (

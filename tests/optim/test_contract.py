@@ -21,7 +21,6 @@ OPTIMIZERS: dict[str, Optimizer] = {
     "sm3": SM3(lr=0.1, weight_decay=0.1),
     "mezo": MeZO(lr=1e-3, weight_decay=0.1),
     "sparse_mezo": MeZO(lr=1e-3, sparsity=0.8),
-    "random_mezo": MeZO(lr=1e-3, sparsity=0.8, mask="random"),
 }
 METHODS: dict[str, Callable[[], Method]] = {
     "lora": lambda: LoRA(rank=2),
