@@ -1,10 +1,12 @@
 """Export a run's change in a format of huggingface/peft that ``PeftModel.from_pretrained`` loads.
 
-The exported folder is read back and must give the run's logits. Four kinds of changes have a format:
+The exported folder is read back and must give the run's logits. Five kinds of changes have a format:
 
 - two factors per layer: LoRA, with rank and scale by layer;
 - single entries of linear layers: SHiRA, with the positions in the file. peft requires ``r * (in + out)``
   entries in every layer, so layers with fewer are filled up with entries whose change is 0;
+- single entries and two factors in every layer: Super-Tuning with ``r``, filled up in the same way, since
+  peft requires the same share of the entries in every layer;
 - what method=peft has trained: the format of its tuner;
 - factors of features (method=ia3): IA3.
 
@@ -114,7 +116,10 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
     for name, layer in patched(setup.session.model).items():
         if any(delta.has_effect for delta in layer.deltas):
             layers[name] = layer
-    fault = _not_exportable(state, layers)
+    both = _entries_and_factors(layers)
+    fault = _not_supertuning(layers) if both else _not_exportable(state, layers)
+    if not fault and both:
+        return _as_supertuning(layers, both)
     if not fault:
         factors = _factors(layers)
         if factors is not None:
@@ -153,6 +158,66 @@ def _factors(layers: dict[str, Patched]) -> dict[str, LowRankChange] | None:
             return None
         found[name] = factors
     return found
+
+
+def _entries_and_factors(layers: dict[str, Patched]) -> dict[str, tuple[SparseChange, LowRankChange]]:
+    """Return single entries and two factors of equal rank for each layer; empty if some layer has others."""
+    found = {}
+    ranks = set()
+    for name, layer in layers.items():
+        entries = [delta.changes().entries for delta in layer.deltas]
+        factors = [delta.changes().factors for delta in layer.deltas]
+        if len(layer.deltas) != 2 or entries[0] is None or factors[1] is None:
+            return {}
+        found[name] = (entries[0], factors[1])
+        ranks.add(len(factors[1].a))
+    return found if len(ranks) == 1 else {}
+
+
+def _not_supertuning(layers: dict[str, Patched]) -> str:
+    """Return why peft's Super-Tuning cannot hold entries and factors; empty if it can."""
+    try:
+        from peft import SupertuningConfig  # noqa: F401
+    except ImportError:
+        return "the installed peft has no Super-Tuning; peft 0.21.2 has it"
+    for name, layer in layers.items():
+        if layer.transposed:
+            return f"its Super-Tuning supports nn.Linear only, and {name} is a Conv1D"
+    return ""
+
+
+def _as_supertuning(
+    layers: dict[str, Patched], changes: dict[str, tuple[SparseChange, LowRankChange]]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Write entries and factors as a Super-Tuning of peft, which computes ``W + S + alpha / r * B A``.
+
+    peft gives a layer of n entries ``int(n * (1 - sparsity))`` of them.
+    """
+    from peft import SupertuningConfig
+
+    sizes = {name: layers[name].original.numel() for name in changes}
+    sparsity = 1 - max(len(entries.index) / sizes[name] for name, (entries, _) in changes.items())
+    while any(int(sizes[name] * (1 - sparsity)) < len(changes[name][0].index) for name in changes):
+        sparsity = max(0.0, sparsity - 1e-9)  # 1 - sparsity was rounded
+    rank, tensors = 0, dict[str, Tensor]()
+    for name, (entries, factors) in changes.items():
+        gates = [delta.gate for delta in layers[name].deltas]
+        rank, key = len(factors.a), f"{PREFIX}{name}.supertuning_"
+        index, values = entries.index.cpu(), gates[0] * entries.values.cpu()
+        index, values = _fill_up(index, values, sizes[name], int(sizes[name] * (1 - sparsity)))
+        tensors |= {f"{key}indices": index.to(torch.int32), f"{key}values": values}
+        tensors[f"{key}lora_A.weight"] = factors.a
+        tensors[f"{key}lora_B.weight"] = factors.b * (gates[1] * factors.scale / 2)
+    return SupertuningConfig(target_modules=list(changes), sparsity=sparsity, r=rank), tensors
+
+
+def _fill_up(index: Tensor, values: Tensor, size: int, count: int) -> tuple[Tensor, Tensor]:
+    """Add the first other positions of ``size``, with a change of 0, until there are ``count``; ascending."""
+    free = torch.ones(size, dtype=torch.bool)
+    free[index] = False
+    filler = free.nonzero().view(-1)[: count - len(index)]
+    index, order = torch.cat([index, filler]).sort()
+    return index, torch.cat([values, torch.zeros(len(filler))])[order]
 
 
 def _as_lora(layers: dict[str, Patched], factors: dict[str, LowRankChange]) -> tuple[Any, dict[str, Tensor]]:
@@ -209,10 +274,7 @@ def _as_shira(layers: dict[str, Patched], changes: dict[str, SparseChange]) -> t
     rank, tensors = _rank(layers, changes), dict[str, Tensor]()
     for name, change in changes.items():
         out, in_ = layers[name].original.shape
-        free = torch.ones(out * in_, dtype=torch.bool)
-        free[change.index] = False
-        filler = free.nonzero().view(-1)[: rank * (in_ + out) - len(change.index)]
-        index, order = torch.cat([change.index, filler]).sort()
-        tensors[f"{PREFIX}{name}.shira_weight"] = torch.cat([change.values, torch.zeros(len(filler))])[order]
+        index, values = _fill_up(change.index, change.values, out * in_, rank * (in_ + out))
+        tensors[f"{PREFIX}{name}.shira_weight"] = values
         tensors[f"{PREFIX}{name}.shira_indices"] = torch.stack([index // in_, index % in_]).to(torch.int32)
     return ShiraConfig(r=rank, target_modules=list(changes)), tensors

@@ -73,6 +73,12 @@ def difference(run: Path, again: Any) -> float:
             "SHIRA",
         ),  # unequal counts per layer
         ("llama", ["method=peft", "method.type=LOHA"], "LOHA"),
+        ("vit", ["method=super_tuning", "sparsity=0.9", "method.branch=3"], "SUPERTUNING"),
+        (
+            "llama",
+            ["method=super_tuning", "sparsity=0.97", "method.branch=2", "method.scope=model"],
+            "SUPERTUNING",
+        ),  # unequal counts per layer
         ("vit", ["method=ia3"], "IA3"),
         ("gpt2", ["method=ia3"], "IA3"),  # keys and values are parts of one layer
         (
@@ -155,6 +161,11 @@ def test_every_entry_is_there_and_the_rest_is_zero(runs: Runs, tmp_path: Path) -
             "gpt2",
             ["method=shira", "sparsity=0.9"],
             "its SHiRA supports nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D",
+        ),
+        (
+            "gpt2",
+            ["method=super_tuning", "method.branch=2"],
+            "its Super-Tuning supports nn.Linear only, and transformer.h.0.attn.c_attn is a Conv1D",
         ),
         (
             "vit",

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.core.attach import patched
 from finetune.core.sparse.scores import ScoredSite, score_named
 from finetune.methods.sparse.lift import LIFT
+from finetune.optim.adamw import AdamW
 from finetune.schedules.redraw import Redraw
 from finetune.testing import contract
 from finetune.testing.cases import Case, Published, contract_test
@@ -110,6 +112,32 @@ def test_scale_and_transposition() -> None:
     w = torch.randn(40, 24, generator=torch.Generator().manual_seed(1))
     assert torch.equal(top(score_weight(4 * w), 90), top(score_weight(w), 90))
     assert torch.equal(top(score_weight(w.T.contiguous()), 90), top(score_weight(w), 90).T)
+
+
+def test_with_all_entries_it_is_torch_adamw_step_for_step() -> None:
+    """The plain model is trained by torch, with decoupled weight decay on the matrices, through refreshes."""
+    settings = AdamW(lr=1e-2, weight_decay=0.1, schedule="constant", warmup=0.0)
+    method = LIFT(targets=ROLES, sparsity=0.0, rank=4, schedule=Redraw(every=2))
+    train = replace(contract.TRAIN, clip=None)
+    session = contract.begin(method, train=train, optimizer=settings)
+    plain = contract.tiny().requires_grad_(False).train()
+    names = list(patched(session.model))
+    matrices = [plain.get_submodule(name).weight for name in names] + [plain.classifier.weight]
+    groups = [{"params": matrices}, {"params": [plain.classifier.bias], "weight_decay": 0.0}]
+    for group in groups:
+        for parameter in group["params"]:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.AdamW(groups, lr=1e-2, weight_decay=0.1)
+    batches = list(session.batches.steps(0, contract.STEPS))
+    for _, micro in zip(session.steps(), batches, strict=True):
+        (batch,) = micro
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(plain(**batch.inputs).logits, batch.labels).backward()
+        optimizer.step()
+        for name, layer in patched(session.model).items():
+            weight = plain.get_submodule(name).weight
+            torch.testing.assert_close(layer.weight, weight.detach(), rtol=1e-4, atol=2e-5)
+    assert session.states["method"]["bank"].active == sum(matrix.numel() for matrix in matrices[:-1])
 
 
 def test_refresh_keeps_moments_and_values() -> None:
