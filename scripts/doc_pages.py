@@ -14,6 +14,7 @@ import re
 import sys
 from dataclasses import dataclass, field
 
+import yaml
 from doc_source import (
     LABELS,
     OPTIONS,
@@ -36,6 +37,7 @@ HEADINGS = {
     "Formula": "Formula",
     "Paper": "Paper",
     "Reading": "Reading taken",
+    "Rate": "Learning rate",
     "Differs": "Where the released code differs",
     "Cost": "Cost",
 }
@@ -150,7 +152,20 @@ def write_method_page(entry: Entry) -> str:
         text = to_markdown(sections.labelled.get(label, "Not described yet."))
         text = re.sub(r"^none\b", "None", text)
         lines += [f"## {HEADINGS[label]}", "", link_papers(text), ""]
+        if label == "Rate":
+            lines += list_own_rates(entry.name)
     return "\n".join(lines)
+
+
+def list_own_rates(name: str) -> list[str]:
+    """Return, for each YAML file that selects a method, a line with the learning rate that it sets."""
+    lines: list[str] = []
+    for option in group_options("method", name):
+        settings = yaml.safe_load((ROOT / "conf" / "method" / f"{option}.yaml").read_text(encoding="utf-8"))
+        rate = settings.get("optimizer", {}).get("lr")
+        said = "leaves it at the optimizer's default" if rate is None else f"sets {rate:g}"
+        lines.append(f"- Here: `method={option}` {said}.")
+    return [*lines, ""]
 
 
 def list_method_facts(method: MethodFile) -> list[tuple[str, str]]:

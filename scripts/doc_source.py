@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 from finetune.registry import KINDS, catalog  # noqa: E402  # the repository is on the path from here on
 
 ROOT = Path(__file__).resolve().parents[1]
-LABELS = ("Formula", "Paper", "Reading", "Differs", "Cost")
+LABELS = ("Formula", "Paper", "Reading", "Rate", "Differs", "Cost")
 OPTIONS = "Options"
 BOUNDS = {
     "Ge": "at least {}",

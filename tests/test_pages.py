@@ -175,10 +175,22 @@ def test_every_method_has_a_complete_page(pages: Any, generated: dict[str, str],
         "Options",
         "Paper",
         "Reading taken",
+        "Learning rate",
         "Where the released code differs",
         "Cost",
     ):
         assert f"\n## {heading}\n" in text
+
+
+@pytest.mark.parametrize("name", ["full", "lofit"])
+def test_a_page_states_the_published_rate_and_that_of_this_project(
+    generated: dict[str, str], name: str
+) -> None:
+    own = load([f"method={name}"]).optimizer.lr
+    rate = generated[f"methods/{name}.md"].partition("\n## Learning rate\n")[2].partition("\n## ")[0]
+    published = {"full": "None published", "lofit": "5e-3"}
+    assert published[name] in rate
+    assert f"Here: `method={name}` sets {own:g}." in rate
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -233,7 +245,7 @@ def test_a_page_says_what_its_file_leaves_out(
         method = pages.read_method(registry.Entry("row", "finetune.methods.row", "", {"class": "Row"}))
     finally:
         source_module.parse_module.cache_clear()
-    assert method.missing == ["trains", "Reading", "Differs", "Cost", "option every"]
+    assert method.missing == ["trains", "Reading", "Rate", "Differs", "Cost", "option every"]
     (rate, every) = method.options
     assert (rate.default, rate.values, rate.meaning) == ("0.001", "number, above 0", "How fast.")
     assert (every.default, every.values) == ("5", "whole number")

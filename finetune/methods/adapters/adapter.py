@@ -19,13 +19,15 @@ Chen et al., "AdaptFormer: Adapting Vision Transformers for Scalable Visual Reco
 2205.13535. The parallel form: He et al., "Towards a Unified View of Parameter-Efficient Transfer Learning",
 ICLR 2022, arXiv 2110.04366.
 
-Reading: The released codes were read (adapter-bert, adapters, AdaptFormer); the papers are cited from memory,
-their rates unverified. The defaults are those of Houlsby. ``start=zero`` sets W_up, c and e to 0 and W_down
-to Kaiming's uniform distribution with a = sqrt(5), so step 0 is exactly the base; it is the start of
-AdaptFormer. ``start=near`` is that of adapter-bert: both matrices from a normal distribution of standard
-deviation 1e-3, cut at two deviations. AdaptFormer reads the stream before the norm; the parallel adapter of
-He et al. reads what the MLP reads. In a pre-norm model ``reads=sum`` is the stream as the block leaves it,
-without a norm.
+Reading: The released codes were read (adapter-bert, adapters, AdaptFormer); the papers are cited from memory.
+The defaults are those of Houlsby. ``start=zero`` sets W_up, c and e to 0 and W_down to Kaiming's uniform
+distribution with a = sqrt(5), so step 0 is exactly the base; it is the start of AdaptFormer. ``start=near``
+is that of adapter-bert: both matrices from a normal distribution of standard deviation 1e-3, cut at two
+deviations. AdaptFormer reads the stream before the norm; the parallel adapter of He et al. reads what the MLP
+reads. In a pre-norm model ``reads=sum`` is the stream as the block leaves it, without a norm.
+
+Rate: AdaptFormer's released code has 0.1 for a batch of 256, with momentum SGD. Those of the other papers are
+unverified.
 
 Differs:
 - The adapter stands directly behind the output projection; adapter-bert has the dropout of the model between.

@@ -15,8 +15,9 @@ NeurIPS 2022, arXiv 2205.05638.
 Reading: The released code of the paper and that of huggingface/peft were read. The factors multiply k and v
 before the rotation of rotary models, where they can be merged, and h after the nonlinearity. In a gated MLP
 a factor of the output of up is the same as one of h; in a plain one it is not, as ``targets=[k,v,up]`` shows.
-The fused projection of GPT-2 is changed in its last two thirds, the keys and values. The rate of the paper is
-3e-3 for 1000 steps; ``conf/method/ia3.yaml`` says which one is set here.
+The fused projection of GPT-2 is changed in its last two thirds, the keys and values.
+
+Rate: The released code has 3e-3 for 1000 steps.
 
 Differs:
 - The two further terms of the paper's loss (unlikelihood of wrong choices, and the choice among answers of

@@ -14,10 +14,13 @@ Paper: Yin et al., "LoFiT: Localized Fine-tuning on LLM Representations", NeurIP
 
 Reading: The abstract, the captions and the released code were read, the tables of the paper were not. The
 paper takes 10 % of the heads where it compares with LoRA, and 3 % elsewhere. Offsets belong to query heads,
-whose outputs are slices of head_dim columns of the output projection's input. A and v start from
-N(0, ``noise``), so step 0 is not exactly the base; ``noise=0`` makes it exact. The penalty of 5e-4 is that of
-the released script for TruthfulQA; others have 1e-3 and 5e-3. The released scripts train with rates of 5e-3
-in the first and 1e-2 in the second phase (Llama 2 7B), by the same number of epochs.
+whose outputs are slices of head_dim columns of the output projection's input. A and v start from N(0,
+``noise``), so step 0 is not exactly the base; ``noise=0`` makes it exact. The penalty of 5e-4 is that of the
+released script for TruthfulQA; others have 1e-3 and 5e-3. The released scripts give both phases the same
+number of epochs.
+
+Rate: The released scripts for Llama 2 7B have 5e-3 in the first phase, 5e-4 for one task, and 1e-2 in the
+second.
 
 Differs:
 - One learning rate for both phases; its schedule and warm-up run over each of them.

@@ -9,8 +9,9 @@ Formula:
 Paper: Ben Zaken, Ravfogel and Goldberg, "BitFit: Simple Parameter-efficient Fine-tuning for Transformer-based
 Masked Language-models", ACL 2022, arXiv 2106.10199.
 
-Reading: The variant with all bias terms. There is no setting. The learning rate of 5e-3 that
-``method=bitfit`` sets was chosen for this project.
+Reading: The variant with all bias terms. There is no setting.
+
+Rate: That of the paper is unverified.
 
 Differs: The authors' code was not compared with this file. The paper's smaller variant, which trains only the
 biases of the query projections and of one feed-forward layer, is left out.

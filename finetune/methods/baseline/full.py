@@ -9,7 +9,9 @@ Formula:
 Paper: none; a baseline.
 
 Reading: Every parameter that the task head does not already train is trained; frozen buffers stay. There is
-no setting. ``method=full`` sets a learning rate of 5e-4; ``conf/method/full.yaml`` says how it was chosen.
+no setting.
+
+Rate: None published; a baseline.
 
 Differs: There is no released code.
 

@@ -7,8 +7,9 @@ Formula:
 
 Paper: none; a baseline.
 
-Reading: There is no setting. ``method=head`` sets a learning rate of 3e-2; ``conf/method/head.yaml`` says how
-it was chosen.
+Reading: There is no setting.
+
+Rate: None published; a baseline.
 
 Differs: There is no released code.
 

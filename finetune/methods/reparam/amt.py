@@ -28,6 +28,9 @@ probability is that of the code; a figure of the paper shows its complement. ``i
 for some data sets. ``method=amt`` sets other scores and another learning rate, as ``conf/method/amt.yaml``
 explains.
 
+Rate: The released configurations have 8e-5 over 30 epochs, and 3e-5 over 10 for ImageNet. That of the paper
+is unverified.
+
 Differs:
 - The paper's classes are text features of CLIP, which teacher and student share and which are never trained.
   Here a new head is trained, and the teacher is the pretrained body with the current head. In a language

@@ -14,6 +14,8 @@ Reading: The behaviour and the defaults are those of the installed version of pe
 single layers are refused by name, and so are those that need the number of a task (POLY), a second model
 (SHADOW), or tokens instead of layers (TRAINABLE_TOKENS).
 
+Rate: Each tuner has a paper with rates of its own.
+
 Differs:
 - peft freezes the task head; here it stays trained.
 - peft keeps AdaLoRA's averages in dictionaries outside of the model, so a checkpoint lacks them; here they

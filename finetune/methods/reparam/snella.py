@@ -25,6 +25,9 @@ unverified. As in the code, X in i is the factor after the update, and dL/dX is 
 least |K| is zeroed, and the change keeps its factor |K|, unlike SNELL's. rank, scale and betas are those of
 the released scripts; 0.9 is the code's default for ``sparsity``.
 
+Rate: The released scripts have 1e-3 over 100 epochs, and 1e-4 for one task; the default of the code is 5e-4
+over 300. That of the paper is unverified.
+
 Differs:
 - The code counts epochs; this file counts shares of the run and steps. V_end is reached at ``end``, or before
   the last step at the latest.

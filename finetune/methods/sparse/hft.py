@@ -22,6 +22,9 @@ code only. The paper draws once per stage (a task, or a round of tuning), never 
 stages of equal length within a run, each with the current weights and a new optimizer. The learning
 rate's schedule spans the whole run.
 
+Rate: The paper is understood to train at the rate of full fine-tuning; this is unverified. The third party's
+code has 5e-5, cosine.
+
 Differs: The authors released no code. A third party's code freezes one norm per block and, for shares other
 than half, counts parameters instead of matrices.
 

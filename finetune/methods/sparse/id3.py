@@ -15,6 +15,8 @@ TACL 2025, arXiv 2408.14470.
 Reading: The abstract and the released code were read; the body of the paper was not available. eps = 1e-3 is
 from the example in the released documentation; that example has the exponent 0, the default here is 1.
 
+Rate: The example of the released documentation has 1e-4. That of the paper is unverified.
+
 Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is
   that of an additional pass over the same batch: in eval mode by default, and with ``method.selection=train``

@@ -20,6 +20,8 @@ norms; here the entries of the mask are trained and nothing else. Its case study
 a mask, which is the default. Weight decay pulls towards the pretrained weights, since any other decay would
 move entries outside of the mask.
 
+Rate: The paper trains with reinforcement learning at 1e-6, constant.
+
 Differs: The authors released no code. In the paper the safe mask is the union of two masks of fixed shares,
 so its size follows from the weights; here its size is K.
 

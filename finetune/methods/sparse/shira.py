@@ -16,8 +16,9 @@ Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13
 
 Reading: The paper was read, and the code of huggingface/peft, since the repository that the paper names holds
 no code. The form with a vector of values is trained, so weight decay pulls towards W. The paper trains 1 to 2
-percent of the entries, hence sparsity = 0.98. ``conf/method/shira.yaml`` says how the learning rate of
-``method=shira`` was chosen.
+percent of the entries, hence sparsity = 0.98.
+
+Rate: The paper has 5e-4, linear, for language models and 1e-4, cosine, for image generation.
 
 Differs:
 - peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of

@@ -11,6 +11,8 @@ Paper: none; the axes are taken from the methods of this family.
 Reading: The meaning of every axis is described with its option. Settings that contradict each other, or that
 would have no effect, are refused.
 
+Rate: None published; an engine.
+
 Differs: There is no released code.
 
 Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Scores of

@@ -19,6 +19,9 @@ Reading: The abstract and the released code were read. alpha = 10 is taken from 
 paper's rule is remembered as c >= P, which is ``alpha=1``; this is unverified. 16 batches and rank 8 are the
 released defaults.
 
+Rate: The released code has 1e-3, cosine, over 100 epochs, of which 10 are warm-up. That of the paper is
+unverified.
+
 Differs:
 - The released code computes sensitivities in train mode, and on the first examples of the training set in
   order.

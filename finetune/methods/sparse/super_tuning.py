@@ -13,6 +13,8 @@ Reading: The code and the documentation of huggingface/peft were read, not the p
 peft's default, and ``direction=smallest`` is its ``select_top=False``. The scale of the branch is alpha /
 rank with peft's default alpha = 2 rank.
 
+Rate: That of the paper is unverified.
+
 Differs:
 - peft truncates size (1 - sparsity) in floating point, which gives 99 instead of 100 for 1000 and 0.9;
   here the number left out is rounded.
