@@ -29,7 +29,7 @@ CASES = [Case("s2ft", lambda: S2FT(d=0.1, u=0.1))]
 
 PUBLISHED = Published(
     "arXiv 2412.06289: the released script for Llama 3 8B",
-    {"v": 0.0, "o": 0.0, "u": 0.0, "d": 0.03},
+    {"v": 0.0, "o": 0.0, "u": 0.0, "d": 0.03, "criterion": "random"},
 )
 
 test_contract = contract_test(CASES)
@@ -237,6 +237,75 @@ def test_draws_are_over_the_model_and_of_the_seed() -> None:
     assert len(counts) > 5
     chance = 28 / 96
     assert float((seen - 300 * chance).abs().max()) < 5 * (300 * chance * (1 - chance)) ** 0.5
+
+
+def unit_scores(model: Any, batch: Any, criterion: str) -> dict[str, Tensor]:
+    """Return the score of each unit of each layer of a plain tiny llama, by autograd and hooks."""
+    seen: dict[str, Tensor] = {}
+    names = [
+        name
+        for name, _ in model.named_modules()
+        if name.endswith(("v_proj", "o_proj", "up_proj", "down_proj"))
+    ]
+    real = batch.inputs["attention_mask"].bool()
+    for name in names:
+
+        def keep(_: Any, inputs: Any, output: Tensor, name: str = name) -> None:
+            x = output if name.endswith(("v_proj", "up_proj")) else inputs[0]
+            seen[name] = x.detach()[real].abs().mean(0)
+
+        model.get_submodule(name).register_forward_hook(keep)
+    logits = model(**{k: v for k, v in batch.inputs.items() if k != "labels"}).logits
+    nn.functional.cross_entropy(
+        logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten(), ignore_index=IGNORED
+    ).backward()
+    found = {}
+    for name in names:
+        weight = model.get_submodule(name).weight
+        rows_first = name.endswith(("v_proj", "up_proj"))
+        if criterion == "activation":
+            per_feature = seen[name]
+        else:
+            entries = (weight.detach() if criterion == "weight" else weight.grad).abs()
+            per_feature = entries.mean(1 if rows_first else 0)
+        size = {"v_proj": WIDTH, "o_proj": WIDTH * GROUP}.get(name.rpartition(".")[2], 1)
+        found[name] = per_feature.reshape(-1, size).mean(1)
+    return found
+
+
+@pytest.mark.parametrize("direction", ["largest", "smallest"])
+@pytest.mark.parametrize("criterion", ["weight", "activation", "gradient"])
+def test_units_are_the_best_of_the_model_by_their_criterion(criterion: Any, direction: Any) -> None:
+    session = started(replace(EACH, criterion=criterion, direction=direction))
+    (batch,) = session.run.upcoming(1)[0]
+    scores = unit_scores(contract.tiny("llama"), batch, criterion)
+    for ending, share in (("v_proj", 0.5), ("o_proj", 0.5), ("up_proj", 0.2), ("down_proj", 0.3)):
+        size = {"v_proj": WIDTH, "o_proj": WIDTH * GROUP}.get(ending, 1)
+        chosen, every = list[int](), list[Tensor]()
+        for block, name in enumerate(name for name in scores if name.endswith(ending)):
+            mask = masks(session)[name]
+            mine = rows(mask if ending in ("v_proj", "up_proj") else mask.T, size)
+            chosen += [block * len(scores[name]) + unit for unit in mine]
+            every.append(scores[name])
+        whole = torch.cat(every)
+        best = whole.topk(int(share * len(whole)), largest=direction == "largest").indices
+        assert sorted(chosen) == sorted(best.tolist())
+
+
+@pytest.mark.parametrize("criterion", ["weight", "activation", "gradient"])
+def test_the_values_of_a_fused_projection_are_chosen_in_its_last_third(criterion: Any) -> None:
+    found = masks(started(S2FT(v=0.5, d=0.0, criterion=criterion), "gpt2"))
+    for mask in found.values():
+        first = 2 * len(mask) // 3
+        assert not mask[:first].any()
+    assert sum(int(mask.all(1).sum()) for mask in found.values()) > 0
+
+
+def test_settings_of_another_criterion_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"method\.direction=smallest has no effect with criterion=random"):
+        S2FT(direction="smallest")
+    with pytest.raises(ValueError, match=r"method\.batches=2 has no effect with criterion=weight"):
+        S2FT(criterion="weight", batches=2)
 
 
 def test_all_channels_train_the_whole_matrix() -> None:
