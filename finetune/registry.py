@@ -77,6 +77,7 @@ KINDS = {
             needs_torch=True,
         ),
         Kind("selector", "finetune.core.selector.Selector", ("selectors",), "selector", absent="none"),
+        Kind("analysis", "finetune.core.analysis.Analysis", ("analyses",), needs_torch=True),
         Kind("model", "finetune.config.settings.ModelConfig", place="model"),
         Kind("sweep"),
         Kind("launcher"),

@@ -77,7 +77,7 @@ API: dict[str, tuple[str, list[str]]] = {
     "training": ("The training loop", ["training.session", "training.run"]),
     "testing": (
         "Checks for methods",
-        ["testing.contract", "testing.sessions", "testing.cases", "testing.ranks"],
+        ["testing.contract", "testing.sessions", "testing.cases", "testing.ranks", "testing.analyses"],
     ),
     "errors": ("Errors", ["errors"]),
 }

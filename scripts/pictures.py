@@ -34,15 +34,17 @@ RULE = "A box imports only from rows below its own, or from boxes to its right."
 
 # From top to bottom and from left to right. tests/test_pages.py checks that imports agree with RULE.
 LAYERS: list[tuple[str, dict[str, str]]] = [
-    ("commands", {"cli": "train, sweep, compare, eval, merge, export, inspect, verify ..."}),
+    ("commands", {"cli": "train, sweep, compare, eval, merge, export, analyze, verify ..."}),
+    ("what is measured of runs", {"analyses": "update geometry, linear mode connectivity"}),
     (
         "many runs and finished runs",
         {
             "sweep": "grid, equal budgets, tuning, search, clusters",
+            "testing": "the checks that every method passes",
             "artifacts": "merge, unmerge, export, compose, verify, reproduce",
         },
     ),
-    ("processes", {"launch": "ranks, resume, fork server", "testing": "the checks that every method passes"}),
+    ("processes", {"launch": "ranks, resume, fork server"}),
     (
         "one run",
         {
@@ -95,7 +97,7 @@ TITLE_SIZE, TEXT_SIZE, CHARACTER = (
     12,
     6.1,
 )  # pixels; the last is the mean width of a character of the text
-FILLS = ("#e8eaf6", "#e3f2fd", "#e3f2fd", "#e0f2f1", "#f1f8e9", "#fff8e1", "#fbe9e7", "#eceff1")
+FILLS = ("#e8eaf6", "#ede7f6", "#e3f2fd", "#e3f2fd", "#e0f2f1", "#f1f8e9", "#fff8e1", "#fbe9e7", "#eceff1")
 
 
 def draw_architecture() -> str:

@@ -28,12 +28,13 @@ ALLOWED = {
     "methods": KIND | {"schedules"},
     "data": KIND | {"system"},
     "models": BOTTOM | {"system", "config", "core"},
-    "report": BOTTOM | {"registry", "system", "config"},
+    "report": BOTTOM | {"registry", "system", "config", "core"},  # what a plot shows
     "storage": BOTTOM | {"system", "config", "core"},  # what a state declares of how it is stored
     "training": RUNS,
-    "testing": RUNS,
+    "testing": RUNS | {"artifacts"},
     "launch": RUNS | {"report"},
     "artifacts": RUNS | {"launch"},
+    "analyses": RUNS | {"report", "artifacts"},
     "sweep": RUNS | {"launch", "report"},
     "cli": RUNS | {"launch", "report", "artifacts", "sweep"},
 }  # a name that is not a key may not be imported from: only __main__ may know the command line

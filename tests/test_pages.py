@@ -36,6 +36,7 @@ KEYS = {
     "merge": (("ckpt=", "out="), False),
     "export": (("ckpt=", "format=peft", "out="), False),
     "inspect": (("ckpt=",), True),
+    "analyze": (("what=", "what."), True),
     "verify": (("ckpt=",), True),
     "compose": (("out=", "weights=", "head="), True),
 }

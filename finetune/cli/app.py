@@ -40,7 +40,13 @@ app.command("sweep", context_settings=LENIENT)(sweep.sweep)
 app.command()(results.compare)
 app.command()(results.reproduce)
 app.command("eval", context_settings=LENIENT)(artifacts.evaluate)
-for command in (artifacts.merge, artifacts.export, artifacts.inspect, artifacts.compose):
+for command in (
+    artifacts.merge,
+    artifacts.export,
+    artifacts.inspect,
+    artifacts.analyze,
+    artifacts.compose,
+):
     app.command(context_settings=LENIENT)(command)
 app.command(context_settings=LENIENT)(artifacts.verify)
 

@@ -1,18 +1,21 @@
-"""The commands on finished runs: ``eval``, ``merge``, ``export``, ``inspect``, ``compose`` and ``verify``."""
+"""The commands on finished runs: ``eval``, ``merge``, ``export``, ``inspect``, ``compose``, ``verify`` ..."""
 
 from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from ..errors import ConfigError
-from .display import show_tree
+from .display import show_table, show_tree
 from .options import Plugins, load_plugins
+
+if TYPE_CHECKING:
+    from ..core.analysis import Plot
 
 Overrides = Annotated[
     list[str] | None,
@@ -168,24 +171,77 @@ def inspect(
     load_plugins(plugins)
     from rich.console import Console
 
-    from ..report.inspection import InspectionTable, summarise, write_plots
+    from ..report.inspection import InspectionTable, summarise
 
     runs = [word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []]
     run_path, _ = _find_run(runs, None)
-    from ..artifacts.inspect import inspect as inspect_run
+    from ..artifacts.analyze import inspect as inspect_run
+    from ..registry import get
 
-    result = inspect_run(run_path, rank, alpha, gradient)
-    plots: list[str] = []
-    try:
-        plots = list(map(str, write_plots(result, Path(result["folder"]))))
-    except OSError as error:
-        print(f"Warning: no plots were written to {result['folder']}: {error.strerror}.", file=sys.stderr)
+    geometry = get("analysis", "geometry")(rank=rank, alpha=alpha, gradient=gradient)
+    result, table = inspect_run(geometry, run_path)
+    plots = _draw(table.plots, Path(result["folder"]))
     if as_json:
         print(json.dumps({**result, "plots": plots}, indent=2))
         return
     if result["total"]:
         Console().print(InspectionTable(result))
     print(*summarise(result), *plots, sep="\n")
+
+
+def _draw(plots: Sequence[Plot], folder: Path) -> list[str]:
+    """Draw plots into ``folder`` and return the files; warn if they cannot be written."""
+    from ..report.drawing import draw_plots
+
+    try:
+        return list(map(str, draw_plots(plots, folder)))
+    except OSError as error:
+        print(f"Warning: no plots were written to {folder}: {error.strerror}.", file=sys.stderr)
+        return []
+
+
+def analyze(
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="what=NAME RUN [RUN2]",
+            help="The analysis, its options as what.OPTION=VALUE, and the run or the two runs.",
+            show_default=False,
+        ),
+    ] = None,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Analyze a run, or two together: what=NAME RUN. The result goes to RUN/analysis/NAME.json."""
+    load_plugins(plugins)
+    settings: list[str] = []
+    runs: list[Path] = []
+    for word in words or []:
+        key, sign, _ = word.partition("=")
+        if word.startswith("-") or (sign and (key == "what" or key.startswith("what."))):
+            settings.append(word)
+        else:
+            runs.append(Path(word.removeprefix("ckpt=")))
+    from ..config.named import read_named
+
+    analysis = read_named("analysis", "what", settings)
+    from ..artifacts.analyze import analyze as analyze_runs
+
+    analyzed = analyze_runs(analysis, runs)
+    try:
+        files = [str(analyzed.store())]
+    except OSError as error:
+        print(f"Warning: nothing was written to {analyzed.folder}: {error.strerror}.", file=sys.stderr)
+        files = []
+    if analyzed.table.plots:
+        files += _draw(analyzed.table.plots, analyzed.folder / analysis.name)
+    if as_json:
+        print(json.dumps({**analyzed.result, "files": files}, indent=2))
+        return
+    if analyzed.table.rows:
+        show_table(analyzed.table.rows)
+    show_tree(analyzed.table.summary, as_json=False)
+    print(*analyzed.table.notes, *files, sep="\n")
 
 
 def compose(

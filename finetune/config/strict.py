@@ -66,7 +66,15 @@ def _build_section(section: str, composed: Composed) -> tuple[Any, list[str]]:
         cls, given = class_of_section(section, values, composed)
     except ConfigError as error:
         return None, list(error.faults)
-    return _build_instance(cls, cls, given, section, composed)
+    return build_instance(cls, given, section, composed)
+
+
+def build_instance(cls: type, given: dict[str, Any], key: str, composed: Composed) -> tuple[Any, list[str]]:
+    """Return an instance of ``cls`` with the checked values ``given`` of ``key``, and the faults.
+
+    The instance is None if there are faults.
+    """
+    return _build_instance(cls, cls, given, key, composed)
 
 
 def _build_instance(

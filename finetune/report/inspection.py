@@ -1,12 +1,13 @@
-"""Show the result of ``finetune inspect`` as a table and as plots."""
+"""Show the update geometry of a run, as ``finetune inspect`` measures it: a table and plots."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..core.analysis import Curves, HeatMap, Plot
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -100,27 +101,32 @@ def summarise(result: Inspection) -> list[str]:
     return lines
 
 
-def write_plots(result: Inspection, folder: Path) -> list[Path]:
-    """Write a PNG into ``folder`` for each plot that the result has data for; return the files."""
-    written = []
-    folder.mkdir(parents=True, exist_ok=True)
+def make_plots(result: Inspection) -> list[Plot]:
+    """Return the plots that the result has data for."""
+    plots: list[Plot] = []
     if result["layers"]:
         mask = result["mask"]
 
         def find_density(layers: Sequence[Measurements]) -> float:
             return float(sum(layer[mask] for layer in layers) / sum(layer["entries"] for layer in layers))
 
-        file = folder / "density.png"
-        _plot_heat_map(file, f"share of {MASKS[mask]}", result, find_density)
-        written.append(file)
-        file = folder / "relative_norm.png"
-        _plot_heat_map(file, "|dW| / |W|", result, _find_relative_norm)
-        written.append(file)
+        plots.append(_make_heat_map("density", f"share of {MASKS[mask]}", result, find_density))
+        plots.append(_make_heat_map("relative_norm", "|dW| / |W|", result, _find_relative_norm))
     if result["churn"]:
-        file = folder / "churn.png"
-        _plot_churn(file, result)
-        written.append(file)
-    return written
+        y_label = "share of trained entries that are new"
+        steps = [move["step"] for move in result["churn"]]
+        shares = {"churn": [move["churn"] for move in result["churn"]]}
+        title = f"{result['method']}: churn"
+        plots.append(Curves("churn", title, "step", y_label, steps, shares, from_zero=True))
+    return plots
+
+
+def _make_heat_map(
+    name: str, title: str, result: Inspection, measure: Callable[[Sequence[Measurements]], float]
+) -> HeatMap:
+    blocks, roles, values = make_grid(result["layers"], measure)
+    names = [str(block) if block >= 0 else "-" for block in blocks]  # "-": outside of all blocks
+    return HeatMap(name, f"{result['method']}: {title}", "role", "block", roles, names, values)
 
 
 def _find_relative_norm(layers: Sequence[Measurements]) -> float:
@@ -146,44 +152,3 @@ def make_grid(
             line.append(measure(cell) if cell else math.nan)
         values.append(line)
     return blocks, roles, values
-
-
-def _new_figure(width: float, height: float) -> tuple[Any, Any]:
-    """Return a figure and its axes on the Agg canvas, which needs neither pyplot's state nor a display."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(figure)
-    return figure, figure.subplots()
-
-
-def _plot_heat_map(
-    file: Path, title: str, result: Inspection, measure: Callable[[Sequence[Measurements]], float]
-) -> None:
-    blocks, roles, values = make_grid(result["layers"], measure)
-    figure, axes = _new_figure(2.5 + 0.7 * len(roles), 1.8 + 0.28 * len(blocks))
-    image = axes.imshow(values, aspect="auto", cmap="viridis", vmin=0)
-    axes.set_xticks(range(len(roles)), roles)
-    names = list(map(str, blocks))
-    if -1 in blocks:  # layers outside of all blocks
-        names[blocks.index(-1)] = "-"
-    axes.set_yticks(range(len(blocks)), names)
-    axes.set_xlabel("role")
-    axes.set_ylabel("block")
-    axes.set_title(f"{result['method']}: {title}", fontsize=10)
-    figure.colorbar(image, ax=axes)
-    figure.savefig(file, dpi=120)
-
-
-def _plot_churn(file: Path, result: Inspection) -> None:
-    figure, axes = _new_figure(5.5, 3.2)
-    steps = [move["step"] for move in result["churn"]]
-    shares = [move["churn"] for move in result["churn"]]
-    axes.plot(steps, shares, marker=".")
-    axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("step")
-    axes.set_ylabel("share of trained entries that are new")
-    axes.set_ylim(bottom=0)
-    axes.set_title(f"{result['method']}: churn", fontsize=10)
-    figure.savefig(file, dpi=120)

@@ -13,7 +13,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from finetune.report.inspection import InspectionTable, make_grid, summarise, write_plots
+from finetune.report.drawing import draw_plots
+from finetune.report.inspection import InspectionTable, make_grid, make_plots, summarise
 
 OVERLAP = {"hits": 30, "of": 100, "chance": 0.2, "share": 0.3}
 
@@ -124,7 +125,7 @@ def test_plots_are_pngs_and_no_other_file_is_touched(found: dict[str, Any], tmp_
     folder = tmp_path / "inspect"
     folder.mkdir()
     (folder / "mine.txt").write_text("mine")
-    made = write_plots(found, folder)
+    made = draw_plots(make_plots(found), folder)
     assert [file.name for file in made] == ["density.png", "relative_norm.png", "churn.png"]
     assert sorted(p.name for p in tmp_path.rglob("*")) == sorted(
         ["inspect", "mine.txt", *(file.name for file in made)]
@@ -135,7 +136,7 @@ def test_plots_are_pngs_and_no_other_file_is_touched(found: dict[str, Any], tmp_
             assert image.format == "PNG"
             assert min(image.size) > 100
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 10
-    assert write_plots({**found, "layers": [], "churn": []}, tmp_path / "none") == []
+    assert make_plots({**found, "layers": [], "churn": []}) == []
 
 
 @pytest.mark.processes

@@ -1,4 +1,6 @@
-"""What ``inspect`` says about a run, against numpy's SVD, scipy's angles and the weights of merged models.
+"""What the analysis ``geometry``, which ``inspect`` prints, says about a run.
+
+The oracles are numpy's SVD, scipy's angles and the weights of merged models.
 
 The numbered invariants are those of the card of arXiv 2511.08567.
 """
@@ -19,12 +21,10 @@ from PIL import Image
 from scipy.linalg import subspace_angles
 from torch import Tensor, nn
 
-from finetune.artifacts import merge
-from finetune.artifacts import reopen as finished
-from finetune.artifacts.inspect import (  # fmt: skip
+from finetune.analyses.geometry import (
+    Geometry,
     Update,
     effective_rank,
-    inspect,
     largest_angle,
     mask_largest,
     mask_unchanged,
@@ -35,6 +35,8 @@ from finetune.artifacts.inspect import (  # fmt: skip
     spectrum,
     sum_measures,
 )
+from finetune.artifacts import analyze, merge
+from finetune.artifacts import reopen as finished
 from finetune.cli import artifacts as cli
 from finetune.config.load import load
 from finetune.core.site import Site
@@ -42,6 +44,13 @@ from finetune.errors import ConfigError
 from finetune.storage.run_folder import RunFolder, run_folder
 from finetune.testing import contract
 from finetune.training import run
+
+
+def inspect(path: Path, **options: Any) -> dict[str, Any]:
+    """Return what the command prints as JSON."""
+    found, _ = analyze.inspect(Geometry(**options), path)
+    return found
+
 
 SHAPES = [(40, 24), (24, 40), (17, 17)]
 

@@ -1,4 +1,4 @@
-"""Measure what a finished run changed: how much, where, along which directions, and in which entries.
+"""Update geometry: how much a finished run changed, where, along which directions, and in which entries.
 
 The update of a layer is its weight with the stored change, as merging would write it, minus the pretrained
 weight. The measures follow "The Path Not Taken" (arXiv 2511.08567): changed entries, spectrum, principal
@@ -11,22 +11,23 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from annotated_types import Ge, Le
 from torch import Tensor, nn
 
+from ..core.analysis import Analysis, Subject, Table
 from ..core.attach import base, patched, trained_in_place
 from ..core.linalg import kth_smallest
 from ..core.loss import count, example_losses
 from ..core.site import Site, all_sites
 from ..errors import ConfigError
-from ..storage.delta import read_description
+from ..registry import register
+from ..report.inspection import make_plots, summarise
 from ..storage.run_folder import RunFolder
 from ..system import safe
 from ..training.prepare import Setup
-from .reopen import rebuild, run_of
 
 ETA = 1e-3  # the paper's tolerance; neighbours in bfloat16 are further apart
 # If more than this share of the entries changed, overlaps count only changes that bfloat16 shows. With all
@@ -275,6 +276,7 @@ def _gradients(setup: Setup, steps: int) -> dict[str, Tensor]:
     return found
 
 
+COLUMNS = ("layer", "density", "relative_norm", "effective_rank", "nss")  # as many as fit a terminal
 MEANS = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right")
 
 
@@ -336,49 +338,70 @@ def churn(files: RunFolder) -> list[dict[str, float]]:
     return found
 
 
-@torch.no_grad()
-def inspect(path: Path, rank: int = 32, alpha: float = 0.5, gradient: int = 0) -> dict[str, Any]:
-    """Measure the run at ``path``. Returns plain values.
+@register("geometry")
+@dataclass(frozen=True)
+class Geometry(Analysis):
+    """Update geometry: how much a run changed, where, and along which directions.
 
-    ``rank``: of the principal subspaces. ``alpha``: share of the entries in a mask. ``gradient``: number of
-    training batches for a gradient mask (0: none; it needs the memory of one gradient).
-
-    In the result, ``mask`` names the set of entries whose overlaps are measured; ``total``, ``roles``,
-    ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the moves of entries. Raises
-    ``ConfigError`` for a run that changed no weight of the base.
+    Options:
+        rank: How many singular directions count as principal.
+        alpha: Share of the entries that the principal and the low mask have.
+        gradient: Number of training batches for a mask of the largest gradients; 0: none. It needs the memory
+            of one gradient.
     """
-    setup = rebuild(path)
-    files, state = run_of(path)
-    name, rest = setup.config.method.name, others(setup)
-    changed = entries = 0
-    for update in updates(setup):
-        changed += int((update.after != update.before).sum())
-        entries += update.before.numel()
-    if not entries and not rest:
-        raise ConfigError(
-            f"method={name} changed no weight of the base that can be read, so there is nothing to inspect "
-            f"in {path}."
-        )
-    sparse = changed <= DENSE * entries
-    rows = [shared(measure(update, rank, alpha, sparse)) for update in updates(setup, gradient)]
-    folder = files.path / "inspect"
-    if state:
-        step, folder = int(state.name.removeprefix("step-")), folder / state.name
-    else:
-        step = read_description(files.delta)["step"]
-    return {
-        "run": str(files.path),
-        "method": name,
-        "step": step,
-        "dtype": setup.config.model.dtype,
-        "rank": rank,
-        "alpha": alpha,
-        "mask": "changed" if sparse else "changed_bf16",
-        "total": sum_measures(rows) if rows else None,
-        "roles": _grouped(rows, "role"),
-        "blocks": _grouped(rows, "block"),
-        "layers": rows,
-        "others": rest,
-        "churn": churn(files),
-        "folder": str(folder),
-    }
+
+    rank: Annotated[int, Ge(1)] = 32
+    alpha: Annotated[float, Ge(0.001), Le(0.999)] = 0.5
+    gradient: Annotated[int, Ge(0)] = 0
+
+    @torch.no_grad()
+    def __call__(self, *subjects: Subject) -> Table:
+        """Measure one run, with a row for each layer.
+
+        In ``details``, ``mask`` names the set of entries whose overlaps are measured; ``total``, ``roles``,
+        ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the moves of entries. Raises
+        ``ConfigError`` for a run that changed no weight of the base.
+        """
+        (subject,) = subjects
+        details = self._measure(subject)
+        total = details["total"]
+        summary: dict[str, Any] = {}
+        if total is not None:
+            summary = {key: value for key, value in total.items() if key != "overlap"}
+            summary |= {f"overlap_{name}": counts["share"] for name, counts in total["overlap"].items()}
+        rows = []
+        for layer in details["layers"]:
+            rows.append({key: layer[key] for key in COLUMNS})
+        return Table(rows, summary, details, summarise(details), make_plots(details))
+
+    def _measure(self, subject: Subject) -> dict[str, Any]:
+        """Return all measures of a run."""
+        setup, files = subject.open(), RunFolder(subject.folder)
+        name, rest = setup.config.method.name, others(setup)
+        changed = entries = 0
+        for update in updates(setup):
+            changed += int((update.after != update.before).sum())
+            entries += update.before.numel()
+        if not entries and not rest:
+            raise ConfigError(
+                f"method={name} changed no weight of the base that can be read, so there is nothing to "
+                f"inspect in {subject.path}."
+            )
+        sparse = changed <= DENSE * entries
+        rows = []
+        for update in updates(setup, self.gradient):
+            rows.append(shared(measure(update, self.rank, self.alpha, sparse)))
+        return {
+            "method": name,
+            "step": subject.step,
+            "dtype": setup.config.model.dtype,
+            "rank": self.rank,
+            "alpha": self.alpha,
+            "mask": "changed" if sparse else "changed_bf16",
+            "total": sum_measures(rows) if rows else None,
+            "roles": _grouped(rows, "role"),
+            "blocks": _grouped(rows, "block"),
+            "layers": rows,
+            "others": rest,
+            "churn": churn(files),
+        }
