@@ -10,7 +10,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from .loss import count, example_losses, scored
-from .objective import Objective
+from .objective import PREVIOUS, Objective
 from .run import Run, Seen
 
 
@@ -30,7 +30,8 @@ class Distillation(Objective):
 
     Options:
         teacher: ``base``: the pretrained model, with the head that is trained now unless it has kept one of
-            its own. Otherwise a model folder of the same task and vocabulary.
+            its own. ``previous``: the model as the phase before left it, in a method whose phases keep their
+            parts. Otherwise a model folder of the same task and vocabulary.
         task: Weight of the task's cross-entropy.
         kl: Weight of the divergence KL(teacher || student) of the predictions.
         temperature: Temperature of both softmaxes in that divergence, which is multiplied by its square.
@@ -50,7 +51,8 @@ class Distillation(Objective):
         return (self.teacher,)
 
     def check(self, run: Run) -> None:
-        run.reference(self.teacher)  # reads it, and raises ConfigError if it does not fit
+        if self.teacher != PREVIOUS:  # which has no parts before its phase
+            run.reference(self.teacher)  # reads it, and raises ConfigError if it does not fit
 
     def weights(self, run: Run) -> dict[str, float]:
         return {name: weight for name, weight in self.all_weights().items() if weight}

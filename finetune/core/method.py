@@ -8,7 +8,8 @@ The training loop calls them in this order and knows no method by name:
         for every step:
             before_step -> forward, task loss + loss -> backward -> after_backward -> optimizer.step ->
             after_step
-        previous = state                    its parts are detached, so the base is what it was
+        previous = state                    its parts are detached, so the base is what it was; or they stay,
+                                            frozen, if the phase says that it keeps them
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from .attach import attach
+from .objective import Objective
 from .part import Delta
 from .run import Run as Run  # part of what this module offers
 from .site import Site, find_sites
@@ -34,11 +36,16 @@ class Phase:
 
     ``schedule``: with ``restart`` the learning rate's schedule and its warm-up run over the steps of this
     phase; with ``span`` they run over the whole run, and the phase takes its steps of them.
+    ``objective``: what is minimized in this phase; None: the objective of the run.
+    ``keeps``: the parts of this phase stay attached under the next one, frozen, and the head goes on from
+    where it is. Otherwise they are detached, and the head starts again.
     """
 
     method: Method
     share: float
     schedule: LRSchedule = "span"
+    objective: Objective | None = None
+    keeps: bool = False
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from torch import Tensor
 from .run import Run, Seen
 
 Need = Literal["hidden", "attention"]
+BASE, PREVIOUS = "base", "previous"  # names of references that are not paths
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Objective:
         return []
 
     def references(self) -> tuple[str, ...]:
-        """Name the frozen models that ``terms`` compares with: ``base``, or the path of a model's folder."""
+        """Name the frozen models that ``terms`` compares with: ``base``, ``previous``, or model folders."""
         return ()
 
     def check(self, run: Run) -> None:

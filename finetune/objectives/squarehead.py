@@ -34,7 +34,7 @@ from annotated_types import Ge, Gt
 from torch import Tensor
 
 from ..core.distillation import Distillation
-from ..core.objective import Need
+from ..core.objective import PREVIOUS, Need
 from ..core.run import Run, Seen
 from ..errors import ConfigError
 from ..registry import register
@@ -60,6 +60,8 @@ class SquareHead(Distillation):
 
     def check(self, run: Run) -> None:
         super().check(run)
+        if self.teacher == PREVIOUS:
+            return
         ours, theirs = run.model.config, run.reference(self.teacher).model.config
         sizes = []
         for config in (ours, theirs):

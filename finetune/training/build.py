@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -59,20 +60,36 @@ def take_base(base: Base, method: Method) -> Pretrained:
     )
 
 
-def build_states(pretrained: Pretrained, method: Method, selector: Selector | None = None) -> nn.ModuleDict:
+def build_states(
+    pretrained: Pretrained,
+    method: Method,
+    selector: Selector | None = None,
+    previous: nn.ModuleDict | None = None,
+) -> nn.ModuleDict:
     """Attach the head and the method's parts to the model; return their states.
 
-    The keys are ``head`` (for a classifier), ``method``, and ``selector`` if one is given. Shapes follow from
-    the configuration and the model alone, so a model on the meta device can be built for, too. Raises
-    ``ConfigError`` if the method or the selector does not fit the model, if nothing is trained, or if an
-    untrained head would be frozen.
+    ``previous``: the states of the phase before, if its parts stay attached. They are frozen, and its head is
+    trained on.
+
+    The keys are ``head`` (for a classifier), ``method``, ``selector`` if one is given, and ``kept`` for the
+    methods' states of earlier phases, by their number. Shapes follow from the configuration and the model
+    alone, so a model on the meta device can be built for, too. Raises ``ConfigError`` if the method or the
+    selector does not fit the model, if nothing is trained, or if an untrained head would be frozen.
     """
-    model, states, head = pretrained.model, nn.ModuleDict(), None
+    model, states = pretrained.model, nn.ModuleDict()
+    head: Any = None
     if not pretrained.train_head:
         _check_frozen_head(pretrained)
-    if pretrained.head:
+    if previous is not None and "head" in previous:
+        head = states["head"] = previous["head"]
+    elif pretrained.head:
         head = states["head"] = InPlace(model, list(pretrained.head), keep=True)
     states["method"] = method.build(model)  # a method that trains all parameters finds the head taken
+    if previous is not None:
+        previous["method"].requires_grad_(False)
+        kept = list(previous["kept"].children()) if "kept" in previous else []
+        kept.append(previous["method"])
+        states["kept"] = nn.ModuleList(kept)
     if head is not None and not pretrained.train_head:
         head.freeze_for_good()
     for part in parts(states):

@@ -46,14 +46,15 @@ class Tuned(nn.Module):
 class Compute:
     """The forward and backward passes of one process.
 
-    ``tuned`` is the model of the current phase, and ``run`` what its objective sees.
+    ``tuned`` and ``objective`` are those of the current phase, and ``run`` is what the objective sees.
     """
 
     tuned: Tuned
     run: Run
+    objective: Objective
 
-    def __init__(self, batches: Batches, accelerator: Accelerator, objective: Objective) -> None:
-        self.batches, self.accelerator, self.objective = batches, accelerator, objective
+    def __init__(self, batches: Batches, accelerator: Accelerator) -> None:
+        self.batches, self.accelerator = batches, accelerator
 
     def on_device(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """Move a batch's inputs to the model's device."""

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from ..core.attach import base, parts, trained_in_place
-from ..core.objective import Need
+from ..core.objective import BASE, PREVIOUS, Need
 from ..core.run import Reference, Seen
 from ..data.encode import Batch
 from ..errors import ConfigError
@@ -51,47 +51,64 @@ class References:
 
     ``base`` is the model before training. If every part can be switched off, it is the tuned model without
     its parts and needs no memory; otherwise the model is read once and kept. It wears the head that is
-    trained now, unless that head came with the checkpoint: then it wears the checkpoint's.
+    trained now, unless that head came with the checkpoint: then it wears the checkpoint's. ``previous`` is
+    the model as the phase before left it, with the head that is trained now.
     """
 
-    def __init__(self, pretrained: Pretrained, needs: tuple[Need, ...], accelerator: Accelerator) -> None:
-        self.pretrained, self.needs, self.accelerator = pretrained, needs, accelerator
-        self.states = nn.ModuleDict()
+    def __init__(self, pretrained: Pretrained, accelerator: Accelerator) -> None:
+        self.pretrained, self.accelerator = pretrained, accelerator
+        self.states, self.needs = nn.ModuleDict(), tuple[Need, ...]()
         self._read: dict[str, nn.Module] = {}  # models with memory of their own, by name
         self._made: dict[str, Reference] = {}
 
-    def enter(self, states: nn.ModuleDict) -> None:
-        """Use the states of a new phase."""
-        self.states, self._made = states, {}
+    def enter(self, states: nn.ModuleDict, needs: tuple[Need, ...]) -> None:
+        """Use the states of a new phase, and give what its objective needs."""
+        self.states, self.needs, self._made = states, needs, {}
 
     def get(self, name: str) -> Reference:
         """Return a reference. Raises ``ConfigError`` if there is no such model, or if it does not fit."""
         if name not in self._made:
-            self._made[name] = self._make_base() if name == "base" else self._make_teacher(name)
+            if name == BASE:
+                self._made[name] = self._make_base()
+            elif name == PREVIOUS:
+                self._made[name] = self._make_previous()
+            else:
+                self._made[name] = self._make_teacher(name)
         return self._made[name]
 
     def fingerprints(self) -> dict[str, str]:
         """Return the fingerprint of each model that was read from a path of its own."""
         found = {}
         for name, model in self._read.items():
-            if name != "base":
+            if name != BASE:
                 found[name] = fingerprint(model, ())
         return found
 
     def _make_base(self) -> Reference:
-        switched = self.states if self._keeps_head else self.states["method"]
+        switched = nn.ModuleDict({name: state for name, state in self.states.items() if name != "head"})
+        if self._keeps_head:
+            switched = self.states
         if all(part.recoverable for part in parts(switched)):
             return Frozen(self.pretrained.model, self.needs, self.accelerator, switched)
         if self.pretrained.reload is None:
             raise ConfigError("The base was trained in place, and there is no file to read it again from.")
-        if "base" not in self._read:
-            self._read["base"] = self._take(self.pretrained.reload())
-        model = self._read["base"]
+        if BASE not in self._read:
+            self._read[BASE] = self._take(self.pretrained.reload())
+        model = self._read[BASE]
         if not self._keeps_head and "head" in self.states:
             for name, parameter in trained_in_place(self.states["head"]).items():
                 path, _, leaf = name.rpartition(".")
                 model.get_submodule(path)._parameters[leaf] = parameter
         return Frozen(model, self.needs, self.accelerator)
+
+    def _make_previous(self) -> Reference:
+        method = self.states["method"]
+        if not all(part.recoverable for part in parts(method)):
+            raise ConfigError(
+                "objective.teacher=previous needs parts that can be switched off, and this phase trains the "
+                "model's own weights in place. Take objective.teacher=base."
+            )
+        return Frozen(self.pretrained.model, self.needs, self.accelerator, method)
 
     def _make_teacher(self, path: str) -> Reference:
         if self.pretrained.read_teacher is None:

@@ -18,7 +18,7 @@ def differences(session: Session, delta: Path | None = None, step: int | None = 
     """
     method, state = session.current, session.states["method"]
     found = method.check_trained(session.run, state)
-    start = session.phases[session.phase][1]
+    start = session.phases[session.phase].start
     if delta and step and step > start:
         found += method.check_stored(session.run, state, _shapes(delta), step - start - 1)
     return found

@@ -21,11 +21,11 @@ from ..config.settings import TrainConfig
 from ..core.attach import detach
 from ..core.collective import broadcast_
 from ..core.method import Method, Run
-from ..core.objective import Objective
+from ..core.objective import PREVIOUS, Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
 from ..data.encode import Batch
-from ..errors import RunFailed
+from ..errors import ConfigError, RunFailed
 from ..objectives.task import Task
 from ..system import random_state
 from .batches import Batches
@@ -70,13 +70,49 @@ class Step:
     metrics: dict[str, float]
 
 
+@dataclass(frozen=True)
+class PlannedPhase:
+    """A phase of a run: its method and objective, and the numbers of steps done at its start and at its end.
+
+    ``lr_start``, ``lr_end``: likewise of its learning rate's schedule. ``keeps``: its parts stay attached
+    under the next phase.
+    """
+
+    method: Method
+    objective: Objective
+    start: int
+    end: int
+    lr_start: int
+    lr_end: int
+    keeps: bool
+
+
+def plan_phases(recipe: Recipe) -> list[PlannedPhase]:
+    """Return the phases of a run.
+
+    Raises ``ConfigError`` if an objective compares with a phase before whose parts are not kept.
+    """
+    steps, phases = recipe.train.steps, recipe.method.phases()
+    planned: list[PlannedPhase] = []
+    start = 0
+    for i, phase in enumerate(phases):
+        end = round(steps * sum(p.share for p in phases[: i + 1]))
+        lr_start, lr_end = (start, end) if phase.schedule == "restart" else (0, steps)
+        objective = phase.objective or recipe.objective
+        if PREVIOUS in objective.references() and not (planned and planned[-1].keeps):
+            raise ConfigError(
+                f"objective={objective.name} compares with the model that the phase before left, and phase "
+                f"{i + 1} of method={recipe.method.name} has none below it. Take teacher=base, or a path."
+            )
+        planned.append(PlannedPhase(phase.method, objective, start, end, lr_start, lr_end, phase.keeps))
+        start = end
+    return planned
+
+
 class Session:
     """A method in training on a model.
 
     ``steps()`` trains. ``state_dict()`` after any step is enough to resume from there to the same bits.
-    ``phases`` holds, for each phase, its method and the numbers of steps done at its start and at its end.
-    ``lr_ranges`` holds, for each phase, the numbers of steps done at the start and at the end of its learning
-    rate's schedule.
     """
 
     def __init__(
@@ -86,22 +122,16 @@ class Session:
         self.batches, self.accelerator = batches, accelerator
         self.model = pretrained.model.requires_grad_(False)
         self.method, self.selector = recipe.method, recipe.selector
-        self.phases: list[tuple[Method, int, int]] = []
-        self.lr_ranges: list[tuple[int, int]] = []
-        phases, start = self.method.phases(), 0
-        for i, phase in enumerate(phases):
-            end = round(recipe.train.steps * sum(p.share for p in phases[: i + 1]))
-            self.phases.append((phase.method, start, end))
-            self.lr_ranges.append((start, end) if phase.schedule == "restart" else (0, recipe.train.steps))
-            start = end
+        self.phases = plan_phases(recipe)
         self.number = 0  # optimizer steps done
         self.phase = -1
         self.states = nn.ModuleDict()
-        self.compute = Compute(batches, accelerator, recipe.objective)
-        self.references = References(pretrained, recipe.objective.needs, accelerator)
+        self.compute = Compute(batches, accelerator)
+        self.references = References(pretrained, accelerator)
         self.memory = Memory(self, accelerator.device)
         self._build(0)
-        recipe.objective.check(self.run)
+        for planned in self.phases:
+            planned.objective.check(self.run)
 
     @property
     def tuned(self) -> Tuned:
@@ -114,22 +144,35 @@ class Session:
         return [self.phase, int(self.current.meets_target(self.run.step, self.run.total))]
 
     def enter(self, phase: int) -> None:
-        """Stand at the beginning of a phase; the parts of the phase before are detached."""
-        if phase != self.phase:
+        """Stand at the beginning of a phase.
+
+        The parts of the phase before are detached, or stay below those of the new phase if it keeps them.
+        """
+        if phase == self.phase:
+            return
+        first = phase  # the first phase whose parts are attached in ``phase``
+        while first > 0 and self.phases[first - 1].keeps:
+            first -= 1
+        if not first <= self.phase < phase:
             detach(self.model, self.states)
-            self._build(phase)
+            self._build(first)
+        for after in range(self.phase + 1, phase + 1):
+            self._build(after, self.states)
 
     def rebuild(self) -> None:
-        """Stand at the beginning of the current phase, as if nothing had been done in it."""
+        """Stand at the beginning of the first phase, as if nothing had been done."""
         detach(self.model, self.states)
-        self._build(self.phase)
+        self._build(0)
 
-    def _build(self, phase: int) -> None:
-        """Build the phase's states, the optimizer over them, and the ``Run`` that the method sees."""
-        self.phase, self.begun = phase, False
-        self.current, start, end = self.phases[phase]
+    def _build(self, phase: int, previous: nn.ModuleDict | None = None) -> None:
+        """Build the phase's states, the optimizer over them, and the ``Run`` that the method sees.
+
+        ``previous``: the states of the phase before, if their parts stay attached.
+        """
+        self.phase, self.begun, planned = phase, False, self.phases[phase]
+        self.current = planned.method
         random_state.seed(self.recipe.seed + phase)
-        self.states = build_states(self.pretrained, self.current, self.selector)
+        self.states = build_states(self.pretrained, self.current, self.selector, previous)
         self.accelerator.free_memory()
         self.compute.tuned = Tuned(self.model, self.states).to(self.accelerator.device)
         broadcast_(self.states.state_dict().values())
@@ -139,7 +182,7 @@ class Session:
             self.model,
             self.states,
             self.optimizer,
-            total=end - start,
+            total=planned.end - planned.start,
             generator=torch.Generator().manual_seed(self.recipe.seed + phase),
             evaluate=self.compute.mean_loss,
             upcoming=self._upcoming,
@@ -148,10 +191,10 @@ class Session:
             reference=self.references.get,
             class_counts=self._count_classes,
             seed=self.recipe.seed + phase,
-            step=self.number - start,
+            step=self.number - planned.start,
         )
-        self.compute.run = self.run
-        self.references.enter(self.states)
+        self.compute.run, self.compute.objective = self.run, planned.objective
+        self.references.enter(self.states, planned.objective.needs)
 
     def _upcoming(self, steps: int) -> list[MicroBatches]:
         return list(self.batches.steps(self.number, self.number + steps))
@@ -179,7 +222,7 @@ class Session:
                 self.start(previous)
             elif not self.begun:
                 self.start()
-            _, start, end = self.phases[phase]
+            start, end = self.phases[phase].start, self.phases[phase].end
             for micro in self.batches.steps(self.number, end):
                 self.run.step = self.number - start
                 yield self._step(micro)
@@ -193,7 +236,7 @@ class Session:
         if self.accelerator.num_processes > 1:
             # each process draws its own numbers, and the checkpoint of one process serves all
             torch.manual_seed(hash((self.recipe.seed, self.number, self.accelerator.process_index)) % 2**63)
-        start, end = self.lr_ranges[self.phase]
+        start, end = self.phases[self.phase].lr_start, self.phases[self.phase].lr_end
         lr = self.recipe.optimizer.lr * rate(self.recipe.optimizer, self.number - start, end - start)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -326,7 +369,7 @@ class Session:
             raise ValueError(f"step {number} in phase {phase}")
         self.number = number
         self.enter(phase)
-        self.begun, self.run.step = True, max(0, number - 1 - self.phases[phase][1])
+        self.begun, self.run.step = True, max(0, number - 1 - self.phases[phase].start)
         self.states.load_state_dict(saved["states"])
         load_optimizer(self.optimizer, self.states, saved["optimizer"])
         if saved["scaler"] and self.accelerator.scaler:

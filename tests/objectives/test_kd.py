@@ -92,8 +92,8 @@ def test_a_head_that_came_with_the_checkpoint_is_the_teacher_s_own(make: Any) ->
     session = contract.Trial(make, objective=KD()).begin()
     steps = session.steps()
     next(steps), next(steps)
-    references = References(replace(session.pretrained, new_head=False), (), session.accelerator)
-    references.enter(session.states)
+    references = References(replace(session.pretrained, new_head=False), session.accelerator)
+    references.enter(session.states, ())
     batch = first_batch(session)
     with torch.no_grad():
         wanted = contract.tiny()(**batch.inputs).logits
