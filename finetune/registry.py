@@ -79,6 +79,7 @@ KINDS = {
         Kind("selector", "finetune.core.selector.Selector", ("selectors",), "selector", absent="none"),
         Kind("analysis", "finetune.core.analysis.Analysis", ("analyses",), needs_torch=True),
         Kind("model", "finetune.config.settings.ModelConfig", place="model"),
+        Kind("pass", "finetune.core.passes.Pass", ("passes",), needs_torch=True),
         Kind("sweep"),
         Kind("launcher"),
     )

@@ -77,7 +77,14 @@ API: dict[str, tuple[str, list[str]]] = {
     "training": ("The training loop", ["training.session", "training.run"]),
     "testing": (
         "Checks for methods",
-        ["testing.contract", "testing.sessions", "testing.cases", "testing.ranks", "testing.analyses"],
+        [
+            "testing.contract",
+            "testing.sessions",
+            "testing.cases",
+            "testing.ranks",
+            "testing.analyses",
+            "testing.passes",
+        ],
     ),
     "errors": ("Errors", ["errors"]),
 }

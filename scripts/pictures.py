@@ -41,7 +41,7 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
         {
             "sweep": "grid, equal budgets, tuning, search, clusters",
             "testing": "the checks that every method passes",
-            "artifacts": "merge, unmerge, export, compose, verify, reproduce",
+            "artifacts": "merge, unmerge, export, compose, verify, reproduce, prune",
         },
     ),
     ("processes", {"launch": "ranks, resume, fork server"}),
@@ -67,6 +67,7 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
         {
             "schedules": "when the choice of entries is made again",
             "scores": "what entries are chosen by",
+            "passes": "pruning of stored weights",
             "selectors": "which blocks train at a step",
             "optim": "AdamW, SM3",
             "objectives": "the loss of a step",

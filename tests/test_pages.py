@@ -21,6 +21,7 @@ import yaml
 from finetune import registry
 from finetune.cli.app import app
 from finetune.config.load import expand, load
+from finetune.config.passes import read_words
 from finetune.sweep import budget, tune
 from finetune.sweep.grid import preset
 from finetune.sweep.space import space
@@ -88,6 +89,8 @@ def check_command(line: str) -> None:
         keys, runs = KEYS[words[0]]
         for word in given:
             assert word.startswith(keys) or (runs and "=" not in word), f"{words[0]} does not take {word}"
+    elif words[0] == "prune":
+        read_words("prune", given)
     elif words[0] in ("train", "show"):
         load(given)
     elif words[0] == "sweep":

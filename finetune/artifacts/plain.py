@@ -11,8 +11,8 @@ import torch
 
 from ..config.settings import ModelConfig
 from ..errors import ConfigError
-from ..models.folder import check_fits, check_weights
-from ..models.load import AUTO, quiet
+from ..models.folder import AUTO, check_fits, check_weights
+from ..models.load import quiet
 from ..storage.atomic import replacing
 from ..system.disk import safetensors_errors_as_os_errors
 

@@ -18,7 +18,8 @@ from ..config.settings import ModelConfig
 from ..core.sparse.coding import decode_sorted, encode_sorted
 from ..core.sparse.switch import BITS
 from ..errors import ConfigError
-from ..models.load import AUTO, original_parameters, save
+from ..models.folder import AUTO
+from ..models.load import original_parameters, save
 from ..models.processor import read_processor
 from ..models.stored import fingerprint
 from ..storage import manifest

@@ -12,7 +12,7 @@ import typer
 from ..errors import ConfigError
 from ..system.exit_code import exit_code_of
 from ..system.version import __version__
-from . import artifacts, results, sweep
+from . import artifacts, passes, results, sweep
 from .display import show_table, show_tree
 from .options import ConfigDir, ConfigFile, Plugins, load_plugins, start_options
 
@@ -49,6 +49,7 @@ for command in (
 ):
     app.command(context_settings=LENIENT)(command)
 app.command(context_settings=LENIENT)(artifacts.verify)
+app.command(context_settings=LENIENT)(passes.prune)
 
 
 @app.callback()

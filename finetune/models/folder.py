@@ -18,6 +18,11 @@ DOWNLOADED = ["*.json", "*.safetensors", "*.txt", "*.model"]
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.pickle")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w.-]+)?")
 FEW_LAYERS = 64  # config.json may claim up to this many layers without a check against the weights
+AUTO = {
+    "image_classification": "AutoModelForImageClassification",
+    "sequence_classification": "AutoModelForSequenceClassification",
+    "causal_lm": "AutoModelForCausalLM",
+}  # the task: the class of transformers that finds a model's class for it
 TASKS = {
     "image_classification": "MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES",
     "sequence_classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
@@ -91,12 +96,7 @@ def check_fits(folder: Path, config: ModelConfig, task: str) -> None:
 
     settings = read_json(folder / "config.json", config)
     model_type = str(settings.get("model_type"))
-    fitting = []
-    for possible, table in TASKS.items():
-        if model_type in getattr(modeling_auto, table):
-            fitting.append(possible)
-    if faults := _find_foreign_code(folder, config, settings, is_known=bool(fitting)):
-        raise ConfigError(*faults)
+    fitting = refuse_foreign_code(folder, config)
     is_bidirectional = model_type in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
     if is_bidirectional and not settings.get("is_decoder") and "causal_lm" in fitting:
         fitting.remove("causal_lm")  # its attention would see the token that it must predict
@@ -106,6 +106,23 @@ def check_fits(folder: Path, config: ModelConfig, task: str) -> None:
             f"model.path={config.path} is a {model_type}, which does not fit the data set's task {task}. "
             f"{able}: choose another model or dataset."
         )
+
+
+def refuse_foreign_code(folder: Path, config: ModelConfig) -> list[str]:
+    """Return the tasks that the folder's model type can do.
+
+    Raises ``ConfigError`` for everything in the folder that would run code or read weights from elsewhere.
+    """
+    from transformers.models.auto import modeling_auto
+
+    settings = read_json(folder / "config.json", config)
+    fitting = []
+    for task, table in TASKS.items():
+        if str(settings.get("model_type")) in getattr(modeling_auto, table):
+            fitting.append(task)
+    if faults := _find_foreign_code(folder, config, settings, is_known=bool(fitting)):
+        raise ConfigError(*faults)
+    return fitting
 
 
 def _find_foreign_code(

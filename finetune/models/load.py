@@ -17,17 +17,12 @@ from torch import Tensor
 from ..config.settings import ModelConfig
 from ..core.roles import in_head, is_recognised
 from ..errors import ConfigError
-from .folder import check_fits, check_weights, find_folder, read_json
+from .folder import AUTO, check_fits, check_weights, find_folder, read_json
 from .head import HeadMismatch, initialize_head_, keep_head_
 from .processor import read_processor
-from .scratch import draw
+from .scratch import cannot_be_built, draw
 from .stored import StoredParameters, find_stored, hash_parameters, name_parameters
 
-AUTO = {
-    "image_classification": "AutoModelForImageClassification",
-    "sequence_classification": "AutoModelForSequenceClassification",
-    "causal_lm": "AutoModelForCausalLM",
-}
 SPARE_ENTRIES = 2**26  # entries that a model may have beyond twice those of its checkpoint: a head, buffers
 
 
@@ -118,11 +113,7 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
     except ConfigError:
         raise
     except Exception as error:  # a contradictory config.json can make an architecture raise anything
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise ConfigError(
-            f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). "
-            "Check its config.json."
-        ) from error
+        raise cannot_be_built(config, error) from error
     not_loaded = set(info["missing_keys"])
     for key, *_ in info["mismatched_keys"]:
         not_loaded.add(key)

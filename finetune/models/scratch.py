@@ -11,7 +11,7 @@ import torch
 
 from ..config.settings import ModelConfig
 from ..errors import ConfigError, suggest_nearest
-from .folder import list_depths, read_json
+from .folder import AUTO, TASKS, list_depths, read_json
 
 MOST_LAYERS = 1000  # also of experts: building more would take hours
 SET_ELSEWHERE = {  # keys of config.json that other settings decide, and which
@@ -47,6 +47,39 @@ def draw(
         torch.manual_seed(seed)
         model = auto_class.from_config(settings, trust_remote_code=False, dtype=getattr(torch, config.dtype))
     return model, {"missing_keys": (), "mismatched_keys": ()}
+
+
+def describe(folder: Path, config: ModelConfig) -> Any:
+    """Return the model of a folder on the meta device, where tensors have shapes and no values.
+
+    Its class is that of the task that config.json names, or the body alone. Raises ``ConfigError`` if the
+    model cannot be built.
+    """
+    import transformers
+    from transformers.models.auto import modeling_auto
+
+    content = read_json(folder / "config.json", config)
+    auto, architectures = "AutoModel", content.get("architectures")
+    for task, table in TASKS.items():
+        name = getattr(modeling_auto, table).get(str(content.get("model_type")))
+        if isinstance(architectures, list) and name is not None and name in architectures:
+            auto = AUTO[task]
+    try:
+        settings = make_settings(folder, config, ())
+        with torch.device("meta"):
+            return getattr(transformers, auto).from_config(settings, trust_remote_code=False)
+    except ConfigError:
+        raise
+    except Exception as error:  # a contradictory config.json can make an architecture raise anything
+        raise cannot_be_built(config, error) from error
+
+
+def cannot_be_built(config: ModelConfig, error: Exception) -> ConfigError:
+    """Return the error for a model whose architecture raised ``error``."""
+    reason = (str(error).strip().splitlines() or [""])[0]
+    return ConfigError(
+        f"model.path={config.path} cannot be built ({type(error).__name__}: {reason}). Check its config.json."
+    )
 
 
 def make_settings(folder: Path, config: ModelConfig, labels: tuple[str, ...]) -> Any:

@@ -51,6 +51,27 @@ def find_stored(
     return StoredParameters(files, new, getattr(torch, config.dtype))
 
 
+def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
+    """Return the stored name of each tensor of a model by its name in the model.
+
+    transformers renames tensors of some architectures when it loads them. Tensors that it puts together from
+    several are left out.
+    """
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
+
+    renamings, others = list[Any](), list[Any]()
+    for conversion in get_model_conversion_mapping(model):
+        kind = renamings if isinstance(conversion, WeightRenaming) else others
+        kind.append(conversion)
+    tensors, found = model.state_dict(), dict[str, str]()
+    for name in sorted(stored):
+        own, converted = rename_source_key(name, renamings, others, model.base_model_prefix, tensors)
+        if converted is None and own in tensors:
+            found[own] = name
+    return found
+
+
 def name_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield the parameters by the names that they have in the model without patched layers."""
     for name, parameter in model.named_parameters():

@@ -1,0 +1,509 @@
+"""Run a pass over the weights of a model folder, site by site, and write a plain Hugging Face folder.
+
+The folder is copied first, and each site's weight is then overwritten in its place in the copy, so the model
+is never whole in memory unless the pass needs statistics. A journal beside the copy lists the finished sites:
+after a kill, the same command goes on with the next one and ends with the same bytes. Everything is read back
+before the folder gets its name. ``finetune/pass.json`` inside it says what was done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.settings import ModelConfig, to_plain
+from ..core.roles import is_transposed
+from ..core.site import Site, find_sites
+from ..core.statistics import SiteStatistics, gather_statistics
+from ..data.encode import Batch, collate, encode
+from ..errors import ConfigError, RunFailed
+from ..models.folder import check_weights, find_folder, list_weight_files, refuse_foreign_code
+from ..models.load import load
+from ..models.scratch import describe
+from ..models.stored import hash_parameters, match_names
+from ..storage import manifest
+from ..storage.atomic import STAMP, replacing, sync_to_disk, write_json_atomic
+from ..storage.lock import holding_lock
+from ..storage.tensor_file import TensorFile, raw_bytes
+from ..system import safe
+from .plain import check_free
+
+FOLDER, ABOUT = "finetune", "pass.json"
+COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # what stands beside the weights
+BATCH = 8  # calibration examples that run at once
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a pass, the model (folder, hub id or ``builtin:NAME``), and the folder to write.
+
+    ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: so many examples
+    of the training split are drawn with the seed.
+    """
+
+    method: Any
+    model: str
+    out: Path
+    dataset: Any = None
+    calibration: int = 128
+    seed: int = 0
+
+
+@dataclass
+class Subject:
+    """The model that a pass works on, checked and opened.
+
+    ``sites`` in the order of the blocks. ``places``: the file and the name of the stored weight, by the
+    site's name. ``model``: on the meta device, or loaded if the pass needs statistics. ``chain``: the passes
+    that made the folder what it is.
+    """
+
+    folder: Path
+    files: list[TensorFile]
+    sites: list[Site]
+    places: dict[str, tuple[TensorFile, str]]
+    chain: list[dict[str, Any]]
+    model: Any
+    examples: list[Any] = field(default_factory=list)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the calibration data, on the model's device."""
+        device = next(self.model.parameters()).device
+        for start in range(0, len(self.examples), BATCH):
+            batch = collate(self.examples[start : start + BATCH])
+            for name, tensor in batch.inputs.items():
+                batch.inputs[name] = tensor.to(device)
+            yield batch
+
+    def read(self, file: TensorFile, site: Site) -> Tensor:
+        """Return a site's weight, [out, in], from ``file``."""
+        return _turned(file.read(self.places[site.name][1]), site)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all stored tensors."""
+        return fingerprint_files(self.files)
+
+
+def fingerprint_files(files: Sequence[TensorFile]) -> str:
+    """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all tensors, read one by one."""
+    file_of = {name: file for file in files for name in file.names}
+    return hash_parameters(file_of, lambda name: file_of[name].read(name), ())
+
+
+def _turned(weight: Tensor, site: Site) -> Tensor:
+    """Turn a weight from the stored layout to [out, in], or back."""
+    return weight.T.contiguous() if is_transposed(site.module) else weight
+
+
+def open_subject(request: Request) -> Subject:
+    """Check a request and open its model.
+
+    Raises ``ConfigError`` with every fault that shows, before anything is written.
+    """
+    faults = list(request.method.faults(()))
+    faults += _find_data_faults(request)
+    try:
+        check_free(request.out)
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        subject = _open_model(request)
+    except ConfigError as error:
+        message = [fault.replace("model.path=", "model=") for fault in error.faults]
+        raise ConfigError(*faults, *message) from None
+    faults += [fault for fault in request.method.faults(subject.sites) if fault not in faults]
+    if faults:
+        raise ConfigError(*faults)
+    return subject
+
+
+def _find_data_faults(request: Request) -> list[str]:
+    """Return a fault if there is no data that the pass needs, or data that it does not need."""
+    name, needs = request.method.name, request.method.needs
+    if needs and request.dataset is None:
+        return [
+            f"method={name} needs statistics of the model's inputs ({', '.join(needs)}), which are gathered "
+            "on data. Add dataset=NAME."
+        ]
+    if not needs and request.dataset is not None:
+        return [
+            f"dataset={request.dataset.name} has no effect with method={name}, which needs no data. "
+            "Leave it out."
+        ]
+    return []
+
+
+def _open_model(request: Request) -> Subject:
+    """Find the folder and its sites, and load the model if statistics are needed."""
+    path = Path(request.model).expanduser()
+    if (path / "config.yaml").is_file():
+        raise ConfigError(
+            f"model={request.model} is a run, not a model. Write its model with "
+            f"`finetune merge ckpt={request.model} out=FOLDER`, and name that folder."
+        )
+    config = ModelConfig("hf", request.model)
+    folder, _ = find_folder(config)
+    refuse_foreign_code(folder, config)
+    check_weights(folder, config)
+    files = [TensorFile(file) for file in list_weight_files(folder, config)]
+    chain = read_chain(folder)
+    examples: list[Any] = []
+    if request.method.needs and request.dataset is not None:
+        model, examples = _load_with_data(request, config)
+    else:
+        model = describe(folder, config)
+    try:
+        sites = find_sites(model, request.method.targets)
+    except ConfigError as error:
+        raise ConfigError(*(fault.replace("method.targets", "targets") for fault in error.faults)) from None
+    in_head = [site.name for site in sites if site.role == "head"]
+    if in_head:
+        raise ConfigError(
+            f"targets: {in_head[0]} belongs to the head, which a pass leaves as it is. Leave it out."
+        )
+    return make_subject(folder, files, model, sites, chain, examples)
+
+
+def make_subject(
+    folder: Path,
+    files: list[TensorFile],
+    model: Any,
+    sites: Sequence[Site],
+    chain: list[dict[str, Any]],
+    examples: list[Any],
+) -> Subject:
+    """Return the subject of a pass; raise ``ConfigError`` if the weight of a site cannot be overwritten."""
+    in_order = sorted(sites, key=lambda site: site.block)  # stable: the order inside a block stays
+    return Subject(folder, files, in_order, _find_places(model, files, sites, folder), chain, model, examples)
+
+
+def _find_places(
+    model: Any, files: Sequence[TensorFile], sites: Sequence[Site], named: Path
+) -> dict[str, tuple[TensorFile, str]]:
+    """Return where each site's weight is stored; raise ``ConfigError`` if it is not, or in another shape."""
+    file_of = {name: file for file in files for name in file.names}
+    stored = match_names(model, file_of)
+    places, faults = {}, []
+    for site in sites:
+        name = stored.get(f"{site.name}.weight")
+        if name is None:
+            faults.append(f"model={named} stores no single weight for its layer {site.name}.")
+            continue
+        file = file_of[name]
+        dtype, shape = file.describe(name)
+        expected = tuple(site.module.get_parameter("weight").shape)
+        if shape != expected or dtype not in ("F32", "F16", "BF16"):
+            faults.append(
+                f"model={named} stores {name} as {dtype} of shape {list(shape)}. A pass works on float32, "
+                f"float16 and bfloat16, here of shape {list(expected)}."
+            )
+        places[site.name] = (file, name)
+    if faults:
+        cure = "Choose other targets, or save the model again with save_pretrained."
+        raise ConfigError(*(f"{fault} {cure}" for fault in faults))
+    return places
+
+
+def _load_with_data(request: Request, config: ModelConfig) -> tuple[Any, list[Any]]:
+    """Load the model, and draw the calibration examples from the training split."""
+    raw = request.dataset.read()
+    base = load(config, raw.task, raw.labels, request.seed)
+    data = encode(raw, base.processor)["train"]
+    generator = torch.Generator().manual_seed(request.seed)
+    chosen = torch.randperm(len(data), generator=generator)[: request.calibration].tolist()
+    if len(chosen) < request.calibration:
+        raise ConfigError(
+            f"calibration={request.calibration} is more than the {len(data)} training examples of "
+            f"dataset={request.dataset.name}. Lower it to at most {len(data)}."
+        )
+    model = base.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model, [data[i] for i in chosen]
+
+
+def read_chain(folder: Path) -> list[dict[str, Any]]:
+    """Return what ``finetune/pass.json`` of a model folder says was done to it; nothing if it has none."""
+    file = folder / FOLDER / ABOUT
+    try:
+        content = safe.read_json(file, {"chain": [{str: object}]})
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Copy the model's folder again.") from None
+    if newer := safe.explain_newer_format(file, content):
+        raise ConfigError(f"{newer}.")
+    chain: list[dict[str, Any]] = content["chain"]
+    return chain
+
+
+def plan(request: Request) -> dict[str, Any]:
+    """Return what ``run`` would do. Nothing is written."""
+    subject = open_subject(request)
+    rows = []
+    for site in subject.sites:
+        rows.append({"site": site.name, "role": site.role, "block": site.block, "entries": site.size})
+    return {
+        "method": request.method.name,
+        "settings": _settings(request.method),
+        "model": request.model,
+        "out": str(request.out),
+        "entries": sum(site.size for site in subject.sites),
+        "calibration": len(subject.examples),
+        "sites": rows,
+    }
+
+
+def _settings(method: Any) -> dict[str, Any]:
+    """Return the settings of a pass as plain values, without its name."""
+    plain: dict[str, Any] = json.loads(json.dumps(to_plain(method)))
+    plain.pop("name", None)
+    return plain
+
+
+def run(request: Request, report: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+    """Run a pass and write its folder; return what ``finetune/pass.json`` says of it.
+
+    ``report`` takes a line for each finished site. Raises ``ConfigError``, with nothing written, for a fault
+    of the request, and ``RunFailed`` if what was written differs when it is read back.
+    """
+    return process(request, open_subject(request), report)
+
+
+def process(
+    request: Request, subject: Subject, report: Callable[[str], None] = lambda line: None
+) -> dict[str, Any]:
+    """Do what ``run`` does, with a subject that has been opened."""
+    work = request.out.with_name(f".{request.out.name}.pass")
+    try:
+        with holding_lock(work):
+            step = _begin(request, subject, work)
+            copy = _copy(subject, work / "model")
+            rows = _work_on_sites(request, subject, copy, work / "sites.jsonl", report)
+            try:
+                prove(subject, copy, rows)
+            except RunFailed:
+                shutil.rmtree(work / "model")
+                (work / "sites.jsonl").unlink()
+                raise
+            step |= {"fingerprint": fingerprint_files(list(copy.values())), **_totals(rows), "sites": rows}
+            _describe(work / "model", [*subject.chain, step])
+            request.out.parent.mkdir(parents=True, exist_ok=True)
+            (work / "model").replace(request.out)
+            sync_to_disk(request.out.parent)
+        shutil.rmtree(work)
+    except OSError as error:
+        raise ConfigError(
+            f"out={request.out} cannot be written: {error.strerror or error}. "
+            "Choose a place with free space that you may write to."
+        ) from error
+    return {"out": str(request.out), **step}
+
+
+def _begin(request: Request, subject: Subject, work: Path) -> dict[str, Any]:
+    """Return the description of this pass without its results.
+
+    Raises ``ConfigError`` if ``work`` holds an unfinished pass that was begun differently.
+    """
+    method = request.method
+    step: dict[str, Any] = {
+        "verb": method.verb,
+        "method": method.name,
+        "settings": _settings(method),
+        "parent": subject.fingerprint(),
+    }
+    if method.needs:
+        step["calibration"] = {
+            "dataset": json.loads(json.dumps(to_plain(request.dataset))),
+            "examples": len(subject.examples),
+            "seed": request.seed,
+        }
+    begun = work / "request.json"
+    if begun.exists() and (work / "model").exists():
+        if safe.read_json(begun) != step:
+            raise ConfigError(
+                f"{work} holds an unfinished pass with other settings or of another model. Repeat its "
+                "command to go on with it, remove the folder, or choose another out=FOLDER."
+            )
+        return step
+    (work / "sites.jsonl").unlink(missing_ok=True)
+    write_json_atomic(begun, step)
+    return step
+
+
+def _copy(subject: Subject, target: Path) -> dict[Path, TensorFile]:
+    """Copy the files of the model that are not there yet; return the copied tensor files by their source."""
+    target.mkdir(exist_ok=True)
+    files = {file.path for file in subject.files}
+    for pattern in COPIED:
+        files.update(subject.folder.glob(pattern))
+    for file in sorted(files):
+        copied = target / file.name
+        if file.is_file() and not copied.exists():
+            with replacing(copied) as temporary:
+                shutil.copyfile(file, temporary)
+    return {file.path: TensorFile(target / file.path.name) for file in subject.files}
+
+
+def _read_journal(file: Path, sites: Sequence[Site]) -> list[Row]:
+    """Return the rows of the finished sites. A last line that was cut short by a kill does not count."""
+    rows: list[Row] = []
+    if not file.exists():
+        return rows
+    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
+    for line, site in zip(whole, sites, strict=False):
+        row = json.loads(line)
+        if row["site"] != site.name:
+            break
+        rows.append(row)
+    with replacing(file) as temporary:
+        temporary.write_text("".join(whole[: len(rows)]), encoding="utf-8")
+    return rows
+
+
+def _work_on_sites(
+    request: Request,
+    subject: Subject,
+    copy: Mapping[Path, TensorFile],
+    journal: Path,
+    report: Callable[[str], None],
+) -> list[Row]:
+    """Process the sites that are not finished, block by block; return the rows of all."""
+    rows = _read_journal(journal, subject.sites)
+    finished = len(rows)
+    first = 0
+    for _, group in groupby(subject.sites, key=lambda site: site.block):
+        block = list(group)
+        left = block[max(0, finished - first) :]
+        first += len(block)
+        gathered: dict[str, SiteStatistics] = {}
+        started = time.perf_counter()
+        if left and request.method.needs:
+            gathered = gather_statistics(
+                subject.model, block, request.method.needs, subject.batches(), dtype=torch.float64
+            )
+        for site in left:
+            row = _process(request.method, subject, site, copy, gathered.get(site.name))
+            row["seconds"] = time.perf_counter() - started
+            started = time.perf_counter()
+            with journal.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            rows.append(row)
+            report(f"{len(rows)}/{len(subject.sites)} {site.name}: {row['zeros']:,} zeros")
+        if request.method.is_sequential():
+            _put_into_model(subject, block, copy)
+    return rows
+
+
+def _process(
+    method: Any,
+    subject: Subject,
+    site: Site,
+    copy: Mapping[Path, TensorFile],
+    statistics: SiteStatistics | None,
+) -> Row:
+    """Compute and write the new weight of one site; return its row."""
+    file, name = subject.places[site.name]
+    weight = subject.read(file, site)
+    new = method.tensor(site, weight.clone(), statistics)
+    if new.shape != weight.shape or new.dtype != weight.dtype:
+        raise RunFailed(
+            f"method={method.name} made a {new.dtype} of shape {list(new.shape)} for {site.name}, not a "
+            f"{weight.dtype} of shape {list(weight.shape)}."
+        )
+    stored = _turned(new, site)
+    copy[file.path].overwrite(name, stored)
+    return {
+        "site": site.name,
+        "tensor": name,
+        "role": site.role,
+        "block": site.block,
+        "entries": site.size,
+        "zeros": int((new == 0).sum()),
+        "changed": int((new != weight).sum()),
+        "relative_change": _ratio((new - weight).double().norm(), weight.double().norm()),
+        "relative_output_error": relative_output_error(weight, new, statistics),
+        "sha256": hashlib.sha256(raw_bytes(stored)).hexdigest(),
+    }
+
+
+def _ratio(part: Tensor, whole: Tensor) -> float:
+    return float(part / whole) if whole > 0 else 0.0
+
+
+def relative_output_error(weight: Tensor, new: Tensor, statistics: SiteStatistics | None) -> float | None:
+    """Return the norm of the change of a site's outputs divided by the norm of its outputs.
+
+    It is exact where the inputs' gram is known. Where only the squares of the inputs are known, they are
+    taken as uncorrelated. None without either. The bias does not count.
+    """
+    values = statistics.values if statistics else {}
+    change, whole = (new.double() - weight.double()).cpu(), weight.double().cpu()
+    if "input_gram" in values:
+        gram = values["input_gram"].double().cpu()
+        return _ratio(((change @ gram) * change).sum().sqrt(), ((whole @ gram) * whole).sum().sqrt())
+    if "input_squares" in values:
+        norms = values["input_squares"].double().cpu().sqrt()
+        return _ratio((change * norms).norm(), (whole * norms).norm())
+    return None
+
+
+@torch.no_grad()
+def _put_into_model(subject: Subject, block: Sequence[Site], copy: Mapping[Path, TensorFile]) -> None:
+    """Give the sites of a finished block their new weights in the loaded model."""
+    for site in block:
+        file, name = subject.places[site.name]
+        site.module.get_parameter("weight").copy_(copy[file.path].read(name))
+
+
+def prove(subject: Subject, copy: Mapping[Path, TensorFile], rows: Sequence[Row]) -> None:
+    """Read back every tensor and raise ``RunFailed`` unless its bytes are what they must be.
+
+    A site's must be those that were computed, every other tensor's those of the model.
+    """
+    computed = {row["tensor"]: row["sha256"] for row in rows}
+    for file in subject.files:
+        copied = copy[file.path]
+        wrong = [] if copied.header == file.header else ["the header"]
+        for name in file.names:
+            expected = computed.get(name) or file.sha256(name)
+            if copied.sha256(name) != expected:
+                wrong.append(name)
+        if wrong:
+            raise RunFailed(
+                f"{copied.path} differs from what was written to it when it is read again (first: "
+                f"{wrong[0]}), so it was removed. Check the disk, and run the command again."
+            )
+
+
+def _totals(rows: Sequence[Row]) -> dict[str, Any]:
+    """Return sums over the sites."""
+    entries, zeros = sum(row["entries"] for row in rows), sum(row["zeros"] for row in rows)
+    return {
+        "seconds": sum(row["seconds"] for row in rows),
+        "entries": entries,
+        "zeros": zeros,
+        "share_of_zeros": zeros / entries if entries else 0.0,
+    }
+
+
+def _describe(folder: Path, chain: Sequence[Mapping[str, Any]]) -> None:
+    """Write ``finetune/pass.json`` and the manifest beside it."""
+    about = folder / FOLDER
+    about.mkdir(exist_ok=True)
+    write_json_atomic(about / ABOUT, {**STAMP, "manifest": manifest.NAME, "chain": list(chain)})
+    manifest.write(about)

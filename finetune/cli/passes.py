@@ -1,0 +1,57 @@
+"""The commands that run a pass over a model's weights: ``prune``."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from .display import show_tree
+from .options import ConfigDir, Plugins, load_plugins
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="KEY=VALUE",
+        help="method=NAME with its settings, model=PATH out=FOLDER, and dataset=NAME where the method needs "
+        "data.",
+        show_default=False,
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show which layers would change; write nothing.")]
+
+
+def prune(
+    words: Words = None,
+    config_dir: ConfigDir = None,
+    dry_run: DryRun = False,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Set weights of a model to 0 and write it as a plain folder: method=magnitude sparsity=0.5 model=PATH.
+
+    If it is stopped, the same command goes on.
+    """
+    _run_pass("prune", words or [], config_dir, dry_run, plugins, as_json)
+
+
+def _run_pass(
+    verb: str, words: list[str], config_dir: ConfigDir, dry_run: bool, plugins: Plugins, as_json: bool
+) -> None:
+    """Run the pass that the words name, and show what was done."""
+    load_plugins(plugins)
+    from ..config.passes import read_words
+
+    given = read_words(verb, words, config_dir)
+    from ..artifacts import passes
+
+    request = passes.Request(given.method, given.model, given.out, given.dataset, **given.numbers)
+    if dry_run:
+        show_tree(passes.plan(request), as_json)
+        return
+    result = passes.run(request, lambda line: print(line, file=sys.stderr))
+    if not as_json:
+        result["sites"] = f"{len(result['sites'])}, each in {given.out / passes.FOLDER / passes.ABOUT}"
+    show_tree(result, as_json)

@@ -1,0 +1,57 @@
+"""The interface of a pass: offline work on the weights of a stored model, one site after the other.
+
+The driver (``finetune/artifacts/passes.py``) reads a model folder, calls ``tensor`` for each site, and writes
+a new folder. A pass without ``needs`` never sees the model, only one weight at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from .site import Site
+from .statistics import SiteStatistics, StatisticName
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Base of all passes. Fields are hyperparameters; class variables are facts that checks rely on.
+
+    ``verb``: the command that runs the pass, such as ``prune``. ``needs``: the statistics that ``tensor``
+    uses; with any, the command needs a data set to calibrate on. ``idempotent``: a second run over the result
+    with the same settings and statistics changes nothing.
+
+    Options:
+        targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or
+            patterns of layer names.
+    """
+
+    KIND: ClassVar[str] = "pass"
+    name: ClassVar[str]
+    verb: ClassVar[str]
+    needs: ClassVar[tuple[StatisticName, ...]] = ()
+    idempotent: ClassVar[bool] = False
+
+    targets: tuple[str, ...] = ("all",)
+
+    def is_sequential(self) -> bool:
+        """Tell whether a block's statistics are gathered with the blocks before it already changed."""
+        return False
+
+    def faults(self, sites: Sequence[Site]) -> list[str]:
+        """Return why the settings make no sense for these sites, one sentence for each fault.
+
+        Called before anything is written, once without any site and once with those of the model.
+        """
+        return []
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        """Return the new weight of a site, [out, in], in the dtype of ``weight``.
+
+        ``weight`` [out, in]: as it is stored; it must not be changed. ``statistics``: what the pass
+        ``needs``, or None if it needs nothing. The result must follow from the arguments alone.
+        """
+        raise NotImplementedError

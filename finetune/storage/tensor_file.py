@@ -1,0 +1,85 @@
+"""Read and overwrite single tensors of a safetensors file in their places, without the rest in memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from ..system import safe
+
+
+class TensorFile:
+    """A safetensors file whose header has been checked. ``names``: of its tensors, in their order on disk.
+
+    Raises ``Unsafe`` if the file cannot hold what its header claims.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._described = safe.read_tensor_header(path)
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            self.header = file.read(length)
+        entries = json.loads(self.header)
+        entries.pop("__metadata__", None)
+        self._places: dict[str, tuple[int, int]] = {}
+        for name, entry in sorted(entries.items(), key=lambda item: item[1]["data_offsets"]):
+            start, end = entry["data_offsets"]
+            self._places[name] = (8 + length + start, end - start)
+        self.names = list(self._places)
+
+    def describe(self, name: str) -> tuple[str, tuple[int, ...]]:
+        """Return the type of a tensor, as the format names it (``F32``), and its shape."""
+        return self._described[name]
+
+    def read(self, name: str) -> Tensor:
+        """Read one tensor."""
+        with safe_open(self.path, "pt") as file:
+            tensor: Tensor = file.get_tensor(name)
+        return tensor
+
+    def overwrite(self, name: str, tensor: Tensor) -> None:
+        """Replace the values of one tensor by others of the same dtype and shape, and flush them to disk."""
+        start, size = self._places[name]
+        content = raw_bytes(tensor)
+        if len(content) != size:
+            raise ValueError(f"{name} has {size} bytes in {self.path}, not {len(content)}")
+        with self.path.open("r+b") as file:
+            file.seek(start)
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+
+    def sha256(self, name: str) -> str:
+        """Return the SHA-256 (hex) of a tensor's bytes on disk, read piece by piece."""
+        start, left = self._places[name]
+        total = hashlib.sha256()
+        with self.path.open("rb") as file:
+            file.seek(start)
+            for piece in _pieces(file, left):
+                total.update(piece)
+        return total.hexdigest()
+
+
+def _pieces(file: Any, left: int) -> Iterator[bytes]:
+    """Yield the next ``left`` bytes of a file in pieces of at most 1 MiB."""
+    while left:
+        piece = file.read(min(left, 2**20))
+        if not piece:
+            return
+        left -= len(piece)
+        yield piece
+
+
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor as a safetensors file stores them."""
+    flat: Any = tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()
+    return memoryview(flat)

@@ -1,0 +1,182 @@
+"""Check what every pass must guarantee: ``check_pass(Magnitude(sparsity=0.5))``.
+
+The reference is the pass applied to a whole model in memory, which knows nothing of files, names and
+journals.
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ..artifacts.passes import Request, Subject, make_subject, process
+from ..core.passes import Pass
+from ..core.roles import is_transposed
+from ..core.site import Site, find_sites
+from ..core.statistics import gather_statistics
+from ..errors import RunFailed
+from ..models.stored import match_names
+from ..storage.tensor_file import TensorFile
+from .sessions import Kind, examples, tiny
+
+
+class Stopped(BaseException):
+    """Stands for a kill."""
+
+
+@dataclass
+class PassTrial:
+    """One pass on one kind of model. Every run works on its own folder in ``root``."""
+
+    method: Pass
+    kind: Kind
+    root: Path
+
+    def subject(self, folder: str = "model") -> Subject:
+        """Open a folder again, as a new process would."""
+        place = self.root / folder
+        model = tiny(self.kind)
+        if not place.exists():
+            model.save_pretrained(place)
+        files = [TensorFile(place / "model.safetensors")]
+        tensors = load_file(files[0].path)
+        stored = match_names(model, files[0].names)
+        model.load_state_dict({own: tensors[name] for own, name in stored.items()}, strict=False)
+        sites = find_sites(model.requires_grad_(False), self.method.targets)
+        data = examples(self.kind) if self.method.needs else []
+        return make_subject(place, files, model, sites, [], data)
+
+    def run(self, out: str, report: Callable[[str], None] = lambda line: None, model: str = "model") -> Path:
+        """Run the pass into the folder ``out``, and return it."""
+        place = self.root / out
+        subject = self.subject(model)
+        faults = self.method.faults(subject.sites)
+        assert not faults, faults
+        process(Request(self.method, model, place), subject, report)
+        return place
+
+    def whole(self) -> dict[str, Tensor]:
+        """Return the stored tensors that the pass makes of the whole model in memory."""
+        subject = self.subject()
+        blocks: dict[int, list[Site]] = {}
+        for site in subject.sites:
+            blocks.setdefault(site.block, []).append(site)
+        observed = subject.model  # computes the statistics
+        result = observed if self.method.is_sequential() else copy.deepcopy(observed)
+        for _, sites in sorted(blocks.items()):
+            found: dict[str, Any] = {}
+            if self.method.needs:
+                found = gather_statistics(
+                    observed, sites, self.method.needs, subject.batches(), dtype=torch.float64
+                )
+            for site in sites:
+                parameter = result.get_submodule(site.name).weight
+                new = self.method.tensor(site, site.as_matrix(parameter).clone(), found.get(site.name))
+                parameter.data = new.T if is_transposed(site.module) else new
+        tensors = result.state_dict()
+        names = match_names(result, subject.files[0].names)
+        return {stored: tensors[own].contiguous() for own, stored in names.items()}
+
+
+def check_streamed_is_whole(trial: PassTrial) -> None:
+    """The folder holds, to the bit, what the pass makes of the whole model in memory."""
+    found, expected = load_file(trial.run("streamed") / "model.safetensors"), trial.whole()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), f"{name} differs from the pass over the whole model"
+
+
+def check_weight_is_left_alone(trial: PassTrial) -> None:
+    """``tensor`` changes nothing that it was given, and gives the same again."""
+    subject = trial.subject()
+    found: dict[str, Any] = {}
+    if trial.method.needs:
+        found = gather_statistics(subject.model, subject.sites, trial.method.needs, subject.batches())
+    for site in subject.sites:
+        weight = site.as_matrix(site.module.get_parameter("weight")).clone()
+        before, statistics = weight.clone(), found.get(site.name)
+        kept = copy.deepcopy(statistics)
+        first = trial.method.tensor(site, weight, statistics)
+        assert torch.equal(weight, before), f"the weight of {site.name} was changed in place"
+        if statistics is not None and kept is not None:
+            for name, value in statistics.values.items():
+                assert torch.equal(value, kept.values[name]), f"{name} of {site.name} was changed in place"
+        second = trial.method.tensor(site, weight, statistics)
+        assert torch.equal(first, second), f"{site.name} differs in a second call with the same arguments"
+        if trial.method.idempotent:
+            third = trial.method.tensor(site, first, statistics)
+            assert torch.equal(first, third), f"{site.name} changes again in a second run of the pass"
+
+
+def check_restart(trial: PassTrial) -> None:
+    """A pass that is stopped goes on and ends with the bytes of an undisturbed one.
+
+    It is stopped inside a block, between blocks and behind the last site.
+    """
+    undisturbed = (trial.run("undisturbed") / "model.safetensors").read_bytes()
+    sites = len(trial.subject().sites)
+    for stop in sorted({1, sites // 4, sites // 2, sites - 1, sites}):
+        done = 0
+
+        def report(line: str, stop: int = stop) -> None:
+            nonlocal done
+            done += 1
+            if done == stop:
+                raise Stopped
+
+        out = f"stopped-{stop}"
+        try:
+            trial.run(out, report)
+        except Stopped:
+            assert not (trial.root / out).exists(), "a folder that is not finished has its name"
+        else:
+            raise AssertionError("the pass was not stopped")
+        finished = trial.run(out) / "model.safetensors"
+        assert finished.read_bytes() == undisturbed, f"other bytes after a stop behind site {stop}"
+
+
+def check_proof(trial: PassTrial) -> None:
+    """A byte that changes after it was written is found, and no folder gets its name."""
+    sites, done = len(trial.subject().sites), 0
+
+    def report(line: str) -> None:
+        nonlocal done
+        done += 1
+        if done == sites:
+            _flip_last_byte(trial.root / ".damaged.pass" / "model" / "model.safetensors")
+
+    try:
+        trial.run("damaged", report)
+    except RunFailed:
+        assert not (trial.root / "damaged").exists()
+        return
+    raise AssertionError("a changed byte was not found")
+
+
+def _flip_last_byte(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+PASS_CHECKS = {
+    "streamed": check_streamed_is_whole,
+    "pure": check_weight_is_left_alone,
+    "restart": check_restart,
+    "proof": check_proof,
+}
+
+
+def check_pass(method: Pass, kind: Kind = "llama") -> None:
+    """Run every check of ``PASS_CHECKS`` on a tiny model of two blocks."""
+    for run_check in PASS_CHECKS.values():
+        with tempfile.TemporaryDirectory() as folder:
+            run_check(PassTrial(method, kind, Path(folder)))

@@ -1,0 +1,95 @@
+"""Each check of a pass finds the fault that it is there for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune.artifacts import passes
+from finetune.core.passes import Pass
+from finetune.core.site import Site
+from finetune.core.statistics import SiteStatistics
+from finetune.testing.passes import PASS_CHECKS, PassTrial, check_pass
+
+
+@dataclass(frozen=True)
+class Faultless(Pass):
+    """Rounds weights to eighths."""
+
+    name: ClassVar[str] = "faultless"
+    verb: ClassVar[str] = "prune"
+    idempotent: ClassVar[bool] = True
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        return (weight * 8).round() / 8
+
+
+@dataclass(frozen=True)
+class ChangesInPlace(Faultless):
+    """Overwrites the weight that it was given."""
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        return weight.mul_(0.5)
+
+
+@dataclass(frozen=True)
+class Halves(Faultless):
+    """Says that a second run changes nothing, and halves again."""
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        return weight / 2
+
+
+CALLS = [0]
+
+
+@dataclass(frozen=True)
+class Counts(Faultless):
+    """Depends on how often it was called, which no journal holds."""
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        CALLS[0] += 1
+        return weight + CALLS[0]
+
+
+def test_a_pass_without_fault_passes() -> None:
+    check_pass(Faultless(), "gpt2")
+
+
+@pytest.mark.parametrize(
+    ("check", "make"), [("pure", ChangesInPlace), ("pure", Halves), ("pure", Counts), ("restart", Counts)]
+)
+def test_a_fault_of_a_pass_is_found(check: str, make: Callable[[], Pass], tmp_path: Path) -> None:
+    with pytest.raises(AssertionError):
+        PASS_CHECKS[check](PassTrial(make(), "llama", tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("check", "function", "broken"),
+    [
+        ("streamed", "_turned", lambda weight, site: weight),
+        ("restart", "_read_journal", lambda file, sites: [{"sha256": ""}] * 3),
+        ("proof", "prove", lambda subject, copy, rows: None),
+    ],
+)
+def test_a_fault_of_the_driver_is_found(
+    check: str, function: str, broken: object, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The weights of GPT-2 are stored transposed; ``Uneven`` tells rows from columns."""
+    monkeypatch.setattr(passes, function, broken)
+    with pytest.raises((AssertionError, KeyError, passes.RunFailed)):
+        PASS_CHECKS[check](PassTrial(Uneven(), "gpt2", tmp_path))
+
+
+@dataclass(frozen=True)
+class Uneven(Faultless):
+    """Changes the first row alone."""
+
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+        return torch.cat([weight[:1] * 0, weight[1:]])
