@@ -1,7 +1,8 @@
-"""Make the two built-in models, ``finetune/models/tiny_vit`` and ``finetune/models/tiny_lm``.
+"""Make the built-in models ``tiny_vit``, ``tiny_lm`` and ``tiny_deep`` in ``finetune/models``.
 
-    python scripts/pretrain_tiny.py vit --data DATA/cifar10            # the image model
-    python scripts/pretrain_tiny.py lm  --data DATA                    # the language model
+    python scripts/pretrain_tiny.py vit  --data DATA/cifar10           # the image model
+    python scripts/pretrain_tiny.py lm   --data DATA                   # the language model
+    python scripts/pretrain_tiny.py deep --data DATA                   # a language model of twelve blocks
 
 ``DATA/cifar10`` has CIFAR-10 as ``train.parquet`` and ``test.parquet`` (columns image and label). ``DATA``
 has the folders wikitext2, tinyshakespeare and gsm8k. The script writes a README beside the weights, with the
@@ -29,6 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MODELS = Path(__file__).resolve().parents[1] / "finetune" / "models"
+SIZES = {
+    "lm": {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 5},
+    "deep": {"hidden_size": 96, "intermediate_size": 264, "num_hidden_layers": 12},
+}  # of the language models
 CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
@@ -265,8 +270,8 @@ def measure_bits_per_byte(model: nn.Module, ids: Tensor, text: str, length: int)
     return nats / math.log(2) / len(text.encode())
 
 
-def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16) -> None:
-    """Train the language model and its tokenizer, and write both."""
+def pretrain_lm(name: str, data: Path, epochs: int, seed: int, length: int = 256, batch: int = 16) -> None:
+    """Train a language model of ``SIZES`` and its tokenizer, and write both."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -283,16 +288,14 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
         show_progress=False,
     )
     tokenizer.train_from_iterator(train.splitlines(keepends=True), trainer)
-    folder = MODELS / "tiny_lm"
+    folder, sizes = MODELS / f"tiny_{name}", SIZES[name]
     PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>", model_max_length=length
     ).save_pretrained(folder)
     ids, ids_test = torch.tensor(tokenizer.encode(train).ids), torch.tensor(tokenizer.encode(held_out).ids)
     config = LlamaConfig(
+        **sizes,
         vocab_size=1024,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=5,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=length,
@@ -319,10 +322,11 @@ def pretrain_lm(data: Path, epochs: int, seed: int, length: int = 256, batch: in
     tested = measure_bits_per_byte(model.float(), ids_test, held_out, length)
     write_card(
         folder,
-        "Llama, 5 blocks of width 128, 1,024 byte-level BPE tokens, context 256",
+        f"Llama, {sizes['num_hidden_layers']} blocks of width {sizes['hidden_size']}, 1,024 byte-level BPE "
+        "tokens, context 256",
         "WikiText-2's validation text, Tiny Shakespeare and GSM8K's training problems",
         f"{tested:.3f} bits per byte on WikiText-2's test text",
-        f"lm --data DATA --epochs {epochs} --seed {seed}",
+        f"{name} --data DATA --epochs {epochs} --seed {seed}",
         started,
     )
 
@@ -349,7 +353,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model", choices=["vit", "lm"])
+    parser.add_argument("model", choices=["vit", *SIZES])
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--epochs", type=int)
     parser.add_argument("--seed", type=int, default=0)
@@ -357,7 +361,7 @@ def main() -> None:
     if given.model == "vit":
         pretrain_vit(given.data, given.epochs or 14, given.seed)
     else:
-        pretrain_lm(given.data, given.epochs or 1, given.seed)
+        pretrain_lm(given.model, given.data, given.epochs or 1, given.seed)
 
 
 if __name__ == "__main__":

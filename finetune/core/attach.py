@@ -34,7 +34,8 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
 def attach(model: nn.Module, name: str, delta: Delta) -> None:
     """Stack ``delta`` on the linear layer called ``name``.
 
-    Raises ``RuntimeError`` if the layer carries an edit, which its patched form would not always run.
+    Raises ``RuntimeError`` if the layer carries an edit, and ``ConfigError`` if it has hooks of the user's:
+    its patched form would not always run them.
     """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf)
@@ -42,6 +43,11 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
         if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks):
             raise RuntimeError(f"{name} carries an edit; attach its deltas before its edits")
+        if hooks or module._backward_hooks or module._backward_pre_hooks:
+            raise ConfigError(
+                f"The layer {name} has hooks, which would not run while its weight is changed. Remove them, "
+                "register them on the block around it, or leave the layer out of method.targets."
+            )
         module = Patched(module)
         setattr(owner, leaf, module)
     module.deltas.append(delta)

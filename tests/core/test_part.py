@@ -359,3 +359,13 @@ def test_an_edit_is_not_merged_silently() -> None:
         merge(model, states)
     assert torch.equal(model(x), before)
     assert isinstance(model[0], Patched)
+
+
+@pytest.mark.parametrize("register", ["forward", "forward_pre", "full_backward"])
+def test_a_layer_with_hooks_is_refused(register: str) -> None:
+    """A layer whose weight is formed anew does not call the pretrained one, so its hooks would be lost."""
+    model = contract.tiny()
+    layer = model.get_submodule("vit.layers.0.attention.q_proj")
+    getattr(layer, f"register_{register}_hook")(lambda *_: None)
+    with pytest.raises(ConfigError, match=r"layer vit\.layers\.0\.attention\.q_proj has hooks"):
+        contract.begin(SHiRA(sparsity=0.9), model=model)
