@@ -1,5 +1,5 @@
 """Measure the code: sizes, density and circular imports.  python scripts/code_figures.py [--by-folder]
-[--root DIR] [--json]
+[--root DIR] [--json], or [--code FILE ...]
 
 DIR is any checkout of this project, so two commits can be compared by the same measure. Nothing is imported.
 """
@@ -9,12 +9,18 @@ from __future__ import annotations
 import argparse
 import ast
 import json
+import statistics
+import tokenize
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 WIDTH = 110
+NO_CODE = {
+    *(tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT),
+    *(tokenize.ENCODING, tokenize.ENDMARKER),
+}  # kinds of tokens
 COMPREHENSIONS = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.Lambda)
 # Base classes of methods, schedules and selectors, and of what they attach or keep.
 KINDS = {"Method", "Schedule", "Selector", "Part", "Patched", "StateModule", "Bank"}
@@ -215,6 +221,29 @@ def collect_figures(root: Path) -> tuple[Measured, dict[str, Measured], dict[str
     return total, by_folder, facts
 
 
+def count_code_lines(file: Path) -> int:
+    """Count the lines of a file that hold code: no blank lines, comments or docstrings."""
+    text = file.read_text(encoding="utf-8")
+    lines = set()
+    with file.open("rb") as stream:
+        for token in tokenize.tokenize(stream.readline):
+            if token.type not in NO_CODE:
+                lines.update(range(token.start[0], token.end[0] + 1))
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node):
+            first = node.body[0]
+            lines.difference_update(range(first.lineno, (first.end_lineno or first.lineno) + 1))
+    return len(lines)
+
+
+def print_code_lines(files: list[Path]) -> None:
+    """Print the lines of code of each file, and their median."""
+    counts = [count_code_lines(file) for file in files]
+    for file, count in zip(files, counts, strict=True):
+        print(f"{count:>6}  {file}")
+    print(f"{statistics.median(counts):>6g}  median")
+
+
 def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -224,7 +253,13 @@ def main() -> None:
         "--where", choices=["long lines", "comprehensions", "ternaries", "isinstance", "internal names"]
     )
     parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--code", nargs="+", type=Path, metavar="FILE", help="print the lines of code of these files instead"
+    )
     given = parser.parse_args()
+    if given.code:
+        print_code_lines(given.code)
+        return
     total, by_folder, facts = collect_figures(given.root)
     if given.where:
         print(*total.places.get(given.where, []), sep="\n")

@@ -1,4 +1,4 @@
-"""Make the built-in models ``tiny_vit``, ``tiny_lm`` and ``tiny_deep`` in ``finetune/models``.
+"""Make the built-in models in ``finetune/models``.
 
     python scripts/pretrain_tiny.py vit  --data DATA/cifar10           # the image model
     python scripts/pretrain_tiny.py lm   --data DATA                   # the language model
