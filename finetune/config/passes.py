@@ -58,6 +58,7 @@ def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) 
     except ConfigError as error:
         faults += error.faults
     if method:
+        faults += method.faults(())
         faults += _find_misuse(verb, method, numbers)
     if faults:
         raise ConfigError(*faults)

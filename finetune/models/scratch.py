@@ -50,7 +50,7 @@ def draw(
 
 
 def describe(folder: Path, config: ModelConfig) -> Any:
-    """Return the model of a folder on the meta device, where tensors have shapes and no values.
+    """Return a folder's model, frozen, on the meta device, where tensors have shapes and no values.
 
     Its class is that of the task that config.json names, or the body alone. Raises ``ConfigError`` if the
     model cannot be built.
@@ -67,7 +67,8 @@ def describe(folder: Path, config: ModelConfig) -> Any:
     try:
         settings = make_settings(folder, config, ())
         with torch.device("meta"):
-            return getattr(transformers, auto).from_config(settings, trust_remote_code=False)
+            model = getattr(transformers, auto).from_config(settings, trust_remote_code=False)
+        return model.requires_grad_(False)
     except ConfigError:
         raise
     except Exception as error:  # a contradictory config.json can make an architecture raise anything
