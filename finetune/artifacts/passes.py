@@ -357,20 +357,16 @@ def _copy(subject: Subject, target: Path) -> dict[Path, TensorFile]:
     return {file.path: TensorFile(target / file.path.name) for file in subject.files}
 
 
-def _read_journal(file: Path, sites: Sequence[Site]) -> list[Row]:
-    """Return the rows of the finished sites. A last line that was cut short by a kill does not count."""
-    rows: list[Row] = []
+def _read_journal(file: Path) -> list[Row]:
+    """Return the rows of the finished sites. A last line that was cut short by a kill is removed."""
     if not file.exists():
-        return rows
-    whole = [line for line in file.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1] == "\n"]
-    for line, site in zip(whole, sites, strict=False):
-        row = json.loads(line)
-        if row["site"] != site.name:
-            break
-        rows.append(row)
-    with replacing(file) as temporary:
-        temporary.write_text("".join(whole[: len(rows)]), encoding="utf-8")
-    return rows
+        return []
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+        with replacing(file) as temporary:
+            temporary.write_text("".join(lines), encoding="utf-8")
+    return [json.loads(line) for line in lines]
 
 
 def _work_on_sites(
@@ -381,7 +377,7 @@ def _work_on_sites(
     report: Callable[[str], None],
 ) -> list[Row]:
     """Process the sites that are not finished, block by block; return the rows of all."""
-    rows = _read_journal(journal, subject.sites)
+    rows = _read_journal(journal)
     finished = len(rows)
     first = 0
     for _, group in groupby(subject.sites, key=lambda site: site.block):

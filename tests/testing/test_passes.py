@@ -74,7 +74,7 @@ def test_a_fault_of_a_pass_is_found(check: str, make: Callable[[], Pass], tmp_pa
     ("check", "function", "broken"),
     [
         ("streamed", "_turned", lambda weight, site: weight),
-        ("restart", "_read_journal", lambda file, sites: [{"sha256": ""}] * 3),
+        ("restart", "_read_journal", lambda file: [{"sha256": ""}] * 3),
         ("proof", "prove", lambda subject, copy, rows: None),
     ],
 )
