@@ -342,8 +342,9 @@ def load(run: str | Path) -> nn.Module:
     """
     from .artifacts.reopen import rebuild
 
-    model: nn.Module = rebuild(Path(run)).session.model
-    return model.eval()
+    session = rebuild(Path(run)).session
+    session.tuned.eval()  # the attached parts, too, which are no submodules of the model
+    return session.model
 
 
 def runs(folder: str | Path = "outputs") -> Any:

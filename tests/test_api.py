@@ -222,7 +222,8 @@ def test_a_method_says_what_the_loop_lacks() -> None:
 
 def test_runs_are_trained_listed_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ["method=lora", "train.steps=2", "train.eval_every=null", "logger=none", "name=a", "run=b"]
+    words = ["method=lora", "method.dropout=0.5", "train.steps=2", "train.eval_every=null"]
+    words += ["logger=none", "name=a", "run=b"]
     folder, result = finetune.train(*words)
     assert folder == Path("outputs/a/b")
     assert result["status"] == "finished"
@@ -232,4 +233,6 @@ def test_runs_are_trained_listed_and_loaded(tmp_path: Path, monkeypatch: pytest.
     assert (row["method.name"], row["params.trained"]) == ("lora", result["params"]["trained"])
     model = finetune.load(folder)
     assert not model.training
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(model(images).logits, model(images).logits)  # no dropout in the attached parts
     assert type(model).__name__ == "ViTForImageClassification"

@@ -84,7 +84,7 @@ def _open_subject(analysis: Analysis, path: Path) -> Subject:
         if not method.mergeable:
             raise ConfigError(
                 f"what={analysis.name} needs the merged weights of {path}, but method={method.name} cannot "
-                "be merged: it changes more than weights."
+                "be merged: it changes more than weights. Name a run of another method."
             )
     step = int(state.name.removeprefix("step-")) if state else read_description(files.delta)["step"]
     return Subject(path, files.path, step, partial(rebuild, path))

@@ -242,7 +242,8 @@ def _as_run(
     entries = max(1, sum(len(change.index) for change in total.values()))
     method = get("method", "sparse")(targets=tuple(total), sparsity=round(1 - entries / sum(sizes), 9))
     selector = get("selector", "none")()
-    composed = prepare(replace(setup.config, name=None, run=None, method=method, selector=selector))
+    config = replace(setup.config, name=None, run=None, method=method, selector=selector)
+    composed = prepare(config, trains=False)
     state: Any = composed.session.states["method"]
     state["bank"].unpack(pack(list(total.values()), sizes))
     if head:

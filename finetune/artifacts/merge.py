@@ -44,7 +44,10 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
     setup = rebuild(path)
     config, model = setup.config, setup.session.model
     if not config.method.mergeable:
-        raise ConfigError(f"method={config.method.name} cannot be merged: it changes more than weights.")
+        raise ConfigError(
+            f"method={config.method.name} cannot be merged: it changes more than weights. "
+            f"Use the run itself, {path}; finetune.load gives its model in Python."
+        )
     check_mergeable(setup.session.states)
     dtype = dtype or config.model.dtype
     if tolerance is None:

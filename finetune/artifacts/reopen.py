@@ -43,7 +43,7 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
         config = replace(config, dataset=dataset)
     about = read_description(files.delta)
     files.check_unaltered(about["config"], files.delta, MOVABLE)
-    setup = prepare(config)
+    setup = prepare(config, trains=False)
     if dataset:
         _check_labels(list(setup.labels), about["labels"], dataset.name, files.path)
     if setup.fingerprint != about["base_fingerprint"]:

@@ -14,7 +14,7 @@ from .part import Delta, Edit, Part
 
 
 def parts(states: nn.Module) -> list[Part]:
-    """Return every part inside ``states``."""
+    """Return every part inside ``states``, in the order in which they were attached."""
     return [module for module in states.modules() if isinstance(module, Part)]
 
 
@@ -61,7 +61,7 @@ def patched(model: nn.Module) -> dict[str, Patched]:
 
 def detach(model: nn.Module, states: nn.Module) -> None:
     """Remove every part of ``states``, so that the model is as it was before ``build``."""
-    for part in parts(states):
+    for part in reversed(parts(states)):
         part.detach()
     unpatch(model)
 
@@ -104,10 +104,14 @@ def merge(model: nn.Module, states: nn.Module) -> None:
 
 @contextmanager
 def base(states: nn.Module) -> Iterator[None]:
-    """Make the model the pretrained one, to the bit, inside the block: all gates are 0."""
+    """Make the model the pretrained one, to the bit, inside the block: all gates are 0.
+
+    The parts that were attached last are switched off first, and on last: a part that trains a parameter in
+    place puts back what it found there, which may be what an earlier part trains.
+    """
     attached = parts(states)
     gates = [part.gate for part in attached]
-    for part in attached:
+    for part in reversed(attached):
         part.gate = 0.0
     try:
         yield

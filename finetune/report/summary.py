@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from .. import registry
 from ..errors import make_printable
 from .metric import main_metric, show_bytes, show_share
 
@@ -92,4 +93,8 @@ def _suggest_next(result: Result, folder: Path) -> list[str]:
     from ..config import plugins
 
     options = plugins.words()
-    return [f"Next: finetune eval {run}{options}", f"      finetune merge {run} out=merged{options}"]
+    lines = [f"Next: finetune eval {run}{options}"]
+    method = registry.catalog("method").get(str(result.get("method")))
+    if method is None or method.facts.get("mergeable", True):
+        lines.append(f"      finetune merge {run} out=merged{options}")
+    return lines

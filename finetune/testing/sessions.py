@@ -113,7 +113,9 @@ def begin(
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
     pretrained = Pretrained(model, head, reload=lambda: copy.deepcopy(original))
     recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector(), objective or Task())
-    return Session(pretrained, recipe, batches, accelerator)
+    session = Session(pretrained, recipe, batches, accelerator)
+    session.check_objectives()
+    return session
 
 
 def finish(session: Session) -> Session:

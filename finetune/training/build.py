@@ -84,12 +84,13 @@ def build_states(
         head = states["head"] = previous["head"]
     elif pretrained.head:
         head = states["head"] = InPlace(model, list(pretrained.head), keep=True)
-    states["method"] = method.build(model)  # a method that trains all parameters finds the head taken
     if previous is not None:
-        previous["method"].requires_grad_(False)
         kept = list(previous["kept"].children()) if "kept" in previous else []
         kept.append(previous["method"])
         states["kept"] = nn.ModuleList(kept)
+    states["method"] = method.build(model)  # a method that trains all parameters finds the head taken
+    if previous is not None:
+        states["kept"].requires_grad_(False)
     if head is not None and not pretrained.train_head:
         head.freeze_for_good()
     for part in parts(states):

@@ -38,6 +38,7 @@ def plan(config: Config) -> dict[str, Any]:
         notes.append("The phases before the last decide how many entries each layer gets.")
     return {
         "method": config.method.name,
+        "objective": config.objective.name,
         "model": setup.base.source,
         "dataset": config.dataset.name,
         "task": setup.base.task,

@@ -181,9 +181,10 @@ def _describe_images(processor: Any) -> str:
     return ", ".join(f"{key} {settings.get(key)}" for key in ("size", "image_mean", "image_std"))
 
 
-def prepare(config: Config) -> Setup:
+def prepare(config: Config, trains: bool = True) -> Setup:
     """Read data and model, and attach the method.
 
+    ``trains``: the objective is needed; a finished run is opened without its teacher.
     Raises ``ConfigError`` for every fault of the configuration, before anything is written.
     """
     check_machine(config)
@@ -212,6 +213,8 @@ def prepare(config: Config) -> Setup:
         config.method, config.optimizer, config.train, config.seed, config.selector, config.objective
     )
     session = Session(pretrained, recipe, batches, accelerator)
+    if trains:
+        session.check_objectives()
     return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
 
 

@@ -15,13 +15,14 @@ from ..data.encode import Batch
 from ..errors import ConfigError
 from ..models.stored import fingerprint
 from .build import Pretrained
-from .compute import look
+from .compute import Tuned, look
 
 
 class Frozen:
     """A model that computes in eval mode and without gradient.
 
-    ``off``: the states whose parts are switched off while it computes; they are attached to ``model``.
+    ``attached``: the states whose parts are attached to ``model``. ``off``: those of them whose parts are
+    switched off while it computes.
     """
 
     def __init__(
@@ -29,21 +30,23 @@ class Frozen:
         model: nn.Module,
         needs: tuple[Need, ...],
         accelerator: Accelerator,
+        attached: nn.Module | None = None,
         off: nn.Module | None = None,
     ) -> None:
         self.model: Any = model
         self.needs, self.accelerator, self.off = needs, accelerator, off or nn.Module()
+        self.whole = Tuned(model, attached or nn.Module())  # parts with dropout have a mode, too
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Seen:
         inputs = {name: tensor.to(self.accelerator.device) for name, tensor in batch.inputs.items()}
-        training = self.model.training
-        self.model.eval()
+        training = self.whole.model.training
+        self.whole.eval()
         try:
             with base(self.off), self.accelerator.autocast():
                 return look(self.model, self.needs, inputs)
         finally:
-            self.model.train(training)
+            self.whole.train(training)
 
 
 class References:
@@ -89,7 +92,7 @@ class References:
         if self._keeps_head:
             switched = self.states
         if all(part.recoverable for part in parts(switched)):
-            return Frozen(self.pretrained.model, self.needs, self.accelerator, switched)
+            return Frozen(self.pretrained.model, self.needs, self.accelerator, self.states, switched)
         if self.pretrained.reload is None:
             raise ConfigError("The base was trained in place, and there is no file to read it again from.")
         if BASE not in self._read:
@@ -108,7 +111,7 @@ class References:
                 "objective.teacher=previous needs parts that can be switched off, and this phase trains the "
                 "model's own weights in place. Take objective.teacher=base."
             )
-        return Frozen(self.pretrained.model, self.needs, self.accelerator, method)
+        return Frozen(self.pretrained.model, self.needs, self.accelerator, self.states, method)
 
     def _make_teacher(self, path: str) -> Reference:
         if self.pretrained.read_teacher is None:

@@ -102,7 +102,8 @@ def plan_phases(recipe: Recipe) -> list[PlannedPhase]:
         if PREVIOUS in objective.references() and not (planned and planned[-1].keeps):
             raise ConfigError(
                 f"objective={objective.name} compares with the model that the phase before left, and phase "
-                f"{i + 1} of method={recipe.method.name} has none below it. Take teacher=base, or a path."
+                f"{i + 1} of method={recipe.method.name} has none below it. Take "
+                "objective.teacher=base, or a path."
             )
         planned.append(PlannedPhase(phase.method, objective, start, end, lr_start, lr_end, phase.keeps))
         start = end
@@ -130,6 +131,9 @@ class Session:
         self.references = References(pretrained, accelerator)
         self.memory = Memory(self, accelerator.device)
         self._build(0)
+
+    def check_objectives(self) -> None:
+        """Raise ``ConfigError`` if an objective does not fit the data or the model; read its teacher."""
         for planned in self.phases:
             planned.objective.check(self.run)
 

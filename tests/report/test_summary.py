@@ -62,6 +62,11 @@ def test_the_summary_has_every_fact_of_a_finished_run() -> None:
         assert fact in text
 
 
+def test_merging_is_suggested_only_for_methods_that_can_be_merged() -> None:
+    assert "finetune merge" not in describe_result(make_result(method="adapter"), FOLDER)
+    assert "finetune merge" in describe_result(make_result(method="of_a_plugin_that_is_gone"), FOLDER)
+
+
 def test_the_summary_of_a_language_model_names_retention() -> None:
     values = {"base": 2.5, "test": 1.25, "retention": 3.0, "base_retention": 2.875}
     metrics = {split: {"bits_per_byte": value, "perplexity": 9.0} for split, value in values.items()}

@@ -8,12 +8,13 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from finetune.core.attach import base, merge
+from finetune.core.attach import base, detach, merge, trained_in_place
 from finetune.core.method import Method, Phase
 from finetune.core.objective import Objective
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LoRA
+from finetune.methods.reparam.snell import SNELL
 from finetune.methods.sparse.shira import SHiRA
 from finetune.objectives.kd import KD
 from finetune.testing import contract
@@ -128,3 +129,54 @@ def test_each_phase_minimizes_its_own_objective() -> None:
 def test_previous_needs_a_phase_below() -> None:
     with pytest.raises(ConfigError, match="phase 1 of method=lora has none below it"):
         contract.begin(LoRA(rank=2), objective=KD(teacher="previous"))
+
+
+def test_previous_computes_without_the_dropout_of_kept_parts() -> None:
+    session = contract.begin(WithDropout())
+    steps = session.steps()
+    for _ in range(contract.STEPS // 2 + 1):
+        next(steps)
+    batch, reference = collate(contract.examples()[:5]), session.run.reference("previous")
+    session.tuned.train()
+    assert torch.equal(reference(batch).logits, reference(batch).logits)
+    assert all(module.training for module in session.tuned.modules())
+
+
+def test_the_base_and_the_trained_values_come_back_where_three_phases_train_one_parameter() -> None:
+    session = contract.begin(SameToken())
+    start = session.model.get_parameter(TOKEN).detach().clone()
+    contract.finish(session)
+    trained = session.model.get_parameter(TOKEN).detach().clone()
+    assert not torch.equal(trained, start)
+    with base(session.states):
+        assert torch.equal(session.model.get_parameter(TOKEN), start)
+    assert torch.equal(session.model.get_parameter(TOKEN), trained)
+    assert trained_in_place(session.states)[TOKEN] is session.model.get_parameter(TOKEN)
+    detach(session.model, session.states)
+    assert torch.equal(session.model.get_parameter(TOKEN), start)
+
+
+TOKEN = "vit.embeddings.cls_token"
+
+
+@dataclass(frozen=True)
+class WithDropout(Method):
+    """LoRA with dropout, then SHiRA taught by what LoRA left."""
+
+    name: ClassVar[str] = "with_dropout"
+
+    def phases(self) -> tuple[Phase, ...]:
+        taught = KD(teacher="previous")
+        first, second = LoRA(rank=2, dropout=0.5), SHiRA(sparsity=0.9)
+        return Phase(first, 0.5, keeps=True), Phase(second, 0.5, objective=taught)
+
+
+@dataclass(frozen=True)
+class SameToken(Method):
+    """SNELL three times; each trains the class token in place."""
+
+    name: ClassVar[str] = "same_token"
+
+    def phases(self) -> tuple[Phase, ...]:
+        phase = Phase(SNELL(rank=2), 1 / 3, keeps=True)
+        return phase, phase, Phase(SNELL(rank=2), 1 / 3)

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, ViTConfig, ViTForImageClassification
 
+import finetune
+from finetune.artifacts.reopen import evaluate
 from finetune.config.load import load
 from finetune.config.settings import Config
 from finetune.errors import ConfigError
@@ -102,3 +104,11 @@ def test_a_classifier_teaches_with_its_own_head_in_the_order_of_the_labels(tmp_p
     torch.testing.assert_close(taught, wanted)
     with pytest.raises(ConfigError, match="has no trained head for the classes of this data set"):
         prepare(config(tmp_path / "model", *words))
+
+
+def test_a_finished_run_is_opened_without_its_teacher(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(copied.parent)
+    words = ["method=lora", "objective=kd", f"objective.teacher={copied}", *TEXT, "train.eval_every=null"]
+    run, result = finetune.train(*words, "logger=none")
+    shutil.rmtree(copied)
+    assert evaluate(run)["metrics"]["test"] == result["metrics"]["test"]
