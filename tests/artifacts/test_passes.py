@@ -154,7 +154,7 @@ def test_a_write_and_a_line_that_were_cut_short_are_done_again(
 @pytest.mark.processes
 def test_a_killed_command_goes_on(tmp_path: Path) -> None:
     words = ["prune", "method=wanda", "sparsity=0.5", "model=builtin:tiny_lm", "dataset=stdlib"]
-    words += ["dataset.train_bytes=20000", "calibration=16"]
+    words += ["dataset.train_bytes=20000", "dataset.length=64", "calibration=8"]
     said = call(*words, "out=whole", folder=tmp_path)
     assert said.code == 0, said.err
     command = [sys.executable, "-m", "finetune", *words, "out=out"]

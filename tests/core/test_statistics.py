@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from finetune.core.site import Site
 from finetune.core.statistics import SiteStatistics, StatisticName, gather_statistics
 from finetune.errors import ConfigError
+from finetune.testing import ranks
 
 ALL: tuple[StatisticName, ...] = get_args(StatisticName)
 
@@ -160,3 +165,28 @@ def test_squared_gradients_of_a_layer_that_runs_twice_are_refused() -> None:
         gather_statistics(
             net, [site], ("gradient_squares",), some_batches(), lambda batch: loss_of(net, batch)
         )
+
+
+def stored(batches: list[Any]) -> dict[str, Tensor]:
+    found = {}
+    for name, statistics in gather(ALL, batches).items():
+        found[f"{name}/tokens"] = torch.tensor(statistics.tokens)
+        found |= {f"{name}/{key}": value.contiguous() for key, value in statistics.values.items()}
+    return found
+
+
+@pytest.mark.processes
+def test_two_processes_add_up_to_one(tmp_path: Path) -> None:
+    """The first has two batches, and the second one."""
+    alone = stored(some_batches())
+    for found in ranks.run(__file__, tmp_path):
+        assert found.keys() == alone.keys()
+        for name, value in found.items():
+            torch.testing.assert_close(value, alone[name])
+
+
+if __name__ == "__main__":
+    dist.init_process_group("gloo")
+    first, second, third = some_batches()
+    parts: list[list[Any]] = [[first, third], [None, second]]
+    save_file(stored(parts[dist.get_rank()]), sys.argv[1])
