@@ -20,6 +20,7 @@ OUTSIDE_SECTIONS = ("name", "run", "seed")
 TYPED_SECTIONS = tuple(item.name for item in fields(Config) if item.name not in (*OUTSIDE_SECTIONS, "others"))
 OTHER_SECTIONS = tuple(kind.name for kind in registry.top_level() if kind.name not in TYPED_SECTIONS)
 SECTIONS = (*TYPED_SECTIONS, *OTHER_SECTIONS)
+STREAMS = "streams"  # the section that holds a data set for each name
 OPEN = "???"  # the value of a setting that a YAML file leaves to the user
 
 
@@ -115,6 +116,8 @@ def known_settings(composed: Composed) -> list[str]:
 def _settings_of(section: str, composed: Composed) -> list[str]:
     """Return the dotted settings of a section; none if its choice is itself a fault."""
     try:
+        if section == STREAMS:
+            return _settings_of_streams(composed)
         cls, _ = class_of_section(section, composed.values[section], composed)
     except (ConfigError, KeyError, AttributeError):
         return []
@@ -123,6 +126,15 @@ def _settings_of(section: str, composed: Composed) -> list[str]:
         with suppress(ConfigError):
             inner, _, _ = class_of_nested(item, kind, f"{section}.{name}", composed)
             found += _keys(inner, f"{section}.{name}")
+    return found
+
+
+def _settings_of_streams(composed: Composed) -> list[str]:
+    found = []
+    for name, values in composed.values[STREAMS].items():
+        key = f"{STREAMS}.{name}"
+        cls, _ = class_named_in("dataset", values, key, composed)
+        found += [key, *_keys(cls, key)]
     return found
 
 

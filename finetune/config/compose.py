@@ -28,7 +28,7 @@ from ..system import safe
 from . import groups, later, plugin_records, plugins
 from .classes import OUTSIDE_SECTIONS, SECTIONS
 from .composed import Composed
-from .grammar import ALIASES, PLACED
+from .grammar import ALIASES, PLACED, STREAM
 from .origins import flat, yaml_origins
 
 
@@ -100,6 +100,8 @@ def _compose(
         picks, missing = [], _find_missing_groups([group for group, _ in chosen], repository)
         for group, option in chosen:
             added = "+" if group in missing else ""
+            if STREAM.fullmatch(group):
+                group = f"dataset@{group}"
             picks.append(f"{added}{group}={QuotedString(option, Quote.double).with_quotes()}")
         defaults = _list_defaults(picks, repository)
         # A public way, hydra.compose, would merge Hydra's own configuration, too.
@@ -132,7 +134,7 @@ def _find_missing_groups(chosen: list[str], repository: Any) -> set[str]:
 
     They are groups of the user's, and kinds whose section may be absent.
     """
-    missing = {group for group in chosen if group not in SECTIONS}
+    missing = {group for group in chosen if group not in SECTIONS}  # among them every stream
     optional = [group for group in chosen if group in registry.KINDS and registry.KINDS[group].absent]
     if optional:
         listed = {default.config_path.rpartition("/")[0] for default in _list_defaults([], repository)}

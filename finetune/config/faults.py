@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import registry
 from ..errors import ConfigError
-from .classes import CHOSEN, NESTED, OUTSIDE_SECTIONS, SECTIONS, known_settings
+from .classes import CHOSEN, NESTED, OUTSIDE_SECTIONS, SECTIONS, STREAMS, known_settings
 from .composed import Composed
 from .origins import flat
 
@@ -50,6 +50,8 @@ def dotted(section: str, place: tuple[Any, ...]) -> str:
 
 def title_of(section: str, cls: Any) -> str:
     """Return ``method=lora`` or ``schedule=grow``; the name of a section if its class is fixed."""
+    if section.startswith(f"{STREAMS}."):
+        return f"{section}={cls.name}"
     leaf = section.rpartition(".")[2]
     return f"{leaf}={cls.name}" if leaf in CHOSEN or leaf in NESTED else leaf
 

@@ -20,6 +20,7 @@ from .. import registry
 from ..errors import ConfigError
 
 ALIASES = {"sparsity": "method.sparsity"}
+STREAM = re.compile(r"streams\.[\w-]+")  # the key of a data stream, which takes an option of dataset
 # Groups whose file becomes a value inside a section; their settings may leave out the section's name.
 PLACED = {kind.name: place for place, kind in registry.nested().items()}
 KEY = re.compile(r"\w[\w/-]*(\.[\w-]+)*")
@@ -110,6 +111,11 @@ def _full_key(key: str) -> str:
     if dot and head in PLACED:
         return f"{PLACED[head]}.{rest}"
     return ALIASES.get(key, key)
+
+
+def group_of(key: str) -> str:
+    """Return the group of YAML files that ``key`` may choose an option of: ``dataset`` for a data stream."""
+    return "dataset" if STREAM.fullmatch(key) else key
 
 
 def refuse_endless(item: Override, most: int) -> None:

@@ -30,6 +30,7 @@ LATER: dict[str, Any] = {
     "method.head": True,
     "model.init": "pretrained",
     "model.config": {},
+    "streams": {},
 }
 for _kind in registry.KINDS.values():
     if _kind.absent:

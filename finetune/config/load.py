@@ -24,7 +24,7 @@ from . import plugins, references, strict
 from .compose import compose, config_loader, find_options, read_frozen, to_plain
 from .composed import Composed
 from .faults import refuse
-from .grammar import PLACED, parse_all, refuse_endless
+from .grammar import PLACED, STREAM, group_of, parse_all, refuse_endless
 from .groups import conf_dir as conf_dir  # part of what this module offers
 from .origins import flat, leaves
 from .settings import Config
@@ -141,9 +141,9 @@ def _read_request(overrides: list[str], options: dict[str, set[str]], config_fil
         seen[key] = text
         if fault:
             request.faults.append(fault)
-            if key in options:
+            if group_of(key) in options:
                 request.spoiled.add(PLACED.get(key, key))
-        elif key in options:
+        elif group_of(key) in options:
             request.chosen[key] = str(item.value())
         else:
             request.values[key] = item
@@ -165,26 +165,29 @@ def _slow_sections(values: dict[str, Override]) -> set[str]:
 def _find_fault(item: Override, options: dict[str, set[str]], config_file: Path | None) -> str | None:
     """Return what is wrong with an override, if that shows without its section."""
     key, text, value = item.key_or_group, item.input_line, item.value()
+    group = group_of(key)
     if isinstance(value, Sweep):
-        cure = (
-            "" if key in options else f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
-        )
+        cure = ""
+        if group not in options:
+            cure = f" For a list write {key}=[...], for text with a comma '{key}=\"...\"'."
         return f"{text} names several values; one run takes one, and `finetune sweep {text}` runs each.{cure}"
-    if key in _names_of_choices():
+    parent, _, leaf = key.rpartition(".")
+    is_of_stream = leaf == "name" and STREAM.fullmatch(parent)
+    if is_of_stream or key in _names_of_choices():
         return f"{text}: the name follows from the choice; write {key.split('.')[-2]}=OPTION."
-    if key not in options:
+    if group not in options:
         return None
     if config_file:
         return (
             f"{text} cannot be combined with --config: a frozen configuration is complete, and only values "
             "in it can be changed."
         )
-    known = ", ".join(sorted(options[key]))
+    known = ", ".join(sorted(options[group]))
     if isinstance(value, dict | list) or value is None:
         several = f"`finetune sweep {key}=A,B` runs several"
         return f"{text}: {key} takes exactly one option ({several}). Options: {known}."
-    if str(value) not in options[key]:
-        hint = suggest_nearest(str(value), options[key])
+    if str(value) not in options[group]:
+        hint = suggest_nearest(str(value), options[group])
         return f"{text} is not an option ({COMMAND_LINE}).{hint} Options: {known}."
     return None
 

@@ -130,7 +130,8 @@ class Config:
     """Hold all settings of one run.
 
     ``method``, ``dataset``, ``optimizer``, ``selector`` and ``objective`` are instances of registered
-    dataclasses. The training loop reads these sections by name. ``others`` holds the sections of all other
+    dataclasses. The training loop reads these sections by name. ``streams`` holds the data sets beside
+    ``dataset`` that the objective uses, by the stream's name. ``others`` holds the sections of all other
     kinds of ``registry.KINDS``, by section.
     """
 
@@ -145,6 +146,7 @@ class Config:
     logger: LoggerConfig
     selector: Any = None
     objective: Any = None
+    streams: dict[str, Any] = field(default_factory=dict)
     others: dict[str, Any] = field(default_factory=dict)
 
     def section(self, name: str) -> Any:
@@ -154,8 +156,7 @@ class Config:
     def as_dict(self) -> dict[str, Any]:
         """Return plain nested values, from which this configuration can be built again."""
         values = to_plain(self)
-        for name, section in values.pop("others").items():
-            values[name] = to_plain(section)
+        values |= values.pop("others")
         plain: dict[str, Any] = json.loads(json.dumps(values))  # tuples become lists, as in YAML
         return plain
 
@@ -189,6 +190,8 @@ def _deciding(part: Any, prefix: str) -> Any:
 
 def to_plain(value: Any) -> Any:
     """Return dataclasses as mappings, at any depth; registered ones with name and former settings."""
+    if isinstance(value, dict):
+        return {key: to_plain(inner) for key, inner in value.items()}
     if not is_dataclass(value):
         return value
     plain: dict[str, Any] = {}

@@ -21,6 +21,8 @@ from .classes import (
     OTHER_SECTIONS,
     OUTSIDE_SECTIONS,
     SECTIONS,
+    STREAMS,
+    class_named_in,
     class_of_nested,
     class_of_section,
     is_required,
@@ -43,7 +45,10 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
     outside = {key: value for key, value in composed.values.items() if key not in SECTIONS}
     parts, faults = _check_values(Config, OUTSIDE_SECTIONS, outside, "", composed)
     for section in SECTIONS:
-        if section not in skip:
+        if section == STREAMS:
+            parts[section], found = _build_streams(composed, skip)
+            faults += found
+        elif section not in skip:
             parts[section], found = _build_section(section, composed)
             faults += found
     if faults or skip:
@@ -52,6 +57,9 @@ def build(composed: Composed, skip: Iterable[str] = ()) -> Config:
     config = Config(**parts, others=others)
     for kind in registry.sections():
         faults += config.section(kind.name).faults(config.train.steps)
+    for dataset in config.streams.values():
+        faults += dataset.faults(config.train.steps)
+    faults += _find_stream_faults(config)
     faults += config.optimizer.find_conflicts(config.method, config.train.clip)
     refuse(faults)
     return config
@@ -67,6 +75,73 @@ def _build_section(section: str, composed: Composed) -> tuple[Any, list[str]]:
     except ConfigError as error:
         return None, list(error.faults)
     return build_instance(cls, given, section, composed)
+
+
+def _build_streams(composed: Composed, skip: Iterable[str]) -> tuple[dict[str, Any], list[str]]:
+    """Return the data set of each stream that is not in ``skip``, by the stream's name, and the faults."""
+    values = composed.values.get(STREAMS)
+    if not isinstance(values, dict):
+        given = composed.describe(STREAMS, values)
+        return {}, [f"{given} should be a mapping. Choose a data set for each by {STREAMS}.NAME=OPTION."]
+    found: dict[str, Any] = {}
+    faults: list[str] = []
+    for name, given in values.items():
+        key = f"{STREAMS}.{name}"
+        if key in skip or STREAMS in skip:
+            continue
+        if not isinstance(given, dict):
+            faults.append(not_a_mapping(key, key, given, composed))
+            continue
+        if "name" not in given:
+            known = ", ".join(registry.catalog("dataset"))
+            faults.append(f"{key} has settings and no data set. Choose one by {key}=OPTION, one of: {known}.")
+            continue
+        try:
+            cls, settings = class_named_in("dataset", given, key, composed)
+        except ConfigError as error:
+            faults += error.faults
+            continue
+        found[name], wrong = build_instance(cls, settings, key, composed)
+        faults += wrong
+    return found, faults
+
+
+def _find_stream_faults(config: Config) -> list[str]:
+    """Return a fault for each stream that no objective uses, and for each that one needs and is absent."""
+    users: dict[str, str] = {}
+    objectives = []
+    for phase in config.method.phases():
+        objectives.append(phase.objective or config.objective)
+    for objective in objectives:
+        for name in objective.streams():
+            users[name] = objective.name
+    faults = []
+    for name, user in users.items():
+        if name not in config.streams:
+            faults.append(
+                f"objective={user} needs the data stream {name}, and streams.{name} is not set. Choose its "
+                f"data set, for example streams.{name}=jsonl streams.{name}.path=FILE."
+            )
+    for name in config.streams:
+        if name not in users:
+            used = f"only {', '.join(users)}" if users else "no data stream"
+            faults.append(
+                f"streams.{name}={config.streams[name].name} has no effect with "
+                f"objective={config.objective.name}, which uses {used}. Leave it out."
+            )
+    for objective in objectives:
+        faults += _find_best_faults(objective, config)
+    return faults
+
+
+def _find_best_faults(objective: Any, config: Config) -> list[str]:
+    """Return a fault if the best state is to be kept with an objective for which there is none."""
+    if objective.keeps_best or config.train.select == "last":
+        return []
+    return [
+        "train.select=best keeps the state that is best on validation, which with "
+        f"objective={objective.name} is not the best of the run. Set train.select=last."
+    ]
 
 
 def build_instance(cls: type, given: dict[str, Any], key: str, composed: Composed) -> tuple[Any, list[str]]:

@@ -25,12 +25,15 @@ class Objective:
     ``needs``: what ``terms`` uses of a forward pass besides the logits.
     ``exact``: False if the terms of the parts of a batch do not add up to those of the whole batch, for
     example because a term is a ratio of sums over a batch.
+    ``keeps_best``: False if a better validation does not mean a better run, as in unlearning. The last state
+    is then stored, and a run that asks for the best one is refused.
     """
 
     KIND: ClassVar[str] = "objective"
     name: ClassVar[str]
     needs: ClassVar[tuple[Need, ...]] = ()
     exact: ClassVar[bool] = True
+    keeps_best: ClassVar[bool] = True
 
     def faults(self, steps: int) -> list[str]:
         """Return why the settings make no sense in a run of ``steps`` steps, one sentence for each fault."""
@@ -38,6 +41,15 @@ class Objective:
 
     def references(self) -> tuple[str, ...]:
         """Name the frozen models that ``terms`` compares with: ``base``, ``previous``, or model folders."""
+        return ()
+
+    def streams(self) -> tuple[str, ...]:
+        """Name the data streams that ``terms`` uses beside the training data, such as ``retain``.
+
+        Each step then has micro-batches of every stream, each in a forward pass of its own. ``batch.stream``
+        says where a micro-batch is from, ``train`` or a stream, and the terms of a micro-batch are those of
+        its stream.
+        """
         return ()
 
     def check(self, run: Run) -> None:

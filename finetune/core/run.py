@@ -41,7 +41,8 @@ class Reference(Protocol):
 class Run:
     """What a method may see and use while it is trained.
 
-    A step's batch is a list of micro-batches; one is None if this process has no example of it.
+    A step's batch is a list of micro-batches, those of each stream after those of the training data; one is
+    None if this process has no example of it.
     """
 
     model: Any

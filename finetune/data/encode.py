@@ -17,6 +17,7 @@ from .dataset import Example, Raw
 
 Item = dict[str, Any]  # an encoded example, which ``collate`` takes
 CACHED_BYTES = 64 * 2**20  # processed images of a split stay in memory up to this size in total
+TRAIN = "train"  # the stream of the examples of the data set itself
 LONGEST = 1024  # default tokens of an example: many tokenizers allow 100,000, and some say 1e30
 
 
@@ -27,13 +28,14 @@ class Batch:
     ``inputs``: pixel_values, float32 [n, c, h, w]; or input_ids and attention_mask, int64 [n, length].
     ``labels``: classes, int64 [n]; for causal_lm int64 [n, length], aligned with input_ids (the loss shifts
     them by one) and ``IGNORED`` where a token is not scored. ``bytes``: for causal_lm the UTF-8 bytes of the
-    text that each window scores, int64 [n]; else None.
+    text that each window scores, int64 [n]; else None. ``stream``: where the examples are from.
     """
 
     ids: list[str]
     inputs: dict[str, Tensor]
     labels: Tensor
     bytes: Tensor | None
+    stream: str = TRAIN
 
 
 class Images(Dataset[Item]):

@@ -14,6 +14,7 @@ from .rows import REPEATS, encode_value
 from .runs import Run
 
 PATHS = ("model.path", "dataset.path")  # settings without a default, unless they name something built in
+STREAM_NAME, STREAM_PATH = re.compile(r"streams\.[\w-]+\.name"), re.compile(r"streams\.[\w-]+\.path")
 UNQUOTED = re.compile(r"[A-Za-z_/][\w./:-]*")  # texts that the grammar of overrides reads as they are
 KEYWORDS = {"null", "true", "false", "nan", "inf"}  # texts that need quotes, or they become other values
 Defaults = Callable[[Sequence[str]], Mapping[str, Any]]  # from overrides such as method=lora to all settings
@@ -61,10 +62,14 @@ def _find_repeats(runs: Sequence[Run]) -> dict[str, list[Any]]:
 def _make_one(runs: Sequence[Run], defaults: Defaults | None) -> str:
     settings = runs[0].settings | _agreed_threads(runs)
     words, choices = [], registry.choices()
+    for key in settings:
+        if STREAM_NAME.fullmatch(key):
+            choices[key.removesuffix(".name")] = key
     for group, key in choices.items():
         if settings.get(key) is not None:
             words.append(f"{group}={show_override(settings[key])}")
     paths = [key for key in PATHS if not str(settings.get(key) or "builtin:").startswith("builtin:")]
+    paths += [key for key in settings if STREAM_PATH.fullmatch(key)]
     for key in paths:
         words.append(f"{key}={show_override(settings[key])}")
     known = _get_defaults(defaults, words)

@@ -45,9 +45,15 @@ def _deciding_settings(tree: Any, free: tuple[str, ...]) -> dict[str, Any]:
     """Return the settings that can change a result, by dotted key; settings that came later are entered."""
     settings = {}
     for key, value in _flatten(later.enter(tree) if isinstance(tree, dict) else tree).items():
-        if decides(key) and key not in free:
+        if decides(key) and _as_of_dataset(key) not in free:
             settings[key] = value
     return settings
+
+
+def _as_of_dataset(key: str) -> str:
+    """Return ``dataset.path`` for ``streams.retain.path``, and any other key as it is."""
+    section, *names = key.split(".")
+    return ".".join(["dataset", *names[1:]]) if section == "streams" and len(names) > 1 else key
 
 
 def _flatten(tree: Any, prefix: str = "") -> dict[str, Any]:

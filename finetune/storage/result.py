@@ -107,6 +107,7 @@ def make_result(
     threads: int | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``result.json``; docs/run-folder.md says what each key means."""
+    streams = {name: dataset.name for name, dataset in config.streams.items()}
     return {
         "format": safe.FORMAT,
         "status": status,
@@ -115,6 +116,7 @@ def make_result(
         "model": config.model.name,
         "model_path": config.model.path,
         "dataset": config.dataset.name,
+        **({"streams": streams} if streams else {}),
         "objective": config.objective.name,
         "seed": config.seed,
         "metrics": to_json_value(metrics or {}),

@@ -32,6 +32,7 @@ def check(runs: Sequence[Point], retry: bool = False, options: StartOptions = NO
         if not kept:
             config = point.config
             parts = [config.section(kind.name) for kind in registry.top_level()]
+            parts.append(config.streams)
             machine = (config.train.device, config.train.precision)
             alike.setdefault(repr((parts, machine)), []).append(point)
     if not alike:
@@ -110,14 +111,16 @@ def _build(config: Config, known: dict[str, Any]) -> None:
     from ..training.build import build_states, take_base
     from ..training.optimizer import make_optimizer
     from ..training.prepare import check_machine
+    from ..training.streams import read_streams
 
     check_machine(config)
-    what = repr((config.dataset, config.model))
+    what = repr((config.dataset, config.streams, config.train.batch_size, config.model))
     if known.get("what") != what or "base" not in known:
         known.clear()
         raw = config.dataset.read()
         base = load(config.model, raw.task, raw.labels, config.seed)
         encode(raw, base.processor)
+        read_streams(config, raw, base.processor)
         known.update(what=what, base=base)
     base = known["base"]
     pretrained = take_base(base, config.method)

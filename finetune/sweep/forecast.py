@@ -113,7 +113,7 @@ def _kind(config: Config) -> str:
     """Return a key for the time of a step: of runs with one key, only the first is measured."""
     train = replace(config.train, steps=1)
     names = [config.section(kind.name).name for kind in registry.sections()]
-    return repr((names, config.model, config.dataset, train))
+    return repr((names, config.model, config.dataset, config.streams, train))
 
 
 def _finished_runs() -> dict[str, list[tuple[float | None, int]]]:

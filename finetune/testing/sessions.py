@@ -18,7 +18,7 @@ from ..core.method import Method
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
-from ..data.encode import Tokens, collate
+from ..data.encode import Images, Tokens, collate
 from ..objectives.task import Task
 from ..optim.adamw import AdamW
 from ..storage import checkpoint
@@ -29,6 +29,7 @@ from ..training.session import Recipe, Session
 
 Kind = Literal["vit", "gpt2", "llama"]
 STEPS = 6
+STREAM_EXAMPLES = 19  # of each data stream: its last batch has another size than that of the training data
 TRAIN = TrainConfig(steps=STEPS, batch_size=8, device="cpu")
 OPTIMIZER = AdamW(lr=1e-2)
 
@@ -65,9 +66,9 @@ def tiny(kind: Kind = "vit") -> Any:
     ).eval()
 
 
-def examples(kind: Kind = "vit", n: int = 21) -> list[dict[str, Any]]:
+def examples(kind: Kind = "vit", n: int = 21, seed: int = 1) -> list[dict[str, Any]]:
     """Make ``n`` items as the data module gives them; items of a language model differ in length."""
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     items: list[dict[str, Any]] = []
     for i in range(n):
         if kind == "vit":
@@ -104,7 +105,13 @@ def begin(
     model = model if model is not None else tiny(kind)
     head = ("classifier.weight", "classifier.bias") if kind == "vit" else ()
     data = Tokens(examples(kind))
-    batches = Batches(data, train.batch_size, train.micro_batch_size, seed, workers=train.workers)
+    objective = objective or Task()
+    streams: dict[str, Tokens | Images] = {}
+    for number, name in enumerate(objective.streams()):
+        streams[name] = Tokens(examples(kind, STREAM_EXAMPLES, seed=2 + number))
+    batches = Batches(
+        data, train.batch_size, train.micro_batch_size, seed, workers=train.workers, streams=streams
+    )
     original = copy.deepcopy(model)
     accelerator = make_accelerator(train)
     if loss_scale is not None:
@@ -112,7 +119,7 @@ def begin(
         accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
     batches.rank, batches.world = accelerator.process_index, accelerator.num_processes
     pretrained = Pretrained(model, head, reload=lambda: copy.deepcopy(original))
-    recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector(), objective or Task())
+    recipe = Recipe(method, optimizer or OPTIMIZER, train, seed, selector or Selector(), objective)
     session = Session(pretrained, recipe, batches, accelerator)
     session.check_objectives()
     return session

@@ -25,7 +25,7 @@ def find_batch_size(session: Session) -> None:
     fits.
     """
     batches, began = session.batches, time.monotonic()
-    most, size, before = min(LARGEST, len(batches)), 1, resident_bytes()
+    most, size, before = min(LARGEST, batches.most), 1, resident_bytes()
     batches.batch_size = batches.world
     while _fits(session, size):
         batches.batch_size = min(size * batches.world, most)
@@ -41,23 +41,24 @@ def find_batch_size(session: Session) -> None:
 
 
 def _fits(session: Session, count: int) -> bool:
-    """Try a pass over the ``count`` longest examples on all processes.
+    """Try a pass over the ``count`` longest examples of every stream on all processes.
 
     Where training needs gradients, the optimizer's two moments are in memory meanwhile.
     """
     try:
         if not session.begun:
             session.start()
-        longest = session.batches.longest(count)
+        batches = [session.batches.longest(count, stream) for stream in session.batches.used]
         if session.recipe.optimizer.needs_grad:
             moments = []
             for parameter in session.states.parameters():
                 if parameter.requires_grad:
                     moments += [torch.empty_like(parameter), torch.empty_like(parameter)]
-            session.compute.try_backward(longest)
+            for batch in batches:
+                session.compute.try_backward(batch)
             del moments
         else:
-            session.compute.try_forward(longest)
+            session.compute.try_forward(batches)
         barrier()
         fits = True
     except Aborted:

@@ -68,10 +68,14 @@ class Compute:
     def count_terms(self, micro: MicroBatches) -> dict[str, float]:
         """Return the count of each term of the objective in a step, over all processes."""
         totals: dict[str, float] = {}
+        # every process has the terms of every stream, in one order, although it may have no example of one
+        for stream in self.batches.used:
+            for name in self.objective.counts(self.run, self.batches.stand_in(stream)):
+                totals[name] = 0.0
         for batch in micro:
-            found = self.objective.counts(self.run, batch or self._stand_in(micro))
-            for name, counted in found.items():
-                totals[name] = totals.get(name, 0.0) + counted * (batch is not None)
+            if batch:
+                for name, counted in self.objective.counts(self.run, batch).items():
+                    totals[name] += counted
         summed = sum_processes(torch.tensor(list(totals.values()), dtype=torch.float64))
         return dict(zip(totals, summed.tolist(), strict=True))
 
@@ -187,9 +191,9 @@ class Compute:
         """Make every gradient the sum of all processes' gradients."""
         add_gradients(p for p in self.tuned.states.parameters() if p.requires_grad)
 
-    def try_forward(self, batch: Batch) -> None:
-        """Run a batch forward as training without gradients does, to see whether memory suffices."""
-        self._mean_terms([batch])
+    def try_forward(self, batches: list[Batch]) -> None:
+        """Run batches forward as training without gradients does, to see whether memory suffices."""
+        self._mean_terms([*batches])
 
     def try_backward(self, batch: Batch) -> None:
         """Run a batch forward and backward as training does, to see whether memory suffices."""

@@ -36,11 +36,13 @@ def plan(config: Config) -> dict[str, Any]:
     notes = list(setup.notes)
     if session.phase > 0:
         notes.append("The phases before the last decide how many entries each layer gets.")
+    streams = {name: dataset.name for name, dataset in config.streams.items()}
     return {
         "method": config.method.name,
         "objective": config.objective.name,
         "model": setup.base.source,
         "dataset": config.dataset.name,
+        **({"streams": streams} if streams else {}),
         "task": setup.base.task,
         "steps": config.train.steps,
         "layers": _layers(session),

@@ -17,7 +17,7 @@ from torch import nn
 
 from ..config.settings import Config, TrainConfig
 from ..core.attach import base, parts, patched
-from ..data.encode import Images, encode
+from ..data.encode import Images, Tokens, encode
 from ..errors import ConfigError
 from ..models.load import Base, load
 from ..models.stored import fingerprint
@@ -29,6 +29,7 @@ from .evaluate import Evaluation, evaluate
 from .memory import ran_out
 from .retention import pretrained_head, with_head
 from .session import Recipe, Session
+from .streams import read_streams
 
 MIXED_PRECISION = {"fp32": "no", "bf16": "bf16", "fp16": "fp16"}  # by train.precision, as Accelerate names it
 
@@ -184,7 +185,7 @@ def _describe_images(processor: Any) -> str:
 def prepare(config: Config, trains: bool = True) -> Setup:
     """Read data and model, and attach the method.
 
-    ``trains``: the objective is needed; a finished run is opened without its teacher.
+    ``trains``: the objective is needed; a finished run is opened without its teacher and its data streams.
     Raises ``ConfigError`` for every fault of the configuration, before anything is written.
     """
     check_machine(config)
@@ -197,6 +198,10 @@ def prepare(config: Config, trains: bool = True) -> Setup:
         model.model.config.use_cache = False
     mark = model.fingerprint = fingerprint(model.model, model.new_parameters)
     total = sum(parameter.numel() for parameter in model.model.parameters())
+    streams: dict[str, Images | Tokens] = {}
+    stream_notes: list[str] = []
+    if trains:
+        streams, stream_notes = read_streams(config, raw, model.processor)
     batches = Batches(
         data["train"],
         config.train.batch_size,
@@ -205,6 +210,7 @@ def prepare(config: Config, trains: bool = True) -> Setup:
         accelerator.process_index,
         accelerator.num_processes,
         config.train.workers,
+        streams,
     )
     pretrained = replace(
         take_base(model, config.method), read_teacher=partial(read_teacher, config, model, raw.labels)
@@ -215,7 +221,8 @@ def prepare(config: Config, trains: bool = True) -> Setup:
     session = Session(pretrained, recipe, batches, accelerator)
     if trains:
         session.check_objectives()
-    return Setup(config, model, raw.labels, data, mark, total, session, raw.notes + model.notes)
+    notes = raw.notes + stream_notes + model.notes
+    return Setup(config, model, raw.labels, data, mark, total, session, notes)
 
 
 def count_parameters(setup: Setup) -> Params:

@@ -24,7 +24,7 @@ from ..core.method import Method, Run
 from ..core.objective import PREVIOUS, Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
-from ..data.encode import Batch
+from ..data.encode import TRAIN, Batch
 from ..errors import ConfigError, RunFailed
 from ..objectives.task import Task
 from ..system import random_state
@@ -135,6 +135,9 @@ class Session:
     def check_objectives(self) -> None:
         """Raise ``ConfigError`` if an objective does not fit the data or the model; read its teacher."""
         for planned in self.phases:
+            for name in planned.objective.streams():
+                if name not in self.batches.sets:
+                    raise ConfigError(f"objective={planned.objective.name} needs the data stream {name}.")
             planned.objective.check(self.run)
 
     @property
@@ -197,6 +200,8 @@ class Session:
             seed=self.recipe.seed + phase,
             step=self.number - planned.start,
         )
+        streams = [name for name in planned.objective.streams() if name in self.batches.sets]
+        self.batches.used = (TRAIN, *streams)  # all of them in a session that trains
         self.compute.run, self.compute.objective = self.run, planned.objective
         self.references.enter(self.states, planned.objective.needs)
 

@@ -13,6 +13,7 @@ from annotated_types import Ge
 from finetune import registry, sweep
 from finetune.config import load as config
 from finetune.config.settings import Config
+from finetune.core.method import Phase
 from finetune.core.sparse.schedule import Schedule
 from finetune.errors import ConfigError
 from finetune.schedules.drop_grow import DropGrow
@@ -76,6 +77,9 @@ class Crossed:
 
     def faults(self, steps: int) -> list[str]:
         return self.schedule.faults(steps)
+
+    def phases(self) -> tuple[Phase, ...]:
+        return (Phase(self, 1.0),)  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
@@ -149,6 +153,8 @@ def test_default_run() -> None:
 
 
 def given(choice: str) -> list[str]:
+    if choice == "objective=forget":
+        return [choice, "streams.retain=digits"]
     return [choice, f"{OPEN[choice]}=somewhere"] if choice in OPEN else [choice]
 
 
@@ -399,7 +405,7 @@ def test_tree_is_complete_and_honest() -> None:
     """Every value is there once, and every origin leads to a line that names it."""
     leaves = config.tree(["method=lora", "method.rank=3"])
     made = config.load(["method=lora", "method.rank=3"])
-    assert {key for key in leaves if "." not in key} == {"name", "run", "seed"}
+    assert {key for key in leaves if "." not in key} == {"name", "run", "seed", "streams"}
     assert json.dumps({key: value for key, (value, _) in leaves.items()}) == json.dumps(
         dict(_flat(made.as_dict()))
     )

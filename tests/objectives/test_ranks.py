@@ -13,6 +13,7 @@ from torch import Tensor
 
 from finetune.core.objective import Objective
 from finetune.methods.baseline.full import Full
+from finetune.objectives.forget import Forget
 from finetune.objectives.kd import KD
 from finetune.objectives.squarehead import SquareHead
 from finetune.objectives.task import Task
@@ -22,6 +23,7 @@ OBJECTIVES: dict[str, Objective] = {
     "task": Task(label_smoothing=0.1, class_weights=(0.5, 2.0, 0.25)),
     "kd": KD(),
     "squarehead": SquareHead(),
+    "forget": Forget(forget=0.5, retain=2.0),
 }
 
 

@@ -56,6 +56,14 @@ RUNS = {
         "train.save_every=3",
         "train.micro_batch_size=3",
     ],
+    "forget": [
+        "method=lora",
+        "objective=forget",
+        "streams.retain=imagefolder",
+        "streams.retain.path=${dataset.path}",
+        "train.save_every=1",
+        "train.micro_batch_size=3",
+    ],
     "shira": ["method=shira", "selector=ist", "train.save_every=1", "train.precision=bf16"],
 }
 Moment = Callable[[Child], bool]
