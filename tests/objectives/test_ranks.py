@@ -23,7 +23,7 @@ OBJECTIVES: dict[str, Objective] = {
     "task": Task(label_smoothing=0.1, class_weights=(0.5, 2.0, 0.25)),
     "kd": KD(),
     "squarehead": SquareHead(),
-    "forget": Forget(forget=0.5, retain=2.0),
+    "forget": Forget(forget=0.25, retain=0.5),
 }
 
 
