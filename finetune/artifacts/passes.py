@@ -123,7 +123,9 @@ def open_subject(request: Request) -> Subject:
     except ConfigError as error:
         message = [fault.replace("model.path=", "model=") for fault in error.faults]
         raise ConfigError(*faults, *message) from None
-    faults += [fault for fault in request.method.faults(subject.sites) if fault not in faults]
+    for fault in request.method.faults(subject.sites):
+        if fault not in faults:
+            faults.append(fault)
     if faults:
         raise ConfigError(*faults)
     return subject
@@ -157,7 +159,9 @@ def _open_model(request: Request) -> Subject:
     folder, _ = find_folder(config)
     refuse_foreign_code(folder, config)
     check_weights(folder, config)
-    files = [TensorFile(file) for file in list_weight_files(folder, config)]
+    files: list[TensorFile] = []
+    for file in list_weight_files(folder, config):
+        files.append(TensorFile(file))
     chain = read_chain(folder)
     examples: list[Any] = []
     if request.method.needs and request.dataset is not None:
@@ -168,11 +172,11 @@ def _open_model(request: Request) -> Subject:
         sites = find_sites(model, request.method.targets)
     except ConfigError as error:
         raise ConfigError(*(fault.replace("method.targets", "targets") for fault in error.faults)) from None
-    in_head = [site.name for site in sites if site.role == "head"]
-    if in_head:
-        raise ConfigError(
-            f"targets: {in_head[0]} belongs to the head, which a pass leaves as it is. Leave it out."
-        )
+    for site in sites:
+        if site.role == "head":
+            raise ConfigError(
+                f"targets: {site.name} belongs to the head, which a pass leaves as it is. Leave it out."
+            )
     return make_subject(folder, files, model, sites, chain, examples)
 
 
@@ -488,13 +492,11 @@ def prove(subject: Subject, copy: Mapping[Path, TensorFile], rows: Sequence[Row]
 
 def _totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Return sums over the sites."""
-    entries, zeros = sum(row["entries"] for row in rows), sum(row["zeros"] for row in rows)
-    return {
-        "seconds": sum(row["seconds"] for row in rows),
-        "entries": entries,
-        "zeros": zeros,
-        "share_of_zeros": zeros / entries if entries else 0.0,
-    }
+    totals: dict[str, Any] = {"seconds": 0.0, "entries": 0, "zeros": 0}
+    for row in rows:
+        for name in totals:
+            totals[name] += row[name]
+    return {**totals, "share_of_zeros": totals["zeros"] / totals["entries"]}
 
 
 def _describe(folder: Path, chain: Sequence[Mapping[str, Any]]) -> None:
