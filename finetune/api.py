@@ -322,7 +322,7 @@ def train(*overrides: str, plugins: Sequence[str | Path] = ()) -> Finished:
     from .launch.start import StartOptions
     from .storage.run_folder import run_folder
 
-    options = StartOptions(tuple(str(Path(folder).resolve()) for folder in plugins))
+    options = StartOptions(tuple(str(Path(folder).absolute()) for folder in plugins))
     found: list[Finished] = []
 
     def read() -> tuple[Any, Path]:

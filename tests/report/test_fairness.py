@@ -67,7 +67,7 @@ def test_a_setting_that_only_one_row_has(make_run: MakeRun, tmp_path: Path) -> N
 
 
 def test_compared_settings_and_their_part_are_no_findings(make_run: MakeRun, tmp_path: Path) -> None:
-    for rank, method in ((4, "lora"), (8, "snell")):
+    for rank, method in ((4, "lora"), (8, "bitfit")):  # neither has settings that came later
         for size in (16, 32):
             make_run(method, 0, RIGHT, train__batch_size=size, method__rank=rank)
     assert findings(tmp_path) == []

@@ -57,7 +57,8 @@ def test_nothing_decodes_a_pickle_or_runs_what_a_file_says() -> None:
 
 
 def test_plug_ins_come_from_the_command_line_and_from_nothing_else() -> None:
-    """Only the options of the command line hand folders on; every other call loads what is installed."""
+    """Only the command line and the caller of ``finetune.train`` name folders; every other call loads what is
+    installed."""
     named = []
     for file, node, name in calls():
         if name == "plugins.load" and (node.args or node.keywords):
@@ -69,6 +70,7 @@ def test_plug_ins_come_from_the_command_line_and_from_nothing_else() -> None:
         if names_it and (node.args or node.keywords):
             made.append(f"{file.relative_to(ROOT)}: {ast.unparse(node)}")
     assert made == [
+        "api.py: StartOptions(tuple((str(Path(folder).absolute()) for folder in plugins)))",
         "cli/options.py: StartOptions(tuple((str(folder.absolute()) for folder in plugins or ())))",
         "launch/start.py: cls(tuple(stated['plugins']))",
     ]

@@ -64,9 +64,13 @@ def place(original: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     def table(data: Csv) -> Any:
         return read(data)
 
-    @cache
+    loaded: dict[str, Any] = {}
+
     def base(*asked: Any) -> Any:
-        return load(*asked)
+        key = repr(asked)
+        if key not in loaded:
+            loaded[key] = load(*asked)
+        return loaded[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HOME", str(folder / "home"))
