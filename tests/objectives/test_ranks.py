@@ -15,6 +15,7 @@ from finetune.core.objective import Objective
 from finetune.methods.baseline.full import Full
 from finetune.objectives.forget import Forget
 from finetune.objectives.kd import KD
+from finetune.objectives.repair import Repair
 from finetune.objectives.squarehead import SquareHead
 from finetune.objectives.task import Task
 from finetune.testing import contract, ranks
@@ -24,6 +25,7 @@ OBJECTIVES: dict[str, Objective] = {
     "kd": KD(),
     "squarehead": SquareHead(),
     "forget": Forget(forget=0.25, retain=0.5),
+    "repair": Repair(),
 }
 
 
