@@ -48,6 +48,10 @@ class Task(Objective):
                 f"objective.class_weights={_show(given)} has no effect on a language model, which has no "
                 "classes; leave it out."
             )
+        if given != "balanced" and not any(given):
+            raise ConfigError(
+                f"objective.class_weights={_show(given)} are all 0, so nothing is minimized; raise one."
+            )
         if given == "balanced":
             if empty := [str(i) for i, n in enumerate(counts) if not n]:
                 raise ConfigError(

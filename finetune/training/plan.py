@@ -75,8 +75,14 @@ def _bound_changed(session: Session) -> float | None:
     Where entries that are not trained any more may keep their change, that is all. None if nothing is
     adapted.
     """
-    state = session.states["method"]
-    changes_stay = session.current.stored_shapes(state, session.run.total) is None
+    attached = [session.states["method"]]
+    if "kept" in session.states:  # phases before, whose changes stay
+        attached = [*session.states["kept"].children(), *attached]
+    changes_stay = False
+    planned = session.phases[session.phase + 1 - len(attached) : session.phase + 1]
+    for phase, state in zip(planned, attached, strict=True):
+        if phase.method.stored_shapes(state, phase.end - phase.start) is None:
+            changes_stay = True
     most = adapted = sum(part.adapted() for part in parts(session.states))
     of_entries = 0  # sizes of the layers in which only single entries change
     for layer in patched(session.model).values():
@@ -86,7 +92,7 @@ def _bound_changed(session: Session) -> float | None:
             most += size
         else:
             of_entries += size
-    capacity = sum(len(store.values) for store in entry_stores(state))
+    capacity = sum(len(store.values) for store in entry_stores(session.states))
     most += min(of_entries, capacity)
     return most / adapted if adapted else None
 

@@ -25,6 +25,7 @@ from finetune.methods.reparam.amt import AMT
 from finetune.methods.reparam.lora import LoRA
 from finetune.methods.reparam.peft import Peft
 from finetune.methods.sparse.hft import HFT
+from finetune.methods.sparse.s2ft import S2FT
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.sparse import Crossing
 from finetune.optim.mezo import Direction, MeZO, find_threshold, pack_bits, unpack_bits
@@ -423,6 +424,8 @@ def test_methods_say_whether_they_read_gradients() -> None:
     assert Peft(type="ADALORA").reads_gradients
     assert not Peft(type="LORA").reads_gradients
     assert not AMT(gdr=0.0).reads_gradients
+    assert S2FT(criterion="gradient").reads_gradients
+    assert not S2FT(criterion="activation").reads_gradients
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])

@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+from finetune.config.load import load
 from finetune.core.attach import base, detach, merge, trained_in_place
 from finetune.core.method import Method, Phase
 from finetune.core.objective import Objective
@@ -18,6 +19,7 @@ from finetune.methods.reparam.snell import SNELL
 from finetune.methods.sparse.shira import SHiRA
 from finetune.objectives.kd import KD
 from finetune.testing import contract
+from finetune.training.plan import plan
 from finetune.training.session import Session
 
 State = dict[str, torch.Tensor]
@@ -180,3 +182,14 @@ class SameToken(Method):
     def phases(self) -> tuple[Phase, ...]:
         phase = Phase(SNELL(rank=2), 1 / 3, keeps=True)
         return phase, phase, Phase(SNELL(rank=2), 1 / 3)
+
+
+def test_a_plan_bounds_what_all_phases_that_stay_can_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.methods.sparse.shira.SHiRA.phases", two_phases)
+    config = load(["method=shira", "method.sparsity=0.9", "train.steps=2", "train.threads=1"])
+    bound = plan(config)["changed_at_most"]
+    assert bound > 0.2  # a tenth of the entries of the layers twice, and the head
+
+
+def two_phases(method: SHiRA) -> tuple[Phase, ...]:
+    return Phase(method, 0.5, keeps=True), Phase(method, 0.5)

@@ -133,6 +133,10 @@ class S2FT(Method):
             )
 
     @property
+    def reads_gradients(self) -> bool:
+        return self.criterion == "gradient"
+
+    @property
     def score(self) -> str:
         """Return the score of single entries that the criterion averages."""
         return SCORES[self.criterion]
