@@ -36,6 +36,7 @@ def check_fairness(rows: Sequence[Row], keys: Sequence[str]) -> list[Finding]:
     return [
         *_check_settings(rows, keys),
         *_check_base_weights(done, keys),
+        *_check_teachers(done),
         *_check_trained(done),
         *_check_changed(done),
         *_compare_runs(
@@ -123,6 +124,17 @@ def _check_base_weights(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Fi
         if fingerprint:
             values[row.label] = fingerprint[:10]
     yield from _compare_values("setting", "base weights", values, "The models started from different weights")
+
+
+def _check_teachers(rows: Sequence[Row]) -> Iterator[Finding]:
+    """Compare the weights of models at one path that objectives compared with."""
+    marks: dict[str, dict[str, str]] = {}
+    for row in rows:
+        for path, mark in (row.finished[0].result.get("references") or {}).items():
+            marks.setdefault(path, {})[row.label] = str(mark)[:10]
+    for path, values in marks.items():
+        words = f"The teacher {path} had different weights"
+        yield from _compare_values("setting", f"teacher {path}", values, words)
 
 
 def _check_trained(rows: Sequence[Row]) -> Iterator[Finding]:

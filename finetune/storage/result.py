@@ -61,6 +61,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
     "config_hash?": str,
     "group_hash?": str,
     "suspect?": [str],
+    "references?": {str: str},
     "warnings?": [str],
 }
 
@@ -105,6 +106,7 @@ def make_result(
     batch: Mapping[str, Any] | None = None,
     processes: int | None = None,
     threads: int | None = None,
+    references: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``result.json``; docs/run-folder.md says what each key means."""
     streams = {name: dataset.name for name, dataset in config.streams.items()}
@@ -133,6 +135,7 @@ def make_result(
         "processes": processes,
         "threads": threads,
         "versions": versions(),
+        **({"references": dict(references)} if references else {}),
         **plugin_records.record_of(config),
         "git_commit": git_commit(),
         "config_hash": config.hash(),

@@ -231,6 +231,8 @@ def count_parameters(setup: Setup) -> Params:
     adapted = sum(part.adapted() for part in parts(session.states))
     adapted += sum(layer.original.numel() for layer in patched(session.model).values())
     trained = sum(p.numel() for p in session.states.parameters() if p.requires_grad)
+    if "kept" in session.states:  # what earlier phases trained and left in place
+        trained += sum(p.numel() for p in session.states["kept"].parameters())
     return {"trained": trained, "adapted": adapted, "total": setup.total}
 
 

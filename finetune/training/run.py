@@ -193,6 +193,7 @@ class Training:
             batch=session.memory.record().to_json(),
             processes=accelerator.num_processes,
             threads=torch.get_num_threads(),
+            references=record.references,
         )
 
     def _fail(self, error: NotFinite) -> RunFailed:

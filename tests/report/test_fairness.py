@@ -191,3 +191,11 @@ def test_other_labels_of_the_same_examples(make_run: MakeRun, tmp_path: Path) ->
         "test labels",
         {"lora": "0 other labels", "snell": "2 other labels"},
     )
+
+
+def test_a_teacher_with_other_weights_at_the_same_path(make_run: MakeRun, tmp_path: Path) -> None:
+    for method, mark in (("lora", "a" * 64), ("bitfit", "b" * 64)):
+        make_run(method, 0, RIGHT, result={"references": {"teacher": mark}})
+    (found,) = findings(tmp_path)
+    assert found["values"] == {"lora": "a" * 10, "bitfit": "b" * 10}
+    assert found["words"].startswith("The teacher teacher had different weights: ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
@@ -20,6 +21,7 @@ from finetune.methods.sparse.shira import SHiRA
 from finetune.objectives.kd import KD
 from finetune.testing import contract
 from finetune.training.plan import plan
+from finetune.training.prepare import count_parameters
 from finetune.training.session import Session
 
 State = dict[str, torch.Tensor]
@@ -193,3 +195,11 @@ def test_a_plan_bounds_what_all_phases_that_stay_can_change(monkeypatch: pytest.
 
 def two_phases(method: SHiRA) -> tuple[Phase, ...]:
     return Phase(method, 0.5, keeps=True), Phase(method, 0.5)
+
+
+def test_what_earlier_phases_left_is_counted_as_trained() -> None:
+    session, left, _ = in_second_phase()
+    setup: Any = SimpleNamespace(session=session, total=1)
+    now = sum(p.numel() for p in session.states.parameters() if p.requires_grad)
+    before = sum(tensor.numel() for name, tensor in left.items() if name.startswith("method."))
+    assert count_parameters(setup)["trained"] == now + before
