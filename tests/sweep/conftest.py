@@ -50,6 +50,7 @@ def point(seed: int, name: str = "s", steps: int = 10) -> Point:
         AdamW(),
         train,
         LoggerConfig(),
+        objective=Named("task"),
     )
     return Point("method=m", config, RunFolder(Path("outputs", name, f"m-s{seed}-x")))
 
