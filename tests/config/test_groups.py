@@ -25,6 +25,7 @@ RUNS = {
     "schedule": ["method=shira", "schedule=cubic", "schedule.every=2"],
     "selector": ["method=shira", "selector=ist", "selector.every=2"],
     "optimizer": ["method=shira", "optimizer=sm3"],
+    "objective": ["method=shira", "objective=kd"],
     "train": ["method=shira", "train=smoke"],
     "logger": ["method=shira", "logger=wandb", "logger.project=test"],
 }
