@@ -1,13 +1,12 @@
 """The Python front door: put a method on a model, train it in any loop, and run and read whole runs.
 
-import finetune
-
-handle = finetune.attach(model, "lora", rank=8, seed=0)
-optimizer = handle.optimizer(lr=1e-3)
-for batch in loader:
-    with handle.step(optimizer):
-        model(**batch).loss.backward()
-handle.save("delta")
+For example:
+    handle = finetune.attach(model, "lora", rank=8, seed=0)
+    optimizer = handle.optimizer(lr=1e-3)
+    for batch in loader:
+        with handle.step(optimizer):
+            handle.module(**batch).loss.backward()
+    handle.save("delta")
 """
 
 from __future__ import annotations
@@ -54,7 +53,8 @@ class Handle:
     """A method on a model, to be trained by a loop of the caller's own. ``attach`` makes it.
 
     ``model``: the model with the method's parts attached. ``module``: the model and the trained tensors as
-    one module. ``method``: the method. ``number``: steps done.
+    one module; call its ``train`` and ``eval``, since parts with dropout have a mode too. ``method``: the
+    method. ``number``: steps done.
     """
 
     def __init__(
@@ -210,21 +210,23 @@ class Handle:
         """Run one micro-batch backward; see ``Run.backward``."""
         if self._loss is None:
             raise self._lack("the loss of a batch", "loss")
-        training = self.module.training
+        training, count = self.module.training, 1.0
+        try:
+            if not summed:
+                count = self._count(self._loss, step)
+            self.module.train(in_training)
+            total, _ = self._loss(self.model, batch)
+            (total / count).backward()
+        finally:
+            for parameter in self.parameters():
+                parameter.grad = None
+            self.module.train(training)
+
+    @torch.no_grad()
+    def _count(self, loss: Loss, step: list[Any]) -> float:
+        """Return the count of a step's micro-batches together, as the caller's loss gives it."""
         self.module.eval()
-        count = 1.0
-        if not summed:
-            counts = []
-            for each in step:
-                with torch.no_grad():
-                    counts.append(self._loss(self.model, each)[1])
-            count = sum(counts)
-        self.module.train(in_training)
-        total, _ = self._loss(self.model, batch)
-        (total / count).backward()
-        for parameter in self.parameters():
-            parameter.grad = None
-        self.module.train(training)
+        return sum(loss(self.model, batch)[1] for batch in step)
 
     def _lack(self, what: str, argument: str = "") -> ConfigError:
         named = f"method={self.method.name}"

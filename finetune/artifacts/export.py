@@ -177,7 +177,7 @@ def _entries_and_factors(layers: dict[str, Patched]) -> dict[str, tuple[SparseCh
 def _not_supertuning(layers: dict[str, Patched]) -> str:
     """Return why peft's Super-Tuning cannot hold entries and factors; empty if it can."""
     try:
-        from peft import SupertuningConfig  # noqa: F401
+        from peft import SupertuningConfig  # noqa: F401  (asks whether peft has it)
     except ImportError:
         return "the installed peft has no Super-Tuning; peft 0.21.2 has it"
     for name, layer in layers.items():

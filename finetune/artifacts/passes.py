@@ -149,12 +149,6 @@ def _find_data_faults(request: Request) -> list[str]:
 
 def _open_model(request: Request) -> Subject:
     """Find the folder and its sites, and load the model if statistics are needed."""
-    path = Path(request.model).expanduser()
-    if (path / "config.yaml").is_file():
-        raise ConfigError(
-            f"model={request.model} is a run, not a model. Write its model with "
-            f"`finetune merge ckpt={request.model} out=FOLDER`, and name that folder."
-        )
     config = ModelConfig("hf", request.model)
     folder, _ = find_folder(config)
     refuse_foreign_code(folder, config)

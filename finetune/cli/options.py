@@ -29,7 +29,7 @@ Plugins = Annotated[
     typer.Option(
         "--plugins",
         metavar="DIR",
-        help="A folder of your own methods, scores, schedules, optimizers or data sets; may be repeated.",
+        help="A folder of your own methods, data sets, objectives and so on; may be repeated.",
         show_default=False,
     ),
 ]

@@ -38,7 +38,8 @@ class Phase:
     phase; with ``span`` they run over the whole run, and the phase takes its steps of them.
     ``objective``: what is minimized in this phase; None: the objective of the run.
     ``keeps``: the parts of this phase stay attached under the next one, frozen, and the head goes on from
-    where it is. Otherwise they are detached, and the head starts again.
+    where it is; dropout inside these parts stays active while the next phase trains. Otherwise they are
+    detached, and the head starts again.
     """
 
     method: Method

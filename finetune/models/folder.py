@@ -41,6 +41,11 @@ def find_folder(config: ModelConfig) -> tuple[Path, str]:
             )
         if not folder.is_dir():
             folder = _find_builtin(config.path)
+        if (folder / "config.yaml").is_file() and not (folder / "config.json").exists():
+            raise ConfigError(
+                f"model.path={config.path} is a run, not a model. Write its model with "
+                f"`finetune merge ckpt={config.path} out=FOLDER`, and name that folder."
+            )
         return folder, config.path
     if folder.exists():
         raise ConfigError(

@@ -123,8 +123,10 @@ def _lay_on(known: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any
     laid = dict(known)
     for key, value in given.items():
         old = known.get(key)
-        both = isinstance(old, Mapping) and isinstance(value, Mapping)
-        laid[key] = _lay_on(old, value) if both else value  # type: ignore[arg-type]
+        if isinstance(old, Mapping) and isinstance(value, Mapping):
+            laid[key] = _lay_on(old, value)
+        else:
+            laid[key] = value
     return laid
 
 

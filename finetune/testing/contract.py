@@ -430,7 +430,7 @@ def _make_overflow(session: Session, most: float) -> None:
             gradients[0].view(-1)[0] = torch.inf
         return loss
 
-    session._backward = backward  # type: ignore[method-assign]
+    session._backward = backward  # type: ignore[method-assign]  # the fault is planted in this session alone
 
 
 # In this order: check_base_untouched takes apart the session that the checks before it share.

@@ -18,7 +18,14 @@ from ..data.encode import Batch
 from .batches import Batches
 
 T = TypeVar("T", float, Tensor)
+NAMES: dict[Need, str] = {"hidden": "hidden_states", "attention": "attentions"}  # of transformers
 MicroBatches = list[Batch | None]  # of one step; ``None`` if this process has no example left
+
+
+def prepare_to_show(model: Any, needs: tuple[Need, ...]) -> None:
+    """Make a transformers model able to show what is needed: fused attention has no attention weights."""
+    if "attention" in needs:
+        model.set_attn_implementation("eager")
 
 
 def look(model: Any, needs: tuple[Need, ...], inputs: dict[str, Tensor]) -> Seen:
@@ -26,9 +33,6 @@ def look(model: Any, needs: tuple[Need, ...], inputs: dict[str, Tensor]) -> Seen
     wanted = {f"output_{name}": True for name in (NAMES[need] for need in needs)}
     out = model(**inputs, **wanted)
     return Seen(out.logits, tuple(out.get("hidden_states") or ()), tuple(out.get("attentions") or ()))
-
-
-NAMES: dict[Need, str] = {"hidden": "hidden_states", "attention": "attentions"}  # as transformers names them
 
 
 class Tuned(nn.Module):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -142,11 +141,6 @@ def read_teacher(config: Config, student: Base, labels: tuple[str, ...], path: s
     Raises ``ConfigError`` where it cannot be read or does not fit.
     """
     named = f"objective.teacher={path}"
-    if (Path(path).expanduser() / "config.yaml").is_file():
-        raise ConfigError(
-            f"{named} is a run, not a model. Write its model with `finetune merge ckpt={path} out=FOLDER`, "
-            "and name that folder."
-        )
     try:
         source = replace(config.model, path=path, revision=None, head="auto", init="pretrained", config={})
         teacher = load(source, student.task, labels, config.seed)

@@ -15,7 +15,7 @@ from ..data.encode import Batch
 from ..errors import ConfigError
 from ..models.stored import fingerprint
 from .build import Pretrained
-from .compute import Tuned, look
+from .compute import Tuned, look, prepare_to_show
 
 
 class Frozen:
@@ -121,6 +121,7 @@ class References:
         return Frozen(self._read[path], self.needs, self.accelerator)
 
     def _take(self, model: nn.Module) -> nn.Module:
+        prepare_to_show(model, self.needs)
         return model.to(self.accelerator.device).eval().requires_grad_(False)
 
     @property

@@ -30,7 +30,7 @@ from ..objectives.task import Task
 from ..system import random_state
 from .batches import Batches
 from .build import Pretrained, build_states
-from .compute import Compute, MicroBatches, Tuned
+from .compute import Compute, MicroBatches, Tuned, prepare_to_show
 from .memory import ADVICE, Memory, ran_out, rng_restore, rng_snapshot
 from .optimizer import make_optimizer, rate
 from .optimizer_state import load_optimizer, save_optimizer
@@ -203,6 +203,7 @@ class Session:
         streams = [name for name in planned.objective.streams() if name in self.batches.sets]
         self.batches.used = (TRAIN, *streams)  # all of them in a session that trains
         self.compute.run, self.compute.objective = self.run, planned.objective
+        prepare_to_show(self.model, planned.objective.needs)
         self.references.enter(self.states, planned.objective.needs)
 
     def _upcoming(self, steps: int) -> list[MicroBatches]:
