@@ -74,11 +74,13 @@ API: dict[str, tuple[str, list[str]]] = {
     ),
     "kinds": ("Base classes of the other kinds", []),  # filled below
     "distillation": ("What an objective with a teacher is", ["core.distillation"]),
-    "training": ("The training loop", ["training.session", "training.run"]),
+    "training": ("The training loop", ["training.session", "training.phases", "training.run"]),
     "testing": (
-        "Checks for methods",
+        "Checks for methods and other kinds",
         [
             "testing.contract",
+            "testing.objectives",
+            "testing.optimizers",
             "testing.sessions",
             "testing.cases",
             "testing.ranks",

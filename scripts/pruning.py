@@ -13,7 +13,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.artifacts.passes import Request, run
+from finetune.artifacts.pass_subject import Request
+from finetune.artifacts.passes import run
 from finetune.config.load import load as load_config
 from finetune.config.settings import ModelConfig, TrainConfig
 from finetune.core.pruning import Pruning

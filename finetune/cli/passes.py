@@ -45,13 +45,15 @@ def _run_pass(
     from ..config.passes import read_words
 
     given = read_words(verb, words, config_dir)
-    from ..artifacts import passes
+    from ..artifacts import pass_subject, passes
 
-    request = passes.Request(given.method, given.model, given.out, given.dataset, **given.numbers)
+    request = pass_subject.Request(given.method, given.model, given.out, given.dataset, **given.numbers)
     if dry_run:
         show_tree(passes.plan(request), as_json)
         return
     result = passes.run(request, lambda line: print(line, file=sys.stderr))
     if not as_json:
-        result["sites"] = f"{len(result['sites'])}, each in {given.out / passes.FOLDER / passes.ABOUT}"
+        result["sites"] = (
+            f"{len(result['sites'])}, each in {given.out / pass_subject.FOLDER / pass_subject.ABOUT}"
+        )
     show_tree(result, as_json)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cached_property
 from itertools import pairwise
@@ -18,23 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from .. import registry
 from ..config.settings import TrainConfig
 from ..core.attach import NotMergeable, base, detach, merge, patched
 from ..core.method import Method
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
-from ..core.state import entry_stores
 from ..objectives.task import Task
 from ..storage import checkpoint
 from ..storage.delta import load_delta, save_delta
 from ..system import random_state
 from ..training.session import Session, Step
 from .sessions import (
-    OPTIMIZER,
     STEPS,
     TRAIN,
     Kind,
@@ -269,31 +265,18 @@ def check_accumulation(trial: Trial) -> None:
     whole, parts = trial.begin(), trial.begin(micro_batch_size=3)
     for session in (whole, parts):
         session.start()
-    _compare_steps(whole, parts)
+    compare_steps(whole, parts)
 
 
-def check_terms(trial: Trial) -> None:
-    """The terms of micro-batches of unequal size add up to those of the whole batch, after some training.
-
-    With an objective that is not ``exact`` the loss must differ, or it should say that it is exact.
-    """
-    whole, parts = trial.resume(SAVED[1]), trial.resume(SAVED[1])
-    parts.batches.micro_batch_size = 3
-    if trial.objective.exact:
-        _compare_steps(whole, parts)
-        return
-    losses = [_run_backward(session) for session in (whole, parts)]
-    assert losses[0] != losses[1], "exact=False, but micro-batches give the loss of the whole batch"
-
-
-def _run_backward(session: Session) -> float:
+def run_backward(session: Session) -> float:
+    """Run the backward pass of the first step in eval mode; return its loss."""
     session.tuned.eval()  # without dropout, whose draws depend on the batch's shape
     return session._backward(next(session.batches.steps(0, 1)))
 
 
-def _compare_steps(whole: Session, parts: Session) -> None:
+def compare_steps(whole: Session, parts: Session) -> None:
     """Raise ``AssertionError`` unless a step of ``parts`` has the loss and the gradients of ``whole``."""
-    losses = [_run_backward(session) for session in (whole, parts)]
+    losses = [run_backward(session) for session in (whole, parts)]
     assert abs(losses[0] - losses[1]) < 1e-5, "the loss differs"
     gradients = []
     for session in (whole, parts):
@@ -325,114 +308,6 @@ def check_bf16(trial: Trial) -> None:
     same_values(session.model, original)
 
 
-def check_passes(trial: Trial) -> None:
-    """A step runs the model forward once, and each reference once, whatever the number of terms.
-
-    With data streams that is once for the training data and for each stream; a reference may leave some out.
-    """
-    session = trial.begin()
-    session.start()
-    ran: list[int] = []
-    models = [session.model]
-    for name in trial.objective.references():
-        models.append(session.run.reference(name).model)
-    for model in {id(model): model for model in models}.values():
-        model.register_forward_hook(lambda *_: ran.append(1))
-    micro = next(session.batches.steps(0, 1))
-    session._backward(micro)
-    least, most = len(micro) + len(models) - 1, len(micro) * len(models)
-    assert least <= len(ran) <= most, f"{len(ran)} forward passes for {len(models)} models"
-
-
-def check_steps(trial: Trial) -> None:
-    """Micro-batches of unequal size move the trained values as the whole batch does."""
-    moves = []
-    for train in ({}, {"micro_batch_size": 3}):
-        session = trial.begin(**train)
-        session.start()
-        before = trained_values(session)
-        next(session.steps())
-        moves.append({name: value - before[name] for name, value in trained_values(session).items()})
-    for name, whole in moves[0].items():
-        error = float((moves[1][name] - whole).norm())
-        assert error <= 0.01 * float(whole.norm()), f"micro-batches move {name} by another step"
-
-
-def check_entries(trial: Trial) -> None:
-    """Entries of a sparse bank keep what the optimizer remembers of them when others join.
-
-    The gradients are given. Those of the entries that join are 0, so the others must move as if none joined.
-    """
-    if not _optimizer(trial).needs_grad:
-        return
-    alone, joined = _train_entries(trial, join=False), _train_entries(trial, join=True)
-    torch.testing.assert_close(joined, alone, rtol=1e-4, atol=1e-7)
-
-
-def _optimizer(trial: Trial) -> Optimizer:
-    return trial.optimizer or OPTIMIZER
-
-
-def _train_entries(trial: Trial, join: bool) -> Tensor:
-    """Make four steps with every second entry of a bank; return its values.
-
-    ``join``: the other entries join after two steps.
-    """
-    session = begin(registry.get("method", "sparse")(sparsity=0.9), optimizer=_optimizer(trial))
-    session.start()
-    bank: Any = entry_stores(session.states)[0]
-    everything = [bank.positions(i).clone() for i in range(len(bank.sizes))]
-    halves = [positions[1::2].contiguous() for positions in everything]
-    bank.revise(halves, {}, "base")
-    for step in range(4):
-        if join and step == 2:
-            bank.revise(everything, session.run.moments(bank.values), "base")
-        generator = torch.Generator().manual_seed(step)
-        grad = torch.zeros_like(bank.values)
-        for i, (start, end) in enumerate(pairwise(bank.bounds())):
-            of_site = torch.randn(bank.sizes[i], generator=generator)
-            trained = torch.isin(bank.positions(i), halves[i])
-            grad[start:end] = of_site[bank.positions(i).long()] * trained
-        bank.values.grad = grad
-        session._step_optimizer([])
-    kept = []
-    for i, positions in enumerate(halves):
-        kept.append(bank.slice(i)[torch.isin(bank.positions(i), positions)])
-    return torch.cat(kept).detach()
-
-
-def check_fp16(trial: Trial) -> None:
-    """A step whose gradients overflow in float16 ends as one that began with half the loss scale.
-
-    An optimizer that needs no gradient leaves the loss scale alone, and its step does not depend on it.
-    """
-    needs_grad, scales = _optimizer(trial).needs_grad, (2.0**16, 2.0**15)
-    first, second = (trial.begin(loss_scale=scale) for scale in scales)
-    if needs_grad:
-        _make_overflow(first, most=scales[1])
-    for session, scale in zip((first, second), scales, strict=True):
-        session.start()
-        next(session.steps())
-        left = session.accelerator.scaler.get_scale()
-        assert left == (scales[1] if needs_grad else scale), f"the loss scale is {left}"
-        assert all(value.isfinite().all() for value in trained_values(session).values())
-    same_values(first.states, second.states)
-
-
-def _make_overflow(session: Session, most: float) -> None:
-    """Make one gradient infinite as long as the loss scale is above ``most``."""
-    real = session._backward
-
-    def backward(micro: Any) -> float:
-        loss = real(micro)
-        if session.accelerator.scaler.get_scale() > most:
-            gradients = [p.grad for p in session.states.parameters() if p.grad is not None]
-            gradients[0].view(-1)[0] = torch.inf
-        return loss
-
-    session._backward = backward  # type: ignore[method-assign]  # the fault is planted in this session alone
-
-
 # In this order: check_base_untouched takes apart the session that the checks before it share.
 CHECKS: dict[str, Callable[[Trial], None]] = {
     "step_zero": check_step_zero,
@@ -447,46 +322,14 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
 }
 
 
-OBJECTIVE_CHECKS: dict[str, Callable[[Trial], None]] = {
-    "resume": check_resume,
-    "same_seed": check_same_seed,
-    "passes": check_passes,
-    "terms": check_terms,
-    "base_untouched": check_base_untouched,
-    "bf16": check_bf16,
-}
-
-
-def check_objective(objective: Objective, make: Make, kind: Kind = "vit") -> None:
-    """Run every check of ``OBJECTIVE_CHECKS``: train the method that ``make`` gives with ``objective``."""
-    trial = Trial(make, kind, objective=objective)
-    for run_check in OBJECTIVE_CHECKS.values():
-        run_check(trial)
-
-
-OPTIMIZER_CHECKS: dict[str, Callable[[Trial], None]] = {
-    "gradients": check_gradients,
-    "resume": check_resume,
-    "same_seed": check_same_seed,
-    "base_untouched": check_base_untouched,
-    "steps": check_steps,
-    "entries": check_entries,
-    "fp16": check_fp16,
-    "bf16": check_bf16,
-}
-
-
-def check_optimizer(optimizer: Optimizer, make: Make, kind: Kind = "vit") -> None:
-    """Run every check of ``OPTIMIZER_CHECKS``: train the method that ``make`` gives with ``optimizer``."""
-    trial = Trial(make, kind, optimizer=optimizer)
-    for run_check in OPTIMIZER_CHECKS.values():
-        run_check(trial)
-
-
 def check(make: Make, kind: Kind = "vit") -> None:
     """Run every check of ``CHECKS``. ``make`` gives a new instance of the method."""
-    trial = Trial(make, kind)
-    for run_check in CHECKS.values():
+    run_checks(CHECKS, Trial(make, kind))
+
+
+def run_checks(checks: Mapping[str, Callable[[Trial], None]], trial: Trial) -> None:
+    """Run every one of ``checks`` on one trial, in their order."""
+    for run_check in checks.values():
         run_check(trial)
 
 

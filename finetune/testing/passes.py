@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artifacts.passes import Request, Subject, make_subject, process
+from ..artifacts.pass_subject import Request, Subject, make_subject
+from ..artifacts.passes import process
 from ..core.passes import Pass
 from ..core.roles import is_transposed
 from ..core.site import Site, find_sites

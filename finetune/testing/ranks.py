@@ -1,4 +1,4 @@
-"""Run a test script in several processes that train together on the CPU, and read what each has stored."""
+"""Run a test script in several processes that train together on the CPU, and compare what they store."""
 
 from __future__ import annotations
 
@@ -8,8 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 from torch import Tensor
+
+from ..training.session import Session
 
 LIMIT = 600  # seconds; if one process misses a collective, the others would wait forever
 
@@ -44,3 +47,25 @@ def run(script: str, folder: Path, world: int = 2) -> list[dict[str, Tensor]]:
             process.kill()
     assert not any(process.returncode for process in started), said
     return [load_file(file) for file in files]
+
+
+def record(session: Session) -> dict[str, Tensor]:
+    """Train to the end; return the loss of each step and what the run ends with."""
+    kept = {}
+    for step in session.steps():
+        kept[f"loss {step.number}"] = torch.tensor(step.loss)
+    for name, tensor in session.states.state_dict().items():
+        kept[name] = tensor.contiguous()
+    return kept
+
+
+def check_agreement(script: str, folder: Path, alone: dict[str, Tensor]) -> None:
+    """Raise ``AssertionError`` unless two ranks store the same bits, and nearly what one process has.
+
+    ``script``: as in ``run``. ``alone``: what the script stores if it runs in one process.
+    """
+    first, second = run(script, folder)
+    assert first.keys() == second.keys() == alone.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[name]), name
+        torch.testing.assert_close(tensor, alone[name], atol=1e-4, rtol=1e-3, msg=name)

@@ -21,7 +21,7 @@ from ..config.settings import TrainConfig
 from ..core.attach import detach
 from ..core.collective import broadcast_
 from ..core.method import Method, Run
-from ..core.objective import PREVIOUS, Objective
+from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
 from ..data.encode import TRAIN, Batch
@@ -34,6 +34,7 @@ from .compute import Compute, MicroBatches, Tuned, prepare_to_show
 from .memory import ADVICE, Memory, ran_out, rng_restore, rng_snapshot
 from .optimizer import make_optimizer, rate
 from .optimizer_state import load_optimizer, save_optimizer
+from .phases import plan_phases
 from .reference import References
 
 LOSS_SCALES = 40  # how often fp16 may halve its loss scale in one step
@@ -70,46 +71,6 @@ class Step:
     metrics: dict[str, float]
 
 
-@dataclass(frozen=True)
-class PlannedPhase:
-    """A phase of a run: its method and objective, and the numbers of steps done at its start and at its end.
-
-    ``lr_start``, ``lr_end``: likewise of its learning rate's schedule. ``keeps``: its parts stay attached
-    under the next phase.
-    """
-
-    method: Method
-    objective: Objective
-    start: int
-    end: int
-    lr_start: int
-    lr_end: int
-    keeps: bool
-
-
-def plan_phases(recipe: Recipe) -> list[PlannedPhase]:
-    """Return the phases of a run.
-
-    Raises ``ConfigError`` if an objective compares with a phase before whose parts are not kept.
-    """
-    steps, phases = recipe.train.steps, recipe.method.phases()
-    planned: list[PlannedPhase] = []
-    start = 0
-    for i, phase in enumerate(phases):
-        end = round(steps * sum(p.share for p in phases[: i + 1]))
-        lr_start, lr_end = (start, end) if phase.schedule == "restart" else (0, steps)
-        objective = phase.objective or recipe.objective
-        if PREVIOUS in objective.references() and not (planned and planned[-1].keeps):
-            raise ConfigError(
-                f"objective={objective.name} compares with the model that the phase before left, and phase "
-                f"{i + 1} of method={recipe.method.name} has none below it. Take "
-                "objective.teacher=base, or a path."
-            )
-        planned.append(PlannedPhase(phase.method, objective, start, end, lr_start, lr_end, phase.keeps))
-        start = end
-    return planned
-
-
 class Session:
     """A method in training on a model.
 
@@ -123,7 +84,7 @@ class Session:
         self.batches, self.accelerator = batches, accelerator
         self.model = pretrained.model.requires_grad_(False)
         self.method, self.selector = recipe.method, recipe.selector
-        self.phases = plan_phases(recipe)
+        self.phases = plan_phases(recipe.method, recipe.train.steps, recipe.objective)
         self.number = 0  # optimizer steps done
         self.phase = -1
         self.states = nn.ModuleDict()

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from finetune.artifacts import passes
-from finetune.artifacts.passes import Request, relative_output_error, run
+from finetune.artifacts.pass_subject import Request
+from finetune.artifacts.passes import relative_output_error, run
 from finetune.config.settings import ModelConfig
 from finetune.core.statistics import SiteStatistics
 from finetune.errors import ConfigError

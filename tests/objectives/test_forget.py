@@ -13,7 +13,7 @@ from finetune.data.encode import collate
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
 from finetune.objectives.forget import Forget
-from finetune.testing import contract, sessions
+from finetune.testing import contract, objectives, sessions
 from finetune.training.batches import choose_examples, derive_seed
 from finetune.training.session import Session
 
@@ -101,4 +101,4 @@ def test_the_weights_are_those_of_the_released_code() -> None:
     ("make", "kind"), [(lambda: LoRA(rank=2), "vit"), (Full, "vit"), (lambda: LoRA(rank=2), "gpt2")]
 )
 def test_contract(make: Any, kind: Any) -> None:
-    contract.check_objective(Forget(), make, kind)
+    objectives.check_objective(Forget(), make, kind)

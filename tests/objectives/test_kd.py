@@ -13,7 +13,7 @@ from finetune.core.distillation import sum_divergence
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
 from finetune.objectives.kd import KD
-from finetune.testing import contract
+from finetune.testing import contract, objectives
 from finetune.training.reference import References
 from finetune.training.session import Session
 
@@ -144,4 +144,4 @@ def test_weights_that_are_all_zero_are_refused() -> None:
     ("make", "kind"), [(lambda: LoRA(rank=2), "vit"), (Full, "vit"), (lambda: LoRA(rank=2), "gpt2")]
 )
 def test_contract(make: Any, kind: Any) -> None:
-    contract.check_objective(KD(), make, kind)
+    objectives.check_objective(KD(), make, kind)

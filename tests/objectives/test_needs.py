@@ -15,7 +15,7 @@ from finetune.core.objective import Need, Objective
 from finetune.core.run import Seen
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
-from finetune.testing import contract
+from finetune.testing import contract, objectives
 
 
 @dataclass(frozen=True)
@@ -68,4 +68,4 @@ def test_what_is_not_needed_is_not_kept() -> None:
 @pytest.mark.parametrize("check", ["resume", "passes", "terms"])
 def test_contract(check: str) -> None:
     """Those checks that do not compare with a model of fused attention, whose last bits differ."""
-    contract.OBJECTIVE_CHECKS[check](contract.Trial(Full, objective=AttentionTransfer()))
+    objectives.CHECKS[check](contract.Trial(Full, objective=AttentionTransfer()))

@@ -7,7 +7,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -35,21 +34,14 @@ def train() -> dict[str, Tensor]:
     for name, objective in OBJECTIVES.items():
         settings = replace(contract.TRAIN, micro_batch_size=1)  # every third batch has five examples
         session = contract.begin(Full(), train=settings, objective=objective)
-        for step in session.steps():
-            kept[f"{name}/loss {step.number}"] = torch.tensor(step.loss)
-        for key, tensor in session.states.state_dict().items():
-            kept[f"{name}/{key}"] = tensor.contiguous()
+        for key, tensor in ranks.record(session).items():
+            kept[f"{name}/{key}"] = tensor
     return kept
 
 
 @pytest.mark.processes
 def test_two_ranks_agree_to_the_bit_and_with_one(tmp_path: Path) -> None:
-    first, second = ranks.run(__file__, tmp_path)
-    alone = train()
-    assert first.keys() == second.keys() == alone.keys()
-    for name, tensor in first.items():
-        assert torch.equal(tensor, second[name]), name
-        torch.testing.assert_close(tensor, alone[name], atol=1e-4, rtol=1e-3, msg=name)
+    ranks.check_agreement(__file__, tmp_path, train())
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from finetune.data.encode import collate
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
 from finetune.objectives.repair import Repair
-from finetune.testing import contract, sessions
+from finetune.testing import contract, objectives, sessions
 from finetune.training.batches import choose_examples, derive_seed
 
 
@@ -65,4 +65,4 @@ def test_the_weights_are_those_of_the_released_code() -> None:
 
 @pytest.mark.parametrize(("make", "kind"), [(lambda: LoRA(rank=2), "vit"), (Full, "gpt2")])
 def test_contract(make: Any, kind: Any) -> None:
-    contract.check_objective(Repair(), make, kind)
+    objectives.check_objective(Repair(), make, kind)

@@ -14,7 +14,7 @@ from finetune.data.encode import Batch, collate
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
 from finetune.objectives.squarehead import SquareHead, relative_errors
-from finetune.testing import contract
+from finetune.testing import contract, objectives
 
 EPS = 2.0**-7
 
@@ -109,4 +109,4 @@ def test_tokens_are_those_of_the_attention_mask() -> None:
 
 @pytest.mark.parametrize(("make", "kind"), [(Full, "vit"), (lambda: LoRA(rank=2), "llama")])
 def test_contract(make: Any, kind: Any) -> None:
-    contract.check_objective(replace(SquareHead(), kl=0.5), make, kind)
+    objectives.check_objective(replace(SquareHead(), kl=0.5), make, kind)

@@ -12,7 +12,7 @@ from finetune.core.loss import IGNORED
 from finetune.errors import ConfigError
 from finetune.methods.reparam.lora import LoRA
 from finetune.objectives.task import Task
-from finetune.testing import contract
+from finetune.testing import contract, objectives
 from finetune.training.session import Session
 
 WEIGHTS = (0.5, 2.0, 0.25)
@@ -101,4 +101,4 @@ def test_weights_that_do_not_fit_are_refused(kind: Any, objective: Task, words: 
 
 
 def test_contract() -> None:
-    contract.check_objective(Task(label_smoothing=0.1, class_weights=WEIGHTS), lambda: LoRA(rank=2))
+    objectives.check_objective(Task(label_smoothing=0.1, class_weights=WEIGHTS), lambda: LoRA(rank=2))

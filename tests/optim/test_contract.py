@@ -14,7 +14,7 @@ from finetune.methods.sparse.shira import SHiRA
 from finetune.optim.adamw import AdamW
 from finetune.optim.mezo import MeZO
 from finetune.optim.sm3 import SM3
-from finetune.testing import contract
+from finetune.testing import contract, optimizers
 
 OPTIMIZERS: dict[str, Optimizer] = {
     "adamw": AdamW(lr=1e-2, weight_decay=0.1),
@@ -32,10 +32,10 @@ for _name, _optimizer in OPTIMIZERS.items():
         TRIALS[f"{_name}-{_method}"] = contract.Trial(_make, optimizer=_optimizer)
 
 
-@pytest.mark.parametrize("check", contract.OPTIMIZER_CHECKS)
+@pytest.mark.parametrize("check", optimizers.CHECKS)
 @pytest.mark.parametrize("trial", TRIALS)
 def test_contract(trial: str, check: str) -> None:
-    contract.OPTIMIZER_CHECKS[check](TRIALS[trial])
+    optimizers.CHECKS[check](TRIALS[trial])
 
 
 def test_every_optimizer_is_tried() -> None:

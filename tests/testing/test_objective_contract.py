@@ -17,7 +17,7 @@ from finetune.core.run import Run, Seen
 from finetune.errors import RunFailed
 from finetune.methods.baseline.full import Full
 from finetune.methods.reparam.lora import LoRA
-from finetune.testing import contract
+from finetune.testing import contract, objectives
 
 
 @dataclass(frozen=True)
@@ -107,14 +107,14 @@ FAULTS: list[tuple[str, type[Objective]]] = [
 def fails(name: str, objective: Objective) -> bool:
     trial = contract.Trial(lambda: LoRA(rank=2), objective=objective)
     try:
-        contract.OBJECTIVE_CHECKS[name](trial)
+        objectives.CHECKS[name](trial)
     except (AssertionError, RunFailed):
         return True
     return False
 
 
 def test_an_objective_without_a_fault_passes() -> None:
-    contract.check_objective(Faultless(), Full)
+    objectives.check_objective(Faultless(), Full)
 
 
 @pytest.mark.parametrize(("check", "objective"), FAULTS, ids=[kind.__name__ for _, kind in FAULTS])
@@ -123,4 +123,4 @@ def test_a_fault_fails_its_check(check: str, objective: type[Objective]) -> None
 
 
 def test_every_check_has_a_planted_fault() -> None:
-    assert {check for check, _ in FAULTS} == contract.OBJECTIVE_CHECKS.keys()
+    assert {check for check, _ in FAULTS} == objectives.CHECKS.keys()

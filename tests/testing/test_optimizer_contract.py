@@ -16,7 +16,7 @@ from finetune.core.optimizer import Optimizer
 from finetune.core.run import Run
 from finetune.errors import RunFailed
 from finetune.methods.reparam.lora import LoRA
-from finetune.testing import contract
+from finetune.testing import contract, optimizers
 
 
 @dataclass(frozen=True)
@@ -164,14 +164,14 @@ FAULTS: list[tuple[str, type[Optimizer]]] = [
 def fails(name: str, optimizer: Optimizer) -> bool:
     trial = contract.Trial(lambda: LoRA(rank=2), optimizer=optimizer)
     try:
-        contract.OPTIMIZER_CHECKS[name](trial)
+        optimizers.CHECKS[name](trial)
     except (AssertionError, RunFailed):
         return True
     return False
 
 
 def test_an_optimizer_without_a_fault_passes() -> None:
-    contract.check_optimizer(Faultless(), lambda: LoRA(rank=2))
+    optimizers.check_optimizer(Faultless(), lambda: LoRA(rank=2))
 
 
 @pytest.mark.parametrize(("check", "optimizer"), FAULTS, ids=[kind.__name__ for _, kind in FAULTS])
@@ -180,4 +180,4 @@ def test_a_fault_fails_its_check(check: str, optimizer: type[Optimizer]) -> None
 
 
 def test_every_check_has_a_planted_fault() -> None:
-    assert {check for check, _ in FAULTS} == contract.OPTIMIZER_CHECKS.keys()
+    assert {check for check, _ in FAULTS} == optimizers.CHECKS.keys()

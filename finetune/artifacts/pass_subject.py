@@ -1,0 +1,229 @@
+"""Check what a pass is asked to do, and open the model folder that it works on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..config.settings import ModelConfig
+from ..core.roles import is_transposed
+from ..core.site import Site, find_sites
+from ..data.encode import Batch, collate, encode
+from ..errors import ConfigError
+from ..models.folder import check_weights, find_folder, list_weight_files, refuse_foreign_code
+from ..models.load import load
+from ..models.scratch import describe
+from ..models.stored import hash_parameters, match_names
+from ..storage.tensor_file import TensorFile
+from ..system import safe
+from .plain import check_free
+
+FOLDER, ABOUT = "finetune", "pass.json"
+BATCH = 8  # calibration examples that run at once
+
+
+@dataclass(frozen=True)
+class Request:
+    """What is asked for: a pass, the model (folder, hub id or ``builtin:NAME``), and the folder to write.
+
+    ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: so many examples
+    of the training split are drawn with the seed.
+    """
+
+    method: Any
+    model: str
+    out: Path
+    dataset: Any = None
+    calibration: int = 128
+    seed: int = 0
+
+
+@dataclass
+class Subject:
+    """The model that a pass works on, checked and opened.
+
+    ``sites`` in the order of the blocks. ``places``: the file and the name of the stored weight, by the
+    site's name. ``model``: on the meta device, or loaded if the pass needs statistics. ``chain``: the passes
+    that made the folder what it is.
+    """
+
+    folder: Path
+    files: list[TensorFile]
+    sites: list[Site]
+    places: dict[str, tuple[TensorFile, str]]
+    chain: list[dict[str, Any]]
+    model: Any
+    examples: list[Any] = field(default_factory=list)
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the calibration data, on the model's device."""
+        device = next(self.model.parameters()).device
+        for start in range(0, len(self.examples), BATCH):
+            batch = collate(self.examples[start : start + BATCH])
+            for name, tensor in batch.inputs.items():
+                batch.inputs[name] = tensor.to(device)
+            yield batch
+
+    def read(self, file: TensorFile, site: Site) -> Tensor:
+        """Return a site's weight, [out, in], from ``file``."""
+        return turned(file.read(self.places[site.name][1]), site)
+
+    def fingerprint(self) -> str:
+        """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all stored tensors."""
+        return fingerprint_files(self.files)
+
+
+def fingerprint_files(files: Sequence[TensorFile]) -> str:
+    """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all tensors, read one by one."""
+    file_of = {name: file for file in files for name in file.names}
+    return hash_parameters(file_of, lambda name: file_of[name].read(name), ())
+
+
+def turned(weight: Tensor, site: Site) -> Tensor:
+    """Turn a weight from the stored layout to [out, in], or back."""
+    return weight.T.contiguous() if is_transposed(site.module) else weight
+
+
+def open_subject(request: Request) -> Subject:
+    """Check a request and open its model.
+
+    Raises ``ConfigError`` with every fault that shows, before anything is written.
+    """
+    faults = list(request.method.faults(()))
+    faults += _find_data_faults(request)
+    try:
+        check_free(request.out)
+    except ConfigError as error:
+        faults += error.faults
+    try:
+        subject = _open_model(request)
+    except ConfigError as error:
+        message = [fault.replace("model.path=", "model=") for fault in error.faults]
+        raise ConfigError(*faults, *message) from None
+    for fault in request.method.faults(subject.sites):
+        if fault not in faults:
+            faults.append(fault)
+    if faults:
+        raise ConfigError(*faults)
+    return subject
+
+
+def _find_data_faults(request: Request) -> list[str]:
+    """Return a fault if there is no data that the pass needs, or data that it does not need."""
+    name, needs = request.method.name, request.method.needs
+    if needs and request.dataset is None:
+        return [
+            f"method={name} needs statistics of the model's inputs ({', '.join(needs)}), which are gathered "
+            "on data. Add dataset=NAME."
+        ]
+    if not needs and request.dataset is not None:
+        return [
+            f"dataset={request.dataset.name} has no effect with method={name}, which needs no data. "
+            "Leave it out."
+        ]
+    return []
+
+
+def _open_model(request: Request) -> Subject:
+    """Find the folder and its sites, and load the model if statistics are needed."""
+    config = ModelConfig("hf", request.model)
+    folder, _ = find_folder(config)
+    refuse_foreign_code(folder, config)
+    check_weights(folder, config)
+    files: list[TensorFile] = []
+    for file in list_weight_files(folder, config):
+        files.append(TensorFile(file))
+    chain = read_chain(folder)
+    examples: list[Any] = []
+    if request.method.needs and request.dataset is not None:
+        model, examples = _load_with_data(request, config)
+    else:
+        model = describe(folder, config)
+    try:
+        sites = find_sites(model, request.method.targets)
+    except ConfigError as error:
+        raise ConfigError(*(fault.replace("method.targets", "targets") for fault in error.faults)) from None
+    for site in sites:
+        if site.role == "head":
+            raise ConfigError(
+                f"targets: {site.name} belongs to the head, which a pass leaves as it is. Leave it out."
+            )
+    return make_subject(folder, files, model, sites, chain, examples)
+
+
+def make_subject(
+    folder: Path,
+    files: list[TensorFile],
+    model: Any,
+    sites: Sequence[Site],
+    chain: list[dict[str, Any]],
+    examples: list[Any],
+) -> Subject:
+    """Return the subject of a pass; raise ``ConfigError`` if the weight of a site cannot be overwritten."""
+    in_order = sorted(sites, key=lambda site: site.block)  # stable: the order inside a block stays
+    return Subject(folder, files, in_order, _find_places(model, files, sites, folder), chain, model, examples)
+
+
+def _find_places(
+    model: Any, files: Sequence[TensorFile], sites: Sequence[Site], named: Path
+) -> dict[str, tuple[TensorFile, str]]:
+    """Return where each site's weight is stored; raise ``ConfigError`` if it is not, or in another shape."""
+    file_of = {name: file for file in files for name in file.names}
+    stored = match_names(model, file_of)
+    places, faults = {}, []
+    for site in sites:
+        name = stored.get(f"{site.name}.weight")
+        if name is None:
+            faults.append(f"model={named} stores no single weight for its layer {site.name}.")
+            continue
+        file = file_of[name]
+        dtype, shape = file.describe(name)
+        expected = tuple(site.module.get_parameter("weight").shape)
+        if shape != expected or dtype not in ("F32", "F16", "BF16"):
+            faults.append(
+                f"model={named} stores {name} as {dtype} of shape {list(shape)}. A pass works on float32, "
+                f"float16 and bfloat16, here of shape {list(expected)}."
+            )
+        places[site.name] = (file, name)
+    if faults:
+        cure = "Choose other targets, or save the model again with save_pretrained."
+        raise ConfigError(*(f"{fault} {cure}" for fault in faults))
+    return places
+
+
+def _load_with_data(request: Request, config: ModelConfig) -> tuple[Any, list[Any]]:
+    """Load the model, and draw the calibration examples from the training split."""
+    raw = request.dataset.read()
+    base = load(config, raw.task, raw.labels, request.seed)
+    data = encode(raw, base.processor)["train"]
+    generator = torch.Generator().manual_seed(request.seed)
+    chosen = torch.randperm(len(data), generator=generator)[: request.calibration].tolist()
+    if len(chosen) < request.calibration:
+        raise ConfigError(
+            f"calibration={request.calibration} is more than the {len(data)} training examples of "
+            f"dataset={request.dataset.name}. Lower it to at most {len(data)}."
+        )
+    model = base.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if hasattr(model.config, "use_cache"):
+        model.config.use_cache = False
+    return model, [data[i] for i in chosen]
+
+
+def read_chain(folder: Path) -> list[dict[str, Any]]:
+    """Return what ``finetune/pass.json`` of a model folder says was done to it; nothing if it has none."""
+    file = folder / FOLDER / ABOUT
+    try:
+        content = safe.read_json(file, {"chain": [{str: object}]})
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file} cannot be read ({error}). Copy the model's folder again.") from None
+    if newer := safe.explain_newer_format(file, content):
+        raise ConfigError(f"{newer}.")
+    chain: list[dict[str, Any]] = content["chain"]
+    return chain
