@@ -40,6 +40,15 @@ def test_every_kind_with_classes_or_a_section_has_a_skeleton() -> None:
     assert set(NAMES) == {kind.name for kind in KINDS.values() if kind.folders or kind.place}
 
 
+def test_a_class_of_a_kind_is_a_module_a_yaml_file_and_a_test() -> None:
+    """A score is a value of its method's settings and has no file; a model is a file alone."""
+    for kind in NAMES:
+        expected = {"score": {".py"}, "model": {".yaml"}}.get(kind, {".py", ".yaml"})
+        files = new.files_of(KINDS[kind], NAMES[kind], "reparam", None)
+        assert {file.suffix for file in files} == expected, kind
+        assert len(files) == {"score": 2, "model": 1}.get(kind, 3), kind
+
+
 @pytest.mark.slow
 def test_a_skeleton_of_every_kind_in_a_checkout(tmp_path: Path) -> None:
     """Their own tests pass, and so do those that look at every registered thing; git shows nothing else."""

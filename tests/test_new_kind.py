@@ -134,6 +134,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Checkout:
     made.write("finetune/surveys/__init__.py", "")
     made.write("finetune/surveys/count.py", make_survey(count))
     made.write(f"{skeletons}/survey.py.txt", make_survey(skeleton))
+    made.write("conf/survey/count.yaml", "name: count\n")
+    made.write(f"{skeletons}/survey.yaml.txt", "name: $name\n")
     made.write(f"{skeletons}/survey.test.txt", make_survey(SKELETON_TEST))
     made.write("tests/surveys/test_surveys.py", SURVEY_TEST)
     return made
@@ -189,6 +191,7 @@ def test_the_skeleton_of_the_kind(checkout: Checkout, tmp_path: Path) -> None:
     checkout.python("scripts/new.py", "goal", "theirs", *plugin)
     assert 'goal.name: "theirs"' in checkout.python("-m", "finetune", "show", *plugin, "goal=theirs")
     checkout.python("scripts/new.py", "survey", "ours")
+    assert (checkout.folder / "conf/survey/ours.yaml").is_file()
     own = ["tests/goals/test_mine.py", "tests/surveys/test_ours.py", str(tmp_path / "plug")]
     checkout.python("-m", "pytest", "-q", "-p", "no:cacheprovider", *own)
 

@@ -209,6 +209,7 @@ def analyze(
             show_default=False,
         ),
     ] = None,
+    config_dir: ConfigDir = None,
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -224,7 +225,7 @@ def analyze(
             runs.append(Path(word.removeprefix("ckpt=")))
     from ..config.named import read_named
 
-    analysis = read_named("analysis", "what", settings)
+    analysis = read_named("analysis", "what", settings, config_dir)
     from ..artifacts.analyze import analyze as analyze_runs
 
     analyzed = analyze_runs(analysis, runs)

@@ -34,18 +34,58 @@ from .origins import flat, yaml_origins
 
 def find_options(config_dir: Path | None) -> dict[str, set[str]]:
     """Return the options of each group: YAML files, and classes of plug-ins, which need no file."""
-    if config_dir and not config_dir.is_dir():
-        raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
-    top, other = groups.roots(config_dir), (*OUTSIDE_SECTIONS, *ALIASES, *registry.outside_runs())
-    found: dict[str, set[str]] = {}
-    for file in groups.yaml_files(config_dir):
-        if file.parent not in top and file.parent.name not in other:
-            found.setdefault(file.parent.name, set()).add(file.stem)
+    found = _names_of_files(config_dir)
+    for other in (*OUTSIDE_SECTIONS, *ALIASES, *registry.outside_runs()):
+        found.pop(other, None)
     for kind in (*registry.sections(), *registry.nested().values()):
         without_file = plugins.names(kind.name) - found.get(kind.name, set())
         _offer_to_hydra(kind.name, without_file)
         found.setdefault(kind.name, set()).update(without_file)
     return found
+
+
+def _names_of_files(config_dir: Path | None) -> dict[str, set[str]]:
+    """Return the names of the YAML files of each group."""
+    if config_dir and not config_dir.is_dir():
+        raise ConfigError(f"--config-dir {config_dir}: there is no such folder.")
+    top = groups.roots(config_dir)
+    found: dict[str, set[str]] = {}
+    for file in groups.yaml_files(config_dir):
+        if file.parent not in top:
+            found.setdefault(file.parent.name, set()).add(file.stem)
+    return found
+
+
+def find_options_outside(group: str, config_dir: Path | None) -> list[str]:
+    """Return the options of a group that is not part of a run's configuration, sorted."""
+    return sorted(_names_of_files(config_dir).get(group, set()) | plugins.names(group))
+
+
+def compose_outside(group: str, option: str, config_dir: Path | None) -> Composed:
+    """Return the values of one option of such a group, under the group's name, with their origins.
+
+    Raises ``ConfigError`` where a file cannot be read, may not be used, or sets anything else.
+    """
+    if option not in _names_of_files(config_dir).get(group, set()):  # a class of a plug-in needs no file
+        return Composed({group: {"name": option}}, {})
+    groups.check(config_dir)
+    loader = config_loader(config_dir)
+    repository = CachingConfigRepository(loader.repository)
+    try:
+        listed: Any = create_defaults_list(
+            repository, f"{group}/{option}", [], prepend_hydra=False, skip_missing=False
+        )
+        config, origins = _merge_files(list(listed.defaults), loader, repository, config_dir)
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(_describe_misfit(error)) from None
+    values = to_plain(config, resolve=True)
+    if other := [key for key in values if key != group]:
+        where = origins.get(other[0], f"{group}={option}")
+        raise ConfigError(f"{where} sets {other[0]}, but a file of {group} can set only its own options.")
+    found = values.get(group, {})
+    if not isinstance(found, dict):
+        raise ConfigError(f"{group}={option}: its file should be a mapping of settings, not {found!r}.")
+    return Composed({group: found}, origins)
 
 
 def _offer_to_hydra(group: str, names: Iterable[str]) -> None:
@@ -95,7 +135,6 @@ def _compose(
     groups.check(config_dir)
     loader = config_loader(config_dir)
     repository = CachingConfigRepository(loader.repository)
-    origins: dict[str, str] = {}
     try:
         picks, missing = [], _find_missing_groups([group for group, _ in chosen], repository)
         for group, option in chosen:
@@ -104,20 +143,29 @@ def _compose(
                 group = f"dataset@{group}"
             picks.append(f"{added}{group}={QuotedString(option, Quote.double).with_quotes()}")
         defaults = _list_defaults(picks, repository)
-        # A public way, hydra.compose, would merge Hydra's own configuration, too.
-        config = loader._compose_config_from_defaults_list(defaults, repository)
-        for default in defaults:
-            found = repository.load_config(default.config_path or "")
-            if found and found.path.startswith("file://"):
-                file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
-                label = groups.label(file, config_dir)
-                origins |= yaml_origins(file.read_text(), label, default.package or "")
+        config, origins = _merge_files(defaults, loader, repository, config_dir)
     except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         raise ConfigError(_describe_misfit(error)) from None
     composed = Composed(later.enter(to_plain(config, resolve=False), sections_only=True), origins)
     for group, place in PLACED.items():
         composed = _move(composed, group, place)
     return composed
+
+
+def _merge_files(
+    defaults: list[Any], loader: Any, repository: Any, config_dir: Path | None
+) -> tuple[Any, dict[str, str]]:
+    """Return the merged values of the files that ``defaults`` lists, and the origin of each dotted key."""
+    # A public way, hydra.compose, would merge Hydra's own configuration, too.
+    config = loader._compose_config_from_defaults_list(defaults, repository)
+    origins: dict[str, str] = {}
+    for default in defaults:
+        found = repository.load_config(default.config_path or "")
+        if found and found.path.startswith("file://"):
+            file = Path(found.path.removeprefix("file://")) / f"{default.config_path}.yaml"
+            label = groups.label(file, config_dir)
+            origins |= yaml_origins(file.read_text(), label, default.package or "")
+    return config, origins
 
 
 def _list_defaults(picks: list[str], repository: Any) -> list[Any]:

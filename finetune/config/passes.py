@@ -49,7 +49,7 @@ def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) 
     faults += found
     method, dataset = None, None
     try:
-        method = read_named("pass", "method", of_method)
+        method = read_named("pass", "method", of_method, config_dir)
     except ConfigError as error:
         faults += error.faults
     try:
