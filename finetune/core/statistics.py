@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 from .collective import gather, sum_processes
+from .run import Run
 from .site import Site
 
 StatisticName = Literal[
@@ -31,6 +32,7 @@ StatisticName = Literal[
     "gradient_squares",
 ]
 OF_GRADIENTS = ("gradient", "gradient_squares")
+HELD = 2**28  # entries of gradients that ``gather_gradients`` holds at once: 1 GiB in float32
 
 
 @dataclass
@@ -59,9 +61,8 @@ class SiteStatistics:
         return self.values[f"{side}_sum"] / self.tokens
 
 
-RunBatch = Callable[
-    [Any], Tensor | None
-]  # runs the model on a batch; returns the loss if gradients are asked
+# Runs the model on a batch. Where gradients are asked for, it returns the loss, or runs backward itself.
+RunBatch = Callable[[Any], Tensor | None]
 
 
 def gather_statistics(
@@ -76,9 +77,9 @@ def gather_statistics(
 
     ``batches`` have ``inputs``, a mapping of tensors; a batch is None where this process has no example.
     ``run_batch`` runs the model, by default ``model(**batch.inputs)``. For gradients it must return the loss,
-    a sum over examples, so that batches add up. ``dtype``: of the sums, float32 or float64. The model runs
-    in eval mode. Raises ``ConfigError`` if the squared gradients of a layer that runs more than once in a
-    forward pass are asked for.
+    a sum over examples, so that batches add up, or run backward of it and return None. ``dtype``: of the
+    sums, float32 or float64. The model runs in eval mode. Raises ``ConfigError`` if the squared gradients of
+    a layer that runs more than once in a forward pass are asked for.
     """
     gatherer = _Gatherer(sites, tuple(names), dtype)
     needs_gradients = any(name in OF_GRADIENTS for name in names)
@@ -100,10 +101,53 @@ def gather_statistics(
 
 
 def _backward(loss: Any) -> None:
-    """Run backward from the loss that a ``run_batch`` returned."""
+    """Run backward from the loss that a ``run_batch`` returned; None: it has done so."""
+    if loss is None:
+        return
     if not isinstance(loss, Tensor):
         raise TypeError("gradients need a run_batch that returns the loss")
     loss.backward()
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One backward pass of a run: a micro-batch and its step's batch. Gradients need no attention mask."""
+
+    batch: Any  # None if this process has no example
+    micro: list[Any]
+    inputs: dict[str, Tensor] = field(default_factory=dict)
+
+
+def gather_gradients(run: Run, sites: Sequence[Site], steps: int) -> Iterator[tuple[Site, Tensor]]:
+    """Yield each site with the gradient by its weight over the next ``steps`` steps, [out, in] float32.
+
+    It is the gradient of the loss summed over the examples, or scored tokens, of all processes, in eval mode.
+    Not more than ``HELD`` entries, or one site, are held at once. Sites beyond that wait for their turn, and
+    each turn runs every backward pass again.
+    """
+    passes = []
+    for micro in run.upcoming(steps):
+        passes += [_Pass(batch, micro) for batch in micro]
+
+    def run_backward(each: _Pass) -> None:
+        run.backward(each.batch, each.micro, True, False)
+
+    for turn in divide_by_size([site.size for site in sites], HELD):
+        group = [sites[i] for i in turn]
+        found = gather_statistics(run.model, group, ("gradient",), passes, run_backward)
+        for site in group:
+            yield site, found.pop(site.name)["gradient"]
+
+
+def divide_by_size(sizes: Sequence[int], limit: int) -> Iterator[list[int]]:
+    """Yield consecutive positions in groups whose sizes add up to no more than ``limit``, or single ones."""
+    group: list[int] = []
+    for i, size in enumerate(sizes):
+        if group and sum(sizes[j] for j in group) + size > limit:
+            yield group
+            group = []
+        group.append(i)
+    yield group
 
 
 class _Gatherer:

@@ -16,6 +16,7 @@ from ...errors import ConfigError
 from ..layer import Patched
 from ..method import Run
 from ..part import WeightGrad
+from ..statistics import divide_by_size
 from .bank import Bank
 from .scores import ScoredSite, score_named
 
@@ -53,7 +54,8 @@ def scan_scores(
         groups = [list(range(len(layers)))]
         visit_at_once = visit_score
     else:
-        groups = list(_groups([layer.original.numel() for layer in layers]))
+        sizes = [layer.original.numel() for layer in layers]
+        groups = list(divide_by_size(sizes, max(sizes)))
         visit_at_once = None
     for group in groups:
         sums = _GradientSums(group, score.needs, run, visit_at_once)
@@ -72,17 +74,6 @@ def _returning_draws(enabled: bool) -> AbstractContextManager[None]:
     """Return a block after which torch's generators are as they were before it, if ``enabled``."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     return torch.random.fork_rng(devices, enabled)
-
-
-def _groups(sizes: list[int]) -> Iterator[list[int]]:
-    """Yield consecutive sites in groups whose sizes add up to no more than the largest site."""
-    group: list[int] = []
-    for i, size in enumerate(sizes):
-        if group and sum(sizes[j] for j in group) + size > max(sizes):
-            yield group
-            group = []
-        group.append(i)
-    yield group
 
 
 class _GradientSums:
