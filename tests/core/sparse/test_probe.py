@@ -15,6 +15,7 @@ from finetune.core.attach import patched
 from finetune.core.sparse import probe
 from finetune.core.sparse.probe import scan_scores
 from finetune.core.sparse.settings import ScoreName
+from finetune.core.statistics import divide_by_size
 from finetune.errors import ConfigError
 from finetune.methods.sparse.sparse import Crossing
 from finetune.testing import contract
@@ -69,7 +70,7 @@ def test_one_pass_and_passes_in_turns_agree(score: ScoreName, monkeypatch: pytes
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
 @settings(deadline=None)
 def test_groups_are_consecutive_and_no_larger_than_the_largest_site(sizes: list[int]) -> None:
-    groups = list(probe._groups(sizes))
+    groups = list(divide_by_size(sizes, max(sizes)))
     assert [i for group in groups for i in group] == list(range(len(sizes)))
     assert all(group and sum(sizes[i] for i in group) <= max(sizes) for group in groups)
 

@@ -45,6 +45,8 @@ PUBLISHED = Published(
     {"batches": (1, "a batch is that of a training step, where the released code takes single samples")},
 )
 
+SLOW_LLAMA = pytest.param("llama", marks=pytest.mark.slow)
+
 test_contract = contract_test(CASES)
 
 
@@ -94,7 +96,7 @@ def same_space(a: Tensor, b: Tensor, tolerance: float = 1e-3) -> bool:
     return bool((a @ a.T - b @ b.T).abs().max() < tolerance)
 
 
-@pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["vit", "gpt2", SLOW_LLAMA])
 def test_factors_are_singular_vectors_of_the_gradient(kind: Any) -> None:
     """Micro-batches of unequal size, two steps: all are summed."""
     session = start(LoRAGA(rank=2, batches=2), kind, micro_batch_size=3)
@@ -114,7 +116,7 @@ def test_factors_are_singular_vectors_of_the_gradient(kind: Any) -> None:
         assert float(offset.norm()) == pytest.approx(norm, rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["vit", "gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["vit", "gpt2", SLOW_LLAMA])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_0_is_the_base_to_the_bit(kind: Any, dtype: torch.dtype) -> None:
     precision: Any = "fp32" if dtype == torch.float32 else "bf16"
@@ -200,7 +202,7 @@ def test_the_first_step_of_sgd_is_the_best_approximation_of_rank_2r(direction: A
     assert float((plain * gradient).sum() / plain.norm() / gradient.norm()) < cosine
 
 
-@pytest.mark.parametrize("kind", ["gpt2", "llama"])
+@pytest.mark.parametrize("kind", ["gpt2", SLOW_LLAMA])
 def test_peft_gives_the_logits_of_the_exported_change(kind: Any) -> None:
     """The export is a LoRA of twice the rank, with the configuration that ``finetune export`` writes."""
     import peft
