@@ -90,7 +90,8 @@ def check_command(line: str) -> None:
         for word in given:
             assert word.startswith(keys) or (runs and "=" not in word), f"{words[0]} does not take {word}"
     elif words[0] == "prune":
-        read_words("prune", given)
+        faults = read_words("prune", given).faults
+        assert not faults, faults
     elif words[0] in ("train", "show"):
         load(given)
     elif words[0] == "sweep":

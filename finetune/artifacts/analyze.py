@@ -76,6 +76,17 @@ def open_subjects(analysis: Analysis, paths: Sequence[Path]) -> tuple[Subject, .
     return tuple(subjects)
 
 
+def find_run_faults(paths: Sequence[Path]) -> list[str]:
+    """Return a fault for each path that is no run. No run is opened."""
+    faults: list[str] = []
+    for path in paths:
+        try:
+            run_of(path)
+        except ConfigError as error:
+            faults += error.faults
+    return list(dict.fromkeys(faults))
+
+
 def _open_subject(analysis: Analysis, path: Path) -> Subject:
     """Return the run at ``path``; it is not read yet."""
     files, state = run_of(path)

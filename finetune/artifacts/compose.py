@@ -27,6 +27,7 @@ from ..storage.atomic import STAMP, replacing, write_json_atomic, write_yaml_ato
 from ..storage.delta import read_description, save_delta
 from ..storage.run_folder import RunFolder
 from ..training.prepare import Setup, prepare
+from .plain import check_free
 from .reopen import rebuild, run_of
 
 
@@ -97,9 +98,10 @@ def compose(
     The head is that of the run ``head``, by default the last of ``runs``. Returns what was added and where
     the runs disagree. Raises ``ConfigError``, with nothing written, if the runs do not fit each other.
     """
+    if faults := find_faults(runs, out, weights, head):
+        raise ConfigError(*faults)
     if weights is None:
         weights = [1.0] * len(runs)
-    _check(runs, out, weights, head)
     head_run = len(runs) - 1
     if head:
         head_run = _place_of(head, runs)
@@ -157,22 +159,27 @@ def _write(out: Path, composed: Setup, summary: Mapping[str, Any], rows: Sequenc
         write_json_atomic(temporary / "compose.json", {**STAMP, **summary, "layers": rows})
 
 
-def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path | None) -> None:
-    """Raise ``ConfigError`` with every fault that can be found without reading a model."""
+def find_faults(
+    runs: Sequence[Path], out: Path | None, weights: Sequence[float] | None, head: Path | None
+) -> list[str]:
+    """Return every fault that can be found without reading a model. What is None is not looked at."""
     faults = []
     if len(runs) < 2:
         faults.append(
             f"compose adds at least two runs, but the number given is {len(runs)}: "
             "finetune compose RUN1 RUN2 out=DIR."
         )
-    if len(weights) != len(runs):
+    if weights is not None and len(weights) != len(runs):
         given = ",".join(f"{weight:g}" for weight in weights)
         faults.append(f"weights={given} has {len(weights)} numbers for {len(runs)} runs; give one for each.")
-    for weight in weights:
+    for weight in weights or ():
         if not math.isfinite(weight):
             faults.append(f"weights: {weight} is not a finite number.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        faults.append(f"out={out} exists and is not empty. Choose a new folder.")
+    try:
+        if out:
+            check_free(out)
+    except ConfigError as error:
+        faults += error.faults
     by_base: dict[str, list[str]] = {}
     for run in runs:
         try:
@@ -189,8 +196,7 @@ def _check(runs: Sequence[Path], out: Path, weights: Sequence[float], head: Path
     if head and _place_of(head, runs) < 0:
         known = ", ".join(str(run) for run in runs)
         faults.append(f"head={head} is not one of the runs named; take one of {known}.")
-    if faults:
-        raise ConfigError(*faults)
+    return faults
 
 
 def _place_of(wanted: Path, runs: Sequence[Path]) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..config.passes import PassWords
 from ..config.settings import ModelConfig
 from ..core.roles import is_transposed
 from ..core.site import Site, find_sites
@@ -94,23 +95,54 @@ def open_subject(request: Request) -> Subject:
 
     Raises ``ConfigError`` with every fault that shows, before anything is written.
     """
-    faults = list(request.method.faults(()))
-    faults += _find_data_faults(request)
-    try:
-        check_free(request.out)
-    except ConfigError as error:
-        faults += error.faults
+    faults = [*request.method.faults(()), *_find_data_faults(request), *_find_out_faults(request.out)]
+    if faults:
+        raise ConfigError(*dict.fromkeys([*faults, *find_model_faults(request.model, request.method)]))
     try:
         subject = _open_model(request)
     except ConfigError as error:
-        message = [fault.replace("model.path=", "model=") for fault in error.faults]
-        raise ConfigError(*faults, *message) from None
-    for fault in request.method.faults(subject.sites):
-        if fault not in faults:
-            faults.append(fault)
+        raise ConfigError(*_name_model(error)) from None
+    faults = request.method.faults(subject.sites)
     if faults:
         raise ConfigError(*faults)
     return subject
+
+
+def find_faults(given: PassWords) -> list[str]:
+    """Return what is wrong with those parts of a request that are given. No weight and no data are read."""
+    faults: list[str] = []
+    method, model, out, dataset = given.method, given.model, given.out, given.dataset
+    if method and (dataset or not given.names_dataset):
+        faults += _find_data_faults(Request(method, model, Path(out), dataset))
+    if out:
+        faults += _find_out_faults(Path(out))
+    if model:
+        faults += find_model_faults(model, method)
+    return faults
+
+
+def find_model_faults(model: str, method: Any) -> list[str]:
+    """Return what is wrong with a model folder for a pass, and for ``method`` unless that is None."""
+    try:
+        folder, config, _ = _open_files(model)
+        if method is None:
+            return []
+        return list(method.faults(_find_sites(describe(folder, config), method)))
+    except ConfigError as error:
+        return _name_model(error)
+
+
+def _find_out_faults(out: Path) -> list[str]:
+    try:
+        check_free(out)
+    except ConfigError as error:
+        return list(error.faults)
+    return []
+
+
+def _name_model(error: ConfigError) -> list[str]:
+    """Return the faults of a model, which the user of a pass names by ``model=``."""
+    return [fault.replace("model.path=", "model=") for fault in error.faults]
 
 
 def _find_data_faults(request: Request) -> list[str]:
@@ -131,21 +163,30 @@ def _find_data_faults(request: Request) -> list[str]:
 
 def _open_model(request: Request) -> Subject:
     """Find the folder and its sites, and load the model if statistics are needed."""
-    config = ModelConfig("hf", request.model)
-    folder, _ = find_folder(config)
-    refuse_foreign_code(folder, config)
-    check_weights(folder, config)
-    files: list[TensorFile] = []
-    for file in list_weight_files(folder, config):
-        files.append(TensorFile(file))
+    folder, config, files = _open_files(request.model)
     chain = read_chain(folder)
     examples: list[Any] = []
     if request.method.needs and request.dataset is not None:
         model, examples = _load_with_data(request, config)
     else:
         model = describe(folder, config)
+    sites = _find_sites(model, request.method)
+    return make_subject(folder, files, model, sites, chain, examples)
+
+
+def _open_files(model: str) -> tuple[Path, ModelConfig, list[TensorFile]]:
+    """Return the folder of a model, how it is named in a configuration, and its checked files of weights."""
+    config = ModelConfig("hf", model)
+    folder, _ = find_folder(config)
+    refuse_foreign_code(folder, config)
+    check_weights(folder, config)
+    return folder, config, [TensorFile(file) for file in list_weight_files(folder, config)]
+
+
+def _find_sites(model: Any, method: Any) -> list[Site]:
+    """Return the layers that a pass works on; raise ``ConfigError`` if there is none, or one is the head."""
     try:
-        sites = find_sites(model, request.method.targets)
+        sites = find_sites(model, method.targets)
     except ConfigError as error:
         raise ConfigError(*(fault.replace("method.targets", "targets") for fault in error.faults)) from None
     for site in sites:
@@ -153,7 +194,7 @@ def _open_model(request: Request) -> Subject:
             raise ConfigError(
                 f"targets: {site.name} belongs to the head, which a pass leaves as it is. Leave it out."
             )
-    return make_subject(folder, files, model, sites, chain, examples)
+    return sites
 
 
 def make_subject(

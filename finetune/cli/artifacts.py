@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from ..config.words import OUT, sort_words
 from ..errors import ConfigError
 from .display import show_table, show_tree
 from .options import Plugins, load_plugins
@@ -32,7 +33,6 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard out
 Checkpoint = Annotated[
     Path | None, typer.Option("--ckpt", metavar="PATH", help="The run folder; the same as ckpt=PATH.")
 ]
-OUT = "a folder to write"
 
 
 def evaluate(
@@ -44,15 +44,14 @@ def evaluate(
 ) -> None:
     """Evaluate a run again from its stored change: ckpt=RUN, on another data set with dataset=..."""
     load_plugins(plugins)
-    run_path, rest = _find_run(overrides or [], ckpt)
-    faults = []
+    run_path, rest, faults = _find_run(overrides or [], ckpt)
     for text in rest:
         if not text.startswith(("dataset=", "dataset.")):
             faults.append(
                 f"{text}: eval takes ckpt=RUN and settings of the data set. "
                 "All other settings are those of the run. Leave it out."
             )
-    if faults:
+    if faults or not run_path:
         raise ConfigError(*faults)
     dataset = _load_dataset(rest, run_path, config_dir) if rest else None
     from ..artifacts import reopen
@@ -119,7 +118,7 @@ def export(
 ) -> None:
     """Write the change in another library's format: ckpt=RUN format=peft out=DIR."""
     load_plugins(plugins)
-    path, given = _parse_words("export", overrides or [], ckpt, {"format": "peft", "out": OUT})
+    path, given = _parse_words("export", overrides or [], ckpt, {"format": "format=peft", "out": OUT})
     from ..artifacts.export import export as export_run
 
     show_tree(export_run(path, given["format"], Path(given["out"])), as_json)
@@ -130,7 +129,7 @@ def verify(
 ) -> None:
     """Test a run: its files, a resume from its middle, its numbers and its merge (exit 1 if one fails)."""
     load_plugins(plugins)
-    path, _ = _parse_words("verify", list(map(_complete_word, overrides or [])), ckpt, {})
+    path, _ = _parse_words("verify", [_complete_word(word) for word in overrides or []], ckpt, {})
     from ..artifacts.verify import verify as verify_run
 
     found = verify_run(path, lambda line: print(line, file=sys.stderr))
@@ -173,8 +172,7 @@ def inspect(
 
     from ..report.inspection import InspectionTable, summarise
 
-    runs = [word if word.startswith("ckpt=") else f"ckpt={word}" for word in words or []]
-    run_path, _ = _find_run(runs, None)
+    run_path, _ = _parse_words("inspect", [_complete_word(word) for word in words or []], None, {})
     from ..artifacts.analyze import inspect as inspect_run
     from ..registry import get
 
@@ -205,7 +203,7 @@ def analyze(
         list[str] | None,
         typer.Argument(
             metavar="what=NAME RUN [RUN2]",
-            help="The analysis, its options as what.OPTION=VALUE, and the run or the two runs.",
+            help="The analysis, its options as OPTION=VALUE or what.OPTION=VALUE, and the runs.",
             show_default=False,
         ),
     ] = None,
@@ -218,16 +216,18 @@ def analyze(
     settings: list[str] = []
     runs: list[Path] = []
     for word in words or []:
-        key, sign, _ = word.partition("=")
-        if word.startswith("-") or (sign and (key == "what" or key.startswith("what."))):
-            settings.append(word)
-        else:
+        if _names_run(word):
             runs.append(Path(word.removeprefix("ckpt=")))
+        else:
+            settings.append(word)
+    from ..artifacts.analyze import analyze as analyze_runs
+    from ..artifacts.analyze import find_run_faults
     from ..config.named import read_named
 
-    analysis = read_named("analysis", "what", settings, config_dir)
-    from ..artifacts.analyze import analyze as analyze_runs
-
+    try:
+        analysis = read_named("analysis", "what", settings, config_dir)
+    except ConfigError as error:
+        raise ConfigError(*error.faults, *find_run_faults(runs)) from None
     analyzed = analyze_runs(analysis, runs)
     try:
         files = [str(analyzed.store())]
@@ -259,74 +259,60 @@ def compose(
 ) -> None:
     """Add the sparse changes of runs on one base. The head is that of the last run, or of head=RUN."""
     load_plugins(plugins)
-    runs: list[Path] = []
-    given: dict[str, str] = {}
-    faults: list[str] = []
-    for word in words or []:
-        key, sign, value = word.partition("=")
-        if sign and key in ("out", "weights", "head"):
-            if key in given:
-                faults.append(f"{word}: {key} is given twice. Give it once.")
-            given[key] = value
-        elif Path(word).exists():
-            runs.append(Path(word))
+    found = sort_words("compose", words or [], {"out": OUT}, ("weights", "head"))
+    given, runs, faults = found.given, list[Path](), list(found.faults)
+    for word in found.rest:
+        if _names_run(word):
+            runs.append(Path(word.removeprefix("ckpt=")))
         else:
             faults.append(f"{word} is neither a run folder nor out=DIR, weights=1,0.5 or head=RUN.")
-    if not given.get("out"):
-        faults.append("compose needs one out=DIR, a folder to write.")
     weights = None
-    if "weights" in given:
+    if given.get("weights"):
         try:
             weights = [float(number) for number in given["weights"].split(",")]
         except ValueError:
             faults.append(f"weights={given['weights']} is not a list of numbers, such as weights=1,0.5.")
-    if faults:
-        raise ConfigError(*faults)
     from ..artifacts.compose import compose as compose_runs
+    from ..artifacts.compose import find_faults
 
     head = Path(given["head"]) if given.get("head") else None
+    if faults:
+        out = Path(given["out"]) if given.get("out") else None
+        raise ConfigError(*faults, *find_faults(runs, out, weights, head))
     report = compose_runs(runs, Path(given["out"]), weights, head)
     if not as_json:
         report["layers"] = f"{len(report['layers'])}, each in {Path(given['out']) / 'compose.json'}"
     show_tree(report, as_json)
 
 
+def _names_run(word: str) -> bool:
+    """Tell whether a word is the path of a run, with or without ``ckpt=``, and not a setting."""
+    key, sign, _ = word.partition("=")
+    if word.startswith("-"):
+        return False
+    return not sign or key == "ckpt" or "/" in key or Path(word).exists()
+
+
 def _parse_words(
-    command: str, words: list[str], ckpt: Path | None, keys: Mapping[str, str]
+    command: str, words: list[str], ckpt: Path | None, needed: Mapping[str, str]
 ) -> tuple[Path, dict[str, str]]:
-    """Return the run and the value of each of ``keys``, which maps a key to what its value is.
+    """Return the run and the value of each key of ``needed``, which says in words what each is.
 
-    Raises ``ConfigError`` unless every key is given exactly once.
+    Raises ``ConfigError`` unless the run and every key are given exactly once, and nothing else.
     """
-    path, rest = _find_run(words, ckpt)
-    usage = ["ckpt=RUN"]
-    needs = {}
-    for key, meaning in keys.items():
-        if key == "out":
-            usage.append("out=DIR")
-            needs[key] = f"out=DIR, {meaning}"
-        else:
-            usage.append(f"{key}={meaning}")
-            needs[key] = f"{key}={meaning}"
-    found: dict[str, str] = {}
-    faults = []
-    for word in rest:
-        key, _, value = word.partition("=")
-        if key not in keys or not value:
-            faults.append(f"{word}: {command} takes {' '.join(usage)}.")
-        elif key in found:
-            faults.append(f"{word}: {key} is given twice. Give it once.")
-        found[key] = value
-    for key, words_needed in needs.items():
-        if not found.get(key):
-            faults.append(f"{command} needs one {words_needed}.")
-    if faults:
+    path, rest, faults = _find_run(words, ckpt)
+    found = sort_words(command, rest, needed)
+    usage = " ".join(["ckpt=RUN", *(text.partition(",")[0] for text in needed.values())])
+    for word in found.rest:
+        faults.append(f"{word}: {command} takes {usage}.")
+    faults += found.faults
+    if faults or not path:
         raise ConfigError(*faults)
-    return path, found
+    return path, found.given
 
 
-def _find_run(words: list[str], ckpt: Path | None) -> tuple[Path, list[str]]:
-    """Return the one run that is named, and the other words.
+def _find_run(words: list[str], ckpt: Path | None) -> tuple[Path | None, list[str], list[str]]:
+    """Return the one run that is named, the other words, and what is wrong with the run.
 
     The path is not parsed as an override, because Hydra's grammar would refuse ``epoch=3.pt``.
     """
@@ -340,12 +326,12 @@ def _find_run(words: list[str], ckpt: Path | None) -> tuple[Path, list[str]]:
         given.append(str(ckpt))
     if len(given) != 1:
         count = f", not {len(given)}" if given else ""
-        raise ConfigError(
-            f"Name one run by ckpt=RUN or --ckpt PATH{count}; for example ckpt=outputs/NAME/RUN."
-        )
+        fault = f"Name one run by ckpt=RUN or --ckpt PATH{count}; for example ckpt=outputs/NAME/RUN."
+        return None, rest, [fault]
     if not given[0] or not Path(given[0]).exists():
-        raise ConfigError(f"ckpt={given[0]}: there is no such folder. Give a run folder, outputs/NAME/RUN.")
-    return Path(given[0]), rest
+        fault = f"ckpt={given[0]}: there is no such folder. Give a run folder, outputs/NAME/RUN."
+        return None, rest, [fault]
+    return Path(given[0]), rest, []
 
 
 def _load_dataset(overrides: list[str], run_path: Path, config_dir: Path | None) -> Any:

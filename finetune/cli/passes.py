@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..errors import ConfigError
 from .display import show_tree
 from .options import ConfigDir, Plugins, load_plugins
 
@@ -14,8 +16,8 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="KEY=VALUE",
-        help="method=NAME with its settings, model=PATH out=FOLDER, and dataset=NAME where the method needs "
-        "data.",
+        help="method=NAME, its settings as OPTION=VALUE or method.OPTION=VALUE, model=PATH out=DIR, and "
+        "dataset=NAME where the method needs data.",
         show_default=False,
     ),
 ]
@@ -47,13 +49,14 @@ def _run_pass(
     given = read_words(verb, words, config_dir)
     from ..artifacts import pass_subject, passes
 
-    request = pass_subject.Request(given.method, given.model, given.out, given.dataset, **given.numbers)
+    if given.faults:
+        raise ConfigError(*dict.fromkeys([*given.faults, *pass_subject.find_faults(given)]))
+    out = Path(given.out)
+    request = pass_subject.Request(given.method, given.model, out, given.dataset, **given.numbers)
     if dry_run:
         show_tree(passes.plan(request), as_json)
         return
     result = passes.run(request, lambda line: print(line, file=sys.stderr))
     if not as_json:
-        result["sites"] = (
-            f"{len(result['sites'])}, each in {given.out / pass_subject.FOLDER / pass_subject.ABOUT}"
-        )
+        result["sites"] = f"{len(result['sites'])}, each in {out / pass_subject.FOLDER / pass_subject.ABOUT}"
     show_tree(result, as_json)

@@ -10,43 +10,41 @@ from typing import Any
 from ..errors import ConfigError
 from .load import load
 from .named import read_named
+from .words import OUT, sort_words
 
-PATHS = {"model": "a folder, a hub id or builtin:NAME", "out": "a folder to write"}
+NEEDED = {"model": "model=PATH, a folder, a hub id or builtin:NAME", "out": OUT}
 NUMBERS = {"calibration": 1, "seed": 0}  # whole numbers of every command, each with its smallest value
 
 
 @dataclass(frozen=True)
 class PassWords:
-    """What the words say. ``numbers``: those of ``NUMBERS`` that were given."""
+    """What the words say, and what is wrong with them.
+
+    ``method`` and ``dataset`` are None if they are not named or wrong; ``model`` and ``out`` are "" if they
+    are not named. ``names_dataset``: a word is about a data set, right or wrong. ``numbers``: those of
+    ``NUMBERS`` that were given.
+    """
 
     method: Any
     model: str
-    out: Path
+    out: str
     dataset: Any
+    names_dataset: bool
     numbers: dict[str, int]
+    faults: list[str]
 
 
 def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) -> PassWords:
-    """Return what the words of the command ``verb`` say; raise ``ConfigError`` with every fault."""
+    """Return what the words of the command ``verb`` say, and every fault."""
+    found = sort_words(verb, words, NEEDED, tuple(NUMBERS))
+    faults = list(found.faults)
     of_dataset: list[str] = []
     of_method: list[str] = []
-    given: dict[str, str] = {}
-    faults: list[str] = []
-    for word in words:
-        key, sign, value = word.partition("=")
-        if sign and (key in PATHS or key in NUMBERS):
-            if key in given:
-                faults.append(f"{word}: {key} is given twice. Give it once.")
-            given[key] = value
-        elif word.startswith(("dataset=", "dataset.")):
-            of_dataset.append(word)
-        else:
-            of_method.append(word)
-    for key, meaning in PATHS.items():
-        if not given.get(key):
-            faults.append(f"{verb} needs one {key}=..., {meaning}.")
-    numbers, found = _read_numbers(given)
-    faults += found
+    for word in found.rest:
+        kind = of_dataset if word.startswith(("dataset=", "dataset.")) else of_method
+        kind.append(word)
+    numbers, wrong = _read_numbers(found.given)
+    faults += wrong
     method, dataset = None, None
     try:
         method = read_named("pass", "method", of_method, config_dir)
@@ -58,11 +56,9 @@ def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) 
     except ConfigError as error:
         faults += error.faults
     if method:
-        faults += method.faults(())
-        faults += _find_misuse(verb, method, numbers)
-    if faults:
-        raise ConfigError(*faults)
-    return PassWords(method, given["model"], Path(given["out"]), dataset, numbers)
+        faults += method.faults(()) + _find_misuse(verb, method, numbers)
+    model, out = found.given.get("model", ""), found.given.get("out", "")
+    return PassWords(method, model, out, dataset, bool(of_dataset), numbers, faults)
 
 
 def _read_numbers(given: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
@@ -71,7 +67,7 @@ def _read_numbers(given: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
     faults = []
     for key, smallest in NUMBERS.items():
         text = given.get(key)
-        if text is None:
+        if not text:
             continue
         if text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= smallest:
             numbers[key] = int(text)

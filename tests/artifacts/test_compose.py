@@ -255,7 +255,12 @@ def test_the_command_takes_runs_and_settings_in_any_order(
     assert len(told["layers"]) == len(changes(runs["b"])) + len(changes(runs["c"]))
     with pytest.raises(ConfigError) as caught:
         cli.compose([str(runs["a"]), "nowhere", "weights=1,x", "weights=1"])
-    assert [fault.split()[0] for fault in caught.value.faults] == ["nowhere", "weights=1:", "compose"]
+    assert [fault.split()[0] for fault in caught.value.faults] == [
+        "weights=1:",
+        "compose",
+        "weights=1",
+        "nowhere",
+    ]
     with pytest.raises(ConfigError, match="weights=1,x is not a list"):
         cli.compose([str(runs["a"]), str(runs["b"]), f"out={out}", "weights=1,x"])
 

@@ -204,6 +204,24 @@ def test_a_pruned_classifier_keeps_its_head_and_is_tuned_evaluated_and_merged(tm
     [
         (["method=magnitude"], ["prune needs one model=", "prune needs one out=", "How much is pruned"]),
         (
+            ["method=magnitude", "sparsity=1.5", "model=nowhere/at/all", "out=used", "seed=", "dataset.x=1"],
+            [
+                "seed= has no value",
+                "method.sparsity=1.5",
+                "dataset.x=1 (command line) is not a setting",
+                "out=used exists",
+                "model=nowhere/at/all: there is no",
+            ],
+        ),
+        (
+            ["method=magnitude", "pattern=2:7", "model=builtin:tiny_vit", "targets=q", "calibration=8"],
+            ["needs one out=", "calibration=8 has no effect", *["inputs of vit.layers."] * 6],
+        ),
+        (
+            ["method=wanda", "pattern=2:7", "model=builtin:tiny_vit", "targets=classifier", "out=x"],
+            ["Add dataset=NAME", "classifier belongs to the head"],
+        ),
+        (
             ["method=magnitude", "sparsity=1.5", "model=builtin:tiny_lm", "out=x", "calibration=0"],
             ["calibration=0 should be", "method.sparsity=1.5"],
         ),

@@ -81,6 +81,8 @@ def test_a_run_with_results_still_verifies_and_is_one_run(run: Path) -> None:
             ["what=geometry", "what.rang=3", "RUN"],
             r"what.rang=3 is not an option of what=geometry\. Did you mean 'rank'",
         ),
+        (["what=geometry", "rang=3", "RUN"], r"rang=3 is not an option of what=geometry\. Did you mean"),
+        (["what=geometry", "RUN", "no/rank=3"], r"what=geometry takes one run, not 2"),
         (["what=geometry", "what.rank=0", "RUN"], r"what.rank=0 .* should be greater than or equal to 1"),
         (["what=geometry", "what.rank=a", "RUN"], r"what.rank='a' .* should be a valid integer"),
         (["what=geometry", "what.rank=2", "what.rank=3", "RUN"], r"rank is given twice"),

@@ -264,6 +264,21 @@ def test_checkpoints_that_do_not_fit(refuse: Refuse, run: Path) -> None:
     assert "not the model that" in refuse("eval", "ckpt=outputs/first/run", folder=run)[0]
 
 
+def test_faults_of_the_run_and_of_the_words_come_together(refuse: Refuse) -> None:
+    expected = [
+        "Name one run",
+        "x=1: export takes ckpt=RUN format=peft out=DIR.",
+        "needs one out=DIR, a folder",
+    ]
+    lines = refuse("export", "format=peft", "x=1")
+    assert len(lines) == len(expected)
+    for line, part in zip(lines, expected, strict=True):
+        assert part in line
+    assert len(refuse("eval", "ckpt=nowhere", "seed=1")) == 2
+    lines = refuse("analyze", "what=geometri", "what.rank=", "nowhere", "neither/here")
+    assert len(lines) == 3, lines
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -273,6 +288,7 @@ def test_checkpoints_that_do_not_fit(refuse: Refuse, run: Path) -> None:
         (["eval", "ckpt=.", "train.steps=3"], "train.steps=3: eval takes ckpt=RUN"),
         (["eval", "ckpt=."], "not the folder of a run"),
         (["merge", "ckpt=."], "merge needs one out=DIR"),
+        (["inspect", ".", "rank=4"], "not 2"),
         (["merge", "ckpt=.", "out=x", "--force"], "--force: merge takes"),
         (["sweep", "run=x", "seed=0,1"], "run=x: a sweep names its runs"),
         (["show", "seed=x"], "seed='x'"),
