@@ -86,6 +86,7 @@ class Handle:
             logits=self._lacks("the logits of a batch"),
             reference=self._lacks("a reference model"),
             class_counts=self._lacks("the number of examples of each class"),
+            stream_gradients=self._lacks("a data stream"),
         )
 
     def parameters(self) -> list[nn.Parameter]:

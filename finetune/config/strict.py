@@ -107,27 +107,33 @@ def _build_streams(composed: Composed, skip: Iterable[str]) -> tuple[dict[str, A
 
 
 def _find_stream_faults(config: Config) -> list[str]:
-    """Return a fault for each stream that no objective uses, and for each that one needs and is absent."""
+    """Return a fault for each stream that nothing uses, and for each that is needed and absent."""
     users: dict[str, str] = {}
     objectives = []
     for phase in config.method.phases():
         objectives.append(phase.objective or config.objective)
     for objective in objectives:
         for name in objective.streams():
-            users[name] = objective.name
+            users[name] = f"objective={objective.name}"
+    selector = config.section("selector")
+    for name in selector.streams():
+        users.setdefault(name, f"selector={selector.name}")
     faults = []
     for name, user in users.items():
         if name not in config.streams:
             faults.append(
-                f"objective={user} needs the data stream {name}, and streams.{name} is not set. Choose its "
+                f"{user} needs the data stream {name}, and streams.{name} is not set. Choose its "
                 f"data set, for example streams.{name}=jsonl streams.{name}.path=FILE."
             )
+    chosen, verb = f"objective={config.objective.name}", "uses"
+    if selector.streams():
+        chosen, verb = f"{chosen} and selector={selector.name}", "use"
     for name in config.streams:
         if name not in users:
             used = f"only {', '.join(users)}" if users else "no data stream"
             faults.append(
-                f"streams.{name}={config.streams[name].name} has no effect with "
-                f"objective={config.objective.name}, which uses {used}. Leave it out."
+                f"streams.{name}={config.streams[name].name} has no effect with {chosen}, which {verb} "
+                f"{used}. Leave it out."
             )
     for objective in objectives:
         faults += _find_best_faults(objective, config)

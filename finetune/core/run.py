@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -66,6 +66,10 @@ class Run:
     reference: Callable[[str], Reference]
     # Returns how many training examples each class has; None for a language model.
     class_counts: Callable[[], list[int] | None]
+    # Inside ``with run.stream_gradients(NAME) as mean:`` the ``grad`` of each trained tensor is that of the
+    # mean cross-entropy of the step's examples of a data stream, over all processes and in eval mode; this
+    # mean is what is yielded. A frozen tensor has no gradient, and afterwards none has.
+    stream_gradients: Callable[[str], AbstractContextManager[float]]
     seed: int = 0  # of the phase, the same on all processes
     step: int = 0  # counts from 0 within the phase
     batch: Any = None

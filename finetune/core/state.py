@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +17,7 @@ class EntryStore(Protocol):
     values: nn.Parameter  # [capacity]
     ages: bool  # whether the optimizer counts the steps of each value separately
     shapes: list[tuple[int, int]]  # [out, in] of each site
+    watch: Callable[..., bool] | None  # called in backward with the gradient of each site
 
     def bounds(self) -> list[int]:
         """Return where the values of each site start; [sites + 1]."""

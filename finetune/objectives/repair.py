@@ -9,7 +9,7 @@ Formula:
     p, q: softmax(logits / T) of teacher and student
 
 Paper: "IRepair: An Intent-Aware Approach to Repair Data-Driven Errors in Large Language Models", FSE 2025,
-arXiv 2502.07072. Only its loss is here, and not its choice of one block in each step.
+arXiv 2502.07072. This is its loss; ``selector=irepair`` is its choice of one block in each step.
 
 Reading: The abstract was read, and code of a later study that credits the authors' artefact. The weights 0.5
 and 1, and the direction of the divergence, are those of that code.

@@ -33,7 +33,6 @@ Differs:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
@@ -41,44 +40,25 @@ import torch
 from annotated_types import Ge, Gt, Le, Lt
 from torch import Tensor, nn
 
-from ..core.attach import parts
-from ..core.changes import Unit
+from ..core.blocks import ELSEWHERE, Blocks, group_parts
 from ..core.method import Run
 from ..core.part import Part
 from ..core.roles import block_of
 from ..core.selector import Selector
-from ..core.state import StateModule
 from ..errors import ConfigError
 from ..registry import register
 
 TRIES = 100  # draws for each probe until all sets differ; the scores may make all sets but one very rare
 
 
-class Blocks(StateModule):
-    """The scores and the parts of the blocks.
-
-    Only the scores are in a checkpoint, and a finished run stores neither.
-    """
+class ScoredBlocks(Blocks):
+    """The blocks and their scores, which alone are in a checkpoint."""
 
     scores: Tensor  # [blocks] float64
 
     def __init__(self, parts: dict[int, list[Part]]) -> None:
-        super().__init__()
-        self.parts = parts  # by block; in plain containers, since they belong to the method's state
-        self.register_buffer("scores", torch.zeros(len(parts), dtype=torch.float64))
-        self.chosen: list[int] = []  # blocks that train in the current step
-        self.frozen: list[Unit] = []
-        self.frozen_spans: dict[nn.Parameter, list[slice]] = {}  # of parameters that several blocks share
-        self.copies: list[
-            tuple[Tensor, slice, Tensor]
-        ] = []  # a tensor, a frozen span of it, and what it held
-
-    def pack(self) -> dict[str, Tensor]:
-        """Return nothing: scores are not part of the stored change."""
-        return {}
-
-    def unpack(self, stored: dict[str, Tensor]) -> None:
-        """Take nothing from a stored change."""
+        super().__init__(parts)
+        self.register_buffer("scores", torch.zeros(len(self.parts), dtype=torch.float64))
 
     def draw(self, weights: Tensor, count: int, generator: torch.Generator) -> list[int]:
         """Draw ``count`` blocks without replacement with ``weights`` [blocks]; return them ascending.
@@ -131,18 +111,14 @@ class IST(Selector):
             ]
         return []
 
-    def build(self, model: nn.Module, states: nn.Module) -> Blocks:
-        blocks: dict[int, list[Part]] = {}
+    def build(self, model: nn.Module, states: nn.Module) -> ScoredBlocks:
+        state = ScoredBlocks(group_parts(states))
         faults: list[str] = []
-        for part in parts(states):
-            units = part.units()
-            fault = _why_unfit(part, units)
+        for part in state.all_parts:
+            fault = _why_unfit(part)
             if fault:
                 faults.append(fault)
-            for block in sorted({block_of(unit.place) for unit in units if unit.place is not None}):
-                if block >= 0:
-                    blocks.setdefault(block, []).append(part)
-        if not faults and not blocks:
+        if not faults and not state.parts:
             faults = ["chooses among numbered blocks, and this method changes no linear layer in one."]
         if faults:
             cure = (
@@ -150,58 +126,23 @@ class IST(Selector):
                 "selector=none."
             )
             raise ConfigError(*(f"selector={self.name} {why} {cure}" for why in faults))
-        return Blocks(dict(sorted(blocks.items())))
+        return state
 
-    def count_blocks(self, share: float, state: Blocks) -> int:
+    def count_blocks(self, share: float, state: ScoredBlocks) -> int:
         """Return a share of the number of blocks, rounded down (0.29 of 100 is 29), and at least 1."""
         return max(1, int(round(share * len(state.parts), 9)))
 
-    def before_step(self, run: Run, state: Blocks) -> None:
+    def before_step(self, run: Run, state: ScoredBlocks) -> None:
         if self.probes and run.step and run.step % self.every == 0:
             self._update_scores(run, state)
         count = self.count_blocks(self.trained, state)
         state.chosen = state.draw(torch.sigmoid(-state.scores), count, run.generator)
-        used: set[int] = set()
-        resting: list[Unit] = []
-        for block, members in state.parts.items():
-            for part in members:
-                for unit in part.units():
-                    if block in state.chosen:
-                        used.add(id(unit.parameter))
-                    else:
-                        resting.append(unit)
-        for unit in resting:
-            if unit.span is not None:
-                state.frozen_spans.setdefault(unit.parameter, []).append(unit.span)
-            elif id(unit.parameter) in used:  # shared with a block that trains
-                continue
-            unit.set_frozen(True)
-            state.frozen.append(unit)
-        for parameter, spans in state.frozen_spans.items():
-            state.frozen_spans[parameter] = list(_join_neighbours(spans))
-            for tensor in (parameter.data, *run.moments(parameter).values()):
-                for span in state.frozen_spans[parameter]:
-                    state.copies.append((tensor, span, tensor[span].clone()))
+        state.freeze_all_but(run, {*state.chosen, ELSEWHERE})
 
-    @torch.no_grad()
-    def after_step(self, run: Run, state: Blocks) -> None:
-        """Restore the frozen spans of shared parameters, and unfreeze everything.
+    def after_step(self, run: Run, state: ScoredBlocks) -> None:
+        state.restore(run)
 
-        The optimizer's momentum and decay move all of a shared parameter.
-        """
-        known = {id(tensor) for tensor, _, _ in state.copies}
-        for tensor, span, before in state.copies:
-            tensor[span] = before
-        for parameter, spans in state.frozen_spans.items():
-            for tensor in run.moments(parameter).values():
-                if id(tensor) not in known:  # the optimizer has made it in this step
-                    for span in spans:
-                        tensor[span] = 0
-        for unit in state.frozen:
-            unit.set_frozen(False)
-        state.frozen, state.frozen_spans, state.copies = [], {}, []
-
-    def _update_scores(self, run: Run, state: Blocks) -> None:
+    def _update_scores(self, run: Run, state: ScoredBlocks) -> None:
         """Measure the loss with each set of blocks damped, and update the scores. The gates are restored."""
         sets = self._draw_sets(run, state)
         if len(sets) < 2:
@@ -225,7 +166,7 @@ class IST(Selector):
         for block, score in zip(state.parts, state.scores.tolist(), strict=True):
             run.log(**{f"score_{block}": score})
 
-    def _draw_sets(self, run: Run, state: Blocks) -> list[list[int]]:
+    def _draw_sets(self, run: Run, state: ScoredBlocks) -> list[list[int]]:
         """Draw ``probes`` distinct sets of blocks to damp, or fewer if fewer are found."""
         count = self.count_blocks(self.damped, state)
         wanted = min(self.probes, math.comb(len(state.parts), count))
@@ -255,30 +196,16 @@ class IST(Selector):
         return changes
 
 
-def _why_unfit(part: Part, units: list[Unit]) -> str | None:
+def _why_unfit(part: Part) -> str | None:
     """Return why a part cannot be selected by block; None if it can, or if it lies outside of all blocks."""
-    for unit in units:
+    for unit in part.units():
         if unit.place is None:
             return (
                 f"freezes and damps what sits on a block's layers, and {part.describe()} is not tied to one."
             )
-    for unit in units:
-        if part.gate_is_switch and unit.place is not None and block_of(unit.place) >= 0:
+        if part.gate_is_switch and block_of(unit.place) >= 0:
             return (
                 f"damps the changes in a block, and {unit.name} is trained in place: its change can only be "
                 "on or off."
             )
     return None
-
-
-def _join_neighbours(spans: list[slice]) -> Iterator[slice]:
-    """Join neighbouring slices, so that few large copies are made instead of many small ones."""
-    start = stop = 0
-    for span in sorted(spans, key=lambda span: (span.start, span.stop)):
-        if span.start != stop:
-            if stop > start:
-                yield slice(start, stop)
-            start = span.start
-        stop = span.stop
-    if stop > start:
-        yield slice(start, stop)

@@ -62,6 +62,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
     "group_hash?": str,
     "suspect?": [str],
     "references?": {str: str},
+    "selected_steps?": {str: int},
     "warnings?": [str],
 }
 
@@ -107,6 +108,7 @@ def make_result(
     processes: int | None = None,
     threads: int | None = None,
     references: Mapping[str, str] | None = None,
+    selected_steps: Mapping[str, int] | None = None,
 ) -> dict[str, Any]:
     """Return the content of ``result.json``; docs/run-folder.md says what each key means."""
     streams = {name: dataset.name for name, dataset in config.streams.items()}
@@ -136,6 +138,7 @@ def make_result(
         "threads": threads,
         "versions": versions(),
         **({"references": dict(references)} if references else {}),
+        **({"selected_steps": dict(selected_steps)} if selected_steps else {}),
         **plugin_records.record_of(config),
         "git_commit": git_commit(),
         "config_hash": config.hash(),

@@ -107,7 +107,8 @@ def begin(
     data = Tokens(examples(kind))
     objective = objective or Task()
     streams: dict[str, Tokens | Images] = {}
-    for number, name in enumerate(objective.streams()):
+    wanted = (*objective.streams(), *(selector.streams() if selector else ()))
+    for number, name in enumerate(wanted):
         streams[name] = Tokens(examples(kind, STREAM_EXAMPLES, seed=2 + number))
     batches = Batches(
         data, train.batch_size, train.micro_batch_size, seed, workers=train.workers, streams=streams

@@ -126,6 +126,15 @@ class Batches:
                 if sizes != (self.batch_size, self.micro_batch_size):
                     break
 
+    def step_of(self, stream: str, step: int) -> list[Batch | None]:
+        """Return the micro-batches of one step (from 0) of a stream; ``None`` stands for an empty one."""
+        (pieces,) = self._plan(stream, step, step + 1)
+        data = self.sets[stream]
+        found: list[Batch | None] = []
+        for piece in pieces:
+            found.append(self._collate(stream, [data[i] for i in piece]) if piece else None)
+        return found
+
     def _plan(self, stream: str, start: int, end: int) -> list[list[list[int]]]:
         """Return the indices of each micro-batch of each step, at the current sizes."""
         micro = self.micro_batch_size or self.batch_size

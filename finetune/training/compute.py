@@ -11,9 +11,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from ..core.collective import add_gradients, sum_processes
-from ..core.loss import count, scored
+from ..core.loss import count, example_losses, scored
 from ..core.objective import Need, Objective
 from ..core.run import Run, Seen
+from ..core.state import entry_stores
 from ..data.encode import Batch
 from .batches import Batches
 
@@ -166,6 +167,35 @@ class Compute:
             loss.backward()
         for parameter in self.tuned.states.parameters():
             parameter.grad = None
+
+    @contextmanager
+    def gradients(self, micro: MicroBatches) -> Iterator[float]:
+        """Inside, every trained tensor has the gradient of the mean cross-entropy of a batch; yield the mean.
+
+        Both are over all processes and in eval mode, whatever the objective is. Afterwards no tensor has a
+        gradient. Entries of weights do not count these among the gradients of the step that they watch.
+        """
+        total, places = 0.0, max(1, self.count_scored(micro))
+        stores = entry_stores(self.tuned.states)
+        watches = [store.watch for store in stores]
+        for store in stores:
+            store.watch = None
+        try:
+            with self.evaluating(for_gradients=True) as see:
+                for batch in micro:
+                    share = batch or self._stand_in(micro)
+                    logits = see(share).logits
+                    losses = example_losses(logits, share.labels.to(logits.device))
+                    loss = losses.sum() * (batch is not None) / places
+                    loss.backward()
+                    total += float(loss.detach())
+            self.share_gradients()
+            yield float(sum_processes(torch.tensor(total, dtype=torch.float64)))
+        finally:
+            for store, watch in zip(stores, watches, strict=True):
+                store.watch = watch
+            for parameter in self.tuned.states.parameters():
+                parameter.grad = None
 
     def backward(
         self, micro: MicroBatches, added_loss: Callable[[Batch], Tensor | float]

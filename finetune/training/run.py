@@ -194,6 +194,7 @@ class Training:
             processes=accelerator.num_processes,
             threads=torch.get_num_threads(),
             references=record.references,
+            selected_steps=session.selector.count_selected(session.states["selector"]),
         )
 
     def _fail(self, error: NotFinite) -> RunFailed:

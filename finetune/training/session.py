@@ -9,6 +9,7 @@ import math
 import statistics
 import time
 from collections.abc import Generator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -94,7 +95,13 @@ class Session:
         self._build(0)
 
     def check_objectives(self) -> None:
-        """Raise ``ConfigError`` if an objective does not fit the data or the model; read its teacher."""
+        """Raise ``ConfigError`` if an objective does not fit the data or the model; read its teacher.
+
+        Also raise it if the selector lacks a data stream.
+        """
+        for name in self.selector.streams():
+            if name not in self.batches.sets:
+                raise ConfigError(f"selector={self.selector.name} needs the data stream {name}.")
         for planned in self.phases:
             for name in planned.objective.streams():
                 if name not in self.batches.sets:
@@ -158,6 +165,7 @@ class Session:
             logits=self.compute.scored_logits,
             reference=self.references.get,
             class_counts=self._count_classes,
+            stream_gradients=self._stream_gradients,
             seed=self.recipe.seed + phase,
             step=self.number - planned.start,
         )
@@ -169,6 +177,9 @@ class Session:
 
     def _upcoming(self, steps: int) -> list[MicroBatches]:
         return list(self.batches.steps(self.number, self.number + steps))
+
+    def _stream_gradients(self, stream: str) -> AbstractContextManager[float]:
+        return self.compute.gradients(self.batches.step_of(stream, self.number))
 
     def _count_classes(self) -> list[int] | None:
         labels = self.batches.data.labels
@@ -213,12 +224,19 @@ class Session:
             group["lr"] = lr
         retry_smaller(lambda: self.current.before_step(run, method_state))
         retry_smaller(lambda: self.selector.before_step(run, selector_state))
-        loss = self._update()
+        loss = self._update() if self.selector.trains(selector_state) else self._skip()
         self.current.after_step(run, method_state)
         self.selector.after_step(run, selector_state)
         self.optimizer.zero_grad(set_to_none=True)
         self.number += 1
         return Step(self.number, loss, lr, time.perf_counter() - began, run.metrics)
+
+    def _skip(self) -> float:
+        """Return the loss of a step in which nothing moves."""
+        losses = self.memory.retry_smaller(self._measure, self._prepare_retry)
+        loss, _ = losses.pop("loss"), losses.pop("added")
+        self.run.log(**losses, grad_norm=0.0)
+        return loss
 
     def _update(self) -> float:
         """Move the trained values once; return the loss."""

@@ -35,7 +35,7 @@ from finetune.methods.reparam.snell import SNELL
 from finetune.methods.sparse.shira import SHiRA
 from finetune.schedules.drop_grow import DropGrow
 from finetune.schedules.redraw import Redraw
-from finetune.selectors.ist import IST, Blocks
+from finetune.selectors.ist import IST, ScoredBlocks
 from finetune.selectors.none import NoSelector
 from finetune.storage import checkpoint
 from finetune.storage.delta import load_delta, save_delta, tensors_to_store
@@ -93,9 +93,9 @@ def begin(
     return session
 
 
-def state_of(session: Session) -> Blocks:
+def state_of(session: Session) -> ScoredBlocks:
     state = session.states["selector"]
-    assert isinstance(state, Blocks)
+    assert isinstance(state, ScoredBlocks)
     return state
 
 
@@ -195,7 +195,7 @@ def test_a_quarter_trains_and_the_rest_does_not_move_at_all(make: Callable[[], M
     [(1, 0.25, 1), (2, 0.25, 1), (3, 0.25, 1), (8, 0.25, 2), (9, 0.25, 2), (100, 0.29, 29), (8, 1.0, 8)],
 )
 def test_the_count_is_rounded_down_and_at_least_one(layers: int, share: float, expected: int) -> None:
-    assert IST().count_blocks(share, Blocks({block: [] for block in range(layers)})) == expected
+    assert IST().count_blocks(share, ScoredBlocks({block: [] for block in range(layers)})) == expected
 
 
 @pytest.mark.parametrize("layers", [1, 2, 3])
@@ -355,7 +355,7 @@ def test_until_the_first_probe_it_is_rst(make: Callable[[], Method]) -> None:
 
 def test_draws_follow_the_weights() -> None:
     """Without scores draws are uniform (RST); with scores a block's share is that of its sigmoid(-s)."""
-    generator, state = torch.Generator().manual_seed(0), Blocks({3 + b: [] for b in range(8)})
+    generator, state = torch.Generator().manual_seed(0), ScoredBlocks({3 + b: [] for b in range(8)})
     pairs = Counter(tuple(state.draw(torch.sigmoid(-state.scores), 2, generator)) for _ in range(5600))
     assert len(pairs) == 28
     assert (
