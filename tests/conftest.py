@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import _posixsubprocess
 import gc
+import itertools
 import sys
 import traceback
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import pytest
 
@@ -27,6 +30,7 @@ STARTS = frozenset(
 )
 MAY_START = ("processes", "slow", "browser", "slurm")
 FAMILIES = sorted(path.name for path in (Path(__file__).parent / "methods").iterdir() if path.is_dir())
+FINISHED = itertools.count(1)  # the tests that this process has run
 running: pytest.Item | None = None  # the test that runs now, if it may not start a process
 
 
@@ -116,3 +120,45 @@ def exclude_modules_from_collection() -> None:
 
     contract.tiny()
     gc.freeze()
+
+
+@pytest.fixture(autouse=True)
+def exclude_what_tests_left() -> Iterator[None]:
+    """After every 30 tests, exclude from garbage collection what they imported and cached."""
+    yield
+    if next(FINISHED) % 30 == 0:
+        gc.collect()
+        gc.freeze()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def keep_built_in_images() -> Iterator[None]:
+    """Read the built-in digits once, and process each small image once, however many runs use them."""
+    from finetune.data.digits import Digits
+    from finetune.data.encode import Images
+
+    read, process = Digits.read, Images.process
+    digits: dict[Any, Any] = {}
+    pixels: dict[Any, Any] = {}
+    settings: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+    def read_once(self: Digits) -> Any:
+        if self not in digits:
+            digits[self] = read(self)
+        found = digits[self]
+        return replace(found, splits={name: list(rows) for name, rows in found.splits.items()})
+
+    def process_once(self: Images, image: Any) -> Any:
+        if image.width * image.height > 1024:
+            return process(self, image)
+        if self.processor not in settings:
+            settings[self.processor] = self.processor.to_json_string()
+        key = (settings[self.processor], image.mode, image.size, image.tobytes())
+        if key not in pixels:
+            pixels[key] = process(self, image)
+        return pixels[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Digits, "read", read_once)
+        patch.setattr(Images, "process", process_once)
+        yield

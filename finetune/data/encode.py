@@ -57,12 +57,17 @@ class Images(Dataset[Item]):
         if i in self._cache:
             return self._cache[i]
         row = self.rows[i]
-        processed = self.processor(images=row["image"].convert("RGB"), return_tensors="pt")
-        pixels: Tensor = processed["pixel_values"][0]
+        pixels = self.process(row["image"])
         item = {"id": row["id"], "pixel_values": pixels, "label": row["label"]}
         if pixels.numel() * 4 * len(self) <= CACHED_BYTES:
             self._cache[i] = item
         return item
+
+    def process(self, image: Any) -> Tensor:
+        """Return the pixels of an image as the model takes them, float32 [c, h, w]."""
+        processed = self.processor(images=image.convert("RGB"), return_tensors="pt")
+        pixels: Tensor = processed["pixel_values"][0]
+        return pixels
 
 
 class Tokens(Dataset[Item]):
