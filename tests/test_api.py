@@ -24,6 +24,8 @@ from finetune.optim.adamw import AdamW
 from finetune.testing import contract
 from finetune.training.session import Session
 
+from .support.tiny_model import TINY
+
 HEAD = ("classifier.weight", "classifier.bias")
 RATE = 1e-2
 METHODS: dict[str, Method] = {
@@ -223,7 +225,7 @@ def test_a_method_says_what_the_loop_lacks() -> None:
 def test_runs_are_trained_listed_and_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     words = ["method=lora", "method.dropout=0.5", "train.steps=2", "train.eval_every=null"]
-    words += ["logger=none", "name=a", "run=b"]
+    words += ["logger=none", "name=a", "run=b", *TINY]
     folder, result = finetune.train(*words)
     assert folder == Path("outputs/a/b")
     assert result["status"] == "finished"

@@ -28,6 +28,8 @@ from finetune.errors import ConfigError
 from finetune.testing.analyses import check_analysis, train_small
 from finetune.training.evaluate import Evaluation
 
+from ..support.tiny_model import TINY
+
 
 class Theta(nn.Module):
     """A model that is one vector, in the dtype of ``like``."""
@@ -187,7 +189,7 @@ def test_batch_normalization_is_refused() -> None:
         check_buffers(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)), subject)
 
 
-SMALL = ("optimizer.lr=0.01", "model.init=random", "model.config.num_hidden_layers=1")
+SMALL = ("optimizer.lr=0.01", *TINY)
 RUNS = {
     "full": ("method=full", *SMALL),
     "lora": ("method=lora", "method.targets=[q]", *SMALL),

@@ -21,6 +21,8 @@ from finetune.launch.start import StartOptions
 from finetune.storage.atomic import write_json_atomic
 from finetune.training import run as running
 
+from ..support.tiny_model import TINY
+
 SMALL = [
     "method=bitfit",
     "train.steps=2",
@@ -28,6 +30,7 @@ SMALL = [
     "train.batch_size=8",
     "train.threads=1",
     "train.device=cpu",
+    *TINY,
 ]
 
 

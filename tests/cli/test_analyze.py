@@ -15,6 +15,8 @@ from finetune.errors import ConfigError
 from finetune.report.runs import find_runs
 from finetune.testing.analyses import check_analysis, train_small
 
+from ..support.tiny_model import TINY
+
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -24,6 +26,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "train.save_every=2",
         "name=t",
         "run=r",
+        *TINY,
     )
 
 

@@ -20,6 +20,7 @@ import finetune
 from finetune.registry import catalog
 
 from ..support.command import Said, call
+from ..support.tiny_model import TINY
 
 ENV = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "COLUMNS": "160"}
 MODEL = Path(finetune.__file__).parent / "models" / "tiny_vit"
@@ -30,6 +31,7 @@ SMALL = [
     "train.batch_size=8",
     "train.threads=1",
     "dataset.retention_images=0",
+    *TINY,
 ]
 
 

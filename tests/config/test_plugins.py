@@ -26,6 +26,7 @@ from finetune.testing import contract
 from finetune.training import run
 
 from ..support.plugin import CLASSES, FROM_SKELETONS, SETTINGS, write_plugin, write_skeletons
+from ..support.tiny_model import TINY
 
 SMALL = [
     "train.steps=2",
@@ -33,6 +34,7 @@ SMALL = [
     "train.eval_every=null",
     "train.device=cpu",
     "train.threads=1",
+    *TINY,
 ]
 
 

@@ -17,6 +17,8 @@ from finetune.launch import child
 from finetune.launch.start import NO_OPTIONS, StartOptions, run_child
 from finetune.storage.run_folder import RunFolder, run_folder
 
+from ..support.tiny_model import TINY
+
 SETTINGS = [
     "method=head",
     "train.steps=1",
@@ -26,6 +28,7 @@ SETTINGS = [
     "train.device=cpu",
     "dataset.retention_images=0",
     "name=n",
+    *TINY,
 ]
 
 

@@ -15,6 +15,8 @@ import torch
 from finetune.core.analysis import Analysis, Subject, Table
 from finetune.testing.analyses import ANALYSIS_CHECKS, AnalysisTrial, check_analysis, train_small
 
+from ..support.tiny_model import TINY
+
 
 @dataclass(frozen=True)
 class Count(Analysis):
@@ -75,7 +77,7 @@ FAULTS = [
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return train_small(tmp_path_factory.mktemp("run"), "method=bitfit")
+    return train_small(tmp_path_factory.mktemp("run"), "method=bitfit", *TINY)
 
 
 @pytest.fixture

@@ -22,6 +22,8 @@ from finetune.testing import contract
 from finetune.training.prepare import prepare
 
 TEXT = ["model=tiny_lm", "dataset=stdlib", "dataset.length=32", "train.steps=2", "train.batch_size=2"]
+TEXT += ["dataset.train_bytes=4000"]
+TEXT += [f"dataset.{split}_bytes=1000" for split in ("val", "test", "retention")]
 
 
 def config(teacher: Any, *words: str) -> Config:
