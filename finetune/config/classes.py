@@ -6,10 +6,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import MISSING, Field, fields, replace
 from functools import partial
-from typing import Any, get_type_hints
+from typing import Any
 
 from .. import registry
 from ..errors import ConfigError
+from ..system.hints import read_hints
 from .composed import Composed
 from .settings import Config
 
@@ -33,7 +34,7 @@ def class_of_section(section: str, values: dict[str, Any], composed: Composed) -
         return class_named_in(section, values, section, composed)
     if section in OTHER_SECTIONS:
         return registry.base_class(registry.KINDS[section]), values
-    return get_type_hints(Config)[section], values
+    return read_hints(Config)[section], values
 
 
 def class_named_in(
@@ -62,7 +63,7 @@ def class_named_in(
 
 def nested_fields(cls: type) -> dict[str, tuple[Field[Any], str]]:
     """Return the fields annotated with the base class of a nested kind, by name, each with its kind."""
-    hints, found = get_type_hints(cls), {}
+    hints, found = read_hints(cls), {}
     for item in fields(cls):
         hint = hints[item.name]
         kind = vars(hint).get("KIND") if isinstance(hint, type) else None

@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypedDict, get_type_hints
+from typing import Any, TypedDict
 
 from .. import registry
 from ..errors import ConfigError
 from ..system import safe
 from ..system.exit_code import print_line
+from ..system.hints import read_hints
 from . import plugins
 
 COMMENT = "# plug-in "  # starts a line of a run's config.yaml
@@ -57,7 +58,7 @@ def _modules_of(value: Any) -> Iterable[str]:
     cls: type = type(value)
     for base in cls.__mro__:
         yield base.__module__
-    hints = get_type_hints(cls, include_extras=True)
+    hints = read_hints(cls)
     for item in fields(value):
         inner = getattr(value, item.name)
         yield from _modules_of(inner)
@@ -144,7 +145,7 @@ def _recorded(text: str) -> list[PluginRecord]:
             record = safe.parse_json(line.removeprefix(COMMENT))
         except ValueError:
             continue
-        if not safe.find_mismatch(record, get_type_hints(PluginRecord)):
+        if not safe.find_mismatch(record, read_hints(PluginRecord)):
             found.append(record)
     return found
 

@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import fields
 from functools import cache
-from typing import Any, get_type_hints
+from typing import Any
 
 import pydantic
 
 from .. import registry
 from ..errors import ConfigError, suggest_nearest
+from ..system.hints import read_hints
 from .classes import (
     OPEN,
     OTHER_SECTIONS,
@@ -206,7 +207,7 @@ def _check_values(
 @cache
 def _model(cls: type, wanted: tuple[str, ...]) -> type[pydantic.BaseModel]:
     """Return a strict pydantic model of the ``wanted`` fields of a dataclass."""
-    hints = get_type_hints(cls, include_extras=True)
+    hints = read_hints(cls)
     made: dict[str, Any] = {}
     for item in fields(cls):
         if item.name in wanted:
@@ -231,7 +232,7 @@ def _typed_texts(errors: list[Any], section: str, composed: Composed) -> dict[st
 
 def _unknown_names(parts: dict[str, Any], cls: type, section: str, composed: Composed) -> list[str]:
     """Return a fault for each setting that must be the name of a registered class and is not."""
-    hints, faults = get_type_hints(cls, include_extras=True), []
+    hints, faults = read_hints(cls), []
     for name, value in parts.items():
         for mark in getattr(hints[name], "__metadata__", ()):
             if not isinstance(mark, registry.Named):

@@ -16,6 +16,7 @@ from typing import Any, TypedDict
 from ..config.plugin_records import PluginRecord
 from ..errors import ConfigError
 from ..system import safe
+from ..system.hints import read_hints
 
 Metrics = dict[str, Any]  # numbers by name; ``None`` for one that was not finite
 # Keys that the first checkpoints lack.
@@ -168,10 +169,10 @@ def _build(kind: type[Any], stored: dict[str, Any]) -> Any:
     return kind(**known)
 
 
-def _schema(kind: type[Any], optional: set[str] | None = None) -> dict[str, Any]:
+def _schema(kind: type, optional: set[str] | None = None) -> dict[str, Any]:
     """Describe a dataclass or ``TypedDict`` for ``safe.find_mismatch``; ``optional`` keys may be absent."""
     schema = {}
-    for name, hint in typing.get_type_hints(kind).items():
+    for name, hint in read_hints(kind).items():
         key = f"{name}?" if optional and name in optional else name
         schema[key] = _form(hint)
     return schema
@@ -181,7 +182,7 @@ def _form(hint: Any) -> Any:
     """Describe a type for ``safe.find_mismatch``: a container by its items, a dataclass by its fields."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint) or typing.is_typeddict(hint):
-        return _schema(typing.cast(type[Any], hint))
+        return _schema(typing.cast(type, hint))
     if hint is Any:
         return object
     if origin is list:
