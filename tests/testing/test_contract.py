@@ -247,6 +247,13 @@ def test_an_adapter_on_attention_passes(kind: contract.Kind) -> None:
 
 
 @pytest.mark.parametrize(("check", "make"), FAULTS, ids=[make.__name__ for _, make in FAULTS])
+def test_a_fault_fails_its_check(check: str, make: Callable[[], Method]) -> None:
+    with pytest.raises(AssertionError):
+        contract.CHECKS[check](contract.Trial(make))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("check", "make"), FAULTS, ids=[make.__name__ for _, make in FAULTS])
 def test_a_fault_fails_its_check_alone(check: str, make: Callable[[], Method]) -> None:
     assert failing(make) == [check]
 
