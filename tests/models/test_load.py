@@ -311,8 +311,11 @@ def test_the_built_in_image_model_is_read_in_full():
     assert sum(p.numel() for p in base.model.parameters()) > 500_000
 
 
-def test_the_built_in_language_model_knows_some_english():
-    base = load(ModelConfig("tiny_lm", "builtin:tiny_lm"), "causal_lm", (), seed=0)
+@pytest.mark.parametrize(("name", "blocks"), [("tiny_lm", 5), ("tiny_deep", 12)])
+def test_the_built_in_language_models_know_some_english(name, blocks):
+    base = load(ModelConfig(name, f"builtin:{name}"), "causal_lm", (), seed=0)
+    assert len(base.model.model.layers) == blocks
+    assert sum(parameter.numel() for parameter in base.model.parameters()) < 1_600_000
     ids = base.processor("The man went to the house of the king and said", return_tensors="pt")["input_ids"]
     backwards = ids.flip(1)
     with torch.no_grad():
