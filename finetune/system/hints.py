@@ -9,5 +9,5 @@ from typing import Any
 
 @cache
 def read_hints(cls: type) -> dict[str, Any]:
-    """Return the type hints of a class, with their ``Annotated`` marks. Callers must not change the result."""
+    """Return the type hints of a class, with their ``Annotated`` marks. Do not change the result."""
     return typing.get_type_hints(cls, include_extras=True)
