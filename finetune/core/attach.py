@@ -31,25 +31,41 @@ def _owner(model: nn.Module, name: str) -> tuple[nn.Module, str]:
     return model.get_submodule(parent), leaf
 
 
+# Where torch keeps the hooks of a module's forward pass. The handle of a hook refers to these dictionaries.
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+)
+
+
 def attach(model: nn.Module, name: str, delta: Delta) -> None:
     """Stack ``delta`` on the linear layer called ``name``.
 
-    Raises ``RuntimeError`` if the layer carries an edit, and ``ConfigError`` if it has hooks of the user's:
-    its patched form would not always run them.
+    Edits that act on the layer or read it go on doing so: they see the layer with its changed weight. Raises
+    ``ConfigError`` if the layer has hooks of the user's: its patched form would not always run them.
     """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf)
     if not isinstance(module, Patched):
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        if any(isinstance(getattr(hook, "__self__", None), Edit) for hook in hooks):
-            raise RuntimeError(f"{name} carries an edit; attach its deltas before its edits")
-        if hooks or module._backward_hooks or module._backward_pre_hooks:
+        edits = [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Edit)]
+        if len(edits) < len(hooks) or module._backward_hooks or module._backward_pre_hooks:
             raise ConfigError(
                 f"The layer {name} has hooks, which would not run while its weight is changed. Remove them, "
                 "register them on the block around it, or leave the layer out of method.targets."
             )
-        module = Patched(module)
-        setattr(owner, leaf, module)
+        layer = Patched(module)
+        for place in HOOKS:
+            own, empty = getattr(module, place), getattr(layer, place)
+            setattr(layer, place, own)
+            setattr(module, place, empty)
+        for edit in edits:
+            edit.follow(module, layer)
+        setattr(owner, leaf, layer)
+        module = layer
     module.deltas.append(delta)
     delta.layer = name
 

@@ -140,6 +140,11 @@ class Edit(OnModule):
             self._hooks.append(module.register_forward_hook(self._edit_output, with_kwargs=True))
         return self
 
+    def follow(self, old: nn.Module, new: nn.Module) -> None:
+        """Act on ``new`` if this edit acts on ``old``, which ``new`` has replaced, hooks included."""
+        if self._module and self.module is old:
+            self._module = [new]
+
     def detach(self) -> None:
         for hook in self._hooks:
             hook.remove()

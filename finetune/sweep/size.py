@@ -25,6 +25,7 @@ from ..storage import manifest
 from ..storage.atomic import to_json_value
 from ..storage.run_folder import run_folder
 from ..training.build import Pretrained, build_states
+from ..training.phases import PlannedPhase, attached_phases, plan_phases
 
 DTYPES = {  # names of types in a safetensors header
     torch.float32: "F32",
@@ -97,49 +98,67 @@ def _move_to_meta(model: nn.Module) -> None:
 def measure(config: Config, method: Method | None = None) -> Size:
     """Return the size of ``config``, with ``method`` instead of its own if given.
 
-    Trained entries are those of the last phase. Where data chooses entries, their positions are taken to lie
-    at random, so the bytes of the gaps between them are expected ones. ``stored`` is 0 where training decides
-    what is stored. Raises ``ConfigError`` if the method does not fit the model.
+    Trained entries are those of the last phase and of the phases below it that are kept. Where data chooses
+    entries, their positions are taken to lie at random, so the bytes of the gaps between them are expected
+    ones. ``stored`` is 0 where training decides what is stored. Raises ``ConfigError`` if the method does not
+    fit the model.
     """
     method = method or config.method
-    last, model = method.phases()[-1].method, frame(config)
-    seed = config.seed + len(method.phases()) - 1
+    model = frame(config)
     try:
-        states, shapes = _build(model, last, method.head, seed, config.train.steps, "meta")
+        states, shapes = _build(config, method, model, "meta")
     except (NotImplementedError, RuntimeError):  # the method computes with values while it is built
-        states, shapes = _build(model, last, method.head, seed, config.train.steps, "cpu")
+        states, shapes = _build(config, method, model, "cpu")
     head = 0
     if "head" in states:
         head = sum(p.numel() for p in states["head"].parameters() if p.requires_grad)
     trained = sum(p.numel() for p in states.parameters() if p.requires_grad)
+    if "kept" in states:
+        trained += sum(p.numel() for p in states["kept"].parameters())
     stored = 0
     if shapes is not None:
         stored = _tensor_file_bytes(shapes) + _description_bytes(config, method, model)
     return Size(trained, stored, head)
 
 
-def _build(
-    frame: Frame, method: Method, train_head: bool, seed: int, steps: int, device: str
-) -> tuple[nn.ModuleDict, Shapes | None]:
-    """Build the states as a session does, on a copy of the model; return them and what is stored of them."""
+def _build(config: Config, method: Method, frame: Frame, device: str) -> tuple[nn.ModuleDict, Shapes | None]:
+    """Build the states of the last phase as a session does, on a copy of the model.
+
+    Returns them and what is stored of them.
+    """
     pretrained = Pretrained(
-        copy.deepcopy(frame.model), frame.head, new_head=frame.new_head, train_head=train_head
+        copy.deepcopy(frame.model), frame.head, new_head=frame.new_head, train_head=method.head
     )
+    phases = plan_phases(method, config.train.steps, config.objective)
+    attached, states = attached_phases(phases, len(phases) - 1), None
     with torch.random.fork_rng(devices=[]), torch.device(device):
-        torch.manual_seed(seed)
-        states = build_states(pretrained, method)
-        return states, _stored(states, method, steps)
+        for number, phase in enumerate(attached, len(phases) - len(attached)):
+            torch.manual_seed(config.seed + number)
+            states = build_states(pretrained, phase.method, previous=states)
+        assert states is not None
+        return states, _stored(states, attached)
 
 
-def _stored(states: nn.ModuleDict, method: Method, steps: int) -> Shapes | None:
-    """Return dtype and shape of every stored tensor, by name; ``None`` if training decides."""
+def _stored(states: nn.ModuleDict, attached: list[PlannedPhase]) -> Shapes | None:
+    """Return dtype and shape of every stored tensor, by name; ``None`` if training decides.
+
+    ``attached``: the phases of the states.
+    """
     found: Shapes = {}
-    for name, state in states.items():
-        shapes = method.stored_shapes(state, steps) if name == "method" else stored_shapes(state)
-        if shapes is None:
+    of_methods: dict[str, Any] = {}
+    if "kept" in states:
+        of_methods = {f"kept.{i}": state for i, state in enumerate(states["kept"].children())}
+    of_methods["method"] = states["method"]
+    shapes: dict[str, Shapes | None] = {}
+    for (name, state), phase in zip(of_methods.items(), attached, strict=True):
+        shapes[name] = phase.method.stored_shapes(state, phase.end - phase.start)
+    for name in states.keys() - {"kept", "method"}:
+        shapes[name] = stored_shapes(states[name])
+    for name, inner in shapes.items():
+        if inner is None:
             return None
-        for inner, shape in shapes.items():
-            found[f"{name}.{inner}"] = shape
+        for key, shape in inner.items():
+            found[f"{name}.{key}"] = shape
     return found
 
 

@@ -46,3 +46,11 @@ def plan_phases(method: Method, steps: int, default: Objective) -> list[PlannedP
         planned.append(PlannedPhase(phase.method, objective, start, end, lr_start, lr_end, phase.keeps))
         start = end
     return planned
+
+
+def attached_phases(phases: list[PlannedPhase], phase: int) -> list[PlannedPhase]:
+    """Return the phases whose parts are attached in ``phase``: those before it that are kept, and itself."""
+    first = phase
+    while first > 0 and phases[first - 1].keeps:
+        first -= 1
+    return phases[first : phase + 1]

@@ -12,6 +12,7 @@ from ..core.attach import parts, patched, trained_in_place
 from ..core.state import entry_stores
 from ..storage.delta import stored_bytes
 from .batch_size import resident_bytes
+from .phases import attached_phases
 from .prepare import count_parameters, prepare
 from .session import Session
 
@@ -79,7 +80,7 @@ def _bound_changed(session: Session) -> float | None:
     if "kept" in session.states:  # phases before, whose changes stay
         attached = [*session.states["kept"].children(), *attached]
     changes_stay = False
-    planned = session.phases[session.phase + 1 - len(attached) : session.phase + 1]
+    planned = attached_phases(session.phases, session.phase)
     for phase, state in zip(planned, attached, strict=True):
         if phase.method.stored_shapes(state, phase.end - phase.start) is None:
             changes_stay = True

@@ -214,6 +214,7 @@ def prepare(config: Config, trains: bool = True) -> Setup:
     )
     session = Session(pretrained, recipe, batches, accelerator)
     if trains:
+        session.check_phases()
         session.check_objectives()
     notes = raw.notes + stream_notes + model.notes
     return Setup(config, model, raw.labels, data, mark, total, session, notes)

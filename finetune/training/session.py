@@ -35,7 +35,7 @@ from .compute import Compute, MicroBatches, Tuned, prepare_to_show
 from .memory import ADVICE, Memory, ran_out, rng_restore, rng_snapshot
 from .optimizer import make_optimizer, rate
 from .optimizer_state import load_optimizer, save_optimizer
-from .phases import plan_phases
+from .phases import attached_phases, plan_phases
 from .reference import References
 
 LOSS_SCALES = 40  # how often fp16 may halve its loss scale in one step
@@ -108,6 +108,17 @@ class Session:
                     raise ConfigError(f"objective={planned.objective.name} needs the data stream {name}.")
             planned.objective.check(self.run)
 
+    def check_phases(self) -> None:
+        """Build every phase once and return to the first.
+
+        Raises ``ConfigError`` if a method does not fit the model, so that nothing is trained in vain.
+        """
+        if len(self.phases) == 1:
+            return
+        for phase in range(1, len(self.phases)):
+            self.enter(phase)
+        self.rebuild()
+
     @property
     def tuned(self) -> Tuned:
         """The model with the states of the current phase."""
@@ -125,9 +136,7 @@ class Session:
         """
         if phase == self.phase:
             return
-        first = phase  # the first phase whose parts are attached in ``phase``
-        while first > 0 and self.phases[first - 1].keeps:
-            first -= 1
+        first = phase + 1 - len(attached_phases(self.phases, phase))
         if not first <= self.phase < phase:
             detach(self.model, self.states)
             self._build(first)

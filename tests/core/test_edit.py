@@ -16,6 +16,7 @@ from finetune.core.anatomy import Anatomy
 from finetune.core.attach import NotMergeable, attach, base, detach, merge
 from finetune.core.edit import Edit, Replacement
 from finetune.core.lowrank import LowRank
+from finetune.core.part import Delta
 from finetune.testing.sessions import tiny
 
 
@@ -281,9 +282,44 @@ def test_an_edit_on_a_layer_with_deltas_is_not_merged() -> None:
     with pytest.raises(NotMergeable):
         merge(model, nn.ModuleList([delta, Rows().on(model, "0")]))
     model = square(1)
-    Rows().on(model, "0")
-    with pytest.raises(RuntimeError, match=r"0 carries an edit; attach its deltas before its edits"):
-        attach(model, "0", delta)
+    edit = Rows().on(model, "0")
+    attach(model, "0", delta)
+    with pytest.raises(NotMergeable):
+        merge(model, nn.ModuleList([edit, delta]))
+
+
+@pytest.mark.parametrize("formed", [False, True])
+def test_a_delta_may_be_stacked_on_a_layer_with_edits(formed: bool) -> None:
+    """The first edit acts on the layer, the second reads its input, the third edits what it receives."""
+    model, x = square(2), sample()
+    a: Any = model[0]
+    b: Any = model[1]
+    plain = model(x)
+    edits = [Scale().on(model, "0"), Scale().on(model, "1", reads="0"), Scale().on(model, "0", edits="input")]
+    before, delta = model(x), LowRank((4, 4), 1, 1.0, 0.0).double()
+    attach(model, "0", delta)
+    if formed:
+        attach(model, "0", Doubling())
+    assert formed or torch.equal(model(x), before)
+    nn.init.normal_(delta.b)
+    h = 1.8 * x
+    y = h @ ((2 if formed else 1) * a.weight + delta(a.weight)).T + a.bias
+    expected = 1.3 * ((1.3 * y + 0.5 * h) @ b.weight.T + b.bias) + 0.5 * x
+    torch.testing.assert_close(model(x), expected)
+    states = nn.ModuleList([*edits, delta])
+    with base(states):
+        assert formed or torch.equal(model(x), plain)
+    detach(model, states)
+    assert torch.equal(model(x), plain)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    assert [type(module) for module in model] == [nn.Linear, nn.Linear]
+
+
+class Doubling(Delta):
+    """Adds the weight once more, as a formed matrix."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight.clone()
 
 
 def test_an_edit_acts_on_one_module() -> None:

@@ -400,7 +400,7 @@ def test_the_watchdog_does_not_miss_gradients() -> None:
 
 # Together with other settings
 
-READ_GRADIENTS = {"amt", "id3", "snella", "spiel", "spt"}
+READ_GRADIENTS = {"amt", "id3", "lora_ga", "snella", "spiel", "spt"}
 CASES = find_cases(METHODS)
 
 
