@@ -26,6 +26,7 @@ from ..registry import get
 from ..storage.atomic import STAMP, replacing, write_json_atomic, write_yaml_atomic
 from ..storage.delta import read_description, save_delta
 from ..storage.run_folder import RunFolder
+from ..training.build import method_states
 from ..training.prepare import Setup, prepare
 from .plain import check_free
 from .reopen import rebuild, run_of
@@ -52,9 +53,8 @@ def sparse_changes(setup: Setup) -> dict[str, SparseChange]:
                 changes.append(SparseChange(entries.index.cpu(), entries.values.cpu()))
         if changes:
             found[name] = _without_zeros(add(changes))
-    for part in parts(setup.session.states["method"]):
-        if part not in on_layers:
-            other.add(part.describe())
+    for state in method_states(setup.session.states):
+        other |= {part.describe() for part in parts(state) if part not in on_layers}
     if other or not layers:
         fault = "it trains the head only"
         if other:

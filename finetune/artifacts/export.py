@@ -31,6 +31,7 @@ from ..core.state import state_modules
 from ..errors import ConfigError
 from ..models.folder import find_folder
 from ..models.load import quiet, read_model
+from ..training.build import method_states
 from ..training.prepare import Setup
 from . import merge
 from .compose import sparse_changes
@@ -107,17 +108,19 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
 
     Raises ``ConfigError`` if peft has no format for what the run changed.
     """
-    state = setup.session.states["method"]
+    state = nn.ModuleList(method_states(setup.session.states))
     for module in state_modules(state):
         written = module.export_as("peft")
-        if written is not None:
+        if written is not None and len(state) == 1:
             return written
     layers = {}
     for name, layer in patched(setup.session.model).items():
         if any(delta.has_effect for delta in layer.deltas):
             layers[name] = layer
     both = _entries_and_factors(layers)
-    fault = _not_supertuning(layers) if both else _not_exportable(state, layers)
+    fault = _not_on_layers(state, patched(setup.session.model))
+    if not fault:
+        fault = _not_supertuning(layers) if both else _not_exportable(layers)
     if not fault and both:
         return _as_supertuning(layers, both)
     if not fault:
@@ -134,14 +137,20 @@ def _as_peft(setup: Setup, path: Path) -> tuple[Any, dict[str, Tensor]]:
     raise ConfigError(f"method={setup.config.method.name}: peft has no such format: {fault}. {advice}")
 
 
-def _not_exportable(state: nn.Module, layers: dict[str, Patched]) -> str:
-    """Return why the change is neither two factors per layer nor single entries; empty if it is."""
+def _not_on_layers(state: nn.Module, layers: dict[str, Patched]) -> str:
+    """Return what is trained besides the changes of layers' weights; empty if there is nothing."""
+    deltas = [delta for layer in layers.values() for delta in layer.deltas]
+    others = sorted({part.describe() for part in parts(state) if part not in deltas})
     in_place = trained_in_place(state)
     if in_place:
         return f"it trains parameters in place, such as {next(iter(in_place))}"
+    return f"it trains {' and '.join(others)}" if others else ""
+
+
+def _not_exportable(layers: dict[str, Patched]) -> str:
+    """Return why the change is neither two factors per layer nor single entries; empty if it is."""
     if not layers:
-        others = sorted({part.describe() for part in parts(state)})
-        return f"it trains {' and '.join(others)}" if others else "it changes no layer but the head"
+        return "it changes no layer but the head"
     deltas = [delta for layer in layers.values() for delta in layer.deltas]
     if _factors(layers) is not None or all(delta.changes().entries is not None for delta in deltas):
         return ""

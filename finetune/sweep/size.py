@@ -24,7 +24,7 @@ from ..models.load import load as load_model
 from ..storage import manifest
 from ..storage.atomic import to_json_value
 from ..storage.run_folder import run_folder
-from ..training.build import Pretrained, build_states
+from ..training.build import Pretrained, build_states, method_states
 from ..training.phases import PlannedPhase, attached_phases, plan_phases
 
 DTYPES = {  # names of types in a safetensors header
@@ -145,12 +145,9 @@ def _stored(states: nn.ModuleDict, attached: list[PlannedPhase]) -> Shapes | Non
     ``attached``: the phases of the states.
     """
     found: Shapes = {}
-    of_methods: dict[str, Any] = {}
-    if "kept" in states:
-        of_methods = {f"kept.{i}": state for i, state in enumerate(states["kept"].children())}
-    of_methods["method"] = states["method"]
     shapes: dict[str, Shapes | None] = {}
-    for (name, state), phase in zip(of_methods.items(), attached, strict=True):
+    names = [*(f"kept.{i}" for i in range(len(attached) - 1)), "method"]
+    for name, state, phase in zip(names, method_states(states), attached, strict=True):
         shapes[name] = phase.method.stored_shapes(state, phase.end - phase.start)
     for name in states.keys() - {"kept", "method"}:
         shapes[name] = stored_shapes(states[name])

@@ -106,6 +106,12 @@ def build_states(
     return states
 
 
+def method_states(states: nn.ModuleDict) -> list[nn.Module]:
+    """Return the states of the methods that are attached, by phase: the kept ones, then the current one."""
+    kept: list[nn.Module] = list(states["kept"].children()) if "kept" in states else []
+    return [*kept, states["method"]]
+
+
 def _check_frozen_head(pretrained: Pretrained) -> None:
     """Raise ``ConfigError`` unless the model has a head that can be left as it is."""
     if not pretrained.head:

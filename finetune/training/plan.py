@@ -12,6 +12,7 @@ from ..core.attach import parts, patched, trained_in_place
 from ..core.state import entry_stores
 from ..storage.delta import stored_bytes
 from .batch_size import resident_bytes
+from .build import method_states
 from .phases import attached_phases
 from .prepare import count_parameters, prepare
 from .session import Session
@@ -76,9 +77,7 @@ def _bound_changed(session: Session) -> float | None:
     Where entries that are not trained any more may keep their change, that is all. None if nothing is
     adapted.
     """
-    attached = [session.states["method"]]
-    if "kept" in session.states:  # phases before, whose changes stay
-        attached = [*session.states["kept"].children(), *attached]
+    attached = method_states(session.states)
     changes_stay = False
     planned = attached_phases(session.phases, session.phase)
     for phase, state in zip(planned, attached, strict=True):

@@ -32,10 +32,9 @@ from typing import Annotated, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Lt
 
+from ... import registry
 from ...core.method import Method, Phase
 from ...registry import register
-from ..reparam.lora import LoRA
-from .adapter import Adapter
 
 
 @register("adapter_lora")
@@ -73,9 +72,7 @@ class AdapterLoRA(Method):
         ]
 
     def phases(self) -> tuple[Phase, ...]:
-        adapters = Adapter(rank=self.bottleneck, place=self.place)
-        lora = LoRA(rank=self.rank, alpha=self.alpha, targets=self.targets)
-        return (
-            Phase(adapters, self.share, "restart", keeps=True),
-            Phase(lora, 1 - self.share, "restart"),
-        )
+        adapter, lora = (registry.get("method", name) for name in ("adapter", "lora"))
+        first = adapter(rank=self.bottleneck, place=self.place)
+        second = lora(rank=self.rank, alpha=self.alpha, targets=self.targets)
+        return Phase(first, self.share, "restart", keeps=True), Phase(second, 1 - self.share, "restart")

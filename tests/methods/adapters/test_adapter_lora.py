@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from finetune.artifacts import compose, export
 from finetune.config.load import load
 from finetune.core.attach import NotMergeable, base, detach, merge, patched
 from finetune.data import digits
@@ -109,6 +111,24 @@ def test_it_cannot_be_merged_and_comes_off_to_the_bit() -> None:
     contract.same_values(session.model, contract.tiny())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in session.model.modules())
     assert not any(isinstance(module, nn.ModuleDict) for module in session.model.modules())
+
+
+def test_no_format_holds_both_phases() -> None:
+    session = contract.begin(method())
+    session.enter(1)
+    setup: Any = SimpleNamespace(session=session, config=SimpleNamespace(method=method()))
+    for train_norms in (True, False):
+        if not train_norms:
+            kept: Any = session.states["kept"]
+            del kept[0]["norms"]
+        with pytest.raises(
+            ConfigError, match=r"method=adapter_lora: peft has no such format: it trains"
+        ) as e:
+            export._as_peft(setup, Path("run"))
+        assert ("parameters in place" if train_norms else "a bottleneck adapter") in str(e.value)
+        assert "It cannot be merged either" in str(e.value)
+    with pytest.raises(ConfigError, match="it stores a bottleneck adapter and a low-rank change"):
+        compose.sparse_changes(setup)
 
 
 @pytest.mark.parametrize(("share", "steps", "faulty"), [(0.25, 4, False), (0.25, 1, True), (0.9, 4, True)])
