@@ -89,8 +89,8 @@ def check_command(line: str) -> None:
         keys, runs = KEYS[words[0]]
         for word in given:
             assert word.startswith(keys) or (runs and "=" not in word), f"{words[0]} does not take {word}"
-    elif words[0] == "prune":
-        faults = read_words("prune", given).faults
+    elif words[0] in ("prune", "fold"):
+        faults = read_words(words[0], given).faults
         assert not faults, faults
     elif words[0] in ("train", "show"):
         load(given)

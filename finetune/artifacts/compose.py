@@ -29,7 +29,7 @@ from ..storage.run_folder import RunFolder
 from ..training.build import method_states
 from ..training.prepare import Setup, prepare
 from .plain import check_free
-from .reopen import rebuild, run_of
+from .reopen import place_of, rebuild, run_of
 
 
 @torch.no_grad()
@@ -104,7 +104,7 @@ def compose(
         weights = [1.0] * len(runs)
     head_run = len(runs) - 1
     if head:
-        head_run = _place_of(head, runs)
+        head_run = place_of(head, runs)
     changes: list[dict[str, SparseChange]] = []
     about_runs = []
     setup, head_values = None, dict[str, Tensor]()
@@ -193,18 +193,10 @@ def find_faults(
         faults.append(
             f"The runs were trained on different bases, so their changes cannot be added: {'; '.join(named)}."
         )
-    if head and _place_of(head, runs) < 0:
+    if head and place_of(head, runs) < 0:
         known = ", ".join(str(run) for run in runs)
         faults.append(f"head={head} is not one of the runs named; take one of {known}.")
     return faults
-
-
-def _place_of(wanted: Path, runs: Sequence[Path]) -> int:
-    """Return the position of a run among ``runs``, or -1."""
-    for i, run in enumerate(runs):
-        if run.resolve() == wanted.resolve():
-            return i
-    return -1
 
 
 def _head(setup: Setup) -> nn.Module:

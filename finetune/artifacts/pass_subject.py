@@ -16,13 +16,15 @@ from ..core.roles import is_transposed
 from ..core.site import Site, find_sites
 from ..data.encode import Batch, collate, encode
 from ..errors import ConfigError
-from ..models.folder import check_weights, find_folder, list_weight_files, refuse_foreign_code
 from ..models.load import load
 from ..models.scratch import describe
-from ..models.stored import hash_parameters, match_names
+from ..models.stored import match_names
 from ..storage.tensor_file import TensorFile
 from ..system import safe
+from .model_files import fingerprint_files, open_files
+from .parents import BaseFolder, Parent, find_path_faults, open_parents
 from .plain import check_free
+from .reopen import place_of
 
 FOLDER, ABOUT = "finetune", "pass.json"
 BATCH = 8  # calibration examples that run at once
@@ -33,7 +35,8 @@ class Request:
     """What is asked for: a pass, the model (folder, hub id or ``builtin:NAME``), and the folder to write.
 
     ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: so many examples
-    of the training split are drawn with the seed.
+    of the training split are drawn with the seed. ``runs`` are the further models of a pass over several, and
+    ``head`` is the one of them whose head the result has; by default the last one with a head of its own.
     """
 
     method: Any
@@ -42,6 +45,8 @@ class Request:
     dataset: Any = None
     calibration: int = 128
     seed: int = 0
+    runs: tuple[Path, ...] = ()
+    head: Path | None = None
 
 
 @dataclass
@@ -50,7 +55,8 @@ class Subject:
 
     ``sites`` in the order of the blocks. ``places``: the file and the name of the stored weight, by the
     site's name. ``model``: on the meta device, or loaded if the pass needs statistics. ``chain``: the passes
-    that made the folder what it is.
+    that made the folder what it is. ``parents``: the further models. ``head``: the number of the one whose
+    head the result has; None if it has that of the model.
     """
 
     folder: Path
@@ -60,6 +66,8 @@ class Subject:
     chain: list[dict[str, Any]]
     model: Any
     examples: list[Any] = field(default_factory=list)
+    parents: list[Parent] = field(default_factory=list)
+    head: int | None = None
 
     def batches(self) -> Iterator[Batch]:
         """Yield the calibration data, on the model's device."""
@@ -79,12 +87,6 @@ class Subject:
         return fingerprint_files(self.files)
 
 
-def fingerprint_files(files: Sequence[TensorFile]) -> str:
-    """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all tensors, read one by one."""
-    file_of = {name: file for file in files for name in file.names}
-    return hash_parameters(file_of, lambda name: file_of[name].read(name), ())
-
-
 def turned(weight: Tensor, site: Site) -> Tensor:
     """Turn a weight from the stored layout to [out, in], or back."""
     return weight.T.contiguous() if is_transposed(site.module) else weight
@@ -96,16 +98,48 @@ def open_subject(request: Request) -> Subject:
     Raises ``ConfigError`` with every fault that shows, before anything is written.
     """
     faults = [*request.method.faults(()), *_find_data_faults(request), *_find_out_faults(request.out)]
+    faults += _find_run_faults(request.method, request.runs, request.head)
     if faults:
         raise ConfigError(*dict.fromkeys([*faults, *find_model_faults(request.model, request.method)]))
     try:
         subject = _open_model(request)
     except ConfigError as error:
         raise ConfigError(*_name_model(error)) from None
-    faults = request.method.faults(subject.sites)
+    faults = list(request.method.faults(subject.sites))
+    try:
+        _open_runs(request, subject)
+    except ConfigError as error:
+        faults += error.faults
     if faults:
         raise ConfigError(*faults)
     return subject
+
+
+def _find_run_faults(method: Any, runs: Sequence[Path], head: Path | None) -> list[str]:
+    """Return what is wrong with the further models that a pass is given. None is opened."""
+    if method.models == "one":
+        return []
+    if not runs:
+        return [f"method={method.name} works on runs of one base. Name them by runs=RUN1,RUN2."]
+    faults = [*method.count_faults(len(runs)), *find_path_faults(runs)]
+    if head and place_of(head, runs) < 0:
+        faults.append(f"head={head} is not one of runs={','.join(map(str, runs))}. Take one of them.")
+    return faults
+
+
+def _open_runs(request: Request, subject: Subject) -> None:
+    """Open the further models of a pass, and choose the head of the result."""
+    if request.method.models == "one":
+        return
+    base = BaseFolder(subject.folder, subject.files, subject.model)
+    subject.parents = open_parents(request.runs, base, subject.sites)
+    for number, parent in enumerate(subject.parents):
+        if parent.head:
+            subject.head = number
+    if request.head:
+        subject.head = place_of(request.head, request.runs)
+        if not subject.parents[subject.head].head:
+            subject.head = None  # its head is that of the base
 
 
 def find_faults(given: PassWords) -> list[str]:
@@ -116,6 +150,8 @@ def find_faults(given: PassWords) -> list[str]:
         faults += _find_data_faults(Request(method, model, Path(out), dataset))
     if out:
         faults += _find_out_faults(Path(out))
+    if method:
+        faults += _find_run_faults(method, given.runs, given.head)
     if model:
         faults += find_model_faults(model, method)
     return faults
@@ -124,7 +160,7 @@ def find_faults(given: PassWords) -> list[str]:
 def find_model_faults(model: str, method: Any) -> list[str]:
     """Return what is wrong with a model folder for a pass, and for ``method`` unless that is None."""
     try:
-        folder, config, _ = _open_files(model)
+        folder, config, _ = open_files(model)
         if method is None:
             return []
         return list(method.faults(_find_sites(describe(folder, config), method)))
@@ -163,7 +199,7 @@ def _find_data_faults(request: Request) -> list[str]:
 
 def _open_model(request: Request) -> Subject:
     """Find the folder and its sites, and load the model if statistics are needed."""
-    folder, config, files = _open_files(request.model)
+    folder, config, files = open_files(request.model)
     chain = read_chain(folder)
     examples: list[Any] = []
     if request.method.needs and request.dataset is not None:
@@ -172,15 +208,6 @@ def _open_model(request: Request) -> Subject:
         model = describe(folder, config)
     sites = _find_sites(model, request.method)
     return make_subject(folder, files, model, sites, chain, examples)
-
-
-def _open_files(model: str) -> tuple[Path, ModelConfig, list[TensorFile]]:
-    """Return the folder of a model, how it is named in a configuration, and its checked files of weights."""
-    config = ModelConfig("hf", model)
-    folder, _ = find_folder(config)
-    refuse_foreign_code(folder, config)
-    check_weights(folder, config)
-    return folder, config, [TensorFile(file) for file in list_weight_files(folder, config)]
 
 
 def _find_sites(model: Any, method: Any) -> list[Site]:

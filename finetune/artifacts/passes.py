@@ -30,9 +30,12 @@ from ..storage.atomic import STAMP, replacing, sync_to_disk, write_json_atomic
 from ..storage.lock import holding_lock
 from ..storage.tensor_file import TensorFile, raw_bytes
 from ..system import safe
-from .pass_subject import ABOUT, FOLDER, Request, Subject, fingerprint_files, open_subject, turned
+from .graft import graft_head
+from .model_files import fingerprint_files
+from .pass_subject import ABOUT, FOLDER, Request, Subject, open_subject, turned
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # what stands beside the weights
+GRAFTED = "grafted"  # the copy of the model with the head of another one
 Row = dict[str, Any]
 
 
@@ -42,10 +45,15 @@ def plan(request: Request) -> dict[str, Any]:
     rows = []
     for site in subject.sites:
         rows.append({"site": site.name, "role": site.role, "block": site.block, "entries": site.size})
+    several: dict[str, Any] = {}
+    if subject.parents:
+        several["parents"] = [{"path": str(parent.path), **parent.about} for parent in subject.parents]
+        several["head"] = None if subject.head is None else str(subject.parents[subject.head].path)
     return {
         "method": request.method.name,
         "settings": _settings(request.method),
         "model": request.model,
+        **several,
         "out": str(request.out),
         "entries": sum(site.size for site in subject.sites),
         "calibration": len(subject.examples),
@@ -77,6 +85,8 @@ def process(
     try:
         with holding_lock(work):
             step = _begin(request, subject, work)
+            if subject.head is not None:
+                subject = graft_head(subject, work / GRAFTED)
             copy = _copy(subject, work / "model")
             rows = _work_on_sites(request, subject, copy, work / "sites.jsonl", report)
             try:
@@ -111,6 +121,9 @@ def _begin(request: Request, subject: Subject, work: Path) -> dict[str, Any]:
         "settings": _settings(method),
         "parent": subject.fingerprint(),
     }
+    if subject.parents:
+        step["parents"] = [parent.about for parent in subject.parents]
+        step["head"] = subject.head
     if method.needs:
         step["calibration"] = {
             "dataset": json.loads(json.dumps(to_plain(request.dataset))),
@@ -126,6 +139,7 @@ def _begin(request: Request, subject: Subject, work: Path) -> dict[str, Any]:
             )
         return step
     (work / "sites.jsonl").unlink(missing_ok=True)
+    shutil.rmtree(work / GRAFTED, ignore_errors=True)
     write_json_atomic(begun, step)
     return step
 
@@ -202,7 +216,7 @@ def _process(
     """Compute and write the new weight of one site; return its row."""
     file, name = subject.places[site.name]
     weight = subject.read(file, site)
-    new = method.tensor(site, weight.clone(), statistics)
+    new = apply(method, subject, site, weight, statistics)
     if new.shape != weight.shape or new.dtype != weight.dtype:
         raise RunFailed(
             f"method={method.name} made a {new.dtype} of shape {list(new.shape)} for {site.name}, not a "
@@ -222,6 +236,18 @@ def _process(
         "relative_output_error": relative_output_error(weight, new, statistics),
         "sha256": hashlib.sha256(raw_bytes(stored)).hexdigest(),
     }
+
+
+def apply(
+    method: Any, subject: Subject, site: Site, weight: Tensor, statistics: SiteStatistics | None
+) -> Tensor:
+    """Return what a pass makes of the weight of a site, [out, in]."""
+    if method.models == "one":
+        made: Tensor = method.tensor(site, weight.clone(), statistics)
+        return made
+    changes = [parent.change(site, weight) for parent in subject.parents]
+    combined: Tensor = method.combine(site, weight.double(), changes)
+    return combined.to(weight.dtype)
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:

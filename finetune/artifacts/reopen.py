@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,14 @@ def run_of(path: Path) -> tuple[RunFolder, Path | None]:
         f"ckpt={path} is not the folder of a run (it has no config.yaml). "
         "Give outputs/<name>/<run>, as `finetune train` prints it."
     )
+
+
+def place_of(wanted: Path, runs: Sequence[Path]) -> int:
+    """Return the position of a run among ``runs``, or -1."""
+    for i, run in enumerate(runs):
+        if run.resolve() == wanted.resolve():
+            return i
+    return -1
 
 
 def rebuild(path: Path, dataset: Any = None) -> Setup:

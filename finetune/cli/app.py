@@ -50,6 +50,7 @@ for command in (
     app.command(context_settings=LENIENT)(command)
 app.command(context_settings=LENIENT)(artifacts.verify)
 app.command(context_settings=LENIENT)(passes.prune)
+app.command(context_settings=LENIENT)(passes.fold)
 
 
 @app.callback()

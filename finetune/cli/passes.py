@@ -1,4 +1,4 @@
-"""The commands that run a pass over a model's weights: ``prune``."""
+"""The commands that run a pass over a model's weights: ``prune`` and ``fold``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Words = Annotated[
     typer.Argument(
         metavar="KEY=VALUE",
         help="method=NAME, its settings as OPTION=VALUE or method.OPTION=VALUE, model=PATH out=DIR, and "
-        "dataset=NAME where the method needs data.",
+        "dataset=NAME where the method needs data, or runs=RUN1,RUN2 where it folds runs.",
         show_default=False,
     ),
 ]
@@ -39,6 +39,20 @@ def prune(
     _run_pass("prune", words or [], config_dir, dry_run, plugins, as_json)
 
 
+def fold(
+    words: Words = None,
+    config_dir: ConfigDir = None,
+    dry_run: DryRun = False,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Add what runs of one base changed, by weights: method=linear model=BASE runs=RUN1,RUN2 out=DIR.
+
+    The result is a plain folder. If the command is stopped, the same command goes on.
+    """
+    _run_pass("fold", words or [], config_dir, dry_run, plugins, as_json)
+
+
 def _run_pass(
     verb: str, words: list[str], config_dir: ConfigDir, dry_run: bool, plugins: Plugins, as_json: bool
 ) -> None:
@@ -52,7 +66,9 @@ def _run_pass(
     if given.faults:
         raise ConfigError(*dict.fromkeys([*given.faults, *pass_subject.find_faults(given)]))
     out = Path(given.out)
-    request = pass_subject.Request(given.method, given.model, out, given.dataset, **given.numbers)
+    request = pass_subject.Request(
+        given.method, given.model, out, given.dataset, runs=given.runs, head=given.head, **given.numbers
+    )
     if dry_run:
         show_tree(passes.plan(request), as_json)
         return

@@ -13,6 +13,7 @@ from .named import read_named
 from .words import OUT, sort_words
 
 NEEDED = {"model": "model=PATH, a folder, a hub id or builtin:NAME", "out": OUT}
+SEVERAL = {"runs": "RUN1,RUN2", "head": "RUN"}  # for passes over several models
 NUMBERS = {"calibration": 1, "seed": 0}  # whole numbers of every command, each with its smallest value
 
 
@@ -31,12 +32,14 @@ class PassWords:
     dataset: Any
     names_dataset: bool
     numbers: dict[str, int]
+    runs: tuple[Path, ...]
+    head: Path | None
     faults: list[str]
 
 
 def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) -> PassWords:
     """Return what the words of the command ``verb`` say, and every fault."""
-    found = sort_words(verb, words, NEEDED, tuple(NUMBERS))
+    found = sort_words(verb, words, NEEDED, (*NUMBERS, *SEVERAL))
     faults = list(found.faults)
     of_dataset: list[str] = []
     of_method: list[str] = []
@@ -56,9 +59,21 @@ def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) 
     except ConfigError as error:
         faults += error.faults
     if method:
-        faults += method.faults(()) + _find_misuse(verb, method, numbers)
+        faults += method.faults(()) + _find_misuse(verb, method, numbers, found.given)
     model, out = found.given.get("model", ""), found.given.get("out", "")
-    return PassWords(method, model, out, dataset, bool(of_dataset), numbers, faults)
+    runs, head = _read_paths(found.given.get("runs", "")), found.given.get("head")
+    return PassWords(
+        method, model, out, dataset, bool(of_dataset), numbers, runs, Path(head) if head else None, faults
+    )
+
+
+def _read_paths(text: str) -> tuple[Path, ...]:
+    """Return the paths of a list ``a,b``; a path with a comma stands alone."""
+    if not text:
+        return ()
+    if Path(text).exists():
+        return (Path(text),)
+    return tuple(Path(path) for path in text.split(",") if path)
 
 
 def _read_numbers(given: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
@@ -76,13 +91,19 @@ def _read_numbers(given: Mapping[str, str]) -> tuple[dict[str, int], list[str]]:
     return numbers, faults
 
 
-def _find_misuse(verb: str, method: Any, numbers: Mapping[str, int]) -> list[str]:
-    """Return a fault if another command runs the pass, and for each number that it does not use."""
+def _find_misuse(verb: str, method: Any, numbers: Mapping[str, int], given: Mapping[str, str]) -> list[str]:
+    """Return a fault if another command runs the pass, and for each word that it does not use."""
     if method.verb != verb:
         return [f"method={method.name} is run by `finetune {method.verb}`, not by {verb}."]
-    if method.needs:
-        return []
     found = []
+    for key in SEVERAL:
+        if method.models == "one" and given.get(key):
+            found.append(
+                f"{key}={given[key]} has no effect with method={method.name}, which works on one model. "
+                "Remove it."
+            )
+    if method.needs:
+        return found
     for key, number in numbers.items():
         found.append(
             f"{key}={number} has no effect with method={method.name}, which needs no data. Remove it."

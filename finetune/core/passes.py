@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -22,7 +22,8 @@ class Pass:
 
     ``verb``: the command that runs the pass, such as ``prune``. ``needs``: the statistics that ``tensor``
     uses; with any, the command needs a data set to calibrate on. ``idempotent``: a second run over the result
-    with the same settings and statistics changes nothing.
+    with the same settings and statistics changes nothing. ``models``: ``several`` if the pass reads further
+    models of the same base beside the one that it changes; it then writes ``combine`` and not ``tensor``.
 
     Options:
         targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or
@@ -34,6 +35,7 @@ class Pass:
     verb: ClassVar[str]
     needs: ClassVar[tuple[StatisticName, ...]] = ()
     idempotent: ClassVar[bool] = False
+    models: ClassVar[Literal["one", "several"]] = "one"
 
     targets: tuple[str, ...] = ("all",)
 
@@ -53,5 +55,17 @@ class Pass:
 
         ``weight`` [out, in]: as it is stored; it must not be changed. ``statistics``: what the pass
         ``needs``, or None if it needs nothing. The result must follow from the arguments alone.
+        """
+        raise NotImplementedError
+
+    def count_faults(self, models: int) -> list[str]:
+        """Return why the settings make no sense for that many further models."""
+        return []
+
+    def combine(self, site: Site, weight: Tensor, changes: Sequence[Tensor | None]) -> Tensor:
+        """Return the new weight of a site, [out, in], float64; it is rounded once to the stored dtype.
+
+        ``weight`` [out, in]: that of the base, float64. ``changes``: what each further model adds to it, in
+        the order in which the user names them, [out, in] in float64; None where a model changes nothing.
         """
         raise NotImplementedError

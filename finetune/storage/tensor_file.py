@@ -1,11 +1,12 @@
-"""Read and overwrite single tensors of a safetensors file in their places, without the rest in memory."""
+"""Read, overwrite and put together tensors of safetensors files without more than one of them in memory."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from ..system import safe
+from .atomic import replacing
 
 
 class TensorFile:
@@ -60,23 +62,57 @@ class TensorFile:
 
     def sha256(self, name: str) -> str:
         """Return the SHA-256 (hex) of a tensor's bytes on disk, read piece by piece."""
-        start, left = self._places[name]
         total = hashlib.sha256()
-        with self.path.open("rb") as file:
-            file.seek(start)
-            for piece in _pieces(file, left):
-                total.update(piece)
+        for piece in self.pieces(name):
+            total.update(piece)
         return total.hexdigest()
 
+    def pieces(self, name: str) -> Iterator[bytes]:
+        """Yield a tensor's bytes on disk in pieces of at most 1 MiB."""
+        start, left = self._places[name]
+        with self.path.open("rb") as file:
+            file.seek(start)
+            while left:
+                piece = file.read(min(left, 2**20))
+                if not piece:
+                    return
+                left -= len(piece)
+                yield piece
 
-def _pieces(file: Any, left: int) -> Iterator[bytes]:
-    """Yield the next ``left`` bytes of a file in pieces of at most 1 MiB."""
-    while left:
-        piece = file.read(min(left, 2**20))
-        if not piece:
-            return
-        left -= len(piece)
-        yield piece
+    def metadata(self) -> dict[str, str]:
+        """Return the texts that the header has beside the tensors."""
+        found: dict[str, str] = json.loads(self.header).get("__metadata__") or {}
+        return found
+
+    def size(self, name: str) -> int:
+        """Return the number of bytes of a tensor."""
+        return self._places[name][1]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A tensor of a new file: its name there, and the file and the name under which it is stored now."""
+
+    name: str
+    file: TensorFile
+    stored: str
+
+
+def write_tensor_file(path: Path, parts: Sequence[Part], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file of tensors that are stored elsewhere, in their order, piece by piece."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for part in parts:
+        dtype, shape = part.file.describe(part.stored)
+        start, end = end, end + part.file.size(part.stored)
+        header[part.name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the format aligns the first tensor
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for part in parts:
+            for piece in part.file.pieces(part.stored):
+                file.write(piece)
 
 
 def raw_bytes(tensor: Tensor) -> memoryview:

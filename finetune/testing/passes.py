@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..artifacts.parents import BaseFolder, open_parents
 from ..artifacts.pass_subject import Request, Subject, make_subject
-from ..artifacts.passes import process
+from ..artifacts.passes import apply, process
 from ..core.passes import Pass
 from ..core.roles import is_transposed
 from ..core.site import Site, find_sites
@@ -53,7 +54,26 @@ class PassTrial:
         model.load_state_dict({own: tensors[name] for own, name in stored.items()}, strict=False)
         sites = find_sites(model.requires_grad_(False), self.method.targets)
         data = examples(self.kind) if self.method.needs else []
-        return make_subject(place, files, model, sites, [], data)
+        subject = make_subject(place, files, model, sites, [], data)
+        if self.method.models == "several":
+            subject.parents = open_parents(self.further(), BaseFolder(place, files, model), sites)
+        return subject
+
+    def further(self) -> list[Path]:
+        """Return the folders of two models that differ from the first in the weights of the sites."""
+        places = []
+        for number in range(2):
+            place = self.root / f"further-{number}"
+            places.append(place)
+            if place.exists():
+                continue
+            model = tiny(self.kind)
+            generator = torch.Generator().manual_seed(number)
+            for site in find_sites(model.requires_grad_(False), self.method.targets):
+                weight = site.module.get_parameter("weight")
+                weight.data += 0.1 * torch.randn(weight.shape, generator=generator)
+            model.save_pretrained(place)
+        return places
 
     def run(self, out: str, report: Callable[[str], None] = lambda line: None, model: str = "model") -> Path:
         """Run the pass into the folder ``out``, and return it."""
@@ -80,7 +100,8 @@ class PassTrial:
                 )
             for site in sites:
                 parameter = result.get_submodule(site.name).weight
-                new = self.method.tensor(site, site.as_matrix(parameter).clone(), found.get(site.name))
+                weight = site.as_matrix(parameter).clone()
+                new = apply(self.method, subject, site, weight, found.get(site.name))
                 parameter.data = new.T if is_transposed(site.module) else new
         tensors = result.state_dict()
         names = match_names(result, subject.files[0].names)
@@ -105,15 +126,15 @@ def check_weight_is_left_alone(trial: PassTrial) -> None:
         weight = site.as_matrix(site.module.get_parameter("weight")).clone()
         before, statistics = weight.clone(), found.get(site.name)
         kept = copy.deepcopy(statistics)
-        first = trial.method.tensor(site, weight, statistics)
+        first = apply(trial.method, subject, site, weight, statistics)
         assert torch.equal(weight, before), f"the weight of {site.name} was changed in place"
         if statistics is not None and kept is not None:
             for name, value in statistics.values.items():
                 assert torch.equal(value, kept.values[name]), f"{name} of {site.name} was changed in place"
-        second = trial.method.tensor(site, weight, statistics)
+        second = apply(trial.method, subject, site, weight, statistics)
         assert torch.equal(first, second), f"{site.name} differs in a second call with the same arguments"
         if trial.method.idempotent:
-            third = trial.method.tensor(site, first, statistics)
+            third = apply(trial.method, subject, site, first, statistics)
             assert torch.equal(first, third), f"{site.name} changes again in a second run of the pass"
 
 
