@@ -23,10 +23,12 @@ StatisticName = Literal[
     "input_squares",
     "input_gram",
     "input_sum",
+    "input_abs",
     "input_max",
     "output_squares",
     "output_gram",
     "output_sum",
+    "output_abs",
     "output_max",
     "gradient",
     "gradient_squares",
@@ -44,6 +46,7 @@ class SiteStatistics:
     - ``input_squares`` [in]: the sum over tokens of the square of each feature,
     - ``input_gram`` [in, in]: X^T X,
     - ``input_sum`` [in]: the sum over tokens,
+    - ``input_abs`` [in]: the sum over tokens of the absolute values,
     - ``input_max`` [in]: the largest absolute value,
     - ``gradient`` [out, in]: the gradient of the summed losses by the weight,
     - ``gradient_squares`` [out, in]: the sum over examples of the squared gradient of each example.
@@ -201,6 +204,8 @@ class _Gatherer:
                 _raise_to(found.values, name, rows)
             elif what == "squares":
                 _add(found.values, name, rows.square().sum(0))
+            elif what == "abs":
+                _add(found.values, name, rows.abs().sum(0))
             elif what == "gram":
                 _add(found.values, name, rows.T @ rows)
             else:

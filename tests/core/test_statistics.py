@@ -96,6 +96,7 @@ def test_features_of_inputs_and_outputs() -> None:
                 "squares": (rows**2).sum(0),
                 "gram": rows.T @ rows,
                 "sum": rows.sum(0),
+                "abs": rows.abs().sum(0),
                 "max": rows.abs().max(0).values,
             }
             for what, value in expected.items():

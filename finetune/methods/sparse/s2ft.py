@@ -40,7 +40,7 @@ forward pass for each of ``batches`` steps, one by gradient a backward pass or m
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -55,6 +55,7 @@ from ...core.site import Site, all_sites, find_sites
 from ...core.sparse.bank import Bank, SparseDelta
 from ...core.sparse.grain import Grain
 from ...core.sparse.probe import scan_scores
+from ...core.statistics import gather_statistics
 from ...errors import ConfigError
 from ...registry import register
 
@@ -240,40 +241,16 @@ def mean_activations(run: Run, sites: list[Site], batches: int) -> list[Tensor]:
 
     The mean is over the tokens of the next ``batches`` steps, without padding, in eval mode.
     """
-    layers, sums, counts = patched(run.model), list[Tensor](), list[Tensor]()
-    hooks, mask = [], list[Tensor | None]()
-
-    def watch(i: int, site: Site) -> Callable[..., None]:
-        def add(_: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            seen = output if site.role in FIRST else inputs[0]
-            real = mask[-1]
-            if real is not None and real.shape == seen.shape[:-1]:
-                seen = seen[real.to(seen.device).bool()]
-            flat = seen.detach().abs().reshape(-1, seen.shape[-1])
-            sums[i] += flat.sum(0, dtype=torch.float32)[:, None]
-            counts[i] += len(flat)
-
-        return add
-
-    for i, site in enumerate(sites):
-        layer = layers[site.name]
-        size = site.shape[0] if site.role in FIRST else site.shape[1]
-        sums.append(torch.zeros(size, 1, device=layer.original.device))
-        counts.append(torch.zeros((), device=layer.original.device))
-        hooks.append(layer.register_forward_hook(watch(i, site)))
-    try:
-        for step in run.upcoming(batches):
-            for batch in step:
-                if batch is not None:
-                    mask.append(batch.inputs.get("attention_mask"))
-                    run.logits(batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    found = []
-    for total, count in zip(sums, counts, strict=True):
-        found.append(run.average_or_broadcast(total) / run.average_or_broadcast(count))
-    return found
+    seen = []
+    for step in run.upcoming(batches):
+        seen += step
+    found = gather_statistics(run.model, sites, ("input_abs", "output_abs"), seen, run.logits)
+    means = []
+    for site in sites:
+        statistics = found[site.name]
+        total = statistics["output_abs" if site.role in FIRST else "input_abs"]
+        means.append(total[:, None] / statistics.tokens)
+    return means
 
 
 def find_units(site: Site, anatomy: Anatomy | None) -> Units:
