@@ -110,7 +110,7 @@ def change_block(block: Block, change: HeadChange) -> None:
     for role, site in block.attention.sites.items():
         weight = site.as_matrix(site.module.get_parameter("weight"))  # a view
         weight.copy_(change.map_matrix(weight.clone(), role))
-        bias = getattr(site.module, "bias", None)
+        bias = dict(site.module.named_parameters()).get("bias")
         if bias is not None and role != "o":
             bias.copy_(change.map_matrix(bias.clone()[:, None], role)[:, 0])
 
