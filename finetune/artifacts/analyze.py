@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -16,6 +17,7 @@ from ..storage.delta import read_description
 from .reopen import rebuild, run_of
 
 FOLDER = "analysis"
+LONGEST = 120  # characters of a run's name in the name of a file
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Analyzed:
     """What an analysis found.
 
     ``result``: the content of the stored file, plain values. ``folder``: where results of the subjects are
-    stored: ``RUN/analysis``, and for a checkpoint ``RUN/analysis/step-N``.
+    stored: ``RUN/analysis``, and for a checkpoint ``RUN/analysis/step-N``. ``name``: of the stored file and
+    of the folder of its plots; it has the names of the analysis and of the second run.
     """
 
     name: str
@@ -53,7 +56,20 @@ def analyze(analysis: Analysis, paths: Sequence[Path]) -> Analyzed:
         "subjects": [{"run": str(subject.path), "step": subject.step} for subject in subjects],
         **table.as_json(),
     }
-    return Analyzed(analysis.name, subjects, table, to_json_value(result), _place_of(subjects[0], FOLDER))
+    name = ".".join([analysis.name, *(_name_run(other) for other in subjects[1:])])
+    return Analyzed(name, subjects, table, to_json_value(result), _place_of(subjects[0], FOLDER))
+
+
+def _name_run(subject: Subject) -> str:
+    """Return a name for a run, or for its checkpoint, that serves as a part of a file's name."""
+    folder = subject.folder.resolve()
+    name = f"{folder.parent.name}.{folder.name}"
+    _, state = run_of(subject.path)
+    if state:
+        name += f".{state.name}"
+    if len(name) <= LONGEST:
+        return name
+    return f"{name[:LONGEST]}-{hashlib.sha256(name.encode()).hexdigest()[:8]}"
 
 
 def open_subjects(analysis: Analysis, paths: Sequence[Path]) -> tuple[Subject, ...]:

@@ -235,7 +235,7 @@ def analyze(
         print(f"Warning: nothing was written to {analyzed.folder}: {error.strerror}.", file=sys.stderr)
         files = []
     if analyzed.table.plots:
-        files += _draw(analyzed.table.plots, analyzed.folder / analysis.name)
+        files += _draw(analyzed.table.plots, analyzed.folder / analyzed.name)
     if as_json:
         print(json.dumps({**analyzed.result, "files": files}, indent=2))
         return

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, suggest_nearest
+from .analyses import collect_analyses, describe_analyses
 from .command import Defaults
 from .fairness import check_fairness, list_values, make_finding
 from .judge import Judge
@@ -33,7 +34,8 @@ TASKS = {"accuracy": "classification", "bits_per_byte": "causal_lm"}  # by the k
 class Comparison:
     """Rows, best first, with their verdicts.
 
-    ``keys`` are the compared settings; ``findings`` are those of the fairness check.
+    ``keys`` are the compared settings; ``findings`` are those of the fairness check. ``analyses``: what
+    ``finetune analyze`` found, by analysis and row.
     """
 
     measure: Measure
@@ -44,6 +46,7 @@ class Comparison:
     verdicts: Verdicts
     findings: list[Finding]
     notes: list[str]
+    analyses: list[dict[str, Any]]
 
     def as_dict(self, curves: bool = True, defaults: Defaults | None = None) -> dict[str, Any]:
         """Return strict JSON.
@@ -71,6 +74,7 @@ class Comparison:
             "critical_difference": self.verdicts.critical_difference,
             "fairness": self.findings,
             "notes": self.notes,
+            "analyses": self.analyses,
         }
 
 
@@ -100,8 +104,9 @@ def compare(
             f"{list_values(changed)}."
         )
         findings.append(make_finding("setting", "test labels", changed, words))
-    notes = write_notes(runs, rows, judge, verdicts)
-    return Comparison(measure, _find_task(runs), keys, rows, judge, verdicts, findings, notes)
+    analyses = collect_analyses(rows)
+    notes = [*write_notes(runs, rows, judge, verdicts), *describe_analyses(analyses)]
+    return Comparison(measure, _find_task(runs), keys, rows, judge, verdicts, findings, notes, analyses)
 
 
 def _sort_rows(rows: list[Row], judge: Judge) -> int:

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 from finetune import registry
+from finetune.artifacts.analyze import _name_run, analyze
 from finetune.artifacts.verify import verify
 from finetune.cli import artifacts as cli
+from finetune.core.analysis import Subject
 from finetune.errors import ConfigError
 from finetune.report.runs import find_runs
 from finetune.testing.analyses import check_analysis, train_small
@@ -105,3 +107,20 @@ def test_all_wrong_options_are_named_at_once(run: Path) -> None:
     with pytest.raises(ConfigError) as refused:
         cli.analyze(["what=geometry", "what.rank=0", "what.alpha=2", "what.rang=1", str(run)])
     assert len(refused.value.faults) == 3
+
+
+def test_each_second_run_has_a_result_of_its_own(run: Path, tmp_path: Path) -> None:
+    """The names of the other run and of its folder are in the file's name, and a long one is cut."""
+    at_step = run / "checkpoints" / "step-2"
+    names = set()
+    for other in (run, at_step):
+        lmc = registry.get("analysis", "lmc")(points=3)
+        names.add(analyze(lmc, [run, other]).store().name)
+    assert names == {"lmc.t.r.json", "lmc.t.r.step-2.json"}
+    assert not (run / "analysis" / "lmc.json").exists()
+    long = tmp_path / ("n" * 200) / ("r" * 200)
+    long.mkdir(parents=True)
+    (long / "config.yaml").write_text("")
+    subject = Subject(long, long, 4, open=lambda: None)
+    assert _name_run(subject) == _name_run(subject)
+    assert len(_name_run(subject)) < 150
