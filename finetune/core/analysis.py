@@ -1,6 +1,6 @@
-"""The interface of an analysis: measure runs, and give a table, summary numbers and plots. Imports no torch.
+"""The interface of an analysis, which measures runs and returns a table, summary numbers and plots.
 
-An analysis reads. It writes nothing: ``finetune analyze`` stores what it returns.
+An analysis only reads; ``finetune analyze`` stores its result. This module does not import torch.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Subject:
     ``path``: the run, or one of its checkpoints, as the user named it. ``folder``: the folder of the run.
     ``step``: the optimizer step whose state is stored there.
     ``open``: rebuilds the run from its base and its stored change, and returns its ``Setup``: model, data and
-    session. Each call reads the model anew, and the setup of an earlier call is not used from then on.
+    session. Each call reads the model from disk again. After a further call, do not use an earlier setup.
     """
 
     path: Path
@@ -31,7 +31,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """A plot of a grid of numbers, colored from 0 on. ``values``: a line for each row; NaN leaves a blank."""
+    """A grid of numbers, colored from 0 up. ``values``: one sequence for each row; NaN leaves a blank."""
 
     name: str
     title: str
@@ -94,9 +94,10 @@ class Analysis:
     """Base of all analyses. Fields are options; class variables are facts that checks rely on.
 
     ``runs``: how many runs are analyzed together, 1 or 2.
-    ``needs``: ``merge`` if weights must be able to hold what a run changed; other runs are then refused.
+    ``needs``: ``merge`` if only runs whose change can be merged into weights can be analyzed.
 
-    The same subjects give the same numbers to the bit. Nothing in the folder of a run is changed.
+    An analysis must give the same numbers to the bit for the same subjects, and must not change anything in
+    the folder of a run.
     """
 
     KIND: ClassVar[str] = "analysis"

@@ -1,7 +1,7 @@
 """Describe the anatomy of a transformer: its blocks with their parts, its heads, its widths.
 
-It is derived from the roles of the linear layers (``roles.py``), from the places of the norms and from the
-configuration, so a model whose layers no table of roles names has no known anatomy.
+The anatomy is derived from the roles of the linear layers (``roles.py``), from the places of the norms and
+from the configuration. It is unknown for an architecture that has no table of roles.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ..errors import ConfigError
 from .roles import TABLES, block_of, in_head, is_matrix, is_recognised, roles
 from .site import GROUPS, Site, all_sites
 
-CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")  # types whose attention looks back only
+CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")  # causal models
 
 
 @dataclass(frozen=True, eq=False)
@@ -29,13 +29,13 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class Sublayer:
-    """The attention or the MLP of a block: what reads the residual stream, and what is added to it.
+    """The attention or the MLP of a block. It reads the residual stream, and its output is added to it.
 
     ``place``: the smallest module that holds its linear layers. None if that is the whole block, as for the
     MLP of BERT; an edit then reaches the sub-layer through ``first`` (input) and ``last`` (output).
-    ``sites``: its linear layers by role. ``norm``: the block's norm that comes before ``first`` in a block
-    that normalizes the input of its sub-layers, and after ``last`` and the residual sum in one that
-    normalizes the sums (``Anatomy.norm_first``).
+    ``sites``: its linear layers by role. ``norm``: the norm that belongs to the sub-layer. In a pre-norm
+    block it comes before ``first``; in a post-norm block it comes after ``last`` and the residual sum
+    (``Anatomy.norm_first``).
     """
 
     place: Place | None
@@ -76,10 +76,10 @@ class Anatomy:
     """The parts and sizes of a transformer.
 
     ``embedding``: the module that embeds tokens or patches. ``final_norm``: the norm after the last block;
-    None if the blocks normalize their sums (BERT). ``head``: the linear layer that gives the logits; None for
+    None in a post-norm model (BERT). ``head``: the linear layer that gives the logits; None for
     a model without one. ``heads``: attention heads a block. ``kv_heads``: heads of keys and values, fewer
     with grouped queries. ``head_dim``: rows of q, k or v, and columns of o, that make up one head.
-    ``width``: size of the residual stream. ``causal``: whether each position sees only those before it.
+    ``width``: size of the residual stream. ``causal``: whether no position attends to later ones.
     """
 
     blocks: tuple[Block, ...]
@@ -94,9 +94,9 @@ class Anatomy:
 
     @property
     def norm_first(self) -> bool:
-        """Tell whether a sub-layer's input is normalized, and not its sum with the residual stream.
+        """Tell whether the blocks are pre-norm: they normalize the inputs of their sub-layers.
 
-        Only the first kind of model needs a norm after its last block.
+        Post-norm blocks normalize the residual sums instead, so the model has no norm after its last block.
         """
         return self.final_norm is not None
 
@@ -104,7 +104,7 @@ class Anatomy:
     def of(cls, model: nn.Module) -> Anatomy:
         """Return the anatomy of a transformers model; layers may be patched.
 
-        Raises ``ConfigError`` that names the model's type if a part is unknown.
+        Raises ``ConfigError``, which names the model's type, if a part is unknown.
         """
         kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
         if not is_recognised(model):
@@ -178,7 +178,10 @@ def _read_blocks(model: nn.Module, kind: str) -> list[Block]:
 
 
 def _list_block_norms(norms: Sequence[str], number: int, sites: dict[str, Site]) -> list[str]:
-    """Return a block's norms of the residual stream. Norms of queries and keys stand beside q and k."""
+    """Return a block's norms of the residual stream.
+
+    Norms of queries and keys are left out. They lie in the same module as the q projection.
+    """
     query = sites.get("q") or sites.get("qkv")
     beside = "" if query is None else query.name.rpartition(".")[0]
     return [name for name in norms if block_of(name) == number and name.rpartition(".")[0] != beside]
@@ -195,7 +198,7 @@ def _enclosing(names: Sequence[str]) -> str:
 
 
 def _check_heads(blocks: Sequence[Block], kind: str, heads: int, kv_heads: int, head_dim: int) -> None:
-    """Raise ``ConfigError`` if the matrices of a block do not have the sizes that the heads give."""
+    """Raise ``ConfigError`` if the sizes of a block's matrices contradict the number and width of heads."""
     expected = {
         "o": (1, heads),
         "q": (0, heads),
@@ -209,8 +212,8 @@ def _check_heads(blocks: Sequence[Block], kind: str, heads: int, kv_heads: int, 
             if site.shape[side] != count * head_dim:
                 raise ConfigError(
                     f"The heads of this {kind} model are unknown: its configuration gives {heads} heads "
-                    f"({kv_heads} of keys and values) of width {head_dim}, which do not make up "
-                    f"{site.name}, {site.shape[0]} x {site.shape[1]}. Choose another model."
+                    f"({kv_heads} of keys and values) of width {head_dim}, but "
+                    f"{site.name} is {site.shape[0]} x {site.shape[1]}. Choose another model."
                 )
 
 

@@ -44,8 +44,8 @@ HOOKS = (
 def attach(model: nn.Module, name: str, delta: Delta) -> None:
     """Stack ``delta`` on the linear layer called ``name``.
 
-    Edits that act on the layer or read it go on doing so: they see the layer with its changed weight. Raises
-    ``ConfigError`` if the layer has hooks of the user's: its patched form would not always run them.
+    Edits that act on the layer or read it stay active, and see the layer with its changed weight. Raises
+    ``ConfigError`` if other code has registered hooks on the layer: a patched layer would not always run them.
     """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf)
@@ -120,10 +120,10 @@ def merge(model: nn.Module, states: nn.Module) -> None:
 
 @contextmanager
 def base(states: nn.Module) -> Iterator[None]:
-    """Make the model the pretrained one, to the bit, inside the block: all gates are 0.
+    """Set all gates to 0 inside the block, so that the model is the pretrained one, to the bit.
 
-    The parts that were attached last are switched off first, and on last: a part that trains a parameter in
-    place puts back what it found there, which may be what an earlier part trains.
+    Parts are switched off in the reverse order of their attachment, and on in that order. A part that trains
+    a parameter in place restores the tensor that it replaced, which may belong to a part attached earlier.
     """
     attached = parts(states)
     gates = [part.gate for part in attached]

@@ -30,7 +30,7 @@ class LowRankChange:
 
 @dataclass(frozen=True)
 class Changes:
-    """What one part changes, without its gate. If nothing is filled in, only the dense matrix is known."""
+    """What one part changes, without its gate. If all fields are empty, only the dense matrix is known."""
 
     entries: SparseChange | None = None
     factors: LowRankChange | None = None
@@ -47,7 +47,7 @@ class Unit:
 
     @property
     def span(self) -> slice | None:
-        """Return which elements of ``parameter`` belong to the unit; None: all of them."""
+        """Return the slice of ``parameter`` that belongs to the unit; None: all of it."""
         return None
 
     @property
@@ -57,5 +57,5 @@ class Unit:
         return values if self.span is None else values[self.span]
 
     def set_frozen(self, frozen: bool) -> None:
-        """Stop (or allow again) gradients to these values."""
+        """Freeze these values, or train them again."""
         self.parameter.requires_grad_(not frozen)

@@ -26,7 +26,7 @@ def is_single_process() -> bool:
 
 
 def _device() -> torch.device:
-    """Return the device of exchanged tensors. NCCL does not take those of the CPU."""
+    """Return the device of exchanged tensors. NCCL does not accept CPU tensors."""
     return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
 
 
@@ -58,7 +58,7 @@ def any_process(flag: bool) -> bool:
 
 
 def average_or_broadcast(t: Tensor) -> Tensor:
-    """Return one tensor for all processes: the mean of floats, otherwise that of the first process."""
+    """Return the mean over all processes of a floating-point tensor, or the first process's other tensor."""
     if is_single_process():
         return t
     if t.is_floating_point():
@@ -81,7 +81,7 @@ def sum_processes(t: Tensor) -> Tensor:
 
 @torch.no_grad()
 def add_gradients(parameters: Iterable[Tensor]) -> None:
-    """Replace every gradient by its sum over all processes. One that no process has stays None."""
+    """Replace every gradient by its sum over all processes. One that is None on all of them stays None."""
     if is_single_process():
         return
     candidates = list(parameters)

@@ -15,9 +15,9 @@ from .run import Run, Seen
 
 
 def sum_divergence(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """Return T^2 KL(teacher || student), summed over the places; logits [places, classes], float32 or wider.
+    """Return T^2 KL(teacher || student), summed over the n rows of logits [n, classes], float32 or wider.
 
-    T^2 keeps the size of the gradient when the temperature changes.
+    The factor T^2 makes the size of the gradient nearly independent of the temperature T.
     """
     wanted = F.log_softmax(teacher / temperature, -1)
     given = F.log_softmax(student / temperature, -1)
@@ -29,9 +29,9 @@ class Distillation(Objective):
     """Base of the objectives with a teacher.
 
     Options:
-        teacher: ``base``: the pretrained model, with the head that is trained now unless it has kept one of
-            its own. ``previous``: the model as the phase before left it, in a method whose phases keep their
-            parts. Otherwise a model folder of the same task and vocabulary.
+        teacher: ``base``: the pretrained model, with the checkpoint's head if the run kept it, otherwise
+            with the head that is being trained. ``previous``: the model as the previous phase left it, in a
+            method whose phases keep their parts. Otherwise: a model folder of the same task and vocabulary.
         task: Weight of the task's cross-entropy.
         kl: Weight of the divergence KL(teacher || student) of the predictions.
         temperature: Temperature of both softmaxes in that divergence, which is multiplied by its square.
@@ -51,8 +51,8 @@ class Distillation(Objective):
         return (self.teacher,)
 
     def check(self, run: Run) -> None:
-        if self.teacher != PREVIOUS:  # which has no parts before its phase
-            run.reference(self.teacher)  # reads it, and raises ConfigError if it does not fit
+        if self.teacher != PREVIOUS:  # "previous" exists only once its phase begins
+            run.reference(self.teacher)  # raises ConfigError if it does not fit
 
     def weights(self, run: Run) -> dict[str, float]:
         return {name: weight for name, weight in self.all_weights().items() if weight}
@@ -69,11 +69,11 @@ class Distillation(Objective):
         return {name: self.sum_term(name, seen, taught, batch) for name in self.weights(run)}
 
     def count_term(self, name: str, batch: Any) -> int:
-        """Return what a micro-batch adds to the count of a term: by default its scored places."""
+        """Return what a micro-batch adds to a term's count: by default its scored examples or tokens."""
         return count(batch.labels)
 
     def sum_term(self, name: str, seen: Seen, taught: Seen, batch: Any) -> Tensor:
-        """Return a term's sum from what the student and the teacher gave."""
+        """Return a term's sum from the outputs of the student and the teacher."""
         labels = batch.labels.to(seen.logits.device)
         if name == "task":
             return example_losses(seen.logits, labels).sum()

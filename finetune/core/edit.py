@@ -1,4 +1,4 @@
-"""Change what a module receives or gives, or compute its output in its place.
+"""Parts that change the input or output of a module, or compute its output instead of it.
 
 The hooks are methods of the part. A deep copy of the model, with or without the states, therefore runs copies
 of the parts.
@@ -60,12 +60,12 @@ class OnModule(Part):
 
 
 class Edit(OnModule):
-    """A trained change of the tensor that a module receives or gives.
+    """A trained change of the input or output tensor of a module.
 
     ``gate * forward(y, x)`` is added to the tensor ``y``, in the wider dtype of the two, and the sum is
     rounded to the dtype of ``y``. With gate 0, ``y`` is passed on and no gradient flows. The gate is read
-    once in a forward pass. A module may take its input as a keyword and give a tuple: ``y`` and ``x`` are
-    then the first tensor, and the rest is passed on.
+    once in a forward pass. A module may take its input as a keyword argument and return a tuple:
+    ``y`` and ``x`` are then the first tensors, and the rest is passed on.
 
     An edit can be merged if it overrides ``fold_into``; otherwise merging is refused.
     """
@@ -95,7 +95,7 @@ class Edit(OnModule):
 
     @property
     def mergeable(self) -> bool:
-        """Tell whether there is a ``fold_into``, and no delta on the same layer."""
+        """Tell whether the class overrides ``fold_into`` and the layer carries no delta."""
         own = type(self).fold_into is not Edit.fold_into
         return own and not getattr(self.module, "deltas", ())
 
@@ -174,7 +174,7 @@ class Edit(OnModule):
         return None if edited is y else _with_first(output, edited)
 
     def _change(self, y: Tensor, x: Tensor | None) -> Tensor:
-        """Return ``y`` with the change, or ``y`` itself with gate 0. ``x``: None if it was read elsewhere."""
+        """Return ``y`` with the change, or ``y`` itself if the gate is 0. ``x``: None if a hook saved it."""
         if self._reads_elsewhere:
             if self._slot.saved is None:
                 raise RuntimeError(
@@ -191,7 +191,7 @@ class Edit(OnModule):
 
 
 class Replacement(OnModule):
-    """Computes a module's output in its place. The gate is 0 (the module computes it) or 1."""
+    """Computes a module's output instead of the module while the gate is 1. The gate is 0 or 1."""
 
     gate_is_switch = True
 
@@ -199,7 +199,7 @@ class Replacement(OnModule):
         return f"a replacement of a module ({type(self).__name__})"
 
     def forward(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Return what the module shall give for these arguments. ``original`` is the module's own forward."""
+        """Return the module's output for these arguments. ``original`` is the module's own forward."""
         raise NotImplementedError
 
     def on(self, model: nn.Module, name: str) -> Self:
@@ -225,7 +225,7 @@ class Replacement(OnModule):
 
 
 def _get_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """Return the tensor that a module works on."""
+    """Return a module's input tensor."""
     key = _find_input(args, kwargs)
     found: Tensor = args[key] if isinstance(key, int) else kwargs[key]
     return found
@@ -234,7 +234,7 @@ def _get_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
 def _with_input(
     args: tuple[Any, ...], kwargs: dict[str, Any], new: Tensor
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Return the arguments with ``new`` instead of the tensor that the module works on."""
+    """Return the arguments with ``new`` in place of the input tensor."""
     key = _find_input(args, kwargs)
     if isinstance(key, int):
         return (*args[:key], new, *args[key + 1 :]), kwargs
@@ -242,9 +242,9 @@ def _with_input(
 
 
 def _find_input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | str:
-    """Return the place or keyword of the tensor that a module works on.
+    """Return the position or the keyword of a module's input tensor.
 
-    It is the first tensor without a keyword, or ``hidden_states``, or the first tensor with a keyword.
+    That is the first positional tensor, or else ``hidden_states``, or else the first tensor by keyword.
     """
     for place, value in enumerate(args):
         if isinstance(value, Tensor):
@@ -262,7 +262,7 @@ def _get_first(output: Any) -> Tensor:
     if isinstance(output, tuple | list) and output and isinstance(output[0], Tensor):
         return output[0]
     kind = type(output).__name__
-    raise RuntimeError(f"an edit needs a module that gives a tensor or a tuple of tensors, not a {kind}")
+    raise RuntimeError(f"an edit needs a module that returns a tensor or a tuple of tensors, not a {kind}")
 
 
 def _with_first(output: Any, new: Tensor) -> Any:

@@ -23,7 +23,7 @@ from .method import Reparam, Run
 from .part import Cache, Delta, WeightGrad
 
 TINY = 1e-12  # lower bound of squared distances: rows that coincide then get a gradient of 0
-# Rows or columns of the kernel that the CPU forms at once: a block fits into the cache and is not slow.
+# Rows or columns of the kernel that the CPU forms at once, so that a block of them fits into the cache.
 BLOCK = 512
 
 BlockIndex = tuple[slice, slice]
@@ -71,7 +71,7 @@ class Kernelized(Reparam):
 
     @torch.no_grad()
     def check_trained(self, run: Run, state: Any) -> list[str]:
-        """Count the entries of the kernels' changes that are 0. Several may equal the threshold."""
+        """Compare the zeros of the changes with ``sparsity``. Several entries may equal the threshold."""
         if not self.sparsity or not self.meets_target(run.step, run.total):
             return []
         size = zeros = count = 0
@@ -109,7 +109,7 @@ class Kernel(Delta):
             nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
 
     def _blocks(self) -> Iterator[tuple[BlockIndex, Tensor]]:
-        """Yield blocks of K: their place, and ``scale`` times their two distances, [2, *block].
+        """Yield each block of K: its place, and ``scale`` times its two distances, [2, *block].
 
         The squared distance |r|^2 + |c|^2 - 2 r.c is computed as one matrix product.
         """
@@ -138,7 +138,7 @@ class Kernel(Delta):
     def threshold(self, kernel: Tensor) -> Tensor:
         """Return the largest magnitude that is set to zero, as a scalar.
 
-        It is an order statistic. An interpolated quantile sets the same entries to zero.
+        It is an order statistic; an interpolated quantile would set the same entries to zero.
         """
         if not self.method.sparsity:
             return kernel.new_zeros(())
@@ -200,7 +200,7 @@ class Kernel(Delta):
             by_row, by_col = share @ cols[:, i], share.mT @ rows[:, j]
             grads[0][:, j] += self.rows[:, j] * by_row[..., -1:] - by_row[..., :-1]
             grads[1][:, i] += self.cols[:, i] * by_col[..., -1:] - by_col[..., :-1]
-        # One factor ``scale`` comes from K = scale * difference, one from the distances, which contain it.
+        # K contains one factor ``scale``. The other undoes the division by distances that contain it.
         signs = self.rows.new_tensor([1.0, -1.0]).view(2, 1, 1) * gate * self.method.scale**2
         return grads[0].mul_(signs), grads[1].mul_(signs), *(g.mul_(gate) for g in grads[2:])
 

@@ -1,8 +1,8 @@
-"""The interface of an objective: the loss that a step minimizes, as sums that micro-batches add up to.
+"""The interface of an objective: the loss that a step minimizes, as sums that add up over micro-batches.
 
-A term is a sum over what it counts (examples, scored tokens), and its mean is that sum divided by the count
-of the whole step, over all micro-batches and processes. The count follows from the batch alone, so it is
-known before the first forward pass, and a batch in parts gives the loss and the gradients of the whole batch.
+A term is a sum over examples or scored tokens, for example. Its mean is that sum divided by the count of the
+whole step, over all micro-batches and processes. The count follows from the batch alone, so it is known
+before the first forward pass, and a split batch gives the same loss and gradients as the whole batch.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ class Objective:
     """Base of all objectives. Fields are hyperparameters; class variables are facts that checks rely on.
 
     ``needs``: what ``terms`` uses of a forward pass besides the logits.
-    ``exact``: False if the terms of the parts of a batch do not add up to those of the whole batch, for
-    example because a term is a ratio of sums over a batch.
+    ``exact``: False if the terms of micro-batches do not add up to those of the whole batch, for example
+    because a term is a ratio of sums over a batch.
     ``keeps_best``: False if a better validation does not mean a better run, as in unlearning. The last state
     is then stored, and a run that asks for the best one is refused.
     """
@@ -47,8 +47,8 @@ class Objective:
         """Name the data streams that ``terms`` uses beside the training data, such as ``retain``.
 
         Each step then has micro-batches of every stream, each in a forward pass of its own. ``batch.stream``
-        says where a micro-batch is from, ``train`` or a stream, and the terms of a micro-batch are those of
-        its stream.
+        names the stream of a micro-batch (``train`` for the training data), and ``terms`` and ``counts``
+        return only the terms of that stream.
         """
         return ()
 
@@ -69,7 +69,7 @@ class Objective:
     def terms(self, run: Run, seen: Seen, batch: Any) -> dict[str, Tensor]:
         """Return the terms of a micro-batch, with the names that ``counts`` gives: scalar sums with gradient.
 
-        ``seen``: what the forward pass of the trained model gave. ``run.reference(name)(batch)`` gives the
-        same of a frozen model, without gradient.
+        ``seen``: the outputs of the trained model. ``run.reference(name)(batch)`` returns those of a frozen
+        model, without gradient.
         """
         raise NotImplementedError

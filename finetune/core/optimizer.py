@@ -1,4 +1,4 @@
-"""What an optimizer is: a frozen dataclass of its settings, which makes the torch optimizer of a run."""
+"""The interface of an optimizer: a frozen dataclass of settings that makes the torch optimizer of a run."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from annotated_types import Ge, Gt, Le
 
-if TYPE_CHECKING:  # a configuration is checked where torch is not wanted
+if TYPE_CHECKING:  # checking a configuration must not import torch
     import torch
     from torch import nn
 
@@ -23,12 +23,11 @@ class Optimizer:
     A subclass adds the settings that only it uses.
     ``needs_grad``: False if ``step`` measures losses instead of using gradients. Then training runs no
     backward pass, and there is no gradient to clip or to scale.
-    ``former``: settings that earlier versions wrote into configurations of this optimizer and that it
-    ignores, with the only value that they may have; they are still written, so that no configuration changes
-    its hash.
+    ``former``: settings that earlier versions had and that are ignored now, each with the only value that it
+    may have. They are still written into configurations, because config hashes must not change.
 
     Options:
-        lr: Learning rate, the largest of its schedule.
+        lr: Peak learning rate.
         weight_decay: Decoupled weight decay.
         schedule: Course of the learning rate after the warm-up.
         warmup: Share of all steps over which the learning rate rises from 0 to ``lr``.
@@ -71,7 +70,7 @@ class Optimizer:
     def make(self, groups: list[dict[str, Any]], states: nn.Module) -> torch.optim.Optimizer:
         """Return the torch optimizer over ``groups``: dictionaries of ``params`` and ``weight_decay``.
 
-        ``states`` holds the method's parts, for an optimizer that treats those of one class in its own way.
+        ``states`` holds the method's parts, for an optimizer that treats some of them differently.
         """
         raise NotImplementedError
 
@@ -79,6 +78,6 @@ class Optimizer:
         """Move the trained values once.
 
         ``evaluate`` returns the loss of the step's batch at the current values, over all processes, in eval
-        mode and without gradient. It is meant for an optimizer that needs no gradient.
+        mode and without gradient. Only an optimizer that needs no gradient uses it.
         """
         run.optimizer.step()

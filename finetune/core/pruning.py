@@ -20,7 +20,7 @@ Scope = Literal["matrix", "row"]
 def smallest(score: Tensor, count: int) -> Tensor:
     """Return a mask of the ``count`` smallest entries of each row of ``score``, [rows, entries].
 
-    Of equal entries the first ones are taken, so a mask with a smaller count lies inside this one.
+    Among equal entries the first ones are taken, so the mask of a smaller count is a subset of this one.
     """
     order = score.sort(dim=1, stable=True).indices
     mask = torch.zeros_like(score, dtype=torch.bool)
@@ -35,8 +35,8 @@ class Pruning(Pass):
         sparsity: Share of the entries that become 0, rounded down to whole entries. Either this or
             ``pattern`` is given.
         pattern: ``n:m``: the n smallest of each m consecutive inputs become 0, as in ``2:4``.
-        scope: What is compared with ``sparsity``: the entries of a ``matrix`` or those of a ``row`` (one
-            output). ``null`` takes what the paper compares.
+        scope: With ``sparsity``, the entries that are compared with each other: those of a ``matrix`` or
+            those of a ``row`` (one output). ``null`` takes the scope that the paper uses.
     """
 
     verb: ClassVar[str] = "prune"

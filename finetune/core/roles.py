@@ -53,7 +53,7 @@ TABLES: dict[str, Table] = {
     "gpt2": GPT2,
     **dict.fromkeys(["llama", "mistral", "qwen2", "qwen3", "gemma"], LLAMA),
 }
-# Names of head modules in models that do not say where their body is.
+# Names of head modules, for models whose ``base_model_prefix`` does not name their body.
 HEADS = ("classifier", "pre_classifier", "score", "lm_head", "head")
 
 
@@ -93,7 +93,7 @@ def is_matrix(module: nn.Module) -> bool:
 
 
 def _role(name: str, module: nn.Module, table: Table | None) -> str | None:
-    """Return the role of a module of the body; None if it has no weight of its own."""
+    """Return the role of a module of the body; None if it has none, such as a container."""
     if is_matrix(module):
         if table is None:
             return "linear"

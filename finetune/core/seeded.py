@@ -25,7 +25,7 @@ MASK = 0xFFFFFFFF
 CHUNK = {"cpu": 2**16}  # numbers drawn together, by device type: the temporaries stay in cache
 CHUNK_ELSEWHERE = 2**24
 
-# Coefficients of powers of the square: log(m) = s (2 + 2/3 s^2 + ...) with s = (m - 1) / (m + 1).
+# Coefficients of polynomials in the square: log(m) = s (2 + 2/3 s^2 + ...) with s = (m - 1) / (m + 1).
 LOGARITHM = [2 / k for k in range(1, 13, 2)]
 SINE = [(-1) ** k / math.factorial(2 * k + 1) for k in range(5)]
 COSINE = [(-1) ** k / math.factorial(2 * k) for k in range(6)]
@@ -87,7 +87,7 @@ def normal_chunks(
 
 
 def chunk_places(count: int, device: torch.device | str) -> Iterator[slice]:
-    """Yield the places of chunks of ``count`` numbers on ``device``."""
+    """Yield the slices that divide ``count`` numbers into the chunks for ``device``."""
     size = CHUNK.get(torch.device(device).type, CHUNK_ELSEWHERE)
     for start in range(0, count, size):
         yield slice(start, min(start + size, count))
@@ -100,7 +100,7 @@ def normal(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Return a tensor of normal numbers: the beginning of a stream, in the order of rows."""
+    """Return a tensor that holds the first normal numbers of a stream, in row-major order."""
     found = torch.empty(math.prod(shape), device=device, dtype=dtype)
     for place, chunk in normal_chunks(len(found), seed, *counters, device=device):
         found[place] = chunk.to(dtype)

@@ -22,7 +22,7 @@ GROUPS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer of a model. ``shape`` is its weight's, as [out, in]."""
+    """One linear layer of a model. ``shape`` is the shape of its weight, [out, in]."""
 
     name: str  # dotted
     module: nn.Module
@@ -32,7 +32,7 @@ class Site:
 
     @property
     def key(self) -> str:
-        """Return the name as torch allows it for a submodule."""
+        """Return the name with slashes, since torch allows no dots in the name of a submodule."""
         return self.name.replace(".", "/")
 
     @property
@@ -100,7 +100,7 @@ def _matches(site: Site, target: str) -> bool:
 
 
 def _no_match(target: str, sites: list[Site]) -> str:
-    """Say that a target matches nothing, and what the model has."""
+    """Return the fault of a target that matches nothing, with the roles that the model has."""
     here = sorted({site.role for site in sites})
     last_names = sorted({site.name.rsplit(".", 1)[-1] for site in sites})
     hint = suggest_nearest(target, [*here, *GROUPS, *last_names])

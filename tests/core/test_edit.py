@@ -124,7 +124,7 @@ def test_tuples_and_keywords_keep_everything_but_the_edited_tensor(make: Callabl
 def test_what_cannot_be_edited_is_refused() -> None:
     model = nn.Sequential(Gives(lambda x: {"x": x}))
     Scale().on(model, "0")
-    with pytest.raises(RuntimeError, match=r"gives a tensor or a tuple of tensors, not a dict"):
+    with pytest.raises(RuntimeError, match=r"returns a tensor or a tuple of tensors, not a dict"):
         model[0](hidden_states=sample())
 
 
