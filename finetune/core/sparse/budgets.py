@@ -24,9 +24,9 @@ class Budget:
 def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[Grain]) -> list[Budget]:
     """Return one budget for each group of sites that ``scope`` puts together.
 
-    K is the group's count of entries minus the rounded share ``sparsity`` of it. Where all units are of one
-    size it is rounded to whole units. At least one unit is trained. A grain n:m says exactly how many entries
-    each row has, ``sparsity`` only nearly, so n:m decides.
+    K is the number of the group's entries minus the rounded share ``sparsity`` of it. If all units have the
+    same size, K is rounded to whole units. At least one unit is trained. With a grain n:m, K follows from n:m
+    instead, because ``sparsity`` gives the number of entries in each row only approximately.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, site in enumerate(sites):
@@ -35,7 +35,7 @@ def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[
 
 
 def _group_key(scope: Scope, i: int, site: Site) -> Hashable:
-    """Return the same key for sites that compete with each other; ``layer`` counts over the model first."""
+    """Return the same key for sites of one budget. For ``layer``, the model's budget is divided later."""
     if scope == "matrix":
         return i
     if scope == "role":
@@ -71,8 +71,8 @@ def count_entries(budget: Budget, share: float, sites: list[Site], grains: list[
 def divide_entries(total: int, weights: Tensor, limits: list[int], grains: list[Grain]) -> list[int]:
     """Divide ``total`` entries among the sites in proportion to ``weights`` [sites], none above its limit.
 
-    Whole units are given where all units are of one size, else single entries. Raises ``ValueError`` where
-    the limits do not hold the total.
+    The parts are whole units if all units have the same size, otherwise single entries. Raises
+    ``ValueError`` if the limits add up to less than ``total``.
     """
     sizes = {grain.size for grain in grains}
     unit = sizes.pop() if len(sizes) == 1 else 1

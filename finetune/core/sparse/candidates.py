@@ -15,9 +15,10 @@ from .select import TopK
 
 
 class Candidates(StateModule):
-    """As many candidates for each site as it trains entries, in the order of the bank's slots.
+    """The candidates of all sites, in the order of the bank's slots: one for each trained entry.
 
-    Empty while no gradients are collected. The tensors are part of a checkpoint but not of the stored change.
+    It is empty while no gradients are collected. The tensors are part of a checkpoint, but not of the stored
+    change.
     """
 
     index: Tensor  # [capacity] int32: flat positions, ascending within a site
@@ -30,14 +31,13 @@ class Candidates(StateModule):
         for name, dtype in (("index", torch.int32), ("sums", torch.float32), ("squares", torch.float32)):
             self.register_buffer(name, torch.zeros(0, dtype=dtype))
         self.register_buffer("steps", torch.zeros(sites, dtype=torch.int64))
-        self.step_sums: Tensor | None = (
-            None  # [capacity]: the gradient of the current step; None between steps
-        )
-        self.arrived: set[int] = set()  # sites whose gradient came in the current step
+        # [capacity]: the gradient of the current step; None between steps.
+        self.step_sums: Tensor | None = None
+        self.arrived: set[int] = set()  # sites that got a gradient in the current step
         self.chosen: set[int] = set()  # sites that have candidates
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Resize before loading: a checkpoint has candidates or none."""
+        """Resize before loading, because a checkpoint may hold candidates or none."""
         self.resize(len(state_dict.get(f"{prefix}index", self.index)))
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -63,13 +63,13 @@ class Candidates(StateModule):
     def add_gradient(self, run: Run, bank: Bank, i: int, grad: WeightGrad) -> None:
         """Add the gradient of site ``i`` of one micro-batch to the current step.
 
-        The first one chooses the candidates: the entries with the largest absolute gradient.
+        The first gradient of a site chooses its candidates: the entries with the largest absolute gradient.
         """
         assert self.step_sums is not None
         start, end = bank.bounds()[i : i + 2]
         if i not in self.chosen:
             top = TopK(end - start, {i: 1})
-            # Selection refuses NaN; a loss that is not finite is reported elsewhere.
+            # Selection raises an error for NaN; a loss that is not finite is reported elsewhere.
             top.add(i, run.average_or_broadcast(grad.dense).abs().nan_to_num_().float())
             self.index[start:end] = top.take()[i]
             self.chosen.add(i)
@@ -78,7 +78,7 @@ class Candidates(StateModule):
 
     @torch.no_grad()
     def end_step(self, run: Run) -> None:
-        """Add the step to the sums, unless a scaled fp16 loss overflowed in it."""
+        """Add the step's gradient to the sums, unless its scaled fp16 loss overflowed."""
         assert self.step_sums is not None
         scaler = getattr(run.optimizer, "scaler", None)
         scale = scaler.get_scale() if scaler else 1.0
@@ -90,7 +90,7 @@ class Candidates(StateModule):
         self.step_sums = None
 
     def at_site(self, bank: Bank, i: int) -> tuple[Tensor, Tensor, Tensor, int]:
-        """Return index, sums, squares and number of steps of a site; empty where its gradient never came."""
+        """Return index, sums, squares and number of steps of a site; empty if it has no candidates."""
         start, end = 0, 0
         if len(self.index) and self.steps[i]:
             start, end = bank.bounds()[i : i + 2]
@@ -99,9 +99,9 @@ class Candidates(StateModule):
     def seeds(self, bank: Bank, found: list[Tensor], betas: tuple[float, float]) -> dict[str, Tensor]:
         """Return Adam's ``step``, ``exp_avg`` and ``exp_avg_sq`` for newly trained entries, each [capacity].
 
-        ``found``: the entries that each site trains next, ascending; all but candidates get 0. With
-        n steps summed, an entry gets the age n and the moments whose bias-corrected values are the mean
-        gradient and the mean square:
+        ``found``: the entries that each site trains next, ascending. A candidate with n summed steps gets the
+        age n, and moments whose bias-corrected values are the mean gradient and the mean square. All other
+        entries get 0.
 
             exp_avg = (1 - beta1^n) sum(g) / n,  exp_avg_sq = (1 - beta2^n) sum(g^2) / n
         """

@@ -18,10 +18,9 @@ from .schedule import Move
 from .select import TopK
 from .settings import SparseSettings
 
-ScoreSource = Callable[[Visit], None]  # calls its argument once with every site and its scores
-Allowed = Callable[
-    [int], Tensor | None
-]  # a site -> [units] bool: the units that may be chosen; None: all of them
+ScoreSource = Callable[[Visit], None]  # calls its argument once for every site
+# Takes a site and returns which of its units may be chosen, [units] bool; None: all of them.
+Allowed = Callable[[int], Tensor | None]
 
 
 def allow_all(site: int) -> None:
@@ -31,7 +30,7 @@ def allow_all(site: int) -> None:
 class Chooser:
     """Chooses entries of ``sites`` at one step of a run.
 
-    ``dense``: the weight [out, in] of each site after a dense phase, which scores see in place of the current
+    ``dense``: the weight [out, in] of each site after a dense phase, which scores use in place of the current
     weight; None if there was no such phase. Every choice is returned as the flat positions of each site,
     int32, ascending, and is the same on all ranks.
     """
@@ -61,12 +60,12 @@ class Chooser:
     def apply_move(self, move: Move) -> list[Tensor]:
         """Choose the entries after a move that keeps some of the trained ones.
 
-        The trained entries with the largest change stay, and the best of the others by score fill the room
-        that is left. If the move goes by score and there is no room for others, the best trained entries by
-        score stay.
+        The trained entries with the largest change stay, and the other entries with the best scores fill the
+        rest of the budget. If the move drops by score and adds none, the trained entries with the best scores
+        stay.
         """
         budgets = self._budgets_at(move.density)
-        if self.settings.scope == "layer":  # each matrix keeps its part
+        if self.settings.scope == "layer":  # each matrix keeps its share of the budget
             budgets = self._divide_by_count(budgets[0].entries)
         staying = [self._shrink(budget, move.drop) for budget in budgets]
         if move.by == "score" and staying == budgets:
@@ -117,7 +116,7 @@ class Chooser:
         return [Budget([i], count) for i, count in enumerate(counts)]
 
     def _visit_scores(self, visit: Visit) -> None:
-        """Call ``visit`` with every site and its scores, in such a form that the largest are the best."""
+        """Call ``visit`` with every site and its scores, negated if the smallest are the best."""
         layers = patched(self.run.model)
 
         def visit_larger_is_better(i: int, score: Tensor) -> None:
@@ -129,7 +128,7 @@ class Chooser:
     def _visit_changes(self, visit: Visit) -> None:
         """Call ``visit`` with every site and the absolute change of its entries; untrained ones have 0."""
         for i in range(len(self.sites)):
-            visit(i, self._absolute_changes(i))  # no name here may hold one while the next is made
+            visit(i, self._absolute_changes(i))  # not held by a name here, so that one matrix is in memory
 
     def _absolute_changes(self, i: int) -> Tensor:
         """Return the absolute change of every entry of a site, [out, in] float32."""
@@ -138,7 +137,7 @@ class Chooser:
         return changes
 
     def _trained_units(self, i: int) -> Tensor:
-        """Tell which units of a site are trained now, [units] bool."""
+        """Return which units of a site are trained now, [units] bool."""
         return self.grains[i].members(self.bank.positions(i))
 
 

@@ -1,6 +1,6 @@
 """Code sorted indices as bytes: the gap to the previous index in LEB128.
 
-A gap is written seven bits per byte, low bits first; the high bit is set on all of its bytes but the last.
+Each byte of a gap holds seven of its bits, low bits first. The high bit is set on all bytes but the last.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def encode_sorted(index: Tensor) -> Tensor:
 def expected_bytes(count: int, size: int, neighbours: int) -> int:
     """Return the expected length of the code of ``count`` indices below ``size``.
 
-    The indices are taken to lie in random runs of ``neighbours``. Each gap takes one byte, and one more for
+    The indices are assumed to lie in random runs of ``neighbours``. Each gap takes one byte, and one more for
     each of 128, 128^2, ... that it reaches.
     """
     if count >= size:
@@ -57,17 +57,17 @@ def expected_bytes(count: int, size: int, neighbours: int) -> int:
 
 
 def decode_sorted(code: Tensor, count: int) -> Tensor:
-    """Return the ``count`` indices, int64, from the code that ``encode_sorted`` made of them.
+    """Return the ``count`` indices, int64, that ``encode_sorted`` turned into ``code``.
 
-    Raises ``ConfigError`` for bytes that it cannot have made: cut short, too many or too few, or beyond
-    int64.
+    Raises ``ConfigError`` for bytes that ``encode_sorted`` cannot have made: cut short, too many or too few,
+    or beyond int64.
     """
     data = code.detach().cpu().numpy()
     if data.ndim != 1 or data.dtype != np.uint8:
         raise _damaged(f"the code is {data.dtype} of shape {data.shape}, not a vector of bytes")
     stop = np.flatnonzero(data < 128) + 1
     if len(stop) != count or (len(data) and data[-1] >= 128):
-        raise _damaged(f"{len(data)} bytes hold {len(stop)} whole indices and not {count}")
+        raise _damaged(f"{len(data)} bytes hold {len(stop)} whole indices instead of {count}")
     size = np.diff(stop, prepend=0)
     if (size > LONGEST).any() or ((size > 1) & (data[stop - 1] == 0)).any():
         raise _damaged("a gap is written with too many bytes")

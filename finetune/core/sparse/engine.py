@@ -157,16 +157,16 @@ class Sparse(SparseSettings):
 
     @property
     def counts_exactly(self) -> bool:
-        """Tell whether ``sparsity`` and the schedule say how many entries are trained."""
+        """Tell whether ``sparsity`` and the schedule determine the number of trained entries."""
         return True
 
     @property
     def narrows_by_value(self) -> bool:
-        """Tell whether the values of the entries decide how many of them stay trained."""
+        """Tell whether the values of the entries determine how many of them stay trained."""
         return False
 
     def requested(self, run: Run, state: Any, step: int) -> tuple[float, int]:
-        """Return how many entries the settings ask for after ``step``, and by how much rounding may miss it.
+        """Return how many entries the settings ask for after ``step``, and the largest rounding error.
 
         ``step`` counts from 0 within the phase.
         """
@@ -191,7 +191,7 @@ class Sparse(SparseSettings):
     ) -> list[str]:
         """Compare the stored entries with the request.
 
-        More may be stored where entries that are no longer trained keep their change.
+        More entries may be stored if those that are no longer trained keep their change.
         """
         if not self.counts_exactly or self.narrows_by_value:
             return []

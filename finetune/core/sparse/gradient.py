@@ -1,9 +1,9 @@
 """The gradient of a few entries of a weight, and reading and writing those entries.
 
 For K flat positions (i_k, j_k) of a weight [out, in] the gradient is ``g[k] = sum_t grad_y[t, i_k] * x[t,
-j_k]``. It is computed in one of three ways. None has a temporary of the size of a large weight.
+j_k]``. It is computed in one of three ways, none of which allocates as much memory as a large weight takes.
 
-- *whole*: the entries fill a sub-matrix (rows, columns, heads, blocks), whose product is the answer;
+- *whole*: the entries fill a sub-matrix (rows, columns, heads, blocks), which one product computes;
 - *sampled*: one dot product per entry, on transposed chunks of tokens that stay in cache;
 - *dense*: the product in blocks of rows, gathered at the entries of each block.
 
@@ -22,17 +22,17 @@ from typing import cast
 import torch
 from torch import Tensor
 
-CHUNK = 200  # tokens per step: the inputs and the gradients of so many fit into the cache of a core
+CHUNK = 200  # tokens per step: their inputs and gradients fit into the cache of a core
 BLOCK_ROWS = 512  # least height of a dense block, since every block reads all of ``x`` again
 BLOCK = {"cpu": 2**20}  # entries of a dense block, by device type
-BLOCK_ELSEWHERE = 2**24  # larger, so that an accelerator is busy
+BLOCK_ELSEWHERE = 2**24  # larger, to keep an accelerator busy
 
 
 @dataclass(frozen=True, eq=False)
 class Layout:
     """The sub-matrix that holds the trained entries of one weight. It is made again when entries move."""
 
-    rows: Tensor | None  # ascending, int64; None: all rows, or so many that selecting them does not pay
+    rows: Tensor | None  # ascending, int64; None: selecting rows does not pay, as they are all or nearly all
     cols: Tensor | None
     full: bool  # whether the entries fill ``rows`` x ``cols``
 
@@ -81,7 +81,7 @@ def entries_gradient(
     ``grad_y``: [n, out]. ``x``: [n, in], or what ``used_columns`` returned.
     """
     rows, cols = size = layout.size(shape)
-    columns = None if x.shape[1] == cols else layout.cols  # still to be selected
+    columns = None if x.shape[1] == cols else layout.cols  # columns that must still be selected
     if layout.full:
         return dense(grad_y, x, None, size, layout.rows, columns)
     at = _inside(index, shape, layout)
@@ -93,8 +93,8 @@ def entries_gradient(
 def sampled_pays(rows: int, cols: int, entries: int) -> bool:
     """Tell whether sampling beats the product of a [rows, cols] matrix on a CPU.
 
-    The unit is one multiplication of the product. All costs grow with the tokens and shrink with the threads
-    alike. The transposes add a cost for each row and column.
+    Costs are in multiplications of the product, for one token and one thread, because all of them grow with
+    the tokens and shrink with the threads alike. The transposes add a cost for each row and column.
     """
     return 9 * entries + 190 * (rows + cols) < rows * cols
 
@@ -117,7 +117,7 @@ def _ranks(numbers: Tensor, chosen: Tensor | None, limit: int) -> Tensor:
 
 
 def _columns(matrix: Tensor, chosen: Tensor | None) -> Tensor:
-    """Select columns; None: all."""
+    """Return the chosen columns; None: all."""
     return matrix if chosen is None else matrix.index_select(1, chosen)
 
 
@@ -150,7 +150,7 @@ def sampled(
 def _transposed(x: Tensor, memory: Tensor) -> Tensor:
     """Write ``x`` [n, m] as [m, n] into ``memory``.
 
-    It is copied as an image in channels-last order, which uses all threads; copying ``x.T`` uses one.
+    The copy is made as that of an image in channels-last order, which uses all threads; ``x.T`` uses one.
     """
     out = memory[: x.numel()].view(1, x.shape[1], 1, len(x))
     out.permute(0, 3, 1, 2).copy_(x[None, :, :, None])
@@ -159,7 +159,7 @@ def _transposed(x: Tensor, memory: Tensor) -> Tensor:
 
 @cache
 def _silence_csr_warning() -> None:
-    """Make the first CSR tensor of the process, for which torch warns that they are in beta state."""
+    """Make the first CSR tensor of the process, for which torch warns that CSR support is in beta state."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         torch.sparse_csr_tensor(
@@ -179,9 +179,9 @@ def dense(
     rows: Tensor | None,
     cols: Tensor | None,
 ) -> Tensor:
-    """Compute the product of a sub-matrix of ``size`` in blocks of rows, gathered at ``at``; None: all of it.
+    """Compute a sub-matrix of ``size`` in blocks of rows, and return its entries ``at``; None: all of it.
 
-    Temporary: one block. ``out=`` avoids a second one, and autocast does not touch such products.
+    Temporary: one block. ``out=`` avoids a second one and keeps autocast from changing the dtype.
     """
     wide = _wide(grad_y, x)
     on_tensor_cores = (
@@ -212,7 +212,7 @@ def dense(
         y = grad_y[:, top:end] if rows is None else grad_y.index_select(1, rows[top:end])
         part = total[first:last] if at is None else block[: (end - top) * size[1]]
         product = part.view(end - top, size[1])
-        if on_tensor_cores:  # they accumulate in float32, and only this call returns that
+        if on_tensor_cores:  # they accumulate in float32, which only this call returns
             torch.mm(y.T, x, out_dtype=wide, out=product)
         else:
             torch.mm(y.T.to(wide), x, out=product)

@@ -1,4 +1,4 @@
-"""Units of a weight that are chosen as a whole, such as entries, rows or heads, or n of every m inputs."""
+"""Units of a weight that are chosen as a whole: entries, rows, heads and others, or n of every m inputs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ROLES_WITH_HEADS = ("q", "k", "v", "qkv", "o")
 
 @dataclass(frozen=True)
 class Grain:
-    """A partition of a weight ``shape`` = [out, in] into equal units of ``height`` x ``width`` entries.
+    """A partition of a weight of ``shape`` [out, in] into equal units of ``height`` x ``width`` entries.
 
     Units are numbered row by row. If ``m`` is not 0, the units are single entries, and the best ``n`` of
     every ``m`` in a row are chosen.
@@ -67,7 +67,7 @@ class Grain:
         return (rows * self.shape[1] + cols).reshape(-1).sort().values.to(torch.int32)
 
     def members(self, index: Tensor) -> Tensor:
-        """Tell which units hold an entry at one of the flat positions ``index`` [count]: [units] bool."""
+        """Return which units hold an entry at one of the flat positions ``index`` [count]: [units] bool."""
         at = index.long()
         row, col = at // self.shape[1], at % self.shape[1]
         unit = row // self.height * self.across + col // self.width
@@ -87,7 +87,7 @@ def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
         if in_ % m or n >= m:
             raise ConfigError(
                 f"method.grain={kind}: {site.name} has {in_} inputs; n:m needs n below m, and a number "
-                "of inputs that m divides."
+                "of inputs that is divisible by m."
             )
         return Grain(site.shape, 1, 1, n, m)
     if kind.startswith("block:"):
@@ -103,7 +103,7 @@ def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
 
 
 def _head_grain(site: Site, model: nn.Module) -> Grain:
-    """Return one unit per head: rows of q, k, v or qkv, columns of o.
+    """Return a grain with one unit per head: rows of q, k, v or qkv, columns of o.
 
     Units are counted by the width of a head, not by the number of query heads: with grouped-query attention k
     and v have fewer heads than q.

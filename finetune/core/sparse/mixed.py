@@ -18,9 +18,9 @@ from .bank import Bank, SparseDelta
 
 
 class Mixed(Bank):
-    """A bank in which some sites hold the factors of a branch instead of entries.
+    """A bank in which some sites hold the factors of a low-rank branch instead of entries.
 
-    The slice of such a site holds A [rank, in], then B [out, rank].
+    The slice of such a site holds A [rank, in], followed by B [out, rank].
     """
 
     structured: Tensor  # [sites] bool: which sites have a branch
@@ -38,7 +38,7 @@ class Mixed(Bank):
         return super().positions(i)[:0] if self.is_branch(i) else super().positions(i)
 
     def mix(self, index: list[Tensor], structured: Tensor) -> None:
-        """Train these entries of each site, or a branch where ``structured``. All values start at 0."""
+        """Train a branch at sites that are ``structured``, and these entries at the others, all from 0."""
         slots = []
         for where, branch, size in zip(index, structured.tolist(), self.branches, strict=True):
             slots.append(torch.arange(size, dtype=torch.int32) if branch else where)
@@ -47,7 +47,7 @@ class Mixed(Bank):
         self.revision += 1
 
     def stored_shapes(self) -> Shapes | None:
-        return None  # data decide which sites get a branch
+        return None  # which sites get a branch depends on the data
 
     @torch.no_grad()
     def pack(self) -> dict[str, Tensor]:
@@ -67,7 +67,7 @@ class Mixed(Bank):
             or len(stored["factors"]) != int(branches[structured].sum())
         ):
             raise ConfigError(
-                "the stored branches do not fit this model's layers; method.rank must be the run's own."
+                "the stored branches do not fit this model's layers. Set method.rank to that of the run."
             )
         self.structured.zero_()
         super().unpack({name: stored[name] for name in ("values", "starts", "gaps")})

@@ -21,9 +21,9 @@ def scheduled_share(schedule: Schedule, step: int, total: int) -> float:
 def requested_entries(
     settings: SparseSettings, share: float, sites: list[Site], grains: list[Grain]
 ) -> tuple[float, int]:
-    """Return how many entries the settings ask for at a ``share`` of the budget, and the error of rounding.
+    """Return how many entries the settings ask for at a ``share`` of the budget, and the rounding error.
 
-    Rounding may miss the number by one unit per site.
+    The error is at most one unit per site.
     """
     size = sum(site.size for site in sites)
     unit = max(grain.size for grain in grains)
@@ -31,7 +31,7 @@ def requested_entries(
 
 
 def adjacent_entries(grain: str, shapes: list[tuple[int, int]]) -> int:
-    """Return how many neighbours in memory are chosen together: the least over weights of ``shapes``."""
+    """Return how many entries, adjacent in memory, are always chosen together; the least over ``shapes``."""
     if grain.startswith("block:"):
         return int(grain.removeprefix("block:"))
     if grain in ("row", "head"):
@@ -42,8 +42,9 @@ def adjacent_entries(grain: str, shapes: list[tuple[int, int]]) -> int:
 
 
 def settled_depend_on_training(schedule: Schedule, total: int) -> bool:
-    """Tell whether training decides how many entries are stored. It does if entries that leave keep their
-    change while others enter.
+    """Tell whether training decides how many entries are stored.
+
+    It does if entries that are dropped keep their change while others are added.
     """
     if schedule.dropped != "kept":
         return False

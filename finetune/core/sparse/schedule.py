@@ -18,8 +18,8 @@ class Move:
     """A change of the trained entries before one step.
 
     ``density``: the share of the budget K that is trained afterwards. ``redraw``: all entries are chosen
-    again by score. Otherwise at least the share ``drop`` of the trained entries leaves, those with the
-    smallest change or the worst score (``by``), and the best other entries fill up to ``density``.
+    again by score. Otherwise at least the share ``drop`` of the trained entries is dropped: those with the
+    smallest change, or the worst score (``by``). The best other entries then fill up to ``density``.
     """
 
     density: float = 1.0
@@ -40,7 +40,7 @@ class Schedule:
 
     @property
     def dropped(self) -> Dropped:
-        """Say what becomes of an entry that is no longer trained.
+        """Return what becomes of an entry that is no longer trained.
 
         ``base``: it returns to its pretrained value. ``kept``: it keeps the value that it has.
         """
@@ -53,7 +53,7 @@ class Schedule:
 
     @property
     def lr_schedule(self) -> LRSchedule:
-        """Say whether the learning rate's schedule restarts after the dense phase or spans the run."""
+        """Return whether the learning rate's schedule restarts after the dense phase or spans the run."""
         return "span"
 
     @property
@@ -79,7 +79,7 @@ class Schedule:
 
 
 def period_faults(every: int, total: int) -> list[str]:
-    """Return the fault of a period ``every`` that does not end within ``total`` steps, if it does not."""
+    """Return a fault if the period ``every`` does not end within ``total`` steps."""
     if every < total:
         return []
     return [

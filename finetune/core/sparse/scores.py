@@ -1,7 +1,7 @@
 """The base of all scores: a score is the number by which trained entries are chosen.
 
-A score is a class with ``@register("name")``, in ``finetune/scores`` or in the file of the method that brings
-it. It is called with one site at a time and with the method, whose settings it may read, and returns a
+A score is a class with ``@register("name")``, in ``finetune/scores`` or in the file of the only method that
+uses it. It is called with one site at a time and with the method, whose settings it may read, and returns a
 float32 number for each entry of the site's weight. The engine trains the entries with the largest numbers, or
 with the smallest (``direction=smallest``).
 """
@@ -51,8 +51,8 @@ class Score:
 
     ``needs``: the weight alone, the ``gradient`` summed over batches, or a sum of squared gradients: those of
     single examples (``squares``) or of whole batches (``batch squares``). ``uses``: which of the method's
-    settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine refuses a value for the
-    others. ``signed``: a score may be negative, so that no budget can be divided in proportion to its mean.
+    settings ``batches``, ``rank``, ``power`` and ``eps`` the score reads; the engine refuses values for the
+    others. ``signed``: whether a score may be negative; budgets cannot be divided in proportion to its mean.
     """
 
     KIND: ClassVar[str] = "score"

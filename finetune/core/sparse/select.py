@@ -1,10 +1,10 @@
 """Choose the best units of many weights at once, exactly, without a score tensor of the model's size.
 
 Scores arrive weight by weight, in any order. For each group of weights that compete, only the best units so
-far are kept, at 10 bytes for each unit that is wanted: an int32 key that sorts like the float32 score, an
+far are kept, at 10 bytes for each unit to be chosen: an int32 key that sorts like the float32 score, an
 int32 position, and a quarter more room. The threshold among them comes from a histogram of the keys in two
-passes. Among equal scores the earlier weight wins, then the lower position, in any order of arrival: the
-result is that of one stable sort.
+passes. Ties go to the earlier weight, then to the lower position, whatever the order of arrival: the result
+equals that of one stable sort.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 20  # keys that are processed together: bounds the memory that selection needs beside the scores
+CHUNK = 1 << 20  # keys processed together, which bounds the memory that selection needs beside the scores
 NEVER = -(2**31)  # the key of a unit that must not be chosen
 
 
@@ -79,7 +79,7 @@ class TopK:
         self._pool: _Pool | None = None
         if len(set(costs.values())) == 1:
             self._pool = _Pool(budget // min(costs.values()))
-        # With different costs all keys are kept: such units are whole rows, heads or more, so they are few.
+        # With different costs all keys are kept. Such units are whole rows, heads or more, so they are few.
         self._keys: dict[int, Tensor] = {}
 
     def add(self, piece: int, scores: Tensor, allowed: Tensor | None = None) -> None:
@@ -157,7 +157,7 @@ class _Pool:
             quota[piece] = min(ties, equal)
             ties -= quota[piece]
         self.used = 0
-        # The pooled keys move to the front, none further back than before, so no key is overwritten unread.
+        # The pooled keys only move towards the front, so none is overwritten before it is read.
         for piece, keys in pooled.items():
             start, end = self.ends[piece]
             self._append(piece, keys, self.index[start:end], self.floor, quota[piece])
@@ -197,8 +197,8 @@ def apportion(total: int, weights: Tensor, caps: list[int]) -> list[int]:
     """Divide ``total`` into n whole numbers in proportion to ``weights`` [n], none above its cap.
 
     The parts add up to ``total``; the method of the largest remainder rounds them. What exceeds a cap goes to
-    the other parts. Weights that are all 0 count as equal. Raises ``ValueError`` if the caps do not hold
-    ``total``, and for a weight that is negative or not finite.
+    the other parts. Weights that are all 0 count as equal. Raises ``ValueError`` if the caps add up to less
+    than ``total``, and for a weight that is negative or not finite.
     """
     limit, share = torch.tensor(caps, dtype=torch.int64), weights.double().cpu()
     if total > int(limit.sum()):

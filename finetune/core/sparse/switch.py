@@ -8,8 +8,8 @@
     switch.revert("french")            in any order
     switch.revert()                    the model is the base, to the bit
 
-The weights depend on the set of active changes and not on the order in which they were applied: where changes
-overlap, they are added in the order of loading.
+The weights depend on the set of active changes and not on the order in which they were applied: changes that
+overlap are added in the order of loading.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from .coding import decode_sorted, encode_sorted
 
 
 def pack(changes: Sequence[SparseChange], sizes: Sequence[int]) -> dict[str, Tensor]:
-    """Pack one change for each weight in the form of ``Bank.pack``. ``sizes``: entries of each weight."""
+    """Pack one change for each weight, as ``Bank.pack`` does. ``sizes``: number of entries of each weight."""
     flat = []
     offset = 0
     for change, size in zip(changes, sizes, strict=True):
@@ -42,7 +42,7 @@ def pack(changes: Sequence[SparseChange], sizes: Sequence[int]) -> dict[str, Ten
 
 
 def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseChange]:
-    """Unpack the result of ``Bank.pack``: one change for each weight. ``sizes``: entries of each weight.
+    """Unpack what ``Bank.pack`` returned into one change for each weight; ``sizes``: their entries.
 
     Raises ``ConfigError`` if it does not fit weights of these sizes.
     """
@@ -70,7 +70,7 @@ def unpack(packed: Mapping[str, Tensor], sizes: Sequence[int]) -> list[SparseCha
 def add(changes: Sequence[SparseChange]) -> SparseChange:
     """Sum changes of one weight, on the union of their positions.
 
-    The sum is taken in float64 and rounded once, so the order of the changes hardly ever matters.
+    The sum is computed in float64 and rounded once, so the order of the changes hardly ever matters.
     """
     index = torch.cat([change.index for change in changes]).unique()
     values = torch.zeros(len(index), dtype=torch.float64, device=index.device)
@@ -84,10 +84,10 @@ BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # bytes 
 
 
 class _Weight:
-    """One weight of the live model. It detects changes that were made by other code.
+    """One weight of the live model, with checks that detect changes made by other code.
 
-    It compares torch's version counter, and a few entries, because fused optimizers do not increment the
-    counter.
+    The checks compare torch's version counter, and also a few entries, because fused optimizers do not
+    increment the counter.
     """
 
     def __init__(self, layer: nn.Module) -> None:
@@ -155,10 +155,10 @@ class _Placed:
 class Switch:
     """Named sparse changes of one model's linear layers, any set of which can be active.
 
-    The model must be plain: no part attached, no layer patched. If a weight changes in another way (training,
-    loading, moving to another device), that is noticed and every further switch raises ``RuntimeError``
-    without writing. Single entries written through ``.data`` go unnoticed. Use it from one thread, and not
-    during a forward pass.
+    The model must be plain: no part attached, no layer patched. If a weight changes in another way
+    (training, loading, moving to another device), every further switch raises ``RuntimeError`` and writes
+    nothing. Single entries that are written through ``.data`` are not detected. Use it from one thread, and
+    not during a forward pass.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -181,7 +181,7 @@ class Switch:
     def load(self, name: str, changes: Mapping[str, SparseChange]) -> None:
         """Prepare ``changes`` (by layer name) under ``name``.
 
-        Raises ``ConfigError`` with all that does not fit; nothing is loaded then.
+        Raises ``ConfigError`` with every fault, and then loads nothing.
         """
         faults = []
         if name in self._loaded:
@@ -206,7 +206,7 @@ class Switch:
 
     @torch.no_grad()
     def to(self, *names: str) -> None:
-        """Make exactly these changes active. Without names the model is the base.
+        """Make exactly these changes active. Without names, the model becomes the base.
 
         Raises ``ConfigError`` for an unknown name.
         """
@@ -248,7 +248,7 @@ class Switch:
             raise ConfigError(f"The change {name!r} is not active. Active now: {active}.")
 
     def _sums(self, names: tuple[str, ...]) -> dict[str, _Placed]:
-        """Add up the changes of several names. The base must be in place."""
+        """Add up the changes of several names. The model must be the base when this is called."""
         by_layer: dict[str, list[SparseChange]] = {}
         for name in names:
             for layer, placed in self._loaded[name].items():

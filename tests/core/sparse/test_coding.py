@@ -84,7 +84,7 @@ def test_the_encoder_refuses_what_it_cannot_code(index: Tensor) -> None:
 @pytest.mark.parametrize(
     ("code", "count", "says"),
     [
-        ([5, 130], 2, "hold 1 whole indices and not 2"),
+        ([5, 130], 2, "hold 1 whole indices instead of 2"),
         ([5, 130], 1, "hold 1 whole indices"),
         ([5, 6], 1, "hold 2 whole"),
         ([], 1, "hold 0 whole"),

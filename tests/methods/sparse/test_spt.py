@@ -253,7 +253,7 @@ def test_comes_back_from_disk_whatever_the_seed(make: Callable[[], SPT], tmp_pat
 def test_branches_of_another_rank_are_refused(tmp_path: Path) -> None:
     session, other = started(BOTH), started(replace(BOTH, rank=2))
     save_delta(tmp_path / "delta", session.states, {})
-    with pytest.raises(ConfigError, match=r"method\.rank must be the run's own"):
+    with pytest.raises(ConfigError, match=r"Set method\.rank to that of the run"):
         load_delta(tmp_path / "delta", other.states)
 
 
