@@ -45,7 +45,7 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
     """Stack ``delta`` on the linear layer called ``name``.
 
     Edits that act on the layer or read it stay active, and see the layer with its changed weight. Raises
-    ``ConfigError`` if other code has registered hooks on the layer: a patched layer would not always run them.
+    ``ConfigError`` if other code has registered hooks on it: a patched layer would not always run them.
     """
     owner, leaf = _owner(model, name)
     module = getattr(owner, leaf)
@@ -122,8 +122,8 @@ def merge(model: nn.Module, states: nn.Module) -> None:
 def base(states: nn.Module) -> Iterator[None]:
     """Set all gates to 0 inside the block, so that the model is the pretrained one, to the bit.
 
-    Parts are switched off in the reverse order of their attachment, and on in that order. A part that trains
-    a parameter in place restores the tensor that it replaced, which may belong to a part attached earlier.
+    Parts are switched off in the reverse order of attachment, and on again in the order of attachment. A part
+    that trains a parameter in place restores the tensor that it replaced, which may be an earlier part's.
     """
     attached = parts(states)
     gates = [part.gate for part in attached]
