@@ -23,10 +23,10 @@ from finetune.core.roles import block_of
 from finetune.core.selector import Selector
 from finetune.data.encode import Tokens
 from finetune.errors import ConfigError, RunFailed
+from finetune.methods.adapters.lofit import LoFiT
 from finetune.methods.baseline.full import Full
 from finetune.methods.baseline.head import Head
 from finetune.methods.reparam.lora import LoRA
-from finetune.methods.reparam.peft import Peft
 from finetune.methods.sparse.shira import SHiRA
 from finetune.methods.sparse.spiel import SpIEL
 from finetune.objectives.repair import Repair
@@ -190,7 +190,7 @@ def scale_gradients(session: Session, inner: Any, factor: float, stream: str) ->
         yield loss
 
 
-@pytest.mark.parametrize("scale", [1e-30, 1e-3, 1e3])
+@pytest.mark.parametrize("scale", [1e-30, 1e3])
 def test_the_slice_does_not_depend_on_the_scale_of_the_loss(scale: float) -> None:
     """Invariant 3."""
     norms, chosen = [], []
@@ -215,7 +215,7 @@ def test_the_first_slice_does_not_depend_on_the_rate() -> None:
     assert chosen[0] == chosen[1]
 
 
-@pytest.mark.parametrize("objective", [Task, Repair])
+@pytest.mark.parametrize("objective", [pytest.param(Task, marks=pytest.mark.slow), Repair])
 def test_all_blocks_are_plain_tuning_of_the_blocks(objective: Callable[[], Any]) -> None:
     """Invariant 5, to the bit and step by step: losses, norms of the whole gradient, and values."""
     models, reported = [], []
@@ -322,14 +322,14 @@ def test_what_lies_outside_of_the_blocks_is_frozen_but_the_head_of_a_classifier(
 def test_random_blocks_need_no_stream() -> None:
     selector = IRepair(blocks=2, by="random")
     assert selector.streams() == ()
-    session = begin(selector=selector, steps=30)
+    session = begin(selector=selector, steps=10)
     drawn = set()
     for step in session.steps():
         assert len(state_of(session).chosen) == 2
         assert "loss_bad" not in step.metrics
         drawn.add(tuple(state_of(session).chosen))
-    assert len(drawn) >= 5
-    assert int(state_of(session).steps.sum()) == 60
+    assert len(drawn) >= 3
+    assert int(state_of(session).steps.sum()) == 20
 
 
 TRIALS: dict[str, Callable[[], contract.Trial]] = {
@@ -343,7 +343,11 @@ TRIALS: dict[str, Callable[[], contract.Trial]] = {
 }
 
 
-@pytest.mark.parametrize("make", TRIALS.values(), ids=TRIALS)
+@pytest.mark.parametrize(
+    "make",
+    [TRIALS["full"], *(pytest.param(TRIALS[name], marks=pytest.mark.slow) for name in list(TRIALS)[1:])],
+    ids=TRIALS,
+)
 def test_resumes_to_the_bit_and_repeats_itself(make: Callable[[], contract.Trial]) -> None:
     trial = make()
     contract.check_resume(trial)
@@ -371,7 +375,7 @@ def test_every_method_is_selected_from_or_refused(case: Case) -> None:
     ("method", "selector", "words"),
     [
         (Head(), IRepair(), "this method trains nothing in one"),
-        (Peft(config={"r": 2}), IRepair(), r"an adapter of peft \(LORA\) is not tied to a block"),
+        (LoFiT(share=0.5), IRepair(), "is not tied to a block"),
         (Full(), IRepair(blocks=3), "selector.blocks=3 is more than the 2 blocks in which"),
     ],
 )
