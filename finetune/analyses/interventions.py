@@ -95,8 +95,8 @@ class HeadChange:
             return self.map(matrix.T, role).T
         if role != "qkv":
             return self.map(matrix, role)
-        parts = zip(("q", "k", "v"), matrix.chunk(3), strict=True)
-        return torch.cat([self.map(part, name) for name, part in parts])
+        q, k, v = matrix.chunk(3)
+        return torch.cat([self.map(q, "q"), self.map(k, "k"), self.map(v, "v")])
 
     def put_in_order(self, mask: Tensor, role: str) -> Tensor:
         """Undo the order in a mask [out, in] of a changed weight."""
@@ -118,8 +118,8 @@ def change_block(block: Block, change: HeadChange) -> None:
 @torch.no_grad()
 def measure_function_error(first: nn.Module, second: nn.Module, inputs: Mapping[str, Tensor]) -> float:
     """Return the largest difference of two models' logits on a batch, divided by the largest logit."""
-    logits = [model.eval()(**inputs).logits.double() for model in (first, second)]
-    return float((logits[0] - logits[1]).abs().max() / logits[0].abs().max())
+    wanted, given = first.eval()(**inputs).logits.double(), second.eval()(**inputs).logits.double()
+    return float((wanted - given).abs().max() / wanted.abs().max())
 
 
 @dataclass(frozen=True)
@@ -144,7 +144,7 @@ class Overlap:
         """Add the sets of one matrix, given as masks."""
         self.both += int((first & second).sum())
         self.either += int((first | second).sum())
-        p, q = (float(mask.double().mean()) for mask in (first, second))
+        p, q = float(first.double().mean()), float(second.double().mean())
         self.chance_both += p * q * first.numel()
         self.chance_either += (p + q - p * q) * first.numel()
 
@@ -267,7 +267,10 @@ class Interventions(Analysis):
                 f"what.kind=permute needs two heads of keys and values or more, and the model of "
                 f"{subject.path} has one. Take kind=rotate."
             )
-        return {number: HeadChange.draw(self.kind, anatomy, self.seed, number) for number in chosen}
+        drawn = {}
+        for number in chosen:
+            drawn[number] = HeadChange.draw(self.kind, anatomy, self.seed, number)
+        return drawn
 
     def _compare(
         self, before: Mapping[str, Entries], after: Mapping[str, Entries], changes: Mapping[int, HeadChange]
@@ -324,8 +327,8 @@ def _plot(before: Mapping[str, Entries], after: Mapping[str, Entries]) -> HeatMa
             excess = cells[block, role].excess if (block, role) in cells else None
             row.append(math.nan if excess is None else excess)
         values.append(row)
-    names = [str(block) for block in blocks]
-    return HeatMap("excess", "overlap of updates above chance", "role", "block", roles, names, values)
+    title = "overlap of updates above chance"
+    return HeatMap("excess", title, "role", "block", roles, list(map(str, blocks)), values)
 
 
 def _find_changed(setup: Setup, in_bf16: bool | None) -> tuple[dict[str, Entries], bool]:

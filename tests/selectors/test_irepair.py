@@ -156,7 +156,7 @@ def expect_norms(session: Session, model: nn.Module, step: int) -> list[float]:
     return [square**0.5 for square in squares.values()]
 
 
-@pytest.mark.parametrize("micro", [None, 3])
+@pytest.mark.parametrize("micro", [pytest.param(None, marks=pytest.mark.slow), 3])
 def test_sensitivities_are_gradient_norms_of_the_bad_batch(micro: int | None) -> None:
     """Compare with float64 autograd of a plain model, also after some training."""
     session = begin(objective=Repair(), micro_batch_size=micro, steps=3)
@@ -236,7 +236,7 @@ def test_a_slice_that_stays_is_tuning_of_these_blocks() -> None:
     contract.same_values(fixed.model, plain.model)
 
 
-@pytest.mark.parametrize("planted", range(LAYERS))
+@pytest.mark.parametrize("planted", [*(pytest.param(i, marks=pytest.mark.slow) for i in range(3)), 3])
 def test_a_planted_error_is_found(planted: int) -> None:
     """Invariant 6: the bad texts are the sound model's own continuations; one block is then disturbed."""
     model = gpt2()

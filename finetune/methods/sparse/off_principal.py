@@ -18,7 +18,8 @@ those of its case study.
 Reading: The paper was read. It does not state the rank, how a mask is applied, or what becomes of biases and
 norms; here the entries of the mask are trained and nothing else. Its case study takes half of the entries for
 a mask, which is the default. Weight decay pulls towards the pretrained weights, since any other decay would
-move entries outside of the mask.
+move entries outside of the mask. The paper's measures of a run are ``finetune inspect`` (the analysis
+``geometry``), and its interventions on the pretrained weights ``finetune analyze what=interventions``.
 
 Rate: The paper trains with reinforcement learning at 1e-6, constant.
 
