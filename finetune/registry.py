@@ -80,6 +80,7 @@ KINDS = {
         Kind("analysis", "finetune.core.analysis.Analysis", ("analyses",), needs_torch=True),
         Kind("model", "finetune.config.settings.ModelConfig", place="model"),
         Kind("pass", "finetune.core.passes.Pass", ("passes",), needs_torch=True),
+        Kind("structure", "finetune.core.structure.Structure", ("structures",), needs_torch=True),
         Kind("sweep"),
         Kind("launcher"),
     )

@@ -41,7 +41,7 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
         {
             "sweep": "grid, equal budgets, tuning, search, clusters",
             "testing": "the checks that every method passes",
-            "artifacts": "merge, unmerge, export, compose, verify, reproduce, prune",
+            "artifacts": "merge, unmerge, export, compose, verify, reproduce, prune, compress",
         },
     ),
     ("processes", {"launch": "ranks, resume, fork server"}),
@@ -67,7 +67,8 @@ LAYERS: list[tuple[str, dict[str, str]]] = [
         {
             "schedules": "when the choice of entries is made again",
             "scores": "what entries are chosen by",
-            "passes": "pruning of stored weights",
+            "passes": "pruning and factoring of stored weights",
+            "structures": "layers stored as other tensors",
             "selectors": "which blocks train at a step",
             "optim": "AdamW, SM3",
             "objectives": "the loss of a step",

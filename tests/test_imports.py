@@ -27,7 +27,7 @@ ALLOWED = {
     "config": BOTTOM | {"registry", "system"},
     "methods": KIND | {"schedules"},
     "data": KIND | {"system"},
-    "models": BOTTOM | {"system", "config", "core"},
+    "models": KIND | {"system", "config", "storage"},  # a folder may name structures
     "report": BOTTOM | {"registry", "system", "config", "core"},  # what a plot shows
     "storage": BOTTOM | {"system", "config", "core"},  # what a state declares of how it is stored
     "training": RUNS,

@@ -41,12 +41,12 @@ def test_every_kind_with_classes_or_a_section_has_a_skeleton() -> None:
 
 
 def test_a_class_of_a_kind_is_a_module_a_yaml_file_and_a_test() -> None:
-    """A score is a value of its method's settings and has no file; a model is a file alone."""
+    """A score is a value of a method's settings, a structure one of a model folder; a model is a file."""
     for kind in NAMES:
-        expected = {"score": {".py"}, "model": {".yaml"}}.get(kind, {".py", ".yaml"})
+        expected = {"score": {".py"}, "structure": {".py"}, "model": {".yaml"}}.get(kind, {".py", ".yaml"})
         files = new.files_of(KINDS[kind], NAMES[kind], "reparam", None)
         assert {file.suffix for file in files} == expected, kind
-        assert len(files) == {"score": 2, "model": 1}.get(kind, 3), kind
+        assert len(files) == {"score": 2, "structure": 2, "model": 1}.get(kind, 3), kind
 
 
 @pytest.mark.slow

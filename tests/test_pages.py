@@ -89,7 +89,7 @@ def check_command(line: str) -> None:
         keys, runs = KEYS[words[0]]
         for word in given:
             assert word.startswith(keys) or (runs and "=" not in word), f"{words[0]} does not take {word}"
-    elif words[0] in ("prune", "fold"):
+    elif words[0] in ("prune", "fold", "compress"):
         faults = read_words(words[0], given).faults
         assert not faults, faults
     elif words[0] in ("train", "show"):

@@ -12,12 +12,13 @@ from torch import Tensor
 
 from ..config.passes import PassWords
 from ..config.settings import ModelConfig
-from ..core.roles import is_transposed
+from ..core.roles import is_transposed, layer_role
 from ..core.site import Site, find_sites
 from ..data.encode import Batch, collate, encode
 from ..errors import ConfigError
 from ..models.load import load
 from ..models.scratch import describe
+from ..models.sidecar import FILE, Structures, read_structures
 from ..models.stored import match_names
 from ..storage.tensor_file import TensorFile
 from ..system import safe
@@ -37,6 +38,7 @@ class Request:
     ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: so many examples
     of the training split are drawn with the seed. ``runs`` are the further models of a pass over several, and
     ``head`` is the one of them whose head the result has; by default the last one with a head of its own.
+    ``dense``: multiply structures out, so that the folder is a plain one.
     """
 
     method: Any
@@ -47,6 +49,12 @@ class Request:
     seed: int = 0
     runs: tuple[Path, ...] = ()
     head: Path | None = None
+    dense: bool = False
+
+    @property
+    def writes_structures(self) -> bool:
+        """Tell whether weights are replaced by other tensors in the folder."""
+        return self.method.makes_structures and not self.dense
 
 
 @dataclass
@@ -56,7 +64,8 @@ class Subject:
     ``sites`` in the order of the blocks. ``places``: the file and the name of the stored weight, by the
     site's name. ``model``: on the meta device, or loaded if the pass needs statistics. ``chain``: the passes
     that made the folder what it is. ``parents``: the further models. ``head``: the number of the one whose
-    head the result has; None if it has that of the model.
+    head the result has; None if it has that of the model. ``structures``: of layers that are stored as other
+    tensors, by the names that the layers have in the folder.
     """
 
     folder: Path
@@ -68,6 +77,7 @@ class Subject:
     examples: list[Any] = field(default_factory=list)
     parents: list[Parent] = field(default_factory=list)
     head: int | None = None
+    structures: Structures = field(default_factory=dict)
 
     def batches(self) -> Iterator[Batch]:
         """Yield the calibration data, on the model's device."""
@@ -99,6 +109,11 @@ def open_subject(request: Request) -> Subject:
     """
     faults = [*request.method.faults(()), *_find_data_faults(request), *_find_out_faults(request.out)]
     faults += _find_run_faults(request.method, request.runs, request.head)
+    if request.dense and not request.method.makes_structures:
+        faults.append(
+            f"--dense has no effect with method={request.method.name}, which makes no structures. "
+            "Leave it out."
+        )
     if faults:
         raise ConfigError(*dict.fromkeys([*faults, *find_model_faults(request.model, request.method)]))
     try:
@@ -207,7 +222,9 @@ def _open_model(request: Request) -> Subject:
     else:
         model = describe(folder, config)
     sites = _find_sites(model, request.method)
-    return make_subject(folder, files, model, sites, chain, examples)
+    subject = make_subject(folder, files, model, sites, chain, examples)
+    subject.structures = read_structures(folder, config)
+    return subject
 
 
 def _find_sites(model: Any, method: Any) -> list[Site]:
@@ -220,6 +237,11 @@ def _find_sites(model: Any, method: Any) -> list[Site]:
         if site.role == "head":
             raise ConfigError(
                 f"targets: {site.name} belongs to the head, which a pass leaves as it is. Leave it out."
+            )
+        if method.makes_structures and layer_role(site.role) != site.role:
+            raise ConfigError(
+                f"targets: {site.name} belongs to a structure already ({FILE} of the folder). Choose other "
+                "targets, or start from the model that has its weights."
             )
     return sites
 

@@ -1,7 +1,8 @@
-"""Run a pass over the weights of a model folder, site by site, and write a plain Hugging Face folder.
+"""Run a pass over the weights of a model folder, site by site, and write a new Hugging Face folder.
 
 The folder is copied first, and each site's weight is then overwritten in its place in the copy, so the model
-is never whole in memory unless the pass needs statistics. A journal beside the copy lists the finished sites:
+is never whole in memory unless the pass needs statistics. A pass that replaces weights by structures writes
+new files of weights instead (``structured_output.py``). A journal beside the copy lists the finished sites:
 after a kill, the same command goes on with the next one and ends with the same bytes. Everything is read back
 before the folder gets its name. ``finetune/pass.json`` inside it says what was done.
 """
@@ -24,7 +25,9 @@ from torch import Tensor
 from ..config.settings import to_plain
 from ..core.site import Site
 from ..core.statistics import SiteStatistics, gather_statistics
+from ..core.structure import Structured
 from ..errors import ConfigError, RunFailed
+from ..models.sidecar import write_entries
 from ..storage import manifest
 from ..storage.atomic import STAMP, replacing, sync_to_disk, write_json_atomic
 from ..storage.lock import holding_lock
@@ -33,6 +36,7 @@ from ..system import safe
 from .graft import graft_head
 from .model_files import fingerprint_files
 from .pass_subject import ABOUT, FOLDER, Request, Subject, open_subject, turned
+from .structured_output import StructuredOutput, check_structured, raise_not_proved
 
 COPIED = ("*.json", "*.txt", "*.model", "*.jinja", "LICENSE*")  # what stands beside the weights
 GRAFTED = "grafted"  # the copy of the model with the head of another one
@@ -87,15 +91,19 @@ def process(
             step = _begin(request, subject, work)
             if subject.head is not None:
                 subject = graft_head(subject, work / GRAFTED)
-            copy = _copy(subject, work / "model")
-            rows = _work_on_sites(request, subject, copy, work / "sites.jsonl", report)
+            _copy_beside(subject, work / "model")
+            output: InPlace | StructuredOutput = InPlace(subject, work / "model")
+            if request.writes_structures:
+                output = StructuredOutput(subject, work / "model", work / "tensors")
+            rows = _work_on_sites(request, subject, output, work / "sites.jsonl", report)
             try:
-                prove(subject, copy, rows)
+                output.finish(rows)
+                output.prove(rows)
             except RunFailed:
                 shutil.rmtree(work / "model")
-                (work / "sites.jsonl").unlink()
+                (work / "sites.jsonl").unlink(missing_ok=True)
                 raise
-            step |= {"fingerprint": fingerprint_files(list(copy.values())), **_totals(rows), "sites": rows}
+            step |= {"fingerprint": fingerprint_files(output.files()), **_totals(rows), "sites": rows}
             _describe(work / "model", [*subject.chain, step])
             request.out.parent.mkdir(parents=True, exist_ok=True)
             (work / "model").replace(request.out)
@@ -124,6 +132,8 @@ def _begin(request: Request, subject: Subject, work: Path) -> dict[str, Any]:
     if subject.parents:
         step["parents"] = [parent.about for parent in subject.parents]
         step["head"] = subject.head
+    if request.dense:
+        step["dense"] = True
     if method.needs:
         step["calibration"] = {
             "dataset": json.loads(json.dumps(to_plain(request.dataset))),
@@ -144,10 +154,10 @@ def _begin(request: Request, subject: Subject, work: Path) -> dict[str, Any]:
     return step
 
 
-def _copy(subject: Subject, target: Path) -> dict[Path, TensorFile]:
-    """Copy the files of the model that are not there yet; return the copied tensor files by their source."""
+def _copy_beside(subject: Subject, target: Path) -> None:
+    """Copy the files of the model that stand beside its weights and are not there yet."""
     target.mkdir(exist_ok=True)
-    files = {file.path for file in subject.files}
+    files: set[Path] = set()
     for pattern in COPIED:
         files.update(subject.folder.glob(pattern))
     for file in sorted(files):
@@ -155,7 +165,45 @@ def _copy(subject: Subject, target: Path) -> dict[Path, TensorFile]:
         if file.is_file() and not copied.exists():
             with replacing(copied) as temporary:
                 shutil.copyfile(file, temporary)
-    return {file.path: TensorFile(target / file.path.name) for file in subject.files}
+
+
+class InPlace:
+    """A copy of the model's files of weights, in which the weights of sites are overwritten."""
+
+    def __init__(self, subject: Subject, target: Path) -> None:
+        """Copy the files that are not there yet."""
+        self.subject, self.target = subject, target
+        for file in subject.files:
+            copied = target / file.path.name
+            if not copied.exists():
+                with replacing(copied) as temporary:
+                    shutil.copyfile(file.path, temporary)
+        self.copy = {file.path: TensorFile(target / file.path.name) for file in subject.files}
+
+    def write(self, site: Site, new: Tensor) -> Row:
+        """Overwrite the weight of a site; return what its row says of the result."""
+        file, name = self.subject.places[site.name]
+        stored = turned(new, site)
+        self.copy[file.path].overwrite(name, stored)
+        return {"sha256": hashlib.sha256(raw_bytes(stored)).hexdigest()}
+
+    def read(self, site: Site, row: Row) -> Tensor:
+        """Return the weight of a finished site, in its stored layout."""
+        file, name = self.subject.places[site.name]
+        return self.copy[file.path].read(name)
+
+    def finish(self, rows: Sequence[Row]) -> None:
+        """Write the file that names the structures of the model, if it has any."""
+        if self.subject.structures:
+            write_entries(self.subject.structures, self.target)
+
+    def prove(self, rows: Sequence[Row]) -> None:
+        """Raise ``RunFailed`` unless the files hold what they must."""
+        prove(self.subject, self.copy, rows)
+
+    def files(self) -> list[TensorFile]:
+        """Return the files of weights."""
+        return list(self.copy.values())
 
 
 def _read_journal(file: Path) -> list[Row]:
@@ -173,7 +221,7 @@ def _read_journal(file: Path) -> list[Row]:
 def _work_on_sites(
     request: Request,
     subject: Subject,
-    copy: Mapping[Path, TensorFile],
+    output: Any,
     journal: Path,
     report: Callable[[str], None],
 ) -> list[Row]:
@@ -192,7 +240,7 @@ def _work_on_sites(
                 subject.model, block, request.method.needs, subject.batches(), dtype=torch.float64
             )
         for site in left:
-            row = _process(request.method, subject, site, copy, gathered.get(site.name))
+            row = _process(request, subject, site, output, gathered.get(site.name))
             row["seconds"] = time.perf_counter() - started
             started = time.perf_counter()
             with journal.open("a", encoding="utf-8") as file:
@@ -200,50 +248,63 @@ def _work_on_sites(
                 file.flush()
                 os.fsync(file.fileno())
             rows.append(row)
-            report(f"{len(rows)}/{len(subject.sites)} {site.name}: {row['zeros']:,} zeros")
+            report(f"{len(rows)}/{len(subject.sites)} {site.name}: {_describe_row(row)}")
         if request.method.is_sequential():
-            _put_into_model(subject, block, copy)
+            _put_into_model(block, rows[first - len(block) : first], output)
     return rows
 
 
 def _process(
-    method: Any,
-    subject: Subject,
-    site: Site,
-    copy: Mapping[Path, TensorFile],
-    statistics: SiteStatistics | None,
+    request: Request, subject: Subject, site: Site, output: Any, statistics: SiteStatistics | None
 ) -> Row:
-    """Compute and write the new weight of one site; return its row."""
+    """Compute and write the new weight of one site, or what replaces it; return its row."""
+    method = request.method
     file, name = subject.places[site.name]
     weight = subject.read(file, site)
     new = apply(method, subject, site, weight, statistics)
-    if new.shape != weight.shape or new.dtype != weight.dtype:
-        raise RunFailed(
-            f"method={method.name} made a {new.dtype} of shape {list(new.shape)} for {site.name}, not a "
-            f"{weight.dtype} of shape {list(weight.shape)}."
-        )
-    stored = turned(new, site)
-    copy[file.path].overwrite(name, stored)
-    return {
+    row: Row = {
         "site": site.name,
         "tensor": name,
         "role": site.role,
         "block": site.block,
         "entries": site.size,
-        "zeros": int((new == 0).sum()),
-        "changed": int((new != weight).sum()),
-        "relative_change": _ratio((new - weight).double().norm(), weight.double().norm()),
-        "relative_output_error": relative_output_error(weight, new, statistics),
-        "sha256": hashlib.sha256(raw_bytes(stored)).hexdigest(),
     }
+    if isinstance(new, Structured):
+        check_structured(method.name, site, weight, new)
+        structure, dense = new.structure, new.dense()
+        row["structure"] = {"structure": structure.name, **structure.sizes()}
+        row["parameters"] = sum(tensor.numel() for tensor in new.tensors.values())
+        if request.dense:
+            new = dense.to(weight.dtype)
+    else:
+        dense = new
+    if isinstance(new, Tensor):
+        if new.shape != weight.shape or new.dtype != weight.dtype:
+            raise RunFailed(
+                f"method={method.name} made a {new.dtype} of shape {list(new.shape)} for {site.name}, not a "
+                f"{weight.dtype} of shape {list(weight.shape)}."
+            )
+        row |= {"zeros": int((new == 0).sum()), "changed": int((new != weight).sum())}
+    row["relative_change"] = _ratio((dense - weight).double().norm(), weight.double().norm())
+    row["relative_output_error"] = relative_output_error(weight, dense, statistics)
+    row |= output.write(site, new)
+    return row
+
+
+def _describe_row(row: Row) -> str:
+    """Say in a few words what was made of a site."""
+    if "structure" not in row:
+        return f"{row['zeros']:,} zeros"
+    change = f"relative change {row['relative_change']:.3g}"
+    return f"{row['parameters']:,} of {row['entries']:,} entries, {change}"
 
 
 def apply(
     method: Any, subject: Subject, site: Site, weight: Tensor, statistics: SiteStatistics | None
-) -> Tensor:
+) -> Tensor | Structured:
     """Return what a pass makes of the weight of a site, [out, in]."""
     if method.models == "one":
-        made: Tensor = method.tensor(site, weight.clone(), statistics)
+        made: Tensor | Structured = method.tensor(site, weight.clone(), statistics)
         return made
     changes = [parent.change(site, weight) for parent in subject.parents]
     combined: Tensor = method.combine(site, weight.double(), changes)
@@ -272,11 +333,10 @@ def relative_output_error(weight: Tensor, new: Tensor, statistics: SiteStatistic
 
 
 @torch.no_grad()
-def _put_into_model(subject: Subject, block: Sequence[Site], copy: Mapping[Path, TensorFile]) -> None:
+def _put_into_model(block: Sequence[Site], rows: Sequence[Row], output: Any) -> None:
     """Give the sites of a finished block their new weights in the loaded model."""
-    for site in block:
-        file, name = subject.places[site.name]
-        site.module.get_parameter("weight").copy_(copy[file.path].read(name))
+    for site, row in zip(block, rows, strict=True):
+        site.module.get_parameter("weight").copy_(output.read(site, row))
 
 
 def prove(subject: Subject, copy: Mapping[Path, TensorFile], rows: Sequence[Row]) -> None:
@@ -293,19 +353,21 @@ def prove(subject: Subject, copy: Mapping[Path, TensorFile], rows: Sequence[Row]
             if copied.sha256(name) != expected:
                 wrong.append(name)
         if wrong:
-            raise RunFailed(
-                f"{copied.path} differs from what was written to it when it is read again (first: "
-                f"{wrong[0]}), so it was removed. Check the disk, and run the command again."
-            )
+            raise_not_proved(copied.path, wrong[0])
 
 
 def _totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Return sums over the sites."""
-    totals: dict[str, Any] = {"seconds": 0.0, "entries": 0, "zeros": 0}
+    totals: dict[str, Any] = {}
     for row in rows:
-        for name in totals:
-            totals[name] += row[name]
-    return {**totals, "share_of_zeros": totals["zeros"] / totals["entries"]}
+        for name in ("seconds", "entries", "parameters", "zeros"):
+            if name in row:
+                totals[name] = totals.get(name, 0) + row[name]
+    if "parameters" in totals:
+        totals["share_kept"] = totals["parameters"] / totals["entries"]
+    if "zeros" in totals:
+        totals["share_of_zeros"] = totals["zeros"] / totals["entries"]
+    return totals
 
 
 def _describe(folder: Path, chain: Sequence[Mapping[str, Any]]) -> None:

@@ -7,12 +7,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ..config.settings import ModelConfig
 from ..errors import ConfigError
-from ..models.folder import AUTO, check_fits, check_weights
-from ..models.load import quiet
+from ..models.folder import check_fits
+from ..models.load import quiet, read_pretrained
 from ..storage.atomic import replacing
 from ..system.disk import safetensors_errors_as_os_errors
 
@@ -39,26 +37,18 @@ def writing_folder(out: Path) -> Iterator[Path]:
         ) from error
 
 
-def read(folder: Path, task: str, dtype: str) -> Any:
+def read(folder: Path, task: str, dtype: Any) -> Any:
     """Read the whole model of a folder that ``finetune merge`` wrote, frozen and in eval mode.
 
     Raises ``ConfigError`` if weights are missing, damaged or of another shape.
     """
-    import transformers
-
-    config = ModelConfig("merged", str(folder))
+    config = ModelConfig("merged", str(folder), dtype=dtype)
     check_fits(folder, config, task)
-    check_weights(folder, config)
     try:
         with quiet():
-            model, info = getattr(transformers, AUTO[task]).from_pretrained(
-                folder,
-                dtype=getattr(torch, dtype),
-                use_safetensors=True,
-                trust_remote_code=False,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            model, info = read_pretrained(folder, config, task, {})
+    except ConfigError:
+        raise
     except Exception as error:  # the architecture's code raises any type for a contradictory config.json
         reason = (str(error).strip().splitlines() or [""])[0]
         raise ConfigError(

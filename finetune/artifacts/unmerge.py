@@ -52,7 +52,7 @@ def store(setup: Setup, folder: Path) -> dict[str, Any]:
 
     Returns what ``merge.json`` must record about the base.
     """
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     merged, config = dict(setup.session.model.named_parameters()), setup.config.model
     about = {"base": config.path, "base_dtype": config.dtype, "base_fingerprint": setup.fingerprint}
     entries = sum(p.numel() for p in merged.values())

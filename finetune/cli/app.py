@@ -51,6 +51,7 @@ for command in (
 app.command(context_settings=LENIENT)(artifacts.verify)
 app.command(context_settings=LENIENT)(passes.prune)
 app.command(context_settings=LENIENT)(passes.fold)
+app.command(context_settings=LENIENT)(passes.compress)
 
 
 @app.callback()

@@ -1,4 +1,4 @@
-"""The commands that run a pass over a model's weights: ``prune`` and ``fold``."""
+"""The commands that run a pass over a model's weights: ``prune``, ``fold`` and ``compress``."""
 
 from __future__ import annotations
 
@@ -22,6 +22,9 @@ Words = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
+Dense = Annotated[
+    bool, typer.Option("--dense", help="Multiply the tensors out: write a folder that transformers reads.")
+]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show which layers would change; write nothing.")]
 
 
@@ -53,8 +56,29 @@ def fold(
     _run_pass("fold", words or [], config_dir, dry_run, plugins, as_json)
 
 
+def compress(
+    words: Words = None,
+    config_dir: ConfigDir = None,
+    dry_run: DryRun = False,
+    dense: Dense = False,
+    plugins: Plugins = None,
+    as_json: AsJson = False,
+) -> None:
+    """Store layers of a model as smaller tensors: method=svd keep=0.8 model=PATH out=FOLDER.
+
+    If it is stopped, the same command goes on.
+    """
+    _run_pass("compress", words or [], config_dir, dry_run, plugins, as_json, dense)
+
+
 def _run_pass(
-    verb: str, words: list[str], config_dir: ConfigDir, dry_run: bool, plugins: Plugins, as_json: bool
+    verb: str,
+    words: list[str],
+    config_dir: ConfigDir,
+    dry_run: bool,
+    plugins: Plugins,
+    as_json: bool,
+    dense: bool = False,
 ) -> None:
     """Run the pass that the words name, and show what was done."""
     load_plugins(plugins)
@@ -67,7 +91,14 @@ def _run_pass(
         raise ConfigError(*dict.fromkeys([*given.faults, *pass_subject.find_faults(given)]))
     out = Path(given.out)
     request = pass_subject.Request(
-        given.method, given.model, out, given.dataset, runs=given.runs, head=given.head, **given.numbers
+        given.method,
+        given.model,
+        out,
+        given.dataset,
+        runs=given.runs,
+        head=given.head,
+        dense=dense,
+        **given.numbers,
     )
     if dry_run:
         show_tree(passes.plan(request), as_json)

@@ -37,3 +37,19 @@ def low_rank(w: Tensor, rank: int) -> Tensor:
     vectors = torch.linalg.eigh(wide @ wide.mT).eigenvectors[:, -rank:]
     approximation = vectors @ (vectors.mT @ wide)
     return approximation.float()
+
+
+def factor_low_rank(w: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return ``first`` [rank, in] and ``second`` [out, rank], float64, whose product approximates ``w`` best.
+
+    ``rank`` is at most the shorter side of ``w`` [out, in]. The singular values, in falling order, are
+    shared equally: row i of ``first`` and column i of ``second`` have the same norm.
+    """
+    wide, out_is_longer = w.double(), w.shape[0] >= w.shape[1]
+    gram = wide.mT @ wide if out_is_longer else wide @ wide.mT
+    vectors = torch.linalg.eigh(gram).eigenvectors[:, -rank:].flip(1)
+    other = wide @ vectors if out_is_longer else wide.mT @ vectors
+    values = other.norm(dim=0)  # the singular values
+    roots = torch.where(values > 0, values, 1).sqrt()
+    longer, shorter = other / roots, vectors * roots
+    return (shorter.mT, longer) if out_is_longer else (longer.mT, shorter)

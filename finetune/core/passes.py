@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .site import Site
 from .statistics import SiteStatistics, StatisticName
+from .structure import Structured
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Pass:
     uses; with any, the command needs a data set to calibrate on. ``idempotent``: a second run over the result
     with the same settings and statistics changes nothing. ``models``: ``several`` if the pass reads further
     models of the same base beside the one that it changes; it then writes ``combine`` and not ``tensor``.
+    ``makes_structures``: weights are replaced by the tensors of structures.
 
     Options:
         targets: Layers to change: roles (``q``), groups of roles (``attention``, ``mlp``, ``all``), or
@@ -36,6 +38,7 @@ class Pass:
     needs: ClassVar[tuple[StatisticName, ...]] = ()
     idempotent: ClassVar[bool] = False
     models: ClassVar[Literal["one", "several"]] = "one"
+    makes_structures: ClassVar[bool] = False
 
     targets: tuple[str, ...] = ("all",)
 
@@ -50,8 +53,8 @@ class Pass:
         """
         return []
 
-    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
-        """Return the new weight of a site, [out, in], in the dtype of ``weight``.
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor | Structured:
+        """Return the new weight of a site, [out, in], or what replaces it, in the dtype of ``weight``.
 
         ``weight`` [out, in]: as it is stored; it must not be changed. ``statistics``: what the pass
         ``needs``, or None if it needs nothing. The result must follow from the arguments alone.

@@ -1,7 +1,8 @@
 """What each module of a transformer does: its *role*, read from its name by a table for each architecture.
 
 Roles: q k v o qkv (attention), up gate down (mlp), embedding, norm, head, other (the remaining matrices of a
-recognised model, such as BERT's pooler), and linear (every matrix of a model that no table knows).
+recognised model, such as BERT's pooler), and linear (every matrix of a model that no table knows). A matrix
+inside of a structure has the role of the layer and its own name, as in ``q.first``.
 """
 
 from __future__ import annotations
@@ -9,6 +10,8 @@ from __future__ import annotations
 import re
 
 from torch import nn
+
+from .structure import StructuredLinear
 
 Table = dict[str, str]  # maps the end of a module's name to its role; the first match counts
 
@@ -95,15 +98,20 @@ def is_matrix(module: nn.Module) -> bool:
 def _role(name: str, module: nn.Module, table: Table | None) -> str | None:
     """Return the role of a module of the body; None if it has none, such as a container."""
     if is_matrix(module):
-        if table is None:
-            return "linear"
-        for end, role in table.items():
-            if name == end or name.endswith("." + end):
-                return role
-        return "other"
+        return _matrix_role(name, table)
     if isinstance(module, nn.Embedding) or (isinstance(module, nn.Conv2d) and "embed" in name):
         return "embedding"
     return "norm" if "norm" in type(module).__name__.lower() else None
+
+
+def _matrix_role(name: str, table: Table | None) -> str:
+    """Return the role of a linear layer, or of a structure in the place of one."""
+    if table is None:
+        return "linear"
+    for end, role in table.items():
+        if name == end or name.endswith("." + end):
+            return role
+    return "other"
 
 
 def roles(model: nn.Module) -> dict[str, str]:
@@ -114,13 +122,25 @@ def roles(model: nn.Module) -> dict[str, str]:
     found: dict[str, str] = {}
     table = _table(model)
     wrapped: list[str] = []
+    structure = ""  # the name of the structure that was seen last
     for name, module in model.named_modules():
         if not name or any(name.startswith(outer + ".") for outer in wrapped):
+            continue
+        if isinstance(module, StructuredLinear):
+            structure = name
             continue
         while isinstance(inner := getattr(module, "base", None), nn.Module):
             wrapped = [*wrapped, name]
             module = inner
         role = _role(name, module, table)
+        if structure and name.startswith(structure + "."):
+            inner = name.removeprefix(structure + ".")
+            role = f"{_matrix_role(structure, table)}.{inner}" if is_matrix(module) else None
         if role:
             found[name] = "head" if in_head(model, name) else role
     return found
+
+
+def layer_role(role: str) -> str:
+    """Return the role of the layer that a matrix belongs to: ``q`` for the ``q.first`` of a structure."""
+    return role.partition(".")[0]

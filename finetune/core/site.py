@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, suggest_nearest
 from .layer import Patched
-from .roles import block_of, is_matrix, is_transposed, roles
+from .roles import block_of, is_matrix, is_transposed, layer_role, roles
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o", "qkv"),
@@ -39,6 +39,11 @@ class Site:
     def size(self) -> int:
         """Return the number of entries of the weight."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def has_bias(self) -> bool:
+        """Tell whether the layer adds a bias."""
+        return getattr(self.module, "bias", None) is not None
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a parameter of the layer as [out, in], without gradient. A Conv1D stores it transposed."""
@@ -94,7 +99,7 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
 
 def _matches(site: Site, target: str) -> bool:
     """Tell whether a target names the site. The head is matched by its name only, never by a role."""
-    if site.role != "head" and site.role in GROUPS.get(target, (target,)):
+    if site.role != "head" and {site.role, layer_role(site.role)} & {*GROUPS.get(target, (target,))}:
         return True
     return fnmatchcase(site.name, target) or fnmatchcase(site.name, f"*.{target}")
 

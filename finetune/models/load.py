@@ -5,7 +5,7 @@ A model for a task with labels keeps the checkpoint's head or gets a new one, as
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,6 +21,7 @@ from .folder import AUTO, check_fits, check_weights, find_folder, read_json
 from .head import HeadMismatch, initialize_head_, keep_head_
 from .processor import read_processor
 from .scratch import cannot_be_built, draw
+from .sidecar import locate, make_class, read_structures, swap, write_structures
 from .stored import StoredParameters, find_stored, hash_parameters, name_parameters
 
 SPARE_ENTRIES = 2**26  # entries that a model may have beyond twice those of its checkpoint: a head, buffers
@@ -108,7 +109,6 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
         if config.init == "random":
             model, info = draw(folder, config, AUTO[task], labels, seed)
         else:
-            _check_size(folder, config, task, check_weights(folder, config))
             model, info = _build(folder, config, task, labels, seed)
     except ConfigError:
         raise
@@ -158,45 +158,64 @@ def _build(
     folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int
 ) -> tuple[Any, dict[str, Any]]:
     """Return the model as transformers loads it, and what it could not load."""
-    import transformers
-
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = {"ignore_mismatched_sizes": True}
     if labels:
         options["num_labels"] = len(labels)
         options["id2label"] = dict(enumerate(labels))
         options["label2id"] = {label: number for number, label in enumerate(labels)}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model, info = getattr(transformers, AUTO[task]).from_pretrained(
-            folder,
-            dtype=getattr(torch, config.dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
-    return model, info
+        return read_pretrained(folder, config, task, options)
 
 
-def _check_size(folder: Path, config: ModelConfig, task: str, stored: int) -> None:
-    """Raise ``ConfigError`` if config.json describes a model that is far larger than its weights.
+def read_pretrained(
+    folder: Path, config: ModelConfig, task: str, options: Mapping[str, Any]
+) -> tuple[Any, dict[str, Any]]:
+    """Return the model that transformers loads with ``options``, and what it could not load.
 
-    Initializing the missing weights could exhaust memory. ``stored`` is the number of entries in the
-    checkpoint.
+    Layers that the folder stores as structures are replaced before any weight is read. Raises ``ConfigError``
+    if the weights are damaged, or far smaller than the model; other faults raise anything.
     """
     import transformers
 
+    stored = check_weights(folder, config)
+    structures = read_structures(folder, config)
+    auto: Any = getattr(transformers, AUTO[task])
     settings = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     with torch.device("meta"):
-        model = getattr(transformers, AUTO[task]).from_config(settings, trust_remote_code=False)
-    described = 0
-    for tensor in (*model.parameters(), *model.buffers()):
-        described += tensor.numel()
-    if described > 2 * stored + SPARE_ENTRIES:
+        described = auto.from_config(settings, trust_remote_code=False)
+    located = locate(described, structures, config)
+    swap(described, located)
+    _check_size(described, config, stored)
+    plain = type(described)
+    if located:
+        auto = make_class(plain, located)
+    model, info = auto.from_pretrained(
+        folder,
+        dtype=getattr(torch, config.dtype),
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+        output_loading_info=True,
+        **options,
+    )
+    if located:
+        model.__class__ = plain
+    return model, info
+
+
+def _check_size(described: Any, config: ModelConfig, stored: int) -> None:
+    """Raise ``ConfigError`` if config.json describes a model that is far larger than its weights.
+
+    Initializing the missing weights could exhaust memory. ``described``: the model on the meta device.
+    ``stored``: the number of entries in the checkpoint.
+    """
+    entries = 0
+    for tensor in (*described.parameters(), *described.buffers()):
+        entries += tensor.numel()
+    if entries > 2 * stored + SPARE_ENTRIES:
         raise ConfigError(
-            f"model.path={config.path}: its config.json describes {described:,} entries, and its weights are "
+            f"model.path={config.path}: its config.json describes {entries:,} entries, and its weights are "
             f"{stored:,}. Choose a checkpoint that is complete and belongs to its config.json."
         )
 
@@ -247,10 +266,11 @@ def _find_originals(base: Base) -> StoredParameters | None:
 
 
 def save(model: Any, processor: Any, out: Path) -> None:
-    """Write a plain Hugging Face folder: configuration, safetensors and processor."""
+    """Write a Hugging Face folder: configuration, safetensors, processor, and the structures of layers."""
     with quiet():
         model.save_pretrained(out)
         processor.save_pretrained(out)
+    write_structures(model, out)
 
 
 @contextmanager

@@ -12,6 +12,7 @@ import torch
 from ..config.settings import ModelConfig
 from ..errors import ConfigError, suggest_nearest
 from .folder import AUTO, TASKS, list_depths, read_json
+from .sidecar import fit, locate, read_structures, replace_module, swap
 
 MOST_LAYERS = 1000  # also of experts: building more would take hours
 SET_ELSEWHERE = {  # keys of config.json that other settings decide, and which
@@ -32,9 +33,9 @@ def draw(
 ) -> tuple[Any, dict[str, Any]]:
     """Return a model of the class ``auto`` whose weights are drawn, and that nothing is missing of it.
 
-    The same seed gives the same weights, whatever other random numbers have been drawn. Raises
-    ``ConfigError`` if a setting of ``model.config`` is unknown or of another type, or if the model would not
-    fit into memory.
+    The same seed gives the same weights, whatever other random numbers have been drawn. A structure starts as
+    the one that fits the drawn weight of its layer, as in arXiv 2105.01029. Raises ``ConfigError`` if a
+    setting of ``model.config`` is unknown or of another type, or if the model would not fit into memory.
     """
     import transformers
 
@@ -43,9 +44,12 @@ def draw(
     with torch.device("meta"):
         described = auto_class.from_config(settings, trust_remote_code=False)
     _check_memory(described, config)
+    located = locate(described, read_structures(folder, config, has_weights=False), config)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = auto_class.from_config(settings, trust_remote_code=False, dtype=getattr(torch, config.dtype))
+    for name, structure in located.items():
+        replace_module(model, name, fit(structure, model.get_submodule(name)))
     return model, {"missing_keys": (), "mismatched_keys": ()}
 
 
@@ -68,6 +72,7 @@ def describe(folder: Path, config: ModelConfig) -> Any:
         settings = make_settings(folder, config, ())
         with torch.device("meta"):
             model = getattr(transformers, auto).from_config(settings, trust_remote_code=False)
+        swap(model, locate(model, read_structures(folder, config), config))
         return model.requires_grad_(False)
     except ConfigError:
         raise
