@@ -67,10 +67,11 @@ def test_the_wheel_runs_the_main_job(site: Path, python: Callable[..., str], tmp
 
 def test_the_example_of_the_documentation_is_a_plug_in(python: Callable[..., str], tmp_path: Path) -> None:
     """A user of the installed wheel adds a method without touching the package."""
-    folder = str(example(tmp_path))
+    name = "scratch_rows"  # a user may have added the name that the page gives to this checkout
+    folder = str(example(tmp_path, name))
     python("-m", "pytest", "-q", "-p", "no:cacheprovider", folder)
-    assert "row_scale" in python("-m", "finetune", "methods", "--plugins", folder)
-    words = ["method=row_scale", "train.steps=2", "train.eval_every=null", "name=n", "run=r"]
+    assert name in python("-m", "finetune", "methods", "--plugins", folder)
+    words = [f"method={name}", "train.steps=2", "train.eval_every=null", "name=n", "run=r"]
     result = json.loads(python("-m", "finetune", "train", "--json", "--plugins", folder, *words))
     assert [record["name"] for record in result["plugins"]] == ["mine"]
     again = json.loads(python("-m", "finetune", "eval", "--json", "--plugins", folder, "ckpt=outputs/n/r"))

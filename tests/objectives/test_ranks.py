@@ -1,4 +1,7 @@
-"""Test that two ranks, with micro-batches of their own and empty ones, train as one process does."""
+"""Test that two ranks train as one process does.
+
+They have micro-batches of their own, empty ones, and in one step one has no example of a stream.
+"""
 
 from __future__ import annotations
 
@@ -28,6 +31,11 @@ OBJECTIVES: dict[str, Objective] = {
 }
 
 
+# the batch that ends an epoch has one example of the stream, 19 in all, and three of the training data
+FEW = replace(contract.TRAIN, batch_size=6)
+STREAMS = {"forget": "retain", "repair": "general"}
+
+
 def train() -> dict[str, Tensor]:
     """Train with each objective; return the losses, and what the runs end with."""
     kept: dict[str, Tensor] = {}
@@ -36,6 +44,13 @@ def train() -> dict[str, Tensor]:
         session = contract.begin(Full(), train=settings, objective=objective)
         for key, tensor in ranks.record(session).items():
             kept[f"{name}/{key}"] = tensor
+    for name, stream in STREAMS.items():
+        session = contract.begin(Full(), train=FEW, objective=OBJECTIVES[name])
+        steps = [session.batches.step_of(stream, step) for step in range(FEW.steps)]
+        has_none = session.batches.rank > 0  # in one step, while it has examples of the training data
+        assert ([None] in steps) == has_none
+        for key, tensor in ranks.record(session).items():
+            kept[f"{name} without an example/{key}"] = tensor
     return kept
 
 
