@@ -3,10 +3,10 @@
     python scripts/results.py --jobs 2
 
 Each method is run at three sparsities with three seeds. The runs lie in outputs/results, and finished ones
-are skipped, so the command can be interrupted and repeated. Each worker is a process with one thread. The
-rank of LoRA, and the share of channels of S2FT, are chosen so that the number of trained parameters is
-nearest to that of the sparse methods. ``full``, ``hft`` and ``amt`` have no such setting and get a row of
-their own.
+are skipped, so the command can be interrupted and repeated. ``--row lt_sft`` makes one row anew and replaces
+its lines in the tables; the lists of claims stay. Each worker is a process with one thread. The rank of
+LoRA, and the share of channels of S2FT, are chosen so that the number of trained parameters is nearest to
+that of the sparse methods. ``full``, ``hft`` and ``amt`` have no such setting and get a row of their own.
 """
 
 from __future__ import annotations
@@ -111,16 +111,18 @@ def load_config(point: Point) -> Any:
     return load(words)
 
 
-def run_part(part: int, parts: int, only_read: bool) -> None:
+def run_part(part: int, parts: int, only_read: bool, row: str | None) -> None:
     """Run every ``parts``-th point, beginning with ``part``, in this process.
 
-    ``only_read`` skips unfinished runs. Prints each point with its result as a line of JSON.
+    ``only_read`` skips unfinished runs, and ``row`` all points of other rows. Prints each point with its
+    result as a line of JSON.
     """
     from finetune.errors import FinetuneError
     from finetune.storage.run_folder import RunFolder, run_folder
     from finetune.training import run
 
-    for point in list_points()[part::parts]:
+    points = [point for point in list_points() if row in (None, point[1])]
+    for point in points[part::parts]:
         result: Result
         try:
             config = load_config(point)
@@ -237,6 +239,21 @@ def write_task(found: dict[Point, Result], task: str) -> list[str]:
     return lines
 
 
+def replace_row(tables: str, found: dict[Point, Result], row: str) -> str:
+    """Return the tables with new lines for one row."""
+    lines, task = [], ""
+    for line in tables.splitlines():
+        if line.startswith("### "):
+            task = line.removeprefix("### ").partition(":")[0]
+        cells = line.split(" | ")
+        if cells[0] == f"| {row}" and task in TASKS:
+            sparsity = float(cells[1]) if row in AT_SPARSITY else None
+            results = find_results(found, task, row, sparsity)
+            line = f"| {row} | {cells[1]} | {write_cells(results, TASKS[task][1])}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
 def write_base(metrics: dict[str, Any], metric: str) -> str:
     """Return the row of the untrained model."""
     scale = get_scale(metric)
@@ -250,12 +267,14 @@ def find_results(found: dict[Point, Result], task: str, row: str, sparsity: floa
     return [result for point, result in found.items() if point[:3] == (task, row, sparsity)]
 
 
-def start_workers(jobs: int, only_read: bool) -> list[subprocess.Popen[str]]:
+def start_workers(jobs: int, only_read: bool, row: str | None) -> list[subprocess.Popen[str]]:
     """Start the processes that run or read the points."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     command = [sys.executable, __file__, "--jobs", str(jobs)]
     if only_read:
         command.append("--read")
+    if row:
+        command += ["--row", row]
     workers = []
     for part in range(jobs):
         workers.append(
@@ -271,14 +290,15 @@ def main() -> None:
     )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--read", action="store_true", help="run nothing: only tabulate what is finished")
+    parser.add_argument("--row", choices=[*ALONE, *AT_SPARSITY], help="make this row of the tables alone")
     parser.add_argument("--part", type=int, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.part is not None:
-        run_part(given.part, given.jobs, given.read)
+        run_part(given.part, given.jobs, given.read, given.row)
         return
     found: dict[Point, Result] = {}
-    total = len(list_points())
-    for worker in start_workers(given.jobs, given.read):
+    total = sum(given.row in (None, point[1]) for point in list_points())
+    for worker in start_workers(given.jobs, given.read, given.row):
         assert worker.stdout
         for line in worker.stdout:
             entry = json.loads(line)
@@ -287,8 +307,9 @@ def main() -> None:
             print(status, file=sys.stderr, flush=True)
     file = ROOT / "docs" / "results.md"
     before, _, rest = file.read_text().partition("<!-- results -->\n")
-    after = rest.partition("<!-- /results -->")[2]
-    file.write_text(f"{before}<!-- results -->\n{write_report(found)}\n<!-- /results -->{after}")
+    tables, _, after = rest.partition("\n<!-- /results -->")
+    tables = replace_row(tables, found, given.row) if given.row else write_report(found)
+    file.write_text(f"{before}<!-- results -->\n{tables}\n<!-- /results -->{after}")
 
 
 if __name__ == "__main__":
