@@ -149,7 +149,7 @@ def keep_built_in_images() -> Iterator[None]:
         return replace(found, splits={name: list(rows) for name, rows in found.splits.items()})
 
     def process_once(self: Images, image: Any) -> Any:
-        if image.width * image.height > 1024:
+        if image.width * image.height > 1024 or not hasattr(self.processor, "to_json_string"):
             return process(self, image)
         if self.processor not in settings:
             settings[self.processor] = self.processor.to_json_string()

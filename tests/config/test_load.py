@@ -30,7 +30,6 @@ for _file in sorted(config.conf_dir().glob("*/*.yaml")):
     for _line in _file.read_text().splitlines():
         if _line.endswith(": ???"):
             OPEN[f"{_file.parent.name}={_file.stem}"] = f"{_file.parent.name}.{_line.partition(':')[0]}"
-STREAMS = {"objective=forget": "retain", "objective=repair": "general"}
 FITS = {"redraw": ["schedule.every=100"]}  # where the default period is no less than the default run
 FILES = sorted(
     f"{file.parent.name}={file.stem}"
@@ -154,8 +153,9 @@ def test_default_run() -> None:
 
 
 def given(choice: str) -> list[str]:
-    if choice in STREAMS:
-        return [choice, f"streams.{STREAMS[choice]}=digits"]
+    group, _, option = choice.partition("=")
+    if group in ("objective", "selector") and option in registry.catalog(group):
+        return [choice, *(f"streams.{name}=digits" for name in registry.get(group, option)().streams())]
     return [choice, f"{OPEN[choice]}=somewhere"] if choice in OPEN else [choice]
 
 
