@@ -17,8 +17,8 @@ Formula:
 Paper: "The Path Not Taken: RLVR Provably Learns Off the Principals", 2025, arXiv 2511.08567.
 
 Reading: The paper was read. It trains by reinforcement learning; here the run trains on whatever it was
-trained on. Entries that differ at all are compared, or, if these are more than half, those whose change
-bfloat16 shows (definition 2.1 with its tolerance), as in the analysis ``geometry``. No head keeps its place
+trained on. Entries that differ at all are compared, or, if these are more than half of the matrices that
+changed, those whose change bfloat16 shows (definition 2.1 with its tolerance). No head keeps its place
 in a permutation, which is a random cycle. A permutation only renames: put back in order, the updates are
 those of the run up to rounding, unless the method itself draws random values for a layer, as LoRA does.
 ``jaccard_in_order`` says how far they are.
@@ -45,6 +45,7 @@ from ..training.prepare import Setup, prepare
 from ..training.session import Session
 from .geometry import DENSE, Update, mask_unchanged, updates
 
+COLUMNS = ("layer", "intervened", "jaccard", "chance", "excess")  # as many as fit a terminal
 TOLERANCE = {"fp32": 1e-4, "bf16": 0.1, "fp16": 0.1}  # of the logits, by precision; the largest logit is 1
 
 
@@ -216,7 +217,7 @@ class Interventions(Analysis):
         summary = {"function_error": error, "tolerance": TOLERANCE[config.train.precision]}
         mask = "changed_bf16" if in_bf16 else "changed"
         details = {"mask": mask, "blocks": list(changes), "step": subject.step}
-        return replace(table, summary={**table.summary, **summary}, details=details)
+        return replace(table, summary={**table.summary, **summary}, details={**details, **table.details})
 
     def _change_base(self, setup: Setup, subject: Subject) -> tuple[dict[int, HeadChange], float, Session]:
         """Return the change of each block, the error of the function, and a session on the new base.
@@ -277,7 +278,7 @@ class Interventions(Analysis):
     ) -> Table:
         """Compare the changed entries of two runs, with a row for each matrix."""
         there, elsewhere, in_order = Overlap(), Overlap(), Overlap()
-        rows = []
+        layers: list[dict[str, Any]] = []
         for name, found in before.items():
             first, second = found.mask, after[name].mask
             own, ordered, is_changed = Overlap(), Overlap(), _is_changed(found, changes)
@@ -287,7 +288,7 @@ class Interventions(Analysis):
                 renamed = changes[found.block].put_in_order(second, found.role)
                 ordered.add(first, renamed)
                 in_order.add(first, renamed)
-            rows.append(
+            layers.append(
                 {
                     "layer": name,
                     "intervened": is_changed,
@@ -295,6 +296,7 @@ class Interventions(Analysis):
                     "density_again": float(second.double().mean()),
                     "jaccard": own.jaccard,
                     "chance": own.chance,
+                    "excess": own.excess,
                     "jaccard_in_order": ordered.jaccard,
                 }
             )
@@ -304,7 +306,10 @@ class Interventions(Analysis):
                 summary[f"{measure}_{place}"] = getattr(overlap, measure)
         summary["jaccard_in_order"] = in_order.jaccard
         notes = ["An excess of 1 means that both runs changed the same entries, 0 that they agree by chance."]
-        return Table(rows, summary, notes=notes, plots=[_plot(before, after)])
+        rows = []
+        for layer in layers:
+            rows.append({key: layer[key] for key in COLUMNS})
+        return Table(rows, summary, {"layers": layers}, notes, [_plot(before, after)])
 
 
 def _is_changed(found: Entries, changes: Mapping[int, HeadChange]) -> bool:
@@ -334,7 +339,8 @@ def _plot(before: Mapping[str, Entries], after: Mapping[str, Entries]) -> HeatMa
 def _find_changed(setup: Setup, in_bf16: bool | None) -> tuple[dict[str, Entries], bool]:
     """Return the changed entries of each matrix of a run, and whether only those that bfloat16 shows count.
 
-    ``in_bf16``: whether only they count; None: if more than a share ``DENSE`` of all entries changed.
+    ``in_bf16``: whether only they count; None: if more than a share ``DENSE`` changed in the matrices that
+    changed at all.
     """
     changed: dict[str, Entries] = {}
     shown: dict[str, Entries] = {}
@@ -344,8 +350,9 @@ def _find_changed(setup: Setup, in_bf16: bool | None) -> tuple[dict[str, Entries
             mask = update.after != update.before
             changed |= _divide_by_role(update, mask)
             shown |= _divide_by_role(update, ~mask_unchanged(update.before, update.after))
-            count += int(mask.sum())
-            entries += mask.numel()
+            if mask.any():  # a method may leave whole matrices as they are
+                count += int(mask.sum())
+                entries += mask.numel()
     if in_bf16 is None:
         in_bf16 = count > DENSE * entries
     return (shown if in_bf16 else changed), in_bf16

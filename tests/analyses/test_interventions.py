@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune.analyses import interventions
+from finetune.analyses.geometry import Update
 from finetune.analyses.interventions import HeadChange, Interventions, Overlap, change_block
 from finetune.artifacts.analyze import analyze
 from finetune.config.load import load
 from finetune.core.anatomy import Anatomy
+from finetune.core.site import Site
 from finetune.data.encode import collate
 from finetune.errors import ConfigError
 from finetune.testing import contract
@@ -155,6 +157,21 @@ def test_overlap_of_equal_and_of_independent_sets() -> None:
     assert independent.jaccard == pytest.approx(float((first & second).sum() / (first | second).sum()))
     assert abs(independent.excess or 1) < 0.01
     assert (empty.jaccard, empty.chance, empty.excess) == (None, None, None)
+
+
+def test_matrices_that_stay_do_not_decide_which_changes_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A matrix that changed everywhere, by less than bfloat16 shows in all entries but one."""
+    start, moved = torch.ones(4, 4), torch.ones(4, 4) + 1e-6
+    moved[0, 0] = 2
+    found = []
+    for name, after in (("a", moved), ("b", start), ("c", start)):
+        found.append(Update(Site(name, nn.Linear(4, 4), 0, "v", (4, 4)), start, after))
+    monkeypatch.setattr(interventions, "updates", lambda setup: iter(found))
+    setup: Any = None
+    changed, in_bf16 = interventions._find_changed(setup, None)
+    assert in_bf16
+    assert changed["a"].mask.nonzero().tolist() == [[0, 0]]
+    assert not changed["b"].mask.any()
 
 
 @pytest.fixture(scope="module")
