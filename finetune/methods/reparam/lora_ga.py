@@ -166,16 +166,15 @@ class LoRAGA(Reparam):
         return self.alpha / (math.sqrt(self.rank) if self.scaling == "rslora" else self.rank)
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
-        faults = []
-        for site in find_sites(model, self.targets):
-            if 2 * self.rank > min(site.shape):
-                faults.append(
-                    f"method.rank={self.rank} needs {2 * self.rank} singular vectors of each gradient, and "
-                    f"{site.name} is {site.shape[0]} x {site.shape[1]}; lower it to {min(site.shape) // 2}, "
-                    "or leave the layer out of method.targets."
-                )
-        if faults:
-            raise ConfigError(*faults)
+        narrow = [site for site in find_sites(model, self.targets) if 2 * self.rank > min(site.shape)]
+        if narrow:
+            worst = min(narrow, key=narrower_side)
+            raise ConfigError(
+                f"method.rank={self.rank} needs {2 * self.rank} singular vectors of each gradient. "
+                f"{len(narrow)} layers are too narrow for it; the narrowest is {worst.name} with "
+                f"{worst.shape[0]} x {worst.shape[1]}. Lower the rank to {min(worst.shape) // 2}, or leave "
+                "such layers out of method.targets."
+            )
         return super().build(model)
 
     def delta(self, site: Site) -> Anchored:
@@ -209,6 +208,11 @@ class LoRAGA(Reparam):
             values = torch.linalg.vector_norm(u.T @ weight.to(u.dtype), dim=1)
             return float((values / self.factor).sqrt().mean())
         return 1 / self.factor if self.scale == "gd" else 1.0
+
+
+def narrower_side(site: Site) -> int:
+    """Return the size of the shorter side of a site's weight."""
+    return min(site.shape)
 
 
 def singular_vectors(matrix: Tensor, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
