@@ -32,7 +32,8 @@ from finetune.methods.sparse.spiel import SpIEL
 from finetune.objectives.repair import Repair
 from finetune.objectives.task import Task
 from finetune.optim.adamw import AdamW
-from finetune.selectors.irepair import IRepair, Slice
+from finetune.selectors import irepair
+from finetune.selectors.irepair import IRepair, Slice, measure_sensitivities
 from finetune.testing import contract
 from finetune.testing.cases import Case, find_cases
 from finetune.training.batches import choose_examples, derive_seed
@@ -289,6 +290,25 @@ def test_a_bad_loss_that_is_not_finite_stops_the_run() -> None:
     with pytest.raises(RunFailed, match=r"The loss of streams\.bad is nan at step 1 .* no block can be chos"):
         next(session.steps())
     assert all(parameter.grad is None for parameter in session.states.parameters())
+
+
+def test_a_choice_that_runs_out_of_memory_is_made_again_in_smaller_parts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It ends with the bits of a run whose micro-batch was that small from the start."""
+    expected, tries = contract.finish(begin(micro_batch_size=4)), list[int | None]()
+    halved = begin()
+
+    def fail_once(state: Slice) -> list[float]:
+        tries.append(halved.batches.micro_batch_size)
+        if len(tries) == 1:
+            raise MemoryError
+        return measure_sensitivities(state)
+
+    monkeypatch.setattr(irepair, "measure_sensitivities", fail_once)
+    contract.finish(halved)
+    assert tries == [None, *[4] * 6]
+    contract.same_values(halved.states, expected.states)
 
 
 def test_entries_that_are_watched_do_not_see_the_bad_data() -> None:
