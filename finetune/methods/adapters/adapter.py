@@ -1,9 +1,9 @@
 """Bottleneck adapters: a small trained network in each block, behind a sub-layer or beside it.
 
-A bottleneck of ``rank`` features is added to the output of the attention, of the MLP or of both, before the
-sum with the residual stream and before a norm of that sum. Its input is one of four tensors (``reads``). The
-published forms differ in these settings only, and each has a file: ``method=houlsby``, ``method=pfeiffer``,
-``method=adaptformer``.
+The output of a bottleneck with ``rank`` features is added to the output of the attention, of the MLP or of
+both, before the sum with the residual stream and before a norm of that sum. Its input is one of four tensors
+(``reads``). The published forms differ only in these settings, and each has a file: ``method=houlsby``,
+``method=pfeiffer``, ``method=adaptformer``.
 
 Formula:
     y' = y + scale (W_up f(W_down r + c) + e)      y: output of the sub-layer
@@ -23,23 +23,24 @@ Reading: The released codes were read (adapter-bert, adapters, AdaptFormer); the
 The defaults are those of Houlsby. ``start=zero`` sets W_up, c and e to 0 and W_down to Kaiming's uniform
 distribution with a = sqrt(5), so step 0 is exactly the base; it is the start of AdaptFormer. ``start=near``
 is that of adapter-bert: both matrices from a normal distribution of standard deviation 1e-3, cut at two
-deviations. AdaptFormer reads the stream before the norm; the parallel adapter of He et al. reads what the MLP
-reads. In a pre-norm model ``reads=sum`` is the stream as the block leaves it, without a norm.
+deviations. AdaptFormer reads the stream before the norm; the parallel adapter of He et al. reads the input of
+the MLP. In a pre-norm model ``reads=sum`` reads the stream after the sub-layer, without a norm.
 
 Rate: AdaptFormer's released code has 0.1 for a batch of 256, with momentum SGD. Those of the other papers are
 unverified.
 
 Differs:
-- The adapter stands directly behind the output projection; adapter-bert has the dropout of the model between.
-- The library adapters starts both matrices from N(0, 0.02) in its Houlsby and Pfeiffer forms, 400 times the
-  product of adapter-bert's; neither is exact at step 0.
-- Its layer norm flags were written for post-norm models; here the block decides where its norm stands.
+- The adapter directly follows the output projection; in adapter-bert the model's dropout lies between them.
+- In its Houlsby and Pfeiffer forms, the library ``adapters`` starts both matrices from N(0, 0.02), so their
+  product is 400 times as large as in adapter-bert. Neither model is exactly the base at step 0.
+- The layer norm flags of ``adapters`` were written for post-norm models; here the norm has the place that it
+  has in the block.
 - AdaptFormer also trains a batch norm before the head; here the head is the model's. Its optimizer is SGD
-  with momentum; here it is the one that is chosen.
+  with momentum; here it is that of the run.
 
 Cost: 2 rank d + rank + d trained values per adapter (2 d more with ``own_norm``, 1 with ``train_scale``),
 their gradients and two moments in Adam; the adapters are stored. An adapter costs 2 rank d multiplications
-for each token, also after training: it is not linear, so no weight can hold it.
+for each token, also after training: it is not linear, so it cannot be merged.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ class Adapter(Method):
         own_norm: Whether the adapter normalizes what it reads, by a layer norm of its own.
         train_norms: Whether the norms of the model are trained, too.
         dropout: Probability that a feature of the bottleneck is dropped in training.
-        start: Whether the adapters start at exactly ``zero``, or ``near`` it.
+        start: Whether the output of the adapters starts at exactly ``zero``, or ``near`` it.
     """
 
     rank: Annotated[int, Ge(1)] = 64
@@ -171,7 +172,7 @@ class Adapter(Method):
         return state
 
     def attach_adapter(self, model: nn.Module, anatomy: Anatomy, part: Sublayer) -> Bottleneck:
-        """Make an adapter and attach it to the output of a sub-layer."""
+        """Make an adapter, and attach it to the output of a sub-layer."""
         before = part.norm.name if anatomy.norm_first else part.first.name  # receives the residual stream
         reads = {"output": None, "input": part.first.name, "residual": before, "sum": before}[self.reads]
         norm_after = part.norm.module if self.reads == "sum" and not anatomy.norm_first else None

@@ -1,8 +1,8 @@
 """(IA)^3: factors of the keys, the values and the hidden features of the MLP.
 
 Three vectors per block, which start at 1, multiply the keys, the values and the input of the down projection,
-feature by feature and alike for all tokens. Nothing else is trained but a new head. The factors can be merged
-into rows and columns of the weights, and into biases.
+feature by feature and alike for all tokens. Apart from a new head, nothing else is trained. The factors can
+be merged into rows and columns of the weights, and into biases.
 
 Formula:
     k = l_k * (W_k x + b_k)      v = l_v * (W_v x + b_v)      y = W_down (l_ff * h) + b_down
@@ -13,21 +13,21 @@ Paper: Liu et al., "Few-Shot Parameter-Efficient Fine-Tuning is Better and Cheap
 NeurIPS 2022, arXiv 2205.05638.
 
 Reading: The released code of the paper and that of huggingface/peft were read. The factors multiply k and v
-before the rotation of rotary models, where they can be merged, and h after the nonlinearity. In a gated MLP
-a factor of the output of up is the same as one of h; in a plain one it is not, as ``targets=[k,v,up]`` shows.
-The fused projection of GPT-2 is changed in its last two thirds, the keys and values.
+before the rotation of rotary models, where they can be merged, and h after the nonlinearity. In a gated MLP a
+factor of the output of up (``targets=[k,v,up]``) has the same effect as one of h; in a plain MLP it does not.
+In the fused projection of GPT-2 the last two thirds, the keys and values, are changed.
 
 Rate: The released code has 3e-3 for 1000 steps.
 
 Differs:
-- The two further terms of the paper's loss (unlikelihood of wrong choices, and the choice among answers of
-  which each counts by its length) are left out.
-- peft's defaults for GPT-2 also multiply the queries, and those for other types queries instead of keys.
-- peft's code to take merged factors out again divides by l + 1e-8, which is inexact; here the base stays.
-- Weight decay never pulls the factors: it would pull them to 0 instead of 1.
+- The two further terms of the paper's loss (the unlikelihood of wrong choices, and the length-normalized
+  choice among the answers) are left out.
+- peft's defaults also multiply the queries of GPT-2, and for other models the queries instead of the keys.
+- To unmerge, peft divides by l + 1e-8, which is inexact; here the base is kept.
+- Weight decay does not act on the factors: it would pull them to 0 instead of 1.
 
 Cost: 2 d_kv + d_ff trained values per block, with d_kv = heads of keys and values times their width; their
-gradients and two moments in Adam. The factors are stored. Merged, the model costs what the base does.
+gradients and two moments in Adam. The factors are stored. After merging, the model costs as much as the base.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ FUSED = ("q", "k", "v")  # the order of the parts of qkv
 
 @dataclass(frozen=True)
 class Features:
-    """The features of a linear layer from ``first`` on, ``count`` of ``total``, at its input or output."""
+    """A range of features at the input or output of a linear layer: ``count`` of them, from ``first`` on."""
 
     site: Site
     side: Side
@@ -81,7 +81,7 @@ class Factors(Edit):
         return "factors of features"
 
     def added(self) -> Tensor:
-        """Return ``factor - 1``, and 0 for the features that are not scaled: [features of that side]."""
+        """Return ``factor - 1``, padded with 0 for the features that are not scaled, [total]."""
         behind = self.features.total - self.features.first - self.features.count
         return F.pad(self.factor - 1, (self.features.first, behind))
 
@@ -107,7 +107,7 @@ class AllFactors(StateModule):
         self.factors = nn.ModuleDict(factors)
 
     def export_as(self, format_name: str) -> tuple[Any, dict[str, Tensor]] | None:
-        """Return the factors as an IA3 of peft, which multiplies inputs or outputs of whole layers."""
+        """Return the factors in the form of peft's IA3, which scales inputs or outputs of whole layers."""
         if format_name != "peft":
             return None
         from peft import IA3Config
@@ -149,7 +149,7 @@ class IA3(Method):
     def __post_init__(self) -> None:
         if not self.targets or len(set(self.targets)) < len(self.targets):
             given = ",".join(self.targets)
-            raise ValueError(f"method.targets=[{given}] must name one target or more, each once.")
+            raise ValueError(f"method.targets=[{given}] must name at least one target, and each only once.")
 
     def build(self, model: nn.Module) -> AllFactors:
         factors: dict[str, Factors] = {}
@@ -164,7 +164,7 @@ class IA3(Method):
 
 
 def find_features(anatomy: Anatomy, block: Block, target: Target) -> Features:
-    """Return the features of a block that a target means. Raises ``ConfigError`` if the block has none."""
+    """Return the features that ``target`` means in a block. Raises ``ConfigError`` if the block has none."""
     if target in ("up", "down"):
         site = block.mlp.sites[target]
         if target == "up":

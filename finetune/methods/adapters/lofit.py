@@ -1,8 +1,8 @@
-"""LoFiT: offsets of a few attention heads, which a phase of trained factors has ranked.
+"""LoFiT: train offsets of a few attention heads, chosen by a first phase that trains factors.
 
 The first phase trains a factor for every feature of every head's output, with an L1 penalty, and ranks the
-heads by the norm of the factors' change. The second starts from the base again and trains one offset vector
-for each of the first heads. Nothing else is trained but a new head of the model.
+heads by the norm of the factors' change. The second phase starts from the base again and trains one offset
+vector for each of the k highest-ranked heads. Apart from a new task head, nothing else is trained.
 
 Formula:
     o_lj = (1 + A_lj) * o_lj + v_lj      o_lj [head_dim]: output of head j of block l, at every position
@@ -12,8 +12,8 @@ Formula:
 
 Paper: Yin et al., "LoFiT: Localized Fine-tuning on LLM Representations", NeurIPS 2024, arXiv 2406.01563.
 
-Reading: The abstract, the captions and the released code were read, the tables of the paper were not. The
-paper takes 10 % of the heads where it compares with LoRA, and 3 % elsewhere. Offsets belong to query heads,
+Reading: The abstract, the captions and the released code were read, but not the tables of the paper. The
+paper takes 10 % of the heads when it compares with LoRA, and 3 % elsewhere. Offsets belong to query heads,
 whose outputs are slices of head_dim columns of the output projection's input. A and v start from N(0,
 ``noise``), so step 0 is not exactly the base; ``noise=0`` makes it exact. The penalty of 5e-4 is that of the
 released script for TruthfulQA; others have 1e-3 and 5e-3. The released scripts give both phases the same
@@ -23,15 +23,15 @@ Rate: The released scripts for Llama 2 7B have 5e-3 in the first phase, 5e-4 for
 second.
 
 Differs:
-- One learning rate for both phases; its schedule and warm-up run over each of them.
+- Both phases have the same learning rate, whose schedule and warm-up start again in the second.
 - The penalty is over the factors alone; the released code sums it over all trained tensors.
 - Vectors and their addition are float32 on a base of lower precision, where an offset of 1e-3 would vanish.
 - The preference loss (DPO) that the paper uses for TruthfulQA is left out.
-- Merging is refused where the output projection has no bias (Llama); the paper's merge would add one.
+- Merging is refused if the output projection has no bias (Llama); the paper's merge would add one.
 
 Cost: heads * head_dim trained values per block in the first phase, k * head_dim in the second; their
-gradients and two moments in Adam. The offsets and the numbers of their heads are stored. Merged, the model
-costs what the base does.
+gradients and two moments in Adam. The offsets and the numbers of their heads are stored. After merging, the
+model costs as much as the base.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class HeadFactors(Edit):
         return "factors of attention heads"
 
     def units(self) -> list[Unit]:
-        """Return the factors as tied to no block, since the offsets that follow them are not."""
+        """Return the factors without a place, because the offsets of phase 2 belong to no single block."""
         return [Unit("a", None, self.a)]
 
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
@@ -86,7 +86,7 @@ class Offsets(nn.Module):
         self.register_buffer("chosen", torch.arange(k))
 
     def is_in(self, block: int) -> Tensor:
-        """Tell which of the chosen heads belong to a block: [k] bool."""
+        """Return which of the chosen heads belong to a block: [k] bool."""
         return self.chosen // self.heads == block
 
 
@@ -139,9 +139,6 @@ class HeadRanking(Method):
     name: ClassVar[str] = "head_ranking"
     neutral_start: ClassVar[bool] = False
 
-    def ready(self, step: int, total: int) -> bool:
-        return False
-
     def build(self, model: nn.Module) -> nn.ModuleList:
         anatomy = Anatomy.of(model)
         state = nn.ModuleList()
@@ -163,13 +160,13 @@ class HeadRanking(Method):
 @register("lofit")
 @dataclass(frozen=True)
 class LoFiT(Method):
-    """LoFiT: offsets of a few attention heads, which a phase of trained factors has ranked.
+    """LoFiT: offsets of a few attention heads, chosen by a first phase that trains factors.
 
     Options:
         share: Share of the model's attention heads that get an offset.
         ranking: Share of the run that the first phase takes.
         l1: Factor of the sum of the absolute changes of all factors, in the loss of the first phase.
-        noise: Standard deviation of the values that both phases start from.
+        noise: Standard deviation of the initial values in both phases.
     """
 
     share: Annotated[float, Gt(0), Le(1)] = 0.1
@@ -198,7 +195,7 @@ class LoFiT(Method):
     def build(self, model: nn.Module) -> nn.ModuleDict:
         anatomy = Anatomy.of(model)
         total = anatomy.heads * len(anatomy.blocks)
-        k = int(round(self.share * total, 9))  # 0.29 of 100 heads is 29
+        k = int(round(self.share * total, 9))  # rounded first, so that 0.29 of 100 heads is 29
         if not k:
             raise ConfigError(
                 f"method.share={self.share:g} of the model's {total} attention heads is less than one; take "
@@ -222,5 +219,5 @@ class LoFiT(Method):
 
 @torch.no_grad()
 def draw_(parameter: nn.Parameter, deviation: float, generator: torch.Generator) -> None:
-    """Set a parameter to normal numbers around 0, which are drawn on the CPU."""
+    """Set a parameter to normal random numbers with mean 0, drawn on the CPU."""
     parameter.copy_(deviation * torch.randn(parameter.shape, generator=generator))

@@ -1,7 +1,8 @@
 """BitFit: train the bias terms of the model and nothing else.
 
-Every parameter whose name ends in ``bias`` is trained in place, biases of norms included. The originals stay
-in memory, so that the base model can be restored to the bit. The task head is trained as with every method.
+Every parameter whose name ends in ``bias`` is trained in place, including the biases of norms. The originals
+stay in memory, so that the base model can be restored to the bit. The task head is trained as with every
+method.
 
 Formula:
     y = W x + b        b is trained, W is frozen
@@ -11,7 +12,7 @@ Masked Language-models", ACL 2022, arXiv 2106.10199.
 
 Reading: The variant with all bias terms. There is no setting.
 
-Rate: That of the paper is unverified.
+Rate: The rate of the paper is unverified.
 
 Differs: The authors' code was not compared with this file. The paper's smaller variant, which trains only the
 biases of the query projections and of one feed-forward layer, is left out.
@@ -36,7 +37,7 @@ from ...registry import register
 @register("bitfit")
 @dataclass(frozen=True)
 class BitFit(Method):
-    """BitFit: all bias terms, norms' included."""
+    """BitFit: all bias terms, including those of the norms."""
 
     family: ClassVar[str] = "selection"
     trains: ClassVar[str] = "every bias, in place"

@@ -1,13 +1,13 @@
 """AMT and R-AMT: switch off a few weights, chosen by trained scores.
 
 Every weight of the chosen layers has a score, which starts at ``initial``. A weight is on while its score is
-above ``threshold``, so all are on at step 0. The gradient passes the step function unchanged, and the scores
-are trained with it. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight decay
-does not act on the scores, because it would eventually switch off every weight.
+above ``threshold``, so all are on at step 0. The backward pass treats the step function as the identity, so
+the scores get a gradient. ``penalty`` times the sum of the norms of the scores is added to the loss. Weight
+decay does not act on the scores, because it would eventually switch off every weight.
 
-R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second
-gradient b, that of the cross-entropy to the predictions of the untouched weights (the teacher). Where b and
-the gradient a of the loss differ in sign, a is damped with a probability that grows with the share of b.
+R-AMT is AMT with gradient dropout of strength ``gdr``; 0 is plain AMT. Every step computes a second gradient
+b, that of the cross-entropy to the predictions of the pretrained weights (the teacher). Where b and the
+gradient a of the loss differ in sign, a is damped with a probability that grows with the share of b.
 
 Formula:
     W' = m W,  m = 1 where s > threshold, else 0        s: [out, in], the scores
@@ -17,7 +17,7 @@ Formula:
     p, q: softmax(logits / temperature) of teacher and student
 
 With Adam only the ratio of ``initial`` - ``threshold`` to the learning rate matters: a score that is always
-pushed down reaches the threshold in (initial - threshold) / lr steps, so that a shorter run masks nothing.
+pushed down reaches the threshold after (initial - threshold) / lr steps. A shorter run masks nothing.
 
 Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Vision-Language Models", ICCV
 2023, arXiv 2307.15049.
@@ -25,11 +25,11 @@ Paper: "Regularized Mask Tuning: Uncovering Hidden Knowledge in Pre-trained Visi
 Reading: The abstract, the project page and the released code were read, but not the text of the paper. The
 probability is that of the code; a figure of the paper shows its complement. ``initial``, ``threshold``,
 ``penalty`` and ``gdr`` are those of the released configurations; the documentation there also names gdr = 0.3
-for some data sets. ``method=amt`` sets other scores and another learning rate, as ``conf/method/amt.yaml``
-explains.
+for some data sets. The file of ``method=amt``, ``conf/method/amt.yaml``, sets a higher ``initial`` and
+``threshold`` and a higher learning rate, and explains why.
 
-Rate: The released configurations have 8e-5 over 30 epochs, and 3e-5 over 10 for ImageNet. That of the paper
-is unverified.
+Rate: The released configurations have 8e-5 over 30 epochs, and 3e-5 over 10 for ImageNet. The rate of the
+paper is unverified.
 
 Differs:
 - The paper's classes are text features of CLIP, which teacher and student share and which are never trained.
@@ -65,9 +65,9 @@ from ...registry import register
 
 
 class Mask(Delta):
-    """The change (m - 1) W, where m is 1 where ``scores`` [out, in] float32 are above the threshold, else 0.
+    """The change (m - 1) W; m is 1 where ``scores`` [out, in] float32 are above the threshold, else 0.
 
-    The gradient of the scores is that of m.
+    The scores get the gradient of m.
     """
 
     decays = False
@@ -78,7 +78,7 @@ class Mask(Delta):
         self.scores = nn.Parameter(torch.full(shape, initial))
 
     def off(self) -> Tensor:
-        """Tell which weights are switched off, [out, in] bool."""
+        """Return which weights are switched off, [out, in] bool."""
         return ~(self.scores.detach() > self.threshold)
 
     def describe(self) -> str:
@@ -181,7 +181,7 @@ class AMT(Reparam):
         return self.penalty * torch.stack([mask.scores.norm() for mask in find_masks(state)]).sum()
 
     def after_backward(self, run: Run, state: Any) -> None:
-        # A selector may freeze some scores for a step.
+        # Only these: a selector may freeze some scores for a step.
         trained = [mask.scores for mask in find_masks(state) if mask.scores.requires_grad]
         if not self.gdr or not trained:
             return

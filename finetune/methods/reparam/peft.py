@@ -1,9 +1,9 @@
-"""peft: a tuner of the installed huggingface/peft, as a baseline under this project's loop and evaluation.
+"""peft: a tuner of the installed huggingface/peft, as a baseline in this project's training and evaluation.
 
 ``type`` and ``config`` name one of peft's tuners and its own settings. If the tuner has target modules and
 ``config`` names none, it gets the layers that ``targets`` matches. Trained parameters are float32 or wider.
-AdaLoRA's tuner chooses its ranks again after every step; the averages that it uses for this are part of the
-checkpoint.
+AdaLoRA's tuner chooses its ranks again after every step; the averages that it uses for this are saved in
+checkpoints.
 
 Formula:
     as the tuner defines it
@@ -21,7 +21,7 @@ Differs:
 - peft keeps AdaLoRA's averages in dictionaries outside of the model, so a checkpoint lacks them; here they
   are saved.
 
-Cost: As the tuner's own. The trained parameters are stored; finetune export writes them in peft's format.
+Cost: That of the tuner. The trained parameters are stored; finetune export writes them in peft's format.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ from ...registry import register
 
 # Tuners that need the number of a task, a second model, or tokens instead of layers.
 UNSUPPORTED = ("POLY", "SHADOW", "TRAINABLE_TOKENS")
-# Tuners that choose ranks by gradients, or project the gradients that the optimizer is given.
+# Tuners that choose ranks by gradients, or project the gradients before the optimizer gets them.
 READ_GRADIENTS = ("ADALORA", "OSF")
 
 
 class AdaLoraRanks(StateModule):
-    """The averages by which AdaLoRA chooses its ranks, as buffers, so that a checkpoint has them.
+    """The averages by which AdaLoRA chooses its ranks, as buffers, so that checkpoints contain them.
 
     peft keeps them in dictionaries. ``exp_avg_ipt/NAME`` and ``exp_avg_unc/NAME``: average sensitivity and
     uncertainty of each entry of parameter NAME. ``kept/NAME``: which ranks are left, once ``decided`` is
@@ -87,7 +87,7 @@ class AdaLoraRanks(StateModule):
         averages = {kind: self._buffers_of(kind) for kind in self.AVERAGES}
         for kind, buffers in averages.items():
             getattr(allocator, kind).update(buffers)
-            # A parameter that is missing here counts as new, and peft then starts its averages from zero.
+            # peft takes a parameter that is missing here for a new one and starts its averages from zero.
             allocator.ipt.update(dict.fromkeys(buffers))
         config.rank_pattern = None
         if decided:
@@ -110,7 +110,7 @@ class AdaLoraRanks(StateModule):
 
 
 def _buffer_name(kind: str, parameter: str) -> str:
-    """Return the name of a buffer; torch allows no dots in it."""
+    """Return the name of a buffer, with slashes, since torch allows no dots in it."""
     return f"{kind}/{parameter.replace('.', '/')}"
 
 

@@ -2,9 +2,9 @@
 
 The change of a weight is not a product of two small factors but a signed difference of distances between
 their rows, so its rank is far above theirs. In every forward pass it is thresholded at a quantile of its own
-magnitude. No mask is stored: entries compete anew in every step. The factors do not start at 0, so the output
-at step 0 is close to that of the base model but not equal to it. The class token, where a model has one, is
-trained too, in place and without weight decay.
+magnitude. No mask is stored: the entries are chosen again in every step. The factors do not start at 0, so
+the output at step 0 is close to that of the base model but not equal to it. The class token, if the model has
+one, is trained too, in place and without weight decay.
 
 Formula:
     K[j, i] = scale (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|)
@@ -15,20 +15,20 @@ Formula:
 
 Paper: Shen et al., "Expanding Sparse Tuning for Low Memory Usage", NeurIPS 2024, arXiv 2411.01800.
 
-Reading: Paper and released code were read. They differ in the sparsifier, and ``sparsifier`` chooses; the
-default is the code's. ``sparsity`` is the share set to zero, as in the code; one sentence of the paper
+Reading: Paper and released code were read. They differ in the sparsifier, which ``sparsifier`` chooses; the
+default is that of the code. ``sparsity`` is the share set to zero, as in the code; one sentence of the paper
 calls it the share that is kept. rank = 32 and scale = 0.1 are those of the released scripts, which choose
 ``sparsity`` for every task; 0.9 is one of their values. The released scripts also use dropout=0.1 and
 drop_path=0.1.
 
-Rate: The paper has 1e-3 over 100 epochs; the released scripts have that too, and 3e-4 to 7e-4 for three of
+Rate: The paper has 1e-3 over 100 epochs; the released scripts have the same, but 3e-4 to 7e-4 for three of
 their tasks.
 
 Differs:
 - The coefficients +-0.1 are fixed in the code and here; the paper calls them trained.
 - At sparsity 0 the released code switches to change = K, without the factor |K|, so that the smallest
   positive sparsity shrinks the initial change a thousandfold. ``sparsifier=released`` does the same; with
-  ``paper`` t is 0 and nothing switches.
+  ``paper``, t is 0 and there is no such switch.
 - With dropout the released code does not drop the input of the projection after attention, and q, k and v
   share one dropout mask. Here every layer drops its own input.
 

@@ -1,10 +1,10 @@
 """SNELLA: SNELL whose layers compete for a shrinking number of non-zero entries.
 
 SNELLA changes SNELL in two ways. A softmax term with three trained scalars is added to the kernel K_0, and
-the share of zeroed entries is no longer the same in every layer. A budget of non-zero entries of all layers
-together shrinks along a cubic curve between the shares ``start`` and ``end`` of the run. Every ``every``
-steps it is divided among the layers in proportion to a score of their factors, and no layer gets more than
-its size. After every step the averages of the score are updated with the step's gradient.
+the share of zeroed entries differs between layers. One budget of non-zero entries for all layers together
+shrinks along a cubic curve between the shares ``start`` and ``end`` of the run. Every ``every`` steps it is
+divided among the layers in proportion to a score of their factors, and no layer gets more than its size.
+After every step the averages that make up the score are updated with the step's gradient.
 
 Formula:
     K = K_0 + alpha softmax(K_0 / gamma) + beta     softmax over a layer's outputs
@@ -19,23 +19,23 @@ Formula:
 Paper: "Kernelized Sparse Fine-Tuning with Bi-level Parameter Competition for Vision Models", 2025, arXiv
 2510.24037.
 
-Reading: The released code was read, and only the abstract of the paper; the paper's own values are
-unverified. As in the code, X in i is the factor after the update, and dL/dX is from before it.
-``sparsity`` is the mean zeroed share at the end, ``initial`` that at the start. At 0 only the entry with the
-least |K| is zeroed, and the change keeps its factor |K|, unlike SNELL's. rank, scale and betas are those of
-the released scripts; 0.9 is the code's default for ``sparsity``.
+Reading: The released code and the abstract of the paper were read; the paper's own values are unverified. As
+in the code, X in i is the factor after the update, and dL/dX is from before it. ``sparsity`` is the mean
+zeroed share at the end, ``initial`` that at the start. At 0 only the entry with the smallest |K| is zeroed.
+Unlike in SNELL, the change then keeps its factor |K|. rank, scale and betas are those of the released
+scripts; 0.9 is the code's default for ``sparsity``.
 
 Rate: The released scripts have 1e-3 over 100 epochs, and 1e-4 for one task; the default of the code is 5e-4
-over 300. That of the paper is unverified.
+over 300. The rate of the paper is unverified.
 
 Differs:
 - The code counts epochs; this file counts shares of the run and steps. V_end is reached at ``end``, or before
   the last step at the latest.
-- Layers that all score 0 get parts in proportion to their sizes; the code fails there.
+- If all layers score 0, they get parts in proportion to their sizes; the code fails then.
 - The parts are whole numbers that add up to V; the code's float32 sums may miss V by a few entries.
-- The code keeps a layer's share outside of its checkpoints; here it is saved.
-- Left out: the average of the weights over time, which in the code keeps the first division forever, and the
-  variant without threshold, which three of the released scripts run under the name of SNELLA.
+- The code does not save a layer's share in its checkpoints; here it is saved.
+- Left out: the moving average of the weights, which in the code keeps the first division for good, and the
+  variant without a threshold, which three of the released scripts run under the name of SNELLA.
 
 Cost: rank (in + out) + 3 trained values per layer, their gradients and two moments in Adam, and two averages
 per value of the factors. The factors, the three scalars and V_l are stored.
@@ -65,7 +65,7 @@ Share = Annotated[float, Ge(0), Lt(1)]
 
 
 class Competing(Kernel):
-    """A kernel with a trained softmax term, of which only the ``volume`` largest entries count.
+    """A kernel with a trained softmax term, whose ``volume`` largest entries make up the change.
 
     ``mix`` [3]: alpha, gamma, beta. ``volume``: int64 scalar, V_l.
     """
@@ -116,7 +116,7 @@ class Competing(Kernel):
             x = self.get_parameter(name)
             if x.grad is None:
                 continue
-            # A scaled fp16 gradient may be infinite; its step was left out.
+            # A scaled fp16 gradient may be infinite; the optimizer has then skipped the step.
             seen = (x * x.grad).abs_().nan_to_num_(0.0, 0.0, 0.0)
             mean = self.get_buffer(f"{name}_importance").lerp_(seen, 1 - betas[0])
             self.get_buffer(f"{name}_uncertainty").lerp_(seen.sub_(mean).abs_(), 1 - betas[1])
@@ -200,7 +200,7 @@ class SNELLA(Kernelized):
         return step >= self._range(total)[1]
 
     def _range(self, steps: int) -> tuple[int, int]:
-        """Return the steps between which the budget shrinks; one step or more is trained after the second."""
+        """Return the steps between which the budget shrinks; at least one step has its final size."""
         return round(self.start * steps), min(round(self.end * steps), steps - 1)
 
     def budget(self, step: int, steps: int, entries: int) -> int:

@@ -1,10 +1,10 @@
 """HFT: half fine-tuning.
 
-A random half of the weight matrices is frozen, and the rest of the model is trained in place; nothing is
-added to it. The half is drawn once before training, or once for each of several rounds. Embeddings, head,
-pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, such as
-GPT-2's qkv, counts as one: freezing some of its rows would need masks, and weight decay would still
-move those rows.
+A random half of the weight matrices is frozen, and the rest of the model is trained in place. Nothing is
+added to the model. The half is drawn once before training, or once for each of several rounds. Embeddings,
+head, pooler and everything outside the blocks always train. A bias follows its matrix. A fused matrix, such
+as GPT-2's qkv, counts as one: freezing some of its rows would need masks, and weight decay would still move
+those rows.
 
 Formula:
     W <- W - rate M step(W)        M: 0 for a frozen matrix, 1 for a trained one
@@ -14,13 +14,13 @@ Formula:
 Paper: Hui et al., "HFT: Half Fine-Tuning for Large Language Models", ACL 2025, arXiv 2404.18466.
 
 Reading: The body of the paper was not available, and the authors released no code. The rule by category is
-the one on which the abstract, reviews and a third party's code agree; that embeddings and head train is
-unverified. ``sparsity`` is the share of the *matrices*, which is a share of the entries only where matrices
-are equal in size. For other shares, the count over the model is the nearest one (a half is rounded
-down), and the counts of two blocks differ by at most one. ``norms`` is a rule of the third party's
-code only. The paper draws once per stage (a task, or a round of tuning), never within one. ``rounds`` makes
-stages of equal length within a run, each with the current weights and a new optimizer. The learning
-rate's schedule spans the whole run.
+the one on which the abstract, reviews and a third party's code agree. It is unverified that embeddings and
+head train. ``sparsity`` is the share of the *matrices*, which is a share of the entries only where matrices
+are equal in size. For other shares, the number of frozen matrices in the model is the nearest whole number (a
+half is rounded down), and the numbers in two blocks differ by at most one. ``norms`` is a rule of the third
+party's code only. The paper draws once per stage (a task, or a round of tuning), never within one. ``rounds``
+makes stages of equal length within a run; each starts from the current weights with a new optimizer. The
+learning rate's schedule spans the whole run.
 
 Rate: The paper is understood to train at the rate of full fine-tuning; this is unverified. The third party's
 code has 5e-5, cosine.
@@ -55,7 +55,7 @@ Pool = dict[int, list[str]]  # names of modules by their block
 
 
 def draw_frozen(pool: Pool, share: Fraction) -> set[str]:
-    """Draw a random ``share`` of the modules of a pool, in every block the same number or one more.
+    """Draw a random ``share`` of a pool's modules; the numbers in two blocks differ by at most one.
 
     The numbers come from torch's default generator.
     """
@@ -111,7 +111,7 @@ class HFT(Method):
     rounds: Annotated[int, Ge(1)] = 1
 
     family: ClassVar[str] = "layer selection"
-    trains: ClassVar[str] = "half of the weight matrices, drawn at random, and all the rest, in place"
+    trains: ClassVar[str] = "a random half of the weight matrices, and everything else, in place"
     paper: ClassVar[str] = "arXiv 2404.18466"
     size: ClassVar[str] = "sparsity"
 
@@ -134,7 +134,7 @@ class HFT(Method):
         return found
 
     def pools(self, model: nn.Module) -> list[Pool]:
-        """Return the modules that may be frozen, in pools each of which meets the share.
+        """Return the modules that may be frozen, in pools; the share holds within each pool.
 
         Raises ``ConfigError`` if the categories of the model's matrices are not known.
         """
@@ -151,7 +151,7 @@ class HFT(Method):
             raise ConfigError(
                 f"method.scope={self.scope}: this project does not know which matrices of a "
                 f"{type(model).__name__} are attention and which are feed-forward. Use method.scope=block or "
-                "method.scope=model, which need not know."
+                "method.scope=model, which do not depend on it."
             )
         return list(pools.values())
 
@@ -167,10 +167,10 @@ class HFT(Method):
         return None
 
     def build(self, model: nn.Module) -> Halves:
-        """Draw all rounds from the default generator, which the run's seed has just set.
+        """Draw the frozen modules of all rounds from the default generator, seeded with the run's seed.
 
-        So they are the same on all ranks and after a resume. The generator's state is restored afterwards, so
-        that the model's own dropout is the same at every sparsity.
+        They are therefore the same on all ranks and after a resume. The generator's state is restored
+        afterwards, so that the model's own dropout is the same at every sparsity.
         """
         pools, share = self.pools(model), Fraction(str(self.sparsity))
         frozen: list[set[str]] = []
@@ -194,5 +194,5 @@ class HFT(Method):
         state.freeze(state.frozen[current])
 
     def after_step(self, run: Run, state: Any) -> None:
-        """Train every parameter again: between steps the state is as it was built."""
+        """Train every parameter again, because between steps the state must be as it was built."""
         state.freeze(set())

@@ -2,7 +2,7 @@
 
 The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained,
 rounded. An entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step,
-which costs one more backward pass before the step; a larger ``schedule.every`` makes these passes rarer.
+which costs one more backward pass before the step. A larger ``schedule.every`` makes these passes rarer.
 Weight decay pulls towards the pretrained weights, so entries that are not chosen keep their values.
 
 Formula:
@@ -13,7 +13,7 @@ Paper: Agarwal et al., "Step-by-Step Unmasking for Parameter-Efficient Fine-tuni
 TACL 2025, arXiv 2408.14470.
 
 Reading: The abstract and the released code were read; the body of the paper was not available. eps = 1e-3 is
-from the example in the released documentation; that example has the exponent 0, the default here is 1.
+from the example in the released documentation, which has power = 0; the default here is 1.
 
 Rate: The example of the released documentation has 1e-4. That of the paper is unverified.
 
@@ -22,10 +22,10 @@ Differs:
   that of an additional pass over the same batch: in eval mode by default, and with ``method.selection=train``
   in train mode with the dropout of the step itself. With dropout the two modes choose different entries.
 - If scores are equal, the released code chooses more entries than a step's part, and may remove earlier
-  entries to make up for it. Here ties go to the lower position, so every part is exact and no entry
-  leaves.
-- In the released code the entries of all trained tensors are eligible, including embeddings, norms, biases
-  and the head; here those of the weights of linear layers are.
+  entries to make up for it. Here ties go to the lower position, so every part has its exact size and no entry
+  is removed.
+- In the released code the entries of all trained tensors can be chosen, including embeddings, norms, biases
+  and the head; here only those of the weights of linear layers can.
 - In the released code weight decay moves entries that are not chosen.
 - As in the released code, Adam's moments of an entry are 0 until it is chosen, and its first updates use the
   bias correction of the whole run.

@@ -2,8 +2,8 @@
 
 Every ``schedule.every`` steps the entries of each matrix are chosen again, from the weights as they are then.
 Entries that stay keep their moments in Adam, entries that come in start with moments of 0, and entries that
-leave keep the value they have reached. So the stored change covers the union of all choices and is larger
-than the budget.
+leave keep the value they have reached. The stored change therefore covers the union of all choices and is
+larger than the budget.
 
 Formula:
     W_R: best approximation of W of rank ``rank``
@@ -15,18 +15,19 @@ Reasoning-Focused Supervised Fine-Tuning", ICML 2025, arXiv 2506.00772.
 Reading: Most of the paper's text and the released code were read. The paper's reading, the *largest* entries,
 is the default; ``direction=smallest`` trains what the released code trains. sparsity = 0.95 is about the
 paper's usual budget. The period of 50 steps is the shortest of a range in which the paper finds little
-difference. The paper finds the best rank of the approximation close to the rank whose parameters the budget
-equals; 64 is one of its values. Decay pulls towards 0, as AdamW does on the weights. The paper's structured
-variant is ``grain=block:4``.
+difference. The paper finds that the best rank is close to that of a LoRA with as many parameters as the
+budget has; 64 is one of its values. Weight decay pulls towards 0, as AdamW's does on the weights. The paper's
+structured variant is ``grain=block:4``.
 
 Rate: The paper has 1e-4 or 2e-4, linear, depending on model and task; the released scripts have 5e-5 to 2e-4.
 
 Differs:
 - The released code's default mask type lacks the word "largest", so it trains the *smallest* entries of
   |W_R|.
-- There the budget is that of a low-rank change: rank (in + out) entries per matrix. Here it is ``sparsity``.
-- The released refresh is one step earlier, eps stands outside of Adam's bias correction, and weight decay
-  acts on a copy and has no effect.
+- The released budget is the size of a low-rank change: rank (in + out) entries per matrix. Here it is
+  ``sparsity``.
+- In the released code the refresh is one step earlier, Adam adds eps before the bias correction, and weight
+  decay acts on a copy and has no effect.
 - The released code keeps moments and values in the type of the weights, often bfloat16; here they are
   float32.
 

@@ -1,10 +1,10 @@
-"""LT-SFT: train all entries, keep those that moved most, rewind, and train these.
+"""LT-SFT: train all entries, choose those that moved most, rewind, and train only these.
 
 The first phase trains every entry of the chosen layers and the head, for the share ``schedule.dense`` of the
 run. The K entries of the model with the largest change are chosen. Then everything, the head included,
 returns to where it started, and the second phase trains the chosen entries with a new optimizer. The learning
-rate's schedule, warm-up included, runs over each phase anew; ``schedule.lr_schedule=span`` runs it once over
-the whole run. Exactly K entries are trained; ties go to the lower position.
+rate's schedule and its warm-up start again in each phase; with ``schedule.lr_schedule=span`` they run once
+over the whole run. Exactly K entries are trained; ties go to the lower position.
 
 Formula:
     chosen: the K largest |w - w_0| of the model, w the weight after the dense phase
@@ -13,21 +13,21 @@ Formula:
 
 Paper: Ansell et al., "Composable Sparse Fine-Tuning for Cross-Lingual Transfer", ACL 2022, arXiv 2110.07560.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. The released
-scripts use l1 = 0.1 for languages and 0 for tasks, in both phases. The default of 0.25 for
-``schedule.dense`` is a choice of this project; the released scripts give the first phase about a quarter to a
-half of the epochs.
+Reading: The abstract and the released code were read; the body of the paper was not available. The released
+scripts use l1 = 0.1 for languages and 0 for tasks, in both phases. The default of 0.25 for ``schedule.dense``
+is a choice of this project; the released scripts give the first phase about a quarter to a half of the
+epochs.
 
-Rate: The released scripts have 5e-5, linear, in both phases, and 2e-5 for natural language inference. That of
-the paper is unverified.
+Rate: The released scripts have 5e-5, linear, in both phases, and 2e-5 for natural language inference. The
+rate of the paper is unverified.
 
 Differs:
-- One round of choosing; the released code can repeat the phases and free a part of K in each.
-- The linear layers only; the released code also counts word embeddings and biases.
-- The released code frees the whole model if fewer than K entries moved.
-- The released penalty has no gradient, by a fault: its value is logged, and training is the same at any
-  factor. Here it has its gradient. It does not count the head, which the released sum does.
-- The released diff drops changes of at most 1e-7.
+- The phases run once; the released code can repeat them and choose a part of K in each round.
+- Only linear layers are trained; the released code also counts word embeddings and biases.
+- If fewer than K entries moved, the released code trains the whole model.
+- By mistake, the released penalty has no gradient: its value is logged, and training is the same at any
+  factor. Here it has a gradient. The released sum includes the head; here it does not.
+- The released code does not store changes of at most 1e-7.
 
 Cost: The first phase needs a gradient and two moments in Adam for every entry of the layers, and with a
 penalty a copy of their weights; the second phase needs K of each. K values and positions are stored.
@@ -55,12 +55,12 @@ from ...schedules.one_shot import OneShot
 @register("lt_sft")
 @dataclass(frozen=True)
 class LTSFT(Sparse):
-    """LT-SFT: the entries that a dense phase moved most, rewound and trained.
+    """LT-SFT: the entries that moved most in a dense phase, rewound and trained.
 
     Options:
         l1: Factor of the sum of absolute changes, divided by the number of the model's parameters, in the
             loss of the second phase.
-        l1_dense: The same factor in the dense phase; null takes that of ``l1``.
+        l1_dense: The same factor in the dense phase; ``null`` takes the value of ``l1``.
     """
 
     score: ScoreName = "change"
@@ -70,7 +70,7 @@ class LTSFT(Sparse):
     l1_dense: Annotated[float, Ge(0)] | None = None
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "the entries that a phase of training all of them moved most"
+    trains: ClassVar[str] = "the entries that moved most while all of them were trained"
     paper: ClassVar[str] = "arXiv 2110.07560"
 
     def contradictions(self) -> list[str]:

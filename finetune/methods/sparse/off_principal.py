@@ -6,8 +6,8 @@ principal part.
 
 Formula:
     W_R: best approximation of W of rank ``rank``
-    safe        score=off_principal, the default: union of ``low`` and ``complement``, both with the share
-                for which the union has K entries
+    safe        score=off_principal, the default: union of ``low`` and ``complement``, both of the same
+                size, chosen so that the union has K entries
     complement  score=principal direction=smallest: the K smallest |W_R|
     low         score=magnitude direction=smallest: the K smallest |w|
     principal   score=principal: the K largest |W_R|
@@ -16,10 +16,11 @@ Paper: "The Path Not Taken: RLVR Provably Learns Off the Principals", 2025, arXi
 those of its case study.
 
 Reading: The paper was read. It does not state the rank, how a mask is applied, or what becomes of biases and
-norms; here the entries of the mask are trained and nothing else. Its case study takes half of the entries for
-a mask, which is the default. Weight decay pulls towards the pretrained weights, since any other decay would
-move entries outside of the mask. The paper's measures of a run are ``finetune inspect`` (the analysis
-``geometry``), and its interventions on the pretrained weights ``finetune analyze what=interventions``.
+norms; here the entries of the mask are trained and nothing else. The masks of its case study have half of the
+entries, which is the default. Weight decay pulls towards the pretrained weights, since any other decay would
+move entries outside of the mask. ``finetune inspect`` (the analysis ``geometry``) makes the paper's
+measurements of a run, and ``finetune analyze what=interventions`` its interventions on the pretrained
+weights.
 
 Rate: The paper trains with reinforcement learning at 1e-6, constant.
 

@@ -1,41 +1,43 @@
 """S2FT: train a few heads and channels as whole rows and columns.
 
-Attention heads and feed-forward channels are chosen over all layers: drawn at random, or by a score. Their
-rows in the first matrix of a coupled pair, or their columns in the second, are trained whole. ``v`` and ``o``
-are shares of heads (rows of v, columns of o), ``u`` and ``d`` shares of channels (rows of up, columns of
-down); each share is chosen by itself. The gate is never trained.
+Attention heads and feed-forward channels are chosen over all layers: drawn at random, or by a score. A chosen
+unit trains all of its rows in the first matrix of a coupled pair, or all of its columns in the second. ``v``
+and ``o`` are shares of the heads (rows of v, columns of o), ``u`` and ``d`` shares of the channels (rows of
+up, columns of down); the units of each share are chosen separately. The gate is never trained.
 
 Formula:
-    n = int(share * pairs)        pairs: all (layer, unit) of the model; n of them are chosen
+    n = int(share * pairs)        pairs: all (layer, unit) pairs of the model, of which n are chosen
     random: each pair with the same chance
     weight: mean |w|     gradient: mean |g|     of the entries of the unit's rows or columns
     activation: mean |y| of the unit's rows, mean |x| of its columns, x -> y the layer, over all tokens
     v: rows of head h    o: columns of head h    u: row c of up    d: column c of down
 
 Layers differ in how many units they get, and some may get none. With grouped-query attention a unit of ``v``
-is one key and value head, and a unit of ``o`` is the columns of all query heads that it serves. The last
-third of a fused qkv (GPT-2) is v.
+is one key-value head, and a unit of ``o`` holds the columns of all query heads that share a key-value head.
+The last third of a fused qkv (GPT-2) is v.
 
 Paper: Yang et al., "S2FT: Efficient, Scalable and Generalizable LLM Fine-tuning by Structured Sparsity",
 NeurIPS 2024, arXiv 2412.06289.
 
-Reading: The abstract and the released code were read, the body of the paper could not be. d = 0.03 alone is
-what the released scripts use for Llama 3. The paper names selection by weight, activation and gradient,
-largest and smallest; the means of absolute values that stand for them here are a choice of this project.
+Reading: The abstract and the released code were read; the body of the paper was not available. d = 0.03 and
+no other share is the setting of the released scripts for Llama 3. The paper names selection by the largest or
+smallest weight, activation and gradient; measuring them by means of absolute values is a choice of this
+project.
 
 Rate: The released scripts have 2e-4 for commonsense and 1e-3 for mathematics, linear, with a warm-up of 100
-steps. That of the paper is unverified.
+steps. The rate of the paper is unverified.
 
 Differs:
 - The released code permutes both sides of a pair (v with o; gate and up with down) so that the chosen units
-  are neighbours, and trains a slice. The function is the same, so training the rows and columns where they
-  are is too, and what is stored here fits the published weights; there the saved model stays permuted.
-- With grouped-query attention the released code indexes query heads among key and value heads, and fails.
+  are neighbours, and trains a slice. The permuted model computes the same function, so training the rows and
+  columns in their places is equivalent. Here the stored change fits the published weights; the model that the
+  released code saves stays permuted.
+- With grouped-query attention the released code uses indices of query heads for key-value heads, and fails.
 - The released efficient variant trains other sub-matrices: rows of down and o, columns of up and v.
 
-Cost: in trained values for every row and out for every column, a head being as many of them as it is wide;
-their gradients and two moments in Adam. Values and positions are stored. A choice by activation costs one
-forward pass for each of ``batches`` steps, one by gradient a backward pass or more.
+Cost: ``in`` trained values for every row and ``out`` for every column, where a head has head_dim rows or
+columns; their gradients and two moments in Adam. Values and positions are stored. A choice by activation
+costs one forward pass for each of ``batches`` steps, one by gradient a backward pass or more.
 """
 
 from __future__ import annotations
@@ -67,7 +69,7 @@ SCORES = {"weight": "magnitude", "gradient": "gradient"}  # the score of single 
 
 @dataclass(frozen=True)
 class Units:
-    """The units of one site that may be chosen: ``count`` units of a grain, from unit ``first`` on."""
+    """The units of one site that may be chosen: ``count`` units of ``grain``, from unit ``first`` on."""
 
     grain: Grain
     first: int
@@ -83,7 +85,7 @@ class Draw:
     count: int
 
     def most_entries(self) -> int:
-        """Return how many entries the chosen units have at most; units of layers may differ in size."""
+        """Return the largest possible number of chosen entries; units of two layers may differ in size."""
         sizes: list[int] = []
         for units in self.units:
             sizes += [units.grain.size] * units.count
@@ -103,7 +105,7 @@ class S2FT(Method):
         criterion: How units are chosen: at ``random``, or by the mean absolute ``weight``, ``activation`` or
             ``gradient``.
         direction: Whether units with the largest or with the smallest means are trained.
-        batches: Number of steps whose batches give the activations or the gradients.
+        batches: Number of batches, one per step, that give the activations or the gradients.
     """
 
     v: Share = 0.0
@@ -197,7 +199,7 @@ class S2FT(Method):
         return found
 
     def sites(self, model: nn.Module) -> list[Site]:
-        """Return the layers that have a share. Raises ``ConfigError`` for a share without layers."""
+        """Return the layers with a share above 0. Raises ``ConfigError`` if the model lacks such a layer."""
         present = {site.role for site in all_sites(model)}
         targets: list[str] = []
         faults: list[str] = []
@@ -217,8 +219,8 @@ class S2FT(Method):
     def plan_draws(self, model: nn.Module, sites: list[Site]) -> Iterator[Draw]:
         """Yield one draw for each share above 0.
 
-        Raises ``ConfigError`` for a share of less than one unit, and if the model's heads are needed and
-        unknown.
+        Raises ``ConfigError`` for a share of less than one unit, and if a share of the heads is asked for and
+        the model's heads are unknown.
         """
         for name, share in self.shares.items():
             if not share:
@@ -237,7 +239,7 @@ class S2FT(Method):
 
 
 def mean_activations(run: Run, sites: list[Site], batches: int) -> list[Tensor]:
-    """Return the mean absolute output [out, 1] of the first layers of pairs, and input [in, 1] of the second.
+    """Return the mean absolute outputs [out, 1] of first layers of pairs, and inputs [in, 1] of second ones.
 
     The mean is over the tokens of the next ``batches`` steps, without padding, in eval mode.
     """

@@ -12,19 +12,19 @@ Formula:
 Paper: Hu et al., "High-Efficient Diffusion Model Fine-tuning with Progressive Sparse Low-Rank Adaptation"
 (SaRA), ICLR 2025, arXiv 2409.06633.
 
-Reading: Paper and released code were read. The paper writes the threshold without the absolute value, but
-means it. Its penalty is the sum over all matrices; one random matrix in each step is what the code does. The
-paper's text finds penalty = 5e-3 best, which is the default; the released commands have 5e-4. The paper
-narrows halfway through the run.
+Reading: Paper and released code were read. The paper compares w with the threshold, but means |w|. Its
+penalty is the sum over all matrices; the code, like this file, takes one random matrix in each step. The
+paper finds penalty = 5e-3 best, which is the default; the released commands have 5e-4. The paper narrows
+halfway through the run.
 
 Rate: Paper and released code have 1e-3 exp(-350 threshold), which is 5e-4 at a threshold of 2e-3.
 
 Differs: The faults of the released default optimizer are not reproduced:
-- its penalty reaches none of the trained values,
+- its penalty has no effect on the trained values,
 - its first forward pass takes |w| for w, and the same happens after narrowing,
 - narrowing drops Adam's moments.
 Its masks also cover biases, norms and convolutions; here they cover linear layers only. Weights are compared
-with theta in float32, so a base in float16 or bfloat16 has its own M.
+with theta in float32, so a base in float16 or bfloat16 may have another M.
 
 Cost: One trained value for every entry of M, its gradient and two moments in Adam. Values and positions are
 stored. With a penalty, one eigendecomposition of the smaller Gram matrix of one layer in every step.
@@ -100,7 +100,7 @@ class SaRA(Sparse):
         return found
 
     def _threshold_contradictions(self, threshold: float) -> list[str]:
-        """Return a fault for each setting that ``threshold`` already decides or makes useless."""
+        """Return a fault for each setting that contradicts ``threshold`` or has no effect with it."""
         found = []
         if self.sparsity != type(self).__dataclass_fields__["sparsity"].default:
             found.append(
@@ -182,7 +182,7 @@ class SaRA(Sparse):
 
 
 def _is_below(weight: Tensor, theta: float | Tensor) -> Tensor:
-    """Tell where |w| < theta, compared in float32."""
+    """Return where |w| < theta, compared in float32."""
     return weight.detach().float().abs() < torch.as_tensor(theta, dtype=torch.float32, device=weight.device)
 
 
@@ -192,7 +192,7 @@ def _weights(view: SparseDelta, layer: Patched) -> Tensor:
 
 
 def nuclear_norm(values: Tensor, where: Tensor, shape: torch.Size) -> Tensor:
-    """Return the nuclear norm of the matrix that has ``values`` [n] at flat positions ``where``, else 0.
+    """Return the nuclear norm of a matrix with ``values`` [n] at flat positions ``where`` and 0 elsewhere.
 
     Its gradient is U V^T over the singular values that are not 0 (above a millionth of the largest), and the
     norm is <U V^T, matrix>. Both come from the eigenvectors of the smaller Gram matrix in float64, which is

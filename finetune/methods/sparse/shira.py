@@ -15,13 +15,13 @@ Formula:
 Paper: Bhardwaj et al., "Sparse High Rank Adapters", NeurIPS 2024, arXiv 2406.13175.
 
 Reading: The paper was read, and the code of huggingface/peft, since the repository that the paper names holds
-no code. The form with a vector of values is trained, so weight decay pulls towards W. The paper trains 1 to 2
-percent of the entries, hence sparsity = 0.98.
+no code. What is trained is a vector of values that are added to W, so weight decay pulls towards W. The paper
+trains 1 to 2 percent of the entries, hence sparsity = 0.98.
 
 Rate: The paper has 5e-4, linear, for language models and 1e-4, cosine, for image generation.
 
 Differs:
-- peft has the random mask alone. Its generator starts from the same state in every run, so that all layers of
+- peft has only the random mask. Its generator starts from the same state in every run, so that all layers of
   one shape get the same mask; here the run's seed draws the masks, and every layer gets its own.
 - peft's budget is rank (in + out) entries per layer; here it is ``sparsity``.
 - The diagonal of the Struct mask is left out.

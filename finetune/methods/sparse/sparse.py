@@ -16,7 +16,7 @@ Rate: None published; an engine.
 Differs: There is no released code.
 
 Cost: K trained values, their gradients and two moments in Adam. Values and positions are stored. Scores of
-gradients cost backward passes at every choice, scores of a low-rank approximation one eigendecomposition a
+gradients cost backward passes at every choice, scores of a low-rank approximation one eigendecomposition per
 weight.
 """
 
@@ -39,4 +39,4 @@ class Crossing(Sparse):
     schedule: Schedule = Static()
 
     family: ClassVar[str] = "sparse delta"
-    trains: ClassVar[str] = "the entries that score, direction, scope, grain and schedule say"
+    trains: ClassVar[str] = "the entries that score, direction, scope, grain and schedule choose"

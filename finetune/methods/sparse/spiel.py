@@ -1,22 +1,22 @@
-"""SpIEL: train a moving set of entries; those that changed least give way to those with large gradients.
+"""SpIEL: train a moving set of entries; those that changed least are replaced by those with large gradients.
 
-Each matrix trains k entries. Every ``schedule.every`` steps (S) it exchanges part of them, ``window`` steps
-(g) into the period: before steps g, S + g, 2 S + g and so on. The share that is exchanged is
-``schedule.rate`` with its decay; with the linear decay all k entries are exchanged the first time. The
-entries with the smallest absolute change leave, and there are two criteria for those that come in. ``score``,
-``direction`` and ``scope`` choose the first entries only.
+Each matrix trains k entries. Once in every period of ``schedule.every`` steps (S) it replaces some of them,
+``window`` steps (g) after the start of the period: before steps g, S + g, 2 S + g and so on. The replaced
+share is ``schedule.rate`` with its decay; with the linear decay, all k entries are replaced the first time.
+The entries with the smallest absolute change are dropped, and one of two criteria chooses the new ones.
+``score``, ``direction`` and ``scope`` only choose the first entries.
 
 - ag, accumulated gradients: The first micro-batch of a period gives each matrix k candidates, the entries
   with the largest absolute gradient. Their gradients are summed over the g steps, and those with the largest
-  absolute sum come in. They get the age g, and the moments that Adam has after g steps of the mean gradient
-  and the mean square. Each entry has a bias correction by its own age. An entry that would both leave and
-  come in is left untouched.
-- ma, momentum approximation, with ``optimizer=sm3``: The untrained entries with the largest product of
-  SM3's row and column accumulators come in. A row without a trained entry has the accumulator 0, so
-  nothing comes in there while other products are left; likewise with columns.
+  absolute sum are added. They get the age g, and the moments that Adam has after g steps of the mean gradient
+  and the mean square. The bias correction of each entry uses its own age. An entry that would be both dropped
+  and added is left untouched.
+- ma, momentum approximation, with ``optimizer=sm3``: The untrained entries with the largest product of SM3's
+  row and column accumulators are added. A row or column without a trained entry has the accumulator 0, so its
+  entries are added only when no positive products are left.
 
 Formula:
-    leaving: int(p k) entries with the smallest |change|        p = rate (1 - step / total), at first 1
+    dropped: int(p k) entries with the smallest |change|        p = rate (1 - step / total); the first p is 1
     ag: largest |sum of g steps' gradients| among the candidates
         age = g,  m = (1 - beta1^g) mean(gradient),  v = (1 - beta2^g) mean(gradient^2)
     ma: largest row[i] col[j]
@@ -24,18 +24,18 @@ Formula:
 Paper: Ansell et al., "Scaling Sparse Fine-Tuning to Large Language Models", 2024, arXiv 2401.16405.
 
 Reading: The abstract and the released code were read; the body of the paper was not available. In the
-abstract, entries are dropped by their change of magnitude, and there are a few candidates. The code drops by
-|change| itself and has as many candidates as trained entries; this file follows the code. Period 20, window 5
-and rate 0.2 are the released defaults.
+abstract, entries are dropped by their change in magnitude, and there are a few candidates. The code, like
+this file, drops by |change| and has as many candidates as trained entries. Period 20, window 5 and rate 0.2
+are the released defaults.
 
-Rate: The released search tries 3e-6 to 1e-4 for the criterion ag and 4e-4 to 2e-3 for ma. That of the paper
-is unverified.
+Rate: The released search tries 3e-6 to 1e-4 for the criterion ag and 4e-4 to 2e-3 for ma. The rate of the
+paper is unverified.
 
 Differs:
 - The gradient of a whole step is squared, over all micro-batches and ranks, so their number does not matter.
   The released code squares the gradient of each micro-batch, and accumulation makes its moments too small.
-- From the second window on the released code sums g + 1 steps but gives the seeded moments the age g, so the
-  first update after an exchange is 4.5 % (g = 5) to 16 % (g = 2) too large. Here it is g steps and the age g.
+- From the second window on, the released code sums g + 1 steps but gives the new moments the age g, so the
+  first update after an exchange is 4.5 % (g = 5) to 16 % (g = 2) too large. Here g steps are summed.
 - Ranks of the released code may choose different entries; here they agree.
 - Gradients are taken before clipping.
 - The released budget is a share of all parameters, embeddings included, spread over the layers; here it is
@@ -66,15 +66,15 @@ from ...errors import ConfigError
 from ...registry import register
 from ...schedules.drop_grow import DropGrow
 
-# Takes the entries that stay and the number n that may leave; returns at most n others, the best first.
+# Takes the entries that stay and a number n; returns at most n other entries, the best first.
 Ranking = Callable[[Tensor, int], Tensor]
 
 
 def exchange_entries(where: Tensor, change: Tensor, share: float, ranking: Ranking) -> Tensor:
     """Exchange a ``share`` of the entries of a site, rounded down; return as many as before, ascending.
 
-    ``where`` [k]: flat positions of the trained entries, ``change`` [k]: their values. If fewer entries come
-    in than may leave, those with the smallest changes leave.
+    ``where`` [k]: flat positions of the trained entries, ``change`` [k]: their values. If ``ranking`` returns
+    fewer new entries than the share allows, fewer are dropped: those with the smallest changes.
     """
     n, order = int(share * len(where)), change.abs().sort(stable=True).indices
     may_leave, stays = where[order[:n]], where[order[n:]]
@@ -87,7 +87,7 @@ def exchange_entries(where: Tensor, change: Tensor, share: float, ranking: Ranki
 @register("spiel")
 @dataclass(frozen=True)
 class SpIEL(Sparse):
-    """SpIEL: a moving set of entries; those that changed least give way to those with the largest gradients.
+    """SpIEL: a moving set of entries; those that changed least are replaced by those with large gradients.
 
     Options:
         criterion: How new entries are chosen: by accumulated gradients (``ag``), or by the
@@ -102,7 +102,7 @@ class SpIEL(Sparse):
 
     family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = (
-        "entries that move: the least changed are dropped, those with large gradients grown"
+        "a moving set of entries: the least changed are dropped, those with large gradients added"
     )
     paper: ClassVar[str] = "arXiv 2401.16405"
 
@@ -140,7 +140,7 @@ class SpIEL(Sparse):
 
     @property
     def _periods(self) -> DropGrow:
-        """Return the schedule; ``contradictions`` refuses any other."""
+        """Return the schedule, typed; ``contradictions`` refuses every other class."""
         return cast(DropGrow, self.schedule)
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
@@ -165,7 +165,7 @@ class SpIEL(Sparse):
         self.prepare_retry(run, state)
 
     def prepare_retry(self, run: Run, state: Any) -> None:
-        """Watch the gradients of a step in a window, unless the run ends before the window does."""
+        """Watch the gradients of a step that lies in a window, unless the run ends before that window."""
         bank, candidates, place = state["bank"], state["candidates"], run.step % self._periods.every
         if self.criterion == "ag" and place < self.window and run.step - place + self.window < run.total:
             if place == 0:
@@ -193,7 +193,7 @@ class SpIEL(Sparse):
             found.append(
                 run.average_or_broadcast(exchange_entries(bank.positions(i), bank.slice(i), share, ranking))
             )
-        # An optimizer without betas takes no moments.
+        # An optimizer without betas keeps no moments.
         betas = run.optimizer.param_groups[0].get("betas", (0.0, 0.0))
         seeds = candidates.seeds(bank, found, betas)
         newcomers = bank.revise(found, run.moments(bank.values), self._periods.dropped, seeds)

@@ -1,10 +1,10 @@
 """SPT: train single entries where few are sensitive, and a low-rank branch where many are.
 
-The sensitivity of an entry is the sum over ``batches`` batches of its squared gradient of the mean loss,
-before training and in eval mode. The tau most sensitive entries of all matrices are chosen. A matrix with few
-chosen entries trains each of them by itself; a matrix with many gets a low-rank branch B A instead. tau is
-the largest number for which all trained values together fit into the budget. The class token, where a model
-has one, is trained too, in place, outside of the budget and without weight decay.
+The sensitivity of an entry is its squared gradient of the mean loss, summed over ``batches`` batches before
+training, in eval mode. The tau most sensitive entries of all matrices are chosen. A matrix with few chosen
+entries trains each of them by itself; a matrix with many gets a low-rank branch B A instead. tau is the
+largest number for which all trained values together fit into the budget. The class token, if the model has
+one, is trained too: in place, outside of the budget and without weight decay.
 
 Formula:
     sensitivity = sum over batches of g^2
@@ -16,10 +16,10 @@ Formula:
 Paper: He et al., "Sensitivity-Aware Visual Parameter-Efficient Fine-Tuning", ICCV 2023, arXiv 2303.08566.
 
 Reading: The abstract and the released code were read. alpha = 10 is taken from the released scripts. The
-paper's rule is remembered as c >= P, which is ``alpha=1``; this is unverified. 16 batches and rank 8 are the
+paper's rule is taken to be c >= P, which is ``alpha=1``; this is unverified. 16 batches and rank 8 are the
 released defaults.
 
-Rate: The released code has 1e-3, cosine, over 100 epochs, of which 10 are warm-up. That of the paper is
+Rate: The released code has 1e-3, cosine, over 100 epochs, of which 10 are warm-up. The rate of the paper is
 unverified.
 
 Differs:
@@ -65,8 +65,9 @@ def divide_budget(
     never below the limit.
 
     The entries of all sites are taken in the order of their scores, best first; among equal scores, the
-    earlier site comes first. An entry costs 1; the one that reaches its site's limit turns all of them into
-    a branch and costs the difference. The first entry that does not fit into the budget ends the choice.
+    earlier site comes first. An entry costs 1. The entry that reaches its site's limit turns the site's
+    entries into a branch, and costs the difference. The first entry that does not fit into the budget ends
+    the choice.
     Returns which of each site's scores are trained as entries, bool, and which sites have a branch, [sites]
     bool.
     """
@@ -87,7 +88,7 @@ def divide_budget(
 @register("spt")
 @dataclass(frozen=True)
 class SPT(Method):
-    """SPT: the most sensitive entries, and low-rank branches where they are many.
+    """SPT: the most sensitive entries, and a low-rank branch where a matrix has many of them.
 
     Options:
         targets: Layers whose weights compete: roles, groups of roles, or patterns of layer names.
@@ -96,7 +97,7 @@ class SPT(Method):
         rank: Rank of a branch.
         alpha: A matrix gets a branch if the number of its chosen entries is at least the branch's number of
             parameters divided by alpha.
-        batches: Number of steps whose batches the sensitivity is computed from.
+        batches: Number of batches, one per step, from which the sensitivity is computed.
         class_token: Whether the class token is trained too.
         class_token_decay: Whether weight decay acts on the trained class token.
     """
@@ -113,7 +114,7 @@ class SPT(Method):
     selection: ClassVar[str] = "eval"
     family: ClassVar[str] = "sparse delta"
     trains: ClassVar[str] = (
-        "the entries that the loss is most sensitive to, or a low-rank branch where a matrix has many"
+        "the entries to which the loss is most sensitive, or a low-rank branch where a matrix has many"
     )
     paper: ClassVar[str] = "arXiv 2303.08566"
     size: ClassVar[str] = "sparsity"

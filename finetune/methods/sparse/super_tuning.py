@@ -1,4 +1,4 @@
-"""Super-Tuning: train the largest entries of each weight, chosen once.
+"""Super-Tuning: train the largest entries of each weight, chosen once before training.
 
 K entries of each matrix are trained, those with the largest magnitude; ties go to the lower position. The
 variant Supra adds a low-rank branch beside the entries: ``branch`` is its rank, and 0 means no branch.
@@ -13,11 +13,11 @@ Reading: The code and the documentation of huggingface/peft were read, not the p
 peft's default, and ``direction=smallest`` is its ``select_top=False``. The scale of the branch is alpha /
 rank with peft's default alpha = 2 rank.
 
-Rate: That of the paper is unverified.
+Rate: The rate of the paper is unverified.
 
 Differs:
-- peft truncates size (1 - sparsity) in floating point, which gives 99 instead of 100 for 1000 and 0.9;
-  here the number left out is rounded.
+- peft truncates size (1 - sparsity) in floating point, which gives 99 instead of 100 for size 1000 and
+  sparsity 0.9; here the number of untrained entries is rounded.
 - peft can leave the positions out of its file and choose them again from the base weights; here they are
   always stored.
 

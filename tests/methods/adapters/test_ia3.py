@@ -223,7 +223,9 @@ def test_peft_gives_the_same_logits_and_gradients(kind: Kind) -> None:
 
 
 def test_targets_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(ValueError, match=r"method\.targets=\[k,k\] must name one target or more, each once"):
+    with pytest.raises(
+        ValueError, match=r"method\.targets=\[k,k\] must name at least one target, and each only"
+    ):
         IA3(targets=("k", "k"))
     with pytest.raises(ConfigError, match=r"blocks and heads of a Linear model are unknown"):
         IA3().build(nn.Linear(2, 2))
