@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from ..config.settings import ModelConfig
 from ..errors import RunFailed
 from ..models.folder import read_json
+from ..models.sidecar import FILE
 from ..models.stored import match_names
 from ..storage.atomic import replacing, write_json_atomic
 from ..storage.tensor_file import Part, TensorFile, write_tensor_file
@@ -76,8 +77,11 @@ def _place(subject: Subject, head: TensorFile) -> dict[str, list[Part]]:
 
 
 def _write(subject: Subject, labels: tuple[str, ...], placed: Mapping[str, list[Part]], target: Path) -> None:
-    for beside in sorted(subject.folder.glob("*.json")):
-        shutil.copyfile(beside, target / beside.name)
+    for beside in (*sorted(subject.folder.glob("*.json")), subject.folder / FILE):
+        if beside.is_file():
+            copied = target / beside.relative_to(subject.folder)
+            copied.parent.mkdir(exist_ok=True)
+            shutil.copyfile(beside, copied)
     named = ModelConfig("hf", str(subject.folder))
     config: dict[str, Any] = read_json(subject.folder / "config.json", named)
     config["id2label"] = {str(row): label for row, label in enumerate(labels)}

@@ -23,8 +23,8 @@ from ..core.layer import Patched
 from ..core.roles import in_head
 from ..core.site import Site
 from ..errors import ConfigError
-from ..models.folder import AUTO
-from ..models.scratch import describe, make_settings
+from ..models.folder import refuse_foreign_code
+from ..models.scratch import describe
 from ..models.stored import hash_parameters, match_names, name_parameters
 from ..storage.delta import load_delta, read_description
 from ..storage.frozen_config import MOVABLE
@@ -180,23 +180,18 @@ def _change_of(layer: Patched, weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _build_on_meta(path: Path, config: Config, about: Mapping[str, Any], base: BaseFolder) -> Any:
     """Return the model of a run without the values of its weights; those of its head are not set yet."""
-    import transformers
-
-    settings = make_settings(base.folder, ModelConfig("hf", str(base.folder)), tuple(about["labels"]))
-    auto = AUTO.get(about["task"])
-    if auto is None or type(settings) not in getattr(transformers, auto)._model_mapping:
+    named = ModelConfig("hf", str(base.folder))
+    if about["task"] not in refuse_foreign_code(base.folder, named):
         raise ConfigError(
             f"runs={path} was trained for {about['task']}, which model={base.folder} cannot do."
         )
-    with torch.device("meta"):
-        model = getattr(transformers, auto).from_config(settings, trust_remote_code=False)
+    model = describe(base.folder, named, about["task"], tuple(about["labels"]))
     if type(model) is not type(base.model):
         raise ConfigError(
             f"runs={path} is a {type(model).__name__}, and model={base.folder} is stored as a "
             f"{type(base.model).__name__}, which has no place for its head. Merge each run with `finetune "
             "merge`, and fold the folders, with one of them as model=FOLDER."
         )
-    model.requires_grad_(False)
     for name in about["head"]:
         owner, _, leaf = name.rpartition(".")
         shape = model.get_parameter(name).shape

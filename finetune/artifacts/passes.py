@@ -293,9 +293,9 @@ def _process(
 
 def _describe_row(row: Row) -> str:
     """Say in a few words what was made of a site."""
-    if "structure" not in row:
-        return f"{row['zeros']:,} zeros"
     change = f"relative change {row['relative_change']:.3g}"
+    if "structure" not in row:
+        return f"{row['zeros']:,} zeros" if row["zeros"] else change
     return f"{row['parameters']:,} of {row['entries']:,} entries, {change}"
 
 

@@ -53,11 +53,13 @@ def draw(
     return model, {"missing_keys": (), "mismatched_keys": ()}
 
 
-def describe(folder: Path, config: ModelConfig) -> Any:
+def describe(
+    folder: Path, config: ModelConfig, wanted: str | None = None, labels: tuple[str, ...] = ()
+) -> Any:
     """Return a folder's model, frozen, on the meta device, where tensors have shapes and no values.
 
-    Its class is that of the task that config.json names, or the body alone. Raises ``ConfigError`` if the
-    model cannot be built.
+    Its class is that of the task ``wanted``, with a head for ``labels``; by default, that of the task that
+    config.json names, or the body alone. Raises ``ConfigError`` if the model cannot be built.
     """
     import transformers
     from transformers.models.auto import modeling_auto
@@ -66,10 +68,11 @@ def describe(folder: Path, config: ModelConfig) -> Any:
     auto, architectures = "AutoModel", content.get("architectures")
     for task, table in TASKS.items():
         name = getattr(modeling_auto, table).get(str(content.get("model_type")))
-        if isinstance(architectures, list) and name is not None and name in architectures:
+        is_named = isinstance(architectures, list) and name is not None and name in architectures
+        if task == wanted or (wanted is None and is_named):
             auto = AUTO[task]
     try:
-        settings = make_settings(folder, config, ())
+        settings = make_settings(folder, config, labels)
         with torch.device("meta"):
             model = getattr(transformers, auto).from_config(settings, trust_remote_code=False)
         swap(model, locate(model, read_structures(folder, config), config))

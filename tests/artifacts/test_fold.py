@@ -147,6 +147,31 @@ def test_a_folder_counts_as_the_run_that_it_was_merged_from(tmp_path: Path) -> N
     assert all(torch.equal(alone[name], merged[name]) for name in merged)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["tiny_lm", "tiny_vit"])
+def test_runs_on_a_compressed_model_keep_its_structures(model: str, tmp_path: Path) -> None:
+    words = ["method=svd", "keep=0.8", f"model=builtin:{model}", "out=base"]
+    said = call("compress", *words, folder=tmp_path)
+    assert said.code == 0, said.err
+    settings = ["method=lora", "model=hf", "model.path=base", "train.steps=2", "train.batch_size=4", "run=r"]
+    if model == "tiny_lm":
+        settings += ["dataset=stdlib", "dataset.length=64", "dataset.train_bytes=4000"]
+        settings += [f"dataset.{split}_bytes=2000" for split in ("val", "test", "retention")]
+    said = call("train", *settings, "name=n", folder=tmp_path)
+    assert said.code == 0, said.err
+    said = call(
+        "merge", "ckpt=outputs/n/r", "out=merged", "--dtype=float16", "--tolerance=1", folder=tmp_path
+    )
+    assert said.code == 0, said.err
+    said = call("fold", "method=linear", "model=base", "runs=outputs/n/r", "out=out", folder=tmp_path)
+    assert said.code == 0, said.err
+    merged, found = (load_file(tmp_path / name / "model.safetensors") for name in ("merged", "out"))
+    assert found.keys() == merged.keys()
+    assert all(torch.equal(found[name], merged[name]) for name in merged)
+    structures = [(tmp_path / name / "finetune/structure.json").read_text() for name in ("base", "out")]
+    assert structures[0] == structures[1]
+
+
 class Stopped(BaseException):
     pass
 
