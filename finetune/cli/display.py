@@ -26,6 +26,8 @@ def _print_item(name: str, item: Any, indent: str) -> None:
             _print_item(str(key), inner, indent + "  ")
     elif isinstance(item, list) and item and isinstance(item[0], Mapping):
         show_table(item)
+    elif isinstance(item, list) and indent:
+        print(f"{indent}{name}: {', '.join(_show_value(value) for value in item) or '-'}")
     elif isinstance(item, list) and all(isinstance(line, str) for line in item):
         for line in item:
             print(f"{indent}{make_printable(line)}")
