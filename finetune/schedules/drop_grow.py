@@ -1,4 +1,4 @@
-"""The drop-and-grow schedule: entries that changed least are replaced by others.
+"""The drop-and-grow schedule: the entries that changed least are replaced by others.
 
 Formula:
     before every step t that is a multiple of ``every``: p K entries are dropped, as many others are added
@@ -9,7 +9,7 @@ Formula:
 The entries with the smallest absolute change are dropped, and the best others by score are added.
 
 Paper: SpIEL, Ansell et al., 2024, arXiv 2401.16405, which replaces all entries at the first move (see
-method=spiel); before it RigL, Evci et al., 2020, arXiv 1911.11134, with the cosine.
+method=spiel). Earlier, with the cosine: RigL, Evci et al., 2020, arXiv 1911.11134.
 """
 
 from __future__ import annotations

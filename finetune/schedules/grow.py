@@ -1,4 +1,4 @@
-"""The grow schedule: entries are added in equal parts, and stay.
+"""The grow schedule: entries are added in equal parts, and none is dropped.
 
 Formula:
     n = ceil(round(end * steps) / every) parts; i K / n entries are trained after part i
@@ -48,8 +48,7 @@ class Grow(Schedule):
         found = period_faults(self.every, total)
         if not found and self.parts(total) < 2:
             found.append(
-                f"schedule.every={self.every} is not below the share schedule.end={self.end:g} of the run's "
-                f"{total} steps, so no entry would be added after the first part; take less, or a larger "
-                "share."
+                f"schedule.every={self.every} is not below schedule.end={self.end:g} times the run's {total} "
+                "steps, so no entry would be added after the first part; take less, or a larger share."
             )
         return found

@@ -1,10 +1,10 @@
-"""The narrow schedule: give up a part of the trained entries, once in a run.
+"""The narrow schedule: drop a part of the trained entries, once in a run.
 
 Formula:
     before step round(at * steps): the best keep * K of the K trained entries by score stay trained
 
 Paper: the progressive adjustment of SaRA, Hu et al., 2025, arXiv 2409.06633. SaRA itself keeps the entries
-that are below its threshold, not a share of them; see method=sara.
+that are below its threshold instead of a fixed share; see method=sara.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ..registry import register
 @register("narrow")
 @dataclass(frozen=True)
 class Narrow(Schedule):
-    """Keep only the best of the trained entries, by score, from one step of the run on.
+    """From one step of the run on, train only the best of the trained entries by score.
 
     Options:
-        at: Share of the run after which entries are given up.
+        at: Share of the run after which entries are dropped.
         keep: Share of the entries that stays trained.
         dropped: Whether an entry that leaves returns to its pretrained value (``base``) or keeps its value
             (``kept``).

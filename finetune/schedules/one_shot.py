@@ -3,7 +3,7 @@
 Formula:
     the first round(dense * steps) steps train every entry; the rest of the run trains K entries
 
-Paper: LT-SFT, Ansell et al., 2022, arXiv 2110.07560. The rewinding is to the pretrained weights.
+Paper: LT-SFT, Ansell et al., 2022, arXiv 2110.07560. The weights are rewound to the pretrained ones.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class OneShot(Schedule):
 
     Options:
         dense: Share of the run that trains all entries.
-        lr_schedule: Whether the learning rate's schedule and its warm-up run over each phase anew
-            (``restart``) or once over the whole run (``span``).
+        lr_schedule: Whether the learning rate's schedule and its warm-up start again in each phase
+            (``restart``) or run once over the whole run (``span``).
     """
 
     dense: Annotated[float, Gt(0), Lt(1)] = 0.25

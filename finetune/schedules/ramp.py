@@ -4,9 +4,9 @@ Formula:
     s_t = s_f + (s_i - s_f) (1 - (t - t_0) / (n every))^power
     s: share of the entries that is not trained; t_0: start; n every: length of the ramp; n is rounded down
 
-Paper: Zhu and Gupta, 2017, arXiv 1710.01878, equation 1, which is the curve with the power 3. The masks of
-the paper prune weights; here they say which entries may differ from the base. Because n is rounded down, s_f
-is reached at an update. TensorFlow's code never reaches it if ``every`` does not divide the ramp.
+Paper: Zhu and Gupta, 2017, arXiv 1710.01878, equation 1, which is the curve with power = 3. The masks of the
+paper prune weights; here they choose the entries that may differ from the base. Because n is rounded down,
+the last update reaches s_f. TensorFlow's code never reaches s_f if ``every`` does not divide the ramp.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ..registry import register
 @register("ramp")
 @dataclass(frozen=True)
 class Ramp(Schedule):
-    """Go from ``initial`` times the budget to the budget, in updates every few steps.
+    """Go from ``initial`` times the budget to the budget, with an update every few steps.
 
-    With ``initial`` above 1 entries are given up, the worst by score first; below 1 the best are added.
+    With ``initial`` above 1, entries are dropped, the worst by score first; below 1, the best are added.
 
     Options:
         initial: Number of trained entries at the start, as a multiple of the budget.
-        power: Exponent of the curve; 3 is the cubic curve of the paper, 1 a line.
+        power: Exponent of the curve; 3 is the cubic curve of the paper, 1 a straight line.
         start: Share of the run after which the ramp begins.
         end: Share of the run at which the ramp ends.
         every: Number of steps from one update to the next.
@@ -61,7 +61,7 @@ class Ramp(Schedule):
         return 1 + (self.initial - 1) * left
 
     def _updates(self, total: int) -> int:
-        """Return n; the last update comes before the last step, so that the budget is trained too."""
+        """Return n; the last update comes before the last step, so that the final budget is trained too."""
         return (min(round(self.end * total), total - 1) - round(self.start * total)) // self.every
 
     def move(self, step: int, total: int) -> Move | None:

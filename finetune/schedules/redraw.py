@@ -1,7 +1,7 @@
 """The redraw schedule: all entries are chosen again from time to time.
 
 Formula:
-    before every step that is a multiple of ``every``: the best K entries of all by score
+    before every step that is a multiple of ``every``: choose the best K of all entries by score
 
 Paper: LIFT's refresh of the mask, Liu et al., 2025, arXiv 2506.00772.
 """
@@ -20,7 +20,7 @@ from ..registry import register
 @register("redraw")
 @dataclass(frozen=True)
 class Redraw(Schedule):
-    """Choose among all entries again every few steps; entries that stay keep their value and moments.
+    """Choose among all entries again every few steps; entries that stay keep their values and moments.
 
     Options:
         every: Number of steps from one choice to the next.

@@ -15,4 +15,4 @@ from ..registry import register
 @register("static")
 @dataclass(frozen=True)
 class Static(Schedule):
-    """Chosen once, before the first step."""
+    """Choose the entries once, before the first step."""

@@ -1,4 +1,4 @@
-"""Scores of gradients, which cost backward passes of their own before entries are chosen."""
+"""Scores of gradients, which cost additional backward passes before entries are chosen."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Gradient(Score):
 
 @register("gradient_weight")
 class GradientWeight(Score):
-    """g w, with its sign: to first order, minus the increase of the loss when w is set to 0."""
+    """g w, with its sign: to first order, how much the loss falls when w is set to 0."""
 
     needs: ClassVar[Needs] = "gradient"
     uses: ClassVar[tuple[str, ...]] = ("batches",)

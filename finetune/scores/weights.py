@@ -31,7 +31,7 @@ class Magnitude(Score):
 
 @register("change")
 class Change(Score):
-    """|w - w_0|, the movement since the start (LT-SFT, arXiv 2110.07560)."""
+    """|w - w_0|, the change since the start (LT-SFT, arXiv 2110.07560)."""
 
     def __call__(self, site: ScoredSite, method: Any) -> Tensor:
         return site.weight().sub_(site.layer.original.float()).abs_()
@@ -49,18 +49,18 @@ class LowRankMagnitude(Score):
 
 @register("principal")
 class Principal(LowRankMagnitude):
-    """|W_R|, as LIFT (arXiv 2506.00772) names it: its principal weights have the largest values."""
+    """|W_R|, whose largest entries LIFT (arXiv 2506.00772) calls the principal weights."""
 
     uses: ClassVar[tuple[str, ...]] = ("rank",)
 
 
 @register("off_principal")
 class OffPrincipal(Score):
-    """Minus the better of an entry's places in the ascending orders of |w| and |W_R|.
+    """Minus the smaller of an entry's two ranks, in ascending order of |w| and of |W_R|.
 
-    The K largest scores are the union of the a smallest entries by |w| and the a smallest by |W_R|, for the a
-    whose union has K entries: the "safe" mask of arXiv 2511.08567, M_low united with the complement of
-    M_princ.
+    The entries with the K largest scores are the union of the n smallest by |w| and the n smallest by |W_R|,
+    where n is chosen so that the union has K entries. This is the "safe" mask of arXiv 2511.08567, the union
+    of M_low and the complement of M_princ.
     """
 
     uses: ClassVar[tuple[str, ...]] = ("rank",)
@@ -73,7 +73,7 @@ class OffPrincipal(Score):
 
 
 def _places(x: Tensor) -> Tensor:
-    """Return the place of each entry in ascending order, ties by position, as float32 (exact up to 2**24)."""
+    """Return the rank of each entry in ascending order, ties by position, as float32 (exact up to 2**24)."""
     order = x.reshape(-1).argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=x.device))
     return place.view(x.shape).float()

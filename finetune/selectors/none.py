@@ -11,4 +11,4 @@ from ..registry import register
 @register("none")
 @dataclass(frozen=True)
 class NoSelector(Selector):
-    """Every part trains in every step."""
+    """Train every part in every step."""
