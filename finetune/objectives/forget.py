@@ -1,6 +1,6 @@
-"""Gradient-ascent unlearning: raise the loss on what is to be forgotten, beside the loss on what is kept.
+"""Gradient-ascent unlearning: raise the loss on data to forget, and lower it on data to retain.
 
-The run's data set is what the model is to forget. The stream ``retain`` is what it is to keep.
+The model is to forget the run's data set, and to retain the stream ``retain``.
 
 Formula:
     loss = -forget mean CE(D_f) + retain mean CE(D_r)
@@ -14,13 +14,14 @@ those of the second paper's code, which takes the difference of the two means. T
 unverified. Ascent alone, ``objective.retain=0``, is the baseline GA of the first paper's code.
 
 Differs:
-- The code of the second paper takes one step of a new Adam over both complete sets, and of that step only the
-  signs of the gradient count. Here every step takes a batch of each.
+- The code of the second paper takes a single step of a new Adam over both complete sets; such a step depends
+  only on the signs of the gradient. Here every step takes a batch of each.
 - The code of the first paper runs 5 epochs of ascent at a rate of 1e-4 in its example.
-- Cross-entropy has no upper bound, so the loss has no lower one: only the steps and the rate limit it.
-- There is no divergence from the original model on the kept examples.
+- Cross-entropy has no upper bound, so the loss has no lower bound: only the number of steps and the learning
+  rate limit it.
+- There is no term for the divergence from the original model on the retained examples.
 
-Cost: A forward and backward pass over as many kept examples as forgotten ones in every step. With
+Cost: In every step, a forward and backward pass over as many retained examples as forgotten ones. With
 ``objective.retain=0`` there is no second stream.
 """
 
@@ -43,7 +44,7 @@ RETAIN = "retain"
 @register("forget")
 @dataclass(frozen=True)
 class Forget(Objective):
-    """Gradient-ascent unlearning: minus the cross-entropy on the data set, plus that on a stream to retain.
+    """Gradient-ascent unlearning: minus the cross-entropy on the data set, plus that on data to retain.
 
     Options:
         forget: Weight of the ascent on the data set.
@@ -53,7 +54,7 @@ class Forget(Objective):
     forget: Annotated[float, Gt(0)] = 1.0
     retain: Annotated[float, Ge(0)] = 1.0
 
-    keeps_best: ClassVar[bool] = False  # validation is on what is to be forgotten
+    keeps_best: ClassVar[bool] = False  # validation measures the data to forget
 
     def streams(self) -> tuple[str, ...]:
         return (RETAIN,) if self.retain else ()

@@ -1,4 +1,4 @@
-"""Knowledge distillation: match a teacher's predictions beside the labels.
+"""Knowledge distillation: match a teacher's predictions in addition to the labels.
 
 Formula:
     loss = task CE(labels) + kl T^2 KL(p || q)
@@ -13,7 +13,7 @@ this project.
 Differs: The authors released no code.
 
 Cost: A forward pass of the teacher for each step. The teacher ``base`` needs no memory of its own, unless the
-method trains the model's own weights in place: then the pretrained model is read once and kept beside it.
+method trains the model's own weights in place. Then the pretrained model is read once and kept in memory.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..registry import register
 @register("kd")
 @dataclass(frozen=True)
 class KD(Distillation):
-    """Knowledge distillation: the divergence from a teacher's predictions, beside the task's loss.
+    """Knowledge distillation: the divergence from a teacher's predictions, added to the task's loss.
 
     Options:
         task: Weight of the task's cross-entropy.

@@ -1,8 +1,8 @@
-"""SquareHead: match a teacher's hidden states, each layer by its relative squared error.
+"""SquareHead: match a teacher's hidden states by the relative squared error of each layer.
 
-The teacher has the student's architecture. Every block counts the same, although hidden states grow by orders
-of magnitude with depth, because each error is divided by the teacher's own mean square. The output of the
-embeddings is left out. Padding is left out, and prompt and answer are counted alike.
+The teacher has the student's architecture. Hidden states grow by orders of magnitude with depth; each error
+is divided by the mean square of the teacher's state, so that every block counts the same. The output of the
+embeddings and padding are left out. The tokens of prompt and answer count alike.
 
 Formula:
     loss = task CE + kl T^2 KL + squarehead sum_i mean((s_i - t_i)^2) / (mean(t_i^2) + eps)
@@ -11,17 +11,18 @@ Formula:
 Paper: Kurtic et al., "Sparse Fine-tuning for Inference Acceleration of Large Language Models", 2023, arXiv
 2310.06927.
 
-Reading: The abstract and the released training script were read, not the body of the paper. The released
-loss is a sum over layers of ratios of means, in the micro-batch, over the tokens of the attention mask.
+Reading: The abstract and the released training script were read, not the body of the paper. The released loss
+sums one ratio of means per layer; the means are over the unmasked tokens of the micro-batch.
 
 Differs:
 - The released script masks weights that are zero at the start; here the method decides what is trained.
 - The last hidden state of a Llama is the one after the final norm, for student and teacher alike.
-- The ratio is computed in float32. The released eps is that of bfloat16, 2^-7: layers whose mean square is
-  below about 0.1 count less.
+- The ratio is computed in float32. The released eps is the machine epsilon of bfloat16, 2^-7, so layers whose
+  mean square is below about 0.1 count less.
 
-Cost: A forward pass of the teacher for each step, and the hidden states of both models: 2 blocks n tokens
-width values. The teacher ``base`` needs no memory of its own, unless the method trains weights in place.
+Cost: A forward pass of the teacher for each step, and the hidden states of both models, together 2 * blocks *
+n * tokens * width values. The teacher ``base`` needs no memory of its own, unless the method trains weights
+in place.
 """
 
 from __future__ import annotations
@@ -43,12 +44,12 @@ from ..registry import register
 @register("squarehead")
 @dataclass(frozen=True)
 class SquareHead(Distillation):
-    """SquareHead: the relative squared error of every block's output, beside the task's loss.
+    """SquareHead: the relative squared error of every block's output, added to the task's loss.
 
     Options:
         squarehead: Weight of the sum of relative errors.
         kl: Weight of the divergence of the predictions.
-        eps: Added to each mean square that divides an error.
+        eps: Number added to each mean square by which an error is divided.
     """
 
     kl: Annotated[float, Ge(0)] = 0.0

@@ -1,4 +1,4 @@
-"""The task's own loss: cross-entropy, for language models of every scored token.
+"""The task's own loss: cross-entropy over the examples, or over the scored tokens of a language model.
 
 Formula:
     loss = sum(w_y l) / sum(w_y),  l = (1 - s) (-log p_y) + s mean_c(-w_c log p_c) / w_y
@@ -32,8 +32,8 @@ class Task(Objective):
 
     Options:
         label_smoothing: Share of the target that is spread evenly over all classes, or all tokens.
-        class_weights: Weight of the examples of each class, in the order of the labels. ``balanced`` gives
-            n / (classes * n_c), where n_c of the n training examples have the class. ``null``: all are 1.
+        class_weights: Weight of the examples of each class, in the order of the labels. ``balanced``: weights
+            n / (classes * n_c), where n_c of the n training examples are of class c. ``null``: all are 1.
     """
 
     label_smoothing: Annotated[float, Ge(0), Lt(1)] = 0.0

@@ -34,7 +34,7 @@ class AdamW(Optimizer):
     eps: Annotated[float, Gt(0)] = 1e-8
 
     def make(self, groups: list[dict[str, Any]], states: nn.Module) -> AdamWOptimizer:
-        """Return the torch optimizer; the values of stores with ages are its ``aged`` parameters."""
+        """Return the torch optimizer; its ``aged`` parameters are the values of the stores with ages."""
         aged = [store.values for store in entry_stores(states) if store.ages]
         return AdamWOptimizer(groups, aged, lr=self.lr, betas=self.betas, eps=self.eps)
 
@@ -42,21 +42,21 @@ class AdamW(Optimizer):
 class AdamWOptimizer(torch.optim.AdamW):
     """torch's fused AdamW, in which the entries of some parameters have ages of their own.
 
-    For the parameters ``aged``, ``state["step"]`` has the shape of the parameter; code that adds entries may
-    set it, like the moments. The moments m and v are those of AdamW. With t, the age of an entry counting
-    this step: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
+    For the parameters ``aged``, ``state["step"]`` holds the ages, in the shape of the parameter; code that
+    adds entries may set it, like the moments. The moments m and v are those of AdamW. With t, the age of an
+    entry including this step: p -= lr * (m / (1 - beta1^t)) / (sqrt(v / (1 - beta2^t)) + eps).
     """
 
     def __init__(self, params: Any, aged: Iterable[Tensor] = (), **settings: Any) -> None:
         super().__init__(params, fused=True, **settings)
         self.aged = list(aged)
-        self._step_supports_amp_scaling = not self.aged  # with fp16, gradients must come unscaled
+        self._step_supports_amp_scaling = not self.aged  # with fp16, gradients must be unscaled first
 
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # a closure could not set .grad
         """Update every parameter that has a gradient."""
         grads = [p.grad for p in self.aged]
         for p in self.aged:
-            p.grad = None  # torch's step leaves these parameters alone
+            p.grad = None  # so that torch's step skips these parameters
         super().step()
         for p, grad in zip(self.aged, grads, strict=True):
             p.grad = grad
@@ -103,6 +103,6 @@ def _update_(
 
 
 def _power_minus_one(age: Tensor, beta: float, out: Tensor | None = None) -> Tensor:
-    """Return beta^age - 1, without the cancellation that float32 would have at small ages."""
+    """Return beta^age - 1, without the cancellation error of float32 at small ages."""
     exponent = math.log(beta) if beta else -math.inf
     return torch.mul(age, exponent, out=out).expm1_()

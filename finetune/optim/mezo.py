@@ -1,16 +1,16 @@
 """MeZO: a step from two forward passes, without gradients; and Sparse-MeZO, which moves only small values.
 
 Each step draws one direction z from the normal distribution. It measures the loss of the step's batch at the
-trained values plus and minus ``eps`` z, in eval mode, and moves the values along z by the difference. No
-gradient is computed, and the optimizer has no moments. The direction is not stored: it is drawn again, in
-chunks, whenever it is used. Each tensor has a stream of its own, which follows from the run's seed, the
-tensor's name and the step (see ``core/seeded.py``). So the numbers are the same on every device and process,
-and no other tensor changes them. A run can be rebuilt from its start and its metrics: ``lr`` and
-``projected_gradient`` of every step.
+trained values plus and minus ``eps`` z, in eval mode, and moves the values along z in proportion to the
+difference. No gradient is computed, and the optimizer has no moments. The direction is not stored: it is
+drawn again, in chunks, whenever it is used. Each tensor has a stream of its own, which follows from the run's
+seed, the tensor's name and the step (see ``core/seeded.py``). The numbers are therefore the same on every
+device and process, and do not depend on the other tensors. A run can be rebuilt from its start and two of its
+metrics, ``lr`` and ``projected_gradient`` of every step.
 
 With ``sparsity`` above 0 the direction is 0 for that share of each matrix. ``mask=smallest`` moves the values
-whose magnitude is at most a threshold, fixed for each matrix before the first step. The mask is taken from
-the values before each step and stored with 1 bit a value until the step ends. ``mask=random`` draws the
+whose magnitude is at most a threshold, fixed for each matrix before the first step. The mask is computed from
+the values before each step and kept, at 1 bit per value, until the step ends. ``mask=random`` draws the
 moving values once per run.
 
 Formula:
@@ -22,25 +22,27 @@ Paper: Malladi et al., "Fine-Tuning Language Models with Just Forward Passes", N
 Liu et al., "Sparse MeZO: Less Parameters for Better Performance in Zeroth-Order LLM Fine-Tuning", NeurIPS
 2025, arXiv 2402.15751.
 
-Reading: MeZO: paper and released code. Sparse-MeZO: the text of the paper (v2); its code could not be had.
-Its algorithm compares the value itself with h where its text says the magnitude; the magnitude is taken here.
-It does not say how vectors are treated; here vectors, and tensors whose values all have one magnitude (a
-factor of LoRA that starts at 0), move as a whole. The entries of a sparse bank are changes that start at 0,
-and move as a whole too. Its learning rates and ``eps`` are not stated; those of MeZO are the defaults.
+Reading: For MeZO, the paper and the released code were read; for Sparse-MeZO the text of the paper (v2), as
+its code was not available. The algorithm in that paper compares the value itself with h, and the text says
+the magnitude, which is taken here. The paper does not say how vectors are treated; here vectors, and tensors
+whose values all have one magnitude (a factor of LoRA that starts at 0), move as a whole. The entries of a
+sparse bank are changes that start at 0, and move as a whole too. The paper states neither learning rates nor
+``eps``; the defaults are those of MeZO.
 
 Differs:
 - The released code of MeZO draws from the global generator of the device, in the order of the tensors, so
   that its numbers depend on the device and on which tensors are trained, and its steps are not logged.
-- The released code trains float16 weights in place. Here trained values are float32, whose drift from adding
-  and subtracting the perturbation is about 1e-9 a step.
-- Weight decay spares vectors, as with every optimizer here; the released code spares names with ``bias``,
-  ``layer_norm`` or ``layernorm``.
-- The average over several directions a step, the variants with momentum or Adam, and losses that are not
+- The released code trains float16 weights in place. Here trained values are float32, and adding and
+  subtracting the perturbation makes them drift by about 1e-9 per step.
+- Weight decay does not act on vectors, as with every optimizer here; in the released code it does not act on
+  names with ``bias``, ``layer_norm`` or ``layernorm``.
+- The average over several directions per step, the variants with momentum or Adam, and losses that are not
   differentiable are left out; so is the form of Sparse-MeZO that perturbs inside the forward pass.
 
-Cost: Two forward passes a step, and three passes over the trained values that draw random numbers (on one CPU
-core about 30 ns a value each, on a GPU unmeasured). No gradient, no activations, no moments. With sparsity 1
-bit a value more during a step, and once a copy of the largest matrix to find its threshold.
+Cost: Two forward passes per step, and three passes over the trained values that draw random numbers (on one
+CPU core about 30 ns per value and pass; not measured on a GPU). No gradients, activations or moments are
+kept. Sparsity adds 1 bit per value during a step, and once a copy of the largest matrix to find its
+threshold.
 """
 
 from __future__ import annotations
@@ -93,9 +95,9 @@ class MeZO(Optimizer):
             )
 
     def make(self, groups: list[dict[str, Any]], states: nn.Module) -> torch.optim.Optimizer:
-        """Return the groups with their learning rates and weight decays; torch's optimizer makes no step.
+        """Return a torch optimizer that only holds the groups and their settings; its own step is not called.
 
-        Raises ``ConfigError`` if sparsity is asked for and no matrix is trained.
+        Raises ``ConfigError`` if ``sparsity`` is set and no matrix is trained.
         """
         matrices = [p for group in groups for p in group["params"] if p.ndim > 1]
         if self.sparsity and not matrices:
@@ -108,10 +110,10 @@ class MeZO(Optimizer):
 
     @torch.no_grad()
     def step(self, run: Run, evaluate: Callable[[], float]) -> None:
-        """Measure the loss on both sides of the values, and move them.
+        """Measure the loss on both sides of the values, and move the values.
 
-        The values are restored by arithmetic: each ends within rounding of where it was. They are restored,
-        too, if ``evaluate`` raises an error.
+        Perturbations are undone by subtraction, so values are restored up to rounding. They are also restored
+        if ``evaluate`` raises an error.
         """
         directions = list(self._directions(run))
         try:
@@ -138,7 +140,7 @@ class MeZO(Optimizer):
                 if not parameter.requires_grad:  # a method or a selector freezes it in this step
                     continue
                 name = names[id(parameter)]
-                count = counts.get(id(parameter), parameter.numel())  # a store may have room for more entries
+                count = counts.get(id(parameter), parameter.numel())  # a store may have unused room
                 yield Direction(
                     parameter.view(-1)[:count],
                     seed=seeded.seed_for(run.seed, name),
@@ -150,7 +152,7 @@ class MeZO(Optimizer):
                 )
 
     def _mask(self, run: Run, name: str, parameter: nn.Parameter) -> Callable[[slice, Tensor], Tensor] | None:
-        """Return a function from a place and the values there to the mask; None if the whole tensor moves."""
+        """Return a function that maps a slice and its values to the mask; None if the whole tensor moves."""
         if not self.sparsity or parameter.ndim < 2:
             return None
         if self.mask == "random":
@@ -163,10 +165,10 @@ class MeZO(Optimizer):
 
 
 class Direction:
-    """The direction of one tensor in one step, which is drawn whenever it is needed.
+    """The direction of one tensor in one step; it is drawn again whenever it is needed.
 
-    ``values`` [n]: a view of the tensor. ``place``: how many times ``eps`` the direction is added to the
-    values now.
+    ``values`` [n]: a view of the tensor. ``place``: the values are now at their start plus ``place * eps``
+    times the direction.
     """
 
     def __init__(
@@ -206,7 +208,7 @@ class Direction:
         self.place = place
 
     def finish(self, slope: float) -> None:
-        """Restore the values, and make the step of a loss with this ``slope`` along the direction."""
+        """Restore the values, and move them by a step for the loss's ``slope`` along the direction."""
         for values, z, mask in self.chunks():
             values.add_(z, alpha=-self.place * self.eps)
             change = z.mul_(slope)
@@ -235,9 +237,9 @@ class _RandomMask:
 
 
 def find_threshold(values: Tensor, sparsity: float) -> Tensor:
-    """Return the magnitude below or at which the share 1 - ``sparsity`` of ``values`` lies, as a scalar.
+    """Return the magnitude that the share 1 - ``sparsity`` of ``values`` does not exceed, as a scalar.
 
-    At least one value is selected. It is infinite where all magnitudes are equal, as in a tensor of zeros.
+    It is infinite if all magnitudes are equal, as in a tensor of zeros. At least one value is selected.
     """
     magnitudes = values.detach().abs()
     if magnitudes.min() == magnitudes.max():

@@ -1,4 +1,4 @@
-"""SM3 keeps squared gradients by rows and columns (Anil et al., 2019, arXiv 1901.11150, algorithm II)."""
+"""SM3: accumulate squared gradients by rows and columns (Anil et al., 2019, arXiv 1901.11150, SM3-II)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class SM3(Optimizer):
     """SM3: one accumulator per row and per column instead of one per entry.
 
     Options:
-        eps: Number added to the accumulated squares before the root.
+        eps: Number added to the accumulated squares before taking the square root.
     """
 
     eps: Annotated[float, Gt(0)] = 1e-8
@@ -31,18 +31,18 @@ class SM3(Optimizer):
     former: ClassVar[dict[str, Any]] = {"betas": [0.9, 0.999]}
 
     def make(self, groups: list[dict[str, Any]], states: nn.Module) -> SM3Optimizer:
-        """Return the torch optimizer, which knows the rows and columns of the entries of banks."""
+        """Return the torch optimizer, which knows the row and column of every entry in a bank."""
         return SM3Optimizer(groups, self.lr, self.eps, entry_stores(states))
 
 
 class SM3Optimizer(torch.optim.Optimizer):
     """The SM3 update: v = the smallest accumulator of an entry + g^2, then p -= lr * g / sqrt(v + eps).
 
-    Each accumulator then becomes the largest v among its entries; nothing lowers an accumulator. A matrix has
-    an accumulator for every row and every column; any other tensor has one for every index of every
-    dimension, which for vectors is Adagrad. The values of a bank are entries of its sites:
-    ``state[bank.values]`` holds ``row.i`` [out, 1] and ``col.i`` [1, in] for site i from the start, and they
-    stay when entries move. There is no momentum. Weight decay is decoupled, as in AdamW.
+    Each accumulator then rises to the largest v among its entries; accumulators never fall. A matrix has an
+    accumulator for every row and every column; any other tensor has one for every index of every dimension,
+    so vectors are updated as in Adagrad. The values of a bank are entries of its sites, so
+    ``state[bank.values]`` holds ``row.i`` [out, 1] and ``col.i`` [1, in] for each site i from the start. They
+    are kept when entries move. There is no momentum. Weight decay is decoupled, as in AdamW.
     """
 
     def __init__(self, params: Any, lr: float, eps: float = 1e-8, banks: Iterable[EntryStore] = ()) -> None:
