@@ -1,8 +1,8 @@
 """Update geometry: how much a finished run changed, where, along which directions, and in which entries.
 
-The update of a layer is its weight with the stored change, as merging would write it, minus the pretrained
-weight. The measures follow "The Path Not Taken" (arXiv 2511.08567): changed entries, spectrum, principal
-angles, and overlap with masks made from the pretrained weight alone. One matrix is in memory at a time.
+The update of a layer is the weight that merging would write, minus the pretrained weight. The measures follow
+"The Path Not Taken" (arXiv 2511.08567): changed entries, spectrum, principal angles, and overlap with masks
+made from the pretrained weight alone. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ from ..storage.run_folder import RunFolder
 from ..system import safe
 from ..training.prepare import Setup
 
-ETA = 1e-3  # the paper's tolerance; neighbours in bfloat16 are further apart
-# If more than this share of the entries changed, overlaps count only changes that bfloat16 shows. With all
-# changes every overlap would be near chance.
+ETA = 1e-3  # the paper's tolerance; adjacent bfloat16 numbers are further apart
+# If more than this share of the entries changed, overlaps count only changes that are visible in bfloat16. If
+# all changes counted, every overlap would be near chance.
 DENSE = 0.5
 
 
@@ -45,7 +45,7 @@ def mask_unchanged(w0: Tensor, w1: Tensor) -> Tensor:
 
 
 def mask_largest(score: Tensor, k: int) -> Tensor:
-    """Return the mask of the ``k`` largest entries. Among equal entries, the first are taken."""
+    """Return the mask of the ``k`` largest entries. Among equal entries the first ones are taken."""
     flat = score.reshape(-1)
     if k <= 0:
         return torch.zeros_like(score, dtype=torch.bool)
@@ -109,9 +109,10 @@ def effective_rank(sigma: Tensor) -> float:
 
 
 def masks(w0: Tensor, basis: Spectrum, alpha: float) -> dict[str, Tensor]:
-    """Return the paper's masks of a pretrained weight, each of a share ``alpha`` of its entries.
+    """Return the paper's masks of a pretrained weight, ``principal`` and ``low`` with a share ``alpha`` each.
 
-    ``principal``: the largest of its rank-k approximation. ``low``: the smallest of the weight.
+    ``principal``: the largest entries of its rank-k approximation. ``low``: its own smallest entries.
+    ``principal_not_low``: the principal entries that are not low.
     """
     count, rank = round(alpha * w0.numel()), basis.left.shape[1]
     approximation = w0
@@ -123,7 +124,7 @@ def masks(w0: Tensor, basis: Spectrum, alpha: float) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Update:
-    """One layer's weight before and after, in the model's dtype, and the loss gradient if it is wanted."""
+    """One layer's weight before and after, in the model's dtype, and the loss gradient, if requested."""
 
     site: Site
     before: Tensor
@@ -134,8 +135,8 @@ class Update:
 def measure(update: Update, k: int, alpha: float, sparse: bool) -> dict[str, Any]:
     """Measure one layer.
 
-    ``k``: rank of the principal subspaces. ``alpha``: see ``masks``. ``sparse``: overlaps are of all changed
-    entries, otherwise of those whose change bfloat16 shows.
+    ``k``: rank of the principal subspaces. ``alpha``: see ``masks``. ``sparse``: measure overlaps with all
+    changed entries; otherwise only with those whose change is visible in bfloat16.
     """
     w0, w1 = update.before.float(), update.after.float()
     changed, shown, change = update.after != update.before, ~mask_unchanged(w0, w1), w1 - w0
@@ -168,7 +169,7 @@ def measure(update: Update, k: int, alpha: float, sparse: bool) -> dict[str, Any
 def _compare_spectra(old: Spectrum, w1: Tensor, change: Tensor, k: int) -> dict[str, float]:
     """Measure the spectrum of the change, and how the weight's spectrum and principal subspaces moved.
 
-    ``gap``: (sigma_k - sigma_k+1) / sigma_1 of the pretrained weight. Angles say little where it is near 0.
+    ``gap``: (sigma_k - sigma_k+1) / sigma_1 of the pretrained weight. If it is near 0, the angles say little.
     """
     sigma_1 = float(old.sigma[0])
     if not change.any() or not sigma_1:
@@ -210,7 +211,7 @@ def updates(setup: Setup, gradient: int = 0) -> Iterator[Update]:
 
 
 def others(setup: Setup) -> list[dict[str, Any]]:
-    """Measure what else was trained in place: embeddings, norms, biases. The new head is left out."""
+    """Measure other parameters trained in place, such as embeddings, norms and biases, but no new head."""
     session = setup.session
     skipped = {f"{site.name}.weight" for site in all_sites(session.model)} | set(setup.base.new_parameters)
     trained = {}
@@ -283,7 +284,7 @@ MEANS = ("effective_rank", "stable_rank", "nss", "angle_left", "angle_right")
 def sum_measures(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Summarize several layers in one row.
 
-    Counts and squared norms add up; ranks, NSS and angles are means; an overlap is that of all entries
+    Counts and squared norms are added; ranks, NSS and angles are averaged; an overlap is that of all layers
     together.
     """
     found: dict[str, Any] = {"layers": len(rows)}
@@ -328,7 +329,7 @@ def _grouped(rows: Sequence[Mapping[str, Any]], key: str) -> list[dict[str, Any]
 
 
 def churn(files: RunFolder) -> list[dict[str, float]]:
-    """Return the steps at which the run replaced trained entries, and the share of them that was new."""
+    """Return the steps at which the run replaced trained entries, and the share of new ones."""
     found = []
     for line in safe.read_lines(files.metrics):
         with suppress(ValueError):  # a line that was cut short
@@ -344,8 +345,8 @@ class Geometry(Analysis):
     """Update geometry: how much a run changed, where, and along which directions.
 
     Options:
-        rank: How many singular directions count as principal.
-        alpha: Share of the entries that the principal and the low mask have.
+        rank: Number of singular directions that count as principal.
+        alpha: Share of the entries in the principal and in the low mask.
         gradient: Number of training batches for a mask of the largest gradients; 0: none. It needs the memory
             of one gradient.
     """
@@ -359,7 +360,7 @@ class Geometry(Analysis):
         """Measure one run, with a row for each layer.
 
         In ``details``, ``mask`` names the set of entries whose overlaps are measured; ``total``, ``roles``,
-        ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the moves of entries. Raises
+        ``blocks``, ``layers`` and ``others`` hold the measures, and ``churn`` the replaced entries. Raises
         ``ConfigError`` for a run that changed no weight of the base.
         """
         (subject,) = subjects

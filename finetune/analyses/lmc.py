@@ -3,9 +3,9 @@
 The weights at ``alpha`` are (1 - alpha) times those of the first run plus alpha times those of the second,
 heads included. They are formed in float64, rounded once to float32, and evaluated in float32 on the test set
 of the first run: the same examples at every point, without dropout. The barrier is the largest height of the
-loss above the line between the losses of the ends.
+loss above the straight line between the losses at the two ends.
 
-Paper: "Landscaping Linear Mode Connectivity", arXiv 2406.16300, whose body could not be read; the grid and
+Paper: "Landscaping Linear Mode Connectivity", arXiv 2406.16300, whose body was not available; the grid and
 the second definition of the barrier (``barrier_above_mean``) are those of samuela/git-re-basin.
 """
 
@@ -32,11 +32,11 @@ Weights = Mapping[str, Tensor]  # by the parameter's name
 Point = tuple[float, float]  # the shares of the two ends, whose sum is 1
 M = TypeVar("M")
 BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
-CONNECTED = 2.0  # standard errors: a barrier below is no barrier
+CONNECTED = 2.0  # standard errors; a smaller barrier counts as none
 
 
 def make_grid(points: int) -> list[Point]:
-    """Return ``points`` equidistant points, ends included. Swapped ends give the same points, to the bit."""
+    """Return ``points`` equidistant points, ends included; swapping the ends changes no bit of them."""
     last = points - 1
     return [((last - step) / last, step / last) for step in range(points)]
 
@@ -49,7 +49,7 @@ def walk(
     grid: Sequence[Point],
     measure: Callable[[], M],
 ) -> list[M]:
-    """Return what ``measure`` gives at each point of the line between two ends.
+    """Return the result of ``measure`` at each point of the line between two ends.
 
     ``moving``: the parameters that are interpolated; the others are those of the first end. The model keeps
     the weights of the last point.
@@ -68,9 +68,9 @@ def walk(
 
 
 def measure_heights(values: Sequence[float], grid: Sequence[Point]) -> list[float]:
-    """Return how far each value lies above the straight line between the first and the last, at its point.
+    """Return the height of each value above the straight line from the first value to the last.
 
-    It is computed from differences, so that equal ends give exactly 0 where the value is the same.
+    It is computed from differences, so that it is exactly 0 where a value equals both ends.
     """
     start, end = values[0], values[-1]
     heights = []
@@ -91,7 +91,7 @@ def estimate_error(evaluations: Sequence[Evaluation], grid: Sequence[Point], pla
     if examples < 2:
         return 0.0
     loss, scored = evaluations[place].metrics["loss"], float(examples)
-    if loss:  # of a language model the loss is a mean over tokens, and the loss of an example is a sum
+    if loss:  # a language model's loss is a mean over tokens; that of an example is a sum
         scored = math.fsum(losses[1]) / loss
     mean = math.fsum(heights) / examples
     variance = math.fsum((height - mean) ** 2 for height in heights) / (examples - 1)
@@ -105,8 +105,8 @@ class LinearModeConnectivity(Analysis):
 
     Options:
         points: Number of points on the line, ends included.
-        layerwise: Also move the weights of one module at a time, and keep all others at the first run, and
-            then at the second. It takes ``points`` evaluations for each module twice.
+        layerwise: Also move the weights of one module at a time, once with all others from the first run and
+            once with all others from the second. This takes 2 * ``points`` evaluations for each module.
     """
 
     runs: ClassVar[int] = 2
@@ -118,8 +118,8 @@ class LinearModeConnectivity(Analysis):
     def __call__(self, *subjects: Subject) -> Table:
         """Measure the line between two runs, with a row for each point.
 
-        Raises ``ConfigError`` if they differ in their architecture, their task or their labels, or if the
-        model has batch normalization.
+        Raises ``ConfigError`` if they differ in architecture, task or labels, or if the model has batch
+        normalization.
         """
         first, second = subjects
         other = second.open()
@@ -141,7 +141,7 @@ class LinearModeConnectivity(Analysis):
         summary = {**table.summary, **measure_distance(start, end)}
         notes = []
         if dataset != setup.config.dataset:
-            notes.append(f"The runs have other data settings; the test set is that of {first.path}.")
+            notes.append(f"The runs have different data settings; the test set is that of {first.path}.")
         layers = []
         if self.layerwise:
             for name, ends in (("first", (start, end)), ("second", (end, start))):
@@ -151,7 +151,7 @@ class LinearModeConnectivity(Analysis):
 
 
 def read_merged(setup: Setup) -> dict[str, Tensor]:
-    """Merge a run in its model, for good, and return a copy of all parameters, float32, on the CPU."""
+    """Merge a run into its model, for good, and return a copy of all parameters, float32, on the CPU."""
     check_mergeable(setup.session.states)
     fold(setup, torch.float32)
     merged = {}
@@ -170,24 +170,24 @@ def check_alike(
         shapes.append({name: tuple(tensor.shape) for name, tensor in end.items()})
     if list(labels[0]) != list(labels[1]):
         raise ConfigError(
-            f"what=lmc: {named} have other labels ({list(labels[0])[:5]} and {list(labels[1])[:5]}), so one "
-            "test set cannot measure both. Take two runs of one task."
+            f"what=lmc: {named} have different labels ({list(labels[0])[:5]} and {list(labels[1])[:5]}), so "
+            "one test set cannot measure both. Take two runs of one task."
         )
     if shapes[0] != shapes[1]:
         differing = sorted(name for name, _ in set(shapes[0].items()) ^ set(shapes[1].items()))
         raise ConfigError(
-            f"what=lmc: {named} have other architectures (first difference: {differing[0]}), so no "
-            "line leads from one to the other. Take two runs of one architecture."
+            f"what=lmc: {named} have different architectures (first difference: {differing[0]}), so "
+            "there is no line between them. Take two runs of one architecture."
         )
 
 
 def check_buffers(model: nn.Module, subject: Subject) -> None:
-    """Raise ``ConfigError`` if a model has batch normalization, whose statistics belong to one end."""
+    """Raise ``ConfigError`` if a model has batch normalization, whose statistics fit only one end."""
     for name, module in model.named_modules():
         if isinstance(module, BATCH_NORMS):
             raise ConfigError(
                 f"what=lmc: the model of {subject.path} has batch normalization ({name}), whose statistics "
-                "would have to be measured anew at every point. Take runs of a model without it."
+                "would have to be measured again at every point. Take runs of a model without it."
             )
 
 

@@ -3,7 +3,7 @@
 Formula:
     score = |W|
 Paper: the baseline of Wanda, arXiv 2306.11695. Its released code prunes one entry more than the sparsity
-says, and all entries that are equal to the last one; here the number of zeros is exact.
+asks for, and all entries equal to the last one; here the number of zeros is exact.
 """
 
 from __future__ import annotations

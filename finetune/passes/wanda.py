@@ -1,4 +1,4 @@
-"""Wanda: the entries with the smallest product of absolute value and norm of their input become 0.
+"""Wanda: the entries whose absolute value times the norm of their input is smallest become 0.
 
 Formula:
     score_ij = |W_ij| * ||X_j||        X_j: input j over all tokens of the calibration data
@@ -22,10 +22,10 @@ from ..registry import register
 @register("wanda")
 @dataclass(frozen=True)
 class Wanda(Pruning):
-    """Wanda: zero the smallest |weight| times norm of the input, compared within each row.
+    """Wanda: zero the entries with the smallest |weight| times input norm in each row.
 
     Options:
-        inputs: Whether the norms of a block are those behind the ``processed`` blocks before it, or those of
+        inputs: Whether the inputs of a block come from the ``processed`` blocks before it, or from those of
             the ``original`` model.
     """
 
@@ -35,7 +35,7 @@ class Wanda(Pruning):
     inputs: Literal["processed", "original"] = "processed"
 
     def is_sequential(self) -> bool:
-        """Tell whether a block's statistics are gathered with the blocks before it already changed."""
+        """Tell whether a block's statistics are gathered after the blocks before it have been changed."""
         return self.inputs == "processed"
 
     def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
