@@ -1,6 +1,6 @@
 """Find the columns of a table that hold the text or image and the label.
 
-They are named by the user, or guessed where it is obvious.
+The user names them, or they are guessed if there is only one plausible column.
 """
 
 from __future__ import annotations
@@ -69,9 +69,9 @@ def choose_columns(
     if label and task == "causal_lm":
         faults.append(_explain_unused("label_column", label, task))
     if text in features and not is_text(features[text]):
-        faults.append(f"dataset.text_column={text} does not hold text. Name another of: {names}.")
+        faults.append(f"dataset.text_column={text} does not hold text. Choose another of: {names}.")
     if image in features and not is_image(features[image]):
-        faults.append(f"dataset.image_column={image} does not hold images. Name another of: {names}.")
+        faults.append(f"dataset.image_column={image} does not hold images. Choose another of: {names}.")
     if faults:
         raise ConfigError(*faults)
     return _guess_rest(table, text, image, label, task)
@@ -122,10 +122,10 @@ def _find_one(candidates: Sequence[str], usual: Sequence[str] = ()) -> str | Non
 
 
 def _list_label_candidates(table: datasets.Dataset, content: str) -> list[str]:
-    """Return the columns that could hold the label, by the first of four criteria that any column meets.
+    """Return the columns that could hold the label, by the first criterion that at least one column meets.
 
-    The criteria are a class label, a usual name, integers or truth values, and texts with few different
-    values.
+    The criteria are, in this order: a ``ClassLabel`` feature; a usual name; integers or booleans; texts with
+    few different values.
     """
     import datasets
 
@@ -148,24 +148,24 @@ def _list_label_candidates(table: datasets.Dataset, content: str) -> list[str]:
 
 
 def _explain_no_label(table: datasets.Dataset, task: Task | None) -> str:
-    cure = "Name it by dataset.label_column"
+    cure = "Name it with dataset.label_column"
     if task is None:
         cure += ", or set dataset.task=causal_lm to train on the text alone"
     if any(map(is_image, table.features.values())):
         cure += "; images in folders need one folder per class"
-    return f"No column is plainly the label among: {', '.join(table.column_names)}. {cure}."
+    return f"It is not clear which column is the label among: {', '.join(table.column_names)}. {cure}."
 
 
 def _refuse(table: datasets.Dataset, kind: str, candidates: Sequence[str]) -> NoReturn:
     """Raise ``ConfigError``: no column holds the text or image, or several could."""
-    fault = f"No column holds the {kind} among: {', '.join(table.column_names)}"
+    fault = f"None of these columns holds the {kind}: {', '.join(table.column_names)}"
     if candidates:
         fault = f"Several columns could be the {kind}: {', '.join(candidates)}"
-    raise ConfigError(f"{fault}. Name it by dataset.{kind}_column.")
+    raise ConfigError(f"{fault}. Name it with dataset.{kind}_column.")
 
 
 def read_label_names(table: datasets.Dataset, column: str) -> list[str]:
-    """Return the label of each row as a name; the empty string if it is missing (None, or class -1)."""
+    """Return the name of each row's label; the empty string if the label is missing (None, or class -1)."""
     import datasets
 
     feature, values = table.features[column], table.data.column(column).to_pylist()
@@ -200,7 +200,7 @@ def find_missing(table: datasets.Dataset, name: str, columns: Columns) -> list[s
             empty = _find_nulls(table, column)
         if empty:
             faults.append(
-                f"{name}: {len(empty)} rows have nothing in column {column} "
+                f"{name}: {len(empty)} rows have no value in column {column} "
                 f"(first: row {empty[0]}, counted from 0). Fill or remove them."
             )
     return faults

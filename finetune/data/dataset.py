@@ -1,4 +1,4 @@
-"""Define what a data set is: a frozen dataclass of settings whose ``read`` returns raw examples by split.
+"""The interface of a data set: a frozen dataclass of settings whose ``read`` returns examples by split.
 
 Modules that register data sets must not import heavy packages at the top, because checking a configuration
 imports them.
@@ -11,15 +11,15 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 Task = Literal["image_classification", "sequence_classification", "causal_lm"]
-Example = dict[str, Any]  # "id": str; "image": PIL.Image or "text": str; "label": int, but not for causal_lm
+Example = dict[str, Any]  # "id": str; "image": PIL.Image or "text": str; unless causal_lm, "label": int
 
 
 @dataclass(frozen=True)
 class Raw:
-    """The examples of a data set before any processor.
+    """The examples of a data set, before any processing.
 
-    ``splits`` has train, val and test, and perhaps retention. ``length`` is the wanted number of tokens of an
-    example; None takes the tokenizer's limit. ``notes`` are for the user.
+    ``splits``: train, val, test and, optionally, retention. ``length``: the number of tokens in an example;
+    None takes the tokenizer's limit. ``notes``: sentences for the user.
     """
 
     task: Task

@@ -18,7 +18,7 @@ from .splits import cut_stretches, spread_classes
 SIZES = {"train": 1000, "val": 200, "test": 597}
 PHOTOS = ("china", "flower")
 HEIGHT, WIDTH = 427, 640  # pixels of a photograph
-SIDE = 107  # pixels of a piece of a photograph; neighbouring pieces overlap by half
+SIDE = 107  # pixels of a square piece; neighbouring pieces overlap by half
 TOPS = range(0, HEIGHT - SIDE + 1, SIDE // 2)
 LEFTS = range(0, WIDTH - SIDE + 1, SIDE // 2)
 MOST_PIECES = len(PHOTOS) * len(TOPS) * len(LEFTS)
@@ -27,18 +27,18 @@ MOST_PIECES = len(PHOTOS) * len(TOPS) * len(LEFTS)
 @register("digits")
 @dataclass(frozen=True)
 class Digits(Dataset):
-    """1,797 handwritten digits, 1,000 for training (the recipe of VTAB-1k).
+    """1,797 handwritten digits, of which 1,000 are for training, as in VTAB-1k.
 
     Retention is measured on pieces of two photographs, of a temple and of a flower.
 
     Options:
-        retention_images: Number of these pieces.
+        retention_images: Number of pieces of the photographs.
     """
 
     retention_images: Annotated[int, Ge(0), Le(MOST_PIECES)] = 100
 
     def read(self) -> Raw:
-        """Return the digits, and the pieces of photographs as retention split."""
+        """Return the digits, and the pieces of the photographs as the retention split."""
         import numpy as np
 
         with gzip.open(_find_shipped("data/digits.csv.gz"), "rt") as file:
@@ -63,7 +63,7 @@ def _make_example(place: int, pixels: Any, label: int) -> Example:
 def _find_shipped(name: str) -> Path:
     """Return a file that scikit-learn ships with its data sets.
 
-    Scikit-learn's own loaders give the same data, which a test checks, but importing them takes seconds.
+    Scikit-learn's own loaders return the same data, as a test checks, but importing them takes seconds.
     """
     spec = find_spec("sklearn")
     assert spec
@@ -71,7 +71,7 @@ def _find_shipped(name: str) -> Path:
 
 
 def _cut_pieces(count: int) -> list[Example]:
-    """Return ``count`` squares of both photographs in a fixed shuffled order; label 0 has no meaning."""
+    """Return ``count`` square pieces of both photographs in a fixed random order; label 0 has no meaning."""
     from PIL import Image
 
     places = [(name, top, left) for name in PHOTOS for top in TOPS for left in LEFTS]

@@ -1,4 +1,4 @@
-"""Read tables and images from local files, without leaving anything in the user's Hugging Face cache."""
+"""Read tables and images from local files, without writing to the user's Hugging Face cache."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ class Parquet(Files):
 @register("imagefolder")
 @dataclass(frozen=True, kw_only=True)
 class ImageFolder(Files):
-    """Images in one folder per class, perhaps below folders called train, val and test."""
+    """Images in one folder per class; these may lie in folders called train, val and test."""
 
     def sources(self) -> tuple[list[Source], list[str]]:
         path, others = self.resolve_paths()
@@ -151,7 +151,7 @@ def _list_folders(root: Path) -> list[Path]:
 
 
 def sort_splits(found: Mapping[str, T]) -> list[tuple[str, T]]:
-    """Return the splits that are there, with their values, in the order train, val, test."""
+    """Return the splits in ``found`` with their values, in the order train, val, test."""
     return [(split, found[split]) for split in SPLIT_NAMES if split in found]
 
 
@@ -168,7 +168,7 @@ def find_split(name: str) -> str | None:
 
 
 def group_files(folder: Path, suffixes: tuple[str, ...]) -> tuple[dict[str, list[Path]], list[str]]:
-    """Return the folder's files by split, and notes; if no name is that of a split, all files are train."""
+    """Return the folder's files by split, and notes; if no file name names a split, all files are train."""
     found = sorted(path for path in folder.iterdir() if path.suffix.lower() in suffixes)
     if not found:
         raise ConfigError(
@@ -229,7 +229,7 @@ def read_table(kind: str, files: Sequence[Path], named: Path) -> Any:
 
     check_files(kind, files)
     options: dict[str, Any] = {}
-    if kind == "csv":  # only an empty cell is missing: "NA" and "null" are words
+    if kind == "csv":  # only an empty cell counts as missing: "NA" and "null" are words
         separator = "\t" if named.suffix.lower() == ".tsv" else ","
         options = {"keep_default_na": False, "na_values": [""], "sep": separator}
     patterns = []
@@ -260,7 +260,7 @@ def read_table(kind: str, files: Sequence[Path], named: Path) -> Any:
 
 @contextmanager
 def quiet_datasets() -> Iterator[None]:
-    """Suppress progress bars and log lines of ``datasets``; errors are raised all the same."""
+    """Suppress the progress bars and log lines of ``datasets``. Errors are still raised."""
     import datasets
 
     datasets.disable_progress_bars()

@@ -1,7 +1,7 @@
 """Refuse data files that could exhaust memory or disk.
 
-These are archives, and tables that claim more than their bytes can hold. Only the first bytes and the footers
-of files are read.
+These are archives, JSON files with deep nesting, and Parquet files that claim more than their bytes can hold.
+Of archives and Parquet files, only the first bytes and the footers are read.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ PACKED = {
     b"7z\xbc\xaf\x27\x1c": "7z",
     b"Rar!": "rar",
     b"\x04\x22\x4d\x18": "lz4",
-}  # the first bytes of archives; the library that would unpack them looks at the same
+}  # the first bytes of archives, by which the library that unpacks them recognizes them, too
 TAR_PLACE, TAR_MARK = 257, b"ustar"
 LINE = 2**26  # bytes of a JSON file that are read at once
 DEPTH = 64  # levels of nesting that a JSON file may have
 STRINGS, BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"'), re.compile(rb"[\[\]{}]")
-ROWS = 2_000_000  # rows that any Parquet file may claim
-BYTES = 2**28  # unpacked bytes that any Parquet file may claim
-PACKING = 200  # how many times its own size a larger one may claim
-LISTED = 5  # faults that are shown
+ROWS = 2_000_000  # rows that a Parquet file of any size may claim
+BYTES = 2**28  # unpacked bytes that a Parquet file of any size may claim
+PACKING = 200  # a Parquet file may also claim this many times its own size
+LISTED = 5  # number of faults that are shown
 
 
 def check_files(kind: str, files: Sequence[Path]) -> None:
     """Raise ``ConfigError`` naming every file that is an archive or would unpack to an absurd size.
 
-    ``kind`` is the reader of the files; of a folder of images, only the other files in it are checked.
+    ``kind`` is the reader of the files. In a folder of images, only files that are not images are checked.
     """
     faults = []
     for given in files:
@@ -55,7 +55,7 @@ def check_files(kind: str, files: Sequence[Path]) -> None:
 
 
 def _list_checked(file: Path) -> Iterable[Path]:
-    """Return the file; for a folder of images, the files in it that are not images."""
+    """Yield the file; for a folder of images, the files in it that are not images."""
     if not file.is_dir():
         yield file
         return
@@ -85,7 +85,7 @@ def _find_archive(file: Path) -> str:
             kind = name
     if not kind:
         return ""
-    return f"{file} is packed ({kind}), and what it unpacks to may be of any size. Unpack it first."
+    return f"{file} is packed ({kind}), and its content may be of any size. Unpack it first."
 
 
 def _find_deep_nesting(file: Path) -> str:
@@ -96,7 +96,7 @@ def _find_deep_nesting(file: Path) -> str:
             opened = line.count(b"[") + line.count(b"{")
             closed = line.count(b"]") + line.count(b"}")
             if opened < DEPTH and not level and opened == closed:
-                continue  # cannot be deep, even if brackets inside of strings were counted
+                continue  # too few brackets to be deep, even with those inside strings
             for bracket in BRACKETS.findall(STRINGS.sub(b"", line)):
                 level += 1 if bracket in b"[{" else -1
                 if level > DEPTH:

@@ -32,7 +32,7 @@ class Hub(Table):
     download: bool = False
 
     def sources(self) -> tuple[list[Source], list[str]]:
-        """Return the tables of the splits whose names are recognised, and notes."""
+        """Return the tables of the splits whose names are known, and notes."""
         import datasets
 
         if Path(self.path).exists() or not re.fullmatch(r"[\w-][\w.-]*(/[\w.-]+)?", self.path):
@@ -62,7 +62,7 @@ class Hub(Table):
         return sources, notes
 
     def _explain(self, error: Exception) -> str:
-        """Return the fault, with the first line of the library's error and the cure."""
+        """Return the message for an error of the library: its first line, and the cure."""
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         if self.download:
             return (
@@ -77,10 +77,10 @@ class Hub(Table):
 
 @contextmanager
 def block_requests() -> Iterator[None]:
-    """Stop both libraries from sending requests.
+    """Stop ``datasets`` and ``huggingface_hub`` from sending requests inside the block.
 
-    They read the environment variable for this only when they are imported, so their switches are set
-    directly.
+    They read the environment variable for this only when they are imported, so the variables that they made
+    from it are set directly.
     """
     import datasets
     from huggingface_hub import constants

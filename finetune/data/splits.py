@@ -1,6 +1,6 @@
 """Divide rows into train, val and test.
 
-The division has a seed of its own, so that the seed of a run never moves an example.
+The division has a seed of its own, so that the seed of a run never moves an example to another split.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Hashable, Sequence
 
 
 def spread_classes(labels: Sequence[Hashable], seed: int) -> list[int]:
-    """Return the places of ``labels`` in a random order; every stretch of it has the classes in proportion.
+    """Return the positions of ``labels`` in a random order in which all stretches have similar class shares.
 
     The first row of each class comes at the front.
     """
@@ -21,7 +21,7 @@ def spread_classes(labels: Sequence[Hashable], seed: int) -> list[int]:
     for place in shuffled:
         rank_in_class[place] = totals.get(labels[place], 0)
         totals[labels[place]] = rank_in_class[place] + 1
-    # Sorting is stable, so places with equal keys stay shuffled.
+    # Sorting is stable, so rows with equal keys stay shuffled.
     return sorted(shuffled, key=lambda place: rank_in_class[place] / totals[labels[place]])
 
 

@@ -1,6 +1,6 @@
 """Read the running Python's standard library as a corpus for language models.
 
-The library's prose is the retention data.
+Its sources are the training data. The English prose of pydoc's topics is the retention data.
 """
 
 from __future__ import annotations
@@ -20,18 +20,15 @@ from ..registry import register
 from .dataset import Dataset, Example, Raw
 
 SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idle_test", "pydoc_data", "__pycache__"}
-TENTHS = {
-    "val": range(1),
-    "test": range(1, 3),
-    "train": range(3, 10),
-}  # the split: the tenths of all files that it gets
+# The tenths of all files that each split gets.
+TENTHS = {"val": range(1), "test": range(1, 3), "train": range(3, 10)}
 Bytes = Annotated[int, Ge(1)]
 
 
 @register("stdlib")
 @dataclass(frozen=True)
 class Stdlib(Dataset):
-    """Python's standard-library sources, split by file; retention on the English prose of pydoc's topics.
+    """Python's standard-library sources, split by file; retention is measured on the prose of pydoc's topics.
 
     Options:
         train_bytes: Bytes of text to train on.

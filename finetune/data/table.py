@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     import datasets
 
 Share = Annotated[float, Gt(0), Lt(1)]
-LISTED = 5  # labels that a message names
+LISTED = 5  # number of labels that a message names
 
 
 @dataclass(frozen=True)
 class Source:
-    """A table that was given as one split.
+    """A table that was given for one split.
 
-    ``name`` is part of the ids of its examples. ``root`` is the folder of images that are files.
+    ``name``: part of the ids of its examples. ``root``: the folder of the images, if images are files.
     """
 
     split: str
@@ -48,12 +48,12 @@ class Table(Dataset):
         text_column: Column with the text; ``null`` takes the column with a usual name.
         image_column: Column with the image; ``null`` takes the only one with images.
         label_column: Column with the label; ``null`` takes the column with a usual name.
-        task: What is learned; ``null`` infers it from the columns.
+        task: The kind of task; ``null`` infers it from the columns.
         val_share: Share of the training rows that becomes the validation split, if none is given.
         test_share: Share of the training rows that becomes the test split, if none is given.
-        split_seed: Seed that draws these rows. The seed of the run does not move a row between splits.
-        fold: Which part of the rows, in the order that ``split_seed`` draws, is the test split. With a test
-            share of 0.5 there are folds 0 and 1, with 0.2 folds 0 to 4.
+        split_seed: Seed for drawing these rows. The seed of the run does not move a row between splits.
+        fold: Number of the part of the rows, in the order that ``split_seed`` draws, that is the test split.
+            With a test share of 0.5 there are folds 0 and 1, with 0.2 folds 0 to 4.
         length: Tokens in one example; ``null`` takes the limit of the tokenizer, at most 1,024.
     """
 
@@ -72,7 +72,7 @@ class Table(Dataset):
         raise NotImplementedError
 
     def read(self) -> Raw:
-        """Read the tables, check them, and divide train where val or test is not given."""
+        """Read and check the tables. If val or test is not given, draw it from train."""
         sources, notes = self.sources()
         empty = [source for source in sources if not len(source.table)]
         if empty:
@@ -141,7 +141,7 @@ class Table(Dataset):
 
 
 class TableExamples(Sequence[Example]):
-    """Rows of a table as examples, read on access. ``chosen`` are the places of the rows; by default all."""
+    """Rows of a table as examples, read on access. ``chosen``: the positions of the rows; by default all."""
 
     def __init__(
         self, source: Source, columns: Columns, labels: list[int] | None, chosen: Sequence[int] | None = None
@@ -155,7 +155,7 @@ class TableExamples(Sequence[Example]):
             self.labels = [labels[place] for place in self.chosen]
 
     def pick(self, chosen: Sequence[int]) -> TableExamples:
-        """Return only the rows of the table at these places."""
+        """Return only the rows of the table at these positions."""
         return TableExamples(self.source, self.columns, self.table_labels, chosen)
 
     def __len__(self) -> int:
@@ -180,7 +180,7 @@ class TableExamples(Sequence[Example]):
 
 
 def decode_image(value: dict[str, Any], name: str) -> Any:
-    """Return the PIL image of a cell, turned upright."""
+    """Return the PIL image of a cell, turned upright as its EXIF data say."""
     import datasets
 
     try:
@@ -195,9 +195,9 @@ def decode_image(value: dict[str, Any], name: str) -> Any:
 
 
 def drop_unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Source], list[str]]:
-    """Return the sources without given val or test splits that have no label at all, and notes.
+    """Leave out val and test splits without any label; return the remaining sources, and notes.
 
-    Benchmarks that hide their labels are published in this way.
+    Benchmarks that keep their test labels secret publish such splits.
     """
     if columns.label is None:
         return sources, []
@@ -212,7 +212,7 @@ def drop_unlabelled(sources: list[Source], columns: Columns) -> tuple[list[Sourc
 
 
 def number_labels(sources: list[Source], columns: Columns) -> tuple[tuple[str, ...], dict[str, list[int]]]:
-    """Return the names of the labels, and for each given split the number of each row's label.
+    """Return the names of the labels, and each row's label number for every given split.
 
     Both are empty for language models. Raises ``ConfigError`` if train has a single label, or if another
     split has labels that train lacks.
@@ -252,7 +252,7 @@ def number_labels(sources: list[Source], columns: Columns) -> tuple[tuple[str, .
 
 
 def _sort_naturally(label: str) -> tuple[int, float, str]:
-    """Sort numbers by size, before words by letter."""
+    """Return a sort key: numbers come first, by size, and then words in alphabetical order."""
     try:
         return 0, float(label), label
     except ValueError:

@@ -1,4 +1,4 @@
-"""Keep a checkpoint's classification head where its labels are those of the run, or start a new one."""
+"""Keep a checkpoint's classification head if its labels are those of the run, or start a new one."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from ..core.roles import in_head, is_transposed
 
-UNNAMED = re.compile(r"LABEL_\d+")  # the names that transformers gives to labels without any
-SHOWN, LONGEST = 5, 40  # labels that a message shows, and characters of each
+UNNAMED = re.compile(r"LABEL_\d+")  # the names that transformers gives to unnamed labels
+SHOWN, LONGEST = 5, 40  # number of labels that a message shows, and of characters of each
 
 
 class HeadMismatch(ValueError):
@@ -30,8 +30,9 @@ def keep_head_(
     """Put the rows of the head, as it was loaded, into the order of ``labels``; return a note for the user.
 
     ``head``: names of its parameters. ``info``: what transformers could not load. ``settings``: the content
-    of config.json, from a stranger. ``allow_unnamed``: accept labels called LABEL_0, LABEL_1 and so on where
-    the run's are the same. Raises ``HeadMismatch``, with nothing changed, if the head does not fit.
+    of config.json, which is not trusted. ``allow_unnamed``: accept labels called LABEL_0, LABEL_1 and so on
+    if the run's labels have the same names. Raises ``HeadMismatch``, with nothing changed, if the head does
+    not fit.
     """
     for name in head:
         if name in info["missing_keys"]:
@@ -57,7 +58,7 @@ def match_rows(settings: Mapping[str, Any], labels: Sequence[str], allow_unnamed
     lacking, surplus = sorted(set(labels) - set(names)), sorted(set(names) - set(labels))
     unnamed = all(UNNAMED.fullmatch(name) for name in names)
     if unnamed and (lacking or surplus or not allow_unnamed):
-        raise HeadMismatch("the labels of the checkpoint have no names, only such as LABEL_0")
+        raise HeadMismatch("the labels of the checkpoint have no names, only placeholders such as LABEL_0")
     differences = []
     if lacking:
         differences.append(f"missing: {_show(lacking)}")
@@ -73,13 +74,13 @@ def match_rows(settings: Mapping[str, Any], labels: Sequence[str], allow_unnamed
 def read_label_names(settings: Mapping[str, Any]) -> list[str]:
     """Return the names of the head's rows, in their order, from the content of a config.json.
 
-    Raises ``HeadMismatch`` if there are none or ``id2label`` does not give each row one name of its own.
+    Raises ``HeadMismatch`` if there are none, or if ``id2label`` does not give each row a different name.
     """
     named = settings.get("id2label")
     if named is None:
         raise HeadMismatch("config.json of the checkpoint names no labels (id2label)")
     if not isinstance(named, dict) or not named:
-        raise HeadMismatch("id2label in config.json of the checkpoint is no mapping of rows to names")
+        raise HeadMismatch("id2label in config.json of the checkpoint does not map rows to names")
     names: list[str] = []
     for row in range(len(named)):
         name = named.get(str(row))
@@ -92,14 +93,14 @@ def read_label_names(settings: Mapping[str, Any]) -> list[str]:
 
 
 def _show(names: Sequence[str]) -> str:
-    """List names from a stranger's file, in quotes, without control characters and at bounded length."""
+    """List names from an untrusted file: quoted, without control characters, and of bounded length."""
     shown = ", ".join(repr(name[:LONGEST]) for name in names[:SHOWN])
     return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 @torch.no_grad()
 def reorder_outputs_(model: nn.Module, rows: Sequence[int]) -> None:
-    """Make output i of the head what output ``rows[i]`` was.
+    """Reorder the outputs of the head: output i becomes the former output ``rows[i]``.
 
     Only the last layer of the head changes. Raises ``HeadMismatch`` if it is not clear which layer that is.
     """
@@ -114,8 +115,8 @@ def reorder_outputs_(model: nn.Module, rows: Sequence[int]) -> None:
 def _find_output_layer(model: nn.Module, outputs: int) -> Any:
     """Return the layer that computes the logits.
 
-    It is the last one with a matrix in its part of the head. A head of several parts (DeBERTa's pooler and
-    classifier) must have only one that ends in as many outputs.
+    It is the last layer with a matrix in its part of the head. If the head has several parts (such as a
+    pooler and a classifier in DeBERTa), only one of them may end in ``outputs`` outputs.
     """
     last_of_part: dict[str, Any] = {}
     for name, module in model.named_modules():
@@ -128,7 +129,7 @@ def _find_output_layer(model: nn.Module, outputs: int) -> Any:
             found.append(module)
     if len(found) != 1:
         raise HeadMismatch(
-            "its labels have another order than those of the data set, and it is not clear which layer "
+            "its labels are in another order than those of the data set, and it is not clear which layer "
             "computes the logits"
         )
     return found[0]

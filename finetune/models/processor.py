@@ -9,12 +9,12 @@ from ..config.settings import ModelConfig
 from ..errors import ConfigError
 
 PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
-# Model types whose positions start after the padding index, so they allow fewer tokens than positions.
+# Model types whose positions start after the padding index, so that fewer tokens than positions are allowed.
 OFFSET_POSITIONS = {"roberta", "xlm-roberta", "camembert"}
 
 
 def read_processor(folder: Path, config: ModelConfig, task: str, model: Any) -> tuple[Any, list[str]]:
-    """Return the processor for the task, and notes on what had to be assumed."""
+    """Return the processor for the task, and notes about assumptions."""
     if task == "image_classification":
         return read_image_processor(folder, config, model)
     return read_tokenizer(folder, config, model), []
@@ -33,7 +33,7 @@ def read_image_processor(folder: Path, config: ModelConfig, model: Any) -> tuple
             found = auto.from_pretrained(
                 folder, backend="pil", local_files_only=True, trust_remote_code=False
             )
-        except Exception as error:  # a damaged file can make the processor raise anything
+        except Exception as error:  # a damaged file can cause any kind of error
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
                 f"model.path={config.path}: its image processor cannot be read ({reason}). "
@@ -66,7 +66,7 @@ def read_tokenizer(folder: Path, config: ModelConfig, model: Any) -> Any:
 
     try:
         found = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers and tokenizers raise many kinds, plain Exception among them
+    except Exception as error:  # the libraries raise many kinds, even plain Exception
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(
             f"model.path={config.path} has no tokenizer that can be read ({reason}). "

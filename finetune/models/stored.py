@@ -17,9 +17,9 @@ from .folder import list_weight_files
 
 
 class StoredParameters:
-    """The parameters of a checkpoint that stores each under its name in the model and in its shape.
+    """The parameters of a checkpoint that stores each one under the model's name for it and in its shape.
 
-    ``new``: parameters that the checkpoint lacks, by name. The values are in ``dtype``.
+    ``new``: the values of the parameters that the checkpoint lacks, by name. All values have ``dtype``.
     """
 
     def __init__(self, files: Mapping[str, Path], new: Mapping[str, Tensor], dtype: torch.dtype) -> None:
@@ -39,7 +39,7 @@ def find_stored(
 ) -> StoredParameters | None:
     """Return the stored parameters of a model with these ``shapes`` by name.
 
-    None if the checkpoint lacks one that is not ``new``, or stores it in another shape.
+    Returns None if the checkpoint lacks one that is not in ``new``, or stores it in another shape.
     """
     files: dict[str, Path] = {}
     for file in list_weight_files(folder, config):
@@ -54,8 +54,8 @@ def find_stored(
 def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
     """Return the stored name of each tensor of a model by its name in the model.
 
-    transformers renames tensors of some architectures when it loads them. Tensors that it puts together from
-    several are left out.
+    transformers renames the tensors of some architectures when it loads them. Tensors that it assembles from
+    several stored ones are left out.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
@@ -73,7 +73,7 @@ def match_names(model: Any, stored: Iterable[str]) -> dict[str, str]:
 
 
 def name_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the parameters by the names that they have in the model without patched layers."""
+    """Yield the parameters with the names that they have in the model without patched layers."""
     for name, parameter in model.named_parameters():
         yield name.replace(".base.", "."), parameter
 
@@ -88,7 +88,7 @@ def fingerprint(model: nn.Module, skip: Collection[str]) -> str:
 
 
 def hash_parameters(names: Iterable[str], read: Callable[[str], Tensor], skip: Collection[str]) -> str:
-    """Return what ``fingerprint`` returns for the parameters ``names``, which ``read`` gives one by one."""
+    """Return what ``fingerprint`` returns for the parameters ``names``, each of which ``read`` returns."""
     total = hashlib.sha256()
     for name in sorted(names):
         if name not in skip:

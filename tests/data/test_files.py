@@ -213,7 +213,11 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [
-        ([{"a": f"x{i}", "b": f"y{i}"} for i in range(9)], {}, "No column is plainly the label among: a, b"),
+        (
+            [{"a": f"x{i}", "b": f"y{i}"} for i in range(9)],
+            {},
+            "It is not clear which column is the label among: a, b",
+        ),
         (
             [{"a": f"x{i}", "b": f"y{i}", "label": i % 2} for i in range(9)],
             {},
@@ -223,12 +227,12 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
         (
             [{"text": "x", "label": i % 2 or ""} for i in range(9)],
             {},
-            r"5 rows have nothing in column label \(first: row 0",
+            r"5 rows have no value in column label \(first: row 0",
         ),
         (
             [{"text": "x" if i else "", "label": i % 2} for i in range(9)],
             {},
-            r"1 rows have nothing in column text \(first: row 0",
+            r"1 rows have no value in column text \(first: row 0",
         ),
         (
             [{"text": "x", "label": i % 2} for i in range(9)],
@@ -243,7 +247,7 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
         (
             [{"text": "x", "label": i % 2} for i in range(9)],
             {"task": "image_classification"},
-            "No column holds the image among: text, label",
+            "None of these columns holds the image: text, label",
         ),
         (
             [{"text": "x", "label": i % 2} for i in range(9)],

@@ -147,7 +147,7 @@ def test_labels_without_names_are_kept_only_where_they_are_asked_for(vit: Path) 
     unnamed = ("LABEL_0", "LABEL_1", "LABEL_2", "LABEL_3")
     rename(vit, named(unnamed))
     for labels in (NAMES, unnamed):
-        assert "have no names, only such as LABEL_0" in read(vit, labels).notes[-1]
+        assert "have no names, only placeholders such as LABEL_0" in read(vit, labels).notes[-1]
     assert not read(vit, unnamed, "keep").new_head
     with pytest.raises(ConfigError, match="have no names"):
         read(vit, NAMES, "keep")
