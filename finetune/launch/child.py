@@ -3,8 +3,8 @@
 The command ``finetune train`` and every child of a sweep train this way. A fresh child of a sweep is
 ``python -m finetune.launch.child PARENT OPTIONS CONFIG``, where CONFIG is a frozen configuration.
 
-Modules that take time to import are imported inside the functions, where ``Signals`` is in force already: a
-signal that arrives during the imports must stop the run like any other.
+Modules that take time to import are imported inside the functions, after ``Signals`` has taken over: a signal
+that arrives during the imports must stop the run like any other.
 """
 
 from __future__ import annotations

@@ -21,8 +21,8 @@ from .start import StartOptions, end_with, run_child
 
 PRELOAD = f"{__package__}.preload"
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-# The fork server imports this module, so in a forked child this is the server's process id, even after it has
-# ended.
+# The fork server imports this module, so in a forked child this is the server's process id, even after the
+# server has ended.
 SERVER = os.getpid()
 
 
@@ -80,16 +80,16 @@ class Forked:
 def server_context(environment: dict[str, str]) -> ForkServerContext:
     """Return the context of the fork server, which starts at its first use.
 
-    OpenMP reads how threads wait when a library is loaded, so ``OMP_*`` must be in the server's own
-    environment.
+    OpenMP reads its settings (such as how threads wait) when a library is loaded, so ``OMP_*`` must be in the
+    server's own environment.
     """
     for name, value in environment.items():
         if name.startswith("OMP_"):
             os.environ[name] = value
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([PRELOAD])
-    # The server inherits the blocked signals and keeps them blocked until ``preload`` ignores them; a Ctrl-C
-    # would kill it meanwhile. The tracker must run before, since its start unblocks signals.
+    # The server inherits the blocked signals and keeps them blocked until ``preload`` ignores them; otherwise
+    # an early Ctrl-C would kill it. The tracker must start first, since its start unblocks signals.
     resource_tracker.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:

@@ -24,7 +24,7 @@ def _bind_to_sweep() -> None:
 def _import_modules() -> None:
     """Import what takes seconds: libraries first, then this package and everything that it registers.
 
-    The names are unused (F401); a forked run finds the modules loaded.
+    The imported names are not used here (F401); the imports make the modules ready for every forked run.
     """
     import datasets  # noqa: F401
     import pydantic.type_adapter  # noqa: F401

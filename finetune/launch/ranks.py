@@ -31,7 +31,7 @@ from .start import StartOptions, end_with
 
 GRACE = 10.0  # seconds that the other ranks have to end by themselves when one has failed
 THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS")
-# A process that ends at once leaves locks of libraries behind; Python's tracker frees them, with a warning.
+# A process that ends abruptly leaves locks of libraries behind; Python's tracker frees them, with a warning.
 WARNINGS = "ignore:resource_tracker:UserWarning"
 LOST_CONNECTION = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "gloo", "NCCL")
 MOST_TRACE = 8000  # characters of a traceback that a rank reports
@@ -52,7 +52,7 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def train_rank(config: Config, folder: Path, signals: Signals) -> dict[str, Any]:
-    """Train as one rank of however many there are, and return the result; only rank 0 shows its progress.
+    """Train as one of the run's ranks, and return the result. Only rank 0 shows its progress.
 
     Raises what ``run.train`` raises, and ``Severed`` where another rank has ended.
     """
@@ -82,8 +82,8 @@ def _show_nothing(done: int, total: int, words: str) -> None:
 def launch(config: Config, folder: Path, count: int, options: StartOptions) -> dict[str, Any]:
     """Train ``config`` in ``folder`` by ``count`` ranks on this machine; return the run's result.
 
-    Raises the error of the first rank that failed, ``RunFailed`` where a signal killed a rank, and
-    ``Interrupted`` where a signal asked the run to stop.
+    Raises the error of the first rank that failed, ``RunFailed`` if a signal killed a rank, and
+    ``Interrupted`` if a signal asked the run to stop.
     """
     if faults := _misfits(config, count):
         raise ConfigError(*faults)
@@ -108,7 +108,7 @@ def launch(config: Config, folder: Path, count: int, options: StartOptions) -> d
             process.kill()
     reports = [reader.recv() for reader, _ in pipes if reader.poll()]
     codes = [process.exitcode for process in started.processes]
-    for i in killed:  # these were ended here, so their exit codes tell nothing
+    for i in killed:  # ended by this process, so the exit code says nothing about the cause
         codes[i] = 0
     _raise_cause(codes, reports, folder)
     return RunFolder(folder).read_result()
@@ -118,8 +118,8 @@ def _misfits(config: Config, count: int) -> list[str]:
     """Return the reasons why ``count`` ranks cannot be started here."""
     if "LOCAL_RANK" in os.environ:
         return [
-            f"--processes {count} inside of `accelerate launch` or torchrun, which have started processes "
-            "already; leave one of them out."
+            f"--processes {count} was given inside `accelerate launch` or torchrun, which starts the "
+            "processes itself. Leave one of the two out."
         ]
     if config.train.device == "cpu":
         return []
@@ -135,7 +135,7 @@ def _misfits(config: Config, count: int) -> list[str]:
 
 @contextmanager
 def _environment_of_ranks(count: int) -> Iterator[None]:
-    """Set environment variables for ranks started inside the block; those that the user set stay.
+    """Set environment variables for ranks started inside the block; keep those that the user has set.
 
     Each rank gets an equal share of the cores.
     """
@@ -188,7 +188,7 @@ def _wait_until(processes: Sequence[Any], end: float) -> None:
 
 
 def _wait_a_moment(processes: Sequence[Any]) -> bool:
-    """Wait up to 0.5 s for a process to end; tell whether any was alive before."""
+    """Wait up to 0.5 s for a process to end; return whether any process was alive before the wait."""
     alive = [process.sentinel for process in processes if process.is_alive()]
     if alive:
         wait(alive, timeout=0.5)
@@ -212,7 +212,7 @@ def _raise_cause(codes: list[int], reports: list[Report], folder: Path) -> None:
             )
     if not reports:
         raise RunFailed(f"The processes ended with the exit codes {codes}.")
-    # Lost connections are consequences: a rank that reports its own error comes before them.
+    # Lost connections are only consequences, so a rank's own error is reported in preference to them.
     reports.sort(key=lambda report: (report["severed"], report["at"]))
     cause = reports[0]
     if cause["code"] == INTERRUPTED:
@@ -238,9 +238,10 @@ def _run_rank(
     folder: Path,
     writers: Sequence[Any],
 ) -> None:
-    """Train as rank ``number``; a failure is reported through this rank's pipe of ``writers``.
+    """Train as rank ``number``; report a failure through this rank's pipe in ``writers``.
 
-    The configuration comes as plain values: the class of a plug-in exists only after ``options`` are applied.
+    The configuration is passed as plain values, because a plug-in's class exists only after ``options`` are
+    applied.
     """
     end_with(parent)
     os.setpgid(0, 0)  # the launching process passes a terminal's Ctrl-C on, so it must not arrive here too
@@ -276,4 +277,4 @@ def _run_rank(
         report |= {"code": 1, "lines": [what], "trace": traceback.format_exc()[-MOST_TRACE:]}
     writers[number].send(report | {"at": time.monotonic()})
     sys.stderr.flush()
-    os._exit(report["code"])  # not through destructors, which would wait for the other ranks
+    os._exit(report["code"])  # without destructors, which would wait for the other ranks

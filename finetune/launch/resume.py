@@ -15,7 +15,7 @@ from ..storage.run_folder import RunFolder
 from ..system import safe
 
 MOST = 64  # ranks of one machine
-PLACE = ("name", "run")  # settings that say where a run lies, which --resume says already
+PLACE = ("name", "run")  # settings that say where a run lies; --resume says that itself
 
 
 def frozen(run: Path, overrides: list[str]) -> Config:

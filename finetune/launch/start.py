@@ -55,9 +55,9 @@ NO_OPTIONS = StartOptions()
 
 
 def end_with(parent: int) -> None:
-    """Have the kernel kill this process when the process ``parent`` ends; exit now if it has already ended.
+    """Have the kernel kill this process when the process ``parent`` ends; exit now if that has already ended.
 
-    Only Linux can do the former; elsewhere this process continues.
+    Only the kernel of Linux can do this; on other systems the process outlives its parent.
     """
     if sys.platform == "linux":
         import ctypes
@@ -80,7 +80,7 @@ def child_main(main: Callable[..., int]) -> NoReturn:
 
 
 def run_child(main: Callable[..., int], options: StartOptions, *words: str) -> int:
-    """Apply ``options``, call ``main(*words, options)``, and return its exit code, or that of its error."""
+    """Apply ``options``, call ``main(*words, options)``, and return its exit code, or that of an error."""
 
     def action() -> int:
         options.apply()

@@ -5,9 +5,9 @@ generators, ``state.json`` the rest, ``manifest.json`` their checksums. The best
 them.
 
 The optimizer's tensors are named ``optimizer/POSITION/KEY``. ``parameters`` in ``state.json`` gives the name
-of the parameter at each position. Checkpoints made before it existed lack that list: there, positions count
-through the optimizer's parameters in the order of its groups. Some optimizers keep plain numbers as well, a
-count of steps for example: these are ``numbers`` in ``state.json``, by position and key.
+of the parameter at each position. Early checkpoints lack this list; their positions count through the
+optimizer's parameters in the order of its groups. Some optimizers keep plain numbers as well, such as a count
+of steps: these are ``numbers`` in ``state.json``, by position and key.
 """
 
 from __future__ import annotations
@@ -115,8 +115,8 @@ def _numbers_of(optimizer: dict[str, Any], positions: dict[str, int]) -> dict[st
                 continue
             if value is not None and not (isinstance(value, int | float) and math.isfinite(value)):
                 raise RunFailed(
-                    f"The optimizer keeps {key}={str(value)[:40]} for {name}, which no checkpoint can hold. "
-                    "It may keep tensors, finite numbers and None."
+                    f"The optimizer keeps {key}={str(value)[:40]} for {name}, which a checkpoint cannot "
+                    "hold. It may keep tensors, finite numbers and None."
                 )
             found.setdefault(str(positions[name]), {})[key] = value
     return found
@@ -215,7 +215,7 @@ def _read_state(folder: Path) -> dict[str, Any]:
 def find_newest(files: RunFolder, say: Callable[[str], None]) -> Path | None:
     """Return the folder of the newest whole checkpoint, or ``None``; tell ``say`` of each damaged one.
 
-    Raises ``ConfigError`` at one of a later format: the version that wrote it can resume from there.
+    Raises ``ConfigError`` if one has a later format: the version that wrote it can resume from it.
     """
     for step in reversed(files.steps()):
         folder = files.checkpoint(step)
@@ -237,10 +237,10 @@ def _explain_newer_format(file: Path) -> str:
 
 
 def prune(files: RunFolder, keep: int | None, newest: int) -> None:
-    """Remove all checkpoints but the last ``keep`` up to step ``newest``, which is whole; ``None`` keeps all.
+    """Remove old checkpoints: keep the last ``keep`` of those up to step ``newest``; ``None`` keeps all.
 
-    Later ones go too: the run went on from before them, so they were damaged. The one that ``failure.json``
-    names stays.
+    The checkpoint of ``newest`` is whole. Those of later steps are removed, too: the run resumed from an
+    earlier one, so they were damaged. The checkpoint that ``failure.json`` names is always kept.
     """
     if not keep:
         return

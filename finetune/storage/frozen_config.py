@@ -22,8 +22,8 @@ MOVABLE = (
 def describe_differences(file: Path, other: dict[str, Any], free: tuple[str, ...] = ()) -> str:
     """Name the first five settings in which a frozen configuration differs from ``other``, with both values.
 
-    Empty where both belong to the same run: only settings that can change its result count, and those named
-    in ``free`` do not.
+    Empty if both belong to the same run. Settings that cannot change the result, and those named in ``free``,
+    may differ.
     """
     try:
         frozen = safe.read_yaml(file)
@@ -42,7 +42,7 @@ def describe_differences(file: Path, other: dict[str, Any], free: tuple[str, ...
 
 
 def _deciding_settings(tree: Any, free: tuple[str, ...]) -> dict[str, Any]:
-    """Return the settings that can change a result, by dotted key; settings that came later are entered."""
+    """Return the settings that can change a result, by dotted key; fill in those that an old file lacks."""
     settings = {}
     for key, value in _flatten(later.enter(tree) if isinstance(tree, dict) else tree).items():
         if decides(key) and _as_of_dataset(key) not in free:

@@ -132,9 +132,9 @@ def refuse_if_locked(folder: Path) -> None:
 def holding_lock(folder: Path) -> Iterator[None]:
     """Hold the lock of ``folder``, which is made if needed.
 
-    A lock that the parent process handed down is used as it is. Raises ``ConfigError`` that names the holder
-    if another process holds the lock, or if none can be made; ``FileNotFoundError`` at the end of the block
-    if the folder has vanished meanwhile.
+    A lock that the parent process handed down is used as it is. Raises ``ConfigError`` if the lock cannot be
+    made, or if another process holds it (the message names the holder). Raises ``FileNotFoundError`` at the
+    end of the block if the folder has vanished meanwhile.
     """
     inherited = os.environ.get(INHERITED, "")
     is_ours = not (inherited.isdecimal() and _is_lock_of(int(inherited), folder))
@@ -175,7 +175,7 @@ def recover(folder: Path) -> None:
 
 
 def _is_alive(pid: int) -> bool:
-    """Tell whether this machine runs a process with that number."""
+    """Tell whether a process with the number ``pid`` runs on this machine."""
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -192,7 +192,7 @@ def _take(folder: Path) -> int:
     except OSError as error:
         raise ConfigError(
             f"The run folder {folder} cannot be written: {error.strerror}. "
-            "Start from a folder with free space that you may write to."
+            "Run the command in a folder where you may write and where there is free space."
         ) from error
     if handle is None:
         raise ConfigError(_in_use(folder))
@@ -231,7 +231,7 @@ def _read_record(folder: Path) -> dict[str, Any]:
 
 
 def _file_system(folder: Path) -> str:
-    """Return the type of the file system of ``folder`` as Linux names it, ``ext4`` say; empty if unknown."""
+    """Return Linux's name for the type of the folder's file system, such as ``ext4``; empty if unknown."""
     try:
         lines = Path("/proc/self/mountinfo").read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:

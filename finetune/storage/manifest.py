@@ -51,7 +51,7 @@ def sealed_folder(folder: Path) -> Iterator[Path]:
 def faults(folder: Path) -> list[str]:
     """Return what is wrong with ``folder``; empty if it is whole. Reads every byte of every file.
 
-    Each fault is a sentence without its full stop, which names the file.
+    Each fault is a sentence that names the file, without the full stop.
     """
     try:
         content = safe.read_json(folder / NAME)
@@ -117,7 +117,7 @@ def _faults_without_manifest(folder: Path) -> list[str]:
         files = sorted(file for file in folder.iterdir() if file.suffix in KINDS)
     if {file.suffix for file in files} != {*KINDS}:
         names = ", ".join(file.name for file in files) or "none"
-        return [f"{folder} has lost files: {names} is all that lies there"]
+        return [f"{folder} has lost files: it only has {names}"]
     found = []
     for file in files:
         try:

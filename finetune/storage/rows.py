@@ -19,7 +19,7 @@ class MetricsFile:
     """A file of lines, each a JSON object with its ``step``. It is open only while a line is written.
 
     ``start``: the step that a resumed run continues from. Lines of later steps and a torn last line are
-    dropped; with 0, all lines are.
+    dropped; with ``start=0``, all lines are dropped.
     """
 
     def __init__(self, path: Path, start: int = 0) -> None:
@@ -60,7 +60,7 @@ def write_predictions(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     columns = [name for name in known if rows and name in rows[0]]
     if not columns or any(set(row) != set(columns) for row in rows):
         raise ValueError(
-            f"predictions need rows, and all rows need the same of the columns {', '.join(known)}"
+            f"predictions need at least one row; all rows need the same columns, out of {', '.join(known)}"
         )
     arrays = {}
     for name in columns:

@@ -154,7 +154,7 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(
                 f"The run folder {self.path} cannot be written: {error.strerror}. "
-                "Start from a folder with free space that you may write to."
+                "Run the command in a folder where you may write and where there is free space."
             ) from error
 
     def check(self, config: Config) -> None:

@@ -6,8 +6,7 @@
                  1024)
 
 The task's new head, which all methods train alike, does not count as trained; it is stored with the rest.
-Where data chooses the entries, stored bytes are expected ones: positions are taken to lie at random. Imports
-no torch.
+Where data chooses the entries, the stored bytes are an expectation over random positions. Imports no torch.
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def _send_faults(settings: list[dict[str, Any]], options: StartOptions, sender: 
 
 
 def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
-    """Return the faults of each configuration; an error that is not a ``ConfigError`` counts as none."""
+    """Return the faults of each configuration; an error other than a ``ConfigError`` is not reported."""
     known: dict[str, Any] = {}
     faults: list[tuple[str, ...]] = []
     for config in configs:
@@ -95,7 +95,7 @@ def faults_of(configs: Sequence[Config]) -> list[tuple[str, ...]]:
             faults.append(error.faults)
             known.pop("base", None)  # parts of the failed method may be attached to it
         except Exception:
-            faults.append(())  # the run will fail with the same error; other runs are checked all the same
+            faults.append(())  # the run will fail with the same error; the other runs are still checked
             known.pop("base", None)
     return faults
 

@@ -1,7 +1,7 @@
 """Hand runs to a cluster by Hydra's own launchers: joblib, submitit (Slurm), ray.
 
-Each job runs one frozen configuration in a process. Jobs only write run folders, so their results are read
-from there, whatever the launcher reports.
+Each job runs one frozen configuration in a process. Jobs only write run folders, and results are read from
+these folders, not from what the launcher reports.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ PLUGINS = {  # of Hydra, by name: the module, and the name of the launcher in it
     "ray": ("hydra_ray_launcher", "ray"),
 }
 ANSWER = 10.0  # seconds that Slurm has to answer
-SETTLE = 20.0  # seconds in which a network file system shows what a job wrote, and Slurm queues a job again
-INTERVAL = 2.0  # seconds between two questions to Slurm
+SETTLE = 20.0  # seconds until a network file system shows what a job wrote, and Slurm requeues a lost job
+INTERVAL = 2.0  # seconds between two queries to Slurm
 Say = Callable[[str], None]
 
 
@@ -53,7 +53,7 @@ class Launcher:
 def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = None) -> Launcher | None:
     """Return the launcher ``name`` with settings ``launcher.KEY=VALUE``, or ``None`` for local.
 
-    Raises ``ConfigError`` for mistakes, and where the launcher cannot work on this machine.
+    Raises ``ConfigError`` for mistakes, and if the launcher cannot work on this machine.
     """
     if name not in ("local", *PLUGINS):
         raise ConfigError(
@@ -81,7 +81,7 @@ def choose_launcher(name: str, words: Sequence[str], config_dir: Path | None = N
 
 
 def _settings(name: str, config_dir: Path | None) -> dict[str, Any]:
-    """Return the settings in ``launcher/NAME.yaml`` of the user, or else in the built-in one."""
+    """Return the settings in the user's ``launcher/NAME.yaml``, or else in the built-in file."""
     file = conf_dir() / "launcher" / f"{name}.yaml"
     if config_dir and (config_dir / "launcher" / f"{name}.yaml").is_file():
         file = config_dir / "launcher" / f"{name}.yaml"
@@ -123,7 +123,7 @@ def _missing(name: str) -> list[str]:
 def run_all(
     runs: Sequence[Point], launcher: Launcher, jobs: int | None, retry: bool, say: Say, options: StartOptions
 ) -> dict[Path, dict[str, Any]]:
-    """Run by ``launcher`` what is not finished, wait for all jobs, and return the results by folder.
+    """Run the unfinished points by ``launcher``, wait for all jobs, and return the results by folder.
 
     A job that died is not an error here: its run has no result.
     """
@@ -196,8 +196,8 @@ def _all_ended(points: Sequence[Point]) -> bool:
 def _wait(process: subprocess.Popen[bytes], todo: Sequence[Point], home: Path | None) -> None:
     """Wait until the launcher ends or all points have results.
 
-    With ``home``, the folder of Slurm's jobs, wait no longer than ``SETTLE`` seconds after Slurm has lost
-    them: the launcher itself would wait for a job that died.
+    ``home`` is the folder of Slurm's jobs. If it is given, wait at most ``SETTLE`` seconds after Slurm has
+    lost the jobs: the launcher itself would wait for a dead job without end.
     """
     lost_since: float | None = None
     while process.poll() is None and not _all_ended(todo):
@@ -224,7 +224,7 @@ def _slurm_jobs(home: Path) -> list[str]:
 
 
 def _is_queued(numbers: Sequence[str]) -> bool:
-    """Tell whether any of the jobs waits or runs in Slurm; true where Slurm does not say."""
+    """Tell whether any of the jobs waits or runs in Slurm; true if Slurm does not answer."""
     done = subprocess.run(
         ["squeue", "-h", "-o", "%A", "-j", ",".join(numbers)], capture_output=True, text=True
     )

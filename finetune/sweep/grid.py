@@ -78,14 +78,15 @@ def list_points(
     """Return every point of the sweep, checked; points of the same content become one.
 
     ``sweep=NAME`` stands for the overrides of that file, ``budget=SIZE`` for the size of each method. ``say``
-    is called with a line for whatever is left out. Raises ``ConfigError`` with the faults of all points.
+    is called with a line about every point or setting that is left out. Raises ``ConfigError`` with the
+    faults of all points.
     """
     name, overrides = with_preset(overrides, config_dir)
     budgets, overrides = _take_values("budget", overrides)
     for text in overrides:
         if text.startswith("run="):
             raise ConfigError(
-                f"{text}: a sweep names its runs by their content. Use name= for the folder that holds them."
+                f"{text}: a sweep names its runs by their content. Use name= to name the folder of the runs."
             )
     expanded = configuration.expand(overrides, config_dir)
     expanded = _drop_foreign(expanded, overrides, config_dir, say)
@@ -112,9 +113,9 @@ def list_points(
 
 
 def with_preset(overrides: list[str], config_dir: Path | None) -> tuple[str, list[str]]:
-    """Return the name of a sweep without ``name=``, and the overrides with ``sweep=NAME`` expanded.
+    """Return the default name of the sweep, and the overrides with ``sweep=NAME`` expanded.
 
-    The overrides of the preset come first; a setting that is given beside it wins.
+    The overrides of the preset come first, so a setting that is given beside it wins.
     """
     presets, rest = _split(overrides, "sweep=")
     if len(presets) > 1:
@@ -140,7 +141,7 @@ def _key(text: str) -> str:
 
 
 def preset(name: str, config_dir: Path | None = None) -> list[str]:
-    """Return the overrides that ``sweep/NAME.yaml`` of the user lists, or else those of the built-in one.
+    """Return the overrides in the user's ``sweep/NAME.yaml``, or else in the built-in file.
 
     Raises ``ConfigError``.
     """
@@ -226,9 +227,9 @@ def _meet_budgets(
 def _drop_foreign(
     expanded: list[list[str]], overrides: list[str], config_dir: Path | None, say: Say
 ) -> list[list[str]]:
-    """Return the points without swept settings that their method lacks and another method of the sweep has.
+    """Remove from each point the swept settings that its method lacks, if another method has them.
 
-    Points that become equal are one.
+    Points that become equal are merged into one.
     """
     methods = dict.fromkeys(method_of(words) for words in expanded)
     if len(methods) < 2:
@@ -244,12 +245,12 @@ def _drop_foreign(
         lacks[method] = {
             key for key, field in fields_swept.items() if not has_field(method, field, config_dir)
         }
-    unknown = set.intersection(*lacks.values())  # to every method; refused later
+    unknown = set.intersection(*lacks.values())  # keys that no method has; refused later
     for method, keys in lacks.items():
         for key in sorted(keys - unknown):
             say(
-                f"method={method} has no {key.removeprefix('method.')}, so it is run once per other setting; "
-                "budget= matches sizes."
+                f"method={method} has no {key.removeprefix('method.')}, so the values of that setting do not "
+                "multiply its runs. To compare methods at equal size, use budget=."
             )
     kept = []
     for words in expanded:
@@ -259,7 +260,7 @@ def _drop_foreign(
 
 
 def _unique(expanded: list[list[str]]) -> list[list[str]]:
-    """Return the points in their order, equal ones once."""
+    """Return the points in their order without duplicates."""
     return [list(words) for words in dict.fromkeys(tuple(words) for words in expanded)]
 
 
@@ -281,8 +282,8 @@ def field_of(key: str) -> str | None:
 def _fields(method: str, config_dir: Path | None) -> frozenset[str] | None:
     """Return the settings of a method.
 
-    Returns ``None`` if they are unknown: the method has a setting without default, and the option that
-    chooses it is not its name.
+    Returns ``None`` if they are unknown, because the method has a setting without default and the option that
+    chooses the method is not the method's name.
     """
     try:
         made: object = configuration.load([f"method={method}"], config_dir).method

@@ -18,13 +18,13 @@ from hydra.core.override_parser.types import Quote, QuotedString
 from ..launch.start import StartOptions, child_main
 from .cluster import job
 
-NAME = "finetune_job"  # of the configuration of a job, in Hydra's store
+NAME = "finetune_job"  # the name of a job's configuration in Hydra's store
 
 
 def multirun(file: str, options: StartOptions) -> int:
     """Run one Hydra job for each of the configurations that ``file`` lists; return 0.
 
-    ``hydra.main`` would read the command line and change folders, so what it calls is called here.
+    ``hydra.main`` would read the command line and change folders, so the functions inside it are called here.
     """
     logging.getLogger("submitit").setLevel(logging.ERROR)
     order = json.loads(Path(file).read_text(encoding="utf-8"))

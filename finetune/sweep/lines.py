@@ -14,7 +14,7 @@ TAIL_BYTES = 65536
 
 
 class Lines:
-    """The lines of a file that grows or is replaced; each is returned once."""
+    """Read the lines of a file that grows or is replaced; return each line once."""
 
     def __init__(self, file: Path) -> None:
         self.file, self._inode, self._read = file, 0, 0

@@ -27,8 +27,8 @@ STEPS = 4  # optimizer steps of a measurement
 class Measurement:
     """Seconds of one step, of one evaluation and of everything else in a run, and its peak memory.
 
-    Seconds are missing if the run would not fit into memory and was only planned, or if it failed; ``fault``
-    then says why.
+    Seconds are missing if the run failed (``fault`` says why), or if it was not trained because it would not
+    fit into memory.
     """
 
     step: float | None = None
@@ -74,7 +74,7 @@ def _fault(done: subprocess.CompletedProcess[str]) -> str:
 
 
 def room_for_one(jobs: int) -> int:
-    """Return the bytes that each of ``jobs`` parallel runs may use: a GPU's, else a share of free memory."""
+    """Return the bytes that each of ``jobs`` parallel runs may use: a GPU's, or a share of the free RAM."""
     import psutil
 
     if gpus := cuda_memory():

@@ -93,9 +93,9 @@ class Pool:
         self.failed = False
         self._ended: Callable[[Point, Result], None]
         self._verdict: Callable[[Point], str | None]
-        self._waiting: list[Point] = []  # to be tried again, or being run by another process
+        self._waiting: list[Point] = []  # points to try again, and points that another process runs now
         self._tries: dict[Path, int] = {}
-        self._numbers: dict[Path, int] = {}  # in the order in which points came
+        self._numbers: dict[Path, int] = {}  # of the points, in the order of their arrival
         self._busy_since: dict[Path, float] = {}
         self._total = ""
 
@@ -107,8 +107,8 @@ class Pool:
     ) -> dict[Path, Result]:
         """Run all ``points`` and return the result of each by its folder; a failure is a result too.
 
-        The next point is taken from ``points`` only when there is a place for it, so a generator can base it
-        on earlier results; it yields ``None`` if it has no point yet. Configurations must be frozen
+        The next point is taken from ``points`` only when there is a place for it, so a generator can base its
+        points on earlier results; it yields ``None`` while it has none. Configurations must be frozen
         (``grid.freeze``). Finished points are not run again. ``ended`` is called with each point and its
         result. ``verdict`` is called at every check of a running point; a text that it returns stops the
         point, whose result is then ``{"status": "stopped", "error": text}``.
@@ -215,9 +215,9 @@ class Pool:
         return True
 
     def _report_busy(self, point: Point) -> None:
-        """Say once that another process runs a point, if it still does after a second.
+        """Say once that another process runs a point, if that process still holds the lock after a second.
 
-        A process that only reads the state of a run holds its lock for a moment, too.
+        A process that only reads the state of a run holds the lock for a moment, too.
         """
         folder, now = point.folder.path, time.monotonic()
         if now - self._busy_since.setdefault(folder, now) > 1:

@@ -1,7 +1,7 @@
 """Run one point in a process of its own: watch it, stop it on request, and never run it twice at once.
 
-A ``Process`` holds the lock of its run (``RUN/.lock``), and its child inherits that lock. Whichever of the
-two is killed, the run cannot be started a second time while the other one lives. Imports no torch.
+A ``Process`` holds the lock of its run (``RUN/.lock``), and its child inherits that lock. If one of the two
+is killed, the run cannot be started a second time while the other still lives. Imports no torch.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def take_lock(folder: Path) -> int | None:
 def should_rerun(result: dict[str, Any]) -> bool:
     """Tell whether a failed run is run again without ``--retry``.
 
-    A run that a signal ended (out of memory, a killed job) is; one that failed by itself is not.
+    True if a signal ended the run (out of memory, a killed job); false if the run failed by itself.
     """
     return result.get("status") != "finished" and bool(result.get("signal"))
 
@@ -158,7 +158,7 @@ class Process:
             self._signal(signal.SIGTERM)
 
     def stop(self, why: str, grace: float = GRACE) -> dict[str, Any]:
-        """End the child, by SIGKILL after ``grace`` seconds; return the result. It can be run again later."""
+        """End the child, after ``grace`` seconds by SIGKILL; return the result. The run can be resumed."""
         self.ask_to_stop(why)
         end = time.monotonic() + grace
         while (result := self.poll()) is None:
@@ -215,7 +215,7 @@ class Process:
 
 
 def _signal_of(code: int) -> int:
-    """Return the signal behind an exit code, else 0; SIGTERM for a child that saved and exited."""
+    """Return the signal behind an exit code, or 0; SIGTERM if the child saved its state and exited."""
     if code == INTERRUPTED:
         return int(signal.SIGTERM)
     return max(0, -code)

@@ -30,7 +30,7 @@ from .work import Work
 
 FORMAT = 1
 STATUS = {"COMPLETE": "finished", "PRUNED": "pruned", "FAIL": "failed"}  # of a trial, by Optuna's state
-SEED_DISTANCE = 1_000_003  # between the sampler seeds of two neighbouring seeds of a search
+SEED_DISTANCE = 1_000_003  # between the sampler seeds of searches whose own seeds differ by 1
 Result = dict[str, Any]
 
 
@@ -39,7 +39,7 @@ def run(
 ) -> list[tuple[Point, Result]]:
     """Search ``work.settings`` until there are ``trials`` in all, those of earlier calls included.
 
-    Returns points and results: finished ones first, and the best of them first. A pruned trial has the status
+    Returns points and results: finished runs come first, the best at the top. A pruned trial has the status
     "pruned". Raises ``ConfigError`` with all faults before anything runs.
     """
     _check_installed()
@@ -104,7 +104,7 @@ class Search:
             handle = os.open(folder / ".search.lock", os.O_RDWR | os.O_CREAT, 0o644)
         except OSError as error:
             raise ConfigError(
-                f"{folder} cannot be written: {error.strerror}. Start from a folder that you may write to."
+                f"{folder} cannot be written: {error.strerror}. Run the command where you may write."
             ) from None
         try:
             try:
@@ -197,9 +197,9 @@ class Search:
             self.study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=self._parallel)
 
     def verdict(self, point: Point) -> str | None:
-        """Return why the run is to be stopped now, if it is.
+        """Return why the run should be stopped now; ``None`` if it should go on.
 
-        It is if at one of its validations the median of the earlier trials was better.
+        A run is stopped if its metric at a validation is worse than the median of the earlier trials there.
         """
         trial = self._running[id(point)]
         for line in trial.lines.new():
@@ -209,7 +209,7 @@ class Search:
     def _judge(self, trial: _Trial, line: dict[str, Any]) -> None:
         """Report the validation metric in a line of metrics to Optuna, and ask its pruner.
 
-        The last validation is not judged: the run is over then.
+        The last validation is not judged, because the run is over by then.
         """
         val = {key.removeprefix("val_"): value for key, value in line.items() if key.startswith("val_")}
         metric, step = main_metric(val), int(line["step"])
@@ -229,7 +229,7 @@ class Search:
     def record(self, point: Point, result: Result) -> None:
         """Tell Optuna the result of a run.
 
-        A run that ended before it could be stopped counts as pruned where it would have been.
+        A run that should have been pruned but ended first counts as pruned.
         """
         why = self.verdict(point)
         trial = self._running.pop(id(point))
@@ -288,7 +288,7 @@ class Search:
         """Return every run and its result; for trials with the same settings, the first."""
         found: dict[Path, tuple[Point, Result]] = {}
         for trial in sorted(self._trials(), key=_order):
-            with suppress(ConfigError, KeyError):  # a trial that failed before it had a run
+            with suppress(ConfigError, KeyError):  # trials that failed before they had a run
                 words = [dimension.word(trial["settings"][dimension.key]) for dimension in self.dimensions]
                 point = self.point(words)
                 result = point.folder.read_result() if point.folder.finished else _unfinished(point, trial)

@@ -19,8 +19,8 @@ from ..errors import ConfigError
 from .budget import Budget, FixedSize, parse
 
 TOLERANCE = 0.02  # share of the budget by which a solution may miss it
-EXACT = 0.001  # share of the budget; below this error no further digits are tried
-FINE = 10**9  # rungs of a share
+EXACT = 0.001  # share of the budget; once the error is below it, no further digits are tried
+FINE = 10**9  # number of rungs between the shares 0 and 1
 LARGEST = 2**24  # largest whole number that is tried
 
 _solutions: dict[str, float] = {}  # by budget and settings; all seeds of a sweep share a solution
@@ -32,7 +32,7 @@ def solve(
     """Return ``overrides`` of one run with the setting that makes it meet ``budget`` within 2 %.
 
     ``budget`` is the text without ``budget=``. Raises ``FixedSize`` if there is no such setting, and
-    ``ConfigError`` with the nearest sizes where none is near enough.
+    ``ConfigError`` with the nearest sizes if none is near enough.
     """
     wanted = parse(budget)
     config = replace(configuration.load(overrides, config_dir, config_file), seed=0)  # all seeds get the same
@@ -139,7 +139,7 @@ def _current_value(config: Config) -> Any:
 
 
 class _Solver:
-    """Searches the value of one configuration's size setting that meets a budget."""
+    """Finds the value of one configuration's size setting that meets a budget."""
 
     def __init__(self, config: Config, wanted: Budget) -> None:
         from . import size
@@ -185,7 +185,7 @@ class _Solver:
         return abs((self.amount(value) or 0) - self.target)
 
     def is_exact(self, value: float) -> bool:
-        """Tell whether the method allows ``value`` and no better one is worth more digits."""
+        """Tell whether the method allows ``value`` and its amount is within ``EXACT`` of the target."""
         return self.amount(value) is not None and self.distance(value) <= EXACT * self.target
 
     def solve(self) -> float:
@@ -201,14 +201,15 @@ class _Solver:
             reached.append(f"{setting}={_show_value(value)} with {amount}")
         raise ConfigError(
             f"method={self.config.method.name} cannot meet budget={self.wanted.text}, "
-            f"{self.wanted.show(self.target, self.total)}, within 2 %. The nearest it reaches: "
-            f"{' and '.join(reached)}. Take a budget near one of these, or change its other settings."
+            f"{self.wanted.show(self.target, self.total)}, within 2 %. The nearest are "
+            f"{' and '.join(reached)}. Take a budget near one of these, or change the method's other "
+            "settings."
         )
 
     def _nearest_rungs(self) -> list[int]:
-        """Return the last allowed rung below the target and the first that reaches it, where there are such.
+        """Return the last allowed rung below the target and the first that reaches it, if they exist.
 
-        A single rung is returned if it is exact. Bisects between ``low``, below the target, and ``high``,
+        Only one rung is returned if it is exact. Bisects between ``low``, below the target, and ``high``,
         which reaches it.
         """
         allowed = self._allowed_rung()
@@ -235,8 +236,8 @@ class _Solver:
         if self.amount(self.ladder.value(rung)) == self.amount(self.ladder.value(2 * rung)):
             name, knob = self.config.method.name, self.config.method.size
             raise FixedSize(
-                f"method={name}: method.{knob} does not change how much it trains here, so no budget can "
-                "be met by it."
+                f"method={name}: method.{knob} does not change the size of this run, so it cannot be used to "
+                "meet a budget."
             )
         high = rung
         while high < self.ladder.last and not self._reaches(high, rung):
@@ -255,16 +256,16 @@ class _Solver:
         return rung in self.ladder and self.amount(self.ladder.value(rung)) is not None
 
     def _guess(self) -> int:
-        """Return the rung of the target if sizes of shares grew in proportion; 0 where that says nothing."""
+        """Return the rung where the target would be if size grew in proportion to the share; 0 if unknown."""
         if not self.ladder.of_shares:
             return 0
         most = self.amount(self.ladder.value(self.ladder.last))
         return round(self.target / most * self.ladder.last) if most else 0
 
     def _allowed_rung(self) -> int:
-        """Return a rung that the method allows: its present one, else the lowest, else the highest.
+        """Return a rung that the method allows: that of its current value, else the lowest, else the highest.
 
-        Raises the method's own ``ConfigError`` if it refuses all of them.
+        Raises the method's own ``ConfigError`` if it refuses all three.
         """
         rungs = [self.ladder.first]
         if self.ladder.of_shares:
@@ -278,7 +279,7 @@ class _Solver:
         raise self._refusals[0]
 
     def _shortest(self, rung: int) -> float:
-        """Return the value of a rung in as few decimals as change nothing, or are exact enough."""
+        """Return a rung's value with as few decimals as keep the size the same, or exact enough."""
         full = self.ladder.value(rung)
         if not self.ladder.of_shares:
             return full

@@ -51,9 +51,9 @@ class Dimension:
 def space(
     overrides: list[str], config_dir: Path | None, config_file: Path | None = None
 ) -> tuple[list[str], list[Dimension]]:
-    """Return the settings that stay the same and the dimensions that are searched.
+    """Return the settings that stay the same, and the dimensions to search.
 
-    Raises ``ConfigError`` with every value that no trial could take.
+    Raises ``ConfigError`` that lists every value that no trial could take.
     """
     fixed, dimensions, faults = list[str](), list[Dimension](), list[str]()
     for text in overrides:
@@ -84,8 +84,8 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
         return None
     if key == "seed":
         raise ConfigError(
-            f"{text}: a search would choose a lucky seed. Search with one seed, and run what it found "
-            "with several."
+            f"{text}: a search would choose a lucky seed. Search with one seed, then run the best settings "
+            "with several seeds."
         )
     if not item.is_interval_sweep():
         words = configuration.expand([text], config_dir)
@@ -93,7 +93,7 @@ def _dimension(text: str, config_dir: Path | None) -> Dimension | None:
         return Dimension(key, tuple(dict.fromkeys(options)))
     low, high, log = float(value.start), float(value.end), "log" in value.tags
     example = f"as in {key}=tag(log,interval(1e-4,1e-2))"
-    if not low < high:  # true of nan as well
+    if not low < high:  # not ``low >= high``, so that nan is refused, too
         raise ConfigError(f"{text} is empty: the first value must be below the second, {example}.")
     if log and low <= 0:
         raise ConfigError(f"{text} needs a first value above 0, {example}.")

@@ -28,7 +28,7 @@ from .lines import last_step, read_last_lines
 
 FILE = "sweep.json"
 LOCK = ".sweep.lock"
-MEDIAN_STEPS = 50  # the last steps whose median time predicts the rest
+MEDIAN_STEPS = 50  # how many of the last steps give the median time that predicts the rest
 STATES = ("finished", "running", "failed", "pruned", "waiting")
 Entry = dict[str, Any]  # what sweep.json says of a run: run, label, seed, steps
 
@@ -43,7 +43,7 @@ def entry(point: Point, folder: Path) -> Entry:
 def announced(
     folder: Path, entries: Sequence[Entry], overrides: Sequence[str], jobs: int, command: str
 ) -> Iterator[Callable[[Sequence[Entry]], None]]:
-    """Write ``sweep.json`` and hold a shared lock inside the block: it shows that the sweep is active.
+    """Write ``sweep.json``, and hold a shared lock inside the block to show that the sweep is active.
 
     Yields a function that replaces the entries. The ``run`` of an entry is empty until its name is known.
     """
@@ -70,7 +70,7 @@ def announced(
 
 
 def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
-    """Tell whether another process has locked ``file``. Asking takes the lock for a moment."""
+    """Tell whether another process has locked ``file``. The check itself takes the lock for a moment."""
     try:
         handle = os.open(file, os.O_RDWR)
     except OSError:
@@ -86,7 +86,7 @@ def is_locked(file: Path, mode: int = fcntl.LOCK_SH) -> bool:
 
 @dataclass(frozen=True)
 class RunState:
-    """What a run of a sweep is doing: one of ``STATES``, its last step, and its seconds left or taken."""
+    """The state of a run: one of ``STATES``, its last step, and the seconds that it took or has left."""
 
     run: str
     label: str
@@ -223,7 +223,7 @@ def _last_sign(path: Path) -> float:
 
 
 def _seconds_left(folder: RunFolder, steps: int) -> float | None:
-    """Return how long ``steps`` more steps take, by the median of the last ones; ``None`` without any."""
+    """Predict the seconds of ``steps`` more steps from the median of the last ones; ``None`` without any."""
     seconds = []
     for line in read_last_lines(folder.metrics):
         if isinstance(line.get("seconds"), float):

@@ -23,7 +23,7 @@ from ..storage.run_folder import TRIALS, RunFolder, run_folder
 from .grid import Point, freeze
 
 FORMAT = 1
-STEP = math.sqrt(10)  # between neighbouring values around the default
+STEP = math.sqrt(10)  # factor between neighbouring values around the default
 Say = Callable[[str], None]
 Result = dict[str, Any]
 
@@ -111,7 +111,7 @@ class Tuning:
     def settle(self, results: Mapping[Path, Result], say: Say) -> list[Point]:
         """Return the points with the best value on validation, frozen, each with its ``tuning.json``.
 
-        Where all trials of a configuration failed, it keeps its own value.
+        A configuration whose trials all failed keeps its own value.
         """
         tuned: dict[int, Point] = {}
         for group in self.groups:
@@ -205,7 +205,7 @@ def _groups(points: Sequence[Point], request: Request, trials: int) -> list[Grou
     for values in by_rest.values():
         if len(values) > 1:
             raise ConfigError(
-                f"tune={request.key}: the grid has {request.key}={', '.join(values)}, too. "
+                f"tune={request.key}: the grid sets {request.key}={', '.join(values)}, too. "
                 "Leave one of the two out."
             )
     faults: dict[str, None] = {}
@@ -265,7 +265,7 @@ def _rest(config: Config, key: str) -> str:
 
 
 def _parent(tree: dict[str, Any], key: str) -> dict[str, Any]:
-    """Return the mapping in ``tree`` that holds the last step of a dotted ``key``."""
+    """Return the mapping in ``tree`` that holds the last component of a dotted ``key``."""
     for step in key.split(".")[:-1]:
         tree = tree[step]
     return tree

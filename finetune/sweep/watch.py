@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from rich.console import Group
     from rich.live import Live
 
-FAILED_ROWS = 12  # failed runs in the table, the last of the grid
+FAILED_ROWS = 12  # failed runs in the table: the last ones of the grid
 INTERVAL = 1.0  # seconds between two readings
 
 

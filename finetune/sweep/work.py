@@ -43,8 +43,8 @@ class Work:
     ) -> tuple[list[Point], dict[Path, Result]]:
         """Run the points, and return them with all results by folder.
 
-        With ``tuning``, its trials run first, and the points run with the values that it chose. Where not all
-        trials ended, or one failed and ``fail_fast`` is set, no point runs and none is returned.
+        With ``tuning``, its trials run first, and the points run with the values that the trials chose. If
+        not all trials ended, or one failed and ``fail_fast`` is set, no point runs and none is returned.
         """
         trials = tuning.trials if tuning else []
         folder = runs[0].folder.path.parent

@@ -19,10 +19,10 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def find_batch_size(session: Session) -> None:
-    """Set the largest power of two at which one pass fits each process, at most ``LARGEST`` or all examples.
+    """Set the batch size: the largest power of two of examples a process whose pass fits into its memory.
 
-    The session is left as it was, before the start of its first phase. Raises ``RunFailed`` if no example
-    fits.
+    The global batch has at most ``LARGEST`` examples, and at most all examples. The session is left as it
+    was, before the start of its first phase. Raises ``RunFailed`` if not even one example fits.
     """
     batches, began = session.batches, time.monotonic()
     most, size, before = min(LARGEST, batches.most), 1, resident_bytes()
@@ -43,7 +43,7 @@ def find_batch_size(session: Session) -> None:
 def _fits(session: Session, count: int) -> bool:
     """Try a pass over the ``count`` longest examples of every stream on all processes.
 
-    Where training needs gradients, the optimizer's two moments are in memory meanwhile.
+    If training needs gradients, two empty tensors a trained parameter stand for the optimizer's moments.
     """
     try:
         if not session.begun:
@@ -75,20 +75,20 @@ def _fits(session: Session, count: int) -> bool:
 def _may_run_short(before: int) -> bool:
     """Return whether twice the memory taken since ``before`` (bytes) may be too much for the CPU.
 
-    There the kernel kills a process that takes more than there is, so it must not be tried.
+    On a CPU this must not be tried: the kernel kills a process that takes more memory than there is.
     """
     return not torch.cuda.is_available() and _free_bytes() < 2 * (peak_memory()[0] - before)
 
 
 def resident_bytes() -> int:
-    """Return the bytes of memory that this process has now."""
+    """Return the bytes of memory that this process uses now."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)
 
 
 def _free_bytes() -> int:
-    """Return the bytes that this process may still take, by the machine and by its control group."""
+    """Return the bytes that this process may still take within the limits of machine and control group."""
     import psutil
 
     free = int(psutil.virtual_memory().available)

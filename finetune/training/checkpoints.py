@@ -97,11 +97,11 @@ class Checkpoints:
             self.log.write(f"Warning: {warning}.")
 
     def _use_threads(self, count: int) -> None:
-        """Compute with as many threads as the steps before: another number sums in another order."""
+        """Use as many threads as the earlier steps did: another number would sum in another order."""
         current = torch.get_num_threads()
         if count != current:
             threads = "1 thread" if count == 1 else f"{count} threads"
-            self.log(f"Using {threads} instead of {current}, as the steps before did.")
+            self.log(f"Using {threads} instead of {current}, as the earlier steps did.")
             torch.set_num_threads(count)
 
     def take_snapshot(self) -> None:

@@ -34,10 +34,10 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(tuned: nn.Module, data: Any, batch_size: int, accelerator: Accelerator) -> Evaluation:
-    """Evaluate every example once, in order. ``tuned(**inputs).logits`` are its answers.
+    """Evaluate every example once, in order. The model's answers are ``tuned(**inputs).logits``.
 
-    The processes take turns at the batches, and each gets all results. A batch that does not fit into memory
-    is halved; raises ``RunFailed`` where a single example does not fit.
+    The batches are dealt out to the processes in turn, and every process gets all results. A batch that does
+    not fit into memory is halved. Raises ``RunFailed`` if a single example does not fit.
     """
     was_training, world = tuned.training, accelerator.num_processes
     tuned.eval()

@@ -1,8 +1,8 @@
 """Retry when memory runs out: halve the micro-batch, and repeat the work with the same random numbers.
 
 The global batch, the loss and the seeds stay as they are. A run that runs out of memory in its first step
-ends with the same bits as one started with the smaller micro-batch. Steps done before with the larger one
-differ from that run by rounding, and by the numbers that dropout drew.
+ends with the same bits as one started with the smaller micro-batch. If it runs out of memory later, the steps
+before, done with the larger micro-batch, differ by rounding and by the numbers that dropout drew.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def ran_out(error: BaseException) -> bool:
 
 
 def release_memory(model: nn.Module) -> None:
-    """Free cached memory, and restore the weights that an interrupted pass left with a change inside them."""
+    """Free cached memory, and take out the changes that an interrupted pass left inside the weights."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -76,7 +76,7 @@ def rng_restore(generator: torch.Generator, snapshot: dict[str, Tensor]) -> None
 
 
 class Memory:
-    """The sizes of a session's batches. They are reduced when memory runs out, with a line to ``say``."""
+    """The sizes of a session's batches. When memory runs out, halve the micro-batch and tell ``say``."""
 
     def __init__(self, session: Retried, device: torch.device) -> None:
         self.session, self.device = session, device
@@ -97,10 +97,10 @@ class Memory:
         self.halvings = list(record.out_of_memory)
 
     def retry_smaller(self, work: Callable[[], T], prepare_retry: Callable[[], None] | None = None) -> T:
-        """Return the result of ``work``; repeat it with half the micro-batch while any process lacks memory.
+        """Return the result of ``work``; if any process runs out of memory, halve the micro-batch and retry.
 
-        ``prepare_retry`` is called before each repetition. Raises ``RunFailed`` if the micro-batch cannot
-        be halved, or where the work has already made a change that cannot be repeated.
+        ``prepare_retry`` is called before each retry. Raises ``RunFailed`` if the micro-batch cannot be
+        halved, or if ``work`` has already made a change that cannot be repeated.
         """
         generator = self.session.run.generator
         snapshot, revisions = rng_snapshot(generator, self.device), self._revisions()
@@ -118,8 +118,8 @@ class Memory:
             self.recover()  # outside the except clause: the error keeps every tensor of its stack alive
             if self._revisions() != revisions:
                 raise RunFailed(
-                    f"Memory ran out at step {self.session.number + 1} while trained entries moved, "
-                    f"and this step cannot be repeated. {ADVICE}"
+                    f"Memory ran out at step {self.session.number + 1} while other entries were being "
+                    f"chosen for training, and this step cannot be repeated. {ADVICE}"
                 )
             self._halve()
             rng_restore(generator, snapshot)

@@ -27,10 +27,10 @@ def rate(settings: Optimizer, step: int, steps: int) -> float:
 
 
 def make_optimizer(states: nn.Module, settings: Optimizer) -> torch.optim.Optimizer:
-    """Make the optimizer over the trained tensors, in a group that decays and one that does not.
+    """Make the optimizer over the trained tensors: one group with weight decay, and one without.
 
-    Weight decay pulls matrices towards 0 and the values of a store of entries towards the pretrained weights.
-    Vectors (biases, norms), and parts that declare it, do not decay.
+    Weight decay pulls matrices towards 0, and the values of a store of entries towards the pretrained
+    weights. Vectors (biases, norms) do not decay, nor do parts whose ``decays`` is false.
     """
     entries = {id(store.values) for store in entry_stores(states)}
     spared: set[int] = set()

@@ -1,4 +1,4 @@
-"""Save and load an optimizer's state by the names of its parameters: their order and grouping may change."""
+"""Save and load an optimizer's state by parameter name, so that the order and the groups may change."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def load_optimizer(optimizer: torch.optim.Optimizer, states: nn.Module, saved: d
     """Restore an optimizer from what ``save_optimizer`` returned.
 
     The groups and their settings are taken from ``saved``, so a resumed run keeps its groups even if this
-    version would form others. The first checkpoints have numbers instead of names; these count the parameters
-    in the order of the optimizer's groups. Raises ``ValueError`` if ``saved`` has other parameters.
+    version would form others. Early checkpoints have numbers instead of names: the positions of the
+    parameters in the optimizer's groups. Raises ``ValueError`` if ``saved`` has other parameters.
     """
     names = _names(optimizer, states)
     given = [name for group in saved["param_groups"] for name in group["params"]]

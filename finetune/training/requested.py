@@ -12,7 +12,7 @@ PREFIX = "method."  # prefix of the names of the method's tensors in a stored ch
 
 
 def differences(session: Session, delta: Path | None = None, step: int | None = None) -> list[str]:
-    """Return each difference from what was requested, as a sentence; an inexact request has none.
+    """Return one sentence for each difference from the settings; none if they do not ask for exact amounts.
 
     ``delta``: the folder of the change stored after ``step`` (from 1, over the whole run), to be checked too.
     """

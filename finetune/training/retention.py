@@ -1,7 +1,7 @@
 """Measure what an image classifier forgets, by the answers of its pretrained head before and after training.
 
-The head that the checkpoint came with replaces the new head on the tuned body for the evaluation. The images
-are unlike those of the task and need no labels: the labels are the answers before training.
+For the evaluation, the head that the checkpoint came with replaces the new head on the tuned body. The images
+are unlike those of the task. They need no labels: the answers before training serve as labels.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def pretrained_head(base: Base) -> dict[str, Tensor] | None:
 
 @contextmanager
 def with_head(model: nn.Module, head: Mapping[str, Tensor]) -> Iterator[None]:
-    """Put the parameters of ``head`` into the model for the block; it may have another number of classes."""
+    """Put ``head``, which may have another number of classes, into the model for the length of the block."""
     device = next(model.parameters()).device
     replaced: list[tuple[nn.Module, str, nn.Parameter | None]] = []
     for name, tensor in head.items():

@@ -69,7 +69,7 @@ def _list(labels: tuple[str, ...]) -> str:
 
 
 def _find_shortage(key: str, size: int, batch_size: int | Literal["auto"]) -> str:
-    """Return a fault if a stream has too few examples for a batch; ``auto`` takes what it can fill."""
+    """Return a fault if a stream has too few examples for a batch; ``auto`` chooses a batch that fits."""
     if batch_size == "auto" or size >= batch_size:
         return ""
     return (

@@ -17,7 +17,7 @@ class FrozenState:
     """Checksums of frozen parameters and buffers, taken before the first step; a run must not change them.
 
     ``find_changes`` compares them in the same process. If every part can be switched off without reading a
-    file, the whole base is compared with the loaded one, and not the frozen parameters alone.
+    file, it compares the whole base with the loaded one, not only the frozen parameters.
     """
 
     def __init__(self, setup: Setup) -> None:
@@ -62,11 +62,11 @@ class FrozenState:
         if self._is_recoverable:
             with base(session.states):
                 same = fingerprint(session.model, self.setup.base.new_parameters) == self.setup.fingerprint
-        else:  # another phase has other frozen parameters
+        else:  # comparable only within a phase, as another phase freezes other parameters
             same = self.states is not session.states or self._parameters() == self.parameters
         if not same:
             found.append(
-                "frozen weights changed while it was trained: "
+                "frozen weights changed during training: "
                 "without its parts the model is not the pretrained one"
             )
         return found
@@ -79,9 +79,9 @@ def find_suspicions(
     delta: Path | None = None,
     best_step: int | None = None,
 ) -> list[str]:
-    """Return why the run, as it stands after its last step, should not be trusted; empty if nothing is wrong.
+    """Return the reasons not to trust the run after its last step; empty if nothing is wrong.
 
-    ``delta``: the folder of its stored change, which is that of ``best_step``.
+    ``delta``: the folder of its stored change, which is the change after step ``best_step``.
     """
     session, found = setup.session, []
     if record.still and record.seen > 1:

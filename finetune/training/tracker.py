@@ -16,7 +16,7 @@ from ..storage.run_folder import RunFolder
 from ..system import safe
 
 INIT_SECONDS = 20.0  # how long W&B may delay the start of a run when its server does not answer
-FINISH_SECONDS = 60.0  # and its end; what was not sent stays on disk for `wandb sync`
+FINISH_SECONDS = 60.0  # how long it may delay the end; what was not sent stays on disk for `wandb sync`
 EXIT_CODES = {"finished": 0, "interrupted": 255}  # shown by W&B as finished and as killed; others as failed
 ID = re.compile(r"[0-9a-z]{8,32}")
 SUMMARY = (
@@ -113,7 +113,7 @@ class WeightsAndBiases:
     def _try(self, what: str, act: Callable[[], None]) -> None:
         try:
             act()
-        except Exception as error:  # no error of a logger is worth a run
+        except Exception as error:  # an error of a logger must not end the run
             self._run = None
             self._say(
                 f"Warning: W&B failed to {what} ({_first_line(error)}); "
@@ -137,9 +137,9 @@ class WeightsAndBiases:
 
 
 def _read_or_draw_id(folder: RunFolder) -> str:
-    """Return the id of the W&B run from ``wandb.json``; draw one at the first start.
+    """Return the id of the W&B run from ``wandb.json``, drawn and stored at the first start.
 
-    So a resumed run continues the same W&B run.
+    A resumed run thus continues the same W&B run.
     """
     file = folder.path / "wandb.json"
     try:

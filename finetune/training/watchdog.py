@@ -33,7 +33,7 @@ def observe(record: WatchRecord, session: Session, step: Step) -> list[str]:
     """Note one step in ``record``; return the warnings to give now, each kind once per run."""
     if record.phase != session.phase:
         record.phase, record.seen, record.still = session.phase, 0, None
-    if record.seen == 0 or "churn" in step.metrics:  # a phase begins or entries moved: another model
+    if record.seen == 0 or "churn" in step.metrics:  # a new phase or new entries: a model with other values
         record.first, record.losses, record.norms = None, [], []
     record.seen += 1
     checks = (
@@ -73,7 +73,7 @@ def _append(window: list[float], value: float) -> None:
 
 
 def _check_loss(record: WatchRecord, step: Step) -> str:
-    """Warn of a spike that undoes half of what was learned: one above half of the loss near the start."""
+    """Warn of a spike that rises above half of the loss near the start, so that much progress is lost."""
     value, window, warning = math.log(max(step.loss, SMALLEST)), record.losses, ""
     if is_spike(window, value, LOSS_FACTOR) and step.loss > (record.first or 0) / 2:
         before = math.exp(statistics.median(window))
@@ -157,7 +157,7 @@ def describe_unmoved(still: dict[str, int], session: Session) -> str:
 
 @torch.no_grad()
 def moving_tensors(states: nn.Module) -> dict[str, Tensor]:
-    """Return what should move, by name: every trained tensor, but a store of entries layer by layer."""
+    """Return what should move, by name: each trained tensor, and each layer's slice of a store of entries."""
     divided = {id(store.values) for store in entry_stores(states)}
     found: dict[str, Tensor] = {}
     for name, parameter in states.named_parameters():

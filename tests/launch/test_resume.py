@@ -444,7 +444,7 @@ def test_it_resumes_with_the_same_number_of_threads(place: list[str], here: Path
     finally:
         torch.set_num_threads(ours)
     assert result["threads"] == 3
-    assert "Using 3 threads instead of 2, as the steps before did." in said
+    assert "Using 3 threads instead of 2, as the earlier steps did." in said
 
 
 def test_another_number_of_processes_is_reported_and_recorded(

@@ -288,7 +288,7 @@ def test_entries_that_moved_by_half_are_not_moved_again(late: bool, monkeypatch:
     monkeypatch.setattr(store, "_set_positions", move)
     with pytest.raises(
         RunFailed,
-        match="Memory ran out at step 3 while trained entries moved, and this step cannot be repeated",
+        match="Memory ran out at step 3 while other entries were being chosen for training, and this step",
     ):
         next(steps)
 

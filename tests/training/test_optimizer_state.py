@@ -213,7 +213,7 @@ def test_what_no_checkpoint_can_hold_is_one_clear_error(tmp_path: Path, value: A
     session = contract.begin(Full(), optimizer=Counting(lr=1e-2))
     next(session.steps())
     next(iter(session.optimizer.state.values()))["history"] = value
-    with pytest.raises(RunFailed, match=r"keeps history=.* which no checkpoint can hold"):
+    with pytest.raises(RunFailed, match=r"keeps history=.* which a checkpoint cannot hold"):
         checkpoint.save(tmp_path / "state", session, {})
     assert not (tmp_path / "state").exists()
 

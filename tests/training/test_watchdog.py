@@ -275,7 +275,7 @@ def test_one_entry_of_the_frozen_base_that_moves_is_found(method: Method) -> Non
 
     assert watched(method)[1] == []
     assert watched(method, harm=push)[1] == [
-        "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+        "frozen weights changed during training: without its parts the model is not the pretrained one"
     ]
 
 
@@ -359,7 +359,7 @@ def test_a_run_is_marked_and_says_why(runs: Runs, monkeypatch: pytest.MonkeyPatc
     result = json.loads((path / "result.json").read_text())
     assert result["status"] == "finished"
     assert result["suspect"] == [
-        "frozen weights changed while it was trained: without its parts the model is not the pretrained one"
+        "frozen weights changed during training: without its parts the model is not the pretrained one"
     ]
     assert result["warnings"] == [
         "The gradient's norm is inf at step 1. A smaller optimizer.lr, or train.precision=fp32, may help."
