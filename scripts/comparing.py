@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from finetune.config.settings import LoggerConfig, ModelConfig, TrainConfig, _plain
+from finetune.config.settings import LoggerConfig, ModelConfig, TrainConfig, to_plain
 from finetune.optim.adamw import AdamW
 
 METHODS = ("lora", "snell", "spiel", "shira", "sara", "lift", "spt", "s2ft", "id3", "hft")
@@ -112,12 +112,12 @@ def write_run(
         "name": "sweep",
         "run": folder.name,
         "seed": seed,
-        "model": _plain(ModelConfig("tiny_vit", "builtin:tiny_vit")),
+        "model": to_plain(ModelConfig("tiny_vit", "builtin:tiny_vit")),
         "method": {"name": method, "targets": ["all"], "rank": 8, "sparsity": sparsity},
         "dataset": {"name": "digits"},
-        "optimizer": _plain(AdamW()),
-        "train": _plain(TrainConfig()),
-        "logger": _plain(LoggerConfig()),
+        "optimizer": to_plain(AdamW()),
+        "train": to_plain(TrainConfig()),
+        "logger": to_plain(LoggerConfig()),
     }
     plain = json.loads(json.dumps(config))
     (folder / "config.yaml").write_text(yaml.dump(plain, Dumper=yaml.CSafeDumper, sort_keys=False))

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from finetune import sweep
 from finetune.launch.start import NO_OPTIONS
-from finetune.sweep.lines import tail
+from finetune.sweep.lines import read_last_lines
 from finetune.sweep.pool import Pool
 from finetune.sweep.process import Process
 
@@ -39,7 +39,7 @@ def time_to_first_step(seed: int, warm: bool) -> float:
     elapsed = None
     while process.poll() is None:
         if elapsed is None:
-            lines = tail(point.folder.metrics)
+            lines = read_last_lines(point.folder.metrics)
             if lines:
                 elapsed = time.time() - began - lines[0]["seconds"]
         time.sleep(0.01)

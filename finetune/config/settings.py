@@ -59,19 +59,24 @@ class ModelConfig:
 class TrainConfig:
     """Set the training loop.
 
-    Options: steps: Optimizer steps. batch_size: Examples in one optimizer step, over all processes. ``auto``
-    takes as many as one pass of each process holds, at most 512. micro_batch_size: Examples in one forward
-    and backward pass; ``null`` takes the whole batch at once. eval_batch_size: Examples in one pass of an
-    evaluation. precision: Type of the computations; ``bf16`` and ``fp16`` use autocast, and ``fp16`` needs a
-    GPU. clip: Largest norm of all gradients together; ``null`` does not clip. eval_every: Steps between
-    validations; ``null`` validates only at the end. save_every: Steps between checkpoints; ``null`` saves
-    none but those on a signal or a failure. keep_last: Number of checkpoints that stay on disk; ``null``
-    keeps all. max_seconds: Seconds of training after which the run ends early. patience: Validations in a row
-    without a better one after which the run ends early. They count from the step at which the requested
-    sparsity is reached. workers: Processes that load data; 0 loads in the training process. select: Whether
-    the state that was best on validation or the last one is stored and tested. device: Device of the run;
-    ``auto`` takes a GPU if there is one. threads: Threads of torch, divided among the processes of a machine;
-    ``null`` takes what torch chooses.
+    Options:
+        steps: Optimizer steps.
+        batch_size: Examples in one optimizer step, over all processes. ``auto`` takes as many as fit into one
+            pass of every process, at most 512.
+        micro_batch_size: Examples in one forward and backward pass; ``null`` takes the whole batch at once.
+        eval_batch_size: Examples in one pass of an evaluation.
+        precision: Type of the computations. ``bf16`` and ``fp16`` use autocast; ``fp16`` needs a GPU.
+        clip: Largest norm of all gradients together; ``null`` does not clip.
+        eval_every: Steps between validations; ``null`` validates only at the end.
+        save_every: Steps between checkpoints; ``null`` saves one only on a signal or a failure.
+        keep_last: Number of checkpoints that stay on disk; ``null`` keeps all.
+        max_seconds: Seconds of training after which the run ends early.
+        patience: Validations in a row without improvement after which the run ends early. They count from the
+            step at which the requested sparsity is reached.
+        workers: Processes that load data; 0 loads in the training process.
+        select: Which state is stored and tested: the ``best`` on validation, or the ``last``.
+        device: Device of the run; ``auto`` takes a GPU if there is one.
+        threads: Threads of torch, divided among the processes of a machine; ``null`` leaves it to torch.
     """
 
     steps: Annotated[int, Ge(1)] = 200
