@@ -16,9 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from ..core.attach import check_mergeable, parts, patched, trained_in_place, unpatch
+from ..core.structure import structures_of
 from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save
+from ..models.sidecar import multiply_out
 from ..storage import manifest
 from ..storage.atomic import write_json_atomic
 from ..training.prepare import Setup
@@ -33,12 +35,19 @@ ABOUT = f"{unmerge.FOLDER}/{unmerge.ABOUT}"
 BATCHES, EXAMPLES = 4, 16  # test data for which logits are compared
 
 
-def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | None = None) -> dict[str, Any]:
+def merge(
+    path: Path,
+    out: Path,
+    dtype: str | None = None,
+    tolerance: float | None = None,
+    dense: bool = False,
+) -> dict[str, Any]:
     """Write the merged model to ``out``, with weights in ``dtype`` (by default the base's).
 
     ``tolerance``: the largest difference of a logit; by default it follows from ``dtype`` and from the
-    precision in which the live model computes. Returns what was compared. Raises ``ConfigError``, with
-    nothing written, if a difference is larger, if ``out`` is in use, or if the method cannot be merged.
+    precision in which the live model computes. ``dense``: multiply the structures of the base out, so that
+    the folder is a plain one. Returns what was compared. Raises ``ConfigError``, with nothing written, if a
+    difference is larger, if ``out`` is in use, or if the method cannot be merged.
     """
     check_free(out)
     setup = rebuild(path)
@@ -49,16 +58,24 @@ def merge(path: Path, out: Path, dtype: str | None = None, tolerance: float | No
             f"Use the run itself, {path}; finetune.load gives its model in Python."
         )
     check_mergeable(setup.session.states)
+    if dense and not structures_of(model):
+        raise ConfigError(
+            f"--dense has no effect: the base of {path}, {config.model.path}, has no structures. "
+            "Leave it out."
+        )
     dtype = dtype or config.model.dtype
     if tolerance is None:
         tolerance = default_tolerance(dtype, config.train.precision)
     live = live_logits(setup)
     layers = fold(setup, getattr(torch, dtype))
+    if dense:
+        multiply_out(model)
     if hasattr(model.config, "use_cache"):
         model.config.use_cache = True
     with writing_folder(out) as temporary:
         save(model, setup.base.processor, temporary)
-        stored = unmerge.store(setup, temporary / unmerge.FOLDER)
+        obstacle = "the structures of the base were multiplied out" if dense else ""
+        stored = unmerge.store(setup, temporary / unmerge.FOLDER, obstacle)
         loaded = read(temporary, setup.base.task, dtype)
         _check_same_weights(model, loaded)
         loaded = loaded.to(setup.session.accelerator.device)

@@ -47,14 +47,17 @@ def _bits(t: Tensor) -> Tensor:
     return t.contiguous().view(-1).view(BITS[t.element_size()])
 
 
-def store(setup: Setup, folder: Path) -> dict[str, Any]:
+def store(setup: Setup, folder: Path, obstacle: str = "") -> dict[str, Any]:
     """Write the entries that restore the base of the merged ``setup``, unless there are too many.
 
-    Returns what ``merge.json`` must record about the base.
+    ``obstacle``: why the base cannot be restored, whatever the entries are. Returns what ``merge.json`` must
+    record about the base.
     """
     folder.mkdir(exist_ok=True)
     merged, config = dict(setup.session.model.named_parameters()), setup.config.model
     about = {"base": config.path, "base_dtype": config.dtype, "base_fingerprint": setup.fingerprint}
+    if obstacle:
+        return {**about, "unmerge": f"not possible: {obstacle}; the base itself is {config.path}"}
     entries = sum(p.numel() for p in merged.values())
     limit = SHARE * entries * torch.finfo(getattr(torch, config.dtype)).bits / 8
     tensors, size = dict[str, Tensor](), 0

@@ -13,7 +13,7 @@ import typer
 from ..config.words import OUT, sort_words
 from ..errors import ConfigError
 from .display import show_table, show_tree
-from .options import Plugins, load_plugins
+from .options import Dense, Plugins, load_plugins
 
 if TYPE_CHECKING:
     from ..core.analysis import Plot
@@ -78,6 +78,7 @@ def merge(
     unmerge: Annotated[
         bool, typer.Option("--unmerge", help="ckpt is a merged folder: write its base, to the bit, to out.")
     ] = False,
+    dense: Dense = False,
     plugins: Plugins = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +87,7 @@ def merge(
     path, given = _parse_words("merge", overrides or [], ckpt, {"out": OUT})
     out = Path(given["out"])
     if unmerge:
-        _refuse_with_unmerge({"--dtype": dtype, "--tolerance": tolerance})
+        _refuse_with_unmerge({"--dtype": dtype, "--tolerance": tolerance, "--dense": dense or None})
         from ..artifacts.unmerge import unmerge as unmerge_folder
 
         show_tree(unmerge_folder(path, out), as_json)
@@ -94,7 +95,7 @@ def merge(
     from ..artifacts.merge import ABOUT, PRECISION
     from ..artifacts.merge import merge as merge_run
 
-    report = merge_run(path, out, PRECISION.get(dtype or "", dtype), tolerance)
+    report = merge_run(path, out, PRECISION.get(dtype or "", dtype), tolerance, dense)
     if not as_json:
         report["layers"] = f"{len(report['layers'])}, each in {out / ABOUT}"
     show_tree(report, as_json)

@@ -33,6 +33,10 @@ Plugins = Annotated[
         show_default=False,
     ),
 ]
+Dense = Annotated[
+    bool,
+    typer.Option("--dense", help="Multiply structures out: write a folder that transformers alone reads."),
+]
 
 
 def start_options(plugins: list[Path] | None) -> StartOptions:

@@ -10,7 +10,7 @@ import typer
 
 from ..errors import ConfigError
 from .display import show_tree
-from .options import ConfigDir, Plugins, load_plugins
+from .options import ConfigDir, Dense, Plugins, load_plugins
 
 Words = Annotated[
     list[str] | None,
@@ -22,9 +22,6 @@ Words = Annotated[
     ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON on standard output.")]
-Dense = Annotated[
-    bool, typer.Option("--dense", help="Multiply the tensors out: write a folder that transformers reads.")
-]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Show which layers would change; write nothing.")]
 
 

@@ -7,6 +7,7 @@ device before anything of its sizes is built.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
@@ -230,6 +231,21 @@ def make_module(structure: Structure, tensors: Mapping[str, Tensor], layer: nn.M
     module = structure.build().to(layer.get_parameter("weight"))
     module.load_state_dict(values)
     return module
+
+
+@torch.no_grad()
+def multiply_out(model: Any) -> None:
+    """Replace the structures of a model by the layers of its plain class, with the weights they stand for."""
+    structures = structures_of(model)
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    for name in structures:
+        structured, layer = model.get_submodule(name), plain.get_submodule(name)
+        weight = structured.weight.T if is_transposed(layer) else structured.weight
+        layer.weight = nn.Parameter(weight.contiguous(), requires_grad=False)
+        if structured.structure.bias:
+            layer.bias = structured.get_parameter(structured.structure.BIAS)
+        replace_module(model, name, layer)
 
 
 def make_class(plain: type, located: Structures) -> Any:

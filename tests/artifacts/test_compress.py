@@ -240,9 +240,17 @@ def test_the_factors_are_tuned_evaluated_resumed_and_merged(wide: Path, tmp_path
     listed = json.loads((tmp_path / "merged/finetune/manifest.json").read_text())["files"]
     assert set(listed) == {"merge.json", "structure.json"}
     assert not torch.equal(logits(tmp_path / "merged"), logits(tmp_path / "small"))
-    words = ["train", "method=full", "model=hf", "model.path=merged", *STEPS, "run=full", "train.steps=1"]
+    said = call("merge", "ckpt=outputs/n/whole", "out=dense", "--dense", folder=tmp_path)
+    assert said.code == 0, said.err
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    with torch.no_grad():
+        assert torch.allclose(model(input_ids=IDS).logits, logits(tmp_path / "merged"), atol=1e-4)
+    words = ["train", "method=full", "model=hf", "model.path=dense", *STEPS, "run=full", "train.steps=1"]
     said = call(*words, folder=tmp_path)
     assert said.code == 0, said.err
+    said = call("merge", "ckpt=outputs/n/full", "out=x", "--dense", folder=tmp_path)
+    assert said.code == 2
+    assert "--dense has no effect: the base of outputs/n/full, dense, has no structures." in said.err
 
 
 @pytest.mark.slow

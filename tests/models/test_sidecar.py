@@ -17,10 +17,11 @@ from finetune.config.settings import ModelConfig
 from finetune.core.site import find_sites
 from finetune.errors import ConfigError
 from finetune.models.load import load, original_parameters, save
-from finetune.models.sidecar import FILE, fit, replace_module
+from finetune.models.sidecar import FILE, fit, multiply_out, replace_module
 from finetune.models.stored import fingerprint
 from finetune.structures.low_rank import LowRank
 from finetune.testing import new
+from finetune.testing.sessions import tiny
 
 IDS = torch.arange(4, 10)[None]
 QUERY = "model.layers.0.self_attn.q_proj"
@@ -71,6 +72,23 @@ def test_everything_but_the_structures_is_as_transformers_reads_it(llama: Path, 
     assert torch.equal(base.model.model.rotary_emb.inv_freq, plain.model.rotary_emb.inv_freq)
     assert torch.equal(base.model.model.norm.weight, plain.model.norm.weight)
     assert json.loads((tmp_path / "full/config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+
+
+@pytest.mark.parametrize("name", ["LlamaForCausalLM", "GPT2LMHeadModel"])
+def test_multiplied_out_it_is_a_model_of_the_plain_class(name: str, folder: Any, text: Any) -> None:
+    """GPT-2 stores its weights transposed, and has biases."""
+    if name.startswith("GPT2"):
+        model = tiny("gpt2")
+    else:
+        model = read(folder(name, {}, **{**text, "pad_token_id": None})).model
+    plain_names = set(model.state_dict())
+    for site in find_sites(model, ("all",)):
+        structure = LowRank(site.shape[1], site.shape[0], site.has_bias, 4)
+        replace_module(model, site.name, fit(structure, site.module))
+    expected = model(input_ids=IDS).logits
+    multiply_out(model)
+    assert set(model.state_dict()) == plain_names
+    assert torch.allclose(model(input_ids=IDS).logits, expected, atol=1e-5)
 
 
 def test_tied_weights_stay_tied(folder: Any, text: dict[str, Any], tmp_path: Path) -> None:
