@@ -77,9 +77,9 @@ class Anatomy:
 
     ``embedding``: the module that embeds tokens or patches. ``final_norm``: the norm after the last block;
     None in a post-norm model (BERT). ``head``: the linear layer that gives the logits; None for
-    a model without one. ``heads``: attention heads a block. ``kv_heads``: heads of keys and values, fewer
-    with grouped queries. ``head_dim``: rows of q, k or v, and columns of o, that make up one head.
-    ``width``: size of the residual stream. ``causal``: whether no position attends to later ones.
+    a model without one. ``heads``: attention heads per block. ``kv_heads``: heads of keys and values per
+    block, fewer with grouped queries. ``head_dim``: rows of q, k or v, and columns of o, in one
+    head. ``width``: size of the residual stream. ``causal``: whether no position attends to later ones.
     """
 
     blocks: tuple[Block, ...]

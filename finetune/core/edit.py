@@ -84,7 +84,7 @@ class Edit(OnModule):
     def forward(self, y: Tensor, x: Tensor) -> Tensor:
         """Return the change of ``y``, without the gate: of its shape, and of its dtype or a wider one.
 
-        ``x``: the input of the edited module, or what ``on`` was told to read.
+        ``x``: the input of the edited module, or the tensor chosen by ``reads`` and ``reads_side`` of ``on``.
         """
         raise NotImplementedError
 
@@ -108,7 +108,7 @@ class Edit(OnModule):
 
     @torch.no_grad()
     def fold(self) -> None:
-        """Write the edit into the module's parameters and take it off the model."""
+        """Write the edit into the module's parameters, and remove it from the model."""
         if self.gate and self.has_effect:
             self.fold_into(self.module)
         self.detach()

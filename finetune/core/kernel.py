@@ -1,6 +1,6 @@
 """The thresholded kernel change of SNELL (arXiv 2411.01800) and of methods built on it.
 
-Its matrix is a difference of distances between the rows of small factors.
+The matrix of the change is a difference of distances between the rows of small factors.
 """
 
 from __future__ import annotations

@@ -35,11 +35,11 @@ class Phase:
     """A part of the run under one method; ``share`` is its share of the steps.
 
     ``schedule``: with ``restart`` the learning rate's schedule and its warm-up run over the steps of this
-    phase; with ``span`` they run over the whole run, and the phase takes its steps of them.
+    phase; with ``span`` they run over the whole run, and the phase uses its section of them.
     ``objective``: what is minimized in this phase; None: the objective of the run.
-    ``keeps``: the parts of this phase stay attached under the next one, frozen, and the head goes on from
-    where it is; dropout inside these parts stays active while the next phase trains. Otherwise they are
-    detached, and the head starts again.
+    ``keeps``: the parts of this phase stay attached under those of the next one, frozen, and the head is
+    trained further; dropout inside these parts stays active while the next phase trains. Otherwise the parts
+    are detached, and the head is reset to its start.
     """
 
     method: Method
@@ -77,7 +77,7 @@ class Method:
 
     @property
     def reads_gradients(self) -> bool:
-        """Tell whether the method uses gradients itself, besides the optimizer's use of them."""
+        """Tell whether the method itself uses gradients, besides the optimizer."""
         return type(self).after_backward is not Method.after_backward
 
     def faults(self, steps: int) -> list[str]:
@@ -87,7 +87,8 @@ class Method:
     def meets_target(self, step: int, total: int) -> bool:
         """Tell whether the state after ``step`` (from 0) of ``total`` is what the settings ask for.
 
-        Before that the method trains more or something else, and no state is kept as the best one.
+        Until then the method trains more or something else. The choice of the best state starts again when
+        the target is met.
         """
         return True
 
@@ -109,7 +110,7 @@ class Method:
         """Called before the forward pass of a step."""
 
     def prepare_retry(self, run: Run, state: Any) -> None:
-        """Redo the set-up of ``before_step``: a step is retried (out of memory, fp16 overflow)."""
+        """Redo the set-up of ``before_step`` for a retry of the step (out of memory, fp16 overflow)."""
 
     def after_backward(self, run: Run, state: Any) -> None:
         """Called when the gradients of a step are complete, before they are clipped."""

@@ -1,11 +1,11 @@
-"""Draw random numbers that follow from a seed, counters and a position alone: the same on every device.
+"""Draw random numbers that depend only on a seed, counters and a position: the same on every device.
 
-Numbers are never stored. Any stretch of them can be drawn by itself, in any order, on any process. The bits
-come from Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011), computed
-with integer operations of torch. Normal numbers are made from them by the transform of Box and Muller in
-float32. Its additions, multiplications, divisions and square roots are rounded as IEEE 754 says, so they give
-the same bits everywhere. The logarithm, the sine and the cosine are polynomials, since every library rounds
-its own ones differently.
+Numbers are never stored. Any stretch of them can be drawn independently, in any order, on any process. The
+bits come from Philox-4x32-10 (Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011),
+computed with integer operations of torch. Normal numbers are made from them by the transform of Box and
+Muller in float32. Its additions, multiplications, divisions and square roots are rounded as IEEE 754 says, so
+they give the same bits everywhere. The logarithm, the sine and the cosine are polynomials, since every
+library rounds its own ones differently.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def philox(counter: Sequence[Tensor | int], key: tuple[int, int]) -> list[Tensor
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
-        # Multiplication of int64 wraps, which leaves the 64 bits of the unsigned product.
+        # Multiplication of int64 wraps around, which leaves the 64 bits of the unsigned product.
         left, right = c0 * MULTIPLIERS[0], c2 * MULTIPLIERS[1]
         c0, c1 = ((right >> 32) & MASK) ^ c1 ^ k0, right & MASK
         c2, c3 = ((left >> 32) & MASK) ^ c3 ^ k1, left & MASK

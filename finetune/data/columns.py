@@ -1,6 +1,6 @@
 """Find the columns of a table that hold the text or image and the label.
 
-The user names them, or they are guessed if there is only one plausible column.
+The user names them; otherwise they are guessed from the types and the names of the columns.
 """
 
 from __future__ import annotations

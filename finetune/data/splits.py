@@ -12,7 +12,7 @@ from collections.abc import Hashable, Sequence
 def spread_classes(labels: Sequence[Hashable], seed: int) -> list[int]:
     """Return the positions of ``labels`` in a random order in which all stretches have similar class shares.
 
-    The first row of each class comes at the front.
+    One row of each class comes first.
     """
     shuffled = list(range(len(labels)))
     random.Random(seed).shuffle(shuffled)

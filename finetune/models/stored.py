@@ -88,7 +88,7 @@ def fingerprint(model: nn.Module, skip: Collection[str]) -> str:
 
 
 def hash_parameters(names: Iterable[str], read: Callable[[str], Tensor], skip: Collection[str]) -> str:
-    """Return what ``fingerprint`` returns for the parameters ``names``, each of which ``read`` returns."""
+    """Return what ``fingerprint`` returns for the parameters ``names``; ``read`` returns one by name."""
     total = hashlib.sha256()
     for name in sorted(names):
         if name not in skip:

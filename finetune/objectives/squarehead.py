@@ -2,7 +2,7 @@
 
 The teacher has the student's architecture. Hidden states grow by orders of magnitude with depth; each error
 is divided by the mean square of the teacher's state, so that every block counts the same. The output of the
-embeddings and padding are left out. The tokens of prompt and answer count alike.
+embeddings is left out, and so is padding. The tokens of prompt and answer count alike.
 
 Formula:
     loss = task CE + kl T^2 KL + squarehead sum_i mean((s_i - t_i)^2) / (mean(t_i^2) + eps)

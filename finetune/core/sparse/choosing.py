@@ -128,7 +128,7 @@ class Chooser:
     def _visit_changes(self, visit: Visit) -> None:
         """Call ``visit`` with every site and the absolute change of its entries; untrained ones have 0."""
         for i in range(len(self.sites)):
-            visit(i, self._absolute_changes(i))  # not held by a name here, so that one matrix is in memory
+            visit(i, self._absolute_changes(i))  # no name here, so that only one matrix is in memory
 
     def _absolute_changes(self, i: int) -> Tensor:
         """Return the absolute change of every entry of a site, [out, in] float32."""

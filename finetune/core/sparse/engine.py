@@ -40,7 +40,7 @@ class Sparse(SparseSettings):
     """Train a chosen set of existing entries of the weights.
 
     Hooks of a subclass: ``contradictions`` checks its settings, ``budgets`` says how many entries are
-    trained, ``choose`` says which, and ``before_step`` when they move.
+    trained, ``choose`` says which, and ``before_step`` moves them.
     """
 
     family: ClassVar[str] = "sparse delta"
@@ -84,7 +84,7 @@ class Sparse(SparseSettings):
         return Phase(Dense(targets=self.targets), dense, schedule), Phase(self, 1 - dense, schedule)
 
     def budgets(self, sites: list[Site], grains: list[Grain]) -> list[Budget]:
-        """Return the budgets that the sites compete for, at the full share of the schedule."""
+        """Return the budgets that the sites compete for; the schedule trains a share of them."""
         return make_budgets(self.scope, self.sparsity, sites, grains)
 
     def build(self, model: nn.Module) -> nn.ModuleDict:

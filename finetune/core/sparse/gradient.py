@@ -63,7 +63,7 @@ def _distinct(numbers: Tensor, limit: int) -> Tensor:
 
 
 def used_columns(x: Tensor, layout: Layout) -> Tensor:
-    """Return what backward needs of the input [..., in]: the input, or a copy of the columns in use.
+    """Return the part of the input [..., in] that backward needs: all of it, or a copy of the used columns.
 
     A copy is made only if it is small, since other layers may keep the input anyway.
     """
@@ -108,7 +108,7 @@ def _inside(index: Tensor, shape: tuple[int, int], layout: Layout) -> Tensor:
 
 
 def _ranks(numbers: Tensor, chosen: Tensor | None, limit: int) -> Tensor:
-    """Return the place of each of ``numbers`` in ``chosen``; ``numbers`` themselves if all are chosen."""
+    """Return the position of each of ``numbers`` in ``chosen``; ``numbers`` itself if ``chosen`` is None."""
     if chosen is None:
         return numbers
     ranks = torch.zeros(limit, dtype=torch.int32, device=numbers.device)

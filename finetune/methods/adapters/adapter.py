@@ -1,4 +1,4 @@
-"""Bottleneck adapters: a small trained network in each block, behind a sub-layer or beside it.
+"""Bottleneck adapters: a small trained network in each block, after a sub-layer or parallel to it.
 
 The output of a bottleneck with ``rank`` features is added to the output of the attention, of the MLP or of
 both, before the sum with the residual stream and before a norm of that sum. Its input is one of four tensors
@@ -119,7 +119,7 @@ class Bottleneck(Edit):
 @register("adapter")
 @dataclass(frozen=True)
 class Adapter(Method):
-    """Bottleneck adapters: a small trained network in each block, behind a sub-layer or beside it.
+    """Bottleneck adapters: a small trained network in each block, after a sub-layer or parallel to it.
 
     Options:
         rank: Width of the bottleneck.
@@ -129,7 +129,7 @@ class Adapter(Method):
         function: The function between the two layers.
         scale: Factor of the adapter's output.
         train_scale: Whether each adapter trains its factor, from ``scale``.
-        own_norm: Whether the adapter normalizes what it reads, by a layer norm of its own.
+        own_norm: Whether the adapter normalizes its input with a layer norm of its own.
         train_norms: Whether the norms of the model are trained, too.
         dropout: Probability that a feature of the bottleneck is dropped in training.
         start: Whether the output of the adapters starts at exactly ``zero``, or ``near`` it.

@@ -1,4 +1,4 @@
-"""Linear probe: train the task head alone, on the features of the frozen model.
+"""Linear probe: train only the task head, on the features of the frozen model.
 
 Every method trains the head of a classification task; this one trains nothing else.
 
@@ -30,7 +30,7 @@ from ...registry import register
 @register("head")
 @dataclass(frozen=True)
 class Head(Method):
-    """Linear probe: the task head alone."""
+    """Linear probe: only the task head."""
 
     family: ClassVar[str] = "baseline"
     trains: ClassVar[str] = "only the head, which every method trains for classification"

@@ -1,10 +1,10 @@
 """SNELL: sparse tuning with a kernelized low-rank change.
 
 The change of a weight is not a product of two small factors but a signed difference of distances between
-their rows, so its rank is far above theirs. In every forward pass it is thresholded at a quantile of its own
-magnitude. No mask is stored: the entries are chosen again in every step. The factors do not start at 0, so
-the output at step 0 is close to that of the base model but not equal to it. The class token, if the model has
-one, is trained too, in place and without weight decay.
+their rows, so its rank is far above ``rank``. In every forward pass it is thresholded at a quantile of its
+own magnitude. No mask is stored: the entries are chosen again in every step. The factors do not start at 0,
+so the output at step 0 is close to that of the base model but not equal to it. The class token, if the model
+has one, is trained too, in place and without weight decay.
 
 Formula:
     K[j, i] = scale (|rows[0, j] - cols[0, i]| - |rows[1, j] - cols[1, i]|)

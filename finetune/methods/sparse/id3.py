@@ -1,7 +1,7 @@
 """ID3: train a few more entries at every step, those with large gradient and small weight.
 
 The budget K over the whole model is reached in equal parts: after part i of n, i K / n entries are trained,
-rounded. An entry that is chosen stays. Each part is chosen by the gradient of the batch of its own step,
+rounded. A chosen entry is never dropped. Each part is chosen by the gradient of the batch of its own step,
 which costs one more backward pass before the step. A larger ``schedule.every`` makes these passes rarer.
 Weight decay pulls towards the pretrained weights, so entries that are not chosen keep their values.
 
@@ -15,7 +15,7 @@ TACL 2025, arXiv 2408.14470.
 Reading: The abstract and the released code were read; the body of the paper was not available. eps = 1e-3 is
 from the example in the released documentation, which has power = 0; the default here is 1.
 
-Rate: The example of the released documentation has 1e-4. That of the paper is unverified.
+Rate: The example of the released documentation has 1e-4. The rate of the paper is unverified.
 
 Differs:
 - The released code chooses by the gradient of the training step itself, in train mode. Here the gradient is

@@ -1,8 +1,8 @@
 """LIFT: train the principal weights, which are the largest after rank reduction.
 
 Every ``schedule.every`` steps the entries of each matrix are chosen again, from the weights as they are then.
-Entries that stay keep their moments in Adam, entries that come in start with moments of 0, and entries that
-leave keep the value they have reached. The stored change therefore covers the union of all choices and is
+Entries that stay keep their moments in Adam, new entries start with moments of 0, and entries that are
+dropped keep the value they have reached. The stored change therefore covers the union of all choices and is
 larger than the budget.
 
 Formula:

@@ -2,9 +2,9 @@
 
 The sensitivity of an entry is its squared gradient of the mean loss, summed over ``batches`` batches before
 training, in eval mode. The tau most sensitive entries of all matrices are chosen. A matrix with few chosen
-entries trains each of them by itself; a matrix with many gets a low-rank branch B A instead. tau is the
-largest number for which all trained values together fit into the budget. The class token, if the model has
-one, is trained too: in place, outside of the budget and without weight decay.
+entries trains these entries; a matrix with many gets a low-rank branch B A instead. tau is the largest number
+for which all trained values together fit into the budget. The class token, if the model has one, is trained
+too: in place, outside of the budget and without weight decay.
 
 Formula:
     sensitivity = sum over batches of g^2
