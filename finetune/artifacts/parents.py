@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +23,15 @@ from ..core.layer import Patched
 from ..core.roles import in_head
 from ..core.site import Site
 from ..errors import ConfigError
-from ..models.folder import refuse_foreign_code
+from ..models.folder import read_json, refuse_foreign_code
+from ..models.head import HeadMismatch, read_label_names
 from ..models.scratch import describe
-from ..models.stored import hash_parameters, match_names, name_parameters
+from ..models.stored import name_parameters
 from ..storage.delta import load_delta, read_description
 from ..storage.frozen_config import MOVABLE
 from ..storage.tensor_file import TensorFile
 from ..training.build import Pretrained, build_states
-from .model_files import fingerprint_files, open_files
+from .model_files import StoredModel, fingerprint_files, open_files
 from .reopen import run_of
 
 Change = Callable[[Site, Tensor], Tensor | None]
@@ -52,35 +53,7 @@ class Parent:
     labels: tuple[str, ...]
 
 
-class BaseFolder:
-    """The model folder that the further models must be based on."""
-
-    def __init__(self, folder: Path, files: Sequence[TensorFile], model: Any) -> None:
-        self.folder, self.model = folder, model
-        self.file_of = {name: file for file in files for name in file.names}
-        self.stored = match_names(model, self.file_of)
-        self.fingerprint = cache(self._fingerprint)
-
-    def read(self, name: str) -> Tensor:
-        """Return a tensor by its name in the model."""
-        stored = self.stored[name]
-        return self.file_of[stored].read(stored)
-
-    def has(self, name: str, tensor: Tensor) -> bool:
-        """Tell whether a tensor of the model has these values."""
-        if name not in self.stored:
-            return False
-        mine = self.read(name)
-        return mine.shape == tensor.shape and torch.equal(mine.double(), tensor.double())
-
-    def _fingerprint(self, names: tuple[str, ...], dtype: torch.dtype) -> str | None:
-        """Return the fingerprint of these parameters in ``dtype``; None if the folder lacks one."""
-        if any(name not in self.stored for name in names):
-            return None
-        return hash_parameters(names, lambda name: self.read(name).to(dtype), ())
-
-
-def open_parents(paths: Sequence[Path], base: BaseFolder, sites: Sequence[Site]) -> list[Parent]:
+def open_parents(paths: Sequence[Path], base: StoredModel, sites: Sequence[Site]) -> list[Parent]:
     """Open the runs and folders at ``paths``. Raises ``ConfigError`` with the faults of all."""
     found: list[Parent] = []
     faults: list[str] = []
@@ -116,7 +89,7 @@ def _named(fault: str, path: Path) -> str:
     return fault.replace(f"ckpt={path}", f"runs={path}").replace(f"model.path={path}", f"runs={path}")
 
 
-def _open_run(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
+def _open_run(path: Path, base: StoredModel, sites: Sequence[Site]) -> Parent:
     """Open a finished run whose method changes weights of linear layers, each by values of its own."""
     try:
         files, state = run_of(path)
@@ -130,7 +103,8 @@ def _open_run(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
         raise ConfigError(
             f"runs={path} is a checkpoint, and only a finished run has a stored change. {merge}"
         )
-    model = _build_on_meta(path, config, about, base)
+    stored = _open_delta(files.delta / "delta.safetensors")
+    model = _build_on_meta(path, about, base, stored)
     _check_base(path, config, about, model, base)
     method = config.method.name
     refusal = f"runs={path}: the change of method={method} cannot be read layer by layer. {merge}"
@@ -157,7 +131,7 @@ def _open_run(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
     if all(base.has(name, tensor) for name, tensor in head.items()):
         head = {}
     described = {"kind": "run", "method": method, "step": about["step"]}
-    described["fingerprint"] = fingerprint_files([TensorFile(files.delta / "delta.safetensors")])
+    described["fingerprint"] = fingerprint_files([stored])
 
     def change(site: Site, weight: Tensor) -> Tensor | None:
         layer = layers.get(site.name)
@@ -178,7 +152,17 @@ def _change_of(layer: Patched, weight: Tensor, dtype: torch.dtype) -> Tensor:
         layer.base.weight = absent
 
 
-def _build_on_meta(path: Path, config: Config, about: Mapping[str, Any], base: BaseFolder) -> Any:
+def _open_delta(file: Path) -> TensorFile:
+    try:
+        return TensorFile(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"{file} is missing, damaged or cut short ({error}). "
+            "Copy it again from where it was made, or train again."
+        ) from None
+
+
+def _build_on_meta(path: Path, about: Mapping[str, Any], base: StoredModel, stored: TensorFile) -> Any:
     """Return the model of a run without the values of its weights; those of its head are not set yet."""
     named = ModelConfig("hf", str(base.folder))
     if about["task"] not in refuse_foreign_code(base.folder, named):
@@ -192,14 +176,21 @@ def _build_on_meta(path: Path, config: Config, about: Mapping[str, Any], base: B
             f"{type(base.model).__name__}, which has no place for its head. Merge each run with `finetune "
             "merge`, and fold the folders, with one of them as model=FOLDER."
         )
+    shapes = {name: p.shape for name, p in model.named_parameters() if in_head(model, name)}
+    most = sum(prod(stored.describe(name)[1]) for name in stored.names)
+    if not set(about["head"]) <= shapes.keys() or sum(shapes[name].numel() for name in about["head"]) > most:
+        raise ConfigError(
+            f"runs={path}: its delta.json names a head that its change does not hold. Copy the run again "
+            "from where it was made."
+        )
     for name in about["head"]:
         owner, _, leaf = name.rpartition(".")
-        shape = model.get_parameter(name).shape
-        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(torch.zeros(shape), requires_grad=False)
+        values = torch.zeros(shapes[name])
+        model.get_submodule(owner)._parameters[leaf] = nn.Parameter(values, requires_grad=False)
     return model
 
 
-def _check_base(path: Path, config: Config, about: Mapping[str, Any], model: Any, base: BaseFolder) -> None:
+def _check_base(path: Path, config: Config, about: Mapping[str, Any], model: Any, base: StoredModel) -> None:
     """Raise ``ConfigError`` unless a run was trained on the weights of the base's folder.
 
     A head that the run kept belongs to its base, and a new one does not.
@@ -225,14 +216,14 @@ def _check_covered(path: Path, changed: Sequence[str], sites: Sequence[Site]) ->
         )
 
 
-def _open_folder(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
+def _open_folder(path: Path, base: StoredModel, sites: Sequence[Site]) -> Parent:
     """Open a model folder that differs from the base in the weights of ``sites`` and in its head alone."""
     try:
         folder, config, files = open_files(str(path))
         model = describe(folder, config)
     except ConfigError as error:
         raise ConfigError(*(_named(fault, path) for fault in error.faults)) from None
-    other = BaseFolder(folder, files, model)
+    other = StoredModel(folder, files, model)
     if type(model) is not type(base.model) or other.stored.keys() != base.stored.keys():
         raise ConfigError(
             f"runs={path} is a {type(model).__name__} whose tensors are not those of model={base.folder}, a "
@@ -242,6 +233,7 @@ def _open_folder(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
     weights = {f"{site.name}.weight" for site in sites}
     for name in base.stored:
         if name in weights:
+            _check_alike(path, name, base, other)
             continue
         its = other.read(name)
         if base.has(name, its):
@@ -253,12 +245,31 @@ def _open_folder(path: Path, base: BaseFolder, sites: Sequence[Site]) -> Parent:
                 "model out."
             )
         head[name] = its
-    labels = tuple(str(model.config.id2label[i]) for i in range(model.config.num_labels)) if head else ()
+    labels: list[str] = []
+    if head:
+        try:
+            labels = read_label_names(read_json(folder / "config.json", config))
+        except HeadMismatch as error:
+            raise ConfigError(
+                f"runs={path} has a head of its own, but {error}. Correct config.json."
+            ) from None
 
     def change(site: Site, weight: Tensor) -> Tensor | None:
-        stored = site.as_matrix(other.read(f"{site.name}.weight")).double()
-        if stored.shape != weight.shape:
-            raise ConfigError(f"runs={path} has another shape of {site.name} than model={base.folder}.")
-        return stored - weight.double()
+        return site.as_matrix(other.read(f"{site.name}.weight")).double() - weight.double()
 
-    return Parent(path, {"kind": "model", "fingerprint": fingerprint_files(files)}, change, head, labels)
+    about = {"kind": "model", "fingerprint": fingerprint_files(files)}
+    return Parent(path, about, change, head, tuple(labels))
+
+
+def _check_alike(path: Path, name: str, base: StoredModel, other: StoredModel) -> None:
+    """Raise ``ConfigError`` unless a weight has the shape of the base's, and numbers that can be added."""
+    described = []
+    for folder in (base, other):
+        stored = folder.stored[name]
+        described.append(folder.file_of[stored].describe(stored))
+    if described[0][1] != described[1][1] or described[1][0] not in ("F32", "F16", "BF16"):
+        raise ConfigError(
+            f"runs={path} stores {name} as {described[1][0]} of shape {list(described[1][1])}, and "
+            f"model={base.folder} in the shape {list(described[0][1])}. Name models of one base in float32, "
+            "float16 or bfloat16."
+        )

@@ -22,8 +22,8 @@ from ..models.sidecar import FILE, Structures, read_structures
 from ..models.stored import match_names
 from ..storage.tensor_file import TensorFile
 from ..system import safe
-from .model_files import fingerprint_files, open_files
-from .parents import BaseFolder, Parent, find_path_faults, open_parents
+from .model_files import StoredModel, fingerprint_files, open_files
+from .parents import Parent, find_path_faults, open_parents
 from .plain import check_free
 from .reopen import place_of
 
@@ -146,7 +146,7 @@ def _open_runs(request: Request, subject: Subject) -> None:
     """Open the further models of a pass, and choose the head of the result."""
     if request.method.models == "one":
         return
-    base = BaseFolder(subject.folder, subject.files, subject.model)
+    base = StoredModel(subject.folder, subject.files, subject.model)
     subject.parents = open_parents(request.runs, base, subject.sites)
     for number, parent in enumerate(subject.parents):
         if parent.head:

@@ -17,7 +17,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from ..artifacts.parents import BaseFolder, open_parents
+from ..artifacts.model_files import StoredModel
+from ..artifacts.parents import open_parents
 from ..artifacts.pass_subject import Request, Subject, make_subject
 from ..artifacts.passes import apply, process
 from ..core.passes import Pass
@@ -58,7 +59,7 @@ class PassTrial:
         data = examples(self.kind) if self.method.needs else []
         subject = make_subject(place, files, model, sites, [], data)
         if self.method.models == "several":
-            subject.parents = open_parents(self.further(), BaseFolder(place, files, model), sites)
+            subject.parents = open_parents(self.further(), StoredModel(place, files, model), sites)
         return subject
 
     def further(self) -> list[Path]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -271,6 +273,54 @@ def test_what_is_refused(words: list[str], expected: list[str], tmp_path: Path) 
     assert len(faults) == len(expected), faults
     for fault, part in zip(faults, expected, strict=True):
         assert part in fault
+
+
+def break_delta(run: Path) -> None:
+    file = run / "delta/delta.safetensors"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def name_another_head(run: Path, name: str, labels: int) -> None:
+    file = run / "delta/delta.json"
+    about = json.loads(file.read_text()) | {"head": [name], "labels": [str(i) for i in range(labels)]}
+    file.write_text(json.dumps(about))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "expected"),
+    [
+        (break_delta, "delta.safetensors is missing, damaged or cut short"),
+        (
+            lambda run: name_another_head(run, "vit.layernorm.bias", 3),
+            "names a head that its change does not",
+        ),
+        (lambda run: name_another_head(run, "no.such.head", 3), "names a head that its change does not hold"),
+        (lambda run: name_another_head(run, "classifier.weight", 10**6), "names a head that its change does"),
+        (lambda run: (run / "delta/delta.json").write_text("[]"), "does not describe a stored change"),
+    ],
+)
+def test_a_damaged_or_hostile_run_is_refused(
+    spoil: Callable[[Path], None], expected: str, tmp_path: Path
+) -> None:
+    shutil.copytree("lora", tmp_path / "run")
+    spoil(tmp_path / "run")
+    (fault,) = refuse(tmp_path, "method=linear", "model=model", f"runs={tmp_path / 'run'}")
+    assert expected in fault
+
+
+def test_a_folder_of_other_shapes_or_labels_is_refused(tmp_path: Path) -> None:
+    folder = write_other_base(tmp_path / "other")
+    tensors = load_file("model/model.safetensors")
+    name = next(name for name in tensors if name.endswith("intermediate.dense.weight"))
+    save_file(tensors | {name: tensors[name][:-1]}, folder / "model.safetensors", {"format": "pt"})
+    (fault,) = refuse(tmp_path, "method=linear", "model=model", f"runs={folder}")
+    assert "mlp.fc1.weight as F32 of shape" in fault
+    tensors["classifier.bias"] = tensors["classifier.bias"] + 1
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text()) | {"id2label": {"0": "a", "7": "b", "8": "c"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (fault,) = refuse(tmp_path, "method=linear", "model=model", f"runs={folder}")
+    assert "id2label" in fault
 
 
 def test_a_pass_over_one_model_takes_no_runs(tmp_path: Path) -> None:
