@@ -21,6 +21,7 @@ from ..core.attach import parts, patched
 from ..core.changes import SparseChange
 from ..core.site import all_sites
 from ..core.sparse.switch import add, pack
+from ..core.zeros import describe_zeros
 from ..errors import ConfigError
 from ..registry import get
 from ..storage.atomic import STAMP, replacing, write_json_atomic, write_yaml_atomic
@@ -153,6 +154,7 @@ def _write(out: Path, composed: Setup, summary: Mapping[str, Any], rows: Sequenc
             "step": 0,
             "phase": 0,
             "base_fingerprint": composed.fingerprint,
+            **describe_zeros(composed.session.model),
             "composed": summary,
         }
         save_delta(files.delta, composed.session.states, about)

@@ -15,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..config.settings import ModelConfig
 from ..core.attach import check_mergeable, parts, patched, trained_in_place, unpatch
 from ..core.structure import structures_of
+from ..core.zeros import fingerprint_zeros, settle_zeros
 from ..data.encode import collate
 from ..errors import ConfigError
 from ..models.load import save
+from ..models.masks import hold_stored_zeros, write_masks
 from ..models.sidecar import multiply_out
 from ..storage import manifest
 from ..storage.atomic import write_json_atomic
@@ -76,8 +79,10 @@ def merge(
         save(model, setup.base.processor, temporary)
         obstacle = "the structures of the base were multiplied out" if dense else ""
         stored = unmerge.store(setup, temporary / unmerge.FOLDER, obstacle)
+        write_masks(model, temporary, config.model)
         loaded = read(temporary, setup.base.task, dtype)
         _check_same_weights(model, loaded)
+        _check_same_zeros(model, loaded, temporary)
         loaded = loaded.to(setup.session.accelerator.device)
         found = compare(live, plain_logits(loaded, setup, getattr(torch, dtype)))
         check_equal("merged", found, tolerance)
@@ -117,6 +122,16 @@ def _check_same_weights(model: nn.Module, loaded: nn.Module) -> None:
             )
 
 
+def _check_same_zeros(model: nn.Module, loaded: nn.Module, folder: Path) -> None:
+    """Raise ``ConfigError`` unless the folder's masks hold the same entries at 0."""
+    hold_stored_zeros(folder, ModelConfig("merged", str(folder)), loaded)
+    if fingerprint_zeros(loaded) != fingerprint_zeros(model):
+        raise ConfigError(
+            "The merged folder gives other masks of pruned entries when it is read again; "
+            "nothing was written."
+        )
+
+
 def _same_values(tensor: Tensor, other: Tensor) -> bool:
     """Compare shapes and values, in the dtype of ``other``."""
     return tensor.shape == other.shape and torch.equal(tensor.cpu().to(other.dtype), other.cpu())
@@ -142,6 +157,7 @@ def fold(setup: Setup, dtype: torch.dtype) -> list[dict[str, Any]]:
         rows.append(_row(name, rounded, exact, change))
         layer.base.weight.data = (rounded.T if layer.transposed else rounded).contiguous()
     unpatch(session.model)
+    settle_zeros(session.model)
     for name, parameter in session.model.named_parameters():
         exact = parameter.data
         parameter.data = exact.to(dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..config.settings import ModelConfig
 from ..models.folder import check_weights, find_folder, list_weight_files, refuse_foreign_code
+from ..models.masks import find_masks
 from ..models.stored import hash_parameters, match_names
 from ..storage.tensor_file import TensorFile
 
@@ -22,6 +23,7 @@ def open_files(model: str) -> tuple[Path, ModelConfig, list[TensorFile]]:
     folder, _ = find_folder(config)
     refuse_foreign_code(folder, config)
     check_weights(folder, config)
+    find_masks(folder, config)
     return folder, config, [TensorFile(file) for file in list_weight_files(folder, config)]
 
 

@@ -22,9 +22,11 @@ from ..core.attach import parts, patched
 from ..core.layer import Patched
 from ..core.roles import in_head
 from ..core.site import Site
+from ..core.zeros import fingerprint_zeros
 from ..errors import ConfigError
 from ..models.folder import read_json, refuse_foreign_code
 from ..models.head import HeadMismatch, read_label_names
+from ..models.masks import OR_FREE, hold_stored_zeros
 from ..models.scratch import describe
 from ..models.stored import name_parameters
 from ..storage.delta import load_delta, read_description
@@ -86,7 +88,8 @@ def find_path_faults(paths: Sequence[Path]) -> list[str]:
 
 
 def _named(fault: str, path: Path) -> str:
-    return fault.replace(f"ckpt={path}", f"runs={path}").replace(f"model.path={path}", f"runs={path}")
+    named = fault.replace(f"ckpt={path}", f"runs={path}").replace(f"model.path={path}", f"runs={path}")
+    return named.replace(OR_FREE, "")
 
 
 def _open_run(path: Path, base: StoredModel, sites: Sequence[Site]) -> Parent:
@@ -106,6 +109,8 @@ def _open_run(path: Path, base: StoredModel, sites: Sequence[Site]) -> Parent:
     stored = _open_delta(files.delta / "delta.safetensors")
     model = _build_on_meta(path, about, base, stored)
     _check_base(path, config, about, model, base)
+    if "zeros" in about:
+        _hold_zeros(path, about["zeros"], model, base)
     method = config.method.name
     refusal = f"runs={path}: the change of method={method} cannot be read layer by layer. {merge}"
     if len(config.method.phases()) > 1:
@@ -202,6 +207,16 @@ def _check_base(path: Path, config: Config, about: Mapping[str, Any], model: Any
         raise ConfigError(
             f"runs={path} was trained on another base than model={base.folder}: the weights differ. Name the "
             f"model of the run, {config.model.path}, or leave the run out."
+        )
+
+
+def _hold_zeros(path: Path, mark: str, model: Any, base: StoredModel) -> None:
+    """Hold the entries at 0 that were held when the run was trained."""
+    hold_stored_zeros(base.folder, ModelConfig("hf", str(base.folder)), model)
+    if fingerprint_zeros(model) != mark:
+        raise ConfigError(
+            f"runs={path} was trained with other masks of pruned entries than those of model={base.folder}. "
+            "Restore the original base."
         )
 
 

@@ -17,6 +17,7 @@ from ..core.site import Site, find_sites
 from ..data.encode import Batch, collate, encode
 from ..errors import ConfigError
 from ..models.load import load
+from ..models.masks import OR_FREE, unpack_mask
 from ..models.scratch import describe
 from ..models.sidecar import FILE, Structures, read_structures
 from ..models.stored import match_names
@@ -26,6 +27,7 @@ from .model_files import StoredModel, fingerprint_files, open_files
 from .parents import Parent, find_path_faults, open_parents
 from .plain import check_free
 from .reopen import place_of
+from .stored_masks import open_masks
 
 FOLDER, ABOUT = "finetune", "pass.json"
 BATCH = 8  # calibration examples that run at once
@@ -65,7 +67,8 @@ class Subject:
     site's name. ``model``: on the meta device, or loaded if the pass needs statistics. ``chain``: the passes
     that made the folder what it is. ``parents``: the further models. ``head``: the number of the one whose
     head the result has; None if it has that of the model. ``structures``: of layers that are stored as other
-    tensors, by the names that the layers have in the folder.
+    tensors, by the names that the layers have in the folder. ``masks``: the folder's file of masks, if it has
+    one.
     """
 
     folder: Path
@@ -78,6 +81,7 @@ class Subject:
     parents: list[Parent] = field(default_factory=list)
     head: int | None = None
     structures: Structures = field(default_factory=dict)
+    masks: TensorFile | None = None
 
     def batches(self) -> Iterator[Batch]:
         """Yield the calibration data, on the model's device."""
@@ -91,6 +95,13 @@ class Subject:
     def read(self, file: TensorFile, site: Site) -> Tensor:
         """Return a site's weight, [out, in], from ``file``."""
         return turned(file.read(self.places[site.name][1]), site)
+
+    def read_mask(self, site: Site) -> Tensor | None:
+        """Return which entries of a site's weight are pruned, [out, in] bool; None if it has no mask."""
+        file, name = self.places[site.name]
+        if self.masks is None or name not in self.masks.names:
+            return None
+        return turned(unpack_mask(self.masks.read(name), file.describe(name)[1][1]), site)
 
     def fingerprint(self) -> str:
         """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all stored tensors."""
@@ -193,7 +204,7 @@ def _find_out_faults(out: Path) -> list[str]:
 
 def _name_model(error: ConfigError) -> list[str]:
     """Return the faults of a model, which the user of a pass names by ``model=``."""
-    return [fault.replace("model.path=", "model=") for fault in error.faults]
+    return [fault.replace("model.path=", "model=").replace(OR_FREE, "") for fault in error.faults]
 
 
 def _find_data_faults(request: Request) -> list[str]:
@@ -224,6 +235,7 @@ def _open_model(request: Request) -> Subject:
     sites = _find_sites(model, request.method)
     subject = make_subject(folder, files, model, sites, chain, examples)
     subject.structures = read_structures(folder, config)
+    subject.masks = open_masks(folder, config, files)
     return subject
 
 

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from ..config.settings import to_plain
+from ..core.passes import Pruned, weight_of
 from ..core.site import Site
 from ..core.statistics import SiteStatistics, gather_statistics
 from ..core.structure import Structured
@@ -35,6 +36,7 @@ from ..storage.tensor_file import TensorFile, raw_bytes
 from ..system import safe
 from .graft import graft_head
 from .model_files import fingerprint_files
+from .pass_masks import create_masks, prove_masks, update_mask
 from .pass_subject import ABOUT, FOLDER, Request, Subject, open_subject, turned
 from .structured_output import StructuredOutput, check_structured, raise_not_proved
 
@@ -95,10 +97,12 @@ def process(
             output: InPlace | StructuredOutput = InPlace(subject, work / "model")
             if request.writes_structures:
                 output = StructuredOutput(subject, work / "model", work / "tensors")
-            rows = _work_on_sites(request, subject, output, work / "sites.jsonl", report)
+            masks = create_masks(request, subject, work / "model")
+            rows = _work_on_sites(request, subject, output, masks, work / "sites.jsonl", report)
             try:
                 output.finish(rows)
                 output.prove(rows)
+                prove_masks(subject, masks, rows)
             except RunFailed:
                 shutil.rmtree(work / "model")
                 (work / "sites.jsonl").unlink(missing_ok=True)
@@ -222,6 +226,7 @@ def _work_on_sites(
     request: Request,
     subject: Subject,
     output: Any,
+    masks: TensorFile | None,
     journal: Path,
     report: Callable[[str], None],
 ) -> list[Row]:
@@ -240,7 +245,7 @@ def _work_on_sites(
                 subject.model, block, request.method.needs, subject.batches(), dtype=torch.float64
             )
         for site in left:
-            row = _process(request, subject, site, output, gathered.get(site.name))
+            row = _process(request, subject, site, output, masks, gathered.get(site.name))
             row["seconds"] = time.perf_counter() - started
             started = time.perf_counter()
             with journal.open("a", encoding="utf-8") as file:
@@ -255,13 +260,19 @@ def _work_on_sites(
 
 
 def _process(
-    request: Request, subject: Subject, site: Site, output: Any, statistics: SiteStatistics | None
+    request: Request,
+    subject: Subject,
+    site: Site,
+    output: Any,
+    masks: TensorFile | None,
+    statistics: SiteStatistics | None,
 ) -> Row:
     """Compute and write the new weight of one site, or what replaces it; return its row."""
     method = request.method
     file, name = subject.places[site.name]
     weight = subject.read(file, site)
-    new = apply(method, subject, site, weight, statistics)
+    result = apply(method, subject, site, weight, statistics)
+    new = weight_of(result)
     row: Row = {
         "site": site.name,
         "tensor": name,
@@ -287,6 +298,7 @@ def _process(
         row |= {"zeros": int((new == 0).sum()), "changed": int((new != weight).sum())}
     row["relative_change"] = _ratio((dense - weight).double().norm(), weight.double().norm())
     row["relative_output_error"] = relative_output_error(weight, dense, statistics)
+    row |= update_mask(subject, masks, site, result, new)
     row |= output.write(site, new)
     return row
 
@@ -301,10 +313,10 @@ def _describe_row(row: Row) -> str:
 
 def apply(
     method: Any, subject: Subject, site: Site, weight: Tensor, statistics: SiteStatistics | None
-) -> Tensor | Structured:
+) -> Tensor | Structured | Pruned:
     """Return what a pass makes of the weight of a site, [out, in]."""
     if method.models == "one":
-        made: Tensor | Structured = method.tensor(site, weight.clone(), statistics)
+        made: Tensor | Structured | Pruned = method.tensor(site, weight.clone(), statistics)
         return made
     changes = [parent.change(site, weight) for parent in subject.parents]
     combined: Tensor = method.combine(site, weight.double(), changes)
@@ -360,7 +372,7 @@ def _totals(rows: Sequence[Row]) -> dict[str, Any]:
     """Return sums over the sites."""
     totals: dict[str, Any] = {}
     for row in rows:
-        for name in ("seconds", "entries", "parameters", "zeros"):
+        for name in ("seconds", "entries", "parameters", "zeros", "held"):
             if name in row:
                 totals[name] = totals.get(name, 0) + row[name]
     if "parameters" in totals:

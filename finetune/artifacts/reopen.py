@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.load import load as load_config
+from ..core.zeros import fingerprint_zeros
 from ..errors import ConfigError
 from ..storage import checkpoint
 from ..storage.delta import load_delta, read_description
@@ -64,6 +65,11 @@ def rebuild(path: Path, dataset: Any = None) -> Setup:
         raise ConfigError(
             f"model.path={config.model.path} is not the model that {files.path} was trained on: its weights "
             "differ. Restore the original base."
+        )
+    if fingerprint_zeros(setup.session.model) != about.get("zeros"):
+        raise ConfigError(
+            f"model.path={config.model.path} does not hold the same entries at 0 as when {files.path} was "
+            "trained: its finetune/masks.safetensors differs. Restore the original base."
         )
     if state:
         record = read_progress(state, checkpoint.load(state, setup.session))

@@ -20,6 +20,7 @@ from ..core.sparse.switch import BITS
 from ..errors import ConfigError
 from ..models.folder import AUTO
 from ..models.load import original_parameters, save
+from ..models.masks import hold_stored_zeros, write_masks
 from ..models.processor import read_processor
 from ..models.stored import fingerprint
 from ..storage import manifest
@@ -103,9 +104,13 @@ def unmerge(path: Path, out: Path) -> dict[str, Any]:
             f"{path} cannot be unmerged: it was changed after merging. Restore it, or take the "
             f"base, {about['base']}."
         )
-    processor, _ = read_processor(path, ModelConfig("merged", str(path)), about["task"], model)
+    config = ModelConfig("merged", str(path))
+    hold_stored_zeros(path, config, model)
+    processor, _ = read_processor(path, config, about["task"], model)
     with writing_folder(out) as temporary:
         save(model, processor, temporary)
+        if write_masks(model, temporary, config):
+            manifest.write(temporary / FOLDER)
     return {
         "out": str(out),
         "base": about["base"],

@@ -30,6 +30,9 @@ LATER: dict[str, Any] = {
     "method.head": True,
     "model.init": "pretrained",
     "model.config": {},
+    # A folder had no masks then, so nothing was held at 0: a change that was trained without masks is not
+    # opened with them (``artifacts/reopen.py``).
+    "model.zeros": None,
     "streams": {},
 }
 for _kind in registry.KINDS.values():

@@ -34,6 +34,9 @@ class ModelConfig:
         init: ``pretrained`` reads the weights. ``random`` draws them from ``seed``; the folder then needs no
             weights.
         config: Settings of config.json that are replaced, by their own names. Only with ``init=random``.
+        zeros: What becomes of the entries that ``finetune prune`` has set to 0 and that the folder's masks
+            name. ``keep`` holds them at 0, ``free`` lets them change; ``null`` keeps them where the folder
+            has masks.
     """
 
     name: str
@@ -44,6 +47,7 @@ class ModelConfig:
     head: Literal["auto", "keep", "new"] = "auto"
     init: Literal["pretrained", "random"] = "pretrained"
     config: dict[str, Any] = field(default_factory=dict)
+    zeros: Literal["keep", "free"] | None = None
 
     def __post_init__(self) -> None:
         if self.config and self.init != "random":
@@ -53,6 +57,8 @@ class ModelConfig:
             )
         if self.head == "keep" and self.init == "random":
             raise ValueError("model.head=keep: model.init=random leaves no head to keep; drop one of them.")
+        if self.zeros == "keep" and self.init == "random":
+            raise ValueError("model.zeros=keep: model.init=random draws every weight; drop one of them.")
 
 
 @dataclass(frozen=True)

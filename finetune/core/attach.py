@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import ConfigError
 from .layer import Patched
 from .part import Delta, Edit, Part
+from .zeros import settle_zeros
 
 
 def parts(states: nn.Module) -> list[Part]:
@@ -67,7 +68,7 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
         setattr(owner, leaf, layer)
         module = layer
     module.deltas.append(delta)
-    delta.layer = name
+    delta.on_layer(name, module.base)
 
 
 def patched(model: nn.Module) -> dict[str, Patched]:
@@ -116,6 +117,7 @@ def merge(model: nn.Module, states: nn.Module) -> None:
         weight = module.weight
         module.base.weight.copy_(weight.T if module.transposed else weight)
     unpatch(model)
+    settle_zeros(model)
 
 
 @contextmanager

@@ -99,6 +99,11 @@ class Edit(OnModule):
         own = type(self).fold_into is not Edit.fold_into
         return own and not getattr(self.module, "deltas", ())
 
+    @property
+    def keeps_zeros(self) -> bool:
+        """Tell whether folding leaves entries at 0 that are 0; until then an edit changes no weight."""
+        return type(self).fold_into is Edit.fold_into
+
     def fold_into(self, module: nn.Module) -> None:
         """Write ``gate`` times the edit into the module's parameters, which are float32 or wider."""
         raise NotImplementedError(f"{self.describe()} cannot be folded into weights")
@@ -194,6 +199,7 @@ class Replacement(OnModule):
     """Computes a module's output instead of the module while the gate is 1. The gate is 0 or 1."""
 
     gate_is_switch = True
+    keeps_zeros = True  # it changes no weight
 
     def describe(self) -> str:
         return f"a replacement of a module ({type(self).__name__})"

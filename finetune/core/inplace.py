@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -11,6 +12,7 @@ from torch.utils.hooks import RemovableHandle
 
 from .changes import Changes, Unit
 from .part import Part, Source
+from .zeros import count_pruned, stored_mask
 
 
 def list_untrained(model: nn.Module) -> list[str]:
@@ -41,6 +43,12 @@ def _cast_while_running(owner: nn.Module, leaf: str, dtype: torch.dtype) -> list
     return [before, after]
 
 
+def _mask_gradient(layer: nn.Module, gradient: Tensor) -> Tensor:
+    """Return the gradient of a layer's weight with 0 at the entries that are held at 0."""
+    pruned = stored_mask(layer)
+    return gradient if pruned is None else gradient.masked_fill(pruned, 0)
+
+
 def train_class_token(model: nn.Module, decays: bool) -> InPlace | None:
     """Train the class token in place; return None for a model without one.
 
@@ -55,9 +63,12 @@ class InPlace(Part):
 
     With ``keep`` the originals stay in memory, which is meant for few parameters. Without it the model's own
     tensors are trained, no copy is made, and ``source`` reads the originals again when the base is needed.
+
+    The gradient of an entry that is held at 0 is 0. So neither an optimizer's step nor weight decay moves it.
     """
 
     gate_is_switch = True
+    keeps_zeros = True
     source: Source | None = None
 
     def __init__(self, model: nn.Module, names: list[str], keep: bool, decays: bool = True) -> None:
@@ -84,6 +95,27 @@ class InPlace(Part):
                 for module, leaf in self._owners[name]:
                     self._hooks += _cast_while_running(module, leaf, old.dtype)
         self._install(self.trained())
+        self._mask_gradients()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Mask gradients in a copy, too: torch copies a parameter without its hooks."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._mask_gradients()
+
+    def _mask_gradients(self) -> None:
+        for name, parameter in self.trained().items():
+            layer = self.find_layer(name)
+            if layer is not None:
+                trains = parameter.requires_grad
+                parameter.requires_grad_(True).register_hook(partial(_mask_gradient, layer))
+                parameter.requires_grad_(trains)
+
+    def find_layer(self, name: str) -> nn.Module | None:
+        """Return the layer of which a trained parameter is the weight, if entries of it are held at 0."""
+        for owner, leaf in self._owners[name]:
+            if leaf == "weight" and stored_mask(owner) is not None:
+                return owner
+        return None
 
     @staticmethod
     def _key(name: str) -> str:
@@ -145,7 +177,13 @@ class InPlace(Part):
         return "parameters trained in place"
 
     def adapted(self) -> int:
-        return 0 if self.is_frozen else sum(p.numel() for p in self.parameters())
+        return 0 if self.is_frozen else sum(p.numel() for p in self.parameters()) - self.count_held()
+
+    def count_held(self) -> int:
+        if self.is_frozen:
+            return 0
+        layers = [self.find_layer(name) for name in self.names]
+        return sum(count_pruned(layer) for layer in layers if layer is not None)
 
     @torch.no_grad()
     def count_changed(self) -> int:

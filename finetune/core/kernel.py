@@ -98,6 +98,7 @@ class Kernel(Delta):
     factors, the layer's input and the scalar threshold stay in memory.
     """
 
+    keeps_zeros = True  # ``linear`` forms the change, and the layer masks it
     across = False  # whether a block is a range of columns of K instead of rows
 
     def __init__(self, shape: tuple[int, int], method: Kernelized) -> None:

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 
 from .part import Cache, Delta, WeightGrad
 from .roles import is_transposed
+from .zeros import count_pruned
 
 
 @contextmanager
@@ -37,11 +38,23 @@ def changed(
         found = []
         for delta, gate, cache in zip(deltas, gates, caches, strict=True):
             found.append(delta.add_(w, weight, gate, cache))
+        if not in_place:
+            _set_to_zero(w, deltas)
         yield w, found
     finally:
         if in_place:
             for delta in reversed(deltas):
                 delta.restore_(w)
+
+
+def _set_to_zero(weight: Tensor, deltas: Sequence[Delta]) -> None:
+    """Set the entries of a weight, or of a change of it, to 0 that the deltas' layer holds at 0.
+
+    Deltas that write into the weight itself write to other entries only.
+    """
+    pruned = deltas[0].pruned if deltas else None
+    if pruned is not None:
+        weight.masked_fill_(pruned, 0)
 
 
 class _ChangedLinear(torch.autograd.Function):
@@ -90,7 +103,10 @@ class _ChangedLinear(torch.autograd.Function):
         if any(ctx.needs_input_grad[5:]):
             pulled = []
             # The saved tensors are read once: non-reentrant checkpointing refuses a second access.
-            grads = [WeightGrad(flat_y, x.flatten(0, -2), len(grad_y)) for x in ctx.saved_tensors]
+            pruned = ctx.deltas[0].pruned
+            grads = []
+            for x in ctx.saved_tensors:
+                grads.append(WeightGrad(flat_y, x.flatten(0, -2), len(grad_y), pruned))
             for delta, gate, cache, i in zip(ctx.deltas, ctx.gates, ctx.caches, ctx.saved_by, strict=True):
                 pulled += delta.pull(grads[i], ctx.weight, gate, cache)
         return grad_x, None, grad_bias, None, None, *pulled
@@ -133,6 +149,11 @@ class Patched(nn.Module):
         return weight.T if self.transposed else weight
 
     @property
+    def live(self) -> int:
+        """Return the number of entries of the weight that are not held at 0."""
+        return self.original.numel() - count_pruned(self.base)
+
+    @property
     def bias(self) -> Tensor | None:
         bias: Tensor | None = self.base.bias
         return bias
@@ -149,6 +170,7 @@ class Patched(nn.Module):
         for delta in self.deltas:
             if delta.gate:
                 delta.add_(total, self.original, delta.gate)
+        _set_to_zero(total, self.deltas)
         return total.to(self.original.dtype)
 
     @torch.no_grad()
@@ -157,6 +179,7 @@ class Patched(nn.Module):
         change = torch.zeros(self.original.shape, dtype=torch.float64, device=self.original.device)
         for delta in self.deltas:
             change += delta.gate * delta(self.original).double()
+        _set_to_zero(change, self.deltas)
         return self.original.double() + change, change
 
     def count_changed(self) -> int:

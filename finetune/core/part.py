@@ -9,15 +9,17 @@ removes parts.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .changes import Unit
 from .edit import Edit as Edit
 from .part_base import Part as Part
 from .part_base import Source as Source
+from .zeros import find_pruned
 
 Cache = tuple[Tensor, ...]
 
@@ -26,11 +28,12 @@ class WeightGrad:
     """The gradient of one layer's weight, computed only on request.
 
     ``grad_y``: [n, out]. ``x``: what the delta saved of the input, [n, in] or fewer columns. ``examples``:
-    number of examples in the n rows; each has the same number of rows.
+    number of examples in the n rows; each has the same number of rows. ``pruned`` [out, in] bool: entries
+    that are held at 0, whose gradient is 0; None: no entry is.
     """
 
-    def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1) -> None:
-        self.grad_y, self.x, self.examples = grad_y, x, examples
+    def __init__(self, grad_y: Tensor, x: Tensor, examples: int = 1, pruned: Tensor | None = None) -> None:
+        self.grad_y, self.x, self.examples, self.pruned = grad_y, x, examples, pruned
 
     @cached_property
     def dense(self) -> Tensor:
@@ -52,9 +55,10 @@ class WeightGrad:
         assert total is not None
         return total
 
-    @staticmethod
-    def _product(grad_y: Tensor, x: Tensor) -> Tensor:
+    def _product(self, grad_y: Tensor, x: Tensor) -> Tensor:
         grad = grad_y.T @ x
+        if self.pruned is not None:
+            grad.masked_fill_(self.pruned, 0)
         return grad.to(torch.promote_types(grad.dtype, torch.float32))
 
 
@@ -67,6 +71,28 @@ class Delta(Part):
 
     layer: str | None = None  # dotted name of the layer that ``attach`` put it on
     restores: bool = False  # whether ``restore_`` undoes ``add_`` to the bit, so that no copy is needed
+    _layers: Sequence[nn.Module] = ()  # that layer; in a list, since a module would join the state
+
+    def on_layer(self, name: str, layer: nn.Module) -> None:
+        """Remember the layer that the delta changes."""
+        self.layer, self._layers = name, [layer]
+
+    @property
+    def pruned(self) -> Tensor | None:
+        """Return which entries of the layer's weight are held at 0, [out, in] bool; None if none are.
+
+        The layer sets the change to 0 there, whatever ``forward`` and ``add_`` say.
+        """
+        return find_pruned(self._layers[0]) if self._layers else None
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Tell whether no entry that is held at 0 ever differs from 0.
+
+        The layer sees to it for a change that is formed. A delta with a ``linear`` of its own says so itself
+        if ``forward`` alone can stand for it, or ``linear`` uses ``pruned``.
+        """
+        return type(self).linear is Delta.linear
 
     def forward(self, weight: Tensor) -> Tensor:
         """Return the change, [out, in], without the gate."""
@@ -74,8 +100,11 @@ class Delta(Part):
 
     @property
     def additive(self) -> bool:
-        """Tell whether the layer adds ``linear`` to its output instead of using the changed weight."""
-        return type(self).linear is not Delta.linear
+        """Tell whether the layer adds ``linear`` to its output instead of using the changed weight.
+
+        On a layer with entries that are held at 0, the change has to be formed.
+        """
+        return type(self).linear is not Delta.linear and self.pruned is None
 
     def linear(self, x: Tensor, weight: Tensor) -> Tensor:
         """Return ``x`` times the change, [..., out], without the gate.
@@ -116,6 +145,13 @@ class Delta(Part):
         self, grad: WeightGrad, original: Tensor, gate: float, cache: Cache
     ) -> tuple[Tensor | None, ...]:
         """Return the gradients of ``inputs()``; by default, form the change again and differentiate it."""
-        with torch.enable_grad():
-            change = gate * self(original)
-        return torch.autograd.grad(change, self.inputs(), grad.dense.to(change.dtype), allow_unused=True)
+        inputs = self.inputs()
+        trained = [tensor for tensor in inputs if tensor.requires_grad]
+        found: dict[int, Tensor | None] = {}
+        if trained:
+            with torch.enable_grad():
+                change = gate * self(original)
+            dense = grad.dense.to(change.dtype)
+            grads = torch.autograd.grad(change, trained, dense, allow_unused=True)
+            found = {id(tensor): pulled for tensor, pulled in zip(trained, grads, strict=True)}
+        return tuple(found.get(id(tensor)) for tensor in inputs)

@@ -32,6 +32,10 @@ class Part(StateModule):
         """Count the model's entries that this part can change. Deltas return 0: their layers are counted."""
         return 0
 
+    def count_held(self) -> int:
+        """Count the trained values that are held at 0."""
+        return 0
+
     def count_changed(self) -> int | None:
         """Count the adapted entries that differ from the pretrained ones in the model's dtype.
 
@@ -43,6 +47,11 @@ class Part(StateModule):
     def mergeable(self) -> bool:
         """Tell whether ``merge`` can make the change permanent."""
         return True
+
+    @property
+    def keeps_zeros(self) -> bool:
+        """Tell whether no entry of a weight that is held at 0 (``zeros.py``) ever differs from 0."""
+        return False
 
     @property
     def recoverable(self) -> bool:

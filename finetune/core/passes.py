@@ -18,6 +18,19 @@ from .structure import Structured
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """A pruned weight [out, in], and which of its entries are pruned and stay 0, [out, in] bool."""
+
+    weight: Tensor
+    zeros: Tensor
+
+
+def weight_of(result: Tensor | Structured | Pruned) -> Tensor | Structured:
+    """Return the weight of what ``Pass.tensor`` has returned, or what replaces it."""
+    return result.weight if isinstance(result, Pruned) else result
+
+
+@dataclass(frozen=True)
 class Pass:
     """Base of all passes. Fields are hyperparameters; class variables are facts that checks rely on.
 
@@ -53,8 +66,12 @@ class Pass:
         """
         return []
 
-    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor | Structured:
+    def tensor(
+        self, site: Site, weight: Tensor, statistics: SiteStatistics | None
+    ) -> Tensor | Structured | Pruned:
         """Return the new weight of a site, [out, in], or what replaces it, in the dtype of ``weight``.
+
+        A pass that prunes returns ``Pruned``: the folder's masks then say which entries stay 0.
 
         ``weight`` [out, in]: as it is stored; it must not be changed. ``statistics``: what the pass
         ``needs``, or None if it needs nothing. The result must follow from the arguments alone.

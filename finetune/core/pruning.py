@@ -11,7 +11,7 @@ import torch
 from annotated_types import Ge, Lt
 from torch import Tensor
 
-from .passes import Pass
+from .passes import Pass, Pruned
 from .site import Site
 
 Scope = Literal["matrix", "row"]
@@ -82,12 +82,13 @@ class Pruning(Pass):
     def _m(self) -> int:
         return int((self.pattern or "").partition(":")[2])
 
-    def prune(self, weight: Tensor, score: Tensor) -> Tensor:
-        """Return ``weight`` [out, in] with 0 at the entries with the smallest scores, [out, in]."""
+    def prune(self, weight: Tensor, score: Tensor) -> Pruned:
+        """Set the entries of ``weight`` [out, in] with the smallest scores [out, in] to 0."""
         if self.pattern is not None:
             rows, count = score.reshape(-1, self._m()), self._zeros_of()
         else:
             assert self.sparsity is not None
             rows = score if (self.scope or self.paper_scope) == "row" else score.reshape(1, -1)
             count = int(rows.shape[1] * self.sparsity)
-        return weight.masked_fill(smallest(rows, count).reshape(weight.shape), 0)
+        zeros = smallest(rows, count).reshape(weight.shape)
+        return Pruned(weight.masked_fill(zeros, 0), zeros)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, suggest_nearest
 from .layer import Patched
 from .roles import block_of, is_matrix, is_transposed, layer_role, roles
+from .zeros import count_pruned, find_pruned
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "attention": ("q", "k", "v", "o", "qkv"),
@@ -44,6 +45,16 @@ class Site:
     def has_bias(self) -> bool:
         """Tell whether the layer adds a bias."""
         return getattr(self.module, "bias", None) is not None
+
+    @property
+    def pruned(self) -> Tensor | None:
+        """Return which entries of the weight are held at 0, [out, in] bool; None if none are."""
+        return find_pruned(self.module)
+
+    @property
+    def live(self) -> int:
+        """Return the number of entries that are not held at 0."""
+        return self.size - count_pruned(self.module)
 
     def as_matrix(self, weight: Tensor) -> Tensor:
         """Return a parameter of the layer as [out, in], without gradient. A Conv1D stores it transposed."""

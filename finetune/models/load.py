@@ -19,6 +19,7 @@ from ..core.roles import in_head, is_recognised
 from ..errors import ConfigError
 from .folder import AUTO, check_fits, check_weights, find_folder, read_json
 from .head import HeadMismatch, initialize_head_, keep_head_
+from .masks import hold_stored_zeros
 from .processor import read_processor
 from .scratch import cannot_be_built, draw
 from .sidecar import locate, make_class, read_structures, swap, write_structures
@@ -97,7 +98,8 @@ def load(config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> 
 def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, ...], seed: int) -> Loaded:
     """Read a model, with the head that ``model.head`` asks for.
 
-    Raises ``ConfigError`` if it does not fit the task, or if its head must be kept and cannot be.
+    Its pruned entries are held at 0 where ``model.zeros`` says so. Raises ``ConfigError`` if it does not fit
+    the task, if its head must be kept and cannot be, and for masks that do not fit the weights.
     """
     check_fits(folder, config, task)
     if config.head == "keep" and not labels:
@@ -151,6 +153,10 @@ def read_model(folder: Path, config: ModelConfig, task: str, labels: tuple[str, 
             notes.append(f"The head is newly initialized: {reason}.")
     if new_head:
         initialize_head_({n: p for n, p in model.named_parameters() if n in head}, seed)
+    if config.init != "random" and config.zeros != "free":
+        note = hold_stored_zeros(folder, config, model)
+        if note:
+            notes.append(note)
     return Loaded(model.eval().requires_grad_(False), tuple(head), new_head, tuple(notes))
 
 

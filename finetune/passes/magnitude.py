@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from ..core.passes import Pruned
 from ..core.pruning import Pruning
 from ..core.site import Site
 from ..core.statistics import SiteStatistics
@@ -23,6 +24,6 @@ from ..registry import register
 class Magnitude(Pruning):
     """Magnitude pruning: zero the smallest weights of each matrix. Needs no data."""
 
-    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Pruned:
         """Return the pruned weight, [out, in]."""
         return self.prune(weight, weight.float().abs())

@@ -13,6 +13,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
+from ..core.passes import Pruned
 from ..core.pruning import Pruning, Scope
 from ..core.site import Site
 from ..core.statistics import SiteStatistics, StatisticName
@@ -38,7 +39,7 @@ class Wanda(Pruning):
         """Tell whether a block's statistics are gathered after the blocks before it have been changed."""
         return self.inputs == "processed"
 
-    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
+    def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Pruned:
         """Return the pruned weight, [out, in]."""
         assert statistics is not None
         norms = statistics["input_squares"].sqrt().to(weight.device)

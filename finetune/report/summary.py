@@ -56,6 +56,8 @@ def _list_facts(result: Result) -> Iterator[tuple[str, str]]:
         yield "trained", f"{params['trained']:,} of {params['total']:,} parameters ({share})"
     if result.get("changed") is not None:
         yield "changed", f"{show_share(result['changed'])} of the adapted entries"
+    if result.get("zeros") is not None:
+        yield "zeros", f"{show_share(result['zeros'])} of the entries of pruned layers, which stay 0"
     stored = result.get("stored_bytes")
     if stored is not None:
         yield "stored change", f"{stored:,} bytes ({show_bytes(stored)})"

@@ -27,6 +27,7 @@ DESCRIPTION_SCHEMA = {
     "step": int,
     "phase?": int,
     "base_fingerprint": str,
+    "zeros?": str,
 }
 
 

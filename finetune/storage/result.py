@@ -45,6 +45,7 @@ RESULT_SCHEMA = {  # what readers of ``result.json`` rely on; a failed run has l
     "metrics?": {str: METRICS},
     "params?": (type(None), {"trained": int, "adapted?": int, "total?": int}),
     "changed?": float | None,
+    "zeros?": float | None,
     "stored_bytes?": int | None,
     "cost?": (
         type(None),
@@ -97,6 +98,7 @@ def make_result(
     metrics: Mapping[str, Mapping[str, float]] | None = None,
     params: Params | None = None,
     changed: float | None = None,
+    zeros: float | None = None,
     stored_bytes: int | None = None,
     cost: Cost | None = None,
     steps: int = 0,
@@ -126,6 +128,7 @@ def make_result(
         "metrics": to_json_value(metrics or {}),
         "params": params,
         "changed": changed,
+        **({} if zeros is None else {"zeros": zeros}),
         "stored_bytes": stored_bytes,
         "cost": cost,
         "steps": steps,

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,26 @@ from torch import Tensor
 
 from ..system import safe
 from .atomic import replacing
+
+
+def create_file(
+    path: Path, dtype: str, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor]
+) -> None:
+    """Write a safetensors file of tensors of one type, which ``read`` gives one by one.
+
+    ``dtype``: the type as the format names it, such as ``U8``.
+    """
+    header: dict[str, Any] = {}
+    end, width = 0, safe.SIZES[dtype]
+    for name in sorted(shapes):
+        start, end = end, end + width * math.prod(shapes[name])
+        header[name] = {"dtype": dtype, "shape": list(shapes[name]), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in sorted(shapes):
+            file.write(raw_bytes(read(name)))
 
 
 class TensorFile:

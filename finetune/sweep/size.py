@@ -17,8 +17,10 @@ from torch import nn
 
 from ..config import plugin_records
 from ..config.settings import Config
+from ..core.attach import parts
 from ..core.method import Method
 from ..core.state import Shapes, stored_shapes
+from ..core.zeros import describe_zeros
 from ..errors import ConfigError
 from ..models.load import load as load_model
 from ..storage import manifest
@@ -115,6 +117,7 @@ def measure(config: Config, method: Method | None = None) -> Size:
     trained = sum(p.numel() for p in states.parameters() if p.requires_grad)
     if "kept" in states:
         trained += sum(p.numel() for p in states["kept"].parameters())
+    trained -= sum(part.count_held() for part in parts(states))
     stored = 0
     if shapes is not None:
         stored = _tensor_file_bytes(shapes) + _description_bytes(config, method, model)
@@ -193,6 +196,7 @@ def _description_bytes(config: Config, method: Method, frame: Frame) -> int:
         "step": config.train.steps,
         "phase": len(method.phases()) - 1,
         "base_fingerprint": "0" * 64,
+        **describe_zeros(frame.model),
         **plugin_records.record_of(config),
     }
     return len(json.dumps(to_json_value(content), indent=2, ensure_ascii=False).encode()) + 1

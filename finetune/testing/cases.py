@@ -80,11 +80,12 @@ def checks_for(method: Method) -> tuple[str, ...]:
     A preset of the sparse engine is a subclass of ``Sparse`` that sets defaults and overrides no function. It
     must pass the checks that need one training (``SMOKE``). The others test code of the engine alone:
     resuming, the seed, micro-batches and bfloat16. The tests of the engine run them with every schedule and
-    grain (tests/methods/sparse/test_sparse.py).
+    grain (tests/methods/sparse/test_sparse.py). ``zeros`` trains once more, so tests/methods/test_zeros.py
+    runs it for every case among the slow tests.
     """
     if method.is_preset():
         return SMOKE
-    return tuple(contract.CHECKS)
+    return tuple(name for name in contract.CHECKS if name != "zeros")
 
 
 def contract_test(cases: Iterable[Case]) -> Callable[..., None]:

@@ -25,6 +25,8 @@ from ..core.method import Method
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
+from ..core.zeros import find_pruned, layers_with_zeros, stored_mask
+from ..errors import ConfigError
 from ..objectives.task import Task
 from ..storage import checkpoint
 from ..storage.delta import load_delta, save_delta
@@ -42,6 +44,7 @@ from .sessions import (
     same_session,
     same_values,
     tiny,
+    tiny_pruned,
     trained_values,
 )
 
@@ -308,6 +311,50 @@ def check_bf16(trial: Trial) -> None:
     same_values(session.model, original)
 
 
+def check_zeros(trial: Trial) -> None:
+    """Every pruned entry of a pruned model stays 0, or the method is refused in words before it trains."""
+    try:
+        session = trial.begin(model=tiny_pruned(trial.kind))
+    except ConfigError as error:
+        if "model.zeros=free" not in str(error):
+            raise AssertionError(f"refused without the cure model.zeros=free: {error}") from None
+        return
+    finish(session)
+    model = session.model
+    session.tuned.eval()
+    _check_products(model)
+    _check_pruned_entries(model)
+    with base(session.states):
+        _check_pruned_entries(model)
+    try:
+        merge(model, session.states)
+    except NotMergeable:
+        return
+    except ConfigError as error:
+        raise AssertionError(f"a pruned entry is not 0 in the merged model: {error}") from None
+    _check_pruned_entries(model)
+
+
+@torch.no_grad()
+def _check_products(model: torch.nn.Module) -> None:
+    """Raise ``AssertionError`` if a product with a weight that is changed uses a pruned entry of it."""
+    for name, layer in patched(model).items():
+        pruned, weight = find_pruned(layer.base), layer.original
+        if pruned is not None:
+            inputs = torch.eye(weight.shape[1], dtype=weight.dtype, device=weight.device)
+            effect = layer.forward(inputs) - layer.forward(torch.zeros_like(inputs))
+            assert not effect.T[pruned].any(), f"{name} computes with pruned entries that are not 0"
+
+
+def _check_pruned_entries(model: torch.nn.Module) -> None:
+    """Raise ``AssertionError`` unless the bits of all pruned entries are those of 0."""
+    for name, layer in layers_with_zeros(model):
+        pruned, weight = stored_mask(layer), layer.get_parameter("weight").detach()
+        assert pruned is not None
+        bits = weight[pruned].view(torch.uint8)
+        assert not bits.any(), f"pruned entries of {name} are not 0"
+
+
 # In this order: check_base_untouched takes apart the session that the checks before it share.
 CHECKS: dict[str, Callable[[Trial], None]] = {
     "step_zero": check_step_zero,
@@ -319,6 +366,7 @@ CHECKS: dict[str, Callable[[Trial], None]] = {
     "base_untouched": check_base_untouched,
     "accumulation": check_accumulation,
     "bf16": check_bf16,
+    "zeros": check_zeros,
 }
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,13 @@ from ..artifacts.model_files import StoredModel
 from ..artifacts.parents import open_parents
 from ..artifacts.pass_subject import Request, Subject, make_subject
 from ..artifacts.passes import apply, process
-from ..core.passes import Pass
+from ..core.passes import Pass, Pruned, weight_of
 from ..core.roles import is_transposed
 from ..core.site import Site, find_sites
 from ..core.statistics import gather_statistics
 from ..core.structure import Structured
 from ..errors import RunFailed
+from ..models.masks import FILE, pack_mask
 from ..models.sidecar import make_module, replace_module
 from ..models.stored import match_names
 from ..storage.tensor_file import TensorFile
@@ -39,11 +40,15 @@ class Stopped(BaseException):
 
 @dataclass
 class PassTrial:
-    """One pass on one kind of model. Every run works on its own folder in ``root``."""
+    """One pass on one kind of model. Every run works on its own folder in ``root``.
+
+    ``masks``: the mask of each stored weight that ``whole`` has pruned.
+    """
 
     method: Pass
     kind: Kind
     root: Path
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
     def subject(self, folder: str = "model") -> Subject:
         """Open a folder again, as a new process would."""
@@ -103,24 +108,32 @@ class PassTrial:
                 )
             for site in sites:
                 parameter = result.get_submodule(site.name).weight
-                new = apply(
+                made = apply(
                     self.method, subject, site, site.as_matrix(parameter).clone(), found.get(site.name)
                 )
+                new = weight_of(made)
                 if isinstance(new, Tensor):
                     parameter.data = new.T if is_transposed(site.module) else new
                 else:
                     replace_module(result, site.name, make_module(new.structure, new.tensors, site.module))
+                if isinstance(made, Pruned):
+                    name = subject.places[site.name][1]
+                    self.masks[name] = pack_mask(made.zeros.T if is_transposed(site.module) else made.zeros)
         tensors = result.state_dict()
         return {name: tensors[own].contiguous() for own, name in match_names(result, stored).items()}
 
 
 def check_streamed_is_whole(trial: PassTrial) -> None:
     """The folder holds, to the bit, what the pass makes of the whole model in memory."""
-    found = load_file(trial.run("streamed") / "model.safetensors")
+    folder = trial.run("streamed")
+    found = load_file(folder / "model.safetensors")
     expected = trial.whole(found)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), f"{name} differs from the pass over the whole model"
+    for name, packed in trial.masks.items():
+        written = load_file(folder / FILE)[name]
+        assert torch.equal(written, packed), f"the mask of {name} is not that of the pass"
 
 
 def check_weight_is_left_alone(trial: PassTrial) -> None:
@@ -133,15 +146,15 @@ def check_weight_is_left_alone(trial: PassTrial) -> None:
         weight = site.as_matrix(site.module.get_parameter("weight")).clone()
         before, statistics = weight.clone(), found.get(site.name)
         kept = copy.deepcopy(statistics)
-        first = apply(trial.method, subject, site, weight, statistics)
+        first = weight_of(apply(trial.method, subject, site, weight, statistics))
         assert torch.equal(weight, before), f"the weight of {site.name} was changed in place"
         if statistics is not None and kept is not None:
             for name, value in statistics.values.items():
                 assert torch.equal(value, kept.values[name]), f"{name} of {site.name} was changed in place"
-        second = apply(trial.method, subject, site, weight, statistics)
+        second = weight_of(apply(trial.method, subject, site, weight, statistics))
         assert _equal(first, second), f"{site.name} differs in a second call with the same arguments"
         if trial.method.idempotent and isinstance(first, Tensor):
-            third = apply(trial.method, subject, site, first, statistics)
+            third = weight_of(apply(trial.method, subject, site, first, statistics))
             assert _equal(first, third), f"{site.name} changes again in a second run of the pass"
 
 
@@ -159,7 +172,7 @@ def check_restart(trial: PassTrial) -> None:
 
     It is stopped inside a block, between blocks and behind the last site.
     """
-    undisturbed = (trial.run("undisturbed") / "model.safetensors").read_bytes()
+    undisturbed = _read_tensors(trial.run("undisturbed"))
     sites = len(trial.subject().sites)
     for stop in sorted({1, sites // 4, sites // 2, sites - 1, sites}):
         done = 0
@@ -177,8 +190,13 @@ def check_restart(trial: PassTrial) -> None:
             assert not (trial.root / out).exists(), "a folder that is not finished has its name"
         else:
             raise AssertionError("the pass was not stopped")
-        finished = trial.run(out) / "model.safetensors"
-        assert finished.read_bytes() == undisturbed, f"other bytes after a stop behind site {stop}"
+        finished = _read_tensors(trial.run(out))
+        assert finished == undisturbed, f"other bytes after a stop behind site {stop}"
+
+
+def _read_tensors(folder: Path) -> dict[str, bytes]:
+    """Return the bytes of the files of tensors in a folder."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*.safetensors")}
 
 
 def check_proof(trial: PassTrial) -> None:

@@ -18,6 +18,8 @@ from ..core.method import Method
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
+from ..core.site import find_sites
+from ..core.zeros import hold_zeros
 from ..data.encode import Images, Tokens, collate
 from ..objectives.task import Task
 from ..optim.adamw import AdamW
@@ -64,6 +66,17 @@ def tiny(kind: Kind = "vit") -> Any:
     return t.LlamaForCausalLM(
         t.LlamaConfig(vocab_size=40, max_position_embeddings=16, use_cache=False, **shape)
     ).eval()
+
+
+def tiny_pruned(kind: Kind = "vit", share: float = 0.5) -> Any:
+    """Make the model of ``tiny`` with a random share of the entries of each linear layer pruned."""
+    model, generator = tiny(kind), torch.Generator().manual_seed(3)
+    for site in find_sites(model.requires_grad_(False), ("all",)):
+        weight = site.module.get_parameter("weight")
+        pruned = torch.rand(weight.shape, generator=generator) < share
+        weight.data.masked_fill_(pruned, 0)
+        hold_zeros(site.module, pruned)
+    return model
 
 
 def examples(kind: Kind = "vit", n: int = 21, seed: int = 1) -> list[dict[str, Any]]:

@@ -14,6 +14,7 @@ from ..core.inplace import InPlace
 from ..core.method import Method
 from ..core.part import Source
 from ..core.selector import Selector
+from ..core.zeros import layers_with_zeros
 from ..errors import ConfigError
 from ..models.load import Base, original_parameters, reload
 
@@ -93,6 +94,7 @@ def build_states(
         states["kept"].requires_grad_(False)
     if head is not None and not pretrained.train_head:
         head.freeze_for_good()
+    _refuse_losing_zeros(model, states, method)
     for part in parts(states):
         part.use_source(pretrained.original_parameters if pretrained.reload else None)
     if not any(parameter.requires_grad for parameter in states.parameters()):
@@ -110,6 +112,19 @@ def method_states(states: nn.ModuleDict) -> list[nn.Module]:
     """Return the states of the methods that are attached, by phase: the kept ones, then the current one."""
     kept: list[nn.Module] = list(states["kept"].children()) if "kept" in states else []
     return [*kept, states["method"]]
+
+
+def _refuse_losing_zeros(model: nn.Module, states: nn.Module, method: Method) -> None:
+    """Raise ``ConfigError`` if entries of the model are held at 0 and a part may change them."""
+    if not any(layers_with_zeros(model)):
+        return
+    losing = sorted({part.describe() for part in parts(states) if not part.keeps_zeros})
+    if losing:
+        raise ConfigError(
+            f"method={method.name} cannot keep the zeros of this pruned model: it trains "
+            f"{' and '.join(losing)}. Choose another method, for example lora, or set model.zeros=free, "
+            "which lets every entry change."
+        )
 
 
 def _check_frozen_head(pretrained: Pretrained) -> None:

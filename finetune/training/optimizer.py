@@ -10,6 +10,7 @@ from torch import nn
 from ..core.attach import parts
 from ..core.optimizer import Optimizer
 from ..core.state import entry_stores
+from ..errors import ConfigError
 
 
 def rate(settings: Optimizer, step: int, steps: int) -> float:
@@ -30,8 +31,15 @@ def make_optimizer(states: nn.Module, settings: Optimizer) -> torch.optim.Optimi
     """Make the optimizer over the trained tensors: one group with weight decay, and one without.
 
     Weight decay pulls matrices towards 0, and the values of a store of entries towards the pretrained
-    weights. Vectors (biases, norms) do not decay, nor do parts whose ``decays`` is false.
+    weights. Vectors (biases, norms) do not decay, nor do parts whose ``decays`` is false. Raises
+    ``ConfigError`` if an optimizer without gradients would move entries that are held at 0.
     """
+    if not settings.needs_grad and any(part.count_held() for part in parts(states)):
+        raise ConfigError(
+            f"optimizer={settings.name} moves every value of a weight that is trained in place, and entries "
+            "of this pruned model stay 0. Choose optimizer=adamw, a method such as lora, or set "
+            "model.zeros=free, which lets every entry change."
+        )
     entries = {id(store.values) for store in entry_stores(states)}
     spared: set[int] = set()
     for part in parts(states):

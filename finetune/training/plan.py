@@ -86,7 +86,7 @@ def _bound_changed(session: Session) -> float | None:
     most = adapted = sum(part.adapted() for part in parts(session.states))
     of_entries = 0  # sizes of the layers in which only single entries change
     for layer in patched(session.model).values():
-        size = layer.original.numel()
+        size = layer.live
         adapted += size
         if changes_stay or any(delta.changes().entries is None for delta in layer.deltas):
             most += size

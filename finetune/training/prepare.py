@@ -142,7 +142,9 @@ def read_teacher(config: Config, student: Base, labels: tuple[str, ...], path: s
     """
     named = f"objective.teacher={path}"
     try:
-        source = replace(config.model, path=path, revision=None, head="auto", init="pretrained", config={})
+        source = replace(
+            config.model, path=path, revision=None, head="auto", init="pretrained", config={}, zeros="free"
+        )
         teacher = load(source, student.task, labels, config.seed)
     except ConfigError as error:
         raise ConfigError(
@@ -224,8 +226,9 @@ def count_parameters(setup: Setup) -> Params:
     """Count the entries that are trained, those of the model that they can change, and all of the model."""
     session = setup.session
     adapted = sum(part.adapted() for part in parts(session.states))
-    adapted += sum(layer.original.numel() for layer in patched(session.model).values())
+    adapted += sum(layer.live for layer in patched(session.model).values())
     trained = sum(p.numel() for p in session.states.parameters() if p.requires_grad)
+    trained -= sum(part.count_held() for part in parts(session.states))
     if "kept" in session.states:  # what earlier phases trained and left in place
         trained += sum(p.numel() for p in session.states["kept"].parameters())
     return {"trained": trained, "adapted": adapted, "total": setup.total}

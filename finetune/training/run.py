@@ -18,6 +18,7 @@ from ..config import plugin_records
 from ..config.settings import Config
 from ..core.attach import base
 from ..core.collective import any_process, barrier
+from ..core.zeros import share_of_zeros
 from ..errors import RunFailed
 from ..storage.atomic import STAMP, write_json_atomic
 from ..storage.delta import load_delta
@@ -183,6 +184,7 @@ class Training:
             metrics=metrics,
             params=counts,
             changed=changed,
+            zeros=share_of_zeros(session.model),
             stored_bytes=sum(file.stat().st_size for file in self.files.delta.glob("delta.*")),
             cost=cost,
             steps=session.number,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..config import plugin_records
+from ..core.zeros import describe_zeros
 from ..storage.delta import save_delta
 from ..storage.progress import ProgressRecord
 from ..storage.run_folder import RunFolder
@@ -41,6 +42,7 @@ def describe_change(setup: Setup) -> dict[str, Any]:
         "step": setup.session.number,
         "phase": setup.session.phase,
         "base_fingerprint": setup.fingerprint,
+        **describe_zeros(setup.session.model),
         **plugin_records.record_of(config),
     }
 

@@ -25,6 +25,7 @@ from ..core.method import Method, Run
 from ..core.objective import Objective
 from ..core.optimizer import Optimizer
 from ..core.selector import Selector
+from ..core.zeros import layers_with_zeros
 from ..data.encode import TRAIN, Batch
 from ..errors import ConfigError, RunFailed
 from ..objectives.task import Task
@@ -93,6 +94,14 @@ class Session:
         self.references = References(pretrained, accelerator)
         self.memory = Memory(self, accelerator.device)
         self._build(0)
+        if len(self.phases) > 1 and any(layers_with_zeros(self.model)):
+            self._build_every_phase()
+
+    def _build_every_phase(self) -> None:
+        """Raise ``ConfigError`` now, and not in mid-run, if a later phase cannot keep pruned entries at 0."""
+        for phase in range(1, len(self.phases)):
+            self.enter(phase)
+        self.rebuild()
 
     def check_objectives(self) -> None:
         """Raise ``ConfigError`` if an objective does not fit the data or the model; read its teacher.

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..core.attach import base, parts
 from ..core.sparse.switch import BITS
+from ..core.zeros import find_lost_zeros
 from ..models.stored import fingerprint
 from ..storage.progress import WatchRecord
 from .prepare import Setup
@@ -89,4 +90,6 @@ def find_suspicions(
         some_rest = may_rest(session) and len(still) < len(moving_tensors(session.states))
         if still and not some_rest:
             found.append(describe_unmoved(still, session))
+    if lost := find_lost_zeros(session.model):
+        found.append(lost)
     return [*found, *frozen.find_changes(), *differences(session, delta, best_step)]

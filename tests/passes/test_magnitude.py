@@ -23,7 +23,7 @@ def some_weight(rows: int = 6, cols: int = 12) -> Tensor:
 @pytest.mark.parametrize("sparsity", [0.0, 0.3, 0.5, 0.97])
 def test_the_smallest_entries_of_the_matrix_become_zero(sparsity: float) -> None:
     weight = some_weight()
-    pruned = Magnitude(sparsity=sparsity).tensor(site_of(weight), weight, None)
+    pruned = Magnitude(sparsity=sparsity).tensor(site_of(weight), weight, None).weight
     count = int(weight.numel() * sparsity)
     gone = pruned != weight
     assert int(gone.sum()) == count
@@ -35,13 +35,13 @@ def test_the_smallest_entries_of_the_matrix_become_zero(sparsity: float) -> None
 def test_by_row_each_row_loses_as_many() -> None:
     weight = some_weight()
     weight[0] *= 100
-    pruned = Magnitude(sparsity=0.25, scope="row").tensor(site_of(weight), weight, None)
+    pruned = Magnitude(sparsity=0.25, scope="row").tensor(site_of(weight), weight, None).weight
     assert (pruned == 0).sum(1).tolist() == [3] * 6
 
 
 def test_a_pattern_prunes_n_of_each_m() -> None:
     weight = some_weight()
-    pruned = Magnitude(pattern="1:4").tensor(site_of(weight), weight, None)
+    pruned = Magnitude(pattern="1:4").tensor(site_of(weight), weight, None).weight
     for row, new in zip(weight.tolist(), pruned.tolist(), strict=True):
         for start in range(0, 12, 4):
             group, after = row[start : start + 4], new[start : start + 4]
@@ -53,7 +53,7 @@ def test_masks_nest_and_ties_are_counted_exactly() -> None:
     weight = torch.ones(40, 90)
     before = torch.zeros(40, 90, dtype=torch.bool)
     for sparsity in (0.1, 0.4, 0.8):
-        pruned = Magnitude(sparsity=sparsity).tensor(site_of(weight), weight, None) == 0
+        pruned = Magnitude(sparsity=sparsity).tensor(site_of(weight), weight, None).weight == 0
         assert int(pruned.sum()) == int(3600 * sparsity)
         assert not (before & ~pruned).any()
         before = pruned

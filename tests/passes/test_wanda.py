@@ -29,7 +29,7 @@ def statistics_of(x: Tensor) -> SiteStatistics:
 
 def prune(weight: Tensor, x: Tensor, **settings: object) -> Tensor:
     method = Wanda(**{"sparsity": 0.5, **settings})  # type: ignore[arg-type]
-    return method.tensor(site_of(weight), weight, statistics_of(x))
+    return method.tensor(site_of(weight), weight, statistics_of(x)).weight
 
 
 def released(weight: Tensor, x: Tensor, sparsity: float) -> Tensor:
@@ -52,7 +52,7 @@ def test_the_formula() -> None:
 def test_inputs_of_equal_norm_give_magnitude_by_row() -> None:
     weight = random(4, 6)
     x = torch.eye(6, dtype=torch.float64) * 3
-    expected = Magnitude(sparsity=0.5, scope="row").tensor(site_of(weight), weight, None)
+    expected = Magnitude(sparsity=0.5, scope="row").tensor(site_of(weight), weight, None).weight
     assert torch.equal(prune(weight, x), expected)
 
 
@@ -63,7 +63,7 @@ def test_moving_a_scale_between_input_and_weight_keeps_the_mask() -> None:
     moved_x[:, 2] *= 8
     assert torch.equal(prune(weight, x) == 0, prune(moved_weight, moved_x) == 0)
     by_size = Magnitude(sparsity=0.5)
-    masks = [by_size.tensor(site_of(each), each, None) == 0 for each in (weight, moved_weight)]
+    masks = [by_size.tensor(site_of(each), each, None).zeros for each in (weight, moved_weight)]
     assert not torch.equal(*masks)
 
 

@@ -172,7 +172,7 @@ def test_a_newer_setting_that_is_not_used_leaves_the_hash(some_config: Config) -
         (before, "logger"),
         (before, "objective"),
         (before, "streams"),
-        *((before["model"], key) for key in ("init", "config")),
+        *((before["model"], key) for key in ("init", "config", "zeros")),
         *((before["train"], key) for key in ("save_every", "keep_last", "patience")),
     ):
         del part[key]

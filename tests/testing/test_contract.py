@@ -98,6 +98,16 @@ class AddsMoreThanItForms(Factors):
         return 1.05 * super().linear(x, weight)
 
 
+class AppliesTheWholeProduct(Factors):
+    """Says that it keeps zeros, and adds a product that has values at pruned entries."""
+
+    keeps_zeros = True
+    additive = True  # type: ignore[assignment]
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        return x @ self(weight).T
+
+
 class HasAnUnusedTensor(Factors):
     def __init__(self, site: Site) -> None:
         super().__init__(site)
@@ -222,6 +232,7 @@ FAULTS: list[tuple[str, Callable[[], Method]]] = [
     ("base_untouched", with_part(EditIgnoresItsGate)),
     ("accumulation", SumsOverTheBatch),
     ("bf16", with_part(TakesTheDtypeOfTheWeight)),
+    ("zeros", with_part(AppliesTheWholeProduct)),
 ]
 
 
@@ -277,4 +288,6 @@ def test_only_presets_of_the_sparse_engine_get_the_short_list() -> None:
     from finetune.methods.sparse.lt_sft import LTSFT
 
     assert checks_for(LIFT()) == SMOKE
-    assert checks_for(LTSFT()) == checks_for(Faultless()) == tuple(contract.CHECKS)
+    *others, last = contract.CHECKS
+    assert last == "zeros"  # tests/methods/test_zeros.py runs it
+    assert checks_for(LTSFT()) == checks_for(Faultless()) == tuple(others)

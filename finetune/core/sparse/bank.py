@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -39,6 +39,8 @@ class Bank(StateModule):
             raise ValueError("a site of 2**31 entries or more needs 64-bit indices")
         self.sizes = [s.size for s in sites]
         self.shapes = [s.shape for s in sites]
+        self._sites = sites
+        self.chooses_live = False  # whether the method chooses no entry that is held at 0
         self.ages = False  # whether the optimizer counts the steps of each value alone; the method sets it
         self.values = nn.Parameter(torch.zeros(capacity))
         self.register_buffer("index", torch.zeros(capacity, dtype=torch.int32))
@@ -80,7 +82,17 @@ class Bank(StateModule):
         if int(starts[0]) or (counts < 0).any() or int(starts[-1]) > len(index):
             return False
         used = index[: int(starts[-1])]
-        return not ((used < 0) | (used >= sizes.repeat_interleave(counts))).any()
+        if ((used < 0) | (used >= sizes.repeat_interleave(counts))).any():
+            return False
+        return self._are_live(used.split(counts.tolist()))
+
+    def _are_live(self, index: Sequence[Tensor]) -> bool:
+        """Tell whether no position, of those of each site, is of an entry that is held at 0."""
+        for site, where in zip(self._sites, index, strict=True):
+            pruned = site.pruned
+            if pruned is not None and bool(pruned.reshape(-1)[where.to(pruned.device).long()].any()):
+                return False
+        return True
 
     def bounds(self, name: str = "starts") -> list[int]:
         """Return ``starts``, or another buffer, as Python numbers, read from the device once a revision."""
@@ -109,6 +121,10 @@ class Bank(StateModule):
             counts = [b - a for a, b in zip(bounds, [*bounds[1:], len(self.values)], strict=True)]
             self._slices, self._slices_key = torch.split(self.values, counts), key
         return self._slices[i].detach() if self.frozen[i] else self._slices[i]
+
+    def pruned(self, i: int) -> Tensor | None:
+        """Return which entries of site ``i``'s weight are held at 0, [out, in] bool; None if none are."""
+        return self._sites[i].pruned
 
     def positions(self, i: int) -> Tensor:
         """Return the flat positions of site ``i``'s values, int32, ascending."""
@@ -139,6 +155,8 @@ class Bank(StateModule):
     def _set_positions(self, index: list[Tensor]) -> None:
         """Write down which entries are trained."""
         self._check_capacity(index)
+        if not self._are_live(index):
+            raise ValueError("an entry that is pruned and stays 0 cannot be trained")
         starts = _starts(index)
         for where, start in zip(index, starts.tolist(), strict=False):
             self.index[start : start + len(where)] = where
@@ -253,6 +271,8 @@ class Bank(StateModule):
         index = flat - (sizes.cumsum(0) - sizes).repeat_interleave(counts)
         if ((index < 0) | (index >= sizes.repeat_interleave(counts))).any():
             raise ConfigError("the stored sparse change does not fit this model's layers.")
+        if not self._are_live(index.split(counts.tolist())):
+            raise ConfigError("the stored sparse change has entries that are pruned in this model.")
         self.values = nn.Parameter(stored["values"].to(self.values))
         self.starts, self.index = stored["starts"].to(self.starts), index.to(self.index)
         self.settled_values, self.settled_index = self.settled_values[:0], self.settled_index[:0]
@@ -308,6 +328,10 @@ class SparseDelta(Delta):
     """
 
     restores = True
+
+    @property
+    def keeps_zeros(self) -> bool:
+        return self.bank.chooses_live
 
     def __init__(self, bank: Bank, i: int, site: Site) -> None:
         super().__init__()

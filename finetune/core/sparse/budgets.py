@@ -24,9 +24,10 @@ class Budget:
 def make_budgets(scope: Scope, sparsity: float, sites: list[Site], grains: list[Grain]) -> list[Budget]:
     """Return one budget for each group of sites that ``scope`` puts together.
 
-    K is the number of the group's entries minus the rounded share ``sparsity`` of it. If all units have the
-    same size, K is rounded to whole units. At least one unit is trained. With a grain n:m, K follows from n:m
-    instead, because ``sparsity`` gives the number of entries in each row only approximately.
+    K is the number of the group's live entries minus the rounded share ``sparsity`` of it; entries that are
+    held at 0 do not count. If all units have the same size, K is rounded to whole units. At least one unit is
+    trained. With a grain n:m, K follows from n:m instead, because ``sparsity`` gives the number of entries in
+    each row only approximately.
     """
     groups: dict[Hashable, list[int]] = {}
     for i, site in enumerate(sites):
@@ -47,7 +48,7 @@ def _group_key(scope: Scope, i: int, site: Site) -> Hashable:
 
 def _budget_entries(sparsity: float, members: list[int], sites: list[Site], grains: list[Grain]) -> int:
     """Return K of one group."""
-    size = sum(sites[i].size for i in members)
+    size = sum(sites[i].live for i in members)
     k = size - round(sparsity * size)
     if grains[members[0]].m:
         k = sum(sites[i].size // grains[i].m * grains[i].n for i in members)
@@ -61,11 +62,11 @@ def _budget_entries(sparsity: float, members: list[int], sites: list[Site], grai
 def count_entries(budget: Budget, share: float, sites: list[Site], grains: list[Grain]) -> int:
     """Return how many entries are trained at a ``share`` of the budget, in multiples of the smallest unit.
 
-    The result is at least one unit and at most all entries of the budget's sites.
+    The result is at least one unit and at most all live entries of the budget's sites.
     """
     unit = min(grains[i].size for i in budget.sites)
     units = max(round(share * budget.entries / unit), 1)
-    return min(units * unit, sum(sites[i].size for i in budget.sites))
+    return min(units * unit, sum(sites[i].live for i in budget.sites))
 
 
 def divide_entries(total: int, weights: Tensor, limits: list[int], grains: list[Grain]) -> list[int]:

@@ -70,7 +70,9 @@ class Candidates(StateModule):
         if i not in self.chosen:
             top = TopK(end - start, {i: 1})
             # Selection raises an error for NaN; a loss that is not finite is reported elsewhere.
-            top.add(i, run.average_or_broadcast(grad.dense).abs().nan_to_num_().float())
+            scores = run.average_or_broadcast(grad.dense).abs().nan_to_num_().float()
+            pruned = bank.pruned(i)
+            top.add(i, scores, None if pruned is None else ~pruned)
             self.index[start:end] = top.take()[i]
             self.chosen.add(i)
         self.step_sums[start:end] += grad.dense.reshape(-1)[self.index[start:end].long()]

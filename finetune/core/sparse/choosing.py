@@ -54,7 +54,7 @@ class Chooser:
         budgets = self._budgets_at(share)
         if self.settings.scope == "layer":
             budgets = self._divide_by_score(budgets[0].entries, allowed)
-        chosen = choose_entries(budgets, self.grains, self._visit_scores, allowed)
+        chosen = choose_entries(budgets, self.grains, self._visit_scores, self._live(allowed))
         return [self.run.average_or_broadcast(where) for where in chosen]
 
     def apply_move(self, move: Move) -> list[Tensor]:
@@ -79,7 +79,7 @@ class Chooser:
         def not_kept(i: int) -> Tensor:
             return ~self.grains[i].members(kept[i])
 
-        grown = choose_entries(rooms, self.grains, self._visit_scores, not_kept)
+        grown = choose_entries(rooms, self.grains, self._visit_scores, self._live(not_kept))
         together = [torch.cat(pair).sort().values for pair in zip(kept, grown, strict=True)]
         return [self.run.average_or_broadcast(where) for where in together]
 
@@ -96,20 +96,24 @@ class Chooser:
     def _divide_by_count(self, total: int) -> list[Budget]:
         """Divide ``total`` entries among the sites in proportion to their trained entries."""
         trained = torch.tensor([len(self.bank.positions(i)) for i in range(len(self.sites))])
-        counts = divide_entries(total, trained, [site.size for site in self.sites], self.grains)
+        counts = divide_entries(total, trained, [site.live for site in self.sites], self.grains)
         return [Budget([i], count) for i, count in enumerate(counts)]
 
     def _divide_by_score(self, total: int, allowed: Allowed) -> list[Budget]:
         """Divide ``total`` entries among the sites in proportion to size times mean score."""
         means: dict[int, Tensor] = {}
+        allowed = self._live(allowed)
 
         def keep_mean(i: int, score: Tensor) -> None:
+            pruned = self.sites[i].pruned
+            if pruned is not None:
+                score = score[~pruned]
             means[i] = score.mean().clamp(min=0).cpu()
 
         self._visit_scores(keep_mean)
         weights, limits = [], []
         for i, (site, grain) in enumerate(zip(self.sites, self.grains, strict=True)):
-            weights.append(means[i] * site.size)
+            weights.append(means[i] * site.live)
             units = allowed(i)
             limits.append(site.size if units is None else int(units.sum()) * grain.size)
         counts = divide_entries(total, torch.stack(weights), limits, self.grains)
@@ -135,6 +139,21 @@ class Chooser:
         changes = torch.zeros(self.grains[i].shape, device=self.bank.values.device)
         changes.view(-1)[self.bank.positions(i).long()] = self.bank.slice(i).detach().abs().float()
         return changes
+
+    def _live(self, allowed: Allowed) -> Allowed:
+        """Return ``allowed`` without the entries that are held at 0.
+
+        Where there are any, every unit is one entry.
+        """
+
+        def find_units(i: int) -> Tensor | None:
+            units, pruned = allowed(i), self.sites[i].pruned
+            if pruned is None:
+                return units
+            live = ~pruned.reshape(-1)
+            return live if units is None else live & units.to(live.device)
+
+        return find_units
 
     def _trained_units(self, i: int) -> Tensor:
         """Return which units of a site are trained now, [units] bool."""

@@ -20,6 +20,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from ...errors import ConfigError
 from ..attach import attach, patched
 from ..inplace import InPlace
 from ..method import Method, Phase, Run
@@ -89,15 +90,27 @@ class Sparse(SparseSettings):
 
     def build(self, model: nn.Module) -> nn.ModuleDict:
         sites = find_sites(model, self.targets)
+        self._refuse_units_with_zeros(sites)
         grains = [make_grain(self.grain, site, model) for site in sites]
         capacity = 0
         for budget in self.budgets(sites, grains):
             capacity += count_entries(budget, self.schedule.peak, sites, grains)
         bank = Bank(sites, capacity)
+        bank.chooses_live = True
         views = [SparseDelta(bank, i, site) for i, site in enumerate(sites)]
         for site, view in zip(sites, views, strict=True):
             attach(model, site.name, view)
         return nn.ModuleDict({"bank": bank, "views": nn.ModuleList(views)})
+
+    def _refuse_units_with_zeros(self, sites: list[Site]) -> None:
+        """Raise ``ConfigError`` if units of several entries would be chosen in a pruned weight."""
+        for site in sites:
+            if self.grain != "element" and site.pruned is not None:
+                raise ConfigError(
+                    f"method.grain={self.grain} chooses whole units, and entries of {site.name} are pruned "
+                    "and stay 0. Take method.grain=element, or set model.zeros=free, which lets every entry "
+                    "change."
+                )
 
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         state["bank"].place(self.choose(run, state, self.schedule.initial_density(run.total), previous))

@@ -25,7 +25,7 @@ def requested_entries(
 
     The error is at most one unit per site.
     """
-    size = sum(site.size for site in sites)
+    size = sum(site.live for site in sites)
     unit = max(grain.size for grain in grains)
     return (1 - settings.sparsity) * share * size, unit * len(sites)
 

@@ -72,6 +72,8 @@ class Features:
 class Factors(Edit):
     """One factor for each of some features; ``factor`` [count] float32 starts at 1."""
 
+    keeps_zeros = True  # folding multiplies weights
+
     def __init__(self, features: Features) -> None:
         super().__init__()
         self.features = features

@@ -93,6 +93,8 @@ class Offsets(nn.Module):
 class HeadOffsets(Edit):
     """One block's view of the offsets: adds them to the outputs of its heads."""
 
+    keeps_zeros = True  # folding changes the bias alone
+
     def __init__(self, offsets: Offsets, block: int) -> None:
         super().__init__()
         self._offsets = [offsets]  # in a list: the method's state registers the offsets, and only once

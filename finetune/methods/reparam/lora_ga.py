@@ -82,6 +82,7 @@ class Anchored(Delta):
     a0: Tensor
     b0: Tensor
     decays = False  # decay of B A is not decay of the change
+    keeps_zeros = True  # ``linear`` is a cheaper equal
 
     def __init__(self, shape: tuple[int, int], rank: int, scale: float) -> None:
         super().__init__()
@@ -97,7 +98,7 @@ class Anchored(Delta):
             old.copy_(new)
 
     def describe(self) -> str:
-        return "a low-rank change"
+        return "a low-rank change" if self.pruned is None else "a low-rank change that is 0 at pruned entries"
 
     def factors(self) -> tuple[Tensor, Tensor]:
         """Return the factors of the change without ``scale``: [2 rank, in] and [out, 2 rank]."""
@@ -105,6 +106,8 @@ class Anchored(Delta):
 
     @torch.no_grad()
     def changes(self) -> Changes:
+        if self.pruned is not None:
+            return Changes()  # a masked product has no low rank
         return Changes(factors=LowRankChange(*self.factors(), self.scale))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -183,6 +186,8 @@ class LoRAGA(Reparam):
     def begin(self, run: Run, state: Any, previous: Any) -> None:
         layers = patched(run.model)
         for site, gradient in gather_gradients(run, find_sites(run.model, self.targets), self.batches):
+            if site.pruned is not None:
+                gradient = gradient.masked_fill(site.pruned, 0)
             u, v = singular_vectors(gradient, 2 * self.rank, run.generator)
             for_a, for_b = self.choose_indices(run.generator)
             size = self.size_of_start(layers[site.name].weight, run.generator)

@@ -120,7 +120,8 @@ class SaRA(Sparse):
             return super().budgets(sites, grains)
         count = 0
         for site in sites:
-            count += int(_is_below(site.module.get_parameter("weight"), self.threshold).sum())
+            small = _is_below(site.as_matrix(site.module.get_parameter("weight")), self.threshold)
+            count += int(small.sum()) - (site.size - site.live)  # entries that are held at 0 are not trained
         if not count:
             raise ConfigError(
                 f"method.threshold={self.threshold:g}: no weight is below it, so nothing would be trained; "

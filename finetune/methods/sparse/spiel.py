@@ -220,6 +220,9 @@ def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
     accumulators = run.optimizer.state[bank.values]
     untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)
     untrained.index_fill_(0, bank.positions(i).long(), False)
+    pruned = bank.pruned(i)
+    if pruned is not None:
+        untrained &= ~pruned.reshape(-1)
 
     def ranking(stays: Tensor, n: int) -> Tensor:
         top = TopK(n, {i: 1})
