@@ -45,7 +45,7 @@ def keep_head_(
     note = "The head of the checkpoint is kept: its labels are those of the data set"
     if rows != sorted(rows):
         reorder_outputs_(model, rows)
-        note += ", and its rows were put into their order"
+        note += ", and its rows were put into the data set's order"
     return f"{note}. model.head=new starts a new one."
 
 

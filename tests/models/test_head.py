@@ -101,7 +101,7 @@ def test_an_image_classifier_keeps_its_head_and_says_so(vit: Path) -> None:
         assert torch.equal(base.model.classifier.bias, stored["classifier.bias"][rows])
         assert base.notes[-1] == (
             "The head of the checkpoint is kept: its labels are those of the data set, and its rows were put "
-            "into their order. model.head=new starts a new one."
+            "into the data set's order. model.head=new starts a new one."
         )
     assert "order" not in read(vit).notes[-1]
 

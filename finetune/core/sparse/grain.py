@@ -95,7 +95,7 @@ def make_grain(kind: str, site: Site, model: nn.Module) -> Grain:
         if out % side or in_ % side:
             raise ConfigError(
                 f"method.grain={kind} does not divide the weight of {site.name}, {out} x {in_}; "
-                "choose a common divisor."
+                "choose a common divisor of the two sizes."
             )
         return Grain(site.shape, side, side)
     height, width = {"element": (1, 1), "row": (1, in_), "column": (out, 1), "matrix": (out, in_)}[kind]

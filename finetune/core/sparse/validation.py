@@ -38,9 +38,9 @@ def find_contradictions(settings: SparseSettings) -> list[str]:
         settings.direction == "smallest" or scores[settings.score].facts.get("signed")
     ):
         found.append(
-            "method.scope=layer divides the budget by the mean of scores that are never negative, which "
-            f"score={settings.score} with direction={settings.direction} are not. Take scope=matrix or "
-            "scope=model."
+            "method.scope=layer divides the budget in proportion to mean scores, which must not be negative; "
+            f"those of score={settings.score} with direction={settings.direction} can be. Take scope=matrix "
+            "or scope=model."
         )
     schedule = settings.schedule
     if settings.score == "change" and not schedule.dense and schedule.name in ("static", "grow"):
@@ -65,12 +65,12 @@ def _unused_options(settings: SparseSettings) -> list[str]:
 
 
 def _grain_contradictions(settings: SparseSettings) -> list[str]:
-    """Check the form of ``grain`` and, for N:M, the settings that N:M fixes."""
+    """Return the faults of ``grain``: its form and, for N:M, the settings that contradict it."""
     grain, schedule = settings.grain, settings.schedule.name
     if not re.fullmatch(PATTERN, grain):
         return [
-            f"method.grain={grain} is not a grain. Take element, row, column, head, matrix, block:B (as "
-            "block:16) or N:M (as 2:4)."
+            f"method.grain={grain} is not a grain. Take element, row, column, head, matrix, block:B (such "
+            "as block:16) or N:M (such as 2:4)."
         ]
     match = re.fullmatch(N_OF_M, grain)
     if not match:
@@ -78,7 +78,7 @@ def _grain_contradictions(settings: SparseSettings) -> list[str]:
     n, m = int(match[1]), int(match[2])
     share, found = 1 - n / m, []
     if share <= 0:
-        found.append(f"method.grain={grain} leaves nothing out; n:m needs n below m, as 2:4.")
+        found.append(f"method.grain={grain} leaves nothing out; n:m needs n below m, as in 2:4.")
     elif abs(settings.sparsity - share) > 1e-6:
         found.append(
             f"method.grain={grain} trains {n} of {m} entries: sparsity={settings.sparsity:g} must be "

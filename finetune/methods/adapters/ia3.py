@@ -177,7 +177,7 @@ def find_features(anatomy: Anatomy, block: Block, target: Target) -> Features:
         return Features(sites[target], "output", 0, sites[target].shape[0])
     if "qkv" not in sites:
         raise ConfigError(
-            f"method.targets: block {block.name} has no layer of role {target}; choose others of "
+            f"method.targets: block {block.name} has no layer of role {target}; choose from "
             f"{', '.join(sites)}, up and down."
         )
     width = anatomy.heads * anatomy.head_dim

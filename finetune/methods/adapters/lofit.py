@@ -186,8 +186,8 @@ class LoFiT(Method):
         if 0 < round(self.ranking * steps) < steps:
             return []
         return [
-            f"train.steps={steps} leaves a phase without a step at method.ranking={self.ranking:g}; take "
-            "more steps, or move method.ranking towards 0.5."
+            f"train.steps={steps} with method.ranking={self.ranking:g} leaves no step for one of the two "
+            "phases; take more steps, or move method.ranking towards 0.5."
         ]
 
     def phases(self) -> tuple[Phase, ...]:

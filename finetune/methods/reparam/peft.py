@@ -261,7 +261,7 @@ class Peft(Method):
                 tuners[kind.value] = tuner
         if self.type not in tuners:
             raise ConfigError(
-                f"method.type={self.type} is not a tuner of the installed peft for layers."
+                f"method.type={self.type} is not a tuner for layers in the installed peft."
                 f"{suggest_nearest(self.type, tuners)} Known: {', '.join(sorted(tuners))}."
             )
         return tuners[self.type], PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.type)]

@@ -182,8 +182,8 @@ class HFT(Method):
             for pool in pools:
                 count += sum(map(len, pool.values()))
             raise ConfigError(
-                f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take more, "
-                "or method=full."
+                f"method.sparsity={self.sparsity} freezes none of this model's {count} matrices; take a "
+                "larger share, or method=full."
             )
         return Halves(model, frozen)
 

@@ -497,7 +497,7 @@ def test_one_shot_rewinds_everything_and_takes_the_largest_changes() -> None:
         ),
         ({"grain": "rows"}, "method.grain=rows is not a grain. Take element, row"),
         ({"grain": "block:0"}, "method.grain=block:0 is not a grain\\. .*block:16"),
-        ({"grain": "4:2"}, "method.grain=4:2 .* n below m, as 2:4"),
+        ({"grain": "4:2"}, "method.grain=4:2 .* n below m, as in 2:4"),
         ({"grain": "2:4", "sparsity": 0.9}, "method.grain=2:4 .* sparsity=0.9 must be 0.5"),
         (
             {"grain": "2:4", "sparsity": 0.5, "scope": "model"},

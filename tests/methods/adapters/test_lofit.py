@@ -289,5 +289,5 @@ def test_settings_that_make_no_sense_are_refused() -> None:
     ):
         LoFiT().build(tiny("gpt2"))
     (fault,) = LoFiT(ranking=0.05).faults(steps=5)
-    assert fault.startswith("train.steps=5 leaves a phase without a step at method.ranking=0.05")
+    assert fault.startswith("train.steps=5 with method.ranking=0.05 leaves no step")
     assert LoFiT().faults(steps=2) == []

@@ -80,8 +80,8 @@ def test_adalora_trains_as_with_peft_alone(monkeypatch: pytest.MonkeyPatch) -> N
     ("method", "said"),
     [
         (Peft(type="LORAA"), "Did you mean 'LORA'"),
-        (Peft(type="POLY"), "not a tuner of the installed peft for layers"),
-        (Peft(type="PREFIX_TUNING"), "not a tuner of the installed peft for layers"),
+        (Peft(type="POLY"), "not a tuner for layers in the installed peft"),
+        (Peft(type="PREFIX_TUNING"), "not a tuner for layers in the installed peft"),
         (Peft(config={"rnak": 4}), "method.config.rnak is not an option of peft's LoraConfig"),
         (Peft(config={"target_modules": ["nothing"]}), "peft's LORA refuses"),
     ],
