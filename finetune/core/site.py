@@ -78,8 +78,8 @@ def find_sites(model: nn.Module, targets: tuple[str, ...]) -> list[Site]:
     """List the sites that any of ``targets`` names, in the model's order.
 
     A target is a role (``q``), a group of roles (``attention``, ``mlp``, ``all``) or a pattern of layer
-    names. Raises ``ConfigError`` for a target that matches nothing, and for a weight that the model uses in
-    two places: changing one of them would change both.
+    names. Raises ``ConfigError`` for a target that matches nothing, for a task head that is trained already,
+    and for a weight that the model uses in two places: changing one of them would change both.
     """
     sites = all_sites(model)
     chosen: dict[str, Site] = {}

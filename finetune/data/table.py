@@ -45,9 +45,9 @@ class Table(Dataset):
     """Base of the data sets that are tables.
 
     Options:
-        text_column: Column with the text; ``null`` takes the column with a usual name.
+        text_column: Column with the text; ``null`` takes the only one with text, or one with a usual name.
         image_column: Column with the image; ``null`` takes the only one with images.
-        label_column: Column with the label; ``null`` takes the column with a usual name.
+        label_column: Column with the label; ``null`` finds it by its type and its name.
         task: The kind of task; ``null`` infers it from the columns.
         val_share: Share of the training rows that becomes the validation split, if none is given.
         test_share: Share of the training rows that becomes the test split, if none is given.

@@ -214,8 +214,8 @@ def _by_gradient_sums(bank: Bank, candidates: Candidates, i: int) -> Ranking:
 def _by_accumulators(run: Run, bank: Bank, i: int) -> Ranking:
     """Rank the untrained entries of site ``i`` by the products of SM3's accumulators.
 
-    The square roots of the accumulators are multiplied: the order is the same, and the products overflow and
-    underflow later.
+    The square roots of the accumulators are multiplied: the order is the same, and the products are less
+    likely to overflow or underflow.
     """
     accumulators = run.optimizer.state[bank.values]
     untrained = torch.ones(bank.sizes[i], dtype=torch.bool, device=bank.index.device)
