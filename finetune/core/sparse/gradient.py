@@ -150,7 +150,7 @@ def sampled(
 def _transposed(x: Tensor, memory: Tensor) -> Tensor:
     """Write ``x`` [n, m] as [m, n] into ``memory``.
 
-    The copy is made as that of an image in channels-last order, which uses all threads; ``x.T`` uses one.
+    The copy is that of an image in channels-last order, which uses all threads. Copying ``x.T`` uses one.
     """
     out = memory[: x.numel()].view(1, x.shape[1], 1, len(x))
     out.permute(0, 3, 1, 2).copy_(x[None, :, :, None])
