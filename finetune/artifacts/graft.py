@@ -18,6 +18,7 @@ from ..models.sidecar import FILE
 from ..models.stored import match_names
 from ..storage.atomic import replacing, write_json_atomic
 from ..storage.tensor_file import Part, TensorFile, write_tensor_file
+from .model_files import map_files
 from .pass_subject import Subject
 
 INDEX = "model.safetensors.index.json"
@@ -33,8 +34,7 @@ def graft_head(subject: Subject, target: Path) -> Subject:
     """
     assert subject.head is not None
     parent = subject.parents[subject.head]
-    file_of = {name: file for file in subject.files for name in file.names}
-    stored = match_names(subject.model, file_of)
+    stored = match_names(subject.model, map_files(subject.files))
     file, weight = next(iter(subject.places.values()))
     dtype = DTYPES[file.describe(weight)[0]]
     head = {}
@@ -54,25 +54,23 @@ def graft_head(subject: Subject, target: Path) -> Subject:
     except RunFailed:
         shutil.rmtree(target)
         raise
-    places = {}
-    by_name = {file.path.name: file for file in files}
-    for site, (file, name) in subject.places.items():
-        places[site] = (by_name[file.path.name], name)
+    places, file_of = {}, map_files(files)
+    for site, (_, name) in subject.places.items():
+        places[site] = (file_of[name], name)
     return replace(subject, folder=target, files=files, places=places)
 
 
 def _place(subject: Subject, head: TensorFile) -> dict[str, list[Part]]:
     """Return the tensors of each new file, by the file's name. What the model lacks joins the last file."""
     placed: dict[str, list[Part]] = {}
-    left = list(head.names)
+    left = dict.fromkeys(head.names)
     for file in subject.files:
-        placed[file.path.name] = []
+        parts = placed[file.path.name] = []
         for name in file.names:
-            source = head if name in left else file
-            placed[file.path.name].append(Part(name, source, name))
-            if name in left:
-                left.remove(name)
-    placed[subject.files[-1].path.name] += [Part(name, head, name) for name in left]
+            parts.append(Part(name, head if name in left else file, name))
+            left.pop(name, None)
+    for name in left:
+        parts.append(Part(name, head, name))
     return placed
 
 
@@ -84,26 +82,30 @@ def _write(subject: Subject, labels: tuple[str, ...], placed: Mapping[str, list[
             shutil.copyfile(beside, copied)
     named = ModelConfig("hf", str(subject.folder))
     config: dict[str, Any] = read_json(subject.folder / "config.json", named)
-    config["id2label"] = {str(row): label for row, label in enumerate(labels)}
-    config["label2id"] = {label: row for row, label in enumerate(labels)}
+    config["id2label"], config["label2id"] = {}, {}
+    for row, label in enumerate(labels):
+        config["id2label"][str(row)], config["label2id"][label] = label, row
     write_json_atomic(target / "config.json", config)
     for file in subject.files:
         write_tensor_file(target / file.path.name, placed[file.path.name], file.metadata())
     if (subject.folder / INDEX).exists():
         index: dict[str, Any] = read_json(subject.folder / INDEX, named)
         for name, parts in placed.items():
-            index["weight_map"].update({part.name: name for part in parts})
+            for part in parts:
+                index["weight_map"][part.name] = name
         write_json_atomic(target / INDEX, index)
 
 
 def _prove(files: list[TensorFile], placed: Mapping[str, list[Part]]) -> None:
     """Raise ``RunFailed`` unless the files hold the tensors that were placed in them."""
     for file in files:
-        parts = placed[file.path.name]
-        wrong = [] if file.names == [part.name for part in parts] else ["the names of its tensors"]
-        for part in () if wrong else parts:
-            if file.sha256(part.name) != part.file.sha256(part.stored):
+        wrong, names = [], []
+        for part in placed[file.path.name]:
+            names.append(part.name)
+            if part.name not in file.names or file.sha256(part.name) != part.file.sha256(part.stored):
                 wrong.append(part.name)
+        if names != file.names:
+            wrong.append("the names of its tensors")
         if wrong:
             raise RunFailed(
                 f"{file.path} differs from what was written to it when it is read again (first: {wrong[0]}), "

@@ -27,9 +27,17 @@ def open_files(model: str) -> tuple[Path, ModelConfig, list[TensorFile]]:
     return folder, config, [TensorFile(file) for file in list_weight_files(folder, config)]
 
 
+def map_files(files: Sequence[TensorFile]) -> dict[str, TensorFile]:
+    """Return the file of each tensor by the tensor's name."""
+    file_of: dict[str, TensorFile] = {}
+    for file in files:
+        file_of |= dict.fromkeys(file.names, file)
+    return file_of
+
+
 def fingerprint_files(files: Sequence[TensorFile]) -> str:
     """Return the SHA-256 (hex) of the names, shapes, dtypes and bytes of all tensors, read one by one."""
-    file_of = {name: file for file in files for name in file.names}
+    file_of = map_files(files)
     return hash_parameters(file_of, lambda name: file_of[name].read(name), ())
 
 
@@ -38,7 +46,7 @@ class StoredModel:
 
     def __init__(self, folder: Path, files: Sequence[TensorFile], model: Any) -> None:
         self.folder, self.model = folder, model
-        self.file_of = {name: file for file in files for name in file.names}
+        self.file_of = map_files(files)
         self.stored = match_names(model, self.file_of)
         self.fingerprint = cache(self._fingerprint)
 
@@ -56,6 +64,6 @@ class StoredModel:
 
     def _fingerprint(self, names: tuple[str, ...], dtype: torch.dtype) -> str | None:
         """Return the fingerprint of these parameters in ``dtype``; None if the folder lacks one."""
-        if any(name not in self.stored for name in names):
+        if not self.stored.keys() >= set(names):
             return None
         return hash_parameters(names, lambda name: self.read(name).to(dtype), ())

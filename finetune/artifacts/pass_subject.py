@@ -24,7 +24,8 @@ from ..models.stored import match_names
 from ..storage.tensor_file import TensorFile
 from ..system import safe
 from .model_files import StoredModel, fingerprint_files, open_files
-from .parents import Parent, find_path_faults, open_parents
+from .parent import Parent
+from .parents import find_path_faults, open_parents
 from .plain import check_free
 from .reopen import place_of
 from .stored_masks import open_masks

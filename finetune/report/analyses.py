@@ -61,33 +61,41 @@ def collect_analyses(rows: Sequence[Row]) -> list[dict[str, Any]]:
             for result in read_analyses(run):
                 results.setdefault(result["analysis"], []).append(result)
         by_row.append(results)
+    names: set[str] = set()
+    for results in by_row:
+        names.update(results)
     collected = []
-    for analysis in sorted({name for results in by_row for name in results}):
+    for analysis in sorted(names):
         for row, results in zip(rows, by_row, strict=True):
             of_row = results.get(analysis, [])
-            have = {result["run"] for result in of_row}
+            missing = list(dict.fromkeys(str(run.path) for run in row.finished))
+            for result in of_row:
+                if result["run"] in missing:
+                    missing.remove(result["run"])
             collected.append(
                 {
                     "analysis": analysis,
                     "row": row.label,
-                    "summary": _average([result["summary"] for result in of_row]),
+                    "summary": _average(of_row),
                     "results": of_row,
-                    "missing": [str(run.path) for run in row.finished if str(run.path) not in have],
+                    "missing": missing,
                 }
             )
     return collected
 
 
-def _average(summaries: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def _average(results: Sequence[Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean of each number that all summaries have; of true and false, the share of true."""
-    means = {}
-    for key in summaries[0] if summaries else ():
+    means: dict[str, float] = {}
+    if not results:
+        return means
+    for key in results[0]["summary"]:
         values = []
-        for summary in summaries:
-            value = summary.get(key)
+        for result in results:
+            value = result["summary"].get(key)
             if isinstance(value, int | float) and math.isfinite(value):
                 values.append(float(value))
-        if len(values) == len(summaries) and len(key) <= LONGEST:
+        if len(values) == len(results) and len(key) <= LONGEST:
             means[key] = statistics.fmean(values)
     return means
 
@@ -111,9 +119,9 @@ def describe_analyses(collected: Sequence[Mapping[str, Any]]) -> list[str]:
 
 def _describe_results(results: Sequence[Mapping[str, Any]]) -> str:
     """Say what a mean is taken over, or which other runs a single result is about."""
-    options = {repr(result["options"]) for result in results}
+    options = [result["options"] for result in results]
     with_others = " and ".join(Path(path).name for path in results[0]["others"])
     if len(results) == 1:
         return f"with {with_others}" if with_others else "one run"
     said = f"mean of {len(results)} results"
-    return f"{said} of different options" if len(options) > 1 else said
+    return f"{said} of different options" if any(other != options[0] for other in options) else said
