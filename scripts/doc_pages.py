@@ -86,6 +86,7 @@ API: dict[str, tuple[str, list[str]]] = {
             "testing.ranks",
             "testing.analyses",
             "testing.passes",
+            "testing.structures",
         ],
     ),
     "errors": ("Errors", ["errors"]),

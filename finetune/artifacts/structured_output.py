@@ -89,9 +89,10 @@ class StructuredOutput:
 
         The tensors of a structure stand where the weight stood, and its bias where the layer's bias stood.
         """
-        row_of = {row["tensor"]: row for row in rows}
+        row_of: dict[str, Row] = {}
         bias_of: dict[str, str] = {}
         for row in rows:
+            row_of[row["tensor"]] = row
             if row["structure"]["bias"]:
                 layer = _layer_of(row)
                 bias_of[f"{layer}.bias"] = f"{layer}.{_structure_of(row).BIAS}"
@@ -136,7 +137,10 @@ class StructuredOutput:
 
     def files(self) -> list[TensorFile]:
         """Return the files of weights."""
-        return [TensorFile(self.target / file.path.name) for file in self.subject.files]
+        found = []
+        for file in self.subject.files:
+            found.append(TensorFile(self.target / file.path.name))
+        return found
 
 
 def raise_not_proved(file: Path, first: str) -> None:

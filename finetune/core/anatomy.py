@@ -15,6 +15,7 @@ from torch import nn
 from ..errors import ConfigError
 from .roles import TABLES, block_of, in_head, is_matrix, is_recognised, roles
 from .site import GROUPS, Site, all_sites
+from .structure import structures_of
 
 CAUSAL = ("gpt2", "llama", "mistral", "qwen2", "qwen3", "gemma")  # causal models
 
@@ -111,6 +112,12 @@ class Anatomy:
             raise ConfigError(
                 f"The blocks and heads of a {kind} model are unknown. Use a model of one of these types: "
                 f"{', '.join(TABLES)}; or a method that needs linear layers only, such as method=lora."
+            )
+        if structures_of(model):
+            raise ConfigError(
+                f"Layers of this {kind} model are stored as structures, so its anatomy is unknown. Use a "
+                "method that needs linear layers only, such as method=lora, or multiply the structures out "
+                "(--dense)."
             )
         config: Any = model.config
         blocks = tuple(_read_blocks(model, kind))

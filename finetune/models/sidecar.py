@@ -45,13 +45,15 @@ def read_structures(folder: Path, config: ModelConfig, has_weights: bool = True)
     """
     named = f"model.path={config.path}: {FILE}"
     try:
-        content = safe.read_json(folder / FILE, {"structures": {str: {"structure": str}}})
+        content = safe.read_json(folder / FILE)
+        if newer := safe.explain_newer_format(Path(FILE), content):
+            raise ConfigError(f"model.path={config.path}: {newer}.")
+        if fault := safe.find_mismatch(content, {"structures": {str: {"structure": str}}}):
+            raise safe.Unsafe(fault)
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
         raise ConfigError(f"{named} cannot be read ({error}). Copy the model's folder again.") from None
-    if newer := safe.explain_newer_format(Path(FILE), content):
-        raise ConfigError(f"model.path={config.path}: {newer}.")
     found: Structures = {}
     faults: list[str] = []
     for layer, entry in content["structures"].items():

@@ -197,7 +197,7 @@ def test_an_entry_that_does_not_fit_is_refused(
         ("{}", "cannot be read (it has no structures)"),
         ('{"structures": {"a": 5}}', "cannot be read (structures.a should be a mapping and is 5)"),
         ('{"structures": {"a": {"structure": 5}}}', "structures.a.structure should be a str and is 5"),
-        ('{"format": 7, "structures": {}}', "has format 7"),
+        ('{"format": 7, "layers": {}}', "has format 7"),
         ('{"structures": NaN}', "NaN is not JSON"),
     ],
 )

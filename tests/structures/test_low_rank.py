@@ -8,9 +8,11 @@ from typing import Any
 import pytest
 import torch
 
+from finetune.core.anatomy import Anatomy
 from finetune.core.linalg import factor_low_rank
 from finetune.core.site import find_sites
 from finetune.core.structure import StructuredLinear
+from finetune.errors import ConfigError
 from finetune.models.sidecar import fit, replace_module
 from finetune.structures.low_rank import LowRank
 from finetune.testing.sessions import Kind, tiny
@@ -57,6 +59,11 @@ def test_targets_find_the_factors(kind: Kind, role: str) -> None:
     for group in ("attention", "all"):
         assert {site.name for site in found} < {site.name for site in find_sites(model, (group,))}
     assert len(find_sites(model, ("all",))) == len(find_sites(tiny(kind), ("all",))) + 2
+
+
+def test_the_anatomy_of_such_a_model_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Layers of this llama model are stored as structures"):
+        Anatomy.of(replaced("llama"))
 
 
 def test_a_transposed_layer_becomes_a_plain_structure() -> None:

@@ -46,7 +46,7 @@ from torch import nn
 
 from ...core.inplace import InPlace, list_untrained
 from ...core.method import Method, Run
-from ...core.roles import block_of, roles
+from ...core.roles import block_of, layer_role, roles
 from ...core.site import GROUPS
 from ...errors import ConfigError
 from ...registry import register
@@ -141,7 +141,7 @@ class HFT(Method):
         pools: dict[str, Pool] = {}
         for name, role in roles(model).items():
             block = block_of(name)
-            category = self._category(role, block)
+            category = self._category(layer_role(role), block)
             if category is None:
                 continue
             if category == "matrix" and self.scope == "model":
