@@ -12,6 +12,8 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from finetune.artifacts.pass_subject import Request
+from finetune.artifacts.passes import run
 from finetune.config import plugins
 from finetune.config.settings import ModelConfig
 from finetune.core.site import find_sites
@@ -19,6 +21,7 @@ from finetune.errors import ConfigError
 from finetune.models.load import load, original_parameters, save
 from finetune.models.sidecar import FILE, fit, multiply_out, replace_module
 from finetune.models.stored import fingerprint
+from finetune.passes.svd import Svd
 from finetune.structures.low_rank import LowRank
 from finetune.testing import new
 from finetune.testing.sessions import tiny
@@ -136,6 +139,19 @@ def test_a_head_is_kept_and_a_new_one_is_that_of_the_plain_model(vit: Path, tmp_
     new_head = load(ModelConfig("hf", str(small), **config), task, ("x", "y"), 3)
     of_plain = load(ModelConfig("hf", str(vit), **config), task, ("x", "y"), 3)
     assert torch.equal(new_head.model.classifier.weight, of_plain.model.classifier.weight)
+
+
+def test_names_are_those_of_the_files_that_are_written(folder: Any, text: Any, tmp_path: Path) -> None:
+    """A checkpoint of a body alone names its layers without the prefix that a model with a head writes."""
+    body = folder("BertModel", {"pad_token": "<pad>"}, **text)
+    run(Request(Svd(rank=4), str(body), tmp_path / "small"))
+    base = load(ModelConfig("hf", str(tmp_path / "small")), "sequence_classification", ("a", "b"), 0)
+    save(base.model, base.processor, tmp_path / "saved")
+    layers = [json.loads((tmp_path / name / FILE).read_text())["structures"] for name in ("small", "saved")]
+    assert {f"bert.{layer}": entry for layer, entry in layers[0].items()} == layers[1]
+    again = load(ModelConfig("hf", str(tmp_path / "saved")), "sequence_classification", ("a", "b"), 0)
+    for name, parameter in base.model.named_parameters():
+        assert torch.equal(again.model.get_parameter(name), parameter)
 
 
 def test_random_weights_are_those_of_the_plain_model_fitted(small: Path, llama: Path) -> None:
