@@ -92,7 +92,7 @@ def _open_folder(path: Path, base: StoredModel, sites: Sequence[Site]) -> Parent
     def change(site: Site, weight: Tensor) -> Tensor | None:
         return site.as_matrix(other.read(f"{site.name}.weight")).double() - weight.double()
 
-    about = {"kind": "model", "fingerprint": fingerprint_files(files)}
+    about = {"kind": "model", "method": None, "step": None, "fingerprint": fingerprint_files(files)}
     return Parent(path, about, change, head, tuple(labels))
 
 

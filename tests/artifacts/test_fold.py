@@ -144,6 +144,10 @@ def test_a_folder_counts_as_the_run_that_it_was_merged_from(tmp_path: Path) -> N
     mixed = fold(tmp_path / "mixed", (0.5, 1.0), tmp_path / "merged", "shira")
     for name, tensor in runs.items():
         torch.testing.assert_close(mixed[name], tensor, rtol=0, atol=float(tensor.abs().max()) * 2**-23)
+    words = ["method=linear", "model=model", f"runs={tmp_path / 'merged'},shira", f"out={tmp_path / 'said'}"]
+    said = call("fold", *words, folder=RUNS)
+    assert said.code == 0, said.err
+    assert "shira" in said.out
     alone = fold(tmp_path / "alone", (1.0,), tmp_path / "merged")
     merged = load_file(tmp_path / "merged/model.safetensors")
     assert all(torch.equal(alone[name], merged[name]) for name in merged)
