@@ -1,6 +1,6 @@
 """The lab bench for sparse and parameter-efficient fine-tuning.
 
-``attach``, ``train``, ``load`` and ``runs`` are those of ``finetune.api``, imported when they are first used.
+``attach``, ``train``, ``load`` and ``runs`` are in ``finetune.api``, imported when one is first used.
 """
 
 from __future__ import annotations

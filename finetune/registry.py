@@ -1,6 +1,6 @@
 """List the kinds of things that can be added by name, and the classes registered for each.
 
-``KINDS`` is the only table of kinds; whatever asks what kinds there are derives its answer from it.
+``KINDS`` is the only table of kinds; all other code derives its list of kinds from this table.
 A class joins by ``@register("name")`` in a module of a folder of its kind. Names, first lines of docstrings
 and literal class variables (the *facts*) are read from the source, so that a listing imports nothing.
 """

@@ -99,7 +99,7 @@ def test_skeletons_of_a_plug_in(tmp_path: Path) -> None:
     [
         ("methd", "a", r"methd has no skeleton\. Did you mean 'method'\? There is: method, "),
         ("sweep", "a", "sweep has no skeleton"),
-        ("method", "Row", "'Row' is not a name: take small letters"),
+        ("method", "Row", "'Row' is not a name: use lower-case letters"),
         ("method", "row-scale", "'row-scale' is not a name"),
         ("method", "lora", r"method=lora is there already, in finetune\.methods\.reparam\.lora"),
     ],

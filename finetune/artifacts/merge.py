@@ -1,8 +1,8 @@
-"""Merge a run's base and change into one plain Hugging Face folder, and prove it before it gets its name.
+"""Merge a run's base and change into one plain Hugging Face folder, checked before it gets its name.
 
 Each changed weight is formed in float64 and rounded once to the folder's dtype. The folder is then read back
 and must give the live model's logits on test data. ``finetune/merge.json`` inside it says what was compared.
-If few entries changed, ``finetune/originals.safetensors`` leads back to the base.
+If few entries changed, ``finetune/originals.safetensors`` restores the base.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ def _check_same_weights(model: nn.Module, loaded: nn.Module) -> None:
         other = found.get(name)
         if other is None or not _same_values(tensor, other):
             raise ConfigError(
-                f"The merged folder gives other weights when it is read again (first: {name}); "
+                f"The merged folder has other weights when it is read back (first: {name}); "
                 "nothing was written."
             )
 

@@ -33,7 +33,7 @@ def writing_folder(out: Path) -> Iterator[Path]:
     except OSError as error:
         raise ConfigError(
             f"out={out} cannot be written: {error.strerror or error}. "
-            "Choose a place with free space that you may write to."
+            "Choose a folder where you may write and where there is free space."
         ) from error
 
 

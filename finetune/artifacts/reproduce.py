@@ -130,10 +130,10 @@ def _test_metrics(result: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _seed_interval(path: Path, result: Mapping[str, Any], key: str) -> tuple[list[float], list[float] | None]:
-    """Return a metric of all seeds of this setting beside the run, and the interval for a further seed.
+    """Return a metric of all runs beside this one that differ only in seed, and the interval for a new seed.
 
     The run itself is included. The interval is the 95 % prediction interval of Student's t; None for fewer
-    than two.
+    than two runs.
     """
     values = []
     for file in sorted(path.resolve().parent.glob("*/result.json")):

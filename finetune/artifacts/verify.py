@@ -36,7 +36,7 @@ REPEATED = ("status", "metrics", "params", "changed", "steps", "best_step", "sus
 
 
 class _Skipped(Exception):
-    """Says why a check makes no sense for this run."""
+    """Raised with the reason why a check does not apply to this run."""
 
 
 def verify(path: Path, say: Say) -> dict[str, Any]:
@@ -50,7 +50,7 @@ def verify(path: Path, say: Say) -> dict[str, Any]:
     plugin_records.check_file(files.config)
     refuse_if_locked(files.path)
     points, threads = [], torch.get_num_threads()
-    torch.set_num_threads(_threads_of(files) or threads)  # another number adds up in another order
+    torch.set_num_threads(_threads_of(files) or threads)  # another number would add in another order
     checks = {
         "files": _check_files,
         "predictions": _check_predictions,
@@ -93,7 +93,7 @@ def _read_config(files: RunFolder) -> Config:
 
 
 def _read_finished(files: RunFolder) -> dict[str, Any]:
-    """Return the result of a finished run. Skips the check for others: they leave nothing to compare with."""
+    """Return the result of a finished run. Raises ``_Skipped`` if the run has not finished."""
     if not files.finished:
         raise _Skipped("the run has not finished")
     return files.read_result()

@@ -286,7 +286,7 @@ def _sort_words(words: Sequence[str], preset: str | None, name: str | None) -> W
             raise ConfigError(f"--{key} {option} and {key}= are the same setting; keep one of them.")
         settings.append(f"{key}={option}")
     if len(tune) > 1:
-        raise ConfigError(f"{tune[0]} and {tune[1]}: one parameter can be tuned; keep one of them.")
+        raise ConfigError(f"{tune[0]} and {tune[1]}: only one setting can be tuned; keep one of them.")
     return Words(settings, launcher, tune[0].removeprefix("tune=") if tune else None)
 
 
@@ -312,7 +312,7 @@ def _check_search(typed: dict[str, str], words: Words, search: str | None, trial
             f"--search {search} is not a search.{suggest_nearest(search, ['optuna'])} There is: optuna."
         )
     if not trials:
-        faults.append(f"--search {search} needs to know how many trials it makes: --trials 20, for example.")
+        faults.append(f"--search {search} needs the number of trials, for example --trials 20.")
     foreign = [text for option, text in typed.items() if option not in FOR_SEARCH]
     foreign = [text for text in foreign if text != "--launcher local"]
     foreign += words.launcher
@@ -328,13 +328,13 @@ def _check_search(typed: dict[str, str], words: Words, search: str | None, trial
 
 
 def _check_launcher(typed: dict[str, str], launcher: str) -> None:
-    """Raise ``ConfigError`` with the options that a cluster cannot obey."""
+    """Raise ``ConfigError`` with the options that have no effect on a cluster."""
     faults = []
     local = [typed[option] for option in ("--attempts", "--fail-fast") if option in typed]
     if local:
         faults.append(
-            f"{', '.join(local)}: only --launcher local has that; --launcher {launcher} hands over all runs "
-            "at once. Leave it out."
+            f"{', '.join(local)}: only --launcher local supports this; --launcher {launcher} hands over all "
+            "runs at once. Leave it out."
         )
     cures = {"slurm": "Write launcher.array_parallelism=N.", "ray": "Ray's cluster decides."}
     if "--jobs" in typed and launcher in cures:

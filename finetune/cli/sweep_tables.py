@@ -75,8 +75,8 @@ def show_forecast(forecast: dict[str, Any], as_json: bool) -> None:
     show_tree({"folder": forecast["folder"], "runs": rows, "total": total}, as_json)
     if any(row["run"] is None for row in forecast["runs"]):
         print(
-            "Runs named ? take the value that their trials choose. "
-            "Whether they are finished is known after the trials.",
+            "Runs named ? take the value that their trials will choose. "
+            "Until then it is not known whether they are finished already.",
             file=sys.stderr,
         )
     faults = {row["fault"]: row["settings"] for row in forecast["runs"] if row["fault"]}

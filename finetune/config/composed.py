@@ -20,7 +20,7 @@ class Composed:
     texts: dict[str, str] = field(default_factory=dict)
 
     def at(self, key: str) -> Any:
-        """Return the value at a dotted key; "" is the whole. Raises ``KeyError`` where there is none."""
+        """Return the value at a dotted key, or everything for "". Raises ``KeyError`` if there is none."""
         value: Any = self.values
         if not key:
             return value

@@ -1,4 +1,4 @@
-"""Say in words what is wrong with a setting: which, its value, where that came from, and the cure."""
+"""Describe what is wrong with a setting: its key, its value, where the value came from, and the cure."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .classes import CHOSEN, NESTED, OUTSIDE_SECTIONS, SECTIONS, STREAMS, known_
 from .composed import Composed
 from .origins import flat
 
-PLAIN_WORDS = {  # for words of pydantic
+PLAIN_WORDS = {  # by pydantic's own words
     "a valid array": "a list, written [a,b]",
     "an object": "a mapping",
     "a valid boolean": "true or false",
@@ -57,7 +57,7 @@ def title_of(section: str, cls: Any) -> str:
 
 
 def _in_input(location: tuple[Any, ...], value: Any) -> tuple[Any, ...]:
-    """Return the part of pydantic's location that exists in the input; the rest names branches of unions."""
+    """Return the part of pydantic's location that exists in the input, without the branches of unions."""
     for depth, step in enumerate(location):
         if isinstance(value, dict):
             exists = step in value

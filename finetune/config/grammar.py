@@ -1,4 +1,4 @@
-"""Parse ``key=value`` in Hydra's grammar; refuse in plain words what cannot be parsed or would never end."""
+"""Parse ``key=value`` in Hydra's grammar; refuse, in plain words, invalid texts and endless lists."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def _refuse_brackets(text: str, key: str, value: str) -> None:
     """Raise ``ConfigError`` if round brackets of a function do not match."""
     missing = value.count("(") - value.count(")")
     if missing:
-        what = "is missing" if missing > 0 else "is too many"
-        raise ConfigError(f"{text}: a bracket {what}, as range(0,5) shows. Text is quoted: '{key}=\"...\"'.")
+        what = "a ) is missing" if missing > 0 else "there is a ) too many"
+        raise ConfigError(f"{text}: {what}. Write range(0,5), or quote a text: '{key}=\"...\"'.")
 
 
 def _full_key(key: str) -> str:
@@ -121,7 +121,7 @@ def group_of(key: str) -> str:
 def refuse_endless(item: Override, most: int) -> None:
     """Raise ``ConfigError`` if a sweep has no list of values, or one of more than ``most``.
 
-    Hydra would not end, or not say so.
+    Hydra itself would run without end, or give no such message.
     """
     value, key = item.value(), item.key_or_group
     if isinstance(value, IntervalSweep):

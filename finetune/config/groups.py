@@ -12,7 +12,7 @@ from ..system import safe
 from . import plugins
 from .origins import PACKAGE
 
-# A call of a resolver, which Hydra would make while it reads a list of defaults.
+# The call of a resolver. Hydra would make such a call while it reads a list of defaults.
 CALL = re.compile(r"\$\{[^{}]*:[^{}]*\}")
 
 
@@ -41,7 +41,7 @@ def _files_in(root: Path) -> list[Path]:
 
 
 def stamps(config_dir: Path | None) -> tuple[tuple[str, int], ...]:
-    """Return a value that changes whenever a file of the groups does."""
+    """Return a value that changes whenever a file of the groups changes."""
     found = []
     for file in yaml_files(config_dir):
         if file.exists():
@@ -59,7 +59,7 @@ def label(file: Path, config_dir: Path | None) -> str:
 
 
 def check(config_dir: Path | None) -> None:
-    """Raise ``ConfigError`` for every file that is too large or too deep, makes a call, or has a taken name.
+    """Raise ``ConfigError`` for files that are too large or deep, call a resolver, or have a taken name.
 
     The built-in files are not checked.
     """

@@ -1,7 +1,7 @@
-"""Settings that are newer than some runs, each with the value that its absence means.
+"""Settings that are newer than some runs, each with the value that those runs had in effect.
 
-A frozen configuration without such a setting is read as if it had that value, whatever the default is by now.
-At that value the setting leaves a configuration's hash as it was before the setting came.
+A frozen configuration without such a setting is read as if it had that value, whatever the default is now. A
+setting with that value is left out of the configuration's hash, so the hashes of older runs stay valid.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any
 
 from .. import registry
 
-# By dotted key, which can also name a whole section. A step may be limited to classes, as in
+# By dotted key, which can also name a whole section. Each part of a key may be limited to some classes, as in
 # "method[lora,snell].dropout" and "method.schedule[ramp].power"; without a limit, every class of the kind
 # must have the setting.
 LATER: dict[str, Any] = {
@@ -38,17 +38,17 @@ LATER: dict[str, Any] = {
 for _kind in registry.KINDS.values():
     if _kind.absent:
         LATER[_kind.place] = {"name": _kind.absent}
-# Entered, too, but part of the hash at any value: runs have been recorded with it.
+# Filled in like the others, but never left out of the hash: runs have been recorded with it.
 HASHED = ("selector",)
 
 
 def enter(values: Mapping[str, Any], sections_only: bool = False) -> dict[str, Any]:
-    """Return ``values`` with every later setting that they lack; a section that is null counts as lacking.
+    """Return ``values`` with the missing settings of ``LATER`` filled in; a null section counts as missing.
 
-    ``sections_only``: enter whole sections and nothing inside them.
+    ``sections_only``: fill in whole sections and nothing inside them.
     """
     filled = copy.deepcopy(dict(values))
-    for key in sorted(LATER, key=_depth):  # a section is entered before the settings inside it
+    for key in sorted(LATER, key=_depth):  # a section is filled in before the settings inside it
         if sections_only and "." in key:
             continue
         parent, name = _parent(filled, key)
@@ -60,7 +60,7 @@ def enter(values: Mapping[str, Any], sections_only: bool = False) -> dict[str, A
 
 
 def without(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return ``values`` without the settings of ``LATER`` that have the value there, except ``HASHED``."""
+    """Return ``values`` without the settings that have their value of ``LATER``, but keep ``HASHED``."""
     rest = copy.deepcopy(dict(values))
     for key in sorted(LATER, key=_depth, reverse=True):  # a section is compared after the settings inside it
         parent, name = _parent(rest, key)

@@ -25,7 +25,7 @@ from .compose import compose, config_loader, find_options, read_frozen, to_plain
 from .composed import Composed
 from .faults import refuse
 from .grammar import PLACED, STREAM, group_of, parse_all, refuse_endless
-from .groups import conf_dir as conf_dir  # part of what this module offers
+from .groups import conf_dir as conf_dir  # also offered by this module
 from .origins import flat, leaves
 from .settings import Config
 
@@ -96,8 +96,8 @@ def _list_values(item: Override, most: int) -> list[str]:
 class _Request:
     """What the overrides ask for: options of groups, values by key, and faults.
 
-    ``spoiled``: sections that are not checked, since a fault in their choice is known or importing them is
-    slow.
+    ``spoiled``: sections that are not checked, because the choice of their option is already known to be
+    wrong, or because importing their classes is slow.
     """
 
     chosen: dict[str, str] = field(default_factory=dict)
@@ -163,7 +163,7 @@ def _slow_sections(values: dict[str, Override]) -> set[str]:
 
 
 def _find_fault(item: Override, options: dict[str, set[str]], config_file: Path | None) -> str | None:
-    """Return what is wrong with an override, if that shows without its section."""
+    """Return what is wrong with an override, if that can be told without checking its section."""
     key, text, value = item.key_or_group, item.input_line, item.value()
     group = group_of(key)
     if isinstance(value, Sweep):

@@ -101,10 +101,10 @@ def _origin_in(config: Config, key: str, origins: dict[str, str]) -> str:
     if not names:
         return origins.get(key) or default_origin(Config, section)
     owner = config.section(section)
-    if isinstance(owner, dict):  # of streams, each an instance of its own
+    if isinstance(owner, dict):  # ``streams`` has an instance for each name
         owner, *names = owner[names[0]], *names[1:]
     is_nested = len(names) > 1 and is_dataclass(getattr(owner, names[0], None))
-    # in a nested instance a default of its own is nearer than the mapping around it
+    # In a nested instance, the default of its own class is nearer than the mapping around it.
     origin = origins.get(key) if is_nested else origin_of(key, origins)
     return origin or _default_of(owner, names)
 

@@ -53,10 +53,9 @@ _installed_are_loaded = False
 
 
 def load(folders: Sequence[str | Path] = ()) -> None:
-    """Load the plug-ins in ``folders`` and those that are installed; what is loaded already stays as it is.
+    """Load the plug-ins in ``folders`` and those that are installed, unless they are loaded already.
 
-    Raises ``ConfigError`` with every fault that is found: files that cannot be imported, names that are
-    taken.
+    Raises ``ConfigError`` with every fault, such as a file that cannot be imported or a name that is taken.
     """
     global _installed_are_loaded
     faults: list[str] = []
@@ -138,7 +137,7 @@ def _load_folder(folder: Path) -> list[str]:
     sys.modules[name] = package
     files, digest = _python_files(path), _digest(path, path.rglob("*.py"))
     plugin = Plugin(path.name, _stated_version(path), digest, name, path, _conf_of(path))
-    return _load_modules(plugin, files, option, f"Mend it, or leave out {option}.")
+    return _load_modules(plugin, files, option, f"Fix it, or leave out {option}.")
 
 
 def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
@@ -167,7 +166,7 @@ def _load_installed(point: importlib.metadata.EntryPoint) -> list[str]:
 
 
 def _python_files(folder: Path) -> tuple[Path, ...]:
-    """Return the Python files right in ``folder`` but for its tests, ``__init__.py`` first."""
+    """Return the Python files directly in ``folder`` except its tests, ``__init__.py`` first."""
     found = []
     for file in sorted(folder.glob("*.py"), key=lambda file: (file.name != "__init__.py", file.name)):
         if file.name != "conftest.py" and not file.name.startswith("test_"):
@@ -223,7 +222,7 @@ def _stated_version(folder: Path) -> str:
 
 
 def _load_modules(plugin: Plugin, files: Sequence[Path], source: str, cure: str) -> list[str]:
-    """Import the files of a plug-in and register their classes. With a fault nothing of it stays."""
+    """Import the files of a plug-in and register their classes; after a fault, undo everything."""
     classes: list[tuple[str, registry.Entry]] = []
     faults: list[str] = []
     is_one_module = plugin.folder is None and len(files) == 1
@@ -234,7 +233,7 @@ def _load_modules(plugin: Plugin, files: Sequence[Path], source: str, cure: str)
         try:
             text = file.read_text(encoding="utf-8")
             entries = [entry for _, entry in registry.registered_classes(text, module)]
-            if file.stem == "__init__" and plugin.folder:  # its module is there already, and empty
+            if file.stem == "__init__" and plugin.folder:  # its module exists already and is empty
                 spec = importlib.util.spec_from_file_location(module, file)
                 assert spec
                 assert spec.loader

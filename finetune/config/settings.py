@@ -174,7 +174,7 @@ class Config:
     def deciding(self) -> dict[str, Any]:
         """Return the part of ``as_dict`` that can change the result; the hash covers it.
 
-        A setting that is newer than some runs is left out at the value that its absence means.
+        A setting that is newer than some runs is left out if it has the value that those runs had in effect.
         """
         found: dict[str, Any] = _deciding(later.without(self.as_dict()), "")
         return found
@@ -200,7 +200,7 @@ def _deciding(part: Any, prefix: str) -> Any:
 
 
 def to_plain(value: Any) -> Any:
-    """Return dataclasses as mappings, at any depth; registered ones with name and former settings."""
+    """Return dataclasses as mappings, at any depth, with the ``name`` and ``former`` of registered ones."""
     if isinstance(value, dict):
         return {key: to_plain(inner) for key, inner in value.items()}
     if not is_dataclass(value):

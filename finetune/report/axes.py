@@ -11,7 +11,7 @@ from .schema import ComparisonData, MetricData
 BYTES = ((2**30, "GiB"), (2**20, "MiB"), (2**10, "KiB"), (1, "bytes"))
 COUNTS = ((1e9, "billions"), (1e6, "millions"), (1e3, "thousands"), (1, ""))
 SECONDS = ((1, "s"), (1e-3, "ms"), (1e-6, "µs"))
-LOG_SPAN = 8  # a ratio of largest and smallest value from which only a logarithmic axis shows them all
+LOG_SPAN = 8  # from this ratio of largest to smallest value on, only a logarithmic axis shows them all
 MOST_TICKS = 7
 PERCENT = 0.01  # the scale of an axis in percent
 

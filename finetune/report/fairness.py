@@ -127,7 +127,7 @@ def _check_base_weights(rows: Sequence[Row], keys: Sequence[str]) -> Iterator[Fi
 
 
 def _check_teachers(rows: Sequence[Row]) -> Iterator[Finding]:
-    """Compare the weights of models at one path that objectives compared with."""
+    """Compare, for each path of a reference model, the weights that the rows' objectives used."""
     marks: dict[str, dict[str, str]] = {}
     for row in rows:
         for path, mark in (row.finished[0].result.get("references") or {}).items():
@@ -158,8 +158,8 @@ def _check_trained(rows: Sequence[Row]) -> Iterator[Finding]:
 def _check_changed(rows: Sequence[Row]) -> Iterator[Finding]:
     """Compare the shares of the adapted entries that differ at the end, where all runs have them.
 
-    They can differ where as many entries are trained: entries that are not trained any more can keep their
-    change, and a low-rank change reaches a whole matrix.
+    They can differ even if equally many entries are trained: entries that are no longer trained can keep
+    their change, and a low-rank change reaches a whole matrix.
     """
     values = {}
     all_shares: list[float] = []
@@ -171,10 +171,7 @@ def _check_changed(rows: Sequence[Row]) -> Iterator[Finding]:
         texts = dict.fromkeys(map(show_share, (min(shares), max(shares))))
         values[row.label] = " to ".join(texts)
     if max(all_shares, default=0) > TOLERANCE * min(all_shares, default=0):
-        words = (
-            "The share of the adapted entries that differ from the pretrained ones at the end differs: "
-            f"{list_values(values)}."
-        )
+        words = f"The share of adapted entries that were changed by the end differs: {list_values(values)}."
         yield make_finding("trained", "changed entries", values, words)
 
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 MARKS = {"best": " *", "tie": " ="}  # the mark behind a row's label, by rank
 LEGEND = {"best": "* the best", "tie": "= shares the top: no difference was shown"}
 WIDE = 150  # columns of a terminal that is wide enough for a single table
-LONGEST = 24  # a word of at most so many characters in a label is not broken
+LONGEST = 24  # a word of at most this many characters in a label is not broken
 CSV_KEYS = (
     "rank",
     "mean",

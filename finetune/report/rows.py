@@ -21,7 +21,7 @@ FIRST = (
     "method.schedule.name",
     "method.sparsity",
 )  # settings that come first, in this order, in the labels of rows
-Block = tuple[Any, ...]  # what identifies one repetition: seed, split seed, fold, settings that the row pools
+Block = tuple[Any, ...]  # identifies one repetition: seed, split seed, fold, settings that the row pools
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Row:
 
     @cached_property
     def blocks(self) -> dict[Block, Run]:
-        """The finished runs by what repeats them, so that runs of two rows can be paired."""
+        """The finished runs by ``Block``, so that equal repetitions of two rows can be paired."""
         found: dict[Block, Run] = {}
         for run in self.finished:
             block: list[Any] = [run.seed]

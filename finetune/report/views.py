@@ -24,7 +24,7 @@ from .schema import ComparisonData, RowData, has_all
 from .styles import ALL_ROWS, find_series, is_number
 
 MOST_CURVES = 12
-FEW = 5  # a curve of at most so many points has a marker at each
+FEW = 5  # a curve of at most this many points has a marker at each
 SHOWN_DIFFERENCE = ("better", "worse")  # verdicts that say that two rows differ
 VALIDATED = {
     "classification": ("accuracy", True),
@@ -104,7 +104,7 @@ class SettingView:
         return sorted(places)
 
     def count_earlier(self, name: str) -> int:
-        """Count the lines before ``name`` in the same series; it chooses the dash of a line."""
+        """Count the lines before ``name`` in the same series; the count chooses the dash of a line."""
         count = 0
         for other, points in self.lines.items():
             if other == name:

@@ -81,8 +81,8 @@ def sharding_faults(environ: Mapping[str, str]) -> list[str]:
         value = environ.get(name, "")
         if value.lower() in ("1", "true", "yes", "y", "on", "t"):
             faults.append(
-                f"{name}={value}: {what} splits the base's weights, and changes are chosen in, written into "
-                "and merged with whole ones. Launch with plain data parallelism: `finetune train "
-                "--processes N`, or `accelerate launch` with a configuration without it."
+                f"{name}={value}: {what} splits the base's weights, but choosing, applying and merging "
+                "changes needs whole weights. Launch with plain data parallelism: `finetune train "
+                f"--processes N`, or `accelerate launch` with a configuration without {what}."
             )
     return faults

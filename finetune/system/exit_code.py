@@ -32,7 +32,7 @@ def exit_code_of(action: Callable[[], int]) -> int:
             print_line(f"Error: {fault}")
         return error.exit_code
     except FinetuneError as error:
-        failed_disk = isinstance(error.__cause__, OSError)  # each rank may write to a disk of its own
+        failed_disk = isinstance(error.__cause__, OSError)  # ranks may write to different disks
         print_line(f"Error: {make_printable(str(error))}", every_rank=failed_disk)
         return error.exit_code
     except Exception as error:

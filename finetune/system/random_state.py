@@ -36,7 +36,7 @@ def state() -> dict[str, Tensor]:
 
 
 def restore(saved: dict[str, Tensor]) -> None:
-    """Set all generators to the states in ``saved``; a generator that it lacks stays as it is."""
+    """Set all generators to the states in ``saved``; those that ``saved`` lacks stay as they are."""
     torch.set_rng_state(saved["torch"])
     if "numpy" in saved:
         position, has_gauss, gauss = saved["numpy.rest"].tolist()

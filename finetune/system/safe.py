@@ -30,8 +30,8 @@ ROWS_PER_BYTE = 50  # of a Parquet file: a row takes a byte or more, except in c
 LINES_BYTES = 2**28
 DEPTH = 64  # levels of nesting
 NODES = 10_000  # values of a YAML text, aliases counted as what they stand for
-# A tensor file above this size must have a tenth of what it claims on disk: file systems that compress keep
-# less than all, and a sparse file has next to nothing.
+# A tensor file above this size must occupy at least a tenth of it on disk. A compressing file system stores
+# less than the whole size, but a sparse file occupies almost nothing.
 HOLE = 2**26
 DIMENSIONS = 8  # of a tensor
 SIZES = {  # bytes of an entry by its type in a safetensors header
@@ -53,7 +53,7 @@ SIZES = {  # bytes of an entry by its type in a safetensors header
     "U64": 8,
     "C64": 8,
 }
-# Settings of W&B, which by itself records the command line, host, user, git remote and installed packages.
+# Settings that keep W&B from recording the command line, host, user, git remote and installed packages.
 PRIVATE: dict[str, Any] = {
     "disable_git": True,
     "disable_code": True,
@@ -180,7 +180,7 @@ def _too_deep() -> str:
 def read_lines(file: Path) -> Iterator[str]:
     """Yield the lines of a growing text file, up to 256 MiB; lines of 1 MiB or more are left out.
 
-    There are none where no regular file is.
+    Yields nothing if ``file`` is not a regular file.
     """
     try:
         opened, _ = _open_regular(file)
@@ -197,11 +197,11 @@ def read_lines(file: Path) -> Iterator[str]:
 
 
 def find_mismatch(value: Any, like: Any, name: str = "it") -> str:
-    """Return in what ``value``, called ``name``, does not have the shape ``like``; empty if it has.
+    """Return how ``value``, called ``name``, departs from the shape ``like``; empty if it does not.
 
     ``like`` is a type, a union of types, ``[like]``, ``{str: like}``, a tuple of alternatives, or a mapping
-    of keys, where a key that ends in ``?`` may be absent; other keys may be there. Numbers must be finite and
-    fit 64 bits; a float may be a whole number.
+    of keys. In a mapping, a key that ends in ``?`` may be absent, and other keys are allowed. Numbers must be
+    finite and fit 64 bits; a float may be a whole number.
     """
     if isinstance(like, tuple):
         faults = [find_mismatch(value, one, name) for one in like]

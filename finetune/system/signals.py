@@ -19,7 +19,7 @@ from .environment import rank
 from .exit_code import INTERRUPTED
 
 NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-SAME = 1.0  # seconds; a second signal this soon is a repetition, sent by the launcher as well
+SAME = 1.0  # seconds within which a second signal counts as the first one, passed on by the launcher
 OUTLIVE = 60  # seconds that a data-loading process survives SIGTERM
 
 

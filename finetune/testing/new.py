@@ -28,7 +28,7 @@ def kinds_with_skeletons() -> list[str]:
 
 
 def families(kind: Kind) -> list[str]:
-    """Return the folders inside the folder of a kind; none if its modules lie right in that folder."""
+    """Return the folders inside the folder of a kind; none if its modules lie directly in that folder."""
     if not kind.folders:
         return []
     found = []
@@ -107,7 +107,7 @@ def write(kind_name: str, name: str, family: str, folder: Path | None) -> list[P
             f"{kind_name} has no skeleton.{suggest_nearest(kind_name, kinds)} There is: {', '.join(kinds)}."
         )
     if not name.isidentifier() or name != name.lower():
-        raise ConfigError(f"{name!r} is not a name: take small letters, digits and _, and a letter first.")
+        raise ConfigError(f"{name!r} is not a name: use lower-case letters, digits and _, first a letter.")
     if folder is None and not (ROOT.parent / "conf").is_dir():
         raise ConfigError(
             f"{ROOT.parent} is not a checkout of this project. Name a folder of your own: --plugins DIR."
@@ -131,7 +131,7 @@ def main() -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("kind", help=f"one of: {', '.join(kinds_with_skeletons())}")
-    parser.add_argument("name", help="its name, in small letters: row_scale")
+    parser.add_argument("name", help="its name in lower-case letters, such as row_scale")
     parser.add_argument(
         "--family",
         choices=families(KINDS["method"]),

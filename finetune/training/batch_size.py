@@ -19,9 +19,9 @@ CGROUP = Path("/sys/fs/cgroup")
 
 
 def find_batch_size(session: Session) -> None:
-    """Set the batch size: the largest power of two of examples a process whose pass fits into its memory.
+    """Set the batch size to the most examples that fit into one pass, a power of two for each process.
 
-    The global batch has at most ``LARGEST`` examples, and at most all examples. The session is left as it
+    The processes together have at most ``LARGEST`` examples, or all that there are. The session is left as it
     was, before the start of its first phase. Raises ``RunFailed`` if not even one example fits.
     """
     batches, began = session.batches, time.monotonic()

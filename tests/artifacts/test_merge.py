@@ -256,7 +256,7 @@ def test_the_written_file_itself_is_tested(
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
 
     for entry, words in (
-        (True, "gives other weights when it is read again .first: vit.layers"),
+        (True, "has other weights when it is read back .first: vit.layers"),
         (False, "not hold the whole model"),
     ):
         monkeypatch.setattr(module, "save", lambda *args, entry=entry: loses(entry, *args))

@@ -52,8 +52,8 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
             ["optimizer.lr=tag(log,interval(1e-4,1e-2))"],
             "interval(1e-4,1e-2)): only a search chooses from an interval: --search optuna --trials",
         ),
-        (["seed=range(0,5"], "seed=range(0,5: a bracket is missing"),
-        (["seed=range(0,5))"], "seed=range(0,5)): a bracket is too many"),
+        (["seed=range(0,5"], "seed=range(0,5: a ) is missing"),
+        (["seed=range(0,5))"], "seed=range(0,5)): there is a ) too many"),
         (["seed=range(5,0)"], "range(5,0,-1) counts down"),
         (["seed=range(0,5,0)"], "seed=range(0,5,0): a range takes numbers, and a step other than 0"),
         (["seed=sort(range(0,1,0.0))"], "a step other than 0"),
@@ -67,7 +67,7 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
         (["--launcher", "cluster"], "--launcher cluster is not a launcher"),
         (
             ["--launcher", "joblib", "--fail-fast", "--attempts", "2"],
-            "--attempts 2, --fail-fast: only --launcher local has that",
+            "--attempts 2, --fail-fast: only --launcher local supports this",
         ),
         (
             ["--launcher", "slurm", "--jobs", "3"],
@@ -82,7 +82,7 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
             "--jobs 2, --dry-run, --json, tune=a: --watch . only shows",
         ),
         (["--search", "optun", "--trials", "3"], "--search optun is not a search. Did you mean 'optuna'?"),
-        (["--search", "optuna"], "--search optuna needs to know how many trials"),
+        (["--search", "optuna"], "--search optuna needs the number of trials"),
         (["--trials", "3"], "--trials 3 belongs to tune=KEY or to --search optuna"),
         (
             [*SEARCHED, "--dry-run", "--max-runs", "500", "--retry"],
@@ -92,7 +92,7 @@ def test_exit_codes_and_rows(typed: Callable[..., tuple[int, str, str]]) -> None
             [*SEARCHED, "--launcher", "slurm", "launcher.qos=x", "tune=a"],
             "--launcher slurm, launcher.qos=x, tune=a cannot be combined with --search",
         ),
-        (["tune=a", "tune=b"], "one parameter"),
+        (["tune=a", "tune=b"], "only one setting"),
     ],
 )
 def test_mistakes_exit_2_and_start_nothing(

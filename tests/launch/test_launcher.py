@@ -124,7 +124,7 @@ def test_no_more_processes_than_gpus(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     ):
         launcher.launch(load([]), tmp_path, 3, NO_OPTIONS)
     monkeypatch.setenv("LOCAL_RANK", "0")
-    with pytest.raises(ConfigError, match="leave one of them out"):
+    with pytest.raises(ConfigError, match="Leave one of the two out"):
         launcher.launch(load(["train.device=cpu"]), tmp_path, 2, NO_OPTIONS)
 
 

@@ -5,7 +5,7 @@
   const by = (id) => document.getElementById(id);
   root.classList.add("js");
 
-  // The table: sorting moves whole bodies, so that details stay with their row; what has no value comes last.
+  // The table: sorting moves whole bodies, so that details stay with their row; rows without a value come last.
   const table = by("rows");
   const bodies = all("tbody", table);
   const valueOf = (body, column) => body.rows[0].cells[column].dataset.value;
@@ -26,7 +26,7 @@
     button.addEventListener("click", () => sort(button.closest("th"), Number(button.dataset.column)));
   });
 
-  // Filters: all words have to be there, and every choice; what is hidden is counted.
+  // Filters: a row is shown if it has all words and matches every selection; the shown rows are counted.
   const form = by("filters");
   const filter = () => {
     const words = by("find").value.toLowerCase().split(/\s+/).filter(Boolean);
@@ -42,10 +42,10 @@
     by("count").classList.toggle("part", shown < bodies.length);
     by("empty").hidden = shown > 0;
   };
-  for (const event of ["input", "change"]) form.addEventListener(event, filter); // not every way to choose tells of both
+  for (const event of ["input", "change"]) form.addEventListener(event, filter); // some inputs fire only one of them
   form.addEventListener("submit", (event) => event.preventDefault());
   form.addEventListener("reset", () => setTimeout(filter));
-  filter(); // a browser that comes back to the page keeps what was typed
+  filter(); // a browser that returns to the page restores what was typed
 
   all(".toggle").forEach((button) => button.addEventListener("click", () => {
     const open = by(button.getAttribute("aria-controls")).classList.toggle("open");
@@ -70,7 +70,7 @@
     setTimeout(() => { button.textContent = said; button.classList.remove("copied"); }, 1500);
   }));
 
-  // Figures take the page's colours, so they are drawn again when those change.
+  // Figures take the page's colours, so they are drawn again when the colours change.
   const figures = JSON.parse(by("data").textContent);
   const hidden = new Set();
   const config = { displaylogo: false, responsive: true, displayModeBar: "hover", modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]] };
