@@ -271,7 +271,8 @@ def _process(
     method = request.method
     file, name = subject.places[site.name]
     weight = subject.read(file, site)
-    result = apply(method, subject, site, weight, statistics)
+    changes = [parent.change(site, weight) for parent in subject.parents]
+    result = apply(method, site, weight.clone(), statistics, changes)
     new = weight_of(result)
     row: Row = {
         "site": site.name,
@@ -312,13 +313,16 @@ def _describe_row(row: Row) -> str:
 
 
 def apply(
-    method: Any, subject: Subject, site: Site, weight: Tensor, statistics: SiteStatistics | None
+    method: Any,
+    site: Site,
+    weight: Tensor,
+    statistics: SiteStatistics | None,
+    changes: Sequence[Tensor | None],
 ) -> Tensor | Structured | Pruned:
-    """Return what a pass makes of the weight of a site, [out, in]."""
+    """Return what a pass makes of the weight of a site, [out, in]. ``changes``: of further models."""
     if method.models == "one":
-        made: Tensor | Structured | Pruned = method.tensor(site, weight.clone(), statistics)
+        made: Tensor | Structured | Pruned = method.tensor(site, weight, statistics)
         return made
-    changes = [parent.change(site, weight) for parent in subject.parents]
     combined: Tensor = method.combine(site, weight.double(), changes)
     return combined.to(weight.dtype)
 

@@ -108,9 +108,9 @@ class PassTrial:
                 )
             for site in sites:
                 parameter = result.get_submodule(site.name).weight
-                made = apply(
-                    self.method, subject, site, site.as_matrix(parameter).clone(), found.get(site.name)
-                )
+                weight = site.as_matrix(parameter).clone()
+                changes = _read_changes(subject, site, weight)
+                made = apply(self.method, site, weight, found.get(site.name), changes)
                 new = weight_of(made)
                 if isinstance(new, Tensor):
                     parameter.data = new.T if is_transposed(site.module) else new
@@ -136,8 +136,18 @@ def check_streamed_is_whole(trial: PassTrial) -> None:
         assert torch.equal(written, packed), f"the mask of {name} is not that of the pass"
 
 
+def _read_changes(subject: Subject, site: Site, weight: Tensor) -> list[Tensor]:
+    """Return what the further models of a trial add to the weight of a site; none changes nothing."""
+    found = []
+    for parent in subject.parents:
+        change = parent.change(site, weight)
+        assert change is not None
+        found.append(change)
+    return found
+
+
 def check_weight_is_left_alone(trial: PassTrial) -> None:
-    """``tensor`` changes nothing that it was given, and gives the same again."""
+    """``tensor`` or ``combine`` changes nothing that it was given, and gives the same again."""
     subject = trial.subject()
     found: dict[str, Any] = {}
     if trial.method.needs:
@@ -146,15 +156,19 @@ def check_weight_is_left_alone(trial: PassTrial) -> None:
         weight = site.as_matrix(site.module.get_parameter("weight")).clone()
         before, statistics = weight.clone(), found.get(site.name)
         kept = copy.deepcopy(statistics)
-        first = weight_of(apply(trial.method, subject, site, weight, statistics))
+        changes = _read_changes(subject, site, weight)
+        kept_changes = copy.deepcopy(changes)
+        first = weight_of(apply(trial.method, site, weight, statistics, changes))
         assert torch.equal(weight, before), f"the weight of {site.name} was changed in place"
+        for change, kept_change in zip(changes, kept_changes, strict=True):
+            assert torch.equal(change, kept_change), f"a change of {site.name} was changed in place"
         if statistics is not None and kept is not None:
             for name, value in statistics.values.items():
                 assert torch.equal(value, kept.values[name]), f"{name} of {site.name} was changed in place"
-        second = weight_of(apply(trial.method, subject, site, weight, statistics))
+        second = weight_of(apply(trial.method, site, weight, statistics, changes))
         assert _equal(first, second), f"{site.name} differs in a second call with the same arguments"
         if trial.method.idempotent and isinstance(first, Tensor):
-            third = weight_of(apply(trial.method, subject, site, first, statistics))
+            third = weight_of(apply(trial.method, site, first, statistics, changes))
             assert _equal(first, third), f"{site.name} changes again in a second run of the pass"
 
 

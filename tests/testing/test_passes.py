@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +16,7 @@ from finetune.artifacts import pass_subject, passes
 from finetune.core.passes import Pass
 from finetune.core.site import Site
 from finetune.core.statistics import SiteStatistics
+from finetune.passes.linear import Linear
 from finetune.testing.passes import PASS_CHECKS, PassTrial, check_pass
 
 
@@ -36,7 +37,18 @@ class ChangesInPlace(Faultless):
     """Overwrites the weight that it was given."""
 
     def tensor(self, site: Site, weight: Tensor, statistics: SiteStatistics | None) -> Tensor:
-        return weight.mul_(0.5)
+        return weight.zero_()
+
+
+@dataclass(frozen=True)
+class ChangesItsModels(Linear):
+    """Overwrites the changes of the further models, which gives the same at every call."""
+
+    def combine(self, site: Site, weight: Tensor, changes: Sequence[Tensor | None]) -> Tensor:
+        for change in changes:
+            assert change is not None
+            change.zero_()
+        return weight
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,14 @@ def test_a_pass_without_fault_passes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "make"), [("pure", ChangesInPlace), ("pure", Halves), ("pure", Counts), ("restart", Counts)]
+    ("check", "make"),
+    [
+        ("pure", ChangesInPlace),
+        ("pure", ChangesItsModels),
+        ("pure", Halves),
+        ("pure", Counts),
+        ("restart", Counts),
+    ],
 )
 def test_a_fault_of_a_pass_is_found(check: str, make: Callable[[], Pass], tmp_path: Path) -> None:
     with pytest.raises(AssertionError):
