@@ -60,7 +60,7 @@ def record(session: Session) -> dict[str, Tensor]:
 
 
 def check_agreement(script: str, folder: Path, alone: dict[str, Tensor]) -> None:
-    """Raise ``AssertionError`` unless two ranks store the same bits, and nearly what one process has.
+    """Raise ``AssertionError`` unless two ranks store the same bits, and nearly the values of one process.
 
     ``script``: as in ``run``. ``alone``: what the script stores if it runs in one process.
     """

@@ -21,8 +21,8 @@ from .compute import Tuned, look, prepare_to_show
 class Frozen:
     """A model that computes in eval mode and without gradient.
 
-    ``attached``: the states whose parts are attached to ``model``. ``off``: those of them whose parts are
-    switched off while it computes.
+    ``attached``: the states whose parts are attached to ``model``. ``off``: those among them whose parts are
+    switched off while the frozen model computes.
     """
 
     def __init__(
@@ -53,9 +53,9 @@ class References:
     """The frozen models of a session, each made when it is first asked for.
 
     ``base`` is the model before training. If every part can be switched off, it is the tuned model without
-    its parts and needs no memory; otherwise the model is read once and kept. It wears the head that is
-    trained now, unless that head came with the checkpoint: then it wears the checkpoint's. ``previous`` is
-    the model as the phase before left it, with the head that is trained now.
+    its parts and needs no memory; otherwise the model is read once and kept. Its head is the head in training
+    with its current values, or the checkpoint's original head if the run kept that one. ``previous`` is the
+    model as the previous phase left it, with the head in training.
     """
 
     def __init__(self, pretrained: Pretrained, accelerator: Accelerator) -> None:
