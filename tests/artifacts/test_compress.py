@@ -129,6 +129,10 @@ def test_a_model_in_several_files(wide: Path, tmp_path: Path) -> None:
     whole = run(Request(SMALL, str(wide), tmp_path / "whole"))
     assert parts["fingerprint"] == whole["fingerprint"]
     assert torch.equal(logits(tmp_path / "parts"), logits(tmp_path / "whole"))
+    found = {}
+    for file in (tmp_path / "parts").glob("*.safetensors"):
+        found |= dict.fromkeys(load_file(file), file.name)
+    assert json.loads((tmp_path / "parts" / structured_output.INDEX).read_text())["weight_map"] == found
 
 
 class Killed(BaseException):
@@ -308,3 +312,22 @@ def test_a_factor_is_not_compressed_again(tmp_path: Path) -> None:
     assert said.code == 2
     assert "q_proj.first belongs to a structure already (finetune/structure.json of the folder)" in said.err
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize("command", ["train", "prune"])
+def test_a_structure_that_is_not_registered_is_refused_with_nothing_written(
+    tmp_path: Path, command: str
+) -> None:
+    run(Request(Svd(rank=3, targets=("q",)), "builtin:tiny_lm", tmp_path / "small"))
+    content = json.loads((tmp_path / "small" / FILE).read_text())
+    content["structures"]["model.layers.0.self_attn.q_proj"]["structure"] = "os.system"
+    (tmp_path / "small" / FILE).write_text(json.dumps(content))
+    before = names(tmp_path)
+    words = ["method=lora", "model=hf", "model.path=small", *STEPS]
+    if command == "prune":
+        words = ["method=magnitude", "sparsity=0.5", "model=small", "out=x"]
+    said = call(command, *words, folder=tmp_path)
+    assert said.code == 2
+    assert said.err.count("\n") == 1
+    assert "structure='os.system' is not known. Known: low_rank." in said.err
+    assert names(tmp_path) == before
