@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from .core import attach as parts
 from .core.method import Method, Run
+from .core.zeros import describe_zeros
 from .errors import ConfigError, FinetuneError
 from .training.build import Pretrained, build_states
 from .training.optimizer import make_optimizer
@@ -170,6 +171,11 @@ class Handle:
             )
         if stored["base_fingerprint"] != own["base_fingerprint"]:
             raise ConfigError(f"{folder} was trained on a model with other weights. Attach to that model.")
+        if stored.get("zeros") != own.get("zeros"):
+            raise ConfigError(
+                f"{folder} was trained on a model with other pruned entries. Attach to a model that holds "
+                "the same entries at 0."
+            )
         load_delta(Path(folder), self._states)
         self._begun, self.number = True, stored["step"]
 
@@ -255,6 +261,7 @@ class Handle:
             "head": [],
             "step": self.number,
             "base_fingerprint": fingerprint(self.model, trained),
+            **describe_zeros(self.model),
         }
 
 

@@ -19,10 +19,14 @@ from finetune.artifacts.pass_subject import Request
 from finetune.artifacts.passes import run
 from finetune.artifacts.reopen import evaluate, rebuild
 from finetune.artifacts.unmerge import unmerge
+from finetune.config.settings import ModelConfig
+from finetune.core.zeros import layers_with_zeros
 from finetune.errors import ConfigError
+from finetune.models.load import load
 from finetune.models.masks import FILE, MANIFEST, unpack_mask
 from finetune.passes.linear import Linear
 from finetune.passes.magnitude import Magnitude
+from finetune.passes.svd import Svd
 from finetune.storage import manifest
 
 from ..support.plain_runs import Runs
@@ -214,3 +218,21 @@ def test_folded_runs_keep_the_zeros_of_their_base(runs: Runs, pruned: Path, tmp_
     for name in read_pattern(pruned):
         expected = (merged[0][name] + merged[1][name]) / 2
         torch.testing.assert_close(folded[name], expected, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("dense", [False, True])
+def test_a_weight_that_is_compressed_loses_its_mask_and_the_others_keep_theirs(
+    pruned: Path, tmp_path: Path, dense: bool
+) -> None:
+    run(Request(Svd(keep=0.5, targets=("mlp",)), str(pruned), tmp_path / "small", dense=dense))
+    before, after = load_file(pruned / FILE), load_file(tmp_path / "small" / FILE)
+    manifest.check(tmp_path / "small" / "finetune")
+    for name, packed in before.items():
+        if "mlp" not in name:
+            assert torch.equal(after[name], packed)
+        elif dense:
+            assert (after[name] == 255).all()  # widths are multiples of 8: every entry is live
+        else:
+            assert name not in after
+    model = load(ModelConfig("hf", str(tmp_path / "small")), "causal_lm", (), 0).model
+    assert len(list(layers_with_zeros(model))) == sum("mlp" not in name for name in before)

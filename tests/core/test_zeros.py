@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import finetune
 from finetune.core.attach import attach, merge, parts
 from finetune.core.inplace import InPlace
 from finetune.core.lowrank import LowRank
@@ -25,6 +27,7 @@ from finetune.core.zeros import (
     find_pruned,
     fingerprint_zeros,
     hold_zeros,
+    layers_with_zeros,
     settle_zeros,
     stored_mask,
 )
@@ -361,3 +364,26 @@ def test_a_pruned_entry_that_moved_is_found() -> None:
     )
     with pytest.raises(ConfigError, match=r"Set model.zeros=free"):
         settle_zeros(model)
+
+
+def test_a_change_of_the_python_door_belongs_to_its_masks(tmp_path: Path) -> None:
+    def attach_to(model: Any) -> finetune.Handle:
+        return finetune.attach(model, "lora", rank=2)
+
+    attach_to(tiny_pruned("llama")).save(tmp_path / "change")
+    attach_to(tiny_pruned("llama")).load(tmp_path / "change")
+    other = tiny_pruned("llama")
+    for name, layer in list(layers_with_zeros(other))[:1]:
+        pruned = stored_mask(layer)
+        assert pruned is not None, name
+        hold_zeros(layer, pruned & (torch.arange(pruned.shape[1]) > 0))  # one column becomes free
+    for model in (other, unmasked(tiny_pruned("llama"))):
+        with pytest.raises(ConfigError, match=r"other pruned entries"):
+            attach_to(model).load(tmp_path / "change")
+
+
+def unmasked(model: Any) -> Any:
+    """Return a copy of the weights in a model that holds nothing."""
+    plain = tiny("llama")
+    plain.load_state_dict(model.state_dict())
+    return plain
