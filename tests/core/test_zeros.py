@@ -18,7 +18,7 @@ from finetune.core.attach import attach, merge, parts
 from finetune.core.inplace import InPlace
 from finetune.core.lowrank import LowRank
 from finetune.core.method import Method
-from finetune.core.part import Delta
+from finetune.core.part import Delta, WeightGrad
 from finetune.core.site import Site, find_sites
 from finetune.core.sparse.bank import Bank
 from finetune.core.sparse.grain import make_grain
@@ -39,6 +39,7 @@ from finetune.methods.reparam.snell import SNELL
 from finetune.methods.sparse.s2ft import S2FT
 from finetune.methods.sparse.sara import SaRA
 from finetune.methods.sparse.sparse import Crossing
+from finetune.methods.sparse.spiel import SpIEL
 from finetune.optim.adamw import AdamW
 from finetune.optim.mezo import MeZO
 from finetune.optim.sm3 import SM3
@@ -182,7 +183,7 @@ SCOPES = ["matrix", "role", "block", "model", "layer"]
 def test_budgets_count_live_entries_and_only_these_are_chosen(scope: Any, direction: Any) -> None:
     if scope == "layer" and direction == "smallest":
         return  # refused by the settings
-    method = Crossing(sparsity=0.9, score="magnitude", scope=scope, direction=direction)
+    method = Crossing(sparsity=0.9, score="random", scope=scope, direction=direction)
     session = begin(method, "gpt2", model=tiny_pruned("gpt2"))
     session.start()
     bank: Any = session.states["method"]["bank"]
@@ -387,3 +388,18 @@ def unmasked(model: Any) -> Any:
     plain = tiny("llama")
     plain.load_state_dict(model.state_dict())
     return plain
+
+
+def test_candidates_of_spiel_are_live_even_where_every_gradient_is_zero() -> None:
+    session = begin(SpIEL(sparsity=0.8, window=1), "llama", model=tiny_pruned("llama"))
+    session.start()
+    bank, candidates = session.states["method"]["bank"], session.states["method"]["candidates"]
+    candidates.resize(len(bank.values))
+    candidates.begin_step(bank)
+    for i, shape in enumerate(bank.shapes):
+        gradient = WeightGrad(torch.zeros(1, shape[0]), torch.zeros(1, shape[1]))
+        candidates.add_gradient(session.run, bank, i, gradient)
+        start, end = bank.bounds()[i : i + 2]
+        found = candidates.index[start:end].long()
+        assert len(found.unique()) == end - start
+        assert not bank.pruned(i).reshape(-1)[found].any()
