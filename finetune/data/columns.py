@@ -125,7 +125,7 @@ def _list_label_candidates(table: datasets.Dataset, content: str) -> list[str]:
     """Return the columns that could hold the label, by the first criterion that at least one column meets.
 
     The criteria are, in this order: a ``ClassLabel`` feature; a usual name; integers or booleans; texts with
-    few different values.
+    few different values, if a further column holds the text or image.
     """
     import datasets
 
@@ -140,8 +140,9 @@ def _list_label_candidates(table: datasets.Dataset, content: str) -> list[str]:
         if str(getattr(feature, "dtype", "")).startswith(("int", "uint", "bool")):
             integers.append(column)
     found = declared or usual or integers
-    if not found:
-        for column in _list_columns(table, is_text, content):
+    texts = _list_columns(table, is_text, content)
+    if not found and (content or len(texts) > 1):
+        for column in texts:
             if len(table.unique(column)) <= max(2, len(table) // 10):
                 found.append(column)
     return found

@@ -15,7 +15,8 @@ Reading: The abstract and the released training script were read, not the body o
 sums one ratio of means per layer; the means are over the unmasked tokens of the micro-batch.
 
 Differs:
-- The released script masks weights that are zero at the start; here the method decides what is trained.
+- The released script keeps the zeros of each linear layer in which at least a tenth of the weights are 0.
+  Here the zeros that the masks of ``finetune prune`` name stay; other weights that are 0 are trained.
 - The last hidden state of a Llama is the one after the final norm, for student and teacher alike.
 - The ratio is computed in float32. The released eps is the machine epsilon of bfloat16, 2^-7, so layers whose
   mean square is below about 0.1 count less.

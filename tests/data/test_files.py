@@ -240,6 +240,11 @@ def test_columns_that_do_not_exist_are_all_named(tmp_path):
             "image_column=text does not hold images",
         ),
         (
+            [{"text": "the same text"} for _ in range(9)],  # few different values, but the only text
+            {},
+            "set dataset.task=causal_lm to train on the text alone",
+        ),
+        (
             [{"text": "x", "label": i % 2} for i in range(9)],
             {"text_column": "label"},
             "text_column=label does not hold text",

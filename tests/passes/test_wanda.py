@@ -78,6 +78,30 @@ def test_for_orthogonal_inputs_no_mask_of_that_size_changes_the_output_less() ->
     assert float((x @ (weight - prune(weight, x)).T).norm()) == min(errors)
 
 
+def test_a_pattern_takes_the_smallest_scores_of_each_group() -> None:
+    weight, x = random(5, 8), random(40, 8, seed=1) * torch.arange(1, 9)
+    pruned = prune(weight, x, sparsity=None, pattern="2:4")
+    for row in range(5):
+        for start in (0, 4):
+            group = range(start, start + 4)
+            scores = {j: abs(weight[row, j].item()) * x[:, j].norm().item() for j in group}
+            gone = sorted(group, key=scores.__getitem__)[:2]
+            assert [float(pruned[row, j]) for j in group] == [
+                0.0 if j in gone else float(weight[row, j]) for j in group
+            ]
+
+
+def test_masks_nest_in_each_row_also_with_ties() -> None:
+    weight, x = torch.ones(3, 20), torch.ones(7, 20)
+    x[:, :10] = 2
+    before = torch.zeros(3, 20, dtype=torch.bool)
+    for sparsity in (0.1, 0.4, 0.8):
+        zeros = prune(weight, x, sparsity=sparsity) == 0
+        assert zeros.sum(1).tolist() == [int(20 * sparsity)] * 3
+        assert not (before & ~zeros).any()
+        before = zeros
+
+
 def test_contract() -> None:
     check_pass(Wanda(sparsity=0.5), "llama")
     check_pass(Wanda(pattern="2:4", inputs="original"), "vit")
