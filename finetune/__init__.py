@@ -1,12 +1,15 @@
 """The lab bench for sparse and parameter-efficient fine-tuning.
 
-``attach``, ``train``, ``load`` and ``runs`` are in ``finetune.api``, imported when one is first used.
+``attach``, ``train``, ``load`` and ``runs`` are in ``finetune.api``, imported when one is first used. They
+raise ``ConfigError`` for a mistake of the caller, and ``RunFailed`` for a run that failed.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .errors import ConfigError as ConfigError
+from .errors import RunFailed as RunFailed
 from .system.version import __version__ as __version__
 
 if TYPE_CHECKING:
@@ -15,7 +18,7 @@ if TYPE_CHECKING:
     from .api import runs as runs
     from .api import train as train
 
-__all__ = ["attach", "load", "runs", "train"]
+__all__ = ["ConfigError", "RunFailed", "attach", "load", "runs", "train"]
 
 
 def __getattr__(name: str) -> Any:

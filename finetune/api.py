@@ -151,9 +151,14 @@ class Handle:
         return self.model
 
     def save(self, folder: str | Path) -> None:
-        """Write the trained change to ``folder``, which must not exist yet: no tensor of the base."""
+        """Write the trained change to ``folder``: no tensor of the base.
+
+        Raises ``ConfigError`` if there is something at ``folder`` already.
+        """
         from .storage.delta import save_delta
 
+        if Path(folder).exists():
+            raise ConfigError(f"{folder} exists. Choose a new folder, or remove it.")
         save_delta(Path(folder), self._states, self._describe())
 
     def load(self, folder: str | Path) -> None:
@@ -287,8 +292,12 @@ def attach(
     of micro-batches.
 
     Raises ``ConfigError`` for a name or option that does not exist, and where the method does not fit the
-    model or has several phases, which only ``train`` runs.
+    model, has several phases, which only ``train`` runs, or meets another method on the model.
     """
+    if parts.has_parts(model):
+        raise ConfigError(
+            "The model has a method attached already. Call merge() or detach() of its handle first."
+        )
     if not isinstance(method, str):
         chosen = method
         if options:
@@ -311,7 +320,10 @@ def _read_section(kind: str, name: str, options: dict[str, Any]) -> Any:
     words = [f"{kind}={name}"]
     for option, value in options.items():
         words.append(f"{kind}.{option}={show_override(value)}")
-    return load_config(words).section(kind)
+    try:
+        return load_config(words).section(kind)
+    except ConfigError as error:
+        raise ConfigError(*(fault.replace(" (command line)", "") for fault in error.faults)) from None
 
 
 class Finished(NamedTuple):

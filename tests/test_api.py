@@ -238,3 +238,27 @@ def test_runs_are_trained_listed_and_loaded(tmp_path: Path, monkeypatch: pytest.
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(model(images).logits, model(images).logits)  # no dropout in the attached parts
     assert type(model).__name__ == "ViTForImageClassification"
+
+
+def test_a_second_method_on_the_same_model_is_refused() -> None:
+    model = contract.tiny()
+    handle = finetune.attach(model, "lora")
+    with pytest.raises(finetune.ConfigError, match=r"has a method attached already\. Call merge\(\)"):
+        finetune.attach(model, "shira")
+    handle.detach()
+    finetune.attach(model, "adapter").detach()
+    finetune.attach(model, "adapter")
+    with pytest.raises(finetune.ConfigError, match="has a method attached already"):
+        finetune.attach(model, "lora")
+
+
+def test_save_replaces_nothing(tmp_path: Path) -> None:
+    handle = finetune.attach(contract.tiny(), "lora")
+    handle.save(tmp_path / "delta")
+    with pytest.raises(finetune.ConfigError, match=r"delta exists\. Choose a new folder"):
+        handle.save(tmp_path / "delta")
+
+
+def test_faults_of_options_do_not_name_the_command_line() -> None:
+    with pytest.raises(finetune.ConfigError, match=r"^method\.rank=0 should be"):
+        finetune.attach(contract.tiny(), "lora", rank=0)

@@ -44,6 +44,9 @@ def read_words(verb: str, words: Sequence[str], config_dir: Path | None = None) 
     of_dataset: list[str] = []
     of_method: list[str] = []
     for word in found.rest:
+        if word.startswith("model."):
+            faults.append(f"{word}: {verb} takes the model as model=PATH. Leave this word out.")
+            continue
         kind = of_dataset if word.startswith(("dataset=", "dataset.")) else of_method
         kind.append(word)
     numbers, wrong = _read_numbers(found.given)

@@ -52,7 +52,7 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
     module = getattr(owner, leaf)
     if not isinstance(module, Patched):
         hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
-        edits = [hook.__self__ for hook in hooks if isinstance(getattr(hook, "__self__", None), Edit)]
+        edits = [hook.__self__ for hook in hooks if _is_edit(hook)]
         if len(edits) < len(hooks) or module._backward_hooks or module._backward_pre_hooks:
             raise ConfigError(
                 f"The layer {name} has hooks, which would not run while its weight is changed. Remove them, "
@@ -74,6 +74,19 @@ def attach(model: nn.Module, name: str, delta: Delta) -> None:
 def patched(model: nn.Module) -> dict[str, Patched]:
     """Return the patched layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, Patched)}
+
+
+def has_parts(model: nn.Module) -> bool:
+    """Tell whether a change or an edit is attached to a layer of the model."""
+    for module in model.modules():
+        hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+        if isinstance(module, Patched) or any(_is_edit(hook) for hook in hooks):
+            return True
+    return False
+
+
+def _is_edit(hook: object) -> bool:
+    return isinstance(getattr(hook, "__self__", None), Edit)
 
 
 def detach(model: nn.Module, states: nn.Module) -> None:

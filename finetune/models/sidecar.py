@@ -94,7 +94,7 @@ def _read_structure(entry: Mapping[str, Any]) -> Structure:
     if name not in known:
         raise ValueError(
             f"structure={name[:40]!r} is not known.{suggest_nearest(name[:40], known)} "
-            f"Known: {', '.join(known)}"
+            f"Known: {', '.join(known)}. Name its plug-in by --plugins DIR"
         )
     cls: Any = registry.get("structure", name)
     sizes = {key: value for key, value in entry.items() if key != "structure"}

@@ -232,6 +232,10 @@ def test_a_pruned_classifier_keeps_its_head_and_is_tuned_evaluated_and_merged(tm
         ),
         (["method=wanda", "sparsity=0.5", "model=builtin:tiny_lm", "out=x"], ["Add dataset=NAME"]),
         (
+            ["method=magnitude", "sparsity=0.5", "model=builtin:tiny_lm", "model.head=keep", "out=x"],
+            ["model.head=keep: prune takes the model as model=PATH"],
+        ),
+        (
             ["method=wanda", "sparsity=0.5", "model=builtin:tiny_lm", "out=x", "dataset=digits"],
             ["model=builtin:tiny_lm is a llama, which does not fit"],
         ),
