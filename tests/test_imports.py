@@ -17,7 +17,7 @@ KIND = BOTTOM | {"registry", "core"}  # what the folder of a kind may use that h
 FOLDERS_OF_KINDS = {folder for kind in registry.KINDS.values() for folder in kind.folders}
 RUNS = KIND | {"system", "config", "data", "models", "objectives", "optim", "storage", "training"}
 ALLOWED = {
-    "__init__": {"system", "api"},
+    "__init__": {"errors", "system", "api"},
     "__main__": {"cli"},
     "errors": set(),
     "registry": BOTTOM | {"system"},
