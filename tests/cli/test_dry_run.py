@@ -115,13 +115,13 @@ def test_a_dry_run_counts_the_trials_of_tune_and_knows_what_they_chose(
     }
     assert total == {"runs": 4, "finished": 0, "to_run": 4, "seconds": 8.0, "trials": 2, "trials_to_run": 2}
     _, out, err = typed(*TUNED, "seed=1,2", "--dry-run")
-    assert "known after the trials" in err
+    assert "that their trials will choose" in err
     typed(*TUNED, "seed=1")
     _, out, err = typed(*TUNED, "seed=1,2", "--dry-run", "--json")
     told = json.loads(out)
     assert [row["would"] for row in told["runs"]] == [*["be skipped: finished"] * 3, "start"]
     assert (told["total"]["to_run"], told["total"]["trials_to_run"]) == (1, 0)
-    assert "known after the trials" not in err
+    assert "that their trials will choose" not in err
 
 
 @pytest.mark.slow

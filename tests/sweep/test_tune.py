@@ -80,7 +80,7 @@ def test_what_cannot_be_read(text: str) -> None:
         (GRID, "optimizer.name", 3, "has no logarithm"),
         (GRID, "optimizer.warmup:0.5:5", 2, "optimizer.warmup=5"),
         (["method=lora", "name=t"], "method.rank:1:3", 5, "too few for 5 trials"),
-        ([*GRID, "optimizer.lr=0.1,0.2"], "optimizer.lr", 3, "the grid has optimizer.lr=0.1, 0.2, too"),
+        ([*GRID, "optimizer.lr=0.1,0.2"], "optimizer.lr", 3, "the grid sets optimizer.lr=0.1, 0.2, too"),
         (["method=snell", "name=t"], "method.rank:2:3", 2, "method.rank=3"),
     ],
 )
