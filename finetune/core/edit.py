@@ -146,7 +146,7 @@ class Edit(OnModule):
         return self
 
     def follow(self, old: nn.Module, new: nn.Module) -> None:
-        """Act on ``new`` if this edit acts on ``old``, which ``new`` has replaced, hooks included."""
+        """Act on ``new`` if this edit acts on ``old``, whose place and hooks ``new`` has taken."""
         if self._module and self.module is old:
             self._module = [new]
 

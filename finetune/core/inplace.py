@@ -111,7 +111,7 @@ class InPlace(Part):
                 parameter.requires_grad_(trains)
 
     def find_layer(self, name: str) -> nn.Module | None:
-        """Return the layer of which a trained parameter is the weight, if entries of it are held at 0."""
+        """Return the layer whose weight this trained parameter is, if entries of the weight are held at 0."""
         for owner, leaf in self._owners[name]:
             if leaf == "weight" and stored_mask(owner) is not None:
                 return owner

@@ -48,9 +48,9 @@ def changed(
 
 
 def _set_to_zero(weight: Tensor, deltas: Sequence[Delta]) -> None:
-    """Set the entries of a weight, or of a change of it, to 0 that the deltas' layer holds at 0.
+    """Set to 0 those entries of a weight, or of a change of it, that the layer of the deltas holds at 0.
 
-    Deltas that write into the weight itself write to other entries only.
+    Deltas that write into the weight itself write only to the other entries.
     """
     pruned = deltas[0].pruned if deltas else None
     if pruned is not None:

@@ -89,8 +89,9 @@ class Delta(Part):
     def keeps_zeros(self) -> bool:
         """Tell whether no entry that is held at 0 ever differs from 0.
 
-        The layer sees to it for a change that is formed. A delta with a ``linear`` of its own says so itself
-        if ``forward`` alone can stand for it, or ``linear`` uses ``pruned``.
+        The layer masks every change that it forms by ``forward``. A delta with a ``linear`` of its own
+        overrides this: it returns True if ``linear`` leaves out pruned entries by ``pruned``, or if the
+        layer may form the change by ``forward`` instead.
         """
         return type(self).linear is Delta.linear
 

@@ -122,7 +122,7 @@ class _Pass:
 
 
 def gather_gradients(run: Run, sites: Sequence[Site], steps: int) -> Iterator[tuple[Site, Tensor]]:
-    """Yield each site with the gradient by its weight over the next ``steps`` steps, [out, in] float32.
+    """Yield each site with the gradient with respect to its weight, [out, in] float32, over ``steps`` steps.
 
     It is the gradient of the loss summed over the examples, or scored tokens, of all processes, in eval mode.
     Not more than ``HELD`` entries, or one site, are held at once. Sites beyond that wait for their turn, and

@@ -2,7 +2,7 @@
 
 Before every step the model reads a batch of the stream ``bad``: examples of the behaviour to repair, such as
 toxic continuations. The gradient of their loss gives each block a sensitivity. The most sensitive ``blocks``
-blocks are the *slice*, and only they train in this step, with whatever the objective is. All other blocks
+blocks are the *slice*, and only they train in this step, on the objective of the run. All other blocks
 keep their values and their moments to the bit. ``objective=repair`` is the loss of the paper: that of the
 corrected examples, and the divergence from the pretrained model on general data.
 
@@ -22,7 +22,7 @@ Paper: "IRepair: An Intent-Aware Approach to Repair Data-Driven Errors in Large 
 arXiv 2502.07072.
 
 Reading: The abstract was read, and code of a later study that credits the authors' artefact; the body of the
-paper was not available. The slice of one block, its choice anew in every step and the plain norm, not divided
+paper was not available. The slice of one block, a new choice in every step and the plain norm, not divided
 by the size of the block, are those of that code. A slice of several blocks, ``every`` and the control
 ``by=random`` are this project's.
 

@@ -250,7 +250,7 @@ class Bank(StateModule):
     def packed_shapes(self, count: int, neighbours: int = 1) -> Shapes:
         """Return dtypes and shapes of what ``pack`` returns for ``count`` entries.
 
-        They are taken to lie in random runs of ``neighbours`` adjacent positions.
+        The entries are assumed to lie in random runs of ``neighbours`` adjacent positions.
         """
         return {
             "values": (torch.float32, (count,)),

@@ -77,7 +77,7 @@ def _returning_draws(enabled: bool) -> AbstractContextManager[None]:
 
 
 class _GradientSums:
-    """Sums gradients of the sites of ``group`` over micro-batches, and what a score needs of them over steps.
+    """Adds up gradients of the sites of ``group`` over micro-batches, and what a score needs over steps.
 
     ``needs``: "gradient" (the sum over all micro-batches), "squares" (the sum over examples of the square of
     each gradient) or "batch squares" (the sum over steps of the square of a step's gradient). With ``visit``

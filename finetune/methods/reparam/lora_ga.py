@@ -134,8 +134,8 @@ class LoRAGA(Reparam):
         direction: Which of the first 2 rank singular vectors A and B get: the first half and the second
             (``ArB2r``), the second and the first (``A2rBr``), those of odd and of even indices (``ArBr``),
             or a ``random`` half and the other one.
-        scale: Factor of both at the start: ``stable`` as ``gamma`` says, ``gd`` and ``unit`` without
-            ``gamma``, or by the singular values of the ``weight``.
+        scale: How large both are at the start. ``stable`` divides by sqrt(``gamma``); ``gd``, ``unit`` and
+            ``weight`` do not use ``gamma``. The formulas are above.
         gamma: Divisor of the start under ``scale=stable``; a larger one starts smaller.
         batches: Number of steps whose batches give the gradient.
     """
