@@ -303,7 +303,11 @@ def test_with_the_identity_a_parallel_adapter_of_a_linear_map_is_added_to_its_we
     torch.testing.assert_close(answer(merged, "llama"), answer(model, "llama"))
 
 
-def test_a_scale_equals_a_scaled_second_layer_whose_rate_under_sgd_differs_by_its_square() -> None:
+@pytest.mark.parametrize(("optimizer", "ratio"), [(torch.optim.SGD, 16.0), (torch.optim.Adam, 4.0)])
+def test_a_scale_equals_a_scaled_second_layer_of_another_rate(
+    optimizer: type[torch.optim.Optimizer], ratio: float
+) -> None:
+    """The rate differs by the square of the scale under SGD, and by the scale under Adam."""
     y = torch.randn(5, 6, dtype=torch.float64)
     torch.manual_seed(0)
     one, scaled = (Bottleneck(6, Adapter(rank=3, scale=s)).double() for s in (1.0, 4.0))
@@ -316,9 +320,9 @@ def test_a_scale_equals_a_scaled_second_layer_whose_rate_under_sgd_differs_by_it
     for each, scale in ((one, 1.0), (scaled, 4.0)):
         before = scale * each.up.weight.detach().clone()
         each(y, y).square().sum().backward()
-        torch.optim.SGD(each.up.parameters(), lr=0.01).step()
+        optimizer(each.up.parameters(), lr=0.01).step()  # type: ignore[call-arg]
         moved.append(scale * each.up.weight.detach() - before)
-    torch.testing.assert_close(moved[1], 16 * moved[0])
+    torch.testing.assert_close(moved[1], ratio * moved[0])
 
 
 def test_in_a_post_norm_model_the_adapter_enters_the_sum_before_the_norm() -> None:
