@@ -187,8 +187,8 @@ class Interventions(Analysis):
     def __call__(self, *subjects: Subject) -> Table:
         """Train a run again from the changed base, and compare, with a row for each matrix.
 
-        Raises ``ConfigError`` for a model without a known anatomy, blocks that it has not, and a run whose
-        changes do not reach the matrices that are changed.
+        Raises ``ConfigError`` for a model without a known anatomy, blocks that it does not have, and a run
+        whose changes do not reach the matrices that are changed.
         """
         (subject,) = subjects
         setup = subject.open()

@@ -38,9 +38,10 @@ BATCH = 8  # calibration examples that run at once
 class Request:
     """What is asked for: a pass, the model (folder, hub id or ``builtin:NAME``), and the folder to write.
 
-    ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: so many examples
-    of the training split are drawn with the seed. ``runs`` are the further models of a pass over several, and
-    ``head`` is the one of them whose head the result has; by default the last one with a head of its own.
+    ``dataset``, ``calibration`` and ``seed`` are used only by a pass that needs statistics: ``calibration``
+    examples of the training split are drawn with the seed. ``runs`` are the further models of a pass over
+    several, and ``head`` is the one of them whose head the result has; by default the last one with a head of
+    its own.
     ``dense``: multiply structures out, so that the folder is a plain one.
     """
 

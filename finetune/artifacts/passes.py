@@ -335,7 +335,7 @@ def relative_output_error(weight: Tensor, new: Tensor, statistics: SiteStatistic
     """Return the norm of the change of a site's outputs divided by the norm of its outputs.
 
     It is exact where the inputs' gram is known. Where only the squares of the inputs are known, they are
-    taken as uncorrelated. None without either. The bias does not count.
+    assumed to be uncorrelated. None without either. The bias does not count.
     """
     values = statistics.values if statistics else {}
     change, whole = (new.double() - weight.double()).cpu(), weight.double().cpu()

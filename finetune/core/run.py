@@ -66,9 +66,9 @@ class Run:
     reference: Callable[[str], Reference]
     # Returns how many training examples each class has; None for a language model.
     class_counts: Callable[[], list[int] | None]
-    # Inside ``with run.stream_gradients(NAME) as mean:`` the ``grad`` of each trained tensor is that of the
-    # mean cross-entropy of the step's examples of a data stream, over all processes and in eval mode; this
-    # mean is what is yielded. A frozen tensor has no gradient, and afterwards none has.
+    # Inside ``with run.stream_gradients(NAME) as mean:`` the ``grad`` of each trained tensor is the gradient
+    # of ``mean``: the mean cross-entropy of the step's examples of a data stream, over all processes and in
+    # eval mode. Frozen tensors have no gradient. After the block, no tensor has one.
     stream_gradients: Callable[[str], AbstractContextManager[float]]
     seed: int = 0  # of the phase, the same on all processes
     step: int = 0  # counts from 0 within the phase

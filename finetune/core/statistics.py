@@ -48,7 +48,7 @@ class SiteStatistics:
     - ``input_sum`` [in]: the sum over tokens,
     - ``input_abs`` [in]: the sum over tokens of the absolute values,
     - ``input_max`` [in]: the largest absolute value,
-    - ``gradient`` [out, in]: the gradient of the summed losses by the weight,
+    - ``gradient`` [out, in]: the gradient of the summed losses with respect to the weight,
     - ``gradient_squares`` [out, in]: the sum over examples of the squared gradient of each example.
     """
 

@@ -38,7 +38,7 @@ Differs:
 - The code's fixed choice is by the mean gradient over 500 examples. Here ``every`` at the number of steps
   keeps the slice of the first batch.
 
-Cost: One more forward and backward pass for each choice, over as many bad examples, whose gradients of all
+Cost: One more forward and backward pass for each choice, over a batch of bad examples. The gradients of all
 blocks are in memory until the slice is chosen. Adam has moments of all blocks that were ever chosen.
 """
 

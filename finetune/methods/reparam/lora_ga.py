@@ -1,7 +1,8 @@
 """LoRA-GA: LoRA that starts from the singular vectors of the gradient.
 
-Before training, the gradient of the loss by each weight is taken over a few batches. r of its first 2r right
-singular vectors become the rows of A, and the r left singular vectors of the other indices the columns of B.
+Before training, the gradient of the loss with respect to each weight is taken over a few batches. r of its
+first 2r right singular vectors become the rows of A, and the r left singular vectors of the other indices the
+columns of B.
 The product at the start is taken away again, so the output at step 0 is exactly that of the base model. The
 first gradient step then moves the weight along the best approximation of rank 2r to the whole gradient, where
 LoRA moves it along a random one of rank r. After that, training is that of LoRA.
@@ -82,7 +83,7 @@ class Anchored(Delta):
     a0: Tensor
     b0: Tensor
     decays = False  # decay of B A is not decay of the change
-    keeps_zeros = True  # ``linear`` is a cheaper equal
+    keeps_zeros = True  # pruned layers form the change by ``forward``; ``linear`` is only faster
 
     def __init__(self, shape: tuple[int, int], rank: int, scale: float) -> None:
         super().__init__()
