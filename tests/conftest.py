@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import wraps
 from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -142,6 +143,7 @@ def keep_built_in_images() -> Iterator[None]:
     pixels: dict[Any, Any] = {}
     settings: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
 
+    @wraps(read)
     def read_once(self: Digits) -> Any:
         if self not in digits:
             digits[self] = read(self)

@@ -32,7 +32,8 @@ def test_pixels_and_labels_are_those_of_scikit_learn():
 
 
 def test_reading_twice_gives_the_same_rows():
-    first, second = Digits().read(), Digits().read()
+    read = Digits.read.__wrapped__  # tests/conftest.py keeps what the first call returned
+    first, second = read(Digits()), read(Digits())
     for split in first.splits:
         assert [row["id"] for row in first.splits[split]] == [row["id"] for row in second.splits[split]]
 
